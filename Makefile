@@ -1,0 +1,36 @@
+# Expert Atlas: two commands do all the work, on a machine with Python 3.11+ and make.
+#   make demo   captures real text with a tiny Mixtral on the CPU and draws the report
+#   make test   runs the whole suite
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench lock clean
+
+demo: .venv/ready
+	$(BIN)/python jobs/demo.py
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python tests/benchmarks/cpu.py
+
+# The environment: exactly the locked versions, hashes checked. uv is fetched into the environment itself.
+.venv/ready: requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Expert Atlas needs Python 3.11 to 3.13, and {sys.executable} is {v[0]}.{v[1]}: run make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@touch $@
+
+# Writes requirements.lock anew from pyproject.toml: every platform, hashes, no addresses.
+lock:
+	uv pip compile --universal --generate-hashes --no-header --all-extras --python-version 3.11 pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv demo.zarr demo.html

@@ -1,0 +1,348 @@
+"""Charts of the metrics: one function a chart, from a labelled Dataset to an Altair chart, and one theme.
+
+Promises: every title states the quantity and its unit, every subtitle n and the null; colours are safe for
+colour-blind readers and name roles ("diverging", "ramp"), so that `theme` alone decides light or dark; the marks
+that carry the numbers are named (`CELLS`, `LINKS`, `TOKENS`), one a row of the chart's data. No files, no network.
+Does not know stores: it draws what the metrics return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import altair as alt
+import numpy as np
+import xarray as xr
+
+CELLS, LINKS, TOKENS = "cells", "links", "tokens"  # names of the marks that carry a chart's numbers
+MAX_LINKS = 2_000  # drawn links a chart: the page stays small and fast; arbitrary
+STRONG_LINK = 4.0  # times chance at which a link is drawn in full strength; arbitrary, equal in all charts
+STRONG_LIFT = 8.0  # lift at which a token is coloured in full strength; arbitrary
+_SMALL_SPREAD = 0.25  # load deviations up to a quarter of the even share stay pale; arbitrary
+
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+# Blue to orange through the page's own paper: told apart with any colour vision.
+_LIGHT: Mapping[str, Any] = {
+    "ink": "#1d2129",
+    "soft": "#5b6472",
+    "line": "#d7dbe2",
+    "accent": "#b4530a",
+    "diverging": ["#1f5fa8", "#6aa0d8", "#c3d9ef", "#f3f2ef", "#f6cfa3", "#e08a35", "#a8480a"],
+    "ramp": ["#f3f2ef", "#f6cfa3", "#e9a75c"],
+}
+_DARK: Mapping[str, Any] = {
+    "ink": "#e8eaee",
+    "soft": "#a3acba",
+    "line": "#3a4150",
+    "accent": "#f2a14e",
+    "diverging": ["#8cc4ff", "#4d8fd6", "#2c5079", "#252a34", "#72471d", "#c77a2a", "#ffbe73"],
+    "ramp": ["#252a34", "#553a20", "#875520"],
+}
+
+
+def theme(dark: bool = False) -> dict[str, Any]:
+    """Vega-Lite's `config` for all charts, on a light or a dark ground.
+
+    Returns
+    -------
+    dict
+        A configuration for `alt.theme.ThemeConfig` or a specification's `config`.
+    """
+    colour = _DARK if dark else _LIGHT
+    quiet = {"labelColor": colour["soft"], "titleColor": colour["soft"], "titleFontWeight": "normal"}
+    return {
+        "font": _FONT,
+        "background": "transparent",
+        "view": {"stroke": None},
+        "padding": {"left": 0, "right": 4, "top": 4, "bottom": 0},
+        "title": {
+            "anchor": "start",
+            "frame": "group",
+            "fontSize": 14,
+            "fontWeight": 600,
+            "color": colour["ink"],
+            "subtitleColor": colour["soft"],
+            "subtitleFontSize": 12,
+            "subtitlePadding": 5,
+            "offset": 10,
+        },
+        "axis": {
+            **quiet,
+            "domain": False,
+            "ticks": False,
+            "grid": False,
+            "labelPadding": 6,
+            "labelFontSize": 11,
+            "titleFontSize": 12,
+            "titlePadding": 8,
+        },
+        "legend": {**quiet, "labelFontSize": 11, "titleFontSize": 11, "gradientThickness": 8},
+        "rect": {"stroke": None},
+        "rule": {"color": colour["accent"]},
+        "circle": {"color": colour["ink"], "opacity": 1},
+        "text": {"color": colour["ink"], "fontSize": 12},
+        "range": {"diverging": colour["diverging"], "ramp": colour["ramp"], "heatmap": colour["ramp"]},
+    }
+
+
+@alt.theme.register("expert_atlas", enable=True)
+def _light() -> alt.theme.ThemeConfig:
+    return alt.theme.ThemeConfig(config=theme())  # type: ignore[typeddict-item]
+
+
+def visible(text: str) -> str:
+    r"""Text with what cannot be seen (controls, line separators, direction marks, surrogates) as `\uXXXX`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def load_heatmap(load: xr.Dataset, *, spread: float | None = None) -> alt.Chart:
+    """Share of choices by layer and expert, coloured by its distance from the even share.
+
+    Parameters
+    ----------
+    load : xr.Dataset
+        From `analysis.load.expert_load`.
+    spread : float, optional
+        Distance from the even share (in the unit of `share`) that has the full colour; give one value for
+        charts that lie side by side. Default: this load's own, see `load_spread`.
+    """
+    null, n = load.attrs["null"], load.attrs["n"]
+    spread = load_spread(load) if spread is None else spread
+    rows = [
+        {
+            "layer": int(layer),
+            "expert": int(expert),
+            "tokens": int(load["count"].sel(layer=layer, expert=expert).sum()),
+            "share": _percent(load["share"].sel(layer=layer, expert=expert)),
+            "weight": _percent(load["mass_share"].sel(layer=layer, expert=expert)),
+        }
+        for layer in load["layer"].values
+        for expert in load["expert"].values
+    ]
+    domain = [100 * (null - spread), 100 * null, 100 * (null + spread)]
+    colour = alt.Color("share:Q", title="share of choices, %").scale(
+        domain=domain, range="diverging", clamp=True  # type: ignore[arg-type]
+    ).legend(orient="bottom", format=".3~g", values=domain, gradientLength=180)
+    return (
+        alt.Chart(alt.Data(values=rows), name=CELLS)
+        .mark_rect(cornerRadius=2)
+        .encode(
+            x=_experts("expert", load.sizes["expert"]),
+            y=alt.Y("layer:O", title="layer").scale(paddingInner=0.08),
+            color=colour,
+            tooltip=[
+                alt.Tooltip("layer:O"),
+                alt.Tooltip("expert:O"),
+                alt.Tooltip("share:Q", title="share of choices, %"),
+                alt.Tooltip("weight:Q", title="share of gate weight, %"),
+                alt.Tooltip("tokens:Q", format=","),
+            ],
+        )
+        .properties(
+            title=alt.Title(
+                "Load: share of choices, %",
+                subtitle=[f"n = {n:,} tokens; even share {_number(100 * null)} % is pale"],
+            ),
+            width="container",
+            height=alt.Step(_step(load.sizes["layer"])),
+            description=f"Heat map of the share of choices of each expert at each layer, {n} tokens.",
+        )
+    )
+
+
+def load_spread(*loads: xr.Dataset) -> float:
+    """A common colour range for loads: their largest distance from the even share, a quarter of it at least."""
+    spreads = [_SMALL_SPREAD * load.attrs["null"] for load in loads]
+    for load in loads:
+        distance = abs(load["share"] - load.attrs["null"]).values
+        spreads.append(float(np.nanmax(distance, initial=0.0)))
+    return max(spreads)
+
+
+def path_chart(moves: xr.Dataset, load: xr.Dataset) -> alt.LayerChart:
+    """All layers and experts as circles, the first-choice transitions above chance as links.
+
+    Parameters
+    ----------
+    moves : xr.Dataset
+        From `analysis.paths.transitions`, of at least two layers.
+    load : xr.Dataset
+        From `analysis.load.expert_load` of the same capture: first choices size the circles.
+    """
+    links, above = link_rows(moves)
+    n, null = moves.attrs["n"], moves.attrs["null"]
+    first = load["count"].isel(k=0)
+    circles = [
+        {
+            "layer": int(layer),
+            "expert": int(expert),
+            "first": _percent(first.sel(layer=layer, expert=expert) / max(n, 1)),
+        }
+        for layer in load["layer"].values
+        for expert in load["expert"].values
+    ]
+    layers = [int(number) for number in load["layer"].values]
+    x = _experts("expert", load.sizes["expert"])
+    y = alt.Y("layer:O", title="layer").scale(domain=layers, type="point", padding=0.5)
+    strength = alt.Scale(domain=[1, STRONG_LINK], range=[0.04, 0.95], clamp=True)
+    width = alt.Scale(domain=[1, STRONG_LINK], range=[0.6, 3], clamp=True)
+    rules = (
+        alt.Chart(alt.Data(values=links), name=LINKS)
+        .mark_rule(strokeCap="round", aria=False)
+        .encode(
+            x=x,
+            x2="next_expert",
+            y=y,
+            y2="next_layer",
+            opacity=alt.Opacity("times_chance:Q", scale=strength, legend=None),
+            strokeWidth=alt.StrokeWidth("times_chance:Q", scale=width, legend=None),
+            tooltip=[
+                alt.Tooltip("layer:O"),
+                alt.Tooltip("expert:O"),
+                alt.Tooltip("next_layer:O", title="next layer"),
+                alt.Tooltip("next_expert:O", title="next expert"),
+                alt.Tooltip("share:Q", title="share of the expert's tokens, %"),
+                alt.Tooltip("times_chance:Q", title="times chance"),
+                alt.Tooltip("tokens:Q", format=","),
+            ],
+        )
+    )
+    area = 220 if load.sizes["expert"] <= 16 else 60
+    points = (
+        alt.Chart(alt.Data(values=circles), name="experts")
+        .mark_circle()
+        .encode(
+            x=x,
+            y=y,
+            size=alt.Size("first:Q", legend=None).scale(domain=[0, 300 / load.sizes["expert"]], range=[4, area]),
+            tooltip=[
+                alt.Tooltip("layer:O"),
+                alt.Tooltip("expert:O"),
+                alt.Tooltip("first:Q", title="share of first choices, %"),
+            ],
+        )
+    )
+    return alt.layer(rules, points).properties(
+        title=alt.Title(
+            "Paths: share of an expert's tokens, times chance",
+            subtitle=[
+                f"n = {n:,} tokens, first choices; chance is {_number(100 * null)} %",
+                f"{len(links):,} of {above:,} links above chance; full strength from {STRONG_LINK:g}×",
+            ],
+        ),
+        width="container",
+        height=alt.Step(_step(len(layers)) * 1.6),
+        description=f"Transitions of first choices between neighbouring layers, {n} tokens.",
+    )
+
+
+def link_rows(moves: xr.Dataset) -> tuple[list[dict[str, Any]], int]:
+    """The strongest links above chance, at most `MAX_LINKS`, and how many are above chance in all."""
+    times = (moves["probability"] / moves.attrs["null"]).fillna(0).values
+    # Ordered by strength, equals by place; drawn weakest first, so that the strong ones lie on top.
+    order = np.argsort(-times, axis=None, kind="stable")
+    order = order[times.ravel()[order] > 1]
+    drawn = order[:MAX_LINKS][::-1]
+    places = zip(*np.unravel_index(drawn, times.shape), strict=True)
+    rows = [
+        {
+            "layer": int(moves["layer"][at]),
+            "expert": int(moves["expert"][here]),
+            "next_layer": int(moves["next_layer"][at]),
+            "next_expert": int(moves["next_expert"][there]),
+            "tokens": int(moves["count"][at, here, there]),
+            "share": _percent(moves["probability"][at, here, there]),
+            "times_chance": _round(times[at, here, there]),
+        }
+        for at, here, there in places
+    ]
+    return rows, order.size
+
+
+def token_chart(tokens: xr.Dataset) -> alt.LayerChart:
+    """The first tokens of each expert at one layer, coloured by lift; parameter `layer` chooses the layer.
+
+    Parameters
+    ----------
+    tokens : xr.Dataset
+        From `analysis.tokens.expert_tokens`, with a `layer` dimension of at least one.
+    """
+    rows = [
+        {
+            "layer": int(layer),
+            "expert": int(expert),
+            "rank": int(rank),
+            "piece": visible(str(cell["piece"].item())),
+            "tokens": int(cell["tokens"]),
+            "share": _percent(cell["share"]),
+            "lift": _round(float(cell["lift"])),
+        }
+        for layer in tokens["layer"].values
+        for expert in tokens["expert"].values
+        for rank in tokens["rank"].values
+        if int((cell := tokens.sel(layer=layer, expert=expert, rank=rank))["token_id"]) >= 0
+    ]
+    layer = alt.param(name="layer", value=int(tokens["layer"][0]))
+    base = (
+        alt.Chart(alt.Data(values=rows))
+        .transform_filter("datum.layer == layer")
+        .encode(
+            x=alt.X("rank:O", title="rank").axis(labelAngle=0).scale(paddingInner=0.04),
+            y=alt.Y("expert:O", title="expert").scale(paddingInner=0.1),
+            tooltip=[
+                alt.Tooltip("piece:N", title="token"),
+                alt.Tooltip("expert:O"),
+                alt.Tooltip("share:Q", title="share of its occurrences, %"),
+                alt.Tooltip("lift:Q", title="times chance"),
+                alt.Tooltip("tokens:Q", title="occurrences", format=","),
+            ],
+        )
+    )
+    colour = alt.Color("lift:Q", title="times as often as the average token").scale(
+        type="log", domain=[1, STRONG_LIFT], range="ramp", clamp=True  # type: ignore[arg-type]
+    ).legend(orient="bottom", values=[1, 2, 4, 8], gradientLength=180)
+    tiles = base.mark_rect(cornerRadius=3, aria=False).encode(color=colour)
+    words = base.mark_text(limit=66, fontSize=11).encode(text="piece:N").properties(name=TOKENS)
+    order, least = tokens.attrs["order"], tokens.attrs["min_count"]
+    return (
+        alt.layer(tiles, words)
+        .add_params(layer)
+        .properties(
+            title=alt.Title(
+                "Tokens of each expert: lift, times the average",
+                subtitle=[f"n = {tokens.attrs['n']:,} tokens; ordered by {order}, of those seen {least}+ times"],
+            ),
+            width="container",
+            height=alt.Step(24),
+            description="The first tokens of each expert at one layer.",
+        )
+    )
+
+
+def _experts(field: str, num_experts: int) -> alt.X:
+    """The axis of experts: every number when they fit, else every eighth."""
+    axis = alt.Axis(labelAngle=0, orient="top")
+    if num_experts > 16:
+        axis = alt.Axis(labelAngle=0, orient="top", values=list(range(0, num_experts, 8)))
+    return alt.X(f"{field}:O", title="expert", axis=axis).scale(
+        domain=list(range(num_experts)), paddingInner=0.04
+    )
+
+
+def _step(num_layers: int) -> int:
+    """Pixels a layer: few layers get room, many stay on a screen."""
+    return int(np.clip(520 / max(num_layers, 1), 15, 34))
+
+
+def _percent(share: Any) -> float | None:
+    return _round(100 * float(share))
+
+
+def _round(value: float) -> float | None:
+    """Four significant digits, None for what is undefined: what a reader and a small page need."""
+    return None if np.isnan(value) else float(f"{value:.4g}")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"

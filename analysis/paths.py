@@ -1,0 +1,268 @@
+"""The ways of tokens through the layers: transitions, frequent windows, and one document's own paths.
+
+A path here is the sequence of a token's first choices. "Neighbouring" layers are neighbours among those
+captured (dense layers lie between them in some models). Promises exact counts; windows whose dense table
+would not fit are refused, not sampled.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+
+MAX_WINDOWS = 2**24  # distinct windows counted at once: 128 MiB a thread; arbitrary
+
+
+class Transitions(Reducer):
+    """First-choice counts (layer, expert, next_expert) between neighbouring layers."""
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Zeros: `count` (layer, expert, next_expert) and `tokens`."""
+        layers, _, experts = sizes(dataset)
+        shape = (max(layers - 1, 0), experts, experts)
+        return {"count": np.zeros(shape, dtype=np.int64), "tokens": np.zeros(1, dtype=np.int64)}
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard."""
+        _add_transitions(block["expert"], block["counted"], state["count"], state["tokens"])
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """Conditional shares and lifts; NaN where an expert was never the first choice."""
+        experts, layer = np.arange(sizes(dataset)[2]), dataset["layer"].values
+        n = int(state["tokens"][0])
+        count = xr.DataArray(state["count"], dims=("layer", "expert", "next_expert"))
+        leaving, arriving = count.sum("next_expert"), count.sum("expert")
+        probability = count / leaving.where(leaving > 0)
+        result = xr.Dataset(
+            {
+                "count": count.assign_attrs(long_name="tokens", units="tokens"),
+                "probability": probability.assign_attrs(long_name="share of the expert's tokens"),
+                "lift": (probability * n / arriving.where(arriving > 0)).assign_attrs(
+                    long_name="probability over the share of all tokens that arrive at next_expert"
+                ),
+            },
+            coords={
+                "layer": layer[:-1],
+                "next_layer": ("layer", layer[1:]),
+                "expert": experts,
+                "next_expert": experts,
+            },
+        )
+        return result.assign_attrs(
+            n=n,
+            null=1 / experts.size,
+            null_lift=1.0,
+            definition="probability = P(first choice e' at the next captured layer | first choice e at this "
+            "layer); lift = probability / P(e')",
+            source="OLMoE (Muennighoff et al. 2024), cross-layer flow, here first choices only",
+        )
+
+
+class Windows(Reducer):
+    """Exact counts of first-choice n-grams through `n` consecutive layers; finishes with the `top` ones."""
+
+    def __init__(self, n: int = 3, top: int = 20) -> None:
+        self.n, self.top = n, top
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Zeros: `count` (start layer, first expert, the other experts**(n-1)) and `tokens`."""
+        layers, _, experts = sizes(dataset)
+        if not 1 <= self.n <= layers:
+            raise ValueError(
+                f"windows of n={self.n} layers, but the capture has {layers}; take 1 to {layers}"
+            )
+        num_windows = (layers - self.n + 1) * experts**self.n
+        if num_windows > MAX_WINDOWS:
+            raise ValueError(
+                f"{num_windows} windows of n={self.n} through {experts} experts are more than {MAX_WINDOWS}: "
+                "take a smaller n, or fewer layers with dataset.sel(layer=...)"
+            )
+        shape = (layers - self.n + 1, experts, experts ** (self.n - 1))
+        return {"count": np.zeros(shape, dtype=np.int64), "tokens": np.zeros(1, dtype=np.int64)}
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard."""
+        starts, experts, _ = state["count"].shape
+        count = state["count"].reshape(starts, -1)  # a view: sums land in the state
+        _add_windows(block["expert"], block["counted"], self.n, experts, count, state["tokens"])
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """The most frequent windows; ties go to the earlier layer, then to the lower experts."""
+        num_experts, layer, n = sizes(dataset)[2], dataset["layer"].values, self.n
+        count = state["count"].ravel()
+        order = np.argsort(-count, kind="stable")[: self.top]
+        order = order[count[order] > 0]
+        start, code = np.divmod(order, num_experts**n)
+        steps = np.arange(n)
+        tokens = int(state["tokens"][0])
+        result = xr.Dataset(
+            {
+                "layer": (("window", "step"), layer[start[:, None] + steps]),
+                "expert": (("window", "step"), code[:, None] // num_experts ** (n - 1 - steps) % num_experts),
+                "count": ("window", count[order], {"units": "tokens"}),
+                "share": ("window", count[order] / max(tokens, 1), {"long_name": "share of all tokens"}),
+            },
+            coords={"window": np.arange(1, order.size + 1)},
+        )
+        return result.assign_attrs(
+            n=tokens,
+            null=float(num_experts) ** -n,
+            definition=f"share of tokens whose first choices at {n} captured layers in a row are this window",
+            source="PathMoE: routing paths as n-grams over layers",
+        )
+
+
+def transitions(dataset: xr.Dataset, *, threads: int | None = None) -> xr.Dataset:
+    """How tokens move between neighbouring layers, by first choices.
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture.
+    threads : int, optional
+        Shards decoded at the same time; default one a processor.
+
+    Returns
+    -------
+    xr.Dataset
+        `count` int64, `probability` P(e'|e) and `lift` P(e'|e)/P(e') float64, over (layer, expert,
+        next_expert); coordinate `next_layer` (layer). Null of `probability`: 1/E, of `lift`: 1.
+        A capture of one layer gives an empty `layer`.
+    """
+    return scan(dataset, [Transitions()], threads=threads)[0]
+
+
+def frequent_windows(
+    dataset: xr.Dataset, n: int = 3, *, top: int = 20, threads: int | None = None
+) -> xr.Dataset:
+    """The most frequent sequences of first choices through `n` consecutive captured layers.
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture.
+    n : int
+        Layers in a window.
+    top : int
+        Windows listed.
+    threads : int, optional
+        Shards decoded at the same time; default one a processor.
+
+    Returns
+    -------
+    xr.Dataset
+        `layer` and `expert` int64 (window, step), `count` int64 and `share` of all tokens float64 (window).
+        Null of `share`: E**-n.
+
+    Raises
+    ------
+    ValueError
+        When the capture has fewer than `n` layers or too many possible windows for an exact table.
+    """
+    return scan(dataset, [Windows(n, top)], threads=threads)[0]
+
+
+def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
+    """Every captured token of one document in reading order, with all its choices and weights.
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture; only this document's rows are decoded.
+    document : int or str
+        The document's id, or its name when only one document has it.
+
+    Returns
+    -------
+    xr.Dataset
+        Over `position`, the token's number in its document: `token`, `piece`, `row`, and `expert` and
+        `weight` (position, layer, k). Special tokens have no position and are left out; tokens not captured
+        yet are left out and counted in the attribute `tokens_missing`.
+
+    Raises
+    ------
+    ValueError
+        When no document, or more than one, answers to `document`.
+    """
+    number = _document_number(dataset, document)
+    rows = np.flatnonzero(dataset["document_id"].values == number)
+    names = ("token", "length", "offset", "expert", "weight")
+    own = xr.Dataset({name: dataset[name].variable for name in names}).isel(doc=rows).load()
+    order = np.argsort(own["offset"].values, kind="stable")
+    own, rows = own.isel(doc=order), rows[order]
+    token = own["token"].values
+    inside = np.arange(token.shape[1]) < own["length"].values[:, None]
+    is_text = inside & ~np.isin(token, dataset.attrs["special_token_ids"])
+    expert = own["expert"].transpose("doc", "position", "layer", "k").values
+    kept = is_text & (expert[:, :, 0, 0] != np.iinfo(expert.dtype).max)
+    if "captured" in dataset:
+        kept &= dataset["captured"].values[rows, None]
+    position = own["offset"].values[:, None] + np.cumsum(is_text, axis=1) - 1
+    ids = token[kept]
+    weight = own["weight"].transpose("doc", "position", "layer", "k").values
+    return xr.Dataset(
+        {
+            "token": ("position", ids),
+            "row": ("position", np.broadcast_to(rows[:, None], token.shape)[kept]),
+            "expert": (("position", "layer", "k"), expert[kept]),
+            "weight": (("position", "layer", "k"), weight[kept]),
+        },
+        coords={
+            "position": position[kept],
+            "layer": dataset["layer"].values,
+            "piece": ("position", dataset["piece"].values.astype(object)[ids]),
+        },
+        attrs={
+            "n": int(kept.sum()),
+            "tokens_missing": int(is_text.sum() - kept.sum()),
+            "document": number,
+            "name": str(dataset["name"].values[number]),
+            "definition": "k choices and weights of each token at each layer, largest weight first",
+        },
+    )
+
+
+def _document_number(dataset: xr.Dataset, document: int | str) -> int:
+    """The id of a document given by id or name."""
+    num_documents = dataset.sizes["document"]
+    if not isinstance(document, str):
+        if not 0 <= document < num_documents:
+            raise ValueError(f"document {document}: the capture has documents 0 to {num_documents - 1}")
+        return int(document)
+    numbers = np.flatnonzero(dataset["name"].values == document)
+    if numbers.size != 1:
+        found = f"documents {numbers[:5].tolist()} have" if numbers.size else "no document has"
+        raise ValueError(f"{found} the name {document!r}; give the id of one, 0 to {num_documents - 1}")
+    return int(numbers[0])
+
+
+@kernel
+def _add_transitions(expert: Array, counted: Array, count: Array, tokens: Array) -> None:
+    rows, positions, layers, _ = expert.shape
+    for row in range(rows):
+        for position in range(positions):
+            if counted[row, position]:
+                tokens[0] += 1
+                for layer in range(layers - 1):
+                    here, there = expert[row, position, layer, 0], expert[row, position, layer + 1, 0]
+                    count[layer, here, there] += 1
+
+
+@kernel
+def _add_windows(
+    expert: Array, counted: Array, n: int, num_experts: int, count: Array, tokens: Array
+) -> None:
+    """Read each token's first choices as a number in base E, and slide its last n digits over the layers."""
+    rows, positions, layers, _ = expert.shape
+    for row in range(rows):
+        for position in range(positions):
+            if not counted[row, position]:
+                continue
+            tokens[0] += 1
+            code = 0
+            for layer in range(layers):
+                code = (code * num_experts + expert[row, position, layer, 0]) % count.shape[1]
+                if layer >= n - 1:
+                    count[layer - n + 1, code] += 1

@@ -1,0 +1,168 @@
+"""What a capture is asked to do, and how it is read from a command line and a YAML file."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
+NOT_IN_FILES = ("config", "print_config", "dry_run", "rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureConfig:
+    """Capture which experts a mixture-of-experts model chooses, for every token of one or more data sets.
+
+    Each data set becomes a group of the store. A capture that was stopped, however it was stopped, goes on when the
+    same command is given again. Exit status: 0 complete, 1 something is missing, 2 the command cannot be carried out,
+    130 or 143 interrupted.
+    """
+
+    dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Data set to capture, once for each: an alias (wikitext-2, wikitext-103, demo:prose, demo:code, demo:legal,
+    demo:maths), a file, folder or glob (text, jsonl, parquet, arrow), or a hub id org/name[:config]."""
+    local: bool = False
+    """Capture in this process, on one device, without Ray."""
+    model: str = MIXTRAL
+    """Checkpoint: a hub id, a folder, or "tiny" for the small Mixtral with random weights that is made here."""
+    model_revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """Precision of the weights; nf4 is NF4 with double quantization. Routers are never quantized."""
+    store: Path | None = None
+    """Where the captures go. Default: $EXPERT_ATLAS_STORE, else ~/expert-atlas/routes.zarr."""
+    name: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Name of the group, once for each --dataset and in the same order. Default: made from the data set's name."""
+    split: str | None = None
+    """Split of hub data sets and saved data sets. Default: train."""
+    text_field: str | None = None
+    """Column that holds the text. Default: the only string column, or "text"."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set."""
+    limit_documents: int | None = None
+    """Capture the first so many documents only."""
+    sequence_length: int | None = None
+    """Tokens in a row at most; longer documents are cut into several rows. Default: the smallest power of two that
+    holds the longest of the first 1,000 documents, at most 2048."""
+    rows_per_shard: int | None = None
+    """Rows in a shard, the unit of work. Default: 262144 // sequence_length."""
+    batch_tokens: int | None = None
+    """Padded tokens in a micro-batch at most. Default: 32768 on a GPU, 8192 on a CPU."""
+    bos: Literal["none", "document", "row"] = "none"
+    """Where a beginning-of-sequence token is put."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Device of the model; auto takes the GPU if there is one."""
+    allow_mixed: bool = False
+    """Go on with a capture that was begun with other package versions or on another device type."""
+    dry_run: bool = False
+    """Estimate rows, shards, tokens, bytes and memory; write nothing, load no weights."""
+    rate: float | None = None
+    """Tokens per second, from which --dry_run tells the time."""
+    config: Path | None = None
+    """YAML file with any of these options; the command line goes before it."""
+    print_config: bool = False
+    """Print the options as a YAML file that --config takes, and stop."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit_documents", "sequence_length", "rows_per_shard", "batch_tokens", "rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name} is {value}, and must be more than 0")
+        if self.name and len(self.name) != len(self.dataset):
+            raise ValueError(
+                f"--name is given {len(self.name)} times and --dataset {len(self.dataset)} times: each data set"
+                " needs one name, or none is given"
+            )
+
+    @property
+    def store_path(self) -> Path:
+        """The store, made absolute.
+
+        Raises
+        ------
+        ValueError
+            When the path is given as a URL: only local and shared file systems can be written yet.
+        """
+        path = self.store or os.environ.get("EXPERT_ATLAS_STORE") or "~/expert-atlas/routes.zarr"
+        if ":/" in str(path):
+            raise ValueError(f"--store {path}: only paths of a file system can be written, not URLs")
+        return Path(path).expanduser().absolute()
+
+    def as_options(self) -> dict[str, Any]:
+        """The options as plain values, without those that only say how to run."""
+        options = {name: value for name, value in asdict(self).items() if name not in NOT_IN_FILES}
+        return {
+            name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+            for name, value in options.items()
+        }
+
+    def as_yaml(self) -> str:
+        """The options as a file for `--config`."""
+        return yaml.safe_dump(self.as_options(), sort_keys=False, allow_unicode=True)
+
+
+def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
+    """Read a command line, and the file that its `--config` names.
+
+    Raises
+    ------
+    ValueError, OSError
+        When the file cannot be read or holds an unknown key.
+    SystemExit
+        From `--help` and from unknown or malformed options.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    for repeated in ("--dataset", "--name"):
+        early.add_argument(repeated, action="append")
+    known, _ = early.parse_known_args(arguments)
+    base = CaptureConfig()
+    if known.config is not None:
+        base = _parse(_as_arguments(_read(known.config), known.config), base)
+    # What is given on the command line goes in place of the file's list, not after it.
+    if known.dataset:
+        base = replace(base, dataset=(), name=())
+    return _parse(arguments, base)
+
+
+def _parse(arguments: Sequence[str], default: CaptureConfig) -> CaptureConfig:
+    return tyro.cli(
+        CaptureConfig,
+        prog="python jobs/capture.py",
+        args=list(arguments),
+        default=default,
+        use_underscores=True,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--config {path} holds {type(options).__name__}, and must hold option: value lines")
+    options = {str(name).replace("-", "_"): value for name, value in options.items()}
+    known = {field.name for field in fields(CaptureConfig)} - set(NOT_IN_FILES)
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(f"--config {path}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return options
+
+
+def _as_arguments(options: dict[str, Any], path: Path) -> list[str]:
+    arguments = []
+    for name, value in options.items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict):
+                raise ValueError(f"--config {path}: {name} holds a mapping, and must hold a value or a list")
+            if item is True:
+                arguments.append(f"--{name}")
+            elif item is not None and item is not False:
+                arguments.append(f"--{name}={item}")
+    return arguments

@@ -1,0 +1,220 @@
+"""From options to a group that can be planned and captured: sources, tokenizer, model facts, identity.
+
+What makes two captures the same is complete here before a single document is tokenized, except that the default
+sequence length is taken from the first 1,000 documents.
+"""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.config import CaptureConfig
+from jobs.documents import Source
+from jobs.plan import default_sequence_length
+from jobs.sources import resolve_source
+from jobs.terminal import say
+from store.group import CaptureGroup, valid_name
+from store.identity import differences
+from store.layout import SCHEMA_VERSION, Layout, default_rows_per_shard
+from workers.engine import ModelEngine
+from workers.loading import ModelDescription, describe_model, load_model
+from workers.shard import Engine
+from workers.tiny import model_path
+from workers.tokenizer import ROLES, TextTokenizer, load_tokenizer
+
+PACKAGES = ("torch", "transformers", "bitsandbytes", "tokenizers", "zarr", "numcodecs", "xarray", "numpy")
+SAME_BYTES_NEEDS = (
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "device",
+)  # differ: refused without --allow_mixed
+BATCH_TOKENS = {"cuda": 32_768, "cpu": 8_192}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """One data set, ready to be planned."""
+
+    name: str
+    source: Source
+    layout: Layout
+    identity: Mapping[str, Any]
+
+
+class Run:
+    """What all data sets of one command share: model, tokenizer, device and versions.
+
+    Parameters
+    ----------
+    config
+        The options.
+    """
+
+    def __init__(self, config: CaptureConfig) -> None:
+        self.config = config
+        self.model = model_path(config.model)
+        cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
+        self.device = "cuda" if cuda else "cpu"
+        self.batch_tokens = config.batch_tokens or BATCH_TOKENS[self.device]
+
+    @cached_property
+    def described(self) -> ModelDescription:
+        """The model's facts, without its weights."""
+        config = self.config
+        return describe_model(self.model, config.model_revision, config.quantization, self.device)
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The model's tokenizer."""
+        return load_tokenizer(self.model, self.config.model_revision)
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """Package versions and the device: equal bytes are promised only where they are equal."""
+        device = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+        return {
+            **{name: version(name) for name in PACKAGES},
+            "python": sys.version.split()[0],
+            "device": device,
+        }
+
+    def engine(self) -> Engine:
+        """The model, loaded when first asked for, and kept for the data sets that follow."""
+        return self._engine
+
+    @cached_property
+    def _engine(self) -> Engine:
+        say(f"loading {self.config.model} ({self.config.quantization}) on {self.device}")
+        config = self.config
+        return ModelEngine(
+            load_model(
+                self.model,
+                revision=config.model_revision,
+                quantization=config.quantization,
+                device=self.device,
+            )
+        )
+
+    def sources(self) -> list[tuple[str, Source]]:
+        """Group names and data sets, in the order given.
+
+        Raises
+        ------
+        ValueError
+            When a data set is not found, or two would get the same name.
+        """
+        config = self.config
+        options = {"split": config.split, "text_field": config.text_field, "revision": config.revision}
+        found = [resolve_source(spec, **options) for spec in config.dataset]
+        names = [valid_name(name) for name in config.name] or [source.name for source in found]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{names.count(name)} data sets would be named {name!r}: tell them apart with --name")
+        return list(zip(names, found, strict=True))
+
+    def prepare(self, name: str, source: Source) -> Prepared:
+        """Settle the layout and the identity of one data set.
+
+        Raises
+        ------
+        ValueError
+            When the rows would be longer than the model's positions, or the data set has no document.
+        """
+        config, model = self.config, self.described
+        first = next(iter(source.documents()), None)
+        if first is None:
+            raise ValueError(f"{name}: the data set holds no document")
+        length = config.sequence_length or default_sequence_length(source, self.tokenizer, config.limit_documents)
+        if length > model["max_position_embeddings"]:
+            raise ValueError(
+                f"--sequence_length is {length}, and {model['model']} has {model['max_position_embeddings']} positions"
+            )
+        if self.tokenizer.vocab_size > model["vocab_size"]:
+            raise ValueError(
+                f"the tokenizer of {self.model} has {self.tokenizer.vocab_size} ids, and its model embeds"
+                f" {model['vocab_size']}: they do not belong together"
+            )
+        if first.messages is not None and config.bos != "none":
+            raise ValueError(f"--bos {config.bos}: conversations begin as the chat template says; use --bos none")
+        layout = Layout(
+            sequence_length=length,
+            rows_per_shard=config.rows_per_shard or default_rows_per_shard(length),
+            layers=tuple(model["layers"]),
+            num_experts=model["num_experts"],
+            experts_per_token=model["experts_per_token"],
+            vocab_size=self.tokenizer.vocab_size,
+            roles=ROLES if first.messages is not None else (),
+        )
+        text = {f"text_{field}": value for field, value in source.identity.items()}
+        identity = {
+            **{name: value for name, value in model.items() if name not in ("vocab_size", "max_position_embeddings")},
+            **text,
+            "tokenizer": self.tokenizer.sha256,
+            "chat_template": self.tokenizer.chat_template_sha256 if layout.roles else None,
+            "sequence_length": length,
+            "rows_per_shard": layout.rows_per_shard,
+            "bos": config.bos,
+            "batch_tokens": self.batch_tokens,
+            "limit_documents": config.limit_documents,
+            "schema_version": SCHEMA_VERSION,
+        }
+        return Prepared(name=name, source=source, layout=layout, identity=identity)
+
+    def open_group(self, prepared: Prepared) -> CaptureGroup:
+        """Create the data set's group, or go on with the one that is there.
+
+        Raises
+        ------
+        ValueError
+            When the group holds another capture, or was begun in another environment and `allow_mixed` is not set.
+        """
+        attrs = {
+            "title": f"routes of {self.described['model']} on {prepared.name}",
+            "model": self.described["model"],
+            "quantization": self.described["quantization"],
+            "window_rule": "documents are cut into rows of at most sequence_length tokens; none share a row",
+            "bos": self.config.bos,
+            "special_token_ids": self.tokenizer.special_ids,
+            "environment": self.environment,
+            "git_commit": _git_commit(),
+            "configuration": self.config.as_options(),
+            "convention": "k = 0 is the largest weight; ties by lower expert id; expert = missing_expert is no choice",
+        }
+        group = CaptureGroup.create(
+            self.config.store_path,
+            prepared.name,
+            layout=prepared.layout,
+            identity=prepared.identity,
+            attrs=attrs,
+            pieces=self.tokenizer.pieces(),
+        )
+        stored = {name: group.attrs["environment"].get(name) for name in SAME_BYTES_NEEDS}
+        now = {name: self.environment[name] for name in SAME_BYTES_NEEDS}
+        if (lines := differences(stored, now)) and not self.config.allow_mixed:
+            raise ValueError(
+                f"{group.path}/{group.dataset} was begun in another environment, so that its shards would not be"
+                " comparable to the bit:\n  " + "\n  ".join(lines) + "\nrestore it, or accept this with --allow_mixed"
+            )
+        return group
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, with '+' where files were changed; None outside a repository."""
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + "+" * bool(changed.stdout.strip())

@@ -1,0 +1,104 @@
+"""How a job speaks to a person: one line for an error, a bar in a terminal, plain lines in a log."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from store.group import Plan
+
+LOG_EVERY_S = 10.0
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def run_job(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a script's main function with the command line, and exit with its status.
+
+    A user's mistake becomes one line and status 2; a capture that failed, status 1; Ctrl-C 130 and SIGTERM 143.
+    """
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        status = main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        status = _fail(2, str(error) or repr(error))
+    except RuntimeError as error:
+        status = _fail(1, str(error) or repr(error))
+    except KeyboardInterrupt:
+        status = _fail(130, "interrupted: what is committed is kept, and the same command goes on from there")
+    except Terminated:
+        status = _fail(143, "terminated: what is committed is kept, and the same command goes on from there")
+    except BrokenPipeError:
+        status = 141
+    sys.exit(status)
+
+
+def _fail(status: int, message: str) -> int:
+    say(f"error: {message}")
+    return status
+
+
+def say(line: str) -> None:
+    """Print a line to the error stream, where it does not mix with a command's result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def planned(plan: Plan, published: int | None) -> str:
+    """What a plan holds, in one line, with the published count of documents where there is one."""
+    parts = [f"{plan.documents:,} documents"]
+    if published is not None:
+        parts[0] += f" ({published:,} published)"
+    parts += [f"{plan.documents_empty:,} of them empty"] * bool(plan.documents_empty)
+    parts += [f"{plan.documents_repaired:,} with bytes that are no text replaced"] * bool(plan.documents_repaired)
+    return ", ".join([*parts, f"{plan.rows:,} rows, {plan.tokens:,} tokens"])
+
+
+class Reporter:
+    """Progress of one stage, counted in tokens."""
+
+    def __init__(self, label: str, total: int | None, done: int) -> None:
+        self.console = Console(stderr=True)
+        self.label, self.total, self.start_done = label, total, done
+        self.done, self.started, self.logged = done, time.monotonic(), time.monotonic()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task(label, total=total, completed=done, rate="")
+
+    def to(self, done: int, note: str = "") -> None:
+        """The stage has come to `done` tokens."""
+        self.done = max(self.done, done)
+        rate = self.rate()
+        self.bar.update(self.task, completed=self.done, rate=f"{rate:,.0f} tokens/s {note}")
+        if not self.console.is_terminal and time.monotonic() - self.logged >= LOG_EVERY_S:
+            self.logged = time.monotonic()
+            left = "" if self.total is None or not rate else f", {(self.total - self.done) / rate:,.0f} s left"
+            of = "" if self.total is None else f" of {self.total:,}"
+            self.console.print(f"{self.label}: {self.done:,}{of} tokens, {rate:,.0f} tokens/s{left} {note}".rstrip())
+
+    def rate(self) -> float:
+        """Tokens per second of this run."""
+        return (self.done - self.start_done) / max(1e-9, time.monotonic() - self.started)
+
+
+@contextmanager
+def reporting(label: str, total: int | None = None, done: int = 0) -> Iterator[Reporter]:
+    """Show the progress of a stage while the block runs."""
+    reporter = Reporter(label, total, done)
+    with reporter.bar:
+        yield reporter

@@ -1,0 +1,80 @@
+"""How much of a capture is there: what `status` prints and what a reader is told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from store.group import CaptureGroup, Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """One data set's state, counted from its plan and its valid commit records."""
+
+    dataset: str
+    plan: Plan
+    shards_total: int
+    """Shards planned so far; final once `plan.complete`."""
+    missing: list[int]
+    """Planned shards without a valid commit."""
+    wrong: dict[int, str]
+    """Shards whose commit record does not hold, and why; they are among `missing`."""
+    tokens_done: int
+    bytes_done: int
+    """Bytes of the committed `expert` and `weight` shards."""
+    seconds: float
+    """Sum of the seconds that workers spent on the committed shards."""
+
+    @property
+    def shards_done(self) -> int:
+        """Planned shards with a valid commit."""
+        return self.shards_total - len(self.missing)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row of the data set is planned and committed."""
+        return self.plan.complete and not self.missing
+
+    def __str__(self) -> str:
+        if self.complete:
+            return f"{self.dataset}: complete, {self.shards_total} shards, {self.tokens_done:,} tokens"
+        planned = "" if self.plan.complete else ", and its text is not planned to the end"
+        return (
+            f"{self.dataset}: {self.shards_done} of {self.shards_total} shards are committed{planned};"
+            f" missing shards: {_ranges(self.missing) or 'none'}"
+        )
+
+
+def coverage(path: Path | str, dataset: str) -> Coverage:
+    """Count what is planned and committed of one data set; safe while a capture runs.
+
+    Raises
+    ------
+    FileNotFoundError
+        When the store or the data set does not exist.
+    """
+    group = CaptureGroup(Path(path), dataset)
+    valid, wrong = group.commits()
+    plan, total = group.plan, group.num_shards
+    done = [record for shard, record in valid.items() if shard < total]
+    return Coverage(
+        dataset=dataset,
+        plan=plan,
+        shards_total=total,
+        missing=[shard for shard in range(total) if shard not in valid],
+        wrong=wrong,
+        tokens_done=sum(record["tokens"] for record in done),
+        bytes_done=sum(record["expert"]["bytes"] + record["weight"]["bytes"] for record in done),
+        seconds=sum(record.get("seconds", 0.0) for record in done),
+    )
+
+
+def _ranges(shards: list[int]) -> str:
+    """'0-3, 7' for [0, 1, 2, 3, 7]; at most ten ranges are named."""
+    ranges: list[list[int]] = []
+    for shard in shards:
+        if ranges and shard == ranges[-1][1] + 1:
+            ranges[-1][1] = shard
+        else:
+            ranges.append([shard, shard])
+    names = [str(a) if a == b else f"{a}-{b}" for a, b in ranges[:10]]
+    return ", ".join(names + [f"and {len(ranges) - 10} more ranges"] * (len(ranges) > 10))

@@ -1,0 +1,40 @@
+"""What makes two captures the same: a flat mapping, hashed before any text is tokenized.
+
+Byte-identity is promised for equal identity, halvings, device type and package versions.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+Identity = Mapping[str, Any]
+"""Field name to a JSON value: model and revision, quantization, tokenizer and text hashes, P, S, ..."""
+
+
+def identity_hash(identity: Identity) -> str:
+    """SHA-256 of the canonical JSON of an identity."""
+    text = json.dumps(identity, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """One line for every field in which two mappings differ, with both values."""
+    stored, wanted = (json.loads(json.dumps(side)) for side in (stored, wanted))  # tuples equal lists
+    fields = sorted(stored.keys() | wanted.keys())
+    return [
+        f"{name}: the store has {stored.get(name)!r}, this run has {wanted.get(name)!r}"
+        for name in fields
+        if stored.get(name) != wanted.get(name)
+    ]
+
+
+def refuse_other_identity(where: str, stored: Identity, wanted: Identity) -> None:
+    """Raise a ValueError that names every field in which the capture in the store differs from the one wanted."""
+    lines = differences(stored, wanted)
+    if not lines:
+        return
+    advice = "give this run a name of its own with --name, or another --store"
+    if any(line.startswith("limit_documents:") for line in lines):
+        advice += " (a capture cannot grow: another --limit_documents is another capture)"
+    raise ValueError(f"{where} holds another capture:\n  " + "\n  ".join(lines) + f"\n{advice}")

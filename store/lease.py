@@ -1,0 +1,96 @@
+"""Who may write a group: one job at a time, told apart by host and process.
+
+Byte-identity does not need it (every put is whole and the same for the same shard); it saves the second job from
+doing the first one's work again, and gives exactly one of them the right to remove what killed writers left.
+"""
+
+import contextlib
+import getpass
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from store.group import CaptureGroup
+
+RENEW_S = 20.0
+STALE_S = 120.0  # arbitrary: six renewals missed; a holder on this host that is gone is stale at once
+
+
+@contextlib.contextmanager
+def lease(group: CaptureGroup) -> Iterator[None]:
+    """Hold the group's lease while the block runs.
+
+    Raises
+    ------
+    RuntimeError
+        When another job holds it; the message says who, where and since when.
+    """
+    key = f"{group.dataset}/token/lease.json"
+    mine = _holder()
+    if not group.objects.put_new(key, json.dumps(mine).encode()):
+        other = _read(group, key)
+        if other is not None and not _is_stale(other):
+            raise RuntimeError(
+                f"{group.path}/{group.dataset} is being captured by process {other['process']} of {other['user']} on"
+                f" {other['host']} since {other['since']}: wait for it or end it, then run this command again"
+            )
+        group.objects.put(key, json.dumps(mine).encode())
+        time.sleep(0.05)  # of two that take over at once, the one whose record stands has it
+        if _read(group, key) != mine:
+            raise RuntimeError(f"{group.path}/{group.dataset}: another job took over the stale lease; run this again")
+    done = threading.Event()
+    renewer = threading.Thread(target=_renew, args=(group, key, mine, done), daemon=True)
+    renewer.start()
+    try:
+        group.objects.clear_scratch()
+        yield
+    finally:
+        done.set()
+        renewer.join()
+        if (_read(group, key) or {}).get("process_start") == mine["process_start"]:
+            group.objects.delete(key)
+
+
+def _renew(group: CaptureGroup, key: str, mine: dict[str, Any], done: threading.Event) -> None:
+    while not done.wait(RENEW_S):
+        with contextlib.suppress(OSError):  # a full disk: the capture itself reports it
+            group.objects.put(key, json.dumps({**mine, "renewed": time.time()}).encode())
+
+
+def _holder() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "user": getpass.getuser(),
+        "process": os.getpid(),
+        "process_start": _process_start(os.getpid()),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "renewed": time.time(),
+    }
+
+
+def _read(group: CaptureGroup, key: str) -> dict[str, Any] | None:
+    try:
+        holder = json.loads(group.objects.get(key) or b"null")
+    except ValueError:
+        return None
+    return holder if isinstance(holder, dict) and "renewed" in holder else None
+
+
+def _is_stale(holder: dict[str, Any]) -> bool:
+    if holder["host"] == socket.gethostname():
+        return bool(_process_start(holder["process"]) != holder["process_start"])
+    return time.time() - float(holder["renewed"]) > STALE_S
+
+
+def _process_start(process: int) -> str | None:
+    """When a process of this host began, in the kernel's ticks: tells a process from a later one of the same id."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None

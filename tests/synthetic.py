@@ -1,0 +1,114 @@
+"""Captures made of numpy, in the store's schema, with structure to find: for tests of the analysis.
+
+Tokens prefer experts, first choices follow from those of the layer below, documents are cut into windows. The
+shape (layers, experts, choices, windows, shards) is the caller's; nothing is written anywhere.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</script>",
+    "<!--",
+    "-->",
+    "{{x}}",
+    "{% raw %}",
+    "\u2028",
+    "\u202eevil",
+    "&lt;b&gt;",
+    "<img src=x onerror=alert(2)>",
+    "javascript:alert(3)",
+    "\"'`${alert(4)}",
+    "\ud800",
+    "שלום",
+    "</textarea></style></title>",
+)
+
+
+def make_capture(
+    *,
+    seed: int = 0,
+    documents: int = 9,
+    layers: Sequence[int] = (0, 1, 2),
+    num_experts: int = 8,
+    experts_per_token: int = 2,
+    sequence_length: int = 16,
+    rows_per_shard: int = 4,
+    vocabulary: int = 40,
+    special_token_ids: Sequence[int] = (1,),
+    missing: Sequence[int] = (),
+    pieces: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+    dataset: str = "synthetic",
+    strength: float = 1.5,
+    chunked: bool = True,
+) -> xr.Dataset:
+    """A capture with random documents; shards in `missing` hold fill values, as before they are written.
+
+    `strength` scales the structure: 0 makes all routing uniform and independent.
+    """
+    random = np.random.default_rng(seed)
+    lengths = random.integers(0, 3 * sequence_length, documents)
+    windows = [(d, p) for d, size in enumerate(lengths) for p in range(0, size, sequence_length)]
+    rows, num_layers, positions = len(windows), len(layers), sequence_length
+    document_id = np.array([d for d, _ in windows], dtype=np.int64)
+    start = np.array([p for _, p in windows], dtype=np.int64)
+    length = np.minimum(lengths[document_id] - start, positions).astype(np.int32)
+    inside = np.arange(positions) < length[:, None]
+    frequency = 1 / np.arange(1, vocabulary + 1)
+    token = random.choice(vocabulary, (rows, positions), p=frequency / frequency.sum()).astype(np.int32)
+    special = np.isin(token, special_token_ids)
+
+    # Gumbel-max: the k largest of (preference + noise) are k draws without replacement.
+    taste = random.normal(size=(num_layers, vocabulary, num_experts)) * strength
+    follow = random.normal(size=(num_layers, num_experts, num_experts)) * strength
+    bias = random.normal(size=(num_layers, num_experts)) * strength / 3
+    noise = random.gumbel(size=(rows, positions, num_layers, num_experts))
+    fill = np.iinfo(np.uint8 if num_experts <= 255 else np.uint16).max
+    shape = (rows, positions, num_layers, experts_per_token)
+    expert, weight = np.zeros(shape, dtype=np.int64), np.zeros(shape)
+    for layer in range(num_layers):
+        score = taste[layer][token] + bias[layer] + noise[:, :, layer]
+        if layer:
+            score = score + follow[layer][expert[:, :, layer - 1, 0]]
+        chosen = np.argsort(-score, axis=-1)[..., :experts_per_token]
+        gate = np.exp(np.take_along_axis(score, chosen, -1))
+        expert[:, :, layer], weight[:, :, layer] = chosen, gate / gate.sum(-1, keepdims=True)
+
+    shard = np.arange(rows) // rows_per_shard
+    captured = inside & ~np.isin(shard, missing)[:, None]
+    expert = np.where(captured[..., None, None], expert, fill).astype(np.uint8 if fill == 255 else np.uint16)
+    weight = np.where(captured[..., None, None], weight, 0).astype(np.float16)
+    # Offsets count document tokens only: special ones have no place in the text.
+    text_tokens = (inside & ~special).sum(1)
+    offset = [text_tokens[(document_id == d) & (start < p)].sum() for d, p in windows]
+    if pieces is None:
+        pieces = [f"▁w{number}" for number in range(vocabulary)]
+    if names is None:
+        names = [f"document {number}" for number in range(documents)]
+    routes = ("doc", "position", "layer", "k")
+    capture = xr.Dataset(
+        {
+            "expert": (routes, expert),
+            "weight": (routes, weight),
+            "token": (("doc", "position"), np.where(inside, token, -1).astype(np.int32)),
+            "length": ("doc", length),
+            "document_id": ("doc", document_id),
+            "offset": ("doc", np.array(offset, dtype=np.int32)),
+            "name": ("document", np.array(names, dtype=object)),
+            "piece": ("token_id", np.array(pieces, dtype=object)),
+        },
+        coords={"layer": np.array(layers)},
+        attrs={
+            "num_experts": num_experts,
+            "experts_per_token": experts_per_token,
+            "rows_per_shard": rows_per_shard,
+            "sequence_length": sequence_length,
+            "special_token_ids": list(special_token_ids),
+            "dataset": dataset,
+        },
+    )
+    return capture.chunk({"doc": rows_per_shard}) if chunked else capture

@@ -1,0 +1,249 @@
+"""A mixture-of-experts model from a checkpoint, in 4 bits, 8 bits or unquantized, ready to be captured.
+
+Promises: what is loaded is what was asked for. After every load the report of transformers is clean, every
+matrix of every expert is quantized, and every router is in its full precision, or a ValueError says which
+tensors are not, and with which versions. `describe_model` tells the identity beforehand, without the weights.
+
+Does not know tokens, hooks or stores. Files come from `workers.checkpoint`, shapes and names from
+`workers.description`; how fused experts become quantizable is told in `workers.quantizer`.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from workers.checkpoint import Checkpoint, find_checkpoint
+from workers.description import (
+    BLOCK,
+    ModelDescription,
+    build_skeleton,
+    compute_dtype,
+    describe_checkpoint,
+    describe_model,
+    estimate_bytes,
+    estimate_checkpoint,
+    find_routers,
+    quantization_config,
+)
+
+__all__ = [
+    "LoadedModel",
+    "ModelDescription",
+    "describe_model",
+    "estimate_bytes",
+    "load_model",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model in evaluation mode, without gradients and without the language-model head."""
+
+    folder: Path
+    """Where its checkpoint is on this machine; the tokenizer's files lie there too."""
+    model: nn.Module
+    """transformers' base model; called with ``input_ids`` and ``use_cache=False``."""
+    routers: dict[int, nn.Module]
+    """The model's own layer number → the module that chooses experts, in ascending order."""
+    num_experts: int
+    experts_per_token: int
+    provenance: dict[str, Any]
+    """The fields of `ModelDescription`, then facts of this load (JSON values only)."""
+
+
+def load_model(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    quantization: str = "nf4",
+    device: str | torch.device = "cuda",
+) -> LoadedModel:
+    """Load a model for capturing, and prove that it was loaded as asked.
+
+    Parameters
+    ----------
+    model
+        An existing folder with a checkpoint, or a hub id.
+    revision
+        Branch, tag or commit of a hub model.
+    quantization
+        Applied while loading: ``nf4`` and ``fp4`` (double quantization, blocks of 64), ``int8`` (LLM.int8),
+        or ``none``.
+    device
+        Where the whole model goes. The compute dtype follows: float32 on a CPU, else bfloat16.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint, the device or the result is not what was asked for.
+    """
+    target = _usable_device(device)
+    checkpoint = find_checkpoint(model, revision, weights=True)
+    description = describe_checkpoint(checkpoint, quantization, target.type)
+    weight_bytes = estimate_checkpoint(checkpoint, quantization, target.type)
+    if target.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(target)
+        if free_bytes < weight_bytes:
+            raise ValueError(
+                f"{checkpoint.model} in {quantization} needs {weight_bytes:,} bytes for its weights, and "
+                f"{target} has {free_bytes:,} free; use a larger card or a smaller quantization"
+            )
+    loaded = _from_pretrained(checkpoint, description, target)
+    loaded.eval().requires_grad_(False)
+    routers = find_routers(loaded)
+    assert list(routers) == description["layers"], (list(routers), description["layers"])
+    return LoadedModel(
+        folder=checkpoint.folder,
+        model=loaded,
+        routers=routers,
+        num_experts=description["num_experts"],
+        experts_per_token=description["experts_per_token"],
+        provenance={
+            **description,
+            "double_quantization": quantization in ("nf4", "fp4"),
+            "quantization_block": BLOCK if quantization in ("nf4", "fp4") else None,
+            "quantized_expert_matrices": _check_precision(checkpoint.folder, loaded, routers, description),
+            "weight_bytes": weight_bytes,
+        },
+    )
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    """The device with its index; a ValueError where there is none."""
+    target = torch.device(device)
+    if target.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {device} was asked for, and torch {torch.__version__} sees no GPU")
+        return target if target.index is not None else torch.device("cuda", torch.cuda.current_device())
+    if target.type != "cpu":
+        raise ValueError(f"device {device} is neither cuda nor cpu")
+    return target
+
+
+def _from_pretrained(checkpoint: Checkpoint, description: ModelDescription, target: torch.device) -> Any:
+    """Run transformers' own loader, with experts that can be quantized, and read its report."""
+    quantization = description["quantization"]
+    skeleton = build_skeleton(checkpoint, target.type)
+    with _quiet(), _quantizers(quantization):
+        try:
+            model, report = transformers.AutoModel.from_pretrained(
+                checkpoint.folder,
+                quantization_config=quantization_config(quantization, skeleton, target.type),
+                device_map={"": target},
+                dtype=compute_dtype(target.type),
+                attn_implementation=description["attention"],
+                experts_implementation="eager" if quantization != "none" else description["expert_backend"],
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, with names, instead of raised without
+                output_loading_info=True,
+            )
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # out of memory and a lost GPU are other matters
+                raise
+            # Experts that differ in shape cannot be fused.
+            raise ValueError(f"{checkpoint.folder} could not be loaded ({_versions()}): {error}") from error
+    # The base model leaves the head out; nothing else may be missing, left over or of another shape.
+    report["unexpected_keys"] = {key for key in report["unexpected_keys"] if not key.startswith("lm_head.")}
+    faults = {name: sorted(map(str, found)) for name, found in report.items() if found}
+    if faults:
+        told = "; ".join(f"{len(found)} {name}: {', '.join(found[:5])}" for name, found in faults.items())
+        raise ValueError(f"{checkpoint.folder} does not fit its own configuration ({_versions()}): {told}")
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing a report that ends in an error here, or is as expected (no head)."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _quantizers(quantization: str) -> AbstractContextManager[None]:
+    if quantization == "none":
+        return nullcontext()
+    from workers import quantizer  # bitsandbytes takes seconds to import
+
+    return quantizer.unfusing_quantizers()
+
+
+def _check_precision(
+    folder: Path, model: nn.Module, routers: dict[int, nn.Module], description: ModelDescription
+) -> int:
+    """Refuse a quantized router, an expert's matrix that is not, and a wrong shape; count the quantized matrices.
+
+    transformers has skipped fused experts and dropped them, both without a word (5.0 to 5.6, and see
+    `workers.quantizer`); only looking at the parameters themselves shows it.
+    """
+    quantization = description["quantization"]
+    names = {module: name for name, module in model.named_modules()}
+    faults: list[str] = []
+    count = 0
+    for router in routers.values():
+        block = names[router].rpartition(".")[0]
+        for leaf, parameter in model.get_submodule(block).named_parameters(prefix=block):
+            if parameter.ndim < 2:
+                continue
+            gate = leaf.startswith(f"{names[router]}.")
+            fault = _gate_fault(parameter, description) if gate else _matrix_fault(parameter, quantization)
+            faults += [f"{leaf} is {fault}"] if fault else []
+            count += not gate and quantization != "none"
+    faults += _shape_faults(model)
+    if faults:
+        raise ValueError(
+            f"the model loaded from {folder} is not what was asked for ({quantization}; {_versions()}): "
+            f"{len(faults)} tensors, first {'; '.join(faults[:5])}. If the checkpoint is whole, use the versions "
+            "of the lock file, or --quantization none"
+        )
+    return count
+
+
+def _shape_faults(model: nn.Module) -> list[str]:
+    """Linears whose matrix has another shape than the configuration asks: not checked where it is quantized."""
+    faults = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            wanted = (module.out_features, module.in_features)
+            state = getattr(module.weight, "quant_state", None)
+            found = tuple(module.weight.shape if state is None else state.shape)
+            faults += [f"{name}.weight is of shape {found}, not {wanted}"] if found != wanted else []
+    return faults
+
+
+def _gate_fault(parameter: nn.Parameter, description: ModelDescription) -> str | None:
+    """What a router's matrix is instead of what it should be, or None."""
+    wanted = description["gate_precision"]
+    return None if str(parameter.dtype) == f"torch.{wanted}" else f"{parameter.dtype}, not {wanted}"
+
+
+def _matrix_fault(parameter: nn.Parameter, quantization: str) -> str | None:
+    """What an expert's matrix is instead of what it should be, or None."""
+    kind = type(parameter).__name__
+    if quantization == "none":
+        return None if parameter.is_floating_point() else f"{parameter.dtype}, not floating point"
+    if quantization == "int8":
+        fits = kind == "Int8Params" and parameter.dtype == torch.int8
+        return None if fits else f"a {kind} of {parameter.dtype}, not int8"
+    state = getattr(parameter, "quant_state", None)
+    if kind != "Params4bit" or state is None:
+        return f"a {kind} of {parameter.dtype}, not a quantized Params4bit"
+    found = (state.quant_type, state.blocksize, bool(state.nested))
+    wanted = (quantization, BLOCK, True)
+    return None if found == wanted else f"quantized as (type, block, double) = {found}, not {wanted}"
+
+
+def _versions() -> str:
+    """Versions of what took part in a load, for an error."""
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes"))

@@ -1,0 +1,196 @@
+"""Record what each router chose while a model runs, and prove that it was for these tokens.
+
+T tokens, H hidden size, E experts, k choices, L layers with experts. A forward hook on each router keeps its choices
+on the device; when the last one has fired the forward is stopped, since what follows it (the last layer's experts,
+the final norm) routes nothing.
+
+The proof. A hook that never fires, fires twice, or returns an earlier batch is what other recorders have been fooled
+by; 0 is a legal expert. So every layer must fire exactly once with one choice set for each token, every index must
+be legal, every weight finite, and on a sample of tokens the layer's own router, given the hidden states that reached
+it, must choose and weigh as was recorded.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from workers.shard import RoutingError
+
+SAMPLE = 64  # tokens of a micro-batch on which each router is asked again (arbitrary; cost within noise)
+WEIGHT_TOLERANCE = 0.05  # another GEMM shape rounds bf16 logits otherwise: weights move by 0.02 at most
+SAMPLE_AGREEING = 0.75  # near-ties flip 0.2-0.75 % of choices (measured); routes of other tokens agree on 3-30 %
+
+
+class _LastRouterDone(Exception):
+    """Ends a forward: nothing after the last router matters."""
+
+
+def sorted_choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A router's choices, whatever the order of what it returns: largest weight first, ties by lower expert id.
+
+    Parameters
+    ----------
+    output
+        What the router module returned: a tuple that holds integer indices (T, k), and weights (T, k), or (T, E) to
+        pick from. Logits (T, E) are told from such weights by their place: transformers puts them first.
+    k
+        Choices a token.
+
+    Returns
+    -------
+    experts_TK : int64 tensor
+    weights_TK : float32 tensor
+
+    Raises
+    ------
+    RoutingError
+        When no such pair is in the output.
+    """
+    tensors = [part for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part)]
+    indices = [part for part in tensors if not part.is_floating_point() and part.shape[-1] == k]
+    floats = [part for part in tensors if part.is_floating_point()]
+    if len(indices) != 1 or not floats:
+        shapes = [(tuple(part.shape), str(part.dtype)) for part in tensors]
+        raise RoutingError(f"no choices of {k} experts a token in what the router returned: {shapes}")
+    experts_TK = indices[0].reshape(-1, k).long()
+    exact = [part for part in floats if part.shape == indices[0].shape]
+    weights_TK = (exact[-1].reshape(-1, k) if exact else floats[-1].gather(-1, experts_TK)).float()
+    experts_TK, order = experts_TK.sort(dim=-1)
+    weights_TK = weights_TK.gather(-1, order)
+    weights_TK, order = weights_TK.sort(dim=-1, descending=True, stable=True)
+    return experts_TK.gather(-1, order), weights_TK
+
+
+class RouteRecorder:
+    """Forward hooks on a model's routers.
+
+    Parameters
+    ----------
+    routers
+        Layer number to router module, as the model orders them.
+    num_experts, experts_per_token
+        E and k.
+    """
+
+    def __init__(self, routers: Mapping[int, nn.Module], num_experts: int, experts_per_token: int) -> None:
+        if not routers:
+            raise RoutingError("the model has no routers to record")
+        self.routers = dict(routers)
+        self.num_experts, self.k = num_experts, experts_per_token
+        self._choices: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._sampled: dict[int, torch.Tensor] = {}
+        self._sample = torch.zeros(0, dtype=torch.long)
+
+    @contextmanager
+    def attached(self) -> Iterator["RouteRecorder"]:
+        """Hooks on every router while the block runs."""
+        handles = []
+        try:
+            for layer, router in self.routers.items():
+                handles.append(router.register_forward_pre_hook(self._before(layer)))
+                handles.append(router.register_forward_hook(self._after(layer)))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def record(
+        self, model: nn.Module, token: torch.Tensor, length: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run one micro-batch; the choices stay on the device.
+
+        Parameters
+        ----------
+        model
+            The model to which the recorder is attached.
+        token : int64 tensor, shape (rows, positions)
+            Right-padded; any legal id in the padding: attention is causal, so it reaches no token before it.
+        length : int array, shape (rows,)
+            Filled positions; samples are taken among them.
+
+        Returns
+        -------
+        experts_TLK : uint8 tensor (int32 where E > 255)
+        weights_TLK : float32 tensor
+        faults_LF : bool tensor, shape (L, 3)
+            Per layer: an illegal or doubled expert, a weight that is not finite, a sample that does not agree.
+
+        Raises
+        ------
+        RoutingError
+            When a layer did not fire, fired more than once, or for another number of tokens.
+        """
+        filled = np.flatnonzero(np.arange(token.shape[1]) < length[:, None])
+        picks = filled[np.linspace(0, len(filled) - 1, min(SAMPLE, len(filled))).astype(int)]
+        self._choices = {layer: [] for layer in self.routers}
+        self._sampled = {}
+        self._sample = torch.from_numpy(picks).to(token.device)
+        with suppress(_LastRouterDone):  # no mask and no cache: plain causal attention, each row alone
+            model(input_ids=token, attention_mask=None, use_cache=False)
+        return self._checked(token.numel(), torch.from_numpy(filled).to(token.device))
+
+    def _before(self, layer: int) -> Any:
+        def keep_sample(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            hidden_TH = args[0].reshape(-1, args[0].shape[-1])
+            self._sampled[layer] = hidden_TH[self._sample]
+
+        return keep_sample
+
+    def _after(self, layer: int) -> Any:
+        last = layer == next(reversed(self.routers))
+
+        def keep_choices(module: nn.Module, args: Any, output: Any) -> None:
+            self._choices[layer].append(_of_layer(layer, output, self.k))
+            if last:
+                raise _LastRouterDone
+
+        return keep_choices
+
+    def _checked(self, tokens: int, filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        for layer, fired in self._choices.items():
+            if len(fired) != 1:
+                raise RoutingError(f"layer {layer}: its router fired {len(fired)} times in one forward, once is right")
+            if len(fired[0][0]) != tokens:
+                raise RoutingError(f"layer {layer}: its router chose for {len(fired[0][0])} tokens of {tokens}")
+        faults = []
+        for layer, [(experts_TK, weights_TK)] in self._choices.items():
+            experts_FK = experts_TK[filled]
+            ordered_FK = experts_FK.sort(dim=-1).values
+            illegal = ((experts_FK < 0) | (experts_FK >= self.num_experts)).any()
+            doubled = (ordered_FK[:, 1:] == ordered_FK[:, :-1]).any()
+            faults.append(
+                torch.stack([illegal | doubled, ~weights_TK[filled].isfinite().all(), self._disagrees(layer, illegal)])
+            )
+        dtype = torch.uint8 if self.num_experts <= 255 else torch.int32
+        experts_TLK = torch.stack([fired[0][0] for fired in self._choices.values()], dim=1).to(dtype)
+        weights_TLK = torch.stack([fired[0][1] for fired in self._choices.values()], dim=1)
+        return experts_TLK, weights_TLK, torch.stack(faults)
+
+    def _disagrees(self, layer: int, illegal: torch.Tensor) -> torch.Tensor:
+        """Whether the layer's router, asked again about the sampled tokens, tells another story."""
+        again = self.routers[layer].forward(self._sampled[layer])
+        dense = []
+        for experts_TK, weights_TK in (_of_layer(layer, again, self.k), self._at_sample(layer)):
+            if len(experts_TK) != len(self._sample):
+                raise RoutingError(
+                    f"layer {layer}: asked about {len(self._sample)} tokens, its router chose for {len(experts_TK)}"
+                )
+            legal_TK = experts_TK.clamp(0, self.num_experts - 1)  # illegal ones are reported as such
+            dense.append(weights_TK.new_zeros(len(experts_TK), self.num_experts).scatter_(1, legal_TK, weights_TK))
+        agrees_T = (dense[0] - dense[1]).abs().amax(dim=1) <= WEIGHT_TOLERANCE * dense[0].amax(dim=1).clamp(min=1)
+        return ~illegal & (agrees_T.float().mean() < SAMPLE_AGREEING)
+
+    def _at_sample(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        experts_TK, weights_TK = self._choices[layer][0]
+        return experts_TK[self._sample], weights_TK[self._sample]
+
+
+def _of_layer(layer: int, output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        return sorted_choices(output, k)
+    except RoutingError as error:
+        raise RoutingError(f"layer {layer}: {error}") from error

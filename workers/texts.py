@@ -1,0 +1,107 @@
+"""Routes of a few texts without a store, for a notebook."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+
+from store.group import Rows
+from store.layout import Layout
+from workers.engine import ModelEngine
+from workers.loading import LoadedModel, load_model
+from workers.rows import BosRule, document_rows, padded
+from workers.shard import route_rows
+from workers.tiny import model_path
+from workers.tokenizer import load_tokenizer
+
+
+def capture_texts(
+    model: str | Path | LoadedModel,
+    texts: Sequence[str],
+    *,
+    quantization: str = "nf4",
+    sequence_length: int = 2048,
+    batch_tokens: int = 8192,
+    bos: BosRule = "none",
+) -> xr.Dataset:
+    """Capture the routes of some texts, in memory.
+
+    Parameters
+    ----------
+    model
+        A checkpoint folder, a hub id, or a model that `workers.loading.load_model` gave: load once, capture often.
+    texts
+        One document each.
+    quantization
+        "nf4", "fp4", "int8" or "none"; ignored for a model that is loaded.
+    sequence_length
+        Tokens in a row at most; longer texts are cut into several rows.
+    batch_tokens
+        Padded tokens in a micro-batch at most.
+    bos
+        Where a beginning-of-sequence token is put: "none", "document" or "row".
+
+    Returns
+    -------
+    xarray.Dataset
+        With the variables, dims, dtypes and fill values of `store.open_capture`, so that every function of
+        `analysis` takes it.
+
+    Raises
+    ------
+    ValueError
+        When no text has a token, or the model cannot be captured.
+    """
+    if not isinstance(model, LoadedModel):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model(model_path(model), quantization=quantization, device=device)
+    tokenizer = load_tokenizer(model.folder)
+    engine = ModelEngine(model)
+    cut = [
+        (document, *row)
+        for document, ids in enumerate(tokenizer.encode_batch(list(texts)))
+        for row in document_rows(ids, sequence_length, bos=bos, bos_id=tokenizer.bos_id)
+    ]
+    if not cut:
+        raise ValueError(f"no text has a token: {len(texts)} texts, all empty")
+    documents, offsets, tokens, _ = zip(*cut, strict=True)
+    positions = max(len(row) for row in tokens)
+    rows = Rows(
+        token=padded(list(tokens), positions),
+        length=np.array([len(row) for row in tokens], dtype=np.int32),
+        document_id=np.array(documents, dtype=np.int64),
+        offset=np.array(offsets, dtype=np.int32),
+    )
+    layout = Layout(
+        sequence_length=positions,
+        rows_per_shard=len(cut),
+        layers=engine.layers,
+        num_experts=engine.num_experts,
+        experts_per_token=engine.experts_per_token,
+        vocab_size=tokenizer.vocab_size,
+    )
+    expert, weight = route_rows(engine, rows, layout, batch_tokens)
+    values = {
+        "expert": expert,
+        "weight": weight,
+        **{name: getattr(rows, name) for name in ("token", "length", "document_id", "offset")},
+        "captured": np.ones(len(cut), dtype=bool),
+        "name": np.array([f"text {index}" for index in range(len(texts))], dtype=object),
+        "piece": np.array(tokenizer.pieces(), dtype=object),
+    }
+    arrays = layout.arrays()
+    dims = {name: arrays[name].dims if name in arrays else ("doc",) for name in values}
+    attrs = {
+        **asdict(layout),
+        **model.provenance,
+        "special_token_ids": tokenizer.special_ids,
+        "dataset": "texts",
+    }
+    return xr.Dataset(
+        {name: (dims[name], value) for name, value in values.items()},
+        coords={"layer": np.array(engine.layers, dtype=np.int32)},
+        attrs=attrs,
+    )
