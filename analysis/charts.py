@@ -121,9 +121,15 @@ def load_heatmap(load: xr.Dataset, *, spread: float | None = None) -> alt.Chart:
         for expert in load["expert"].values
     ]
     domain = [100 * (null - spread), 100 * null, 100 * (null + spread)]
-    colour = alt.Color("share:Q", title="share of choices, %").scale(
-        domain=domain, range="diverging", clamp=True  # type: ignore[arg-type]
-    ).legend(orient="bottom", format=".3~g", values=domain, gradientLength=180)
+    colour = (
+        alt.Color("share:Q", title="share of choices, %")
+        .scale(
+            domain=domain,
+            range="diverging",
+            clamp=True,  # type: ignore[arg-type]
+        )
+        .legend(orient="bottom", format=".3~g", values=domain, gradientLength=180)
+    )
     return (
         alt.Chart(alt.Data(values=rows), name=CELLS)
         .mark_rect(cornerRadius=2)
@@ -299,9 +305,16 @@ def token_chart(tokens: xr.Dataset) -> alt.LayerChart:
             ],
         )
     )
-    colour = alt.Color("lift:Q", title="times as often as the average token").scale(
-        type="log", domain=[1, STRONG_LIFT], range="ramp", clamp=True  # type: ignore[arg-type]
-    ).legend(orient="bottom", values=[1, 2, 4, 8], gradientLength=180)
+    colour = (
+        alt.Color("lift:Q", title="times as often as the average token")
+        .scale(
+            type="log",
+            domain=[1, STRONG_LIFT],
+            range="ramp",
+            clamp=True,  # type: ignore[arg-type]
+        )
+        .legend(orient="bottom", values=[1, 2, 4, 8], gradientLength=180)
+    )
     tiles = base.mark_rect(cornerRadius=3, aria=False).encode(color=colour)
     words = base.mark_text(limit=66, fontSize=11).encode(text="piece:N").properties(name=TOKENS)
     order, least = tokens.attrs["order"], tokens.attrs["min_count"]
@@ -325,9 +338,7 @@ def _experts(field: str, num_experts: int) -> alt.X:
     axis = alt.Axis(labelAngle=0, orient="top")
     if num_experts > 16:
         axis = alt.Axis(labelAngle=0, orient="top", values=list(range(0, num_experts, 8)))
-    return alt.X(f"{field}:O", title="expert", axis=axis).scale(
-        domain=list(range(num_experts)), paddingInner=0.04
-    )
+    return alt.X(f"{field}:O", title="expert", axis=axis).scale(domain=list(range(num_experts)), paddingInner=0.04)
 
 
 def _step(num_layers: int) -> int:

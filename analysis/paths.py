@@ -70,9 +70,7 @@ class Windows(Reducer):
         """Zeros: `count` (start layer, first expert, the other experts**(n-1)) and `tokens`."""
         layers, _, experts = sizes(dataset)
         if not 1 <= self.n <= layers:
-            raise ValueError(
-                f"windows of n={self.n} layers, but the capture has {layers}; take 1 to {layers}"
-            )
+            raise ValueError(f"windows of n={self.n} layers, but the capture has {layers}; take 1 to {layers}")
         num_windows = (layers - self.n + 1) * experts**self.n
         if num_windows > MAX_WINDOWS:
             raise ValueError(
@@ -134,9 +132,7 @@ def transitions(dataset: xr.Dataset, *, threads: int | None = None) -> xr.Datase
     return scan(dataset, [Transitions()], threads=threads)[0]
 
 
-def frequent_windows(
-    dataset: xr.Dataset, n: int = 3, *, top: int = 20, threads: int | None = None
-) -> xr.Dataset:
+def frequent_windows(dataset: xr.Dataset, n: int = 3, *, top: int = 20, threads: int | None = None) -> xr.Dataset:
     """The most frequent sequences of first choices through `n` consecutive captured layers.
 
     Parameters
@@ -251,9 +247,7 @@ def _add_transitions(expert: Array, counted: Array, count: Array, tokens: Array)
 
 
 @kernel
-def _add_windows(
-    expert: Array, counted: Array, n: int, num_experts: int, count: Array, tokens: Array
-) -> None:
+def _add_windows(expert: Array, counted: Array, n: int, num_experts: int, count: Array, tokens: Array) -> None:
     """Read each token's first choices as a number in base E, and slide its last n digits over the layers."""
     rows, positions, layers, _ = expert.shape
     for row in range(rows):

@@ -132,9 +132,7 @@ def sizes(dataset: xr.Dataset) -> tuple[int, int, int]:
 
 def _shards(dataset: xr.Dataset) -> list[slice]:
     """Row ranges with anything captured: the chunks of `expert` along `doc`, or what the attributes say."""
-    chunks: tuple[int, ...] | None = cast(
-        "dict[Hashable, tuple[int, ...]]", dataset["expert"].chunksizes
-    ).get("doc")
+    chunks: tuple[int, ...] | None = cast("dict[Hashable, tuple[int, ...]]", dataset["expert"].chunksizes).get("doc")
     if chunks is None:  # already in memory
         step, rows = int(dataset.attrs["rows_per_shard"]), dataset.sizes["doc"]
         chunks = tuple(min(step, rows - start) for start in range(0, rows, step))
@@ -143,9 +141,7 @@ def _shards(dataset: xr.Dataset) -> list[slice]:
     if "captured" not in dataset:
         return shards
     captured = dataset["captured"].values
-    return [
-        rows for rows in shards if captured[rows].any()
-    ]  # an uncommitted shard may be torn: leave it shut
+    return [rows for rows in shards if captured[rows].any()]  # an uncommitted shard may be torn: leave it shut
 
 
 def _decode(rows: xr.Dataset, dataset: xr.Dataset, first_row: int) -> Block:

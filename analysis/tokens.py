@@ -223,9 +223,7 @@ def _layer_index(dataset: xr.Dataset, layers: Sequence[int] | None) -> Array:
 
 
 @kernel
-def _add_tokens(
-    expert: Array, token: Array, counted: Array, index: Array, count: Array, tokens: Array
-) -> None:
+def _add_tokens(expert: Array, token: Array, counted: Array, index: Array, count: Array, tokens: Array) -> None:
     rows, positions, _, choices = expert.shape
     for row in range(rows):
         for position in range(positions):

@@ -60,10 +60,10 @@ def default_sequence_length(source: Source, tokenizer: TextTokenizer, limit_docu
     """
     longest = 0
     for batch in _batches(islice(source.documents(), min(1000, limit_documents or 1000))):
-        longest = max(longest, *(int(ids.size) for _, ids, _ in encode(batch, tokenizer)))
+        longest = max([longest, *(len(ids) for _, ids, _ in encode(batch, tokenizer))])
         if longest > SEQUENCE_LENGTHS[-1]:
             break
-    return next((length for length in SEQUENCE_LENGTHS if length >= longest), SEQUENCE_LENGTHS[-1])
+    return min((length for length in SEQUENCE_LENGTHS if length >= longest), default=SEQUENCE_LENGTHS[-1])
 
 
 class Planner:

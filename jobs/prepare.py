@@ -74,7 +74,12 @@ class Run:
     @cached_property
     def tokenizer(self) -> TextTokenizer:
         """The model's tokenizer."""
-        return load_tokenizer(self.model, self.config.model_revision)
+        return load_tokenizer(self.model, self.model_commit)
+
+    @property
+    def model_commit(self) -> str | None:
+        """The commit that a hub model's revision stands for now; None for a folder, which has none."""
+        return None if Path(self.model).is_dir() else self.described["model_revision"]
 
     @cached_property
     def environment(self) -> dict[str, str]:
@@ -97,7 +102,7 @@ class Run:
         return ModelEngine(
             load_model(
                 self.model,
-                revision=config.model_revision,
+                revision=self.model_commit,
                 quantization=config.quantization,
                 device=self.device,
             )

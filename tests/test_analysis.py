@@ -176,9 +176,7 @@ def test_results_are_equal_to_the_bit_for_any_chunks_and_threads() -> None:
     reducers = [Load(), Transitions(), Windows(), TokenExperts(), TopTokens(by="lift", min_count=2)]
     whole = scan(capture.chunk({"doc": -1}), reducers, threads=1)
     for chunk, threads in ((1, 5), (3, 2), (7, 3)):
-        for one, other in zip(
-            scan(capture.chunk({"doc": chunk}), reducers, threads=threads), whole, strict=True
-        ):
+        for one, other in zip(scan(capture.chunk({"doc": chunk}), reducers, threads=threads), whole, strict=True):
             xr.testing.assert_identical(one, other)
 
 

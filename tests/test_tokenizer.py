@@ -138,9 +138,7 @@ def test_other_families_give_the_same_ids_when_cut(family: str, limit: int) -> N
 
 def test_a_tokenizer_whose_pieces_reach_over_spaces_is_not_cut() -> None:
     text = "of the cat in the hat of the cat in the hat " * 20
-    backend = trained(
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel(), text
-    )
+    backend = trained(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel(), text)
     wrapped = TextTokenizer(backend, {}, "superword")
     assert any("▁" in piece[1:] for piece in wrapped.pieces())
     assert list(wrapped._cut(text, 5)) == [text]
@@ -159,9 +157,7 @@ def test_attributes_come_from_the_folder(tokenizer: TextTokenizer, only_model_fi
 
 
 def test_byte_level_pieces_are_readable() -> None:
-    backend = trained(
-        pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(), "the the é日\n" * 50
-    )
+    backend = trained(pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(), "the the é日\n" * 50)
     pieces = TextTokenizer(backend, {}, "bytes").pieces()
     assert {"▁the", "\n", "<0xC3>", "<|end|>"} <= set(pieces)
     assert not any("Ġ" in piece for piece in pieces if len(piece) > 2)
@@ -177,9 +173,7 @@ def test_truncation_and_padding_in_a_published_file_are_ignored(folder: Path, tm
 
 
 def test_a_folder_without_a_tokenizer_is_named_with_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"no tokenizer in .*looked for tokenizer\.json and tokenizer\.model"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*looked for tokenizer\.json and tokenizer\.model"):
         load_tokenizer(tmp_path)
 
 
@@ -197,9 +191,7 @@ def test_a_model_file_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch
         sentencepiece_tokenizer(MODEL_FILE)
 
 
-def test_a_conversation_has_the_templates_ids_and_a_role_for_each_token(
-    folder: Path, tokenizer: TextTokenizer
-) -> None:
+def test_a_conversation_has_the_templates_ids_and_a_role_for_each_token(folder: Path, tokenizer: TextTokenizer) -> None:
     messages = [
         {"role": "user", "content": " What is 2+2?\n"},
         {"role": "assistant", "content": "It is four."},
