@@ -74,7 +74,7 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
     filled = text.filled_share(layout.sequence_length)
     published = "" if source.published_documents is None else f" ({source.published_documents:,} published)"
     time = "unknown (give --rate TOKENS_PER_SECOND)" if config.rate is None else _duration(text.tokens / config.rate)
-    weights = estimate_bytes(run.model, config.model_revision, config.quantization, run.device)
+    weight_bytes = estimate_bytes(run.model, config.model_revision, config.quantization, run.device)
     lines = {
         "documents": f"{text.documents:,}{published}",
         "tokens": f"{text.tokens:,.0f} ± {text.spread:,.0f} (95 %, from {text.sampled:,} documents tokenized)",
@@ -82,7 +82,7 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
         "shards": f"about {math.ceil(text.rows / layout.rows_per_shard):,} of {layout.rows_per_shard:,} rows",
         "filled": f"{filled:.1%} of the positions hold a token",
         "store": f"about {text.tokens * (choices * BYTES_A_CHOICE + BYTES_A_TOKEN):,.0f} bytes in {config.store_path}",
-        "device memory": f"{weights:,} bytes of weights on {run.device}, and activations of {run.batch_tokens:,} tokens",
+        "device memory": f"{weight_bytes:,} bytes of weights on {run.device}, plus activations of {run.batch_tokens:,} tokens",
         "host memory": f"about {_host_bytes(prepared):,} bytes for the shards in flight",
         "time": time,
     }

@@ -21,7 +21,7 @@ from workers.tokenizer import TextTokenizer
 PUBLISH_POSITIONS = 2**20  # positions made durable at a time: four shards of the default size (arbitrary)
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 2**22  # of text in memory at a time, unless one document is longer (arbitrary)
-SEQUENCE_LENGTHS = tuple(2**power for power in range(4, 12))  # 16 to 2,048
+SEQUENCE_LENGTHS = tuple(1 << power for power in range(4, 12))  # 16 to 2,048
 
 
 @dataclass(frozen=True)

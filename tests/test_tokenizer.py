@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from workers.tiny import CHAT_TEMPLATE, tiny_checkpoint
@@ -142,6 +142,23 @@ def test_a_tokenizer_whose_pieces_reach_over_spaces_is_not_cut() -> None:
     wrapped = TextTokenizer(backend, {}, "superword")
     assert any("▁" in piece[1:] for piece in wrapped.pieces())
     assert list(wrapped._cut(text, 5)) == [text]
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("rstrip", [False, True])
+@pytest.mark.parametrize("prepend", [False, True])
+def test_added_tokens_that_are_not_special_keep_their_ids_when_cut(
+    normalized: bool, rstrip: bool, prepend: bool
+) -> None:
+    backend = sentencepiece_tokenizer(MODEL_FILE)
+    if not prepend:
+        backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.add_tokens([AddedToken("<think>", normalized=normalized, rstrip=rstrip)])
+    text = "Why <think> I see <think>  so<think> it is"
+    expected = backend.encode(text, add_special_tokens=False).ids
+    assert 32000 in expected
+    wrapped = TextTokenizer(backend, {}, "thinking")
+    assert [wrapped.encode_batch([text], limit)[0].tolist() for limit in range(1, 30)] == [expected] * 29
 
 
 def test_attributes_come_from_the_folder(tokenizer: TextTokenizer, only_model_file: TextTokenizer) -> None:

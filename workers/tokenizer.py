@@ -179,9 +179,8 @@ class TextTokenizer:
     def pieces(self) -> list[str]:
         """Return the readable piece of each id (▁ is a space, <0x0A> a byte, "" an id without a piece)."""
         raw = [self._backend.id_to_token(i) or "" for i in range(self.vocab_size)]
-        if not self._byte_level:
-            return raw
-        return [piece if i in self._added else _readable(piece) for i, piece in enumerate(raw)]
+        readable = _readable if self._byte_level else str
+        return [self._added[i].content if i in self._added else readable(raw[i]) for i in range(len(raw))]
 
     def encode_batch(self, texts: Sequence[str], limit: int = CUT_CHARACTERS) -> list[NDArray[np.int32]]:
         """
@@ -217,16 +216,18 @@ class TextTokenizer:
         """
         Characters to drop at a cut: 1 where the normalizer supplies the space, else 0; None forbids cutting.
 
-        A cut is exact when no piece reaches over it, for then no merge does; how the rest must begin is
-        found by trying.
+        A cut is exact when no piece reaches over it, for then no merge does. How the rest must begin is found
+        by trying, beside added tokens too: they split a text before it is normalized.
         """
-        ordinary = [piece for i, piece in enumerate(self.pieces()) if i not in self.special_ids]
-        added = [token for token in self._added.values() if not token.special]
-        if any(map(_CROSSES_CUT.search, ordinary)) or any(token.lstrip or token.rstrip for token in added):
+        special = set(self.special_ids)
+        if any(_CROSSES_CUT.search(piece) for i, piece in enumerate(self.pieces()) if i not in special):
             return None
-        probes = ("a b", "a  b", "word.  x = 1", "7 7", "é 日本  語", "🙂 \t🙂")
+        added = [token.content for i, token in self._added.items() if i not in special]
+        probes = [(text, text.index(" ")) for text in ("a b", "a  b", "word.  x = 1", "7 7", "é 日  語", "🙂 \t🙂")]
+        probes += [(f"a {token} b", 1) for token in added]
+        probes += [(f"{token} b", len(token)) for token in added if _CUT.match(f"{token} b", len(token) - 1)]
         for skips in (1, 0):
-            if all(self._cut_is_exact(probe, probe.index(" "), skips) for probe in probes):
+            if all(self._cut_is_exact(text, at, skips) for text, at in probes):
                 return skips
         return None
 
