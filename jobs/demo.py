@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STORE, REPORT = ROOT / "demo.zarr", ROOT / "demo.html"
 # Documents of very different length: so many make about 150,000 tokens of each text.
-TEXTS = {"demo:prose": 14, "demo:code": 24}
+TEXTS = {"demo:prose": 14, "demo:code": 44}
 OPTIONS = (
     "--local",
     "--model",

@@ -1,0 +1,77 @@
+// Draws the charts of a report and their tables; all text reaches the page as text, never as markup.
+"use strict";
+(() => {
+  const { specs, themes } = JSON.parse(document.getElementById("data").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const picker = document.getElementById("layer");
+  const views = [];
+
+  // The marks that carry a chart's numbers: its own, or those of its first layer.
+  const rowsOf = (kind, spec) => {
+    const rows = (spec.data ?? spec.layer[0].data).values;
+    return kind === "tokens" ? rows.filter((row) => row.layer === Number(picker.value)) : rows;
+  };
+
+  const element = (tag, text) => {
+    const node = document.createElement(tag);
+    if (text !== undefined) node.textContent = text;
+    return node;
+  };
+
+  const fillTable = (figure, rows) => {
+    const table = figure.querySelector("table");
+    const names = rows.length ? Object.keys(rows[0]) : [];
+    const head = element("thead");
+    head.append(element("tr"));
+    head.firstChild.append(...names.map((name) => {
+      const cell = element("th", name.replaceAll("_", " "));
+      cell.scope = "col";
+      return cell;
+    }));
+    const body = element("tbody");
+    body.append(...rows.map((row) => {
+      const line = element("tr");
+      line.append(...names.map((name) => element("td", row[name] ?? "–")));
+      return line;
+    }));
+    table.replaceChildren(head, body);
+  };
+
+  const draw = async (figure) => {
+    const { kind, number } = figure.dataset;
+    const spec = specs[kind][number];
+    const options = {
+      ast: true, // expressions are interpreted: the page's policy allows no code from text
+      renderer: "svg",
+      config: themes[dark.matches ? "dark" : "light"],
+      actions: { export: true, source: false, compiled: false, editor: false },
+    };
+    const { view } = await vegaEmbed(figure.querySelector(".chart"), spec, options);
+    if (kind === "tokens") {
+      views.push(view);
+      await view.signal("layer", Number(picker.value)).runAsync();
+    }
+    figure.querySelector("summary").textContent = `The numbers (${rowsOf(kind, spec).length} rows)`;
+    const details = figure.querySelector("details");
+    details.ontoggle = () => details.open && fillTable(figure, rowsOf(kind, spec));
+    details.ontoggle();
+    figure.dataset.drawn = "";
+  };
+
+  const drawAll = async () => {
+    for (const view of views.splice(0)) view.finalize();
+    for (const figure of document.querySelectorAll("figure[data-kind]")) await draw(figure);
+    document.body.dataset.drawn = "";
+  };
+
+  picker.addEventListener("change", async () => {
+    await Promise.all(views.map((view) => view.signal("layer", Number(picker.value)).runAsync()));
+    for (const figure of document.querySelectorAll("figure[data-kind=tokens]")) {
+      const rows = rowsOf("tokens", specs.tokens[figure.dataset.number]);
+      figure.querySelector("summary").textContent = `The numbers (${rows.length} rows)`;
+      if (figure.querySelector("details").open) fillTable(figure, rows);
+    }
+  });
+  dark.addEventListener("change", drawAll);
+  drawAll();
+})();

@@ -1,0 +1,211 @@
+"""One offline page about one or more stores: what was captured, and what the experts did.
+
+Promises: every number comes from one scan of each data set, as much of it as is committed, and the page says how much
+that is; all text from data sets and tokenizers is escaped, in HTML and in the charts' data; the page asks no host for
+anything. The charts' own numbers are the tables', made from the same data in the page.
+
+Does not know how results are computed or drawn: `analysis.scan` and its reducers, `analysis.charts`.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import jinja2
+import numpy as np
+import vl_convert
+import xarray as xr
+from markupsafe import Markup
+
+from analysis import charts
+from analysis.load import Load
+from analysis.paths import Transitions, Windows
+from analysis.scan import scan
+from analysis.tokens import TopTokens
+from store import Coverage, coverage, dataset_names, open_capture
+
+WINDOW_LAYERS = 3
+WINDOWS_LISTED = 10
+TOKENS_LISTED = 8
+TOKEN_MIN_COUNT = 20  # a lift of a rarer token is mostly luck (arbitrary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """The first answers about one data set."""
+
+    label: str
+    state: Coverage
+    attrs: Mapping[str, Any]
+    load: xr.Dataset
+    moves: xr.Dataset
+    windows: xr.Dataset | None
+    """None where the model has too few layers with experts."""
+    tokens: xr.Dataset
+
+
+def answer(path: Path, dataset: str, label: str, progress: Callable[[int, int], None] | None = None) -> Answers:
+    """Scan what is committed of one data set, once."""
+    data = open_capture(path, dataset, allow_incomplete=True)
+    reducers = [Load(), Transitions(), TopTokens(top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT)]
+    windows = [Windows(WINDOW_LAYERS, WINDOWS_LISTED)] if data.sizes["layer"] >= WINDOW_LAYERS else []
+    load, moves, tokens, *counted = scan(data, [*reducers, *windows], progress=progress)
+    return Answers(
+        label=label,
+        state=coverage(path, dataset),
+        attrs=data.attrs,
+        load=load,
+        moves=moves,
+        windows=counted[0] if counted else None,
+        tokens=tokens,
+    )
+
+
+def write_report(
+    paths: Sequence[Path], output: Path, *, progress: Callable[[str, int, int], None] | None = None
+) -> list[Answers]:
+    """Draw every data set of some stores on one page.
+
+    Parameters
+    ----------
+    paths
+        Stores; they may be incomplete, which the page says.
+    output
+        The HTML file; it is replaced whole or not at all.
+    progress
+        Called with a data set's label, shards read and shards in all.
+
+    Returns
+    -------
+    list of Answers
+        What the page shows, in its order.
+
+    Raises
+    ------
+    FileNotFoundError
+        When a path is no store.
+    ValueError
+        When the stores hold no data set.
+    """
+    found = [(path, name) for path in paths for name in dataset_names(path)]
+    if not found:
+        raise ValueError(f"no data set in {', '.join(map(str, paths))}: nothing to report")
+    answers = []
+    for path, name in found:
+        label = name if len(paths) == 1 else f"{path.name}/{name}"
+        told = None if progress is None else lambda done, total, label=label: progress(label, done, total)
+        answers.append(answer(path, name, label, told))
+    page = render(answers)
+    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return answers
+
+
+def render(answers: Sequence[Answers]) -> str:
+    """The page as one HTML text."""
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    spread = charts.load_spread(*(each.load for each in answers))
+    specs = {
+        "load": [_spec(charts.load_heatmap(each.load, spread=spread)) for each in answers],
+        "paths": [_spec(charts.path_chart(each.moves, each.load)) for each in answers],
+        "tokens": [_spec(charts.token_chart(each.tokens)) for each in answers],
+    }
+    data = {"specs": specs, "themes": {"light": charts.theme(), "dark": charts.theme(dark=True)}}
+    scripts = [vl_convert.javascript_bundle(), (folder / "report.js").read_text(encoding="utf-8")]
+    return environment.get_template("report.html.jinja").render(
+        answers=answers,
+        layers=[int(number) for number in answers[0].load["layer"].values],
+        sentences=sentences(answers),
+        windows=[_windows(each.windows) for each in answers],
+        provenance=[json.dumps(dict(each.attrs), indent=1, default=str) for each in answers],
+        data=_inert_json(data),
+        scripts=[Markup(script) for script in scripts],
+        hashes=[_hash(script) for script in scripts],
+        visible=charts.visible,
+    )
+
+
+def sentences(answers: Sequence[Answers]) -> list[str]:
+    """What was measured, in words computed from the data."""
+    said = []
+    for each in answers:
+        n, share = each.load.attrs["n"], each.load["share"]
+        if not n:
+            said.append(f"{each.label}: no token is captured yet.")
+            continue
+        even = each.load.attrs["null"]
+        layer, expert = np.unravel_index(int(np.argmax(share.fillna(0).data)), share.shape)
+        top = float(share[layer, expert])
+        said.append(
+            f"{each.label}: {n:,} tokens. The busiest expert is {int(share['expert'][expert])} at layer"
+            f" {int(share['layer'][layer])}, with {top:.1%} of that layer's choices ({even:.1%} would be even)."
+        )
+    if len(answers) > 1:
+        said.extend(_contrast(answers[0], other) for other in answers[1:] if _comparable(answers[0], other))
+    return said
+
+
+def _comparable(one: Answers, other: Answers) -> bool:
+    same = one.load["share"].shape == other.load["share"].shape
+    return bool(same and one.load.attrs["n"] and other.load.attrs["n"] and one.attrs["model"] == other.attrs["model"])
+
+
+def _contrast(one: Answers, other: Answers) -> str:
+    difference = other.load["share"] - one.load["share"]
+    layer, expert = np.unravel_index(int(np.argmax(abs(difference).data)), difference.shape)
+    shares = [float(each.load["share"][layer, expert]) for each in (one, other)]
+    distance = abs(difference).sum("expert") / 2
+    return (
+        f"{one.label} and {other.label} differ most at layer {int(difference['layer'][layer])}, expert"
+        f" {int(difference['expert'][expert])}: {shares[0]:.1%} against {shares[1]:.1%} of the choices; on average over"
+        f" the layers, {float(distance.mean()):.1%} of the choices would have to move to make their loads equal."
+    )
+
+
+def _windows(windows: xr.Dataset | None) -> list[dict[str, Any]]:
+    """Rows of the table of frequent windows; none where there are too few layers."""
+    if windows is None:
+        return []
+    return [
+        {
+            "layers": f"{int(each['layer'][0])}–{int(each['layer'][-1])}",
+            "experts": " → ".join(str(int(expert)) for expert in each["expert"].values),
+            "tokens": int(each["count"]),
+            "share": float(each["share"]),
+            "times": float(each["share"]) / windows.attrs["null"],
+        }
+        for each in (windows.isel(window=index) for index in range(windows.sizes["window"]))
+    ]
+
+
+def _spec(chart: alt.Chart | alt.LayerChart) -> dict[str, Any]:
+    spec: dict[str, Any] = chart.to_dict()
+    spec.pop("config", None)  # the page puts in the theme for light or dark
+    return spec
+
+
+def _inert_json(data: object) -> Markup:
+    """JSON that is inert inside a script element, whatever the text in it: no `<`, `>`, `&`, no U+2028."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)  # ASCII only: U+2028 and bidi marks are escaped
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _hash(script: str) -> str:
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"

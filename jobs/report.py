@@ -1,0 +1,45 @@
+"""Draw a report: `python jobs/report.py STORE [STORE ...] -o report.html`, one offline HTML file."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import tyro
+
+from jobs.terminal import run_job, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Draw what the experts did, for every data set of one or more stores, as one HTML file that works offline.
+
+    An incomplete capture is drawn as far as it goes, and the page says so. Prints the path of the file. Exit status:
+    0 drawn, 2 not a store, or nothing in it.
+    """
+
+    stores: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """The stores."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """The file to write; one that is there is replaced."""
+
+
+def main(arguments: list[str]) -> int:
+    """Write the report and print its path."""
+    config = tyro.cli(ReportConfig, prog="python jobs/report.py", args=arguments, use_underscores=True)
+    if not config.stores:
+        raise ValueError("name at least one store, such as demo.zarr")
+    from analysis.report import write_report  # the chart libraries take a second: --help does not wait for them
+
+    for answers in write_report(config.stores, config.output):
+        if not answers.state.complete:
+            say(f"note: {answers.state}")
+    print(config.output.absolute())
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main)

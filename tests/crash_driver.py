@@ -1,0 +1,81 @@
+"""Runs captures that die: a process of its own, told on its input what to capture and where to be killed.
+
+Each run is a fork that has imported everything already, so that a kill and a resume take a fraction of a second. The
+steps at which a run can die are those of every object that it writes: before it, with half of it in the scratch
+folder, with all of it there and nothing visible, and before a removal. Death is SIGKILL.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+from fake_model import fake_capture, words
+
+from store.objects import LocalObjects
+
+TEXTS = [words(5, 1), "", words(70, 2), words(8, 3), " \n ", words(9, 4), words(30, 5)]
+"""17 rows of 8 positions, five shards of four rows; the third document goes through three shards."""
+
+
+def die_at(step: int | None, trace: Path) -> None:
+    """Make this process die at its step number `step`, counted from 0; without one, only trace the steps."""
+    steps: list[str] = []
+    stage = {"key": ""}
+
+    def reached(name: str, last_act: Callable[[], object] = lambda: None) -> None:
+        if len(steps) == step:
+            last_act()
+            os.kill(os.getpid(), signal.SIGKILL)
+        steps.append(f"{name} {stage['key']}")
+        if step is None:
+            trace.write_text(json.dumps(steps))
+
+    def announced(method: Any, name: str) -> Any:
+        def call(self: LocalObjects, key: str, *data: bytes) -> Any:
+            stage["key"] = key
+            reached(f"before {name}")
+            return method(self, key, *data)
+
+        return call
+
+    def torn(write: Any) -> Any:
+        def call(self: LocalObjects, data: bytes) -> Path:
+            reached("torn", lambda: write(self, data[: len(data) // 2]))
+            partial: Path = write(self, data)
+            reached("invisible")
+            return partial
+
+        return call
+
+    for name in ("put", "put_new", "delete"):
+        setattr(LocalObjects, name, announced(getattr(LocalObjects, name), name))
+    LocalObjects._write_partial = torn(LocalObjects._write_partial)  # type: ignore[method-assign]
+
+
+def run(store: str, step: int | None) -> int:
+    """Capture in a fork; the exit status, negative for the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            log = os.open(f"{store}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 2)
+            os.dup2(log, 1)
+            die_at(step, Path(f"{store}.trace"))
+            status = 0 if fake_capture(Path(store), TEXTS).complete else 1
+        finally:
+            sys.excepthook(*sys.exc_info()) if sys.exc_info()[0] else None
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(run(**json.loads(line))), flush=True)
