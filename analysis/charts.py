@@ -77,7 +77,7 @@ def theme(dark: bool = False) -> dict[str, Any]:
             "titleFontSize": 12,
             "titlePadding": 8,
         },
-        "legend": {**quiet, "labelFontSize": 11, "titleFontSize": 11, "gradientThickness": 8},
+        "legend": {**quiet, "labelFontSize": 11, "titleFontSize": 11, "titleLimit": 400, "gradientThickness": 8},
         "rect": {"stroke": None},
         "rule": {"color": colour["accent"]},
         "circle": {"color": colour["ink"], "opacity": 1},
@@ -120,18 +120,19 @@ def load_heatmap(load: xr.Dataset, *, spread: float | None = None) -> alt.Chart:
         for layer in load["layer"].values
         for expert in load["expert"].values
     ]
-    domain = [100 * (null - spread), 100 * null, 100 * (null + spread)]
+    domain = [100 * max(0.0, null - spread), 100 * null, 100 * (null + spread)]
     colour = (
         alt.Color("share:Q", title="share of choices, %")
         .scale(
             domain=domain,
             range="diverging",
-            clamp=True,  # type: ignore[arg-type]
+            interpolate="rgb",  # the default goes through green and maroon, which would look like a third kind
+            clamp=True,
         )
         .legend(orient="bottom", format=".3~g", values=domain, gradientLength=180)
     )
-    return (
-        alt.Chart(alt.Data(values=rows), name=CELLS)
+    chart: alt.Chart = (
+        alt.Chart(alt.InlineData(values=rows), name=CELLS)
         .mark_rect(cornerRadius=2)
         .encode(
             x=_experts("expert", load.sizes["expert"]),
@@ -151,15 +152,16 @@ def load_heatmap(load: xr.Dataset, *, spread: float | None = None) -> alt.Chart:
                 subtitle=[f"n = {n:,} tokens; even share {_number(100 * null)} % is pale"],
             ),
             width="container",
-            height=alt.Step(_step(load.sizes["layer"])),
+            height=_step(load.sizes["layer"]) * load.sizes["layer"],
             description=f"Heat map of the share of choices of each expert at each layer, {n} tokens.",
         )
     )
+    return chart
 
 
 def load_spread(*loads: xr.Dataset) -> float:
     """A common colour range for loads: their largest distance from the even share, a quarter of it at least."""
-    spreads = [_SMALL_SPREAD * load.attrs["null"] for load in loads]
+    spreads: list[float] = [_SMALL_SPREAD * load.attrs["null"] for load in loads]
     for load in loads:
         distance = abs(load["share"] - load.attrs["null"]).values
         spreads.append(float(np.nanmax(distance, initial=0.0)))
@@ -194,7 +196,7 @@ def path_chart(moves: xr.Dataset, load: xr.Dataset) -> alt.LayerChart:
     strength = alt.Scale(domain=[1, STRONG_LINK], range=[0.04, 0.95], clamp=True)
     width = alt.Scale(domain=[1, STRONG_LINK], range=[0.6, 3], clamp=True)
     rules = (
-        alt.Chart(alt.Data(values=links), name=LINKS)
+        alt.Chart(alt.InlineData(values=links), name=LINKS)
         .mark_rule(strokeCap="round", aria=False)
         .encode(
             x=x,
@@ -216,7 +218,7 @@ def path_chart(moves: xr.Dataset, load: xr.Dataset) -> alt.LayerChart:
     )
     area = 220 if load.sizes["expert"] <= 16 else 60
     points = (
-        alt.Chart(alt.Data(values=circles), name="experts")
+        alt.Chart(alt.InlineData(values=circles), name="experts")
         .mark_circle()
         .encode(
             x=x,
@@ -229,18 +231,20 @@ def path_chart(moves: xr.Dataset, load: xr.Dataset) -> alt.LayerChart:
             ],
         )
     )
-    return alt.layer(rules, points).properties(
+    chart = alt.layer(rules, points).properties(
         title=alt.Title(
-            "Paths: share of an expert's tokens, times chance",
+            "Paths: share of tokens, times chance",
             subtitle=[
                 f"n = {n:,} tokens, first choices; chance is {_number(100 * null)} %",
-                f"{len(links):,} of {above:,} links above chance; full strength from {STRONG_LINK:g}×",
+                f"{len(links):,} of {above:,} links above chance; full ink from {STRONG_LINK:g}×",
             ],
         ),
         width="container",
-        height=alt.Step(_step(len(layers)) * 1.6),
+        height=1.6 * _step(len(layers)) * len(layers),
         description=f"Transitions of first choices between neighbouring layers, {n} tokens.",
     )
+    assert isinstance(chart, alt.LayerChart)  # altair's annotation allows a facet, which these properties do not make
+    return chart
 
 
 def link_rows(moves: xr.Dataset) -> tuple[list[dict[str, Any]], int]:
@@ -291,7 +295,7 @@ def token_chart(tokens: xr.Dataset) -> alt.LayerChart:
     ]
     layer = alt.param(name="layer", value=int(tokens["layer"][0]))
     base = (
-        alt.Chart(alt.Data(values=rows))
+        alt.Chart(alt.InlineData(values=rows))
         .transform_filter("datum.layer == layer")
         .encode(
             x=alt.X("rank:O", title="rank").axis(labelAngle=0).scale(paddingInner=0.04),
@@ -311,26 +315,29 @@ def token_chart(tokens: xr.Dataset) -> alt.LayerChart:
             type="log",
             domain=[1, STRONG_LIFT],
             range="ramp",
-            clamp=True,  # type: ignore[arg-type]
+            interpolate="rgb",
+            clamp=True,
         )
         .legend(orient="bottom", values=[1, 2, 4, 8], gradientLength=180)
     )
     tiles = base.mark_rect(cornerRadius=3, aria=False).encode(color=colour)
     words = base.mark_text(limit=66, fontSize=11).encode(text="piece:N").properties(name=TOKENS)
     order, least = tokens.attrs["order"], tokens.attrs["min_count"]
-    return (
+    chart = (
         alt.layer(tiles, words)
         .add_params(layer)
         .properties(
             title=alt.Title(
-                "Tokens of each expert: lift, times the average",
-                subtitle=[f"n = {tokens.attrs['n']:,} tokens; ordered by {order}, of those seen {least}+ times"],
+                "Tokens: lift, times the average",
+                subtitle=[f"n = {tokens.attrs['n']:,} tokens", f"ordered by {order}, of those seen {least}+ times"],
             ),
             width="container",
-            height=alt.Step(24),
+            height=24 * tokens.sizes["expert"],
             description="The first tokens of each expert at one layer.",
         )
     )
+    assert isinstance(chart, alt.LayerChart)
+    return chart
 
 
 def _experts(field: str, num_experts: int) -> alt.X:

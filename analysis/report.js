@@ -8,7 +8,8 @@
 
   // The marks that carry a chart's numbers: its own, or those of its first layer.
   const rowsOf = (kind, spec) => {
-    const rows = (spec.data ?? spec.layer[0].data).values;
+    const { name } = spec.data ?? spec.layer[0].data;
+    const rows = spec.datasets[name];
     return kind === "tokens" ? rows.filter((row) => row.layer === Number(picker.value)) : rows;
   };
 
@@ -19,7 +20,7 @@
   };
 
   const fillTable = (figure, rows) => {
-    const table = figure.querySelector("table");
+    const table = figure.querySelector(".numbers table");
     const names = rows.length ? Object.keys(rows[0]) : [];
     const head = element("thead");
     head.append(element("tr"));
@@ -51,8 +52,8 @@
       views.push(view);
       await view.signal("layer", Number(picker.value)).runAsync();
     }
-    figure.querySelector("summary").textContent = `The numbers (${rowsOf(kind, spec).length} rows)`;
-    const details = figure.querySelector("details");
+    figure.querySelector(".numbers summary").textContent = `The numbers (${rowsOf(kind, spec).length} rows)`;
+    const details = figure.querySelector(".numbers");
     details.ontoggle = () => details.open && fillTable(figure, rowsOf(kind, spec));
     details.ontoggle();
     figure.dataset.drawn = "";
@@ -68,8 +69,8 @@
     await Promise.all(views.map((view) => view.signal("layer", Number(picker.value)).runAsync()));
     for (const figure of document.querySelectorAll("figure[data-kind=tokens]")) {
       const rows = rowsOf("tokens", specs.tokens[figure.dataset.number]);
-      figure.querySelector("summary").textContent = `The numbers (${rows.length} rows)`;
-      if (figure.querySelector("details").open) fillTable(figure, rows);
+      figure.querySelector(".numbers summary").textContent = `The numbers (${rows.length} rows)`;
+      if (figure.querySelector(".numbers").open) fillTable(figure, rows);
     }
   });
   dark.addEventListener("change", drawAll);

@@ -51,15 +51,16 @@ class Answers:
     tokens: xr.Dataset
 
 
-def answer(path: Path, dataset: str, label: str, progress: Callable[[int, int], None] | None = None) -> Answers:
-    """Scan what is committed of one data set, once."""
-    data = open_capture(path, dataset, allow_incomplete=True)
+def answer(
+    data: xr.Dataset, state: Coverage, label: str, progress: Callable[[int, int], None] | None = None
+) -> Answers:
+    """Scan one capture once, as much of it as is there."""
     reducers = [Load(), Transitions(), TopTokens(top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT)]
     windows = [Windows(WINDOW_LAYERS, WINDOWS_LISTED)] if data.sizes["layer"] >= WINDOW_LAYERS else []
     load, moves, tokens, *counted = scan(data, [*reducers, *windows], progress=progress)
     return Answers(
         label=label,
-        state=coverage(path, dataset),
+        state=state,
         attrs=data.attrs,
         load=load,
         moves=moves,
@@ -101,7 +102,7 @@ def write_report(
     for path, name in found:
         label = name if len(paths) == 1 else f"{path.name}/{name}"
         told = None if progress is None else lambda done, total, label=label: progress(label, done, total)
-        answers.append(answer(path, name, label, told))
+        answers.append(answer(open_capture(path, name, allow_incomplete=True), coverage(path, name), label, told))
     page = render(answers)
     partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -125,7 +126,8 @@ def render(answers: Sequence[Answers]) -> str:
         "tokens": [_spec(charts.token_chart(each.tokens)) for each in answers],
     }
     data = {"specs": specs, "themes": {"light": charts.theme(), "dark": charts.theme(dark=True)}}
-    scripts = [vl_convert.javascript_bundle(), (folder / "report.js").read_text(encoding="utf-8")]
+    vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    scripts = [vega, (folder / "report.js").read_text(encoding="utf-8")]
     return environment.get_template("report.html.jinja").render(
         answers=answers,
         layers=[int(number) for number in answers[0].load["layer"].values],

@@ -28,6 +28,7 @@ from store.objects import LocalObjects
 
 GROWING = ("token", "length", "document_id", "offset", "name", "expert", "weight", "role")
 _NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,127}")
+_RECORD = re.compile(r"[0-9]+\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +262,8 @@ class CaptureGroup:
         valid: dict[int, dict[str, Any]] = {}
         wrong: dict[int, str] = {}
         for file in self.objects.list(self._key("expert/commits")):
+            if not _RECORD.fullmatch(file):  # such as what a network file system leaves of a removed file
+                continue
             shard = int(file.removesuffix(".json"))
             try:
                 record = self._record(f"expert/commits/{file}") or {}

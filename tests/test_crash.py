@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from crash_driver import TEXTS
-from fake_model import fake_layout, store_files, words
+from fake_model import fake_capture, fake_layout, store_files, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from store import CaptureGroup, coverage, open_capture
+from store import coverage, dataset_names, open_capture
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,8 +108,14 @@ def assert_killed_and_resumed(driver: Driver, truth: Truth, store: Path, *steps:
     shutil.rmtree(store)
 
 
-def creating(step: str) -> bool:
-    return step.partition(" ")[0] in ("before", "torn", "invisible") and "lease" not in step
+def lease_taken(truth: Truth) -> int:
+    """Number of the step at which the lease is asked for; the group is whole by then."""
+    return truth.steps.index("before put_new fake/token/lease.json")
+
+
+def planned(truth: Truth) -> int:
+    """Number of the first step after planning."""
+    return truth.steps.index("before put_new fake/expert/c/0/0/0/0")
 
 
 def test_an_undisturbed_run_leaves_no_lease_and_no_partial_file(truth: Truth) -> None:
@@ -120,15 +125,6 @@ def test_an_undisturbed_run_leaves_no_lease_and_no_partial_file(truth: Truth) ->
     assert len([key for key in truth.files if "/commits/" in key]) == 5
 
 
-def lease_taken(truth: Truth) -> int:
-    return next(number for number, step in enumerate(truth.steps) if "lease.json" in step)
-
-
-def planned(truth: Truth) -> int:
-    """Number of the first step after planning."""
-    return next(number for number, step in enumerate(truth.steps) if "/expert/c/0/" in step)
-
-
 def test_killed_while_the_group_is_created(driver: Driver, truth: Truth, tmp_path: Path) -> None:
     steps = list(range(lease_taken(truth) + 3))
     assert sum("zarr.json" in truth.steps[step] for step in steps) > 30
@@ -136,6 +132,7 @@ def test_killed_while_the_group_is_created(driver: Driver, truth: Truth, tmp_pat
         assert_killed_and_resumed(driver, truth, tmp_path / f"{step}.zarr", step)
 
 
+@pytest.mark.slow
 def test_killed_while_the_text_is_planned(driver: Driver, truth: Truth, tmp_path: Path) -> None:
     steps = list(range(lease_taken(truth) + 3, planned(truth)))
     assert {"before put fake/token/plan.json", "torn fake/length/c/0", "invisible fake/token/c/4/0"} <= {
@@ -145,6 +142,7 @@ def test_killed_while_the_text_is_planned(driver: Driver, truth: Truth, tmp_path
         assert_killed_and_resumed(driver, truth, tmp_path / f"{step}.zarr", step)
 
 
+@pytest.mark.slow
 def test_killed_before_between_and_after_the_arrays_of_a_shard_and_its_commit(
     driver: Driver, truth: Truth, tmp_path: Path
 ) -> None:
@@ -161,3 +159,63 @@ def test_killed_before_between_and_after_the_arrays_of_a_shard_and_its_commit(
 @given(steps=st.lists(st.integers(0, 250), min_size=2, max_size=5))
 def test_killed_again_and_again(driver: Driver, truth: Truth, tmp_path: Path, steps: list[int]) -> None:
     assert_killed_and_resumed(driver, truth, tmp_path / "again.zarr", *steps)
+
+
+def capture_command(store: str) -> list[str]:
+    options = "--local --model tiny --quantization none --device cpu --sequence_length 64 --rows_per_shard 16"
+    script = [sys.executable, "-W", "error", str(ROOT / "jobs" / "capture.py")]
+    return [*script, "--dataset", "texts", "--store", store, "--batch_tokens", "256", *options.split()]
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_sigterm_in_a_real_capture_exit_130_and_143_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(10):
+        (tmp_path / "texts" / f"{number}.txt").write_text(words(3000, number))
+    # The identity of the code must not change under the test while somebody commits.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GIT_DIR": "/nonexistent"}
+
+    def interrupted(folder: Path, number: int, at_commits: int) -> subprocess.CompletedProcess[str]:
+        commits = folder / "routes.zarr" / "texts" / "expert" / "commits"
+        with subprocess.Popen(
+            capture_command("routes.zarr"), cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+        ) as process:
+            while process.poll() is None and (not commits.exists() or len(os.listdir(commits)) < at_commits):
+                time.sleep(0.005)
+            process.send_signal(number)
+            return subprocess.CompletedProcess([], process.wait(60), stderr=process.stderr and process.stderr.read())
+
+    truth, folder = tmp_path / "truth", tmp_path / "stopped"
+    for path in (truth, folder):
+        path.mkdir()
+        (path / "texts").symlink_to(tmp_path / "texts")
+    undisturbed = subprocess.Popen(
+        capture_command("routes.zarr"), cwd=truth, env=environment, stderr=subprocess.DEVNULL
+    )
+    done = 0
+    for number, status, word in ((signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")):
+        ended = interrupted(folder, number, done + 3)
+        assert ended.returncode == status, ended.stderr
+        assert ended.stderr.splitlines()[-1].startswith(f"error: {word}: what is committed is kept")
+        assert "Traceback" not in ended.stderr
+        state = coverage(folder / "routes.zarr", "texts")
+        assert done + 3 <= state.shards_done < state.shards_total
+        assert not (folder / "routes.zarr" / "texts" / "token" / "lease.json").exists()
+        done = state.shards_done
+    subprocess.run(capture_command("routes.zarr"), cwd=folder, env=environment, check=True, capture_output=True)
+    assert undisturbed.wait(120) == 0
+    assert comparable(folder / "routes.zarr") == comparable(truth / "routes.zarr")
+
+
+def test_a_group_whose_creation_was_killed_is_no_capture_yet_and_may_become_another(
+    driver: Driver, truth: Truth, tmp_path: Path
+) -> None:
+    last = truth.steps.index("before put_new fake/zarr.json")
+    store = tmp_path / "routes.zarr"
+    assert driver.run(store, last) == -signal.SIGKILL
+    assert dataset_names(store) == []
+    with pytest.raises(FileNotFoundError, match="no data set 'fake'"):
+        open_capture(store, "fake", allow_incomplete=True)
+    other = fake_capture(store, TEXTS, layout=fake_layout(sequence_length=16))
+    assert other.complete
+    assert open_capture(store, "fake").sizes["position"] == 16

@@ -8,6 +8,7 @@ Does not know tokens, hooks or stores. Files come from `workers.checkpoint`, sha
 `workers.description`; how fused experts become quantizable is told in `workers.quantizer`.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -162,13 +163,21 @@ def _from_pretrained(checkpoint: Checkpoint, description: ModelDescription, targ
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from printing a report that ends in an error here, or is as expected (no head)."""
+    """Keep transformers from printing a report that ends in an error here, or is as expected (no head).
+
+    Its progress bar is shown in a terminal only.
+    """
     verbosity = transformers.logging.get_verbosity()
+    bar = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+        if bar:
+            transformers.logging.enable_progress_bar()
 
 
 def _quantizers(quantization: str) -> AbstractContextManager[None]:

@@ -5,9 +5,10 @@ on the device; when the last one has fired the forward is stopped, since what fo
 the final norm) routes nothing.
 
 The proof. A hook that never fires, fires twice, or returns an earlier batch is what other recorders have been fooled
-by; 0 is a legal expert. So every layer must fire exactly once with one choice set for each token, every index must
-be legal, every weight finite, and on a sample of tokens the layer's own router, given the hidden states that reached
-it, must choose and weigh as was recorded.
+by; 0 is a legal expert. So every layer must fire exactly once, after the layer below it, with one choice set for
+each token, every index must be legal, every weight finite, and on a sample of tokens the layer's own router, given
+the hidden states that reached it, must choose and weigh as was recorded. The sample is asked about in another order
+each time, so that a router which repeats what it once said to as many tokens is found out too.
 """
 
 from collections.abc import Iterator, Mapping
@@ -74,16 +75,27 @@ class RouteRecorder:
         Layer number to router module, as the model orders them.
     num_experts, experts_per_token
         E and k.
+
+    Raises
+    ------
+    RoutingError
+        When there is no router, or one stands for two layers.
     """
 
     def __init__(self, routers: Mapping[int, nn.Module], num_experts: int, experts_per_token: int) -> None:
         if not routers:
             raise RoutingError("the model has no routers to record")
         self.routers = dict(routers)
+        owner: dict[nn.Module, int] = {}
+        for layer, router in self.routers.items():
+            if owner.setdefault(router, layer) != layer:
+                raise RoutingError(f"layer {layer}: its router is that of layer {owner[router]} too")
         self.num_experts, self.k = num_experts, experts_per_token
         self._choices: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._sampled: dict[int, torch.Tensor] = {}
         self._sample = torch.zeros(0, dtype=torch.long)
+        self._fired: list[int] = []
+        self._batches = self._tokens = 0
 
     @contextmanager
     def attached(self) -> Iterator["RouteRecorder"]:
@@ -122,16 +134,18 @@ class RouteRecorder:
         Raises
         ------
         RoutingError
-            When a layer did not fire, fired more than once, or for another number of tokens.
+            When a layer did not fire, fired more than once, out of its place, or for another number of tokens.
         """
         filled = np.flatnonzero(np.arange(token.shape[1]) < length[:, None])
         picks = filled[np.linspace(0, len(filled) - 1, min(SAMPLE, len(filled))).astype(int)]
-        self._choices = {layer: [] for layer in self.routers}
+        picks = np.roll(picks, self._batches)
+        self._batches, self._tokens = self._batches + 1, token.numel()
+        self._choices, self._fired = {layer: [] for layer in self.routers}, []
         self._sampled = {}
         self._sample = torch.from_numpy(picks).to(token.device)
         with suppress(_LastRouterDone):  # no mask and no cache: plain causal attention, each row alone
             model(input_ids=token, attention_mask=None, use_cache=False)
-        return self._checked(token.numel(), torch.from_numpy(filled).to(token.device))
+        return self._checked(torch.from_numpy(filled).to(token.device))
 
     def _before(self, layer: int) -> Any:
         def keep_sample(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -144,18 +158,23 @@ class RouteRecorder:
         last = layer == next(reversed(self.routers))
 
         def keep_choices(module: nn.Module, args: Any, output: Any) -> None:
-            self._choices[layer].append(_of_layer(layer, output, self.k))
+            self._fired.append(layer)
+            experts_TK, weights_TK = _of_layer(layer, output, self.k)
+            if len(experts_TK) != self._tokens:  # told at once: the layer's experts would fail on it
+                raise RoutingError(f"layer {layer}: its router chose for {len(experts_TK)} tokens of {self._tokens}")
+            self._choices[layer].append((experts_TK, weights_TK))
             if last:
                 raise _LastRouterDone
 
         return keep_choices
 
-    def _checked(self, tokens: int, filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _checked(self, filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         for layer, fired in self._choices.items():
             if len(fired) != 1:
                 raise RoutingError(f"layer {layer}: its router fired {len(fired)} times in one forward, once is right")
-            if len(fired[0][0]) != tokens:
-                raise RoutingError(f"layer {layer}: its router chose for {len(fired[0][0])} tokens of {tokens}")
+        for layer, fired_layer in zip(self._choices, self._fired, strict=True):
+            if layer != fired_layer:
+                raise RoutingError(f"layer {layer}: in its place fired the router recorded as layer {fired_layer}'s")
         faults = []
         for layer, [(experts_TK, weights_TK)] in self._choices.items():
             experts_FK = experts_TK[filled]
@@ -172,17 +191,22 @@ class RouteRecorder:
 
     def _disagrees(self, layer: int, illegal: torch.Tensor) -> torch.Tensor:
         """Whether the layer's router, asked again about the sampled tokens, tells another story."""
-        again = self.routers[layer].forward(self._sampled[layer])
+        again = _of_layer(layer, self.routers[layer].forward(self._sampled[layer]), self.k)
+        if len(again[0]) != len(self._sample):
+            raise RoutingError(
+                f"layer {layer}: asked about {len(self._sample)} tokens, its router chose for {len(again[0])}"
+            )
+        was = self._at_sample(layer)
+        tolerance_T = WEIGHT_TOLERANCE * was[1].amax(dim=1).clamp(min=1)
         dense = []
-        for experts_TK, weights_TK in (_of_layer(layer, again, self.k), self._at_sample(layer)):
-            if len(experts_TK) != len(self._sample):
-                raise RoutingError(
-                    f"layer {layer}: asked about {len(self._sample)} tokens, its router chose for {len(experts_TK)}"
-                )
+        for experts_TK, weights_TK in (again, was):
             legal_TK = experts_TK.clamp(0, self.num_experts - 1)  # illegal ones are reported as such
             dense.append(weights_TK.new_zeros(len(experts_TK), self.num_experts).scatter_(1, legal_TK, weights_TK))
-        agrees_T = (dense[0] - dense[1]).abs().amax(dim=1) <= WEIGHT_TOLERANCE * dense[0].amax(dim=1).clamp(min=1)
-        return ~illegal & (agrees_T.float().mean() < SAMPLE_AGREEING)
+        same_T = (dense[0] - dense[1]).abs().amax(dim=1) <= tolerance_T
+        # One token over and over is the same near-tie over and over: one other expert, but equal weights by rank.
+        shared_T = (again[0][:, :, None] == was[0][:, None, :]).any(dim=2).sum(dim=1)
+        tied_T = ((again[1] - was[1]).abs().amax(dim=1) <= tolerance_T) & (shared_T >= max(1, self.k - 1))
+        return ~illegal & ((same_T | tied_T).float().mean() < SAMPLE_AGREEING)
 
     def _at_sample(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         experts_TK, weights_TK = self._choices[layer][0]

@@ -1,0 +1,63 @@
+"""What several tests share: the tiny checkpoint in a cache of the test run's own, loaded, and the command line."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Two processes that compute with two threads each on two cores wait for each other; subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The tiny Mixtral, made once for all processes of this run; `--model tiny` finds it too."""
+    from workers.tiny import tiny_checkpoint
+
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(shared))
+        yield tiny_checkpoint()
+
+
+@pytest.fixture(scope="session", params=["none", "nf4"])
+def tiny_model(tiny_folder: Path, request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+    """The tiny Mixtral as `load_model` gives it, unquantized and in NF4; leave it as you find it."""
+    from workers.loading import load_model
+
+    return load_model(tiny_folder, quantization=request.param, device="cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """A command that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs `jobs/capture.py`, or another job, as its script does, but in this process."""
+    from jobs import capture
+    from jobs.terminal import run_job
+
+    def run(*arguments: object, main: Callable[[list[str]], int] = capture.main) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["job", *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGTERM)
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                run_job(main)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        captured = capsys.readouterr()
+        return Ran(status=int(ended.value.code or 0), out=captured.out, err=captured.err)
+
+    return run

@@ -1,0 +1,200 @@
+"""Who imports whom, what a reader's process loads, and how the scripts are started."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("store", "workers", "analysis", "jobs")
+MAY_IMPORT = {
+    "store": {"store"},
+    "workers": {"workers", "store"},
+    "analysis": {"analysis", "store"},
+    "jobs": {"jobs", "workers", "analysis", "store"},
+}
+HEAVY = ("torch", "transformers", "ray", "bitsandbytes", "accelerate", "datasets")
+LOAD_MODELS = {
+    "workers/checkpoint.py",
+    "workers/description.py",
+    "workers/loading.py",
+    "workers/quantizer.py",
+}
+"""The modules that may name transformers: those that describe, load and quantize a model."""
+SCRIPTS = sorted(
+    path.stem for path in (ROOT / "jobs").glob("*.py") if "\nif __name__ ==" in path.read_text(encoding="utf-8")
+)
+COMMANDS = [script for script in SCRIPTS if script != "demo"]  # the demo has no options
+FORMS = {
+    "script": lambda script: [sys.executable, str(ROOT / "jobs" / f"{script}.py")],
+    "module": lambda script: [sys.executable, "-m", f"jobs.{script}"],
+}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports, anywhere in it; relative imports made absolute."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            yield ".".join([*parents, *filter(None, [node.module])])
+
+
+def names(path: Path, word: str) -> bool:
+    """Whether the code of a file, its text and comments left out, imports or spells out a name."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    spelled = (node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute))
+    used = {node.id if isinstance(node, ast.Name) else node.attr for node in spelled}
+    return word in used or any(name.partition(".")[0] == word for name in imported(path))
+
+
+def fresh(code: str, cwd: Path, *options: str) -> str:
+    """What a new interpreter with the repository on its path prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *options, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- Directions -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package: str) -> None:
+    assert modules(package)
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in modules(package)
+        for name in imported(path)
+        if name.partition(".")[0] in set(PACKAGES) - MAY_IMPORT[package] | {"tests"}
+    ]
+    assert wrong == []
+
+
+def test_transformers_is_named_only_where_models_are_loaded() -> None:
+    named = {
+        str(path.relative_to(ROOT)) for package in PACKAGES for path in modules(package) if names(path, "transformers")
+    }
+    assert named <= LOAD_MODELS
+    assert named  # else this finds nothing
+
+
+def test_the_search_for_imports_finds_every_form(tmp_path: Path) -> None:
+    file = ROOT / "store" / "imaginary.py"
+
+    class Text(type(file)):  # type: ignore[misc]
+        def read_text(self, encoding: str | None = None) -> str:
+            return (
+                "import a.b, c\ndef f():\n    from d.e import g\n    from . import h\n    from .i import j\nx = k.l\n"
+            )
+
+    assert list(imported(Text(file))) == ["a.b", "c", "d.e", "store", "store.i"]
+    assert [names(Text(file), word) for word in ("k", "l", "c", "a", "d", "g", "import")] == [True] * 5 + [False] * 2
+
+
+@pytest.mark.parametrize("package", ["store", "analysis"])
+def test_a_reader_loads_neither_torch_nor_transformers_nor_ray(package: str, tmp_path: Path) -> None:
+    stems = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules(package)]
+    stems = [name.removesuffix(".__init__") for name in stems]
+    code = f"import sys, json, {', '.join(stems)}\nprint(json.dumps(sorted(sys.modules)))"
+    loaded = {name.partition(".")[0] for name in json.loads(fresh(code, tmp_path))}
+    assert package in loaded
+    assert loaded.isdisjoint(HEAVY)
+    assert loaded.isdisjoint(set(PACKAGES) - MAY_IMPORT[package])
+
+
+def test_the_stores_side_of_a_worker_and_the_planner_load_no_torch(tmp_path: Path) -> None:
+    code = "import sys, workers, workers.shard, workers.rows, jobs.plan, jobs.local, jobs.capture\nprint(*sys.modules)"
+    loaded = {name.partition(".")[0] for name in fresh(code, tmp_path).split()}
+    assert {"workers", "jobs", "store"} <= loaded
+    assert loaded.isdisjoint({"torch", "transformers", "ray"})
+
+
+def test_nothing_is_imported_from_a_folder_that_is_no_package_of_ours() -> None:
+    """Beside the top-level packages the checkout has no importable code."""
+    folders = {path.parent.relative_to(ROOT).parts[0] for path in ROOT.glob("*/*.py")}
+    assert folders == {*PACKAGES, "tests"}
+
+
+# --- Scripts --------------------------------------------------------------------------------------------------
+
+
+def test_the_scripts_are_found() -> None:
+    assert {"capture", "status", "demo"} <= set(SCRIPTS)
+
+
+def started(form: str, script: str, arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A script as a user starts it, with no help from PYTHONPATH unless it is a module elsewhere."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if form == "module":
+        environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(
+        [*FORMS[form](script), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("script", COMMANDS)
+def test_help_is_given_from_any_folder(form: str, script: str, tmp_path: Path) -> None:
+    done = started(form, script, ["--help"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"usage: python jobs/{script}.py" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_help_does_not_wait_for_torch(script: str, tmp_path: Path) -> None:
+    code = f"""
+import contextlib, io, runpy, sys
+sys.argv = [{script!r}, "--help"]
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:
+    runpy.run_path({str(ROOT / "jobs" / f"{script}.py")!r}, run_name="__main__")
+assert "usage:" in shown.getvalue()
+print(*sys.modules)
+"""
+    loaded = {name.partition(".")[0] for name in fresh(code, tmp_path).split()}
+    assert "tyro" in loaded or "argparse" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+TYPOS = {
+    "capture": (["--sequence-lenght", "8"], "--sequence"),
+    "status": (["store.zarr", "--datset", "x"], "--dataset"),
+    "report": (["store.zarr", "--outptu", "x"], "--output"),
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_flag_with_a_typo_exits_2_and_names_the_flag_that_was_meant(script: str, tmp_path: Path) -> None:
+    arguments, meant = TYPOS[script]
+    done = started("script", script, arguments, tmp_path)
+    assert done.returncode == 2
+    shown = (done.stdout + done.stderr).replace("_", "-")
+    wrong = next(part for part in arguments if part.startswith("--"))
+    assert wrong in shown
+    assert meant in shown.replace(wrong, "")
+    assert "Traceback" not in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
+    for script, arguments, line in (
+        ("capture", ["--local"], "error: give at least one --dataset"),
+        ("status", ["none.zarr"], "error: no store at none.zarr (no such folder)"),
+    ):
+        done = started("script", script, arguments, tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(line)
+        assert done.stderr.count("\n") == 1

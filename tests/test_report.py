@@ -1,0 +1,142 @@
+"""The report's text: what it says is computed from the data, and nothing in the data can act."""
+
+import html
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import HOSTILE, make_capture
+
+from analysis import report
+from store import Coverage
+from store.group import Plan
+
+
+def state_of(data, missing=()):
+    """A coverage for a synthetic capture."""
+    tokens = int(data["length"].sum())
+    shards = -(-data.sizes["doc"] // data.attrs["rows_per_shard"])
+    return Coverage(
+        dataset=data.attrs["dataset"],
+        plan=Plan(complete=True, rows=data.sizes["doc"], tokens=tokens, documents=data.sizes["document"]),
+        shards_total=shards,
+        missing=list(missing),
+        wrong={},
+        tokens_done=tokens,
+        bytes_done=0,
+        seconds=0.0,
+    )
+
+
+def answers_of(label, **options):
+    """The report's answers about a synthetic capture."""
+    data = make_capture(dataset=label, **options).assign_attrs(model="m", quantization="nf4")
+    return report.answer(data, state_of(data, options.get("missing", ())), label)
+
+
+def page_data(page):
+    """What the page's script reads."""
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    return json.loads(found[1])
+
+
+def test_the_busiest_expert_named_is_the_one_that_numpy_finds():
+    data = make_capture(seed=3, documents=40, special_token_ids=()).assign_attrs(model="m")
+    answers = report.answer(data, state_of(data), "a")
+    expert, length = data["expert"].values, data["length"].values
+    filled = np.arange(expert.shape[1]) < length[:, None]
+    counts = np.array([np.bincount(expert[filled][:, at].ravel(), minlength=8) for at in range(expert.shape[2])])
+    layer, busiest = np.unravel_index(counts.argmax(), counts.shape)
+    share = counts[layer, busiest] / counts[layer].sum()
+    [sentence] = report.sentences([answers])
+    number = int(data["layer"][layer])
+    assert f"busiest expert is {busiest} at layer {number}, with {share:.1%}" in sentence
+    assert f"{int(filled.sum()):,} tokens" in sentence
+
+
+def test_swapping_two_data_sets_swaps_what_is_said_of_them():
+    one, other = answers_of("one", seed=1), answers_of("other", seed=2)
+    there, back = report.sentences([one, other]), report.sentences([other, one])
+    assert there[:2] == back[1::-1]
+    shares = re.findall(r"[\d.]+%", there[2])[:2]
+    assert re.findall(r"[\d.]+%", back[2])[:2] == shares[::-1]
+
+
+def test_data_sets_of_different_models_are_not_contrasted():
+    one, other = answers_of("one", seed=1), answers_of("other", seed=2)
+    other = report.Answers(**{**vars(other), "attrs": {**other.attrs, "model": "another"}})
+    assert len(report.sentences([one, other])) == 2
+
+
+def test_an_incomplete_capture_says_so_and_which_shards_are_missing():
+    page = report.render([answers_of("part", documents=30, missing=(1,))])
+    assert "Incomplete." in page
+    assert "missing shards: 1" in page
+    assert "Incomplete." not in report.render([answers_of("whole")])
+
+
+def test_a_capture_without_a_token_is_reported_as_such():
+    answers = answers_of("none", documents=4, missing=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9))
+    assert report.sentences([answers]) == ["none: no token is captured yet."]
+    assert "no token is captured yet" in report.render([answers])
+
+
+def test_hostile_pieces_stay_inside_the_data_and_come_back_whole():
+    pieces = [*HOSTILE, *(f"w{index}" for index in range(40 - len(HOSTILE)))]
+    answers = answers_of("<b>label</b>", documents=60, pieces=pieces, vocabulary=40)
+    page = report.render([answers])
+    assert "<b>label</b>" not in page
+    assert "&lt;b&gt;label&lt;/b&gt;" in page
+    assert page.count("</script>") == 3  # the data's own and the two scripts'
+    assert "\u2028" not in page
+    assert "\u202e" not in page
+    tokens = page_data(page)["specs"]["tokens"][0]["datasets"]
+    shown = {row["piece"] for rows in tokens.values() for row in rows}
+    assert shown & set(HOSTILE)
+
+
+def test_each_chart_holds_what_the_metrics_say():
+    answers = answers_of("a", documents=40, layers=(1, 3, 4))
+    specs = page_data(report.render([answers]))["specs"]
+    [cells] = specs["load"][0]["datasets"].values()
+    assert len(cells) == 3 * 8
+    for row in cells:
+        share = float(answers.load["share"].sel(layer=row["layer"], expert=row["expert"]))
+        assert row["share"] == pytest.approx(100 * share, rel=1e-3)
+    links = next(rows for rows in specs["paths"][0]["datasets"].values() if "next_expert" in rows[0])
+    above = (answers.moves["probability"] > answers.moves.attrs["null"]).sum()
+    assert len(links) == int(above)
+
+
+def test_the_policy_allows_the_page_s_own_scripts_only():
+    page = report.render([answers_of("a")])
+    policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1])
+    assert "default-src 'none'" in policy
+    assert "unsafe-eval" not in policy
+    assert len(re.findall("sha256-", policy)) == 2
+    assert "script-src 'sha256-" in policy
+
+
+def test_32_layers_of_8_experts_and_four_data_sets_stay_under_three_megabytes():
+    answers = [answers_of(str(seed), seed=seed, layers=range(32), documents=30) for seed in range(4)]
+    assert len(report.render(answers).encode()) < 3_000_000
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    output = tmp_path / "report.html"
+    output.write_text("old")
+    monkeypatch.setattr(report, "dataset_names", lambda path: ["a"])
+    monkeypatch.setattr(report, "open_capture", lambda path, name, allow_incomplete: make_capture())
+    monkeypatch.setattr(report, "coverage", lambda path, name: state_of(make_capture()))
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        report.write_report([tmp_path / "s.zarr"], output)
+    assert output.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_what_is_no_store_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no store at .*nothing\.zarr \(no such folder\)"):
+        report.write_report([tmp_path / "nothing.zarr"], tmp_path / "report.html")

@@ -1,0 +1,148 @@
+"""The report as people see it: in a real headless Chromium, offline, on a desk and on a phone."""
+
+import os
+import shutil
+
+import pytest
+from synthetic import HOSTILE
+from test_report import answers_of
+
+from analysis import report
+
+pytestmark = pytest.mark.browser
+CHROMIUM = shutil.which("chromium")
+QUIET = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+MARKS = {"load": ".cells_marks > *", "paths": ".links_marks > *", "tokens": ".tokens_marks > *"}
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    """A report of two data sets with hostile tokens, names and shards missing."""
+    pieces = [*HOSTILE, *(f"w{index}" for index in range(60 - len(HOSTILE)))]
+    common = {"documents": 80, "pieces": pieces, "vocabulary": 60, "layers": (0, 1, 2, 3)}
+    answers = [
+        answers_of("<img src=x onerror=alert(9)>", seed=1, **common),
+        answers_of("plain", seed=2, missing=(2,), **common),
+    ]
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(report.render(answers), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium; without it the tests are skipped, unless they were asked for."""
+    if CHROMIUM is None:
+        assert os.environ.get("REQUIRE_BROWSER") != "1", "REQUIRE_BROWSER=1, and there is no chromium on the path"
+        pytest.skip("no chromium on the path; REQUIRE_BROWSER=1 makes this a failure")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, page_file, request):
+    """The page, drawn, and everything that it said, asked for or popped up."""
+    options = getattr(request, "param", {})
+    context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+    page = context.new_page()
+    heard = {"console": [], "requests": [], "dialogs": []}
+    page.on("console", lambda message: heard["console"].append((message.type, message.text)))
+    page.on("pageerror", lambda error: heard["console"].append(("error", str(error))))
+    page.on("request", lambda asked: heard["requests"].append(asked.url))
+    page.on("dialog", lambda dialog: (heard["dialogs"].append(dialog.message), dialog.dismiss()))
+    page.goto(page_file.as_uri())
+    page.wait_for_selector("body[data-drawn]", timeout=30_000)
+    yield page, heard
+    context.close()
+
+
+def until(page, condition):
+    """Wait for a condition; Playwright's own way needs `eval`, which the page's policy refuses."""
+    for _ in range(100):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never came true: {condition}")
+
+
+def figures(page):
+    """Every chart: its kind, the marks drawn, and the rows of its table."""
+    for figure in page.query_selector_all("figure[data-kind]"):
+        kind = figure.get_attribute("data-kind")
+        details = figure.query_selector(".numbers")
+        if not details.evaluate("node => node.open"):
+            details.query_selector("summary").click()
+            details.wait_for_selector("tbody tr")
+        yield kind, len(figure.query_selector_all(MARKS[kind])), len(details.query_selector_all("tbody tr"))
+
+
+def test_it_is_silent_and_asks_no_host_for_anything(opened, page_file):
+    page, heard = opened
+    list(figures(page))
+    page.mouse.move(400, 700)
+    assert heard == {"console": [], "requests": [page_file.as_uri()], "dialogs": []}
+
+
+def test_each_chart_holds_as_many_marks_as_its_table_has_rows(opened):
+    page, _ = opened
+    counted = list(figures(page))
+    assert [kind for kind, _, _ in counted] == ["load"] * 2 + ["paths"] * 2 + ["tokens"] * 2
+    for kind, marks, rows in counted:
+        assert marks == rows > 0, kind
+    assert [rows for kind, _, rows in counted if kind == "load"] == [32, 32]
+
+
+def test_choosing_a_layer_changes_charts_and_tables_alike(opened):
+    page, _ = opened
+    before = [row.text_content() for row in page.query_selector_all("figure[data-kind=tokens] .tokens_marks > *")]
+    list(figures(page))
+    page.select_option("#layer", "3")
+    until(page, "document.querySelector('figure[data-kind=tokens] tbody td').textContent === '3'")
+    after = [row.text_content() for row in page.query_selector_all("figure[data-kind=tokens] .tokens_marks > *")]
+    assert after != before
+    for kind, marks, rows in figures(page):
+        assert marks == rows, kind
+
+
+def test_hostile_text_is_shown_and_does_nothing(opened):
+    page, heard = opened
+    page.wait_for_timeout(200)
+    assert page.query_selector("main img, header img") is None
+    assert page.evaluate("document.querySelectorAll('script').length") == 3
+    assert "<img src=x onerror=alert(9)>" in page.inner_text("header")
+    assert "missing shards: 2" in page.inner_text(".warning")
+    assert heard["dialogs"] == []
+
+
+@pytest.mark.parametrize("opened", [{"viewport": {"width": 390, "height": 844}}], indirect=True)
+def test_a_phone_needs_no_sideways_scrolling(opened):
+    page, _ = opened
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize("opened", [{"color_scheme": "dark"}], indirect=True)
+def test_dark_is_dark_and_follows_the_reader(opened):
+    page, heard = opened
+    ground = "getComputedStyle(document.body).backgroundColor"
+    title = "getComputedStyle(document.querySelector('.role-title-text text')).fill"
+    dark = page.evaluate(ground), page.evaluate(title)
+    page.emulate_media(color_scheme="light")
+    until(page, f"{title} !== {dark[1]!r}")
+    assert page.evaluate(ground) != dark[0]
+    assert heard["console"] == []
+
+
+def test_the_layer_and_every_table_are_reached_by_keyboard(opened):
+    page, _ = opened
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert {"layer", "SUMMARY"} <= reached
