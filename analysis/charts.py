@@ -17,7 +17,7 @@ import xarray as xr
 
 CELLS, LINKS, TOKENS = "cells", "links", "tokens"  # names of the marks that carry a chart's numbers
 MAX_LINKS = 2_000  # drawn links a chart: the page stays small and fast; arbitrary
-STRONG_LINK = 4.0  # times chance at which a link is drawn in full strength; arbitrary, equal in all charts
+STRONG_LINK = 0.5  # share of an expert's tokens at which a link is drawn in full strength; arbitrary
 STRONG_LIFT = 8.0  # lift at which a token is coloured in full strength; arbitrary
 _SMALL_SPREAD = 0.25  # load deviations up to a quarter of the even share stay pale; arbitrary
 
@@ -109,16 +109,18 @@ def load_heatmap(load: xr.Dataset, *, spread: float | None = None) -> alt.Chart:
     """
     null, n = load.attrs["null"], load.attrs["n"]
     spread = load_spread(load) if spread is None else spread
+    tokens = load["count"].sum("k").transpose("layer", "expert").values
+    share, weight = (load[name].transpose("layer", "expert").values for name in ("share", "mass_share"))
     rows = [
         {
             "layer": int(layer),
             "expert": int(expert),
-            "tokens": int(load["count"].sel(layer=layer, expert=expert).sum()),
-            "share": _percent(load["share"].sel(layer=layer, expert=expert)),
-            "weight": _percent(load["mass_share"].sel(layer=layer, expert=expert)),
+            "tokens": int(tokens[at, e]),
+            "share": _percent(share[at, e]),
+            "weight": _percent(weight[at, e]),
         }
-        for layer in load["layer"].values
-        for expert in load["expert"].values
+        for at, layer in enumerate(load["layer"].values)
+        for e, expert in enumerate(load["expert"].values)
     ]
     domain = [100 * max(0.0, null - spread), 100 * null, 100 * (null + spread)]
     colour = (
@@ -149,7 +151,7 @@ def load_heatmap(load: xr.Dataset, *, spread: float | None = None) -> alt.Chart:
         .properties(
             title=alt.Title(
                 "Load: share of choices, %",
-                subtitle=[f"n = {n:,} tokens; even share {_number(100 * null)} % is pale"],
+                subtitle=[f"n = {n:,} tokens; even share {_number(100 * null)} % is neutral"],
             ),
             width="container",
             height=_step(load.sizes["layer"]) * load.sizes["layer"],
@@ -180,21 +182,22 @@ def path_chart(moves: xr.Dataset, load: xr.Dataset) -> alt.LayerChart:
     """
     links, above = link_rows(moves)
     n, null = moves.attrs["n"], moves.attrs["null"]
-    first = load["count"].isel(k=0)
+    first = load["count"].isel(k=0).transpose("layer", "expert").values
     circles = [
         {
             "layer": int(layer),
             "expert": int(expert),
-            "first": _percent(first.sel(layer=layer, expert=expert) / max(n, 1)),
+            "first": _percent(first[at, e] / max(n, 1)),
         }
-        for layer in load["layer"].values
-        for expert in load["expert"].values
+        for at, layer in enumerate(load["layer"].values)
+        for e, expert in enumerate(load["expert"].values)
     ]
     layers = [int(number) for number in load["layer"].values]
     x = _experts("expert", load.sizes["expert"])
     y = alt.Y("layer:O", title="layer").scale(domain=layers, type="point", padding=0.5)
-    strength = alt.Scale(domain=[1, STRONG_LINK], range=[0.04, 0.95], clamp=True)
-    width = alt.Scale(domain=[1, STRONG_LINK], range=[0.6, 3], clamp=True)
+    strong = max(2.0, STRONG_LINK / null)
+    strength = alt.Scale(domain=[1, strong], range=[0.04, 0.95], clamp=True)
+    width = alt.Scale(domain=[1, strong], range=[0.6, 3], clamp=True)
     rules = (
         alt.Chart(alt.InlineData(values=links), name=LINKS)
         .mark_rule(strokeCap="round", aria=False)
@@ -236,7 +239,7 @@ def path_chart(moves: xr.Dataset, load: xr.Dataset) -> alt.LayerChart:
             "Paths: share of tokens, times chance",
             subtitle=[
                 f"n = {n:,} tokens, first choices; chance is {_number(100 * null)} %",
-                f"{len(links):,} of {above:,} links above chance; full ink from {STRONG_LINK:g}×",
+                f"{len(links):,} of {above:,} links above chance; full ink from {strong:g}×",
             ],
         ),
         width="container",
@@ -255,14 +258,15 @@ def link_rows(moves: xr.Dataset) -> tuple[list[dict[str, Any]], int]:
     order = order[times.ravel()[order] > 1]
     drawn = order[:MAX_LINKS][::-1]
     places = zip(*np.unravel_index(drawn, times.shape), strict=True)
+    layer, next_layer, count = (moves[name].values for name in ("layer", "next_layer", "count"))
     rows = [
         {
-            "layer": int(moves["layer"][at]),
-            "expert": int(moves["expert"][here]),
-            "next_layer": int(moves["next_layer"][at]),
-            "next_expert": int(moves["next_expert"][there]),
-            "tokens": int(moves["count"][at, here, there]),
-            "share": _percent(moves["probability"][at, here, there]),
+            "layer": int(layer[at]),
+            "expert": int(here),
+            "next_layer": int(next_layer[at]),
+            "next_expert": int(there),
+            "tokens": int(count[at, here, there]),
+            "share": _percent(times[at, here, there] * moves.attrs["null"]),
             "times_chance": _round(times[at, here, there]),
         }
         for at, here, there in places
@@ -278,20 +282,19 @@ def token_chart(tokens: xr.Dataset) -> alt.LayerChart:
     tokens : xr.Dataset
         From `analysis.tokens.expert_tokens`, with a `layer` dimension of at least one.
     """
+    names = ("token_id", "piece", "tokens", "share", "lift")
+    values = {name: tokens[name].transpose("layer", "expert", "rank").values for name in names}
     rows = [
         {
-            "layer": int(layer),
+            "layer": int(tokens["layer"].values[at]),
             "expert": int(expert),
-            "rank": int(rank),
-            "piece": visible(str(cell["piece"].item())),
-            "tokens": int(cell["tokens"]),
-            "share": _percent(cell["share"]),
-            "lift": _round(float(cell["lift"])),
+            "rank": int(rank) + 1,
+            "piece": visible(str(values["piece"][at, expert, rank])),
+            "tokens": int(values["tokens"][at, expert, rank]),
+            "share": _percent(values["share"][at, expert, rank]),
+            "lift": _round(float(values["lift"][at, expert, rank])),
         }
-        for layer in tokens["layer"].values
-        for expert in tokens["expert"].values
-        for rank in tokens["rank"].values
-        if int((cell := tokens.sel(layer=layer, expert=expert, rank=rank))["token_id"]) >= 0
+        for at, expert, rank in np.argwhere(values["token_id"] >= 0)  # in the order layer, expert, rank
     ]
     layer = alt.param(name="layer", value=int(tokens["layer"][0]))
     base = (

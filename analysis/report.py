@@ -26,14 +26,15 @@ from markupsafe import Markup
 
 from analysis import charts
 from analysis.load import Load
-from analysis.paths import Transitions, Windows
-from analysis.scan import scan
+from analysis.paths import MAX_WINDOWS, Transitions, Windows
+from analysis.scan import scan, sizes
 from analysis.tokens import TopTokens
 from store import Coverage, coverage, dataset_names, open_capture
 
 WINDOW_LAYERS = 3
 WINDOWS_LISTED = 10
 TOKENS_LISTED = 8
+TOKEN_ROWS = 4_096  # tokens listed for a data set: twice Mixtral's 32 layers of 8 experts (arbitrary)
 TOKEN_MIN_COUNT = 20  # a lift of a rarer token is mostly luck (arbitrary)
 
 
@@ -55,8 +56,10 @@ def answer(
     data: xr.Dataset, state: Coverage, label: str, progress: Callable[[int, int], None] | None = None
 ) -> Answers:
     """Scan one capture once, as much of it as is there."""
-    reducers = [Load(), Transitions(), TopTokens(top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT)]
-    windows = [Windows(WINDOW_LAYERS, WINDOWS_LISTED)] if data.sizes["layer"] >= WINDOW_LAYERS else []
+    top = TopTokens(token_layers(data), top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT)
+    reducers = [Load(), Transitions(), top]
+    size = window_layers(data)
+    windows = [Windows(size, WINDOWS_LISTED)] if size else []
     load, moves, tokens, *counted = scan(data, [*reducers, *windows], progress=progress)
     return Answers(
         label=label,
@@ -67,6 +70,21 @@ def answer(
         windows=counted[0] if counted else None,
         tokens=tokens,
     )
+
+
+def window_layers(data: xr.Dataset) -> int:
+    """Layers of a window: three, or as many as can be counted exactly; 0 where no two layers have experts."""
+    layers, _, experts = sizes(data)
+    fitting = (n for n in range(min(WINDOW_LAYERS, layers), 1, -1) if (layers - n + 1) * experts**n <= MAX_WINDOWS)
+    return next(fitting, 0)
+
+
+def token_layers(data: xr.Dataset) -> list[int]:
+    """The layers whose tokens are listed: all, or as many, evenly spread, as keep the page small."""
+    layers, _, experts = sizes(data)
+    room = max(1, TOKEN_ROWS // (experts * TOKENS_LISTED))
+    at = np.unique(np.linspace(0, layers - 1, min(room, layers)).round().astype(int))
+    return [int(number) for number in data["layer"].values[at]]
 
 
 def write_report(
@@ -130,7 +148,8 @@ def render(answers: Sequence[Answers]) -> str:
     scripts = [vega, (folder / "report.js").read_text(encoding="utf-8")]
     return environment.get_template("report.html.jinja").render(
         answers=answers,
-        layers=[int(number) for number in answers[0].load["layer"].values],
+        layers=sorted({int(number) for each in answers for number in each.tokens["layer"].values}),
+        layers_captured=len({int(number) for each in answers for number in each.load["layer"].values}),
         sentences=sentences(answers),
         windows=[_windows(each.windows) for each in answers],
         provenance=[json.dumps(dict(each.attrs), indent=1, default=str) for each in answers],
@@ -162,7 +181,7 @@ def sentences(answers: Sequence[Answers]) -> list[str]:
 
 
 def _comparable(one: Answers, other: Answers) -> bool:
-    same = one.load["share"].shape == other.load["share"].shape
+    same = all(np.array_equal(one.load[dim], other.load[dim]) for dim in ("layer", "expert"))
     return bool(same and one.load.attrs["n"] and other.load.attrs["n"] and one.attrs["model"] == other.attrs["model"])
 
 

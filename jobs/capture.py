@@ -67,11 +67,12 @@ def capture_dataset(run: "Run", name: str, source: "Source") -> Coverage:
         if before.complete:
             say(f"{before}; nothing to do")
             return before
+        engine = run.engine  # loads the model, outside the rate
         facts = {"worker": f"{socket.gethostname()}:{os.getpid()}", "versions": run.environment}
         with reporting(f"capture {name}", total=plan.tokens, done=before.tokens_done) as report:
             capture_missing(
                 group,
-                run.engine,
+                engine,
                 batch_tokens=run.batch_tokens,
                 facts=facts,
                 heal=lambda shard, reason: say(f"{name}: shard {shard} is captured again: {reason}"),

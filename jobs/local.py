@@ -15,7 +15,7 @@ from workers.shard import Engine, capture_shard
 
 def capture_missing(
     group: CaptureGroup,
-    engine: Callable[[], Engine],
+    engine: Engine,
     *,
     batch_tokens: int,
     facts: Mapping[str, Any],
@@ -27,7 +27,7 @@ def capture_missing(
     Parameters
     ----------
     engine
-        Makes the engine; called only if a shard is missing.
+        Routes the rows.
     batch_tokens
         Padded tokens in a micro-batch at most.
     facts
@@ -46,14 +46,12 @@ def capture_missing(
     for shard, reason in state.wrong.items():
         heal(shard, reason)
         group.discard(shard)
-    if not state.missing:
-        return 0
-    router, written = engine(), []
+    written = []
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         pending: Future[bool] | None = None
         for shard in state.missing:
             rows, expert, weight, own = capture_shard(
-                group, shard, router, batch_tokens=batch_tokens, progress=progress
+                group, shard, engine, batch_tokens=batch_tokens, progress=progress
             )
             if pending is not None:
                 written.append(pending.result())

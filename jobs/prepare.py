@@ -91,12 +91,9 @@ class Run:
             "device": device,
         }
 
+    @cached_property
     def engine(self) -> Engine:
         """The model, loaded when first asked for, and kept for the data sets that follow."""
-        return self._engine
-
-    @cached_property
-    def _engine(self) -> Engine:
         say(f"loading {self.config.model} ({self.config.quantization}) on {self.device}")
         config = self.config
         return ModelEngine(

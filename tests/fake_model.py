@@ -171,6 +171,7 @@ class FakeRun:
             pieces=[f"▁{number}" for number in range(self.layout.vocab_size)],
         )
 
+    @property
     def engine(self) -> FakeEngine:
         """The engine."""
         return self.router

@@ -20,12 +20,13 @@ MAY_IMPORT = {
 }
 HEAVY = ("torch", "transformers", "ray", "bitsandbytes", "accelerate", "datasets")
 LOAD_MODELS = {
+    "workers/chat.py",
     "workers/checkpoint.py",
     "workers/description.py",
     "workers/loading.py",
     "workers/quantizer.py",
 }
-"""The modules that may name transformers: those that describe, load and quantize a model."""
+"""The modules that may name transformers: those that describe, load and quantize a model, and its chat template."""
 SCRIPTS = sorted(
     path.stem for path in (ROOT / "jobs").glob("*.py") if "\nif __name__ ==" in path.read_text(encoding="utf-8")
 )

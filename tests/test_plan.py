@@ -333,7 +333,7 @@ def test_a_second_run_goes_on_without_the_documents_that_are_planned(
 
 def test_a_complete_capture_loads_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_capture(tmp_path / "s.zarr", [words(30)])
-    monkeypatch.setattr(FakeRun, "engine", lambda self: pytest.fail("the engine was made"))
+    monkeypatch.setattr(FakeRun, "engine", property(lambda self: pytest.fail("the engine was made")))
     assert fake_capture(tmp_path / "s.zarr", [words(30)]).complete
 
 

@@ -140,3 +140,23 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 def test_what_is_no_store_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no store at .*nothing\.zarr \(no such folder\)"):
         report.write_report([tmp_path / "nothing.zarr"], tmp_path / "report.html")
+
+
+def test_many_experts_are_reported_with_shorter_windows_and_fewer_layers_of_tokens():
+    answers = answers_of("many", layers=range(12), num_experts=128, experts_per_token=4, documents=20)
+    assert answers.windows.sizes["step"] == 2  # 128**3 windows at ten layers would not fit an exact count
+    assert answers.tokens["layer"].values.tolist() == [0, 4, 7, 11]
+    page = report.render([answers])
+    assert "at 4 of 12 layers" in page
+    assert len(page.encode()) < 3_000_000
+
+
+def test_the_layers_of_every_data_set_can_be_chosen():
+    page = report.render([answers_of("low", layers=(0, 1)), answers_of("high", layers=(3, 4))])
+    assert re.findall(r"<option>(\d+)</option>", page) == ["0", "1", "3", "4"]
+
+
+def test_a_model_with_one_layer_of_experts_has_a_page_without_windows():
+    answers = answers_of("one", layers=(5,), documents=30)
+    assert answers.windows is None
+    assert "Most frequent windows" not in report.render([answers])

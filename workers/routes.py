@@ -59,7 +59,8 @@ def sorted_choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise RoutingError(f"no choices of {k} experts a token in what the router returned: {shapes}")
     experts_TK = indices[0].reshape(-1, k).long()
     exact = [part for part in floats if part.shape == indices[0].shape]
-    weights_TK = (exact[-1].reshape(-1, k) if exact else floats[-1].gather(-1, experts_TK)).float()
+    dense_TE = floats[-1].reshape(-1, floats[-1].shape[-1])
+    weights_TK = (exact[-1].reshape(-1, k) if exact else dense_TE.gather(-1, experts_TK)).float()
     experts_TK, order = experts_TK.sort(dim=-1)
     weights_TK = weights_TK.gather(-1, order)
     weights_TK, order = weights_TK.sort(dim=-1, descending=True, stable=True)

@@ -53,11 +53,16 @@ def capture_texts(
     Raises
     ------
     ValueError
-        When no text has a token, or the model cannot be captured.
+        When no text has a token, the rows would be longer than the model's positions, or the model cannot be captured.
     """
+    if isinstance(texts, str):
+        raise ValueError("give a list of texts, not one text: each of its characters would be a document")
     if not isinstance(model, LoadedModel):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(model_path(model), quantization=quantization, device=device)
+    most = model.provenance["max_position_embeddings"]
+    if not 1 <= sequence_length <= most:
+        raise ValueError(f"sequence_length is {sequence_length}, and must be 1 to {most}, the positions of the model")
     tokenizer = load_tokenizer(model.folder)
     engine = ModelEngine(model)
     cut = [

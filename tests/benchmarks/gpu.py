@@ -1,0 +1,168 @@
+"""The true defaults on a GPU: `python tests/benchmarks/gpu.py --layers 8 -o RESULT.json`, by hand.
+
+Makes a random checkpoint of Mixtral 8x7B's full width in the published layout (bf16, one file a layer), and captures
+real text from it with `jobs/capture.py --local` as a user would: NF4 with double quantization while loading. Then does
+it again in a second store, kills that run with SIGKILL in the middle, lets the same command go on, and compares bytes.
+
+A full-size bf16 checkpoint has 93 GB; eight layers have 23. Rates hold for the layers that were run: the file says how
+many, and scales nothing.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import MixtralConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from store import coverage  # noqa: E402
+from workers.tiny import tiny_checkpoint  # noqa: E402
+
+WIDTH = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+}
+
+
+def make_checkpoint(folder: Path, layers: int) -> None:
+    """Random weights in the published layout, made on the GPU."""
+    folder.mkdir(parents=True)
+    config = MixtralConfig(num_hidden_layers=layers, architectures=["MixtralForCausalLM"], dtype="bfloat16", **WIDTH)
+    config.save_pretrained(folder)
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def matrix(*shape: int, std: float | None = None) -> torch.Tensor:
+        scale = shape[-1] ** -0.5 if std is None else std
+        return (torch.randn(*shape, device="cuda", generator=generator) * scale).to(torch.bfloat16).cpu()
+
+    hidden, inner, kv = 4096, 14336, 1024
+    ones = torch.ones(hidden, dtype=torch.bfloat16)
+    files = {"embed": {"model.embed_tokens.weight": matrix(32000, hidden, std=1.0), "model.norm.weight": ones}}
+    files["embed"]["lm_head.weight"] = matrix(32000, hidden)
+    index = {}
+    for layer in [*range(layers), None]:
+        name = "embed" if layer is None else f"layer-{layer:02d}"
+        tensors = files.get(name, {})
+        if layer is not None:
+            at = f"model.layers.{layer}"
+            tensors = {f"{at}.input_layernorm.weight": ones, f"{at}.post_attention_layernorm.weight": ones.clone()}
+            for leaf, rows in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv), ("o_proj", hidden)):
+                tensors[f"{at}.self_attn.{leaf}.weight"] = matrix(rows, hidden)
+            tensors[f"{at}.block_sparse_moe.gate.weight"] = matrix(8, hidden)
+            for expert in range(8):
+                for leaf, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
+                    tensors[f"{at}.block_sparse_moe.experts.{expert}.{leaf}.weight"] = matrix(*shape)
+        save_file(tensors, folder / f"model-{name}.safetensors", metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, f"model-{name}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    for file in tiny_checkpoint().glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
+def command(model: Path, store: Path, documents: int) -> list[str]:
+    """What a user would type."""
+    capture = [sys.executable, str(ROOT / "jobs" / "capture.py"), "--local", "--model", str(model)]
+    return [*capture, "--dataset", "demo:prose", "--limit_documents", str(documents), "--store", str(store)]
+
+
+def gpu_memory_mib() -> int:
+    """Memory in use on the card, all processes."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+
+
+def run(arguments: list[str], store: Path, kill_after_shards: int | None = None) -> dict[str, float]:
+    """Run a capture to its end, or kill it after some commits; seconds, and the card's peak memory."""
+    started, first, peak = time.monotonic(), None, 0
+    process = subprocess.Popen(arguments, cwd=ROOT)
+    commits = store / "demo-prose" / "expert" / "commits"
+    lock = threading.Event()
+    while process.poll() is None:
+        done = len(list(commits.glob("*.json"))) if commits.is_dir() else 0
+        if done and first is None:
+            first = time.monotonic() - started
+        if kill_after_shards is not None and done >= kill_after_shards:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            break
+        peak = max(peak, gpu_memory_mib())
+        lock.wait(0.2)
+    if kill_after_shards is None and process.returncode != 0:
+        sys.exit(f"{' '.join(arguments)} ended with status {process.returncode}")
+    return {"seconds": time.monotonic() - started, "seconds_to_first_commit": first or 0.0, "peak_mib": float(peak)}
+
+
+def objects(store: Path) -> dict[str, bytes]:
+    """Every array object of a store."""
+    return {
+        str(path.relative_to(store)): path.read_bytes() for path in sorted(store.glob("*/*/c/**/*")) if path.is_file()
+    }
+
+
+def main() -> None:
+    """Make the model, capture, capture again with a kill, compare, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--documents", type=int, default=60)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / f"mixtral-width-{options.layers}-layers"
+        started = time.monotonic()
+        make_checkpoint(model, options.layers)
+        made = time.monotonic() - started
+        torch.cuda.empty_cache()
+        idle_mib = gpu_memory_mib()
+        stores = [Path(folder) / "quiet.zarr", Path(folder) / "killed.zarr"]
+        quiet = run(command(model, stores[0], options.documents), stores[0])
+        run(command(model, stores[1], options.documents), stores[1], kill_after_shards=2)
+        left = coverage(stores[1], "demo-prose")
+        run(command(model, stores[1], options.documents), stores[1])
+        equal = objects(stores[0]) == objects(stores[1])
+        state = coverage(stores[0], "demo-prose")
+        result = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "gpu": torch.cuda.get_device_name(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "zarr", "xarray")},
+            "python": sys.version.split()[0],
+            "layers": options.layers,
+            "weights": "nf4, from random bf16 weights in the published layout",
+            "checkpoint_gb": sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e9,
+            "seconds_to_make_checkpoint": made,
+            "tokens": state.tokens_done,
+            "shards": state.shards_total,
+            "sequence_length_and_shard": "defaults",
+            "tokens_per_s_in_workers": state.tokens_done / state.seconds,
+            "bytes_per_token": state.bytes_done / state.tokens_done,
+            "peak_gib": (quiet["peak_mib"] - idle_mib) / 1024,
+            **{f"capture_{name}": value for name, value in quiet.items() if name != "peak_mib"},
+            "shards_kept_through_sigkill": left.shards_done,
+            "bytes_equal_after_sigkill_and_resume": equal,
+        }
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    if not equal:
+        sys.exit("the resumed capture differs from the quiet one")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""One stage of a capture of many tokens, in a process of its own that tells its peak memory.
+
+`python memory_driver.py plan|capture|report TOKENS STORE`. The grid is that of Mixtral: 32 layers, two of eight
+experts, shards of the default size. The model is a table, so that arrays are made as quickly as they are written.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import numpy as np
+from fake_model import FakeRun, FakeTokenizer, fake_layout
+
+from jobs.documents import Document, Source
+from jobs.local import capture_missing
+from jobs.plan import Planner
+from store import CaptureGroup
+from store.layout import default_rows_per_shard
+
+LAYERS, POSITIONS, DOCUMENT_TOKENS = tuple(range(32)), 512, 400
+LAYOUT = fake_layout(sequence_length=POSITIONS, rows_per_shard=default_rows_per_shard(POSITIONS), layers=LAYERS)
+
+
+class NumberTokenizer(FakeTokenizer):
+    """A text is a number: the seed of its 400 ids."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text."""
+        seeds = (np.random.default_rng(int(text)) for text in texts)
+        return [seed.integers(2, self.vocab_size, DOCUMENT_TOKENS).astype(np.int32) for seed in seeds]
+
+
+class TableEngine:
+    """Each token id has its choices."""
+
+    layers, num_experts, experts_per_token = LAYERS, 8, 2
+
+    def __init__(self) -> None:
+        first = np.random.default_rng(0).integers(0, 8, (LAYOUT.vocab_size, len(LAYERS)))
+        self.expert = np.stack([first, (first + 1) % 8], axis=-1).astype(np.uint8)
+        self.weight = np.where(self.expert % 2, 0.25, 0.75).astype(np.float16)
+
+    def route(self, token: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `workers.shard.Engine.route`."""
+        ids = np.maximum(token, 0)
+        return self.expert[ids], self.weight[ids]
+
+
+def documents(count: int) -> Source:
+    """So many documents, made as they are read."""
+
+    def read(start: int) -> Iterator[Document]:
+        return (
+            Document(name=f"document {n}", text=f"{n:0{2 * DOCUMENT_TOKENS}}")
+            for n in islice(range(count), start, None)
+        )
+
+    return Source(name="fake", read=read, identify=dict)
+
+
+def plan(tokens: int, store: Path) -> None:
+    """Plan the text."""
+    Planner(FakeRun(store, LAYOUT).open_group("fake"), documents(tokens // DOCUMENT_TOKENS), NumberTokenizer()).run()  # type: ignore[arg-type]
+
+
+def capture(tokens: int, store: Path) -> None:
+    """Fill every shard."""
+    capture_missing(CaptureGroup(store, "fake"), TableEngine(), batch_tokens=32_768, facts={})
+
+
+def report(tokens: int, store: Path) -> None:
+    """Draw the report."""
+    from jobs import report as script
+
+    script.main([str(store), "-o", f"{store}.html"])
+
+
+def peak_bytes() -> int:
+    """The most memory that this process had; `ru_maxrss` would count that of the process which started it."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    {"plan": plan, "capture": capture, "report": report}[sys.argv[1]](int(sys.argv[2]), Path(sys.argv[3]))
+    print(peak_bytes())
