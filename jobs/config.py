@@ -137,7 +137,6 @@ def _parse(arguments: Sequence[str], default: CaptureConfig) -> CaptureConfig:
         args=list(arguments),
         default=default,
         use_underscores=True,
-        config=(tyro.conf.FlagCreatePairsOff,),
     )
 
 

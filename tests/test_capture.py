@@ -1,0 +1,428 @@
+"""The command line of a capture, from text to store, with the tiny model."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from fake_hub import COMMIT, TOKEN, FakeHub
+from fake_model import store_files
+
+import store
+from jobs import prepare, status
+from jobs.config import MIXTRAL, parse_capture
+from store.lease import lease
+from workers.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+Command = Callable[..., Any]
+TEXTS = {
+    "a.txt": "The expert that a token meets depends on the token.\n" * 9,
+    "b.txt": "def route(x):\n    return sorted(x)[:2]  # <s> is text\n" * 5,
+    "c.txt": "",
+    "d.txt": "日本語 и кириллица, naïve café 🙂" * 4,
+}
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    return write(tmp_path / "texts")
+
+
+def write(folder: Path, texts: dict[str, str] = TEXTS) -> Path:
+    folder.mkdir(parents=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> tuple[str, ...]:
+    """A small capture into `s.zarr`."""
+    return (
+        *("--local", "--model", "tiny", "--device", "cpu", "--quantization", "none"),
+        *("--sequence_length", "32", "--rows_per_shard", "4", "--store", str(tmp_path / "s.zarr")),
+    )
+
+
+def without_times(path: Path) -> dict[str, Any]:
+    """Every file of a store; of records and attributes what is promised to be equal."""
+    files: dict[str, Any] = dict(store_files(path))
+    for name in files:
+        if "/commits/" in name:
+            record = json.loads(files[name])
+            files[name] = {key: value for key, value in record.items() if key not in ("seconds", "worker")}
+        elif name.count("/") == 1 and name.endswith("zarr.json"):
+            metadata = json.loads(files[name])
+            del metadata["attributes"]["configuration"], metadata["attributes"]["git_commit"]
+            files[name] = metadata
+    return files
+
+
+# --- What a capture is asked to do ------------------------------------------------------------------------
+
+
+def test_one_or_several_data_sets_become_groups_of_one_store(
+    command: Command, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    one, two = write(tmp_path / "First Book"), write(tmp_path / "second")
+    assert command("--dataset", one, *options).status == 0
+    assert store.dataset_names(tmp_path / "s.zarr") == ["first-book"]
+    hyphens = [option.replace("_", "-") if option.startswith("--") else option for option in options]
+    several = command("--dataset", one, f"--dataset={two}", *hyphens)
+    assert several.status == 0, several.err
+    assert "first-book: complete" in several.err
+    assert store.dataset_names(tmp_path / "s.zarr") == ["first-book", "second"]
+    named = command("--dataset", one, "--dataset", two, "--name", "x", "--name", "y", *options)
+    assert named.status == 0, named.err
+    tree = store.open_tree(tmp_path / "s.zarr")
+    assert sorted(tree) == ["first-book", "second", "x", "y"]
+    np.testing.assert_array_equal(tree["x"]["expert"], tree["second"]["expert"])
+    clash = command("--dataset", one, "--dataset", one, *options)
+    assert (clash.status, clash.err.count("\n")) == (2, 1)
+    assert "2 data sets would be named 'first-book': tell them apart with --name" in clash.err
+    unequal = command("--dataset", one, "--dataset", two, "--name", "x", *options)
+    assert unequal.status == 2
+    assert "--name is given 1 times and --dataset 2 times" in unequal.err
+
+
+def test_the_defaults_are_mixtral_in_nf4_with_double_quantization() -> None:
+    config = parse_capture(["--dataset", "wikitext-103", "--local"])
+    assert (config.dataset, config.local, config.quantization, config.bos) == (("wikitext-103",), True, "nf4", "none")
+    assert config.model == MIXTRAL == "mistralai/Mixtral-8x7B-Instruct-v0.1"
+
+
+def test_what_print_config_prints_config_takes_and_the_command_line_goes_before_it(
+    command: Command, tmp_path: Path
+) -> None:
+    printed = command("--dataset", "a", "--dataset", "b c", "--local", "--bos", "row", "--batch-tokens", 99, "--print_config")
+    assert printed.status == 0
+    options = yaml.safe_load(printed.out)
+    assert options["dataset"] == ["a", "b c"]
+    file = tmp_path / "options.yaml"
+    file.write_text(printed.out)
+    again = command("--config", file, "--print-config")
+    assert again.out == printed.out
+    assert parse_capture(["--config", str(file)]) == parse_capture(
+        ["--dataset", "a", "--dataset", "b c", "--local", "--bos", "row", "--batch-tokens", "99", "--config", str(file)]
+    )
+    over = yaml.safe_load(command(f"--config={file}", "--dataset", "z", "--batch_tokens", 7, "--print_config").out)
+    assert over == options | {"dataset": ["z"], "batch_tokens": 7}
+    assert parse_capture(["--config", str(file), "--no-local"]).local is False
+    for text, said in {
+        "dataset: [a]\nsequence_lenght: 3\nbatchtokens: 2": "unknown batchtokens, sequence_lenght; known are",
+        "- a": "holds list, and must hold option: value lines",
+        "bos: {a: 1}": "bos holds a mapping",
+        "a: [": "is not YAML",
+    }.items():
+        file.write_text(text)
+        refused = command("--config", file, "--local")
+        assert refused.status == 2, text
+        assert f"error: --config {file}" in refused.err
+        assert said in refused.err
+
+
+def test_what_is_no_capture_is_refused_with_what_to_give(command: Command, texts: Path) -> None:
+    assert "give at least one --dataset" in command("--local").err
+    assert "add --local to capture in this process" in command("--dataset", texts).err
+    for option in ("--sequence_length", "--rows_per_shard", "--batch_tokens", "--limit_documents"):
+        refused = command("--dataset", texts, "--local", option, 0)
+        assert refused.status == 2
+        assert f"{option} is 0, and must be more than 0" in refused.err
+
+
+# --- Dry run ----------------------------------------------------------------------------------------------
+
+
+def said(out: str, label: str) -> str:
+    found = re.search(rf"│ {label} +│ (.*?) *│", out)
+    assert found, out
+    return found[1]
+
+
+def test_a_dry_run_estimates_within_its_spread_and_writes_nothing(
+    command: Command, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs import estimate
+
+    random = np.random.default_rng(4)
+    words = ["the", "expert", "def", "0x7f3a", "  ", "Καλημέρα", "routing", "\n"]
+    many = {
+        f"{n:03}.txt": " ".join(random.choice(words, random.integers(1, 90), p=random.dirichlet(np.ones(8))))
+        for n in range(200)
+    }
+    folder = write(tmp_path / "many", many)
+    monkeypatch.setattr(estimate, "SAMPLE_DOCUMENTS", 40)
+    monkeypatch.setattr(prepare, "load_model", None)  # no weights are needed
+    dry = command("--dataset", folder, *options, "--dry_run", "--rate", 100)
+    assert dry.status == 0, dry.err
+    assert not (tmp_path / "s.zarr").exists()
+    numbers = re.match(r"([\d,]+) ± ([\d,]+) \(95 %, from 40 documents tokenized\)", said(dry.out, "tokens"))
+    assert numbers, dry.out
+    tokens, spread = (int(number.replace(",", "")) for number in numbers.groups())
+    monkeypatch.undo()
+    truth = [len(ids) for ids in load_tokenizer(tiny_of(command)).encode_batch(list(many.values()))]
+    assert 0 < spread < sum(truth) / 5
+    assert abs(tokens - sum(truth)) <= spread
+    rows = sum(-(-count // 32) for count in truth)
+    assert int(re.findall(r"[\d,]+", said(dry.out, "rows"))[0]) == pytest.approx(rows, rel=0.1)
+    assert int(re.findall(r"[\d,]+", said(dry.out, "shards"))[0]) == pytest.approx(rows / 4, rel=0.1)
+    assert float(said(dry.out, "filled").split("%")[0]) == pytest.approx(100 * sum(truth) / rows / 32, abs=8)
+    assert said(dry.out, "documents") == "200"
+    assert str(tmp_path / "s.zarr") in said(dry.out, "store")
+    assert "bytes of weights on cpu" in said(dry.out, "device memory")
+    assert "bytes" in said(dry.out, "host memory")
+    assert said(dry.out, "time") == f"{round(tokens / 100) // 60} min {round(tokens / 100) % 60} s"
+
+
+def tiny_of(command: Command) -> Path:
+    from workers.tiny import tiny_checkpoint
+
+    return tiny_checkpoint()
+
+
+def test_a_dry_run_of_every_document_is_exact_and_warns_of_empty_rows(
+    command: Command, options: tuple[str, ...], texts: Path
+) -> None:
+    dry = command("--dataset", texts, *options, "--sequence_length", 1024, "--dry_run")
+    count = sum(len(ids) for ids in load_tokenizer(tiny_of(command)).encode_batch(list(TEXTS.values())))
+    assert said(dry.out, "tokens") == f"{count:,} ± 0 (95 %, from 4 documents tokenized)"
+    assert said(dry.out, "time") == "unknown (give --rate TOKENS_PER_SECOND)"
+    assert "rows are mostly empty" in dry.out
+
+
+# --- A capture, again and otherwise -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_capture_holds_the_text_and_the_same_command_again_does_nothing(
+    command: Command, options: tuple[str, ...], texts: Path, tmp_path: Path, quantization: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    arguments = ("--dataset", texts, *options, "--quantization", quantization)
+    assert command(*arguments).status == 0
+    data = store.open_capture(tmp_path / "s.zarr", "texts").load()
+    ids = load_tokenizer(tiny_of(command)).encode_batch(list(TEXTS.values()))
+    assert data["name"].values.tolist() == list(TEXTS)
+    for document, (wanted, text) in enumerate(zip(ids, TEXTS.values(), strict=True)):
+        rows = np.flatnonzero(data["document_id"].values == document)
+        parts = [data["token"].values[row, : data["length"].values[row]] for row in rows]
+        assert np.concatenate([*parts, []]).tolist() == wanted.tolist()
+        assert data["offset"].values[rows].tolist() == list(range(0, len(wanted), 32))
+        pieces = "".join(data["piece"].values[wanted]).replace("▁", " ")
+        raw = re.sub(r"<0x(..)>", lambda byte: chr(int(byte[1], 16)), pieces).removeprefix(" ")
+        spelled = b"".join(c.encode("latin-1") if ord(c) < 256 and c not in text else c.encode() for c in raw)
+        assert spelled.decode() == text
+    before = store_files(tmp_path / "s.zarr")
+    monkeypatch.setattr(prepare, "load_model", None)
+    again = command(*arguments)
+    assert again.status == 0, again.err
+    assert "nothing to do" in again.err
+    assert store_files(tmp_path / "s.zarr") == before
+
+
+def test_two_runs_in_different_folders_give_equal_bytes(
+    command: Command, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("here", "there/deeper"):
+        write(tmp_path / place / "texts")
+        monkeypatch.chdir(tmp_path / place)
+        assert command("--dataset", "texts", *options, "--store", "s.zarr").status == 0
+    here, there = (without_times(tmp_path / place / "s.zarr") for place in ("here", "there/deeper"))
+    assert here == there
+    assert len([name for name in here if "/commits/" in name]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "stored", "wanted"),
+    [
+        (("--sequence_length", "16"), "sequence_length", "32", "16"),
+        (("--limit_documents", "2"), "limit_documents", "None", "2"),
+        (("--quantization", "nf4"), "quantization", "'none'", "'nf4'"),
+        (("--batch_tokens", "64"), "batch_tokens", "8192", "64"),
+        (("--bos", "row"), "bos", "'none'", "'row'"),
+        (("--rows_per_shard", "8"), "rows_per_shard", "4", "8"),
+    ],
+)
+def test_another_capture_of_the_same_name_is_refused_with_field_and_both_values(
+    command: Command, options: tuple[str, ...], texts: Path, tmp_path: Path,
+    change: tuple[str, ...], field: str, stored: str, wanted: str,
+) -> None:  # fmt: skip
+    assert command("--dataset", texts, *options).status == 0
+    before = store_files(tmp_path / "s.zarr")
+    refused = command("--dataset", texts, *options, *change)
+    assert refused.status == 2
+    assert f"{tmp_path}/s.zarr/texts holds another capture" in refused.err
+    assert f"  {field}: the store has {stored}, this run has {wanted}\n" in refused.err
+    assert "--name" in refused.err
+    assert ("cannot grow" in refused.err) == (field == "limit_documents")
+    assert store_files(tmp_path / "s.zarr") == before
+
+
+def test_a_changed_text_and_another_environment_are_refused_the_latter_unless_allowed(
+    command: Command, options: tuple[str, ...], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("--dataset", texts, *options).status == 0
+    (texts / "a.txt").write_text(TEXTS["a.txt"] + "!")
+    refused = command("--dataset", texts, *options)
+    assert refused.status == 2
+    assert re.search(r"text_sha256: the store has '\w{64}', this run has '\w{64}'", refused.err)
+    (texts / "a.txt").write_text(TEXTS["a.txt"])
+    store.CaptureGroup(tmp_path / "s.zarr", "texts").discard(1)
+    real = prepare.version
+    monkeypatch.setattr(prepare, "version", lambda name: "9.9" if name == "torch" else real(name))
+    refused = command("--dataset", texts, *options)
+    assert refused.status == 2
+    assert f"torch: the store has {real('torch')!r}, this run has '9.9'" in refused.err
+    assert "--allow_mixed" in refused.err
+    assert command("--dataset", texts, *options, "--allow_mixed").status == 0
+    record = json.loads((tmp_path / "s.zarr/texts/expert/commits/1.json").read_text())
+    assert record["versions"]["torch"] == "9.9", "a commit says with what it was made"
+
+
+def test_a_second_job_is_told_who_holds_the_group(
+    command: Command, options: tuple[str, ...], texts: Path, tmp_path: Path
+) -> None:
+    assert command("--dataset", texts, *options).status == 0
+    with lease(store.CaptureGroup(tmp_path / "s.zarr", "texts")):
+        second = command("--dataset", texts, *options)
+    assert (second.status, second.err.count("\n")) == (1, 1)
+    assert re.search(r"s\.zarr/texts is being captured by process \d+ of \S+ on \S+ since 20", second.err)
+
+
+def test_status_tells_complete_from_incomplete_also_while_a_job_runs(
+    command: Command, options: tuple[str, ...], texts: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.zarr"
+    assert command("--dataset", texts, *options).status == 0
+    done = command(path, main=status.main)
+    state = store.coverage(path, "texts")
+    assert done.status == 0
+    row = next(line for line in done.out.splitlines() if "texts" in line)
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    total = state.shards_total
+    assert total >= 3
+    wanted = ["texts", f"{total}/{total}", "0", "4", f"{state.tokens_done:,}", "100.0%", f"{state.bytes_done:,}"]
+    assert cells[:7] == wanted
+    group = store.CaptureGroup(path, "texts")
+    group.discard(1)
+    with lease(group):
+        missing = command(path, main=status.main)
+    assert missing.status == 1
+    assert f"texts: {total - 1} of {total} shards are committed; missing shards: 1\n" in missing.out
+    assert command(path, "--dataset", "texts", main=status.main).status == 1
+    assert command(tmp_path / "nothing.zarr", main=status.main).status == 2
+    assert command(path, "--dataset", "other", main=status.main).status == 2
+
+
+@pytest.mark.parametrize("bos", ["none", "document", "row"])
+def test_a_bos_stands_where_it_was_asked_for_and_offsets_count_document_tokens(
+    command: Command, options: tuple[str, ...], texts: Path, tmp_path: Path, bos: str
+) -> None:
+    assert command("--dataset", texts, *options, "--bos", bos).status == 0
+    data = store.open_capture(tmp_path / "s.zarr", "texts").load()
+    first = data["offset"].values == 0
+    has_bos = data["token"].values[:, 0] == 1
+    assert has_bos.tolist() == {"none": first & False, "document": first, "row": first | True}[bos].tolist()
+    assert not (data["token"].values[:, 1:] == 1).any()
+    assert data.attrs["bos"] == bos
+    assert 1 in data.attrs["special_token_ids"]
+    for document in set(data["document_id"].values.tolist()):
+        rows = data["document_id"].values == document
+        text_tokens = (data["length"].values - has_bos)[rows]
+        assert data["offset"].values[rows].tolist() == np.cumsum([0, *text_tokens[:-1]]).tolist()
+
+
+def test_conversations_have_a_role_for_every_token(command: Command, options: tuple[str, ...], tmp_path: Path) -> None:
+    lines = [
+        [{"role": "user", "content": "What routes tokens?"}, {"role": "assistant", "content": "A gate. " * 20}],
+        [{"role": "user", "content": "Why?"}],
+    ]
+    file = tmp_path / "talk.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": messages}) for messages in lines))
+    ran = command("--dataset", file, *options)
+    assert ran.status == 0, ran.err
+    data = store.open_capture(tmp_path / "s.zarr", "talk").load()
+    assert (data["role"].dims, data["role"].dtype) == (("doc", "position"), np.uint8)
+    assert data["role"].attrs["flag_meanings"] == "system user assistant tool template"
+    filled = np.arange(32) < data["length"].values[:, None]
+    assert (data["role"].values[~filled] == 255).all()
+    speaker = {1: "", 2: ""}
+    for token, role in zip(data["token"].values[filled], data["role"].values[filled], strict=True):
+        if role in speaker:
+            speaker[role] += str(data["piece"].values[token])
+    assert speaker[1].replace("▁", "") == "Whatroutestokens?Why?"
+    assert speaker[2].replace("▁", " ").strip() == ("A gate. " * 20).strip()
+    refused = command("--dataset", file, *options, "--bos", "row", "--name", "other")
+    assert refused.status == 2
+    assert "--bos row: conversations begin as the chat template says" in refused.err
+
+
+IDENTITY = {
+    *("model", "model_revision", "quantization", "compute_dtype", "gate_precision", "expert_backend", "attention"),
+    *("tokenizer", "text_sha256", "text_split", "text_field", "sequence_length", "rows_per_shard", "bos"),
+    *("batch_tokens", "limit_documents", "schema_version", "layers", "num_experts", "experts_per_token"),
+}
+PROVENANCE = {
+    *("schema_version", "identity", "model", "quantization", "sequence_length", "rows_per_shard", "window_rule"),
+    *("special_token_ids", "environment", "git_commit", "configuration", "layers", "num_experts"),
+    *("documents", "documents_empty", "documents_repaired", "pairs_cut", "tokens", "convention"),
+}
+
+
+def test_the_provenance_is_complete_and_holds_no_secret(
+    command: Command, options: tuple[str, ...], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert command("--dataset", texts, *options).status == 0
+    attrs = store.CaptureGroup(tmp_path / "s.zarr", "texts").attrs
+    assert attrs.keys() >= PROVENANCE
+    assert attrs["identity"].keys() >= IDENTITY
+    assert attrs["environment"].keys() >= {"torch", "transformers", "bitsandbytes", "zarr", "python", "device"}
+    assert (attrs["documents"], attrs["documents_empty"], attrs["documents_repaired"]) == (4, 1, 0)
+    assert attrs["configuration"]["dataset"] == [str(texts)]
+    record = json.loads((tmp_path / "s.zarr/texts/expert/commits/0.json").read_text())
+    assert record.keys() >= {"identity", "tokens", "token_crc32c", "expert", "weight", "seconds", "worker", "versions"}
+    assert not [name for name, data in store_files(tmp_path / "s.zarr").items() if TOKEN.encode() in data]
+
+
+# --- Hub --------------------------------------------------------------------------------------------------
+
+
+def test_model_and_data_set_come_from_a_hub_with_the_token_of_a_env_file_and_again_offline(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
+    data = {"data.jsonl": b'{"text": "one two three"}\n{"text": "four five"}\n'}
+    work = tmp_path / "work"
+    work.mkdir()
+    script = [sys.executable, "-W", "error", str(ROOT / "jobs" / "capture.py")]
+    command = [*script, "--local", "--model", "org/tiny", "--dataset", "org/words", "--device", "cpu"]
+    command += ["--quantization", "none", "--store", "s.zarr"]
+
+    def run(environment: dict[str, str], *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], env=environment, cwd=work, capture_output=True, text=True, timeout=150)
+
+    names = ("org/tiny", "datasets/org/words")
+    with FakeHub({"org/tiny": model, "datasets/org/words": data}, private=names) as hub:
+        environment = hub.environment(tmp_path / "home")
+        refused = run(environment)
+        assert refused.returncode == 2, refused.stderr
+        assert "HF_TOKEN" in refused.stderr
+        (work / ".env").write_text(f"HF_TOKEN={TOKEN}\n")
+        online = run(environment)
+        assert online.returncode == 0, online.stderr
+    identity = store.CaptureGroup(work / "s.zarr", "words").identity
+    assert (identity["model"], identity["model_revision"]) == ("org/tiny", COMMIT)
+    assert (identity["text_data"], identity["text_revision"]) == ("org/words", COMMIT)
+    offline = run(environment | {"HF_HUB_OFFLINE": "1"}, "--revision", COMMIT, "--name", "again")
+    assert offline.returncode == 0, offline.stderr
+    tree = store.open_tree(work / "s.zarr")
+    np.testing.assert_array_equal(tree["words"]["expert"], tree["again"]["expert"])
+    assert not [name for name, content in store_files(work / "s.zarr").items() if TOKEN.encode() in content]
