@@ -43,7 +43,9 @@ class Ran:
 
 
 @pytest.fixture
-def command(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+def command(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ran]:
     """Runs `jobs/capture.py`, or another job, as its script does, but in this process."""
     from jobs import capture
     from jobs.terminal import run_job

@@ -101,7 +101,9 @@ def test_the_defaults_are_mixtral_in_nf4_with_double_quantization() -> None:
 def test_what_print_config_prints_config_takes_and_the_command_line_goes_before_it(
     command: Command, tmp_path: Path
 ) -> None:
-    printed = command("--dataset", "a", "--dataset", "b c", "--local", "--bos", "row", "--batch-tokens", 99, "--print_config")
+    printed = command(
+        "--dataset", "a", "--dataset", "b c", "--local", "--bos", "row", "--batch-tokens", 99, "--print_config"
+    )
     assert printed.status == 0
     options = yaml.safe_load(printed.out)
     assert options["dataset"] == ["a", "b c"]

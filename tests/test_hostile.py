@@ -117,14 +117,18 @@ def test_bytes_that_are_no_text_are_replaced_and_counted_and_markup_stays_text(
 
 # --- Places -----------------------------------------------------------------------------------------------
 
-AS_NOBODY = """
-import os, sys
-os.setgroups([]); os.setgid(65534); os.setuid(65534)
-os.environ["HOME"] = "/nonexistent"
-sys.argv = ["jobs/capture.py", *sys.argv[2:]]
+WITHOUT_RIGHTS = """
+import ctypes
+header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+rights = (ctypes.c_uint32 * 6)()  # twice: effective, permitted, inheritable
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.capget(header, rights) == 0
+rights[0] &= ~0b110  # not bound by modes of files: to read, write and search all, and to read all
+assert libc.capset(header, rights) == 0
 import jobs.capture, jobs.terminal
 jobs.terminal.run_job(jobs.capture.main)
 """
+"""Only a right is dropped, not the user: the interpreter may lie where only its owner can read."""
 
 
 def expect_line(ran: Any, status: int, *said: str) -> None:
@@ -133,38 +137,30 @@ def expect_line(ran: Any, status: int, *said: str) -> None:
     assert "Traceback" not in ran.err
     errors = [line for line in ran.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, ran.err
-    for words in said:
-        assert words in ran.err, ran.err
+    for part in said:
+        assert part in ran.err, ran.err
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can drop its rights; others have none to begin with")
 @pytest.mark.parametrize("closed", ["text", "store", "folder of the store"])
 def test_what_may_not_be_read_or_written_is_named(
     options: tuple[str, ...], text: Path, tmp_path: Path, closed: str, tiny_folder: Path
 ) -> None:
-    open_up(tmp_path, tiny_folder)
     path = tmp_path / "s.zarr"
     if closed == "text":
-        text.chmod(0o600)
+        text.chmod(0)
     elif closed == "store":
         path.mkdir(mode=0o555)
-    script = [sys.executable, "-W", "error", "-c", AS_NOBODY, "", "--dataset", str(text), *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": "/tmp"}
-    done = subprocess.run(script, cwd="/", env=environment, capture_output=True, text=True, timeout=120)
+    else:
+        tmp_path.chmod(0o555)
+    script = [sys.executable, "-W", "error", "-c", WITHOUT_RIGHTS, "--dataset", str(text), *options]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    tmp_path.chmod(0o755)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert (done.returncode, len(lines)) == (2, 1), done.stderr
     assert "Traceback" not in done.stderr
     assert "ermission denied" in lines[0]
     assert str(text if closed == "text" else path) in lines[0]
     assert closed == "store" or not path.exists()
-
-
-def open_up(tmp_path: Path, folder: Path) -> None:
-    """Let others read what the test made: pytest keeps its folders to their owner."""
-    for top in (tmp_path, folder):
-        for path in [top, *top.parents]:
-            if path.name.startswith(("pytest-", "test_", "cache", "expert-atlas", "popen", "tiny")):
-                path.chmod(path.stat().st_mode | 0o055)
 
 
 class FullDisk:
@@ -196,8 +192,7 @@ def test_a_full_disk_ends_the_job_with_nothing_half_committed_and_it_goes_on_whe
         if disk.left < 0:
             expect_line(ran, 2, "No space left on device")
         if (path / "text" / "zarr.json").exists():
-            state = store.coverage(path, "text") if room >= 90 else None
-            assert state is None or not state.wrong
+            assert not store.coverage(path, "text").wrong
     assert full >= 3, "the disk was never full"
     ran = command("--dataset", text, *options)
     assert ran.status == 0, ran.err
@@ -214,7 +209,7 @@ def test_a_limit_on_the_size_of_files_ends_the_job_as_a_full_disk_does(
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "import jobs.capture, jobs.terminal\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); jobs.terminal.run_job(jobs.capture.main)"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); jobs.terminal.run_job(jobs.capture.main)"
     )
     command = [sys.executable, "-c", script, "--dataset", str(text), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -206,7 +206,7 @@ def test_choices_are_found_in_a_tuple_of_any_order_and_sorted_with_ties_by_lower
     dense = random.choice([0.125, 0.25, 0.25 + 1e-6, 0.5, 0.75], (tokens, num_experts)).astype(np.float32)
     chosen = np.take_along_axis(dense, experts, axis=1)
     parts = [torch.from_numpy(experts), torch.from_numpy(chosen), torch.from_numpy(random.normal(size=(tokens, 9)))]
-    kept = parts[:1] + [torch.from_numpy(dense)] if data.draw(st.booleans(), label="weights (T, E)") else parts
+    kept = [parts[0], torch.from_numpy(dense)] if data.draw(st.booleans(), label="weights (T, E)") else parts
     shaped = [part[None] for part in kept] if data.draw(st.booleans(), label="a batch dimension") else kept
     got_experts, got_weights = sorted_choices((*data.draw(st.permutations(shaped)), None), k)
     for token in range(tokens):
@@ -255,7 +255,11 @@ def altered(change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, t
 
 def hook_removed(engine: ModelEngine, layer: int) -> Any:
     """Something clears a router's hooks while the model runs."""
-    return engine.model.layers[0].register_forward_pre_hook(lambda *_: gate_of(engine, layer)._forward_hooks.clear()).remove
+    return (
+        engine.model.layers[0]
+        .register_forward_pre_hook(lambda *_: gate_of(engine, layer)._forward_hooks.clear())
+        .remove
+    )
 
 
 def router_replaced(engine: ModelEngine, layer: int) -> Any:
@@ -378,7 +382,9 @@ def test_a_fault_in_one_layer_stops_the_shard_and_names_the_layer(
 def test_hooks_on_the_wrong_routers_stop_the_shard_and_name_the_layer(tiny_model: LoadedModel, layer: int) -> None:
     rows, routers = random_rows(8), tiny_model.routers
     swapped = routers | {layer: routers[layer + 1], layer + 1: routers[layer]}
-    with pytest.raises(RoutingError, match=rf"^layer {layer}: in its place fired the router recorded as layer {layer + 1}'s"):
+    with pytest.raises(
+        RoutingError, match=rf"^layer {layer}: in its place fired the router recorded as layer {layer + 1}'s"
+    ):
         ModelEngine(replace(tiny_model, routers=swapped)).route(rows.token, rows.length)
     rotated = {number: routers[(number + 1) % LAYERS] for number in routers}
     with pytest.raises(RoutingError, match=r"^layer 0: its router fired 0 times"):
