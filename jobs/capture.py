@@ -20,6 +20,7 @@ from jobs.config import parse_capture
 from jobs.local import capture_missing
 from jobs.terminal import planned, reporting, run_job, say
 from store.coverage import Coverage, coverage
+from store.group import CaptureGroup
 from store.lease import lease
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ def capture_dataset(run: "Run", name: str, source: "Source") -> Coverage:
     """Plan one data set and fill its shards, as far as that is not done yet."""
     from jobs.plan import Planner
 
-    group = run.open_group(run.prepare(name, source))
-    with lease(group):
+    prepared = run.prepare(name, source)
+    with lease(CaptureGroup(run.config.store_path, name)):  # before the group is made: two makers would mix layouts
+        group = run.open_group(prepared)
         planner = Planner(group, source, run.tokenizer, bos=run.config.bos, limit_documents=run.config.limit_documents)
         with reporting(f"plan {name}", done=planner.plan.tokens) as report:
             plan = planner.run(lambda plan: report.to(plan.tokens, f"{plan.documents:,} documents"))

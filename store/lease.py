@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +43,7 @@ def lease(group: CaptureGroup) -> Iterator[None]:
             )
         group.objects.put(key, json.dumps(mine).encode())
         time.sleep(0.05)  # of two that take over at once, the one whose record stands has it
-        if _read(group, key) != mine:
+        if not _is(_read(group, key), mine):
             raise RuntimeError(f"{group.path}/{group.dataset}: another job took over the stale lease; run this again")
     done = threading.Event()
     renewer = threading.Thread(target=_renew, args=(group, key, mine, done), daemon=True)
@@ -53,18 +54,21 @@ def lease(group: CaptureGroup) -> Iterator[None]:
     finally:
         done.set()
         renewer.join()
-        if (_read(group, key) or {}).get("process_start") == mine["process_start"]:
+        if _is(_read(group, key), mine):
             group.objects.delete(key)
 
 
 def _renew(group: CaptureGroup, key: str, mine: dict[str, Any], done: threading.Event) -> None:
     while not done.wait(RENEW_S):
         with contextlib.suppress(OSError):  # a full disk: the capture itself reports it
+            if not _is(_read(group, key), mine):
+                return  # it was taken over while this process stood still
             group.objects.put(key, json.dumps({**mine, "renewed": time.time()}).encode())
 
 
 def _holder() -> dict[str, Any]:
     return {
+        "token": uuid.uuid4().hex,
         "host": socket.gethostname(),
         "user": getpass.getuser(),
         "process": os.getpid(),
@@ -80,6 +84,10 @@ def _read(group: CaptureGroup, key: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return holder if isinstance(holder, dict) and "renewed" in holder else None
+
+
+def _is(holder: dict[str, Any] | None, mine: dict[str, Any]) -> bool:
+    return holder is not None and holder.get("token") == mine["token"]
 
 
 def _is_stale(holder: dict[str, Any]) -> bool:
