@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from fake_model import fake_capture, words
 
+from jobs import plan
 from store.objects import LocalObjects
 
 TEXTS = [words(5, 1), "", words(70, 2), words(8, 3), " \n ", words(9, 4), words(30, 5)]
@@ -68,6 +69,7 @@ def run(store: str, step: int | None) -> int:
             log = os.open(f"{store}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 2)
             os.dup2(log, 1)
+            plan.PUBLISH_POSITIONS = 96  # twelve rows, then five: the sixth document is begun in the first publication
             die_at(step, Path(f"{store}.trace"))
             status = 0 if fake_capture(Path(store), TEXTS).complete else 1
         finally:
