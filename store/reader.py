@@ -5,16 +5,16 @@ here is the check that nothing is missing, and dask chunks of one shard.
 """
 
 from pathlib import Path
+from typing import Any
 
+import dask.array
 import numpy as np
 import xarray as xr
+import zarr
+from zarr.storage import LocalStore
 
 from store.coverage import coverage
-from store.group import CaptureGroup
-
-VARIABLES = (
-    *("expert", "weight", "token", "role", "length", "document_id", "offset", "captured", "name", "piece"),
-)  # in reading order; a folder's own order is that of the file system
+from store.group import CaptureGroup, Plan
 
 
 def dataset_names(path: Path | str) -> list[str]:
@@ -66,17 +66,28 @@ def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = Fal
     state = coverage(path, dataset)
     if not (state.complete or allow_incomplete):
         raise ValueError(f"{path}: {state}. Finish the capture, or open it with allow_incomplete=True")
-    rows = CaptureGroup(path, dataset).layout.rows_per_shard
-    # Opened without dask first: chunks of one shard split the 65,536-entry chunks of the one-dimensional arrays,
-    # about which xarray would warn.
-    lazy = xr.open_zarr(path, group=dataset, consolidated=False, chunks=None)
-    data: xr.Dataset = lazy.isel(doc=slice(0, state.plan.rows)).chunk({"doc": rows})
-    captured = xr.Variable("doc", np.ones(state.plan.rows, dtype=bool))
+    group = CaptureGroup(path, dataset)
+    arrays = zarr.open_group(LocalStore(path, read_only=True), path=dataset, mode="r", use_consolidated=False)
+    variables = {
+        name: _variable(arrays[name], state.plan, group.layout.rows_per_shard) for name in group.layout.arrays()
+    }
+    captured = np.ones(state.plan.rows, dtype=bool)
     for shard in state.missing:
-        captured[shard * rows : (shard + 1) * rows] = False
-    captured.attrs = {"long_name": "whether the row's shard is committed"}
-    data = data.assign(captured=captured).assign_attrs(dataset=dataset)
-    return data[[name for name in VARIABLES if name in data]]
+        captured[shard * group.layout.rows_per_shard : (shard + 1) * group.layout.rows_per_shard] = False
+    variables["captured"] = xr.Variable("doc", captured, {"long_name": "whether the row's shard is committed"})
+    return xr.Dataset(variables, attrs={**group.attrs, "dataset": dataset})
+
+
+def _variable(array: Any, plan: Plan, rows: int) -> xr.Variable:
+    """An array as far as the plan goes, in dask chunks of a shard.
+
+    The arrays grow one after the other while a data set is planned, so that for a moment they differ in size; the
+    plan's record counts what all of them hold.
+    """
+    dims = array.metadata.dimension_names
+    size = {"doc": plan.rows, "document": plan.documents}.get(dims[0], array.shape[0])
+    chunks = (rows if dims[0] == "doc" else array.shape[0], *array.shape[1:])
+    return xr.Variable(dims, dask.array.from_zarr(array, chunks=chunks, name=False)[:size], dict(array.attrs))
 
 
 def open_tree(path: Path | str, *, allow_incomplete: bool = False) -> xr.DataTree:

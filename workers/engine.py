@@ -4,11 +4,11 @@ import numpy as np
 import torch
 
 from workers.loading import LoadedModel
-from workers.routes import RouteRecorder
+from workers.routes import ILLEGAL, RouteRecorder
 from workers.shard import OutOfMemory, RoutingError
 
 _FAULTS = (
-    "its router returned an expert that does not exist, or one twice for a token (num_experts = {experts})",
+    ILLEGAL,
     "its router's weights are not finite, first in row {row} of the micro-batch",
     "its recorded choices are not those of its router for these tokens: an earlier batch's, or another layer's",
 )

@@ -154,6 +154,16 @@ def _from_pretrained(checkpoint: Checkpoint, description: ModelDescription, targ
             raise ValueError(f"{checkpoint.folder} could not be loaded ({_versions()}): {error}") from error
     # The base model leaves the head out; nothing else may be missing, left over or of another shape.
     report["unexpected_keys"] = {key for key in report["unexpected_keys"] if not key.startswith("lm_head.")}
+    # Under a quantizer, transformers 5.17 takes an unquantized tensor of another shape without a word.
+    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    report["mismatched_keys"] = {
+        *report["mismatched_keys"],
+        *(
+            (name, parameter.shape, shapes[name])
+            for name, parameter in model.named_parameters()
+            if type(parameter) is nn.Parameter and parameter.shape != shapes.get(name, parameter.shape)
+        ),
+    }
     faults = {name: sorted(map(str, found)) for name, found in report.items() if found}
     if faults:
         told = "; ".join(f"{len(found)} {name}: {', '.join(found[:5])}" for name, found in faults.items())

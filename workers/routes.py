@@ -25,6 +25,8 @@ SAMPLE = 64  # tokens of a micro-batch on which each router is asked again (arbi
 WEIGHT_TOLERANCE = 0.05  # another GEMM shape rounds bf16 logits otherwise: weights move by 0.02 at most
 SAMPLE_AGREEING = 0.75  # near-ties flip 0.2-0.75 % of choices (measured); routes of other tokens agree on 3-30 %
 
+ILLEGAL = "its router returned an expert that does not exist, or one twice for a token (num_experts = {experts})"
+
 
 class _LastRouterDone(Exception):
     """Ends a forward: nothing after the last router matters."""
@@ -144,8 +146,13 @@ class RouteRecorder:
         self._choices, self._fired = {layer: [] for layer in self.routers}, []
         self._sampled = {}
         self._sample = torch.from_numpy(picks).to(token.device)
-        with suppress(_LastRouterDone):  # no mask and no cache: plain causal attention, each row alone
-            model(input_ids=token, attention_mask=None, use_cache=False)
+        try:
+            with suppress(_LastRouterDone):  # no mask and no cache: plain causal attention, each row alone
+                model(input_ids=token, attention_mask=None, use_cache=False)
+        except (IndexError, RuntimeError):  # experts fail in their own words on a choice that does not exist
+            if token.device.type == "cpu":
+                self._name_illegal_layer()
+            raise
         return self._checked(torch.from_numpy(filled).to(token.device))
 
     def _before(self, layer: int) -> Any:
@@ -168,6 +175,12 @@ class RouteRecorder:
                 raise _LastRouterDone
 
         return keep_choices
+
+    def _name_illegal_layer(self) -> None:
+        for layer, fired in self._choices.items():
+            for experts_TK, _ in fired:
+                if bool(((experts_TK < 0) | (experts_TK >= self.num_experts)).any()):
+                    raise RoutingError(f"layer {layer}: {ILLEGAL.format(experts=self.num_experts)}")
 
     def _checked(self, filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         for layer, fired in self._choices.items():

@@ -136,12 +136,12 @@ def capture_shard(
     halvings = 0
     while True:
         try:
-            expert, weight = route_rows(engine, rows, layout, batch_tokens >> halvings, progress)
+            expert, weight = route_rows(engine, rows, layout, max(1, batch_tokens >> halvings), progress)
         except RoutingError as error:
             raise RoutingError(f"shard {shard} of {group.dataset}: {error}") from error
         except OutOfMemory as error:
             if halvings == max_halvings:
-                tokens = batch_tokens >> halvings
+                tokens = max(1, batch_tokens >> halvings)
                 raise OutOfMemory(
                     f"shard {shard} of {group.dataset} does not fit, not even in micro-batches of {tokens} tokens:"
                     f" use a smaller --sequence_length or a larger device ({error})"
