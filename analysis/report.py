@@ -118,7 +118,7 @@ def write_report(
         raise ValueError(f"no data set in {', '.join(map(str, paths))}: nothing to report")
     answers = []
     for path, name in found:
-        label = name if len(paths) == 1 else f"{path.name}/{name}"
+        label = name if len(paths) == 1 else f"{path}/{name}"
         told = None if progress is None else lambda done, total, label=label: progress(label, done, total)
         answers.append(answer(open_capture(path, name, allow_incomplete=True), coverage(path, name), label, told))
     page = render(answers)

@@ -146,7 +146,14 @@ def _shards(dataset: xr.Dataset) -> list[slice]:
 
 def _decode(rows: xr.Dataset, dataset: xr.Dataset, first_row: int) -> Block:
     """Load one shard in this thread and mark the tokens that count."""
-    loaded = rows.load(scheduler="synchronous")
+    try:
+        loaded = rows.load(scheduler="synchronous")
+    except ValueError as error:  # a checksum that does not match, a shard cut short
+        raise ValueError(
+            f"rows {first_row} to {first_row + rows.sizes['doc'] - 1} of {dataset.attrs.get('dataset')} cannot be"
+            f" decoded ({error}): remove expert/commits/{first_row // int(dataset.attrs['rows_per_shard'])}.json in"
+            " its folder, and the capture does that shard again"
+        ) from error
     block: Block = {str(name): np.ascontiguousarray(loaded[name].values) for name in loaded.data_vars}
     if "captured" in block:
         block["length"] = np.where(block["captured"], block["length"], 0)

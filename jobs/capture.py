@@ -14,7 +14,7 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
-from dotenv import find_dotenv, load_dotenv
+from dotenv import dotenv_values, find_dotenv
 
 from jobs.config import parse_capture
 from jobs.local import capture_missing
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError("give at least one --dataset, such as --dataset demo:prose; --help lists the kinds")
     if not (config.local or config.dry_run):
         raise ValueError("capturing on a Ray cluster is not built yet: add --local to capture in this process")
-    load_dotenv(find_dotenv(usecwd=True))  # HF_TOKEN, before any hub library reads the environment
+    _take_token()
     from jobs.prepare import (
         Run,  # imports torch and transformers, which take seconds: --help does not wait for them
     )
@@ -54,11 +54,20 @@ def main(arguments: list[str]) -> int:
     return 0 if all(state.complete for state in states) else 1
 
 
+def _take_token() -> None:
+    """HF_TOKEN from a `.env` file, before a hub library reads the environment; nothing else that stands in there."""
+    token = dotenv_values(find_dotenv(usecwd=True)).get("HF_TOKEN")
+    if token:
+        os.environ.setdefault("HF_TOKEN", token)
+
+
 def capture_dataset(run: "Run", name: str, source: "Source") -> Coverage:
     """Plan one data set and fill its shards, as far as that is not done yet."""
     from jobs.plan import Planner
 
     prepared = run.prepare(name, source)
+    if source.note:
+        say(f"{name}: {source.note}")
     with lease(CaptureGroup(run.config.store_path, name)):  # before the group is made: two makers would mix layouts
         group = run.open_group(prepared)
         planner = Planner(group, source, run.tokenizer, bos=run.config.bos, limit_documents=run.config.limit_documents)
@@ -66,6 +75,8 @@ def capture_dataset(run: "Run", name: str, source: "Source") -> Coverage:
             plan = planner.run(lambda plan: report.to(plan.tokens, f"{plan.documents:,} documents"))
         say(f"{name}: {planned(plan, source.published_documents)}")
         before = coverage(group.path, name)
+        if before.lost:
+            raise ValueError(f"{group.path}: {before}")
         if before.complete:
             say(f"{before}; nothing to do")
             return before

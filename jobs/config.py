@@ -89,6 +89,8 @@ class CaptureConfig:
             When the path is given as a URL: only local and shared file systems can be written yet.
         """
         path = self.store or os.environ.get("EXPERT_ATLAS_STORE") or "~/expert-atlas/routes.zarr"
+        if self.store == Path():
+            raise ValueError("--store is empty, or the current folder: name a folder of its own, such as routes.zarr")
         if ":/" in str(path):
             raise ValueError(f"--store {path}: only paths of a file system can be written, not URLs")
         return Path(path).expanduser().absolute()
@@ -104,6 +106,9 @@ class CaptureConfig:
     def as_yaml(self) -> str:
         """The options as a file for `--config`."""
         return yaml.safe_dump(self.as_options(), sort_keys=False, allow_unicode=True)
+
+
+_FIELDS = {field.name: field for field in fields(CaptureConfig)}
 
 
 def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
@@ -142,26 +147,38 @@ def _parse(arguments: Sequence[str], default: CaptureConfig) -> CaptureConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        options = yaml.load(text, Loader=yaml.BaseLoader)  # every value as it is written: 0123456 is a commit
+        tree = yaml.compose(text)
+        names = [str(key.value) for key, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"--config {path} holds {type(options).__name__}, and must hold option: value lines")
-    options = {str(name).replace("-", "_"): value for name, value in options.items()}
-    known = {field.name for field in fields(CaptureConfig)} - set(NOT_IN_FILES)
+    names = [name.replace("-", "_") for name in names]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--config {path} gives {', '.join(twice)} more than once")
+    options = dict(zip(names, options.values(), strict=True))
+    known = _FIELDS.keys() - set(NOT_IN_FILES)
     if unknown := sorted(options.keys() - known):
         raise ValueError(f"--config {path}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return options
 
 
 def _as_arguments(options: dict[str, Any], path: Path) -> list[str]:
+    """The options of a file as a command line; `null`, `~` and nothing leave an option at its default."""
     arguments = []
+    lists = {name for name, field in _FIELDS.items() if field.default == ()}
+    switches = {name for name, field in _FIELDS.items() if field.default in (True, False)}
     for name, value in options.items():
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, dict):
-                raise ValueError(f"--config {path}: {name} holds a mapping, and must hold a value or a list")
-            if item is True:
-                arguments.append(f"--{name}")
-            elif item is not None and item is not False:
-                arguments.append(f"--{name}={item}")
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items) or (isinstance(value, list) and name not in lists):
+            kind = "one value or a list of them" if name in lists else "one value"
+            raise ValueError(f"--config {path}: {name} holds {value!r}, and must hold {kind}")
+        if name in switches and value not in ("true", "false"):
+            raise ValueError(f"--config {path}: {name} is {value!r}, and must be true or false")
+        if name in switches:
+            arguments.append(f"--{name}" if value == "true" else f"--no_{name}")
+        else:
+            arguments += [f"--{name}={item}" for item in items if item not in ("", "~", "null")]
     return arguments

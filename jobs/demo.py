@@ -50,4 +50,7 @@ def _run(script: str, *arguments: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # the script that ran has said so
+        sys.exit(130)

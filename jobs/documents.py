@@ -28,6 +28,11 @@ class Document:
     repaired: bool = False
     """Whether something in the text or the messages was replaced by U+FFFD."""
 
+    @property
+    def characters(self) -> int:
+        """Length of the text, or of what the messages say."""
+        return len(self.text) + sum(len(message["content"]) for message in self.messages or ())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -39,6 +44,8 @@ class Source:
     """Documents from the given one on."""
     identify: Callable[[], Identity]
     """Computes the identity; for local files that reads all their bytes."""
+    conversations: bool = False
+    """Whether its documents are conversations; never some of them."""
     note: str | None = None
     """What a reader of the plan should be told, such as files left out."""
     published_documents: int | None = None

@@ -7,9 +7,10 @@ from itertools import islice
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from jobs.documents import Document, Source
+from jobs.documents import Source
 from jobs.plan import encode
 from jobs.prepare import Prepared, Run
 from workers.loading import estimate_bytes
@@ -47,7 +48,7 @@ def estimate_tokens(run: Run, source: Source, sequence_length: int) -> TokenEsti
     characters, sample = [], []
     chooser = random.Random(0)  # the same sample every time
     for index, document in enumerate(islice(source.documents(), run.config.limit_documents)):
-        size = _characters(document)
+        size = document.characters
         characters.append(size)
         slot = index if index < SAMPLE_DOCUMENTS else chooser.randrange(index + 1)
         if index < SAMPLE_DOCUMENTS:
@@ -88,16 +89,12 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
     }
     table = Table(title=f"{name}: dry run, nothing is written", show_header=False, title_justify="left")
     for label, value in lines.items():
-        table.add_row(label, value)
+        table.add_row(label, escape(value))
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)
     if text.rows and filled < FILLED_WARNING:
         longest = layout.sequence_length
         print(f"note: rows are mostly empty; a --sequence_length under {longest} makes scans of the store faster")
-
-
-def _characters(document: Document) -> int:
-    return len(document.text) + sum(len(message["content"]) for message in document.messages or ())
 
 
 def _host_bytes(prepared: Prepared) -> int:

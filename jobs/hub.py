@@ -43,7 +43,12 @@ def hub_source(
         "field": field,
         "document": "row",
     }
-    return Source(name=name, read=partial(table_documents, table, field), identify=lambda: known)
+    return Source(
+        name=name,
+        read=partial(table_documents, table, field),
+        identify=lambda: known,
+        conversations=table.columns[field] == "messages",
+    )
 
 
 def wikitext_source(alias: str, *, split: str | None, text_field: str | None, revision: str | None) -> Source:

@@ -68,6 +68,7 @@ def local_source(spec: str, *, name: str, split: str | None, field: str | None) 
     return Source(
         name=name,
         read=partial(table_documents, table, column),
+        conversations=table.columns[column] == "messages",
         identify=partial(identity, files, field=column),
         note=note,
     )
@@ -180,5 +181,6 @@ def saved_source(folder: Path, *, name: str, split: str | None, field: str | Non
     return Source(
         name=name,
         read=partial(table_documents, table, column),
+        conversations=table.columns[column] == "messages",
         identify=partial(identity, files, split=split, field=column),
     )

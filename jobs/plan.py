@@ -49,8 +49,13 @@ def encode(
     for document in documents:
         if document.messages is None:
             yield document, next(texts), None
+        elif not document.messages:
+            yield document, np.empty(0, np.int32), np.empty(0, np.uint8)
         else:
-            yield document, *tokenizer.chat(document.messages)
+            try:
+                yield document, *tokenizer.chat(document.messages)
+            except ValueError as error:
+                raise ValueError(f"document {document.name!r}: {error}") from error
 
 
 def default_sequence_length(source: Source, tokenizer: TextTokenizer, limit_documents: int | None) -> int:
@@ -101,7 +106,7 @@ class Planner:
         Raises
         ------
         ValueError
-            When a document cannot be tokenized as asked; the message names it.
+            When a document cannot be tokenized as asked, the message names it; or the text changed meanwhile.
         """
         if self.plan.complete:
             return self.plan
@@ -116,6 +121,11 @@ class Planner:
                 while len(self._rows) >= step:
                     self._publish(step)
                     progress(self.plan)
+        if self.source.identify() != self.source.identity:
+            raise ValueError(
+                f"the text of {self.source.name} changed while it was planned: remove {self.group.path}/"
+                f"{self.group.dataset} and capture it again"
+            )
         self._publish(len(self._rows), complete=True)
         progress(self.plan)
         return self.plan
@@ -179,7 +189,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document.text)
+        characters += document.characters
         if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -63,7 +63,17 @@ class Run:
         self.model = model_path(config.model)
         cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
         self.device = "cuda" if cuda else "cpu"
+        self._refuse_foreign_folder()
         self.batch_tokens = config.batch_tokens or BATCH_TOKENS[self.device]
+
+    def _refuse_foreign_folder(self) -> None:
+        """A folder that holds other things is no place for a store."""
+        path = self.config.store_path
+        if not path.is_dir() or (path / "zarr.json").exists():
+            return
+        foreign = [entry.name for entry in path.iterdir() if not (entry / "token").is_dir()]  # a creation cut short
+        if foreign:
+            raise ValueError(f"--store {path} is no store, and holds {foreign[0]!r}: name a new or an empty folder")
 
     @cached_property
     def described(self) -> ModelDescription:
@@ -131,8 +141,7 @@ class Run:
             When the rows would be longer than the model's positions, or the data set has no document.
         """
         config, model = self.config, self.described
-        first = next(iter(source.documents()), None)
-        if first is None:
+        if next(iter(source.documents()), None) is None:
             raise ValueError(f"{name}: the data set holds no document")
         length = config.sequence_length or default_sequence_length(source, self.tokenizer, config.limit_documents)
         if length > model["max_position_embeddings"]:
@@ -144,7 +153,7 @@ class Run:
                 f"the tokenizer of {self.model} has {self.tokenizer.vocab_size} ids, and its model embeds"
                 f" {model['vocab_size']}: they do not belong together"
             )
-        if first.messages is not None and config.bos != "none":
+        if source.conversations and config.bos != "none":
             raise ValueError(f"--bos {config.bos}: conversations begin as the chat template says; use --bos none")
         layout = Layout(
             sequence_length=length,
@@ -153,7 +162,7 @@ class Run:
             num_experts=model["num_experts"],
             experts_per_token=model["experts_per_token"],
             vocab_size=self.tokenizer.vocab_size,
-            roles=ROLES if first.messages is not None else (),
+            roles=ROLES if source.conversations else (),
         )
         text = {f"text_{field}": value for field, value in source.identity.items()}
         identity = {
@@ -164,6 +173,7 @@ class Run:
             "sequence_length": length,
             "rows_per_shard": layout.rows_per_shard,
             "bos": config.bos,
+            "bos_id": None if config.bos == "none" else self.tokenizer.bos_id,
             "batch_tokens": self.batch_tokens,
             "limit_documents": config.limit_documents,
             "schema_version": SCHEMA_VERSION,

@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(ReportConfig, prog="python jobs/report.py", args=arguments, use_underscores=True)
     if not config.stores:
         raise ValueError("name at least one store, such as demo.zarr")
+    if not config.output.absolute().parent.is_dir() or config.output.is_dir():
+        raise ValueError(f"--output {config.output}: its folder must exist, and it must not be a folder itself")
     from analysis.report import write_report  # the chart libraries take a second: --help does not wait for them
 
     for answers in write_report(config.stores, config.output):

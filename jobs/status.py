@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jobs.terminal import run_job
+from jobs.terminal import run_job, say
 from store.coverage import Coverage, coverage
 from store.reader import dataset_names
 
@@ -37,7 +37,12 @@ def main(arguments: list[str]) -> int:
     names = list(config.dataset) or dataset_names(config.store)
     if not names:
         raise ValueError(f"{config.store} holds no data set yet")
-    states = [coverage(config.store, name) for name in names]
+    states, unreadable = [], []
+    for name in names:
+        try:
+            states.append(coverage(config.store, name))
+        except ValueError as error:
+            unreadable.append(str(error))
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(status_table(states))
     for state in states:
@@ -45,7 +50,9 @@ def main(arguments: list[str]) -> int:
             console.print(str(state), highlight=False, markup=False)
         for shard, reason in state.wrong.items():
             console.print(f"{state.dataset}: shard {shard} does not hold: {reason}", highlight=False, markup=False)
-    return 0 if all(state.complete for state in states) else 1
+    for reason in unreadable:
+        say(f"error: {reason}")
+    return 1 if unreadable or not all(state.complete for state in states) else 0
 
 
 def status_table(states: list[Coverage]) -> Table:

@@ -75,11 +75,16 @@ def text_column(table: Table, asked: str | None, where: str) -> str:
 def table_documents(table: Table, field: str, start: int) -> Iterator[Document]:
     """Yield one document a row, from row `start` on; a null is an empty document."""
     name_column = next((name for name in NAME_COLUMNS if name in table.columns and name != field), None)
+    kind = table.columns[field]
     wanted = [field] if name_column is None else [field, name_column]
     for row in table.rows(start, wanted):
         label = row.values.get(name_column) if name_column is not None else None
         name, _ = without_surrogates(row.place if label is None or label == "" else str(label))
         value = row.values.get(field)
+        if value is None and kind == "messages":
+            value = []
+        if isinstance(value, list) != (kind == "messages") and value is not None:
+            raise ValueError(f"{row.place}: column {field!r} holds {type(value).__name__}, in a column of {kind}")
         if isinstance(value, list):
             yield conversation(value, name=name, where=f"{row.place}: column {field!r}", repaired=row.repaired)
             continue
@@ -115,6 +120,8 @@ def json_table(files: Mapping[str, Path]) -> Table:
         for name, value in row.values.items():
             kind = json_kind(value)
             known = columns.get(name, "null")
+            if {known, kind} == {"messages", "list"}:  # told as a broken message, where it is read
+                kind = known = "messages"
             columns[name] = kind if known == "null" else known if kind in (known, "null") else "mixed"
     return Table(columns=columns, rows=partial(json_rows, files))
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from store.group import Plan
 
 LOG_EVERY_S = 10.0
+AFTER = "what was finished is kept, and the same command goes on from there"
 
 
 class Terminated(BaseException):
@@ -31,16 +32,16 @@ def run_job(main: Callable[[list[str]], int]) -> NoReturn:
     signal.signal(signal.SIGTERM, terminate)
     try:
         status = main(sys.argv[1:])
+    except BrokenPipeError:
+        status = 141
     except (ValueError, OSError) as error:
         status = _fail(2, str(error) or repr(error))
     except RuntimeError as error:
         status = _fail(1, str(error) or repr(error))
     except KeyboardInterrupt:
-        status = _fail(130, "interrupted: what is committed is kept, and the same command goes on from there")
+        status = _fail(130, f"interrupted: {AFTER}")
     except Terminated:
-        status = _fail(143, "terminated: what is committed is kept, and the same command goes on from there")
-    except BrokenPipeError:
-        status = 141
+        status = _fail(143, f"terminated: {AFTER}")
     sys.exit(status)
 
 

@@ -18,6 +18,8 @@ class Coverage:
     """Planned shards without a valid commit."""
     wrong: dict[int, str]
     """Shards whose commit record does not hold, and why; they are among `missing`."""
+    lost: list[str]
+    """Objects of the plan that are gone: the capture cannot be trusted, nor healed without planning again."""
     tokens_done: int
     bytes_done: int
     """Bytes of the committed `expert` and `weight` shards."""
@@ -32,11 +34,16 @@ class Coverage:
     @property
     def complete(self) -> bool:
         """Whether every row of the data set is planned and committed."""
-        return self.plan.complete and not self.missing
+        return self.plan.complete and not self.missing and not self.lost
 
     def __str__(self) -> str:
         if self.complete:
             return f"{self.dataset}: complete, {self.shards_total} shards, {self.tokens_done:,} tokens"
+        if self.lost:
+            return (
+                f"{self.dataset}: {len(self.lost)} objects of the plan are lost, first {self.lost[0]}; remove the"
+                f" folder {self.dataset} and capture it again"
+            )
         planned = "" if self.plan.complete else ", and its text is not planned to the end"
         return (
             f"{self.dataset}: {self.shards_done} of {self.shards_total} shards are committed{planned};"
@@ -62,6 +69,7 @@ def coverage(path: Path | str, dataset: str) -> Coverage:
         shards_total=total,
         missing=[shard for shard in range(total) if shard not in valid],
         wrong=wrong,
+        lost=group.lost(),
         tokens_done=sum(record["tokens"] for record in done),
         bytes_done=sum(record["expert"]["bytes"] + record["weight"]["bytes"] for record in done),
         seconds=sum(record.get("seconds", 0.0) for record in done),

@@ -80,7 +80,7 @@ class CaptureGroup:
         attrs: Mapping[str, Any],
         pieces: Sequence[str],
     ) -> "CaptureGroup":
-        """Make the group, or go on with the one that is there.
+        """Make the group, or go on with the one that is there; for the one who holds its lease.
 
         Parameters
         ----------
@@ -98,10 +98,15 @@ class CaptureGroup:
             or something that is not a capture.
         """
         group = cls(path, dataset)
-        if group.objects.get(group._key("zarr.json")) is not None:
+        exists = group.objects.get(group._key("zarr.json")) is not None
+        if exists:
             refuse_other_identity(f"{group.path}/{dataset}", group.identity, identity)
-            return group
         group.objects.put_new("zarr.json", _group_metadata({}))
+        if exists:
+            return group
+        for name in GROWING:  # of a creation that was killed, of a capture with other arrays
+            if name not in layout.arrays():
+                group.objects.clear(group._key(name))
         contents = {"piece": np.array(pieces, dtype=object), "layer": np.array(layout.layers, dtype="int32")}
         for name, spec in layout.arrays().items():
             values = contents.get(name, np.empty(0))
@@ -111,7 +116,8 @@ class CaptureGroup:
                 group.objects.put(group._key(f"{name}/{spec.key(start // spec.chunk[0])}"), spec.encode(chunk))
         group._put_record("token/plan.json", asdict(Plan()))
         facts = asdict(layout) | {"schema_version": SCHEMA_VERSION, "identity": identity}
-        group.objects.put_new(group._key("zarr.json"), _group_metadata({**attrs, **facts}))
+        if not group.objects.put_new(group._key("zarr.json"), _group_metadata({**attrs, **facts})):
+            raise RuntimeError(f"{group.path}/{dataset} was made by another job at the same time: run this again")
         return group
 
     # What the group is
@@ -158,7 +164,10 @@ class CaptureGroup:
     @property
     def plan(self) -> Plan:
         """How far planning went."""
-        return Plan(**(self._record("token/plan.json") or {}))
+        record = self._record("token/plan.json") or {}
+        if unknown := record.keys() - Plan.__dataclass_fields__.keys():
+            raise ValueError(f"{self.path / self.dataset}/token/plan.json holds what no plan has: {sorted(unknown)}")
+        return Plan(**record)
 
     # Planning
 
@@ -214,6 +223,12 @@ class CaptureGroup:
         rows = self.layout.rows_per_shard
         part = slice(shard * rows, min((shard + 1) * rows, self.plan.rows))
         values = {name: self._array(name)[part] for name in ("token", "length", "document_id", "offset")}
+        filled = np.arange(self.layout.sequence_length) < values["length"][:, None]
+        if (values["length"] < 1).any() or (values["token"][filled] < 0).any():
+            raise ValueError(
+                f"{self.path}/{self.dataset}: planned rows of shard {shard} are gone; remove the folder"
+                f" {self.dataset} and capture it again"
+            )
         return Rows(**values)
 
     def commit(
@@ -222,7 +237,8 @@ class CaptureGroup:
         """Make one shard's choices durable, then its commit record.
 
         An object that is there without a commit is kept when its bytes are the same and replaced when they are not:
-        it is what a killed writer left. A shard that was committed meanwhile is left as it is.
+        it is what a killed writer left. A shard that is committed is left as it is; between the last look for its
+        record and the replacement lies one put, which only a lease keeps another writer out of.
 
         Parameters
         ----------
@@ -249,6 +265,8 @@ class CaptureGroup:
             data = arrays[name].encode(values)
             key = self._key(f"{name}/{arrays[name].key(shard)}")
             if not self.objects.put_new(key, data) and self.objects.get(key) != data:
+                if self._record(record_key) is not None:
+                    return False
                 self.objects.put(key, data)
             record[name] = {"bytes": len(data), "crc32c": google_crc32c.value(data)}
         return self.objects.put_new(self._key(record_key), _json(record))
@@ -268,6 +286,8 @@ class CaptureGroup:
             try:
                 record = self._record(f"expert/commits/{file}") or {}
                 reason = None if record["identity"] == wanted else f"is of identity {record['identity'][:12]}"
+                if record["shard"] != shard or not record["tokens"] > 0:
+                    reason = reason or f"is of shard {record['shard']}, with {record['tokens']} tokens"
                 for name in ("expert", "weight"):
                     size = self.objects.size_bytes(self._key(f"{name}/{arrays[name].key(shard)}"))
                     if size != record[name]["bytes"]:
@@ -280,6 +300,18 @@ class CaptureGroup:
             else:
                 wrong[shard] = reason
         return valid, wrong
+
+    def lost(self) -> list[str]:
+        """Keys of objects that the plan counts and that are gone or empty: what they held would read as fill."""
+        plan, layout = self.plan, self.layout
+        arrays = layout.arrays()
+        sizes = {"name": plan.documents, "piece": layout.vocab_size, "layer": len(layout.layers)}
+        keys = []
+        for name, spec in arrays.items():
+            if name not in ("expert", "weight"):
+                size, step = sizes.get(name, plan.rows), (spec.shard or spec.chunk)[0]
+                keys += [f"{name}/{spec.key(index)}" for index in range(-(-size // step))]
+        return [key for key in keys if not self.objects.size_bytes(self._key(key))]
 
     def discard(self, shard: int) -> None:
         """Take back a shard: its commit first, then its objects, so that no commit ever names what is gone."""
@@ -299,7 +331,13 @@ class CaptureGroup:
 
     def _record(self, key: str) -> dict[str, Any] | None:
         data = self.objects.get(self._key(key))
-        return None if data is None else json.loads(data)
+        try:
+            record = None if data is None else json.loads(data)
+        except ValueError as error:
+            raise ValueError(f"{self.path / self._key(key)} is not JSON: {error}") from error
+        if not isinstance(record, dict | None):
+            raise ValueError(f"{self.path / self._key(key)} holds {type(record).__name__}, not a record")
+        return record
 
     def _put_record(self, key: str, record: Mapping[str, Any]) -> None:
         self.objects.put(self._key(key), _json(record))
@@ -316,10 +354,10 @@ def valid_name(dataset: str) -> str:
     ValueError
         When it has other characters than a-z, 0-9, '.', '_' and '-', begins with a dot, or is empty or too long.
     """
-    if not _NAME.fullmatch(dataset):
+    if not _NAME.fullmatch(dataset) or dataset == "zarr.json" or dataset.startswith("__"):
         raise ValueError(
             f"{dataset!r} cannot name a data set in a store: use 1 to 128 of a-z, 0-9, '.', '_' and '-',"
-            " not beginning with a dot"
+            " not beginning with a dot or two underscores, and not zarr.json"
         )
     return dataset
 

@@ -36,7 +36,7 @@ def lease(group: CaptureGroup) -> Iterator[None]:
     mine = _holder()
     if not group.objects.put_new(key, json.dumps(mine).encode()):
         other = _read(group, key)
-        if other is not None and not _is_stale(other):
+        if other is not None and not _is_stale(group, key, other):
             raise RuntimeError(
                 f"{group.path}/{group.dataset} is being captured by process {other['process']} of {other['user']} on"
                 f" {other['host']} since {other['since']}: wait for it or end it, then run this command again"
@@ -49,7 +49,7 @@ def lease(group: CaptureGroup) -> Iterator[None]:
     renewer = threading.Thread(target=_renew, args=(group, key, mine, done), daemon=True)
     renewer.start()
     try:
-        group.objects.clear_scratch()
+        group.objects.clear(group.objects.scratch)
         yield
     finally:
         done.set()
@@ -70,7 +70,7 @@ def _holder() -> dict[str, Any]:
     return {
         "token": uuid.uuid4().hex,
         "host": socket.gethostname(),
-        "user": getpass.getuser(),
+        "user": _user(),
         "process": os.getpid(),
         "process_start": _process_start(os.getpid()),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -83,22 +83,40 @@ def _read(group: CaptureGroup, key: str) -> dict[str, Any] | None:
         holder = json.loads(group.objects.get(key) or b"null")
     except ValueError:
         return None
-    return holder if isinstance(holder, dict) and "renewed" in holder else None
+    return holder if isinstance(holder, dict) and holder.keys() >= _holder().keys() else None
 
 
 def _is(holder: dict[str, Any] | None, mine: dict[str, Any]) -> bool:
     return holder is not None and holder.get("token") == mine["token"]
 
 
-def _is_stale(holder: dict[str, Any]) -> bool:
+def _is_stale(group: CaptureGroup, key: str, holder: dict[str, Any]) -> bool:
+    """Whether the holder is gone: on this host told by its process, elsewhere by a record that does not change.
+
+    Clocks of two hosts may differ, so a record that looks old is watched for one and a half renewals first.
+    """
     if holder["host"] == socket.gethostname():
         return bool(_process_start(holder["process"]) != holder["process_start"])
-    return time.time() - float(holder["renewed"]) > STALE_S
+    if time.time() - float(holder["renewed"]) <= STALE_S:
+        return False
+    time.sleep(1.5 * RENEW_S)
+    return _read(group, key) in (holder, None)
 
 
 def _process_start(process: int) -> str | None:
-    """When a process of this host began, in the kernel's ticks: tells a process from a later one of the same id."""
+    """When a process of this host began, in the kernel's ticks: tells a process from a later one of the same id.
+
+    None for one that is gone, or dead and waiting for its parent.
+    """
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        return str(os.getuid())

@@ -9,6 +9,7 @@ a folder of ours anywhere else in a group makes them warn.
 
 import contextlib
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class LocalObjects:
 
     def __init__(self, root: Path, scratch: str) -> None:
         self.root = root
-        self._scratch = root / scratch
+        self.scratch = scratch
 
     def get(self, key: str) -> bytes | None:
         """The object's bytes, or None where there is none."""
@@ -76,13 +77,12 @@ class LocalObjects:
         except FileNotFoundError:
             return []
 
-    def clear_scratch(self) -> None:
-        """Remove what killed writers left; only for the one who holds the lease."""
-        for name in self.list(str(self._scratch.relative_to(self.root))):
-            (self._scratch / name).unlink(missing_ok=True)
+    def clear(self, prefix: str) -> None:
+        """Remove everything under `prefix`; only for the one who holds the lease."""
+        shutil.rmtree(self.root / prefix, ignore_errors=True)
 
     def _write_partial(self, data: bytes) -> Path:
-        partial = self._parent_made(str(self._scratch.relative_to(self.root) / uuid.uuid4().hex))
+        partial = self._parent_made(f"{self.scratch}/{uuid.uuid4().hex}")
         try:
             with partial.open("xb") as file:
                 file.write(data)

@@ -57,7 +57,8 @@ def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = Fal
     FileNotFoundError
         When the store or the data set does not exist.
     ValueError
-        When shards are missing and `allow_incomplete` is not given; the message says which.
+        When shards are missing and `allow_incomplete` is not given, or objects of the plan are lost; the message
+        says which.
     """
     path = Path(path)
     names = dataset_names(path)
@@ -66,14 +67,14 @@ def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = Fal
     state = coverage(path, dataset)
     if not (state.complete or allow_incomplete):
         raise ValueError(f"{path}: {state}. Finish the capture, or open it with allow_incomplete=True")
+    if state.lost:
+        raise ValueError(f"{path}: {state}")
     group = CaptureGroup(path, dataset)
     arrays = zarr.open_group(LocalStore(path, read_only=True), path=dataset, mode="r", use_consolidated=False)
     variables = {
         name: _variable(arrays[name], state.plan, group.layout.rows_per_shard) for name in group.layout.arrays()
     }
-    captured = np.ones(state.plan.rows, dtype=bool)
-    for shard in state.missing:
-        captured[shard * group.layout.rows_per_shard : (shard + 1) * group.layout.rows_per_shard] = False
+    captured = ~np.isin(np.arange(state.plan.rows) // group.layout.rows_per_shard, state.missing)
     variables["captured"] = xr.Variable("doc", captured, {"long_name": "whether the row's shard is committed"})
     return xr.Dataset(variables, attrs={**group.attrs, "dataset": dataset})
 
@@ -87,7 +88,8 @@ def _variable(array: Any, plan: Plan, rows: int) -> xr.Variable:
     dims = array.metadata.dimension_names
     size = {"doc": plan.rows, "document": plan.documents}.get(dims[0], array.shape[0])
     chunks = (rows if dims[0] == "doc" else array.shape[0], *array.shape[1:])
-    return xr.Variable(dims, dask.array.from_zarr(array, chunks=chunks, name=False)[:size], dict(array.attrs))
+    lazy = dask.array.from_zarr(array, chunks=chunks, name=False)  # type: ignore[no-untyped-call]
+    return xr.Variable(dims, lazy[:size], dict(array.attrs))
 
 
 def open_tree(path: Path | str, *, allow_incomplete: bool = False) -> xr.DataTree:

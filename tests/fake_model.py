@@ -123,7 +123,8 @@ def text_source(texts: Sequence[str | list[dict[str, str]]]) -> Source:
             content: dict[str, Any] = {"text": text} if isinstance(text, str) else {"messages": text}
             yield Document(name=f"document {number}", **content)
 
-    return Source(name="fake", read=read, identify=partial(dict, data="fake"))
+    conversations = any(isinstance(text, list) for text in texts)
+    return Source(name="fake", read=read, identify=partial(dict, data="fake"), conversations=conversations)
 
 
 class FakeRun:

@@ -1,6 +1,7 @@
 """The command line of a capture, from text to store, with the tiny model."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_what_print_config_prints_config_takes_and_the_command_line_goes_before_
     for text, said in {
         "dataset: [a]\nsequence_lenght: 3\nbatchtokens: 2": "unknown batchtokens, sequence_lenght; known are",
         "- a": "holds list, and must hold option: value lines",
-        "bos: {a: 1}": "bos holds a mapping",
+        "bos: {a: 1}": "bos holds",
         "a: [": "is not YAML",
     }.items():
         file.write_text(text)
@@ -428,3 +429,119 @@ def test_model_and_data_set_come_from_a_hub_with_the_token_of_a_env_file_and_aga
     tree = store.open_tree(work / "s.zarr")
     np.testing.assert_array_equal(tree["words"]["expert"], tree["again"]["expert"])
     assert not [name for name, content in store_files(work / "s.zarr").items() if TOKEN.encode() in content]
+
+
+# --- What a review found --------------------------------------------------------------------------------------------
+
+
+def test_conversations_that_begin_with_a_null_keep_their_roles(
+    command: Command, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    lines = [{"messages": None}, {"messages": [{"role": "user", "content": "hello"}]}]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert command("--dataset", tmp_path / "chat.jsonl", *options).status == 0
+    data = store.open_capture(tmp_path / "s.zarr", "chat")
+    assert "role" in data
+    assert data.attrs["identity"]["chat_template"]
+    assert data.attrs["documents_empty"] == 1
+
+
+def test_of_a_dotenv_file_only_the_token_is_taken(
+    command: Command, texts: Path, tmp_path: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".env").write_text("HF_TOKEN=from-the-file\nHF_ENDPOINT=http://127.0.0.1:9\n")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    for name in ("HF_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert command("--dataset", texts, *options).status == 0
+    assert os.environ.pop("HF_TOKEN") == "from-the-file"
+    assert "HF_ENDPOINT" not in os.environ
+
+
+def test_another_bos_token_is_another_capture(
+    command: Command, texts: Path, tmp_path: Path, tiny_folder: Path, options: tuple[str, ...]
+) -> None:
+    copies = [tmp_path / "one" / "model", tmp_path / "two" / "model"]
+    for folder in copies:
+        folder.parent.mkdir()
+        subprocess.run(["cp", "-r", tiny_folder, folder], check=True)
+    settings = json.loads((copies[1] / "tokenizer_config.json").read_text())
+    (copies[1] / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "</s>"}))
+    assert command("--dataset", texts, *options, "--model", copies[0], "--bos", "row").status == 0
+    refused = command("--dataset", texts, *options, "--model", copies[1], "--bos", "row")
+    assert refused.status == 2
+    assert "bos_id: the store has 1, this run has 2" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("limit_documents: [1, 2]", "limit_documents holds ['1', '2'], and must hold one value"),
+        ("dataset: a\ndataset: b", "gives dataset more than once"),
+        ("limit-documents: 1\nlimit_documents: 2", "gives limit_documents more than once"),
+        ('local: "no"', "local is 'no', and must be true or false"),
+        ("store: {a: b}", "and must hold one value"),
+    ],
+)
+def test_a_config_file_that_says_two_things_is_refused(command: Command, tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    refused = command("--config", tmp_path / "c.yaml", "--print_config")
+    assert refused.status == 2
+    assert said in refused.err
+
+
+def test_a_commit_of_digits_in_a_config_file_stays_what_it_is(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("revision: 0123456\nlocal: true\nsplit: null\ndataset: [a, b]")
+    printed = yaml.safe_load(command("--config", tmp_path / "c.yaml", "--print_config").out)
+    assert (printed["revision"], printed["local"], printed["split"]) == ("0123456", True, None)
+    assert printed["dataset"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "__x"])
+def test_a_name_that_zarr_needs_is_refused(
+    command: Command, texts: Path, tmp_path: Path, options: tuple[str, ...], name: str
+) -> None:
+    refused = command("--dataset", texts, *options, "--name", name)
+    assert refused.status == 2
+    assert "cannot name a data set" in refused.err
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_a_folder_of_other_things_is_no_place_for_a_store(
+    command: Command, texts: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    refused = command("--dataset", texts, *options[:-2], "--store", texts)
+    assert refused.status == 2
+    assert "is no store, and holds" in refused.err
+    empty = command("--dataset", texts, *options[:-2], "--store", "")
+    assert empty.status == 2
+    assert "--store is empty" in empty.err
+
+
+def test_files_that_were_left_out_are_told(
+    command: Command, texts: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    (texts / ".hidden.txt").write_text("not read")
+    assert "left out" in command("--dataset", texts, *options).err
+
+
+def test_one_bad_group_does_not_hide_the_others(
+    command: Command, texts: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    assert command("--dataset", texts, *options, "--name", "good").status == 0
+    (tmp_path / "s.zarr" / "bad").mkdir()
+    (tmp_path / "s.zarr" / "bad" / "zarr.json").write_text('{"attributes": {"schema_version": 0}}')
+    ran = command(tmp_path / "s.zarr", main=status.main)
+    assert ran.status == 1
+    assert "good" in ran.out
+    assert "schema_version is 0" in ran.err
+
+
+def test_brackets_in_a_path_are_no_markup(
+    command: Command, texts: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    ran = command("--dataset", texts, *options[:-2], "--store", tmp_path / "a [/c]" / "s.zarr", "--dry_run")
+    assert ran.status == 0
+    assert "a [/c]" in ran.out

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -474,3 +475,29 @@ def test_the_number_of_shards_is_that_of_the_rows(tmp_path: Path) -> None:
     for rows in (1, 4, 5, 8, 9):
         state = fake_capture(tmp_path / f"{rows}.zarr", [words(8 * rows)])
         assert (state.shards_total, state.complete) == (math.ceil(rows / 4), True)
+
+
+def test_a_text_that_changes_while_it_is_planned_is_refused_before_the_plan_is_complete(tmp_path: Path) -> None:
+    source = text_source([words(30)])
+    hashes = iter(["before", "after"])
+    changing = replace(source, identify=lambda: {"sha256": next(hashes)})
+    assert changing.identity == {"sha256": "before"}
+    run = FakeRun(tmp_path / "s.zarr")
+    run.open_group("fake")
+    with pytest.raises(ValueError, match="the text of fake changed while it was planned"):
+        planner(run, changing).run()
+    assert not CaptureGroup(tmp_path / "s.zarr", "fake").plan.complete
+
+
+def test_an_empty_conversation_is_an_empty_document_and_a_refused_one_is_named(tmp_path: Path) -> None:
+    plan = fake_capture(tmp_path / "s.zarr", [[], [{"role": "user", "content": words(3)}]]).plan
+    assert (plan.documents, plan.documents_empty) == (2, 1)
+
+    class Refusing(FakeTokenizer):
+        def chat(self, messages: Any) -> Any:
+            raise ValueError("no such role")
+
+    run = FakeRun(tmp_path / "t.zarr")
+    run.tokenizer = Refusing()
+    with pytest.raises(ValueError, match="document 'document 0': no such role"):
+        planner(run, text_source([[{"role": "bot", "content": "x"}]])).run()

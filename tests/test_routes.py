@@ -480,3 +480,50 @@ def test_a_near_tie_that_falls_the_other_way_when_asked_again_is_no_alarm_though
         del gate.forward
         gate.weight.data = kept
     assert sorted({int(main[0, 0, 3, 1]), int(sample[0, 0, 3, 1])}) == sorted((second, twin)), "it did not flip"
+
+
+@pytest.mark.parametrize(("experts", "k", "scale"), [(64, 8, 1 / 64), (8, 2, 1.0), (128, 8, 1.0)])
+@pytest.mark.parametrize("sharp", [False, True])
+def test_an_earlier_batch_is_found_whatever_the_size_of_the_weights(
+    experts: int, k: int, scale: float, sharp: bool
+) -> None:
+    """Weights near 1/64 (many experts, not renormalized), and one choice that takes nearly all."""
+
+    class Router(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.matrix = torch.randn(experts, 16, generator=torch.Generator().manual_seed(seed)) * (
+                3 if sharp else 0.3
+            )
+
+        def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            logits = hidden @ self.matrix.T
+            values, indices = logits.softmax(-1).topk(k)
+            return logits, values * scale, indices
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.randn(500, 16, generator=torch.Generator().manual_seed(9))
+            self.first, self.second = Router(1), Router(2)
+
+        def forward(self, input_ids: torch.Tensor, **_: object) -> None:
+            hidden = self.embedding[input_ids].reshape(-1, 16)
+            self.first(hidden)
+            self.second(hidden)
+
+    model = Model()
+    recorder = RouteRecorder({0: model.first, 1: model.second}, experts, k)
+    random = np.random.default_rng(0)
+    length = np.full(8, 32)
+    stale: list[Any] = []
+    with recorder.attached():
+        for batch in range(12):
+            token = torch.from_numpy(random.integers(0, 500, (8, 32)))
+            _, _, faults = recorder.record(model, token, length)
+            assert not faults.any(), "a false alarm"
+            keep = recorder._choices[0]
+            if stale:
+                recorder._choices[0] = stale
+                assert recorder._checked(torch.arange(256))[2][0, 2], f"the batch before passed for batch {batch}"
+            stale = keep

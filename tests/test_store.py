@@ -33,6 +33,8 @@ from fake_model import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from analysis.load import expert_load
+from jobs import plan as planning
 from jobs.local import capture_missing
 from jobs.plan import Planner
 from store import CaptureGroup, Layout, coverage, dataset_names, lease, open_capture, open_tree
@@ -550,8 +552,8 @@ def test_a_dead_processs_lease_is_taken_over_and_its_partial_files_removed(tmp_p
     group = new_group(tmp_path / "s.zarr")
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         pass
-    (group.path / "fake" / "token" / "partial" / "left").write_text("half")
     put_holder(group, process=gone.pid)
+    (group.path / "fake" / "token" / "partial").mkdir(exist_ok=True)
     (group.path / "fake" / "token" / "partial" / "left").write_text("half")
     with lease.lease(group):
         assert holder(group)["process"] == os.getpid()
@@ -567,8 +569,9 @@ def test_a_later_process_of_the_same_id_is_not_the_holder(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("age_s", "stale"), [(60, False), (119, False), (121, True)])
 def test_another_hosts_lease_is_stale_after_two_minutes_without_renewal(
-    tmp_path: Path, age_s: float, stale: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age_s: float, stale: bool
 ) -> None:
+    monkeypatch.setattr(lease, "RENEW_S", 0.02)  # a record that looks old is watched for one and a half of these
     group = new_group(tmp_path / "s.zarr")
     put_holder(group, host="elsewhere", renewed=time.time() - age_s)
     if stale:
@@ -577,6 +580,54 @@ def test_another_hosts_lease_is_stale_after_two_minutes_without_renewal(
     else:
         with pytest.raises(RuntimeError, match="on elsewhere since"), lease.lease(group):
             pytest.fail("the lease of a living job was taken")
+
+
+def test_another_hosts_lease_that_looks_old_and_changes_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = new_group(tmp_path / "s.zarr")
+    put_holder(group, host="elsewhere", renewed=time.time() - 500)  # its clock is behind by eight minutes
+    monkeypatch.setattr(time, "sleep", lambda _: put_holder_now(renewed=time.time() - 480))
+    file = group.path / "fake" / "token" / "lease.json"
+
+    def put_holder_now(**facts: Any) -> None:
+        file.write_text(json.dumps(json.loads(file.read_bytes()) | facts))
+
+    with pytest.raises(RuntimeError, match="on elsewhere since"), lease.lease(group):
+        pytest.fail("the lease of a living job was taken")
+
+
+def test_a_holder_that_is_dead_and_not_reaped_is_gone(tmp_path: Path) -> None:
+    group = new_group(tmp_path / "s.zarr")
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as dying:
+        put_holder(group, process=dying.pid, process_start=lease._process_start(dying.pid))
+        with pytest.raises(RuntimeError, match=f"process {dying.pid}"), lease.lease(group):
+            pytest.fail("the lease of a living process was taken")
+        dying.kill()
+        os.waitid(os.P_PID, dying.pid, os.WEXITED | os.WNOWAIT)  # dead, and left for the parent to read
+        with lease.lease(group):
+            assert holder(group)["process"] == os.getpid()
+
+
+def test_a_job_whose_lease_was_taken_does_not_take_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_S", 0.01)
+    group = new_group(tmp_path / "s.zarr")
+    with lease.lease(group):
+        other = holder(group) | {"token": "another job's"}
+        (group.path / "fake" / "token" / "lease.json").write_text(json.dumps(other))
+        time.sleep(0.2)
+        assert holder(group)["token"] == "another job's"
+    assert holder(group)["token"] == "another job's"
+
+
+def test_a_user_id_without_a_name_is_told_as_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr(lease.getpass, "getuser", nameless)
+    group = new_group(tmp_path / "s.zarr")
+    with lease.lease(group):
+        assert holder(group)["user"] == str(os.getuid())
 
 
 def test_the_lease_is_renewed_while_the_job_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -696,7 +747,7 @@ def test_a_capture_is_lazy_labelled_and_has_one_dask_chunk_a_shard(store: Path) 
     data = open_capture(store, "prose")
     assert dict(data.sizes) == {"doc": 17, "position": 8, "layer": 3, "k": 2, "document": 7, "token_id": 1000}
     assert list(data.data_vars) == [
-        *("expert", "weight", "token", "length", "document_id", "offset", "captured", "name", "piece"),
+        *("expert", "weight", "token", "length", "document_id", "offset", "name", "piece", "captured"),
     ]
     for name in ("expert", "weight", "token"):
         assert data[name].chunks is not None, name
@@ -865,3 +916,132 @@ def test_two_writers_of_the_same_shards_leave_the_bytes_of_one(tmp_path: Path) -
     alone, both = store_files(tmp_path / "alone.zarr"), store_files(group.path)
     assert alone.keys() == both.keys()
     assert [key for key in alone if alone[key] != both[key] and "/commits/" not in key] == []
+
+
+# --- Nothing missing is taken for measured ------------------------------------------------------------------------
+
+PLAN_OBJECTS = (
+    *("length/c/0", "document_id/c/0", "offset/c/0", "name/c/0", "piece/c/0", "layer/c/0"),
+    *("token/c/0/0", "token/c/4/0"),
+)
+
+
+@pytest.mark.parametrize("key", PLAN_OBJECTS)
+@pytest.mark.parametrize("how", ["deleted", "emptied"])
+def test_a_lost_object_of_the_plan_makes_the_capture_incomplete_and_unreadable(copy: Path, key: str, how: str) -> None:
+    file = copy / "prose" / key
+    assert file.is_file()
+    file.unlink() if how == "deleted" else file.write_bytes(b"")
+    state = coverage(copy, "prose")
+    assert state.lost == [key]
+    assert not state.complete
+    for allowed in (False, True):
+        with pytest.raises(ValueError, match=f"1 objects of the plan are lost, first {key}; remove the folder prose"):
+            open_capture(copy, "prose", allow_incomplete=allowed)
+    with pytest.raises(ValueError, match="objects of the plan are lost"):
+        fake_capture(copy, TEXTS, "prose")
+
+
+def test_nothing_of_a_whole_capture_is_lost(store: Path) -> None:
+    assert coverage(store, "prose").lost == []
+
+
+def test_rows_that_read_as_fill_are_never_captured(copy: Path) -> None:
+    group = CaptureGroup(copy, "prose")
+    group.discard(1)
+    (copy / "prose" / "token" / "c" / "1" / "0").unlink()
+    with pytest.raises(ValueError, match="planned rows of shard 1 are gone"):
+        group.read_rows(1)
+
+
+def test_arrays_that_grew_unevenly_are_read_as_far_as_the_plan_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planner was killed between the arrays of its second publication."""
+    run = FakeRun(tmp_path / "s.zarr")
+    group = run.open_group("fake")
+    monkeypatch.setattr(planning, "PUBLISH_POSITIONS", 32)
+    put = LocalObjects.put
+
+    def killed(objects: LocalObjects, key: str, data: bytes) -> None:
+        if key == "fake/offset/zarr.json" and group.plan.rows:
+            raise KeyboardInterrupt
+        put(objects, key, data)
+
+    monkeypatch.setattr(LocalObjects, "put", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Planner(group, text_source(TEXTS), run.tokenizer).run()  # type: ignore[arg-type]
+    sizes = {name: zarr.open_array(tmp_path / "s.zarr", path=f"fake/{name}").shape[0] for name in ("token", "offset")}
+    assert sizes["token"] > sizes["offset"]
+    data = open_capture(tmp_path / "s.zarr", "fake", allow_incomplete=True)
+    assert data.sizes["doc"] == group.plan.rows == 4
+    assert data["offset"].values.tolist() == [0, 0, 8, 16]
+
+
+def test_a_late_writer_leaves_a_committed_shard_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looked for the commit before the other one made it, and brings other bytes."""
+    group = planned_group(tmp_path / "s.zarr")
+    rows, expert, weight = choices(group, 0)
+    late = CaptureGroup(group.path, "fake")
+    real, looked = late._record, []
+
+    def record(key: str) -> Any:
+        found = real(key)
+        if key.startswith("expert/commits") and not looked:
+            looked.append(key)
+            group.commit(0, expert, weight, rows=rows, facts={"worker": "first"})
+        return found
+
+    monkeypatch.setattr(late, "_record", record)
+    assert not late.commit(0, (expert + 1) % 8, weight, rows=rows, facts={"worker": "late"})
+    assert looked
+    valid, wrong = group.commits()
+    assert (list(valid), wrong) == ([0], {})
+    data = open_capture(group.path, "fake", allow_incomplete=True)
+    assert (data["expert"][: len(expert)].values == expert).all()
+
+
+def test_two_makers_of_one_group_do_not_mix_their_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_new, made = LocalObjects.put_new, []
+
+    def other_first(objects: LocalObjects, key: str, data: bytes) -> bool:
+        if key == "fake/zarr.json" and not made:
+            made.append(key)
+            new_group(tmp_path / "s.zarr", fake_layout(sequence_length=12), text="other")
+        return put_new(objects, key, data)
+
+    monkeypatch.setattr(LocalObjects, "put_new", other_first)
+    with pytest.raises(RuntimeError, match="made by another job at the same time"):
+        new_group(tmp_path / "s.zarr", text="mine")
+
+
+def test_a_creation_that_was_killed_leaves_no_array_that_the_next_capture_does_not_have(tmp_path: Path) -> None:
+    group = new_group(tmp_path / "s.zarr", fake_layout(roles=("user", "template")))
+    (group.path / "fake" / "zarr.json").unlink()
+    fake_capture(group.path, TEXTS)
+    assert not (group.path / "fake" / "role").exists()
+    assert "role" not in open_capture(group.path, "fake")
+
+
+@pytest.mark.parametrize(("content", "said"), [("", "is not JSON"), ("[1]", "holds list"), ('{"x": 1}', "no plan has")])
+def test_a_plan_record_that_is_none_is_named(copy: Path, content: str, said: str) -> None:
+    (copy / "prose" / "token" / "plan.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"prose/token/plan\.json.*{said}"):
+        coverage(copy, "prose")
+
+
+def test_a_commit_without_its_facts_is_wrong_and_no_traceback(copy: Path) -> None:
+    file = copy / "prose" / "expert" / "commits" / "2.json"
+    record = json.loads(file.read_text())
+    del record["tokens"]
+    file.write_text(json.dumps(record))
+    assert list(coverage(copy, "prose").wrong) == [2]
+
+
+def test_a_damaged_shard_is_named_by_its_rows_and_its_commit(copy: Path) -> None:
+    file = copy / "prose" / "expert" / "c" / "2" / "0" / "0" / "0"
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"rows 8 to 11 of prose cannot be decoded .*remove expert/commits/2\.json"):
+        expert_load(open_capture(copy, "prose").assign_attrs(special_token_ids=[]))

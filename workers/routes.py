@@ -22,7 +22,7 @@ from torch import nn
 from workers.shard import RoutingError
 
 SAMPLE = 64  # tokens of a micro-batch on which each router is asked again (arbitrary; cost within noise)
-WEIGHT_TOLERANCE = 0.05  # another GEMM shape rounds bf16 logits otherwise: weights move by 0.02 at most
+WEIGHT_TOLERANCE = 0.15  # relative: another GEMM shape may round bf16 logits otherwise, by 0.06 at a logit of 8
 SAMPLE_AGREEING = 0.75  # near-ties flip 0.2-0.75 % of choices (measured); routes of other tokens agree on 3-30 %
 
 ILLEGAL = "its router returned an expert that does not exist, or one twice for a token (num_experts = {experts})"
@@ -211,16 +211,11 @@ class RouteRecorder:
                 f"layer {layer}: asked about {len(self._sample)} tokens, its router chose for {len(again[0])}"
             )
         was = self._at_sample(layer)
-        tolerance_T = WEIGHT_TOLERANCE * was[1].amax(dim=1).clamp(min=1)
-        dense = []
-        for experts_TK, weights_TK in (again, was):
-            legal_TK = experts_TK.clamp(0, self.num_experts - 1)  # illegal ones are reported as such
-            dense.append(weights_TK.new_zeros(len(experts_TK), self.num_experts).scatter_(1, legal_TK, weights_TK))
-        same_T = (dense[0] - dense[1]).abs().amax(dim=1) <= tolerance_T
-        # One token over and over is the same near-tie over and over: one other expert, but equal weights by rank.
+        # Near-ties may swap one expert, also the same one for every token where the text repeats one token.
         shared_T = (again[0][:, :, None] == was[0][:, None, :]).any(dim=2).sum(dim=1)
-        tied_T = ((again[1] - was[1]).abs().amax(dim=1) <= tolerance_T) & (shared_T >= max(1, self.k - 1))
-        return ~illegal & ((same_T | tied_T).float().mean() < SAMPLE_AGREEING)
+        close_TK = (again[1] - was[1]).abs() <= WEIGHT_TOLERANCE * was[1].abs()
+        agrees_T = close_TK.all(dim=1) & (shared_T >= max(1, self.k - 1))
+        return ~illegal & (agrees_T.float().mean() < SAMPLE_AGREEING)
 
     def _at_sample(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         experts_TK, weights_TK = self._choices[layer][0]

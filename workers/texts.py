@@ -57,6 +57,9 @@ def capture_texts(
     """
     if isinstance(texts, str):
         raise ValueError("give a list of texts, not one text: each of its characters would be a document")
+    for number, text in enumerate(texts):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"text {number} holds half of a surrogate pair, which is no text: replace it first")
     if not isinstance(model, LoadedModel):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(model_path(model), quantization=quantization, device=device)
@@ -93,9 +96,9 @@ def capture_texts(
         "expert": expert,
         "weight": weight,
         **{name: getattr(rows, name) for name in ("token", "length", "document_id", "offset")},
-        "captured": np.ones(len(cut), dtype=bool),
         "name": np.array([f"text {index}" for index in range(len(texts))], dtype=object),
         "piece": np.array(tokenizer.pieces(), dtype=object),
+        "captured": np.ones(len(cut), dtype=bool),
     }
     arrays = layout.arrays()
     dims = {name: arrays[name].dims if name in arrays else ("doc",) for name in values}

@@ -4,7 +4,7 @@ Makes a random checkpoint of Mixtral 8x7B's full width in the published layout (
 real text from it with `jobs/capture.py --local` as a user would: NF4 with double quantization while loading. Then does
 it again in a second store, kills that run with SIGKILL in the middle, lets the same command go on, and compares bytes.
 
-A full-size bf16 checkpoint has 93 GB; eight layers have 23. Where one disk is too small, `--spill /dev/shm/weights` puts
+A full-size bf16 checkpoint has 93 GB; eight layers have 23. Where one disk is too small, `--spill FOLDER` puts
 the files of the later layers elsewhere. Rates hold for the layers that were run: the file says how many.
 """
 
