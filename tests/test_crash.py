@@ -176,10 +176,19 @@ def test_ctrl_c_and_sigterm_in_a_real_capture_exit_130_and_143_and_the_same_comm
     # The identity of the code must not change under the test while somebody commits.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GIT_DIR": "/nonexistent"}
 
+    def heeds_ctrl_c() -> None:
+        """What runs in the background of a shell ignores Ctrl-C, and so would its children."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     def interrupted(folder: Path, number: int, at_commits: int) -> subprocess.CompletedProcess[str]:
         commits = folder / "routes.zarr" / "texts" / "expert" / "commits"
         with subprocess.Popen(
-            capture_command("routes.zarr"), cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+            capture_command("routes.zarr"),
+            cwd=folder,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heeds_ctrl_c,
         ) as process:
             while process.poll() is None and (not commits.exists() or len(os.listdir(commits)) < at_commits):
                 time.sleep(0.005)
