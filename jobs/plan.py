@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from jobs.documents import Document, Source
-from store.group import CaptureGroup, Plan, Rows
+from store.group import CaptureGroup
 from store.layout import MISSING_ROLE
+from store.plan import Plan, Rows
 from workers.rows import BosRule, document_rows, padded
 from workers.tokenizer import TextTokenizer
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from store.group import Plan
+from store.plan import Plan
 
 LOG_EVERY_S = 10.0
 AFTER = "what was finished is kept, and the same command goes on from there"

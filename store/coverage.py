@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from store.group import CaptureGroup, Plan
+from store.group import CaptureGroup
+from store.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

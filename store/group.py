@@ -11,7 +11,7 @@ Readers use `store.open_capture`. Nothing here keeps two jobs apart: `store.leas
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,40 +25,11 @@ from zarr.storage import LocalStore, MemoryStore
 from store.identity import Identity, identity_hash, refuse_other_identity
 from store.layout import ROW_CHUNK, SCHEMA_VERSION, ArraySpec, Layout
 from store.objects import LocalObjects
+from store.plan import Plan, Rows
 
 GROWING = ("token", "length", "document_id", "offset", "name", "expert", "weight", "role")
 _NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,127}")
 _RECORD = re.compile(r"[0-9]+\.json")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How far the text has become rows; every number counts what is durable."""
-
-    complete: bool = False
-    rows: int = 0
-    tokens: int = 0
-    documents: int = 0
-    documents_empty: int = 0
-    documents_repaired: int = 0
-    """Documents in which bytes or surrogates that are no Unicode text were replaced by U+FFFD."""
-    pairs_cut: int = 0
-    """Neighbouring token pairs that lie in two rows because their document was cut into windows."""
-    rows_of_next_document: int = 0
-    """Rows of document number `documents` that are planned already: a document may end in a later shard."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Planned rows, in order, the next ones of the group."""
-
-    token: np.ndarray
-    """int32 (rows, P); -1 beyond the row's length"""
-    length: np.ndarray
-    document_id: np.ndarray
-    offset: np.ndarray
-    role: np.ndarray | None = None
-    """uint8 (rows, P), for conversations"""
 
 
 class CaptureGroup:

@@ -14,7 +14,8 @@ import zarr
 from zarr.storage import LocalStore
 
 from store.coverage import coverage
-from store.group import CaptureGroup, Plan
+from store.group import CaptureGroup
+from store.plan import Plan
 
 
 def dataset_names(path: Path | str) -> list[str]:

@@ -30,7 +30,7 @@ from jobs import plan as planning
 from jobs.documents import Document, Source
 from jobs.plan import Planner, default_sequence_length
 from store import CaptureGroup, coverage, open_capture
-from store.group import Plan, Rows
+from store.plan import Plan, Rows
 from workers.rows import document_rows, padded
 from workers.shard import OutOfMemory, RoutingError, capture_shard, micro_batches, route_rows
 

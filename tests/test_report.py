@@ -11,7 +11,7 @@ from synthetic import HOSTILE, make_capture
 
 from analysis import report
 from store import Coverage
-from store.group import Plan
+from store.plan import Plan
 
 
 def state_of(data, missing=()):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from store import CaptureGroup, Layout
-from store.group import Plan, Rows
+from store.plan import Plan, Rows
 from workers.description import find_routers
 from workers.engine import ModelEngine
 from workers.loading import LoadedModel, load_model

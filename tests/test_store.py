@@ -38,10 +38,10 @@ from jobs import plan as planning
 from jobs.local import capture_missing
 from jobs.plan import Planner
 from store import CaptureGroup, Layout, coverage, dataset_names, lease, open_capture, open_tree
-from store.group import Plan, Rows
 from store.identity import identity_hash
 from store.layout import ROW_CHUNK, SHARD_TOKENS, default_rows_per_shard
 from store.objects import LocalObjects
+from store.plan import Plan, Rows
 
 TEXTS = [words(5, 1), "", words(70, 2), words(8, 3), " \n ", words(9, 4), words(30, 5)]
 ROWS = [math.ceil(len(text.split()) / 8) for text in TEXTS]  # 17 in all: five shards of 4, the last one clipped

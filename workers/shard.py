@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from store.group import CaptureGroup, Rows
+from store.group import CaptureGroup
 from store.layout import Layout
+from store.plan import Rows
 
 
 class OutOfMemory(RuntimeError):

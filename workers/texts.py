@@ -1,15 +1,16 @@
 """Routes of a few texts without a store, for a notebook."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 
-from store.group import Rows
 from store.layout import Layout
+from store.plan import Rows
 from workers.engine import ModelEngine
 from workers.loading import LoadedModel, load_model
 from workers.rows import BosRule, document_rows, padded
@@ -92,7 +93,7 @@ def capture_texts(
         vocab_size=tokenizer.vocab_size,
     )
     expert, weight = route_rows(engine, rows, layout, batch_tokens)
-    values = {
+    arrays = {
         "expert": expert,
         "weight": weight,
         **{name: getattr(rows, name) for name in ("token", "length", "document_id", "offset")},
@@ -100,16 +101,14 @@ def capture_texts(
         "piece": np.array(tokenizer.pieces(), dtype=object),
         "captured": np.ones(len(cut), dtype=bool),
     }
-    arrays = layout.arrays()
-    dims = {name: arrays[name].dims if name in arrays else ("doc",) for name in values}
-    attrs = {
-        **asdict(layout),
-        **model.provenance,
-        "special_token_ids": tokenizer.special_ids,
-        "dataset": "texts",
-    }
+    return _dataset(layout, arrays, {**model.provenance, "special_token_ids": tokenizer.special_ids})
+
+
+def _dataset(layout: Layout, arrays: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> xr.Dataset:
+    """Arrays in memory under the names, dims and coordinates that they have in a store."""
+    specs = layout.arrays()
     return xr.Dataset(
-        {name: (dims[name], value) for name, value in values.items()},
-        coords={"layer": np.array(engine.layers, dtype=np.int32)},
-        attrs=attrs,
+        {name: (specs[name].dims if name in specs else ("doc",), values) for name, values in arrays.items()},
+        coords={"layer": np.array(layout.layers, dtype=np.int32)},
+        attrs={**asdict(layout), **attrs, "dataset": "texts"},
     )

@@ -30,7 +30,7 @@ from jobs.local import capture_missing  # noqa: E402
 from jobs.plan import Planner  # noqa: E402
 from jobs.prepare import Run  # noqa: E402
 from store import CaptureGroup, Layout, coverage, open_capture  # noqa: E402
-from store.group import Plan, Rows  # noqa: E402
+from store.plan import Plan, Rows  # noqa: E402
 
 POSITIONS, LAYERS, EXPERTS, K, VOCABULARY = 2048, 32, 8, 2, 32_000
 
