@@ -143,7 +143,8 @@ class Run:
         config, model = self.config, self.described
         if next(iter(source.documents()), None) is None:
             raise ValueError(f"{name}: the data set holds no document")
-        length = config.sequence_length or default_sequence_length(source, self.tokenizer, config.limit_documents)
+        length = config.sequence_length or self._settled_length(name)
+        length = length or default_sequence_length(source, self.tokenizer, config.limit_documents)
         if length > model["max_position_embeddings"]:
             raise ValueError(
                 f"--sequence_length is {length}, and {model['model']} has {model['max_position_embeddings']} positions"
@@ -179,6 +180,15 @@ class Run:
             "schema_version": SCHEMA_VERSION,
         }
         return Prepared(name=name, source=source, layout=layout, identity=identity)
+
+    def _settled_length(self, name: str) -> int | None:
+        """P of a capture that goes on, if it was left to the default then too: resuming tokenizes nothing again."""
+        group = CaptureGroup(self.config.store_path, name)
+        try:
+            by_default = group.attrs.get("configuration", {}).get("sequence_length") is None
+        except FileNotFoundError:
+            return None
+        return group.layout.sequence_length if by_default else None
 
     def open_group(self, prepared: Prepared) -> CaptureGroup:
         """Create the data set's group, or go on with the one that is there.

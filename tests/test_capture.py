@@ -19,7 +19,7 @@ import store
 from jobs import prepare, status
 from jobs.config import MIXTRAL, parse_capture
 from store.lease import lease
-from workers.tokenizer import load_tokenizer
+from workers.tokenizer import TextTokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 Command = Callable[..., Any]
@@ -545,3 +545,28 @@ def test_brackets_in_a_path_are_no_markup(
     ran = command("--dataset", texts, *options[:-2], "--store", tmp_path / "a [/c]" / "s.zarr", "--dry_run")
     assert ran.status == 0
     assert "a [/c]" in ran.out
+
+
+def test_going_on_tokenizes_nothing_again_not_even_for_the_default_length(
+    command: Command, texts: Path, tmp_path: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("--dataset", texts, *options[:7], "--store", tmp_path / "s.zarr")
+    assert command(*asked).status == 0
+    length = store.open_capture(tmp_path / "s.zarr", "texts").attrs["sequence_length"]
+    assert length not in (32, 2048)
+    monkeypatch.setattr(TextTokenizer, "encode_batch", lambda *_: pytest.fail("tokenized again"))
+    again = command(*asked)
+    assert (again.status, "nothing to do" in again.err) == (0, True)
+    refused = command(*asked, "--sequence_length", "32")
+    assert refused.status == 2
+    assert f"sequence_length: the store has {length}, this run has 32" in refused.err
+
+
+def test_a_length_that_was_asked_for_is_not_taken_for_the_default(
+    command: Command, texts: Path, options: tuple[str, ...]
+) -> None:
+    assert command("--dataset", texts, *options).status == 0
+    without = [option for option in options if option not in ("--sequence_length", "32")]
+    refused = command("--dataset", texts, *without)
+    assert refused.status == 2
+    assert "sequence_length: the store has 32" in refused.err
