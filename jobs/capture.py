@@ -39,9 +39,8 @@ def main(arguments: list[str]) -> int:
     if not (config.local or config.dry_run):
         raise ValueError("capturing on a Ray cluster is not built yet: add --local to capture in this process")
     _take_token()
-    from jobs.prepare import (
-        Run,  # imports torch and transformers, which take seconds: --help does not wait for them
-    )
+    # Imports torch and transformers, which take seconds: --help does not wait for them.
+    from jobs.prepare import Run
 
     run = Run(config)
     if config.dry_run:
