@@ -179,7 +179,6 @@ def test_documents_whose_text_was_repaired_are_counted(tmp_path: Path) -> None:
 # --- Windows of one document --------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.integers(0, 50), st.integers(2, 12), st.sampled_from(["none", "document", "row"]))
 def test_windows_tile_the_document_and_only_the_last_is_short(tokens: int, positions: int, bos: Any) -> None:
     ids = np.arange(100, 100 + tokens, dtype=np.int32)
@@ -344,7 +343,6 @@ def test_a_complete_capture_loads_no_engine(tmp_path: Path, monkeypatch: pytest.
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60).map(lambda sizes: np.array(sizes, dtype=np.int32))
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 300))
 def test_each_row_is_in_one_micro_batch_of_the_asked_size_longest_first(length: np.ndarray, batch_tokens: int) -> None:
     batches = micro_batches(length, batch_tokens)

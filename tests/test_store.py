@@ -144,7 +144,6 @@ def test_no_codec_is_named_outside_zarrs_core_and_none_of_its_extensions(store: 
             assert {outer["name"], *(name for name, _ in inner)} <= core, file
 
 
-@settings(deadline=None)
 @given(
     sequence_length=st.integers(1, 5000),
     layers=st.integers(1, 64),
