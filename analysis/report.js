@@ -38,6 +38,14 @@
     table.replaceChildren(head, body);
   };
 
+  // The count of a chart's rows, and its table while that is open.
+  const showNumbers = (figure) => {
+    const { kind, number } = figure.dataset;
+    const rows = rowsOf(kind, specs[kind][number]);
+    figure.querySelector(".numbers summary").textContent = `The numbers (${rows.length} rows)`;
+    if (figure.querySelector(".numbers").open) fillTable(figure, rows);
+  };
+
   const draw = async (figure) => {
     const { kind, number } = figure.dataset;
     const spec = specs[kind][number];
@@ -52,10 +60,8 @@
       views.push(view);
       await view.signal("layer", Number(picker.value)).runAsync();
     }
-    figure.querySelector(".numbers summary").textContent = `The numbers (${rowsOf(kind, spec).length} rows)`;
-    const details = figure.querySelector(".numbers");
-    details.ontoggle = () => details.open && fillTable(figure, rowsOf(kind, spec));
-    details.ontoggle();
+    figure.querySelector(".numbers").ontoggle = () => showNumbers(figure);
+    showNumbers(figure);
     figure.dataset.drawn = "";
   };
 
@@ -67,11 +73,7 @@
 
   picker.addEventListener("change", async () => {
     await Promise.all(views.map((view) => view.signal("layer", Number(picker.value)).runAsync()));
-    for (const figure of document.querySelectorAll("figure[data-kind=tokens]")) {
-      const rows = rowsOf("tokens", specs.tokens[figure.dataset.number]);
-      figure.querySelector(".numbers summary").textContent = `The numbers (${rows.length} rows)`;
-      if (figure.querySelector(".numbers").open) fillTable(figure, rows);
-    }
+    document.querySelectorAll("figure[data-kind=tokens]").forEach(showNumbers);
   });
   dark.addEventListener("change", drawAll);
   drawAll();

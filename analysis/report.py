@@ -29,7 +29,8 @@ from analysis.load import Load
 from analysis.paths import MAX_WINDOWS, Transitions, Windows
 from analysis.scan import scan, sizes
 from analysis.tokens import TopTokens
-from store import Coverage, coverage, dataset_names, open_capture
+from store import Coverage, coverage, dataset_names
+from store.reader import open_covered
 
 WINDOW_LAYERS = 3
 WINDOWS_LISTED = 10
@@ -120,7 +121,8 @@ def write_report(
     for path, name in found:
         label = name if len(paths) == 1 else f"{path}/{name}"
         told = None if progress is None else lambda done, total, label=label: progress(label, done, total)
-        answers.append(answer(open_capture(path, name, allow_incomplete=True), coverage(path, name), label, told))
+        state = coverage(path, name)
+        answers.append(answer(open_covered(path, state), state, label, told))
     page = render(answers)
     partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
     try:

@@ -13,7 +13,7 @@ import xarray as xr
 import zarr
 from zarr.storage import LocalStore
 
-from store.coverage import coverage
+from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.plan import Plan
 
@@ -66,18 +66,31 @@ def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = Fal
     if dataset not in names:
         raise FileNotFoundError(f"no data set {dataset!r} in {path}; it holds: {', '.join(names) or 'none'}")
     state = coverage(path, dataset)
-    if not (state.complete or allow_incomplete):
+    if not (state.complete or state.lost or allow_incomplete):
         raise ValueError(f"{path}: {state}. Finish the capture, or open it with allow_incomplete=True")
+    return open_covered(path, state)
+
+
+def open_covered(path: Path, state: Coverage) -> xr.Dataset:
+    """One data set's routes as far as was counted, complete or not: see `open_capture`.
+
+    What is committed after the count is not marked as captured, so that a count and what is read agree.
+
+    Raises
+    ------
+    ValueError
+        When objects of the plan are lost.
+    """
     if state.lost:
         raise ValueError(f"{path}: {state}")
-    group = CaptureGroup(path, dataset)
-    arrays = zarr.open_group(LocalStore(path, read_only=True), path=dataset, mode="r", use_consolidated=False)
+    group = CaptureGroup(path, state.dataset)
+    arrays = zarr.open_group(LocalStore(path, read_only=True), path=state.dataset, mode="r", use_consolidated=False)
     variables = {
         name: _variable(arrays[name], state.plan, group.layout.rows_per_shard) for name in group.layout.arrays()
     }
     captured = ~np.isin(np.arange(state.plan.rows) // group.layout.rows_per_shard, state.missing)
     variables["captured"] = xr.Variable("doc", captured, {"long_name": "whether the row's shard is committed"})
-    return xr.Dataset(variables, attrs={**group.attrs, "dataset": dataset})
+    return xr.Dataset(variables, attrs={**group.attrs, "dataset": state.dataset})
 
 
 def _variable(array: Any, plan: Plan, rows: int) -> xr.Variable:

@@ -129,7 +129,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     output = tmp_path / "report.html"
     output.write_text("old")
     monkeypatch.setattr(report, "dataset_names", lambda path: ["a"])
-    monkeypatch.setattr(report, "open_capture", lambda path, name, allow_incomplete: make_capture())
+    monkeypatch.setattr(report, "open_covered", lambda path, state: make_capture())
     monkeypatch.setattr(report, "coverage", lambda path, name: state_of(make_capture()))
     monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):

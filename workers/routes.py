@@ -179,8 +179,12 @@ class RouteRecorder:
     def _name_illegal_layer(self) -> None:
         for layer, fired in self._choices.items():
             for experts_TK, _ in fired:
-                if bool(((experts_TK < 0) | (experts_TK >= self.num_experts)).any()):
+                if self._illegal(experts_TK):
                     raise RoutingError(f"layer {layer}: {ILLEGAL.format(experts=self.num_experts)}")
+
+    def _illegal(self, experts: torch.Tensor) -> torch.Tensor:
+        """Whether any choice names an expert that does not exist; bool, on the device."""
+        return ((experts < 0) | (experts >= self.num_experts)).any()
 
     def _checked(self, filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         for layer, fired in self._choices.items():
@@ -193,7 +197,7 @@ class RouteRecorder:
         for layer, [(experts_TK, weights_TK)] in self._choices.items():
             experts_FK = experts_TK[filled]
             ordered_FK = experts_FK.sort(dim=-1).values
-            illegal = ((experts_FK < 0) | (experts_FK >= self.num_experts)).any()
+            illegal = self._illegal(experts_FK)
             doubled = (ordered_FK[:, 1:] == ordered_FK[:, :-1]).any()
             faults.append(
                 torch.stack([illegal | doubled, ~weights_TK[filled].isfinite().all(), self._disagrees(layer, illegal)])

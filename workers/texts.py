@@ -59,8 +59,12 @@ def capture_texts(
     if isinstance(texts, str):
         raise ValueError("give a list of texts, not one text: each of its characters would be a document")
     for number, text in enumerate(texts):
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"text {number} holds half of a surrogate pair, which is no text: replace it first")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text {number} holds half of a surrogate pair, which is no text: replace it first"
+            ) from error
     if not isinstance(model, LoadedModel):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(model_path(model), quantization=quantization, device=device)

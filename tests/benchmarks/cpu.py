@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -102,6 +103,18 @@ def write_and_scan(folder: Path, shards: int) -> dict[str, float]:
     }
 
 
+def peak_memory(folder: Path) -> dict[str, float]:
+    """Peak bytes of each stage at one and at five million tokens, 32 layers, each in a process of its own."""
+    driver = ROOT / "tests" / "memory_driver.py"
+    peaks = {}
+    for millions in (1, 5):
+        for stage in ("plan", "capture", "report"):
+            arguments = [sys.executable, str(driver), stage, f"{millions}000000", str(folder / f"{millions}.zarr")]
+            told = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+            peaks[f"{stage}_peak_bytes_{millions}m_tokens"] = float(told.splitlines()[-1])
+    return peaks
+
+
 def main() -> None:
     """Run the stages and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -110,6 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measured = plan_and_capture(Path(folder)) | write_and_scan(Path(folder), options.shards)
+        measured |= peak_memory(Path(folder))
     packages = ("torch", "transformers", "zarr", "numcodecs", "xarray", "numba", "tokenizers")
     result = {
         "date": datetime.now(UTC).date().isoformat(),
