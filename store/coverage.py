@@ -1,7 +1,9 @@
 """How much of a capture is there: what `status` prints and what a reader is told."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from store.group import CaptureGroup
 from store.plan import Plan
@@ -19,6 +21,8 @@ class Coverage:
     """Planned shards without a valid commit."""
     wrong: dict[int, str]
     """Shards whose commit record does not hold, and why; they are among `missing`."""
+    quarantined: dict[int, dict[str, Any]]
+    """Shards that were set aside after they failed again and again, with their records; they are among `missing`."""
     lost: list[str]
     """Objects of the plan that are gone: the capture cannot be trusted, nor healed without planning again."""
     tokens_done: int
@@ -48,7 +52,7 @@ class Coverage:
         planned = "" if self.plan.complete else ", and its text is not planned to the end"
         return (
             f"{self.dataset}: {self.shards_done} of {self.shards_total} shards are committed{planned};"
-            f" missing shards: {_ranges(self.missing) or 'none'}"
+            f" missing shards: {_ranges(self.missing) or 'none'}{_set_aside(self.quarantined)}"
         )
 
 
@@ -60,7 +64,7 @@ def coverage(path: Path | str, dataset: str) -> Coverage:
     FileNotFoundError
         When the store or the data set does not exist.
     """
-    group = CaptureGroup(Path(path), dataset)
+    group = CaptureGroup(path, dataset)
     valid, wrong = group.commits()
     plan, total = group.plan, group.num_shards
     done = [record for shard, record in valid.items() if shard < total]
@@ -70,11 +74,26 @@ def coverage(path: Path | str, dataset: str) -> Coverage:
         shards_total=total,
         missing=[shard for shard in range(total) if shard not in valid],
         wrong=wrong,
+        quarantined={
+            shard: record for shard, record in group.quarantined().items() if shard < total and shard not in valid
+        },
         lost=group.lost(),
         tokens_done=sum(record["tokens"] for record in done),
         bytes_done=sum(record["expert"]["bytes"] + record["weight"]["bytes"] for record in done),
         seconds=sum(record.get("seconds", 0.0) for record in done),
     )
+
+
+def _set_aside(quarantined: Mapping[int, Mapping[str, Any]]) -> str:
+    """'; in quarantine: 3 (RoutingError: ...)', with the first line of the first error of each; at most three."""
+    if not quarantined:
+        return ""
+    names = []
+    for shard, record in list(quarantined.items())[:3]:
+        lines = str(next(iter(record.get("errors") or ()), "")).splitlines()
+        names.append(f"{shard} ({lines[0]})" if lines else str(shard))
+    names += [f"and {len(quarantined) - 3} more"] * (len(quarantined) > 3)
+    return f"; in quarantine: {', '.join(names)}"
 
 
 def _ranges(shards: list[int]) -> str:

@@ -1,14 +1,13 @@
-"""One data set's group as its writers see it: create, plan, commit.
+"""One data set's group as its writers see it: create, commit, take back, set aside.
 
 The one invariant: a task fills exactly one shard of `expert` and `weight`, whole and idempotently; its commit record
 is written last, after the data are durable; a restart is all shards minus the valid commits. Nothing else carries
-state. The plan has one record of its own, replaced as whole shards of tokens become durable; after it says
-"complete" the group never grows.
+state. What is noted beside the commits only says which shards not to trust (`faults`), or not to try (`quarantine`).
 
 Readers use `store.open_capture`. Nothing here keeps two jobs apart: `store.lease` does.
 """
 
-import json
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,32 +17,26 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import zarr
-from zarr.abc.buffer import Buffer
-from zarr.storage import LocalStore, MemoryStore
 
 from store.identity import Identity, identity_hash, refuse_other_identity
-from store.layout import ROW_CHUNK, SCHEMA_VERSION, ArraySpec, Layout
-from store.objects import LocalObjects
+from store.layout import SCHEMA_VERSION, Layout
 from store.plan import Plan, Rows
+from store.planned import GROWING, ROUTES, PlannedGroup, as_json, group_metadata, parse_record, valid_name
 
-GROWING = ("token", "length", "document_id", "offset", "name", "expert", "weight", "role")
-_NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,127}")
+__all__ = ["CaptureGroup", "valid_name"]
+
+COMMITS, FAULTS, QUARANTINE = "expert/commits", "expert/faults", "expert/quarantine"
+ENVIRONMENT = "expert/environment.json"
 _RECORD = re.compile(r"[0-9]+\.json")
 
 
-class CaptureGroup:
+class CaptureGroup(PlannedGroup):
     """A data set's group in a store; `open` one that exists, `create` one or go on with an equal one."""
-
-    def __init__(self, path: Path, dataset: str) -> None:
-        self.path = Path(path)
-        self.dataset = valid_name(dataset)
-        self.objects = LocalObjects(self.path, scratch=f"{dataset}/token/partial")
 
     @classmethod
     def create(
         cls,
-        path: Path,
+        path: Path | str,
         dataset: str,
         *,
         layout: Layout,
@@ -72,7 +65,7 @@ class CaptureGroup:
         exists = group.objects.get(group._key("zarr.json")) is not None
         if exists:
             refuse_other_identity(f"{group.path}/{dataset}", group.identity, identity)
-        group.objects.put_new("zarr.json", _group_metadata({}))
+        group.objects.put_new("zarr.json", group_metadata({}))
         if exists:
             return group
         for name in GROWING:  # of a creation that was killed, of a capture with other arrays
@@ -82,125 +75,20 @@ class CaptureGroup:
         for name, spec in layout.arrays().items():
             values = contents.get(name, np.empty(0))
             group.objects.put(group._key(f"{name}/zarr.json"), spec.metadata(len(values)))
-            for start in range(0, len(values), spec.chunk[0]):
-                chunk = values[start : start + spec.chunk[0]]
-                group.objects.put(group._key(f"{name}/{spec.key(start // spec.chunk[0])}"), spec.encode(chunk))
-        group._put_record("token/plan.json", asdict(Plan()))
+            for start in range(0, len(values), spec.step):
+                chunk = values[start : start + spec.step]
+                group.objects.put(group._key(f"{name}/{spec.key(start // spec.step)}"), spec.encode(chunk))
+        group.objects.put(group._key("token/plan.json"), as_json(asdict(Plan())))
         facts = asdict(layout) | {"schema_version": SCHEMA_VERSION, "identity": identity}
-        if not group.objects.put_new(group._key("zarr.json"), _group_metadata({**attrs, **facts})):
+        metadata = group_metadata({**attrs, **facts})
+        # A put whose answer was lost is tried again by the store's client, and then finds its own object.
+        if not group.objects.put_new(group._key("zarr.json"), metadata) and (
+            group.objects.get(group._key("zarr.json")) != metadata
+        ):
             raise RuntimeError(f"{group.path}/{dataset} was made by another job at the same time: run this again")
         return group
 
-    # What the group is
-
-    @property
-    def attrs(self) -> dict[str, Any]:
-        """The group's attributes, read anew.
-
-        Raises
-        ------
-        FileNotFoundError
-            When there is no such group.
-        ValueError
-            When it is not a capture of a schema version that this code reads.
-        """
-        data = self.objects.get(self._key("zarr.json"))
-        if data is None:
-            raise FileNotFoundError(f"no data set {self.dataset!r} in the store {self.path}")
-        try:
-            attrs: dict[str, Any] = json.loads(data).get("attributes", {})
-        except ValueError as error:
-            raise ValueError(f"{self.path / self.dataset}/zarr.json is not JSON: {error}") from error
-        version = attrs.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise ValueError(
-                f"{self.path / self.dataset} is no capture that this version reads: its schema_version is {version!r},"
-                f" and {SCHEMA_VERSION} is known here"
-            )
-        return attrs
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What was hashed before tokenizing began."""
-        identity: dict[str, Any] = self.attrs["identity"]
-        return identity
-
-    @cached_property
-    def layout(self) -> Layout:
-        """The grid of the group's arrays."""
-        attrs = self.attrs
-        fields = {name: attrs[name] for name in Layout.__dataclass_fields__}
-        return Layout(**{**fields, "layers": tuple(fields["layers"]), "roles": tuple(fields["roles"])})
-
-    @property
-    def plan(self) -> Plan:
-        """How far planning went."""
-        record = self._record("token/plan.json") or {}
-        if unknown := record.keys() - Plan.__dataclass_fields__.keys():
-            raise ValueError(f"{self.path / self.dataset}/token/plan.json holds what no plan has: {sorted(unknown)}")
-        return Plan(**record)
-
-    # Planning
-
-    def publish(self, rows: Rows, names: Sequence[str], plan: Plan) -> None:
-        """Make planned rows durable, then the plan record that counts them.
-
-        Parameters
-        ----------
-        rows
-            The rows after those of the current plan; whole shards unless `plan.complete`.
-        names
-            Names of the documents from the current plan's count to the new one's.
-        plan
-            The record to write last.
-        """
-        before, layout = self.plan, self.layout
-        arrays = layout.arrays()
-        assert not before.complete, "the plan is complete: the group never grows again"
-        assert plan.rows == before.rows + len(rows.length), (plan, before)
-        assert plan.documents == before.documents + len(names), (plan, before)
-        assert plan.complete or plan.rows % layout.rows_per_shard == 0, plan
-        for name in ("token", "role") if layout.roles else ("token",):
-            values = getattr(rows, name)
-            for start in range(0, len(values), layout.rows_per_shard):
-                shard = (before.rows + start) // layout.rows_per_shard
-                data = arrays[name].encode(values[start : start + layout.rows_per_shard])
-                self.objects.put(self._key(f"{name}/{arrays[name].key(shard)}"), data)
-        for name in ("length", "document_id", "offset"):
-            self._append(name, arrays[name], before.rows, getattr(rows, name))
-        self._append("name", arrays["name"], before.documents, np.array(names, dtype=object))
-        for name in GROWING:
-            if name in arrays:
-                size = plan.documents if name == "name" else plan.rows
-                self.objects.put(self._key(f"{name}/zarr.json"), arrays[name].metadata(size))
-        if plan.complete:
-            counts = {k: v for k, v in asdict(plan).items() if k not in ("complete", "rows_of_next_document")}
-            self.objects.put(self._key("zarr.json"), _group_metadata({**self.attrs, **counts}))
-        self._put_record("token/plan.json", asdict(plan))
-
-    def _append(self, name: str, spec: ArraySpec, size: int, values: np.ndarray) -> None:
-        if not len(values):
-            return
-        start = size // ROW_CHUNK * ROW_CHUNK
-        values = np.concatenate([self._array(name)[start:size], values]) if size > start else values
-        for index in range(0, len(values), ROW_CHUNK):
-            key = spec.key((start + index) // ROW_CHUNK)
-            self.objects.put(self._key(f"{name}/{key}"), spec.encode(values[index : index + ROW_CHUNK]))
-
-    # Capturing
-
-    def read_rows(self, shard: int) -> Rows:
-        """The planned rows of one shard (token and length only are what a worker needs)."""
-        rows = self.layout.rows_per_shard
-        part = slice(shard * rows, min((shard + 1) * rows, self.plan.rows))
-        values = {name: self._array(name)[part] for name in ("token", "length", "document_id", "offset")}
-        filled = np.arange(self.layout.sequence_length) < values["length"][:, None]
-        if (values["length"] < 1).any() or (values["token"][filled] < 0).any():
-            raise ValueError(
-                f"{self.path}/{self.dataset}: planned rows of shard {shard} are gone; remove the folder"
-                f" {self.dataset} and capture it again"
-            )
-        return Rows(**values)
+    # The shards
 
     def commit(
         self, shard: int, expert: np.ndarray, weight: np.ndarray, *, rows: Rows, facts: Mapping[str, Any]
@@ -222,15 +110,15 @@ class CaptureGroup:
         bool
             False when the shard had a commit already: nothing was written.
         """
-        record_key = f"expert/commits/{shard}.json"
+        record_key = f"{COMMITS}/{shard}.json"
         if self._record(record_key) is not None:
             return False
         arrays = self.layout.arrays()
-        record = {"identity": identity_hash(self.identity), "shard": shard, **facts}
+        record = {"identity": self._identity_hash, "shard": shard, **facts}
         record |= {
             "rows": len(rows.length),
             "tokens": int(rows.length.sum()),
-            "token_crc32c": _crc32c(rows.token),
+            "token_crc32c": tokens_crc32c(rows.token),
         }
         for name, values in (("expert", expert), ("weight", weight)):
             data = arrays[name].encode(values)
@@ -239,109 +127,138 @@ class CaptureGroup:
                 if self._record(record_key) is not None:
                     return False
                 self.objects.put(key, data)
-            record[name] = {"bytes": len(data), "crc32c": google_crc32c.value(data)}
-        return self.objects.put_new(self._key(record_key), _json(record))
+            record[name] = object_sums(data)
+        data, key = as_json(record), self._key(record_key)
+        return self.objects.put_new(key, data) or self.objects.get(key) == data
+
+    def committed(self, shard: int) -> bool:
+        """Whether a commit record of this capture stands; what it names is not looked at."""
+        data = self.objects.get(self._key(f"{COMMITS}/{shard}.json"))
+        return data is not None and self._commit(shard, data)[1] is None
 
     def commits(self) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
         """The valid commit records by shard, and for the others what is wrong with them.
 
-        Valid is a record of this capture's identity whose objects have the lengths that it names.
+        Valid is a record of this capture's identity whose objects have the lengths that it names, and of which
+        nothing else was found to be wrong by reading it back (`store.verify`).
         """
-        wanted, arrays = identity_hash(self.identity), self.layout.arrays()
+        found, noted = self._numbered(COMMITS), self._numbered(FAULTS)
+        sizes = [self.objects.sizes(self._key(f"{name}/c"), self._keys(name, found)) for name in ROUTES]
         valid: dict[int, dict[str, Any]] = {}
         wrong: dict[int, str] = {}
-        for file in self.objects.list(self._key("expert/commits")):
-            if not _RECORD.fullmatch(file):  # such as what a network file system leaves of a removed file
-                continue
-            shard = int(file.removesuffix(".json"))
-            try:
-                record = self._record(f"expert/commits/{file}") or {}
-                reason = None if record["identity"] == wanted else f"is of identity {record['identity'][:12]}"
-                if record["shard"] != shard or not record["tokens"] > 0:
-                    reason = reason or f"is of shard {record['shard']}, with {record['tokens']} tokens"
-                for name in ("expert", "weight"):
-                    size = self.objects.size_bytes(self._key(f"{name}/{arrays[name].key(shard)}"))
-                    if size != record[name]["bytes"]:
-                        have = "is gone" if size is None else f"has {size} bytes"
-                        reason = reason or f"its {name} shard {have}, {record[name]['bytes']} were committed"
-            except (ValueError, KeyError, TypeError) as error:
-                reason = f"cannot be read ({error!r})"
+        for (shard, data), *have in zip(found.items(), *sizes, strict=True):
+            record, reason = self._commit(shard, data)
+            reason = reason or _misfit(record, have) or _noted(data, noted.get(shard))
             if reason is None:
                 valid[shard] = record
             else:
                 wrong[shard] = reason
         return valid, wrong
 
-    def lost(self) -> list[str]:
-        """Keys of objects that the plan counts and that are gone or empty: what they held would read as fill."""
-        plan, layout = self.plan, self.layout
-        arrays = layout.arrays()
-        sizes = {"name": plan.documents, "piece": layout.vocab_size, "layer": len(layout.layers)}
-        keys = []
-        for name, spec in arrays.items():
-            if name not in ("expert", "weight"):
-                size, step = sizes.get(name, plan.rows), (spec.shard or spec.chunk)[0]
-                keys += [f"{name}/{spec.key(index)}" for index in range(-(-size // step))]
-        return [key for key in keys if not self.objects.size_bytes(self._key(key))]
-
     def discard(self, shard: int) -> None:
         """Take back a shard: its commit first, then its objects, so that no commit ever names what is gone."""
-        self.objects.delete(self._key(f"expert/commits/{shard}.json"))
-        for name in ("expert", "weight"):
-            self.objects.delete(self._key(f"{name}/{self.layout.arrays()[name].key(shard)}"))
+        self.objects.delete(self._key(f"{COMMITS}/{shard}.json"))
+        for name in ROUTES:
+            self.objects.delete(*self._keys(name, [shard]))
+        self.objects.delete(self._key(f"{FAULTS}/{shard}.json"))
+
+    def _commit(self, shard: int, data: bytes) -> tuple[dict[str, Any], str | None]:
+        """A commit record, and what is wrong with it by itself."""
+        record: dict[str, Any] = {}
+        try:
+            record = parse_record(data)
+            if record["identity"] != self._identity_hash:
+                return record, f"is of identity {record['identity'][:12]}"
+            if record["shard"] != shard or not record["tokens"] > 0:
+                return record, f"is of shard {record['shard']}, with {record['tokens']} tokens"
+            [record[name]["bytes"] for name in ROUTES]
+        except (ValueError, KeyError, TypeError) as error:
+            return record, f"cannot be read ({error!r})"
+        return record, None
+
+    @cached_property
+    def _identity_hash(self) -> str:
+        return identity_hash(self.identity)
+
+    # What is noted beside the commits
 
     @property
-    def num_shards(self) -> int:
-        """Shards planned so far."""
-        return -(-self.plan.rows // self.layout.rows_per_shard)
+    def environment(self) -> dict[str, Any] | None:
+        """Package versions and device that this capture's bytes come from; None before the first worker is ready."""
+        return self._record(ENVIRONMENT)
 
-    # Records and keys
+    def settle_environment(self, environment: Mapping[str, Any]) -> dict[str, Any]:
+        """The capture's environment: the one given, unless another worker has settled it before."""
+        self.objects.put_new(self._key(ENVIRONMENT), as_json(environment))
+        settled = self.environment
+        assert settled is not None
+        return settled
 
-    def _array(self, name: str) -> Any:
-        return zarr.open_array(LocalStore(self.path, read_only=True), path=self._key(name), mode="r")
+    def quarantine(self, shard: int, record: Mapping[str, Any]) -> None:
+        """Set a shard aside that fails again and again: no capture tries it until it is released."""
+        self.objects.put(self._key(f"{QUARANTINE}/{shard}.json"), as_json(record))
 
-    def _record(self, key: str) -> dict[str, Any] | None:
-        data = self.objects.get(self._key(key))
-        try:
-            record = None if data is None else json.loads(data)
-        except ValueError as error:
-            raise ValueError(f"{self.path / self._key(key)} is not JSON: {error}") from error
-        if not isinstance(record, dict | None):
-            raise ValueError(f"{self.path / self._key(key)} holds {type(record).__name__}, not a record")
-        return record
+    def quarantined(self) -> dict[int, dict[str, Any]]:
+        """Records of the shards that were set aside; empty for one that cannot be read."""
+        records = {}
+        for shard, data in self._numbered(QUARANTINE).items():
+            try:
+                records[shard] = parse_record(data)
+            except ValueError:
+                records[shard] = {}
+        return records
 
-    def _put_record(self, key: str, record: Mapping[str, Any]) -> None:
-        self.objects.put(self._key(key), _json(record))
+    def release(self, shard: int) -> None:
+        """Let a shard be tried again."""
+        self.objects.delete(self._key(f"{QUARANTINE}/{shard}.json"))
 
-    def _key(self, name: str) -> str:
-        return f"{self.dataset}/{name}"
+    def note_fault(self, shard: int, record: Mapping[str, Any], reason: str) -> None:
+        """Note that what a commit record names is damaged, although its lengths agree.
+
+        The note is about the bytes of this record: another commit of the shard makes it void.
+        """
+        data = self.objects.get(self._key(f"{COMMITS}/{shard}.json"))
+        if data is not None and parse_record(data) == record:  # else it is healed already
+            note = {"reason": reason, "commit_crc32c": google_crc32c.value(data)}
+            self.objects.put(self._key(f"{FAULTS}/{shard}.json"), as_json(note))
+
+    def _numbered(self, folder: str) -> dict[int, bytes]:
+        """The records of a folder by shard."""
+        # A network file system leaves other names of removed files.
+        names = [name for name in self.objects.list(self._key(folder)) if _RECORD.fullmatch(name)]
+        found = self.objects.get_many([self._key(f"{folder}/{name}") for name in names])
+        shards = {int(Path(key).stem): data for key, data in found.items()}
+        return dict(sorted(shards.items()))
 
 
-def valid_name(dataset: str) -> str:
-    """The name, if it can name a group.
+def _misfit(record: Mapping[str, Any], have: Sequence[int | None]) -> str | None:
+    """Which object has not the length that a commit record names."""
+    for name, size in zip(ROUTES, have, strict=True):
+        if size != record[name]["bytes"]:
+            what = "is gone" if size is None else f"has {size} bytes"
+            return f"its {name} shard {what}, {record[name]['bytes']} were committed"
+    return None
 
-    Raises
-    ------
-    ValueError
-        When it has other characters than a-z, 0-9, '.', '_' and '-', begins with a dot, or is empty or too long.
+
+def _noted(commit: bytes, note: bytes | None) -> str | None:
+    """Why a commit is not to be trusted, from the note beside it; None where there is none about this very record."""
+    if note is None:
+        return None
+    try:
+        record = parse_record(note)
+    except ValueError as error:
+        return f"was noted as damaged, in a note that {error}"
+    return str(record.get("reason")) if record.get("commit_crc32c") == google_crc32c.value(commit) else None
+
+
+def object_sums(data: bytes) -> dict[str, int | str]:
+    """What a commit record says of an object.
+
+    Not its crc32c: parts that end with their own crc32c, as Zarr's do, have the same one whatever they hold.
     """
-    if not _NAME.fullmatch(dataset) or dataset == "zarr.json" or dataset.startswith("__"):
-        raise ValueError(
-            f"{dataset!r} cannot name a data set in a store: use 1 to 128 of a-z, 0-9, '.', '_' and '-',"
-            " not beginning with a dot or two underscores, and not zarr.json"
-        )
-    return dataset
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _group_metadata(attrs: Mapping[str, Any]) -> bytes:
-    objects: dict[str, Buffer] = {}
-    zarr.create_group(MemoryStore(objects), attributes=dict(attrs))
-    return objects["zarr.json"].to_bytes()
-
-
-def _crc32c(values: np.ndarray) -> int:
-    return int(google_crc32c.value(np.ascontiguousarray(values).tobytes()))
-
-
-def _json(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, indent=1, sort_keys=True).encode()
+def tokens_crc32c(token: np.ndarray) -> int:
+    """Checksum of a shard's planned tokens, in whose rows -1 is what lies beyond their length."""
+    return int(google_crc32c.value(np.ascontiguousarray(token).tobytes()))

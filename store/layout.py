@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.abc.buffer import Buffer
+from zarr.buffer import cpu
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
@@ -45,6 +46,11 @@ class ArraySpec:
     compressors: tuple[Any, ...]
     attrs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def step(self) -> int:
+        """Entries of the first dimension in one object."""
+        return (self.shard or self.chunk)[0]
+
     def key(self, index: int) -> str:
         """Key of the `index`-th object along the first dimension, relative to the array's folder."""
         return "/".join(["c", str(index), *("0" for _ in self.trailing)])
@@ -62,11 +68,26 @@ class ArraySpec:
         values : array, shape (rows, \\*trailing)
             At most one shard of rows; fewer only in the last shard.
         """
-        assert 0 < len(values) <= (self.shard or self.chunk)[0], (len(values), self.shard, self.chunk)
+        assert 0 < len(values) <= self.step, (len(values), self.shard, self.chunk)
         assert values.shape[1:] == self.trailing, (values.shape, self.trailing)
         objects, array = self._in_memory(len(values))
         array[...] = values
         return objects[self.key(0)].to_bytes()
+
+    def decode(self, data: bytes, size: int) -> np.ndarray:
+        """The first `size` entries that one object's bytes hold.
+
+        Raises
+        ------
+        ValueError
+            When the bytes are not such an object's, or a checksum in them does not hold.
+        """
+        objects, array = self._in_memory(size)
+        objects[self.key(0)] = cpu.Buffer.from_bytes(data)
+        try:
+            return np.asarray(array[...])
+        except Exception as error:  # codecs raise whatever they run into
+            raise ValueError(str(error) or repr(error)) from error
 
     def _in_memory(self, size: int) -> tuple[dict[str, Buffer], zarr.Array[Any]]:
         objects: dict[str, Buffer] = {}

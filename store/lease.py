@@ -13,18 +13,30 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from store.group import CaptureGroup
+from store.planned import as_json
 
 RENEW_S = 20.0
 STALE_S = 120.0  # arbitrary: six renewals missed; a holder on this host that is gone is stale at once
 
 
+@dataclass(kw_only=True)
+class Lease:
+    """A lease that this job holds, or held."""
+
+    token: str
+    """Its unique name: whoever reads it in the store sees the same store."""
+    lost: bool = False
+    """Whether another job has taken it over, or its record is gone; noticed when it should be renewed."""
+
+
 @contextlib.contextmanager
-def lease(group: CaptureGroup) -> Iterator[None]:
+def lease(group: CaptureGroup) -> Iterator[Lease]:
     """Hold the group's lease while the block runs.
 
     Raises
@@ -32,38 +44,69 @@ def lease(group: CaptureGroup) -> Iterator[None]:
     RuntimeError
         When another job holds it; the message says who, where and since when.
     """
-    key = f"{group.dataset}/token/lease.json"
-    mine = _holder()
-    if not group.objects.put_new(key, json.dumps(mine).encode()):
-        other = _read(group, key)
-        if other is not None and not _is_stale(group, key, other):
-            raise RuntimeError(
-                f"{group.path}/{group.dataset} is being captured by process {other['process']} of {other['user']} on"
-                f" {other['host']} since {other['since']}: wait for it or end it, then run this command again"
-            )
-        group.objects.put(key, json.dumps(mine).encode())
-        time.sleep(0.05)  # of two that take over at once, the one whose record stands has it
-        if not _is(_read(group, key), mine):
-            raise RuntimeError(f"{group.path}/{group.dataset}: another job took over the stale lease; run this again")
-    done = threading.Event()
-    renewer = threading.Thread(target=_renew, args=(group, key, mine, done), daemon=True)
+    key, mine = _key(group), _holder()
+    if not group.objects.put_new(key, as_json(mine)):
+        _take_over(group, mine)
+    held, done = Lease(token=mine["token"]), threading.Event()
+    renewer = threading.Thread(target=_renew, args=(group, mine, held, done), daemon=True)
     renewer.start()
     try:
         group.objects.clear(group.objects.scratch)
-        yield
+        yield held
     finally:
         done.set()
         renewer.join()
-        if _is(_read(group, key), mine):
+        if _is(_read(group), mine):
             group.objects.delete(key)
 
 
-def _renew(group: CaptureGroup, key: str, mine: dict[str, Any], done: threading.Event) -> None:
+def lease_token(group: CaptureGroup) -> str | None:
+    """Token of the lease that stands in the store now; None where there is none."""
+    holder = _read(group)
+    return None if holder is None else str(holder["token"])
+
+
+def lease_holder(group: CaptureGroup) -> str | None:
+    """Who holds the lease now, where, since when and how alive; None where there is no lease."""
+    holder = _read(group)
+    if holder is None:
+        return None
+    if holder["host"] == socket.gethostname():
+        return _who(holder) + (", which is gone" if _is_gone(holder) else "")
+    return f"{_who(holder)}, renewed {max(0.0, time.time() - float(holder['renewed'])):.0f} s ago"
+
+
+def _take_over(group: CaptureGroup, mine: dict[str, Any]) -> None:
+    standing = group.objects.get(_key(group))
+    other = _parse(standing)
+    if _is(other, mine):  # the answer to the first try was lost
+        return
+    if other is not None and not _is_stale(group, other):
+        raise RuntimeError(
+            f"{group.path}/{group.dataset} is being captured by {_who(other)}: wait for it or end it, then run this"
+            " command again"
+        )
+    if standing is None:
+        group.objects.put_new(_key(group), as_json(mine))
+    else:
+        group.objects.put_over(_key(group), standing, as_json(mine))
+    time.sleep(0.05)  # of two that take over at once, the one whose record stands has it
+    if not _is(_read(group), mine):
+        raise RuntimeError(f"{group.path}/{group.dataset}: another job took over the stale lease; run this again")
+
+
+def _renew(group: CaptureGroup, mine: dict[str, Any], held: Lease, done: threading.Event) -> None:
     while not done.wait(RENEW_S):
-        with contextlib.suppress(OSError):  # a full disk: the capture itself reports it
-            if not _is(_read(group, key), mine):
-                return  # it was taken over while this process stood still
-            group.objects.put(key, json.dumps({**mine, "renewed": time.time()}).encode())
+        with contextlib.suppress(OSError):  # a full disk, a storage out of reach: the capture itself reports it
+            standing = group.objects.get(_key(group))
+            if standing is None or not _is(_parse(standing), mine):
+                held.lost = True  # it was taken over while this process stood still
+                return
+            group.objects.put_over(_key(group), standing, as_json({**mine, "renewed": time.time()}))
+
+
+def _key(group: CaptureGroup) -> str:
+    return f"{group.dataset}/token/lease.json"
 
 
 def _holder() -> dict[str, Any]:
@@ -78,29 +121,42 @@ def _holder() -> dict[str, Any]:
     }
 
 
-def _read(group: CaptureGroup, key: str) -> dict[str, Any] | None:
+def _who(holder: dict[str, Any]) -> str:
+    return f"process {holder['process']} of {holder['user']} on {holder['host']} since {holder['since']}"
+
+
+def _read(group: CaptureGroup) -> dict[str, Any] | None:
+    return _parse(group.objects.get(_key(group)))
+
+
+def _parse(data: bytes | None) -> dict[str, Any] | None:
     try:
-        holder = json.loads(group.objects.get(key) or b"null")
+        holder = json.loads(data or b"null")
     except ValueError:
         return None
     return holder if isinstance(holder, dict) and holder.keys() >= _holder().keys() else None
 
 
 def _is(holder: dict[str, Any] | None, mine: dict[str, Any]) -> bool:
-    return holder is not None and holder.get("token") == mine["token"]
+    return holder is not None and holder["token"] == mine["token"]
 
 
-def _is_stale(group: CaptureGroup, key: str, holder: dict[str, Any]) -> bool:
+def _is_stale(group: CaptureGroup, holder: dict[str, Any]) -> bool:
     """Whether the holder is gone: on this host told by its process, elsewhere by a record that does not change.
 
     Clocks of two hosts may differ, so a record that looks old is watched for one and a half renewals first.
     """
     if holder["host"] == socket.gethostname():
-        return bool(_process_start(holder["process"]) != holder["process_start"])
+        return _is_gone(holder)
     if time.time() - float(holder["renewed"]) <= STALE_S:
         return False
     time.sleep(1.5 * RENEW_S)
-    return _read(group, key) in (holder, None)
+    return _read(group) in (holder, None)
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    """Whether a holder on this host has ended."""
+    return bool(_process_start(holder["process"]) != holder["process_start"])
 
 
 def _process_start(process: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Whole objects by key under one folder: the only place that writes to disk.
+"""Whole objects by key in one place: the only modules that write, this one to disk and `store.s3` to a bucket.
 
 A put is durable when it returns (file and folder are synced) and visible only whole: a reader sees the old object,
 the new one or none, also when the writer is killed at any instruction. Keys are relative paths with `/`.
@@ -9,9 +9,92 @@ a folder of ours anywhere else in a group makes them warn.
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
+
+from zarr.abc.store import Store
+from zarr.storage import LocalStore
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.*)", re.DOTALL | re.IGNORECASE)  # a Path has made one slash of two
+
+
+class Objects(Protocol):
+    """What a store is kept in."""
+
+    scratch: str
+    """Key of the folder for what is not whole yet."""
+
+    @property
+    def root(self) -> Path | str:
+        """Where the objects are, as `open_objects` takes it."""
+
+    def get(self, key: str) -> bytes | None:
+        """The object's bytes, or None where there is none."""
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """The bytes of those objects that are there: small ones, all held at once."""
+
+    def size_bytes(self, key: str) -> int | None:
+        """The object's length, or None where there is none."""
+
+    def sizes(self, prefix: str, keys: Sequence[str]) -> Sequence[int | None]:
+        """The length of each object, None where there is none; all of them lie under `prefix`."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object, in place of the one that is there, if any."""
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Write an object unless there is one: False, and nothing is changed, where there is.
+
+        Over a network, False may also mean that the object is this call's own: the answer to a first try was lost.
+        """
+
+    def put_over(self, key: str, old: bytes, data: bytes) -> bool:
+        """Write an object in place of one with exactly the bytes `old`: False where it has others; see `put_new`."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is no error."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Names (not keys) of the objects directly under `prefix`, sorted; empty where there is no such folder."""
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """Names of the folders directly under `prefix`, sorted; empty where there is no such folder."""
+
+    def clear(self, prefix: str) -> None:
+        """Remove everything under `prefix`; only for the one who holds the lease."""
+
+    def zarr_store(self) -> Store:
+        """The same objects for Zarr, to be read only."""
+
+
+def open_objects(path: Path | str, scratch: str) -> Objects:
+    """The objects of a store; nothing is read or written yet.
+
+    Parameters
+    ----------
+    path
+        A folder, or s3://bucket/prefix.
+    scratch
+        Key of the folder for what is not whole yet.
+
+    Raises
+    ------
+    ValueError
+        For a URL of another kind, or without a bucket.
+    """
+    url = _URL.fullmatch(str(path))
+    if url is None:
+        return LocalObjects(Path(path), scratch)
+    if url[1].lower() != "s3":
+        raise ValueError(f"the store {path}: {url[1]}:// is not known here; name a folder, or s3://bucket/prefix")
+    from store.s3 import S3Objects  # who reads a folder need not have its packages
+
+    return S3Objects(url[2], scratch)
 
 
 class LocalObjects:
@@ -30,28 +113,33 @@ class LocalObjects:
         self.scratch = scratch
 
     def get(self, key: str) -> bytes | None:
-        """The object's bytes, or None where there is none."""
+        """See `Objects`; so for the others."""
         try:
             return (self.root / key).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
+        found = {key: self.get(key) for key in keys}
+        return {key: data for key, data in found.items() if data is not None}
+
     def size_bytes(self, key: str) -> int | None:
-        """The object's length, or None where there is none."""
         try:
-            return (self.root / key).stat().st_size
+            return os.stat(f"{self.root}/{key}").st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def sizes(self, prefix: str, keys: Sequence[str]) -> Sequence[int | None]:
+        """One look each: a shard has a folder of its own, so that listing would be slower."""
+        return [self.size_bytes(key) for key in keys]
+
     def put(self, key: str, data: bytes) -> None:
-        """Write an object, in place of the one that is there, if any."""
         partial = self._write_partial(data)
         target = self._parent_made(key)
         os.replace(partial, target)
         _sync_folder(target.parent)
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Write an object unless there is one: False, and nothing is changed, where there is."""
         partial = self._write_partial(data)
         target = self._parent_made(key)
         try:
@@ -63,23 +151,36 @@ class LocalObjects:
         _sync_folder(target.parent)
         return True
 
+    def put_over(self, key: str, old: bytes, data: bytes) -> bool:
+        """Not atomic: of two at once both may say True, and one object stands."""
+        if self.get(key) != old:
+            return False
+        self.put(key, data)
+        return True
+
     def delete(self, key: str) -> None:
-        """Remove an object; one that is not there is no error."""
         target = self.root / key
         with contextlib.suppress(FileNotFoundError):
             target.unlink()
             _sync_folder(target.parent)
 
     def list(self, prefix: str) -> list[str]:
-        """Names (not keys) of the objects directly under `prefix`, sorted; empty where there is no such folder."""
-        try:
-            return sorted(entry.name for entry in os.scandir(self.root / prefix) if entry.is_file())
-        except FileNotFoundError:
-            return []
+        return list(self._names(prefix, folders=False))
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        return self._names(prefix, folders=True)
 
     def clear(self, prefix: str) -> None:
-        """Remove everything under `prefix`; only for the one who holds the lease."""
         shutil.rmtree(self.root / prefix, ignore_errors=True)
+
+    def zarr_store(self) -> Store:
+        return LocalStore(self.root, read_only=True)
+
+    def _names(self, prefix: str, *, folders: bool) -> Sequence[str]:
+        try:
+            return sorted(entry.name for entry in os.scandir(self.root / prefix) if entry.is_dir() == folders)
+        except FileNotFoundError:
+            return []
 
     def _write_partial(self, data: bytes) -> Path:
         partial = self._parent_made(f"{self.scratch}/{uuid.uuid4().hex}")

@@ -24,12 +24,13 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Planned rows, in order, the next ones of the group."""
+    """Planned rows, in order: the next ones of the group, or what a worker needs of a shard's."""
 
     token: np.ndarray
     """int32 (rows, P); -1 beyond the row's length"""
     length: np.ndarray
-    document_id: np.ndarray
-    offset: np.ndarray
+    """int32 (rows,)"""
+    document_id: np.ndarray | None = None
+    offset: np.ndarray | None = None
     role: np.ndarray | None = None
     """uint8 (rows, P), for conversations"""

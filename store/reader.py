@@ -11,10 +11,10 @@ import dask.array
 import numpy as np
 import xarray as xr
 import zarr
-from zarr.storage import LocalStore
 
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
+from store.objects import open_objects
 from store.plan import Plan
 
 
@@ -26,10 +26,12 @@ def dataset_names(path: Path | str) -> list[str]:
     FileNotFoundError
         When there is no store at `path`.
     """
-    path = Path(path)
-    if not (path / "zarr.json").is_file():
-        raise FileNotFoundError(f"no store at {path} ({'it has no zarr.json' if path.exists() else 'no such folder'})")
-    return sorted(entry.name for entry in path.iterdir() if (entry / "zarr.json").is_file())
+    objects = open_objects(path, scratch="")
+    if objects.get("zarr.json") is None:
+        gone = isinstance(objects.root, Path) and not objects.root.exists()
+        raise FileNotFoundError(f"no store at {objects.root} ({'no such folder' if gone else 'it has no zarr.json'})")
+    found = objects.get_many([f"{name}/zarr.json" for name in objects.folders("")])
+    return [key.removesuffix("/zarr.json") for key in found]
 
 
 def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = False) -> xr.Dataset:
@@ -61,7 +63,6 @@ def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = Fal
         When shards are missing and `allow_incomplete` is not given, or objects of the plan are lost; the message
         says which.
     """
-    path = Path(path)
     names = dataset_names(path)
     if dataset not in names:
         raise FileNotFoundError(f"no data set {dataset!r} in {path}; it holds: {', '.join(names) or 'none'}")
@@ -71,7 +72,7 @@ def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = Fal
     return open_covered(path, state)
 
 
-def open_covered(path: Path, state: Coverage) -> xr.Dataset:
+def open_covered(path: Path | str, state: Coverage) -> xr.Dataset:
     """One data set's routes as far as was counted, complete or not: see `open_capture`.
 
     What is committed after the count is not marked as captured, so that a count and what is read agree.
@@ -84,13 +85,15 @@ def open_covered(path: Path, state: Coverage) -> xr.Dataset:
     if state.lost:
         raise ValueError(f"{path}: {state}")
     group = CaptureGroup(path, state.dataset)
-    arrays = zarr.open_group(LocalStore(path, read_only=True), path=state.dataset, mode="r", use_consolidated=False)
+    arrays = zarr.open_group(group.objects.zarr_store(), path=state.dataset, mode="r", use_consolidated=False)
     variables = {
         name: _variable(arrays[name], state.plan, group.layout.rows_per_shard) for name in group.layout.arrays()
     }
     captured = ~np.isin(np.arange(state.plan.rows) // group.layout.rows_per_shard, state.missing)
     variables["captured"] = xr.Variable("doc", captured, {"long_name": "whether the row's shard is committed"})
-    return xr.Dataset(variables, attrs={**group.attrs, "dataset": state.dataset})
+    attrs = group.attrs
+    attrs["environment"] = group.environment or attrs.get("environment")  # of the workers; as planned before the first
+    return xr.Dataset(variables, attrs={**attrs, "dataset": state.dataset})
 
 
 def _variable(array: Any, plan: Plan, rows: int) -> xr.Variable:

@@ -221,8 +221,9 @@ def test_a_limit_on_the_size_of_files_ends_the_job_as_a_full_disk_does(
 @pytest.mark.parametrize(
     ("store_path", "said"),
     [
-        ("s3://bucket/routes.zarr", "only paths of a file system can be written, not URLs"),
-        ("file:///tmp/routes.zarr", "not URLs"),
+        ("gs://bucket/routes.zarr", "gs:// is not known here; name a folder, or s3://bucket/prefix"),
+        ("file:///tmp/routes.zarr", "file:// is not known here"),
+        ("s3:///routes.zarr", "names no store: a bucket has 3 to 63"),
         ("text.txt", "text.txt"),
         ("text.txt/deeper.zarr", "text.txt"),
     ],

@@ -1,8 +1,11 @@
 """The store: its layout on disk, its bytes, what is durable before what, and what a reader is told."""
 
+import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -35,13 +38,14 @@ from hypothesis import strategies as st
 
 from analysis.load import expert_load
 from jobs import plan as planning
-from jobs.local import capture_missing
 from jobs.plan import Planner
-from store import CaptureGroup, Layout, coverage, dataset_names, lease, open_capture, open_tree
+from store import CaptureGroup, Layout, coverage, dataset_names, lease, open_capture, open_tree, planned
+from store import layout as layout_module
 from store.identity import identity_hash
 from store.layout import ROW_CHUNK, SHARD_TOKENS, default_rows_per_shard
 from store.objects import LocalObjects
 from store.plan import Plan, Rows
+from workers.shard import capture_shard
 
 TEXTS = [words(5, 1), "", words(70, 2), words(8, 3), " \n ", words(9, 4), words(30, 5)]
 ROWS = [math.ceil(len(text.split()) / 8) for text in TEXTS]  # 17 in all: five shards of 4, the last one clipped
@@ -341,7 +345,7 @@ def test_a_commit_record_is_written_after_both_objects_that_it_names(
         "rows": 1,
         "tokens": int(rows.length.sum()),
         "token_crc32c": google_crc32c.value(rows.token.tobytes()),
-        **{name: {"bytes": len(data), "crc32c": google_crc32c.value(data)} for name, data in objects.items()},
+        **{name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in objects.items()},
     }
 
 
@@ -364,7 +368,8 @@ def test_the_plan_record_is_written_after_all_that_it_counts(tmp_path: Path, mon
 def test_taking_a_shard_back_removes_the_commit_before_the_data(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     visible = spied(monkeypatch)
     CaptureGroup(copy, "prose").discard(2)
-    assert visible == ["-expert/commits/2.json", "-expert/c/2/0/0/0", "-weight/c/2/0/0/0"]
+    # The note of a fault last: it goes with the record that it is about.
+    assert visible == ["-expert/commits/2.json", "-expert/c/2/0/0/0", "-weight/c/2/0/0/0", "-expert/faults/2.json"]
 
 
 def test_a_file_and_its_folder_are_synced_around_the_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -649,6 +654,115 @@ def test_a_lease_file_that_cannot_be_read_is_taken_over(tmp_path: Path) -> None:
             assert holder(group)["process"] == os.getpid()
 
 
+def test_a_job_whose_lease_was_taken_or_is_gone_is_told_at_the_next_renewal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = new_group(tmp_path / "s.zarr")
+    file = group.path / "fake" / "token" / "lease.json"
+    assert lease.lease_token(group) is None
+    monkeypatch.setattr(lease, "RENEW_S", 0.01)
+    for taken in (
+        lambda text: file.write_text(text.replace(held.token, "another")),
+        lambda _: file.unlink(missing_ok=True),
+    ):
+        with lease.lease(group) as held:
+            assert lease.lease_token(group) == held.token
+            time.sleep(0.1)
+            assert not held.lost
+            deadline = time.monotonic() + 10
+            while not held.lost:  # a renewal that has begun may still put its record
+                assert time.monotonic() < deadline, "never noticed"
+                taken(file.read_text() if file.exists() else "")
+                time.sleep(0.03)
+        file.unlink(missing_ok=True)
+
+
+def test_who_holds_the_lease_is_told_with_how_alive_it_is(tmp_path: Path) -> None:
+    group = new_group(tmp_path / "s.zarr")
+    assert lease.lease_holder(group) is None
+    with lease.lease(group):
+        assert str(lease.lease_holder(group)).startswith(f"process {os.getpid()} of ")
+        assert f"on {socket.gethostname()} since 2" in str(lease.lease_holder(group))
+    put_holder(group, process_start="1")
+    assert str(lease.lease_holder(group)).endswith(", which is gone")
+    put_holder(group, host="elsewhere", process_start="1", renewed=time.time() - 30)
+    assert re.search(r" on elsewhere since .*, renewed (29|3\d) s ago$", str(lease.lease_holder(group)))
+
+
+# --- Notes beside the commits ---------------------------------------------------------------------------------
+
+
+def test_a_commit_counts_if_it_is_of_this_capture_and_this_shard(copy: Path) -> None:
+    group = CaptureGroup(copy, "prose")
+    record = (copy / "prose/expert/commits/2.json").read_bytes()
+    assert [group.committed(shard) for shard in range(6)] == [True] * 5 + [False]
+    for changes in ({"identity": "f" * 64}, {"shard": 1}, {"tokens": 0}, {"weight": None}):
+        (copy / "prose/expert/commits/2.json").write_text(json.dumps(json.loads(record) | changes))
+        assert not group.committed(2), changes
+    (copy / "prose/expert/commits/2.json").write_bytes(record[:9])
+    assert not group.committed(2)
+
+
+def test_the_first_worker_settles_the_environment_and_readers_do_not_mind_the_record(tmp_path: Path) -> None:
+    group = planned_group(tmp_path / "s.zarr")
+    assert group.environment is None
+    assert group.settle_environment({"torch": "1"}) == {"torch": "1"}
+    assert group.settle_environment({"torch": "2"}) == group.environment == {"torch": "1"}
+    assert open_tree(group.path, allow_incomplete=True)["fake"].sizes["doc"] == 17
+
+
+def test_a_shard_in_quarantine_is_missing_and_named_until_it_is_released_or_committed(tmp_path: Path) -> None:
+    group = planned_group(tmp_path / "s.zarr")
+    record = {"strikes": 3, "errors": ["RoutingError: layer 2 did not fire\nmore"], "documents": ["document 2"]}
+    for shard in (1, 3):
+        group.quarantine(shard, record)
+    (group.path / "fake/expert/quarantine/2.json").write_text("{")
+    state = coverage(group.path, "fake")
+    assert state.quarantined == group.quarantined() == {1: record, 2: {}, 3: record}
+    assert state.missing == [0, 1, 2, 3, 4]
+    layer = "RoutingError: layer 2 did not fire"
+    assert str(state).endswith(f"missing shards: 0-4; in quarantine: 1 ({layer}), 2, 3 ({layer})")
+    group.release(2)
+    group.release(2)
+    rows, expert, weight = choices(group, 1)
+    group.commit(1, expert, weight, rows=rows, facts={})
+    assert list(coverage(group.path, "fake").quarantined) == [3]
+    assert open_capture(group.path, "fake", allow_incomplete=True)["captured"].values.sum() == 4  # and nobody warns
+    for shard in (0, 1, 2, 4, 9):  # 9: beyond the plan
+        group.quarantine(shard, {})
+    assert str(coverage(group.path, "fake")).endswith(f"in quarantine: 0, 2, 3 ({layer}), and 1 more")
+
+
+def test_the_documents_of_a_shard_are_named_in_order(store: Path) -> None:
+    group = CaptureGroup(store, "prose")
+    ids = open_capture(store, "prose")["document_id"].values
+    for shard in range(5):
+        assert group.document_names(shard) == [f"document {i}" for i in sorted(set(ids[shard * 4 : shard * 4 + 4]))]
+    assert group.document_names(0) == ["document 0", "document 2"]
+
+
+def test_rows_across_the_chunks_of_the_flat_arrays_are_read_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (layout_module, planned):
+        monkeypatch.setattr(module, "ROW_CHUNK", 3)  # smaller than a shard, and no part of it
+    group = planned_group(tmp_path / "s.zarr")
+    data = open_capture(group.path, "fake", allow_incomplete=True)
+    for shard in range(5):
+        part = data.isel(doc=slice(shard * 4, shard * 4 + 4))
+        rows = group.read_rows(shard)
+        np.testing.assert_array_equal(rows.token, part["token"])
+        np.testing.assert_array_equal(rows.length, part["length"])
+        assert group.document_names(shard) == [f"document {i}" for i in sorted(set(part["document_id"].values))]
+
+
+def test_tokens_that_do_not_fit_their_lengths_are_never_captured(copy: Path) -> None:
+    group = CaptureGroup(copy, "prose")
+    shutil.copy(copy / "prose/token/c/0/0", copy / "prose/token/c/1/0")
+    with pytest.raises(ValueError, match="tokens and lengths of shard 1 do not fit together; remove the folder prose"):
+        group.read_rows(1)
+
+
 # --- Coverage ---------------------------------------------------------------------------------------------
 
 
@@ -691,7 +805,9 @@ RECORDS = ["of another identity", "not JSON", "without its fields", "a list", "z
     ("file", "how"),
     [(f"{array}/c/3/0/0/0", how) for array, how in OBJECTS] + [("expert/commits/3.json", how) for how in RECORDS],
 )
-def test_a_shard_whose_commit_does_not_hold_is_missing_named_and_healed(copy: Path, file: str, how: str) -> None:
+def test_a_shard_whose_commit_does_not_hold_is_missing_named_and_healed(
+    copy: Path, file: str, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = store_files(copy / "prose")
     damage(copy / "prose" / file, how)
     state = coverage(copy, "prose")
@@ -700,14 +816,12 @@ def test_a_shard_whose_commit_does_not_hold_is_missing_named_and_healed(copy: Pa
     assert "prose: 4 of 5 shards are committed; missing shards: 3" in str(state)
     with pytest.raises(ValueError, match="missing shards: 3"):
         open_capture(copy, "prose")
-    healed: dict[int, str] = {}
-    run = FakeRun(copy)
-    group = CaptureGroup(copy, "prose")
-    capture_missing(group, run.engine, batch_tokens=24, facts={}, heal=healed.__setitem__)
-    assert list(healed) == [3]
+    fake_capture(copy, TEXTS, "prose")
+    healed = [line for line in capsys.readouterr().err.splitlines() if "is captured again" in line]
+    assert [line.partition(" is captured")[0] for line in healed] == ["prose: shard 3"]
     if how in ("deleted", "truncated"):
-        assert ("is gone" if how == "deleted" else "were committed") in healed[3]
-        assert file.partition("/")[0] in healed[3]
+        assert ("is gone" if how == "deleted" else "were committed") in healed[0]
+        assert file.partition("/")[0] in healed[0]
     after = store_files(copy / "prose")
     del before["expert/commits/3.json"], after["expert/commits/3.json"]  # other seconds
     assert after == before
@@ -902,7 +1016,9 @@ def test_two_writers_of_the_same_shards_leave_the_bytes_of_one(tmp_path: Path) -
     def write(worker: str) -> None:
         start.wait()
         own = CaptureGroup(group.path, "fake")
-        committed.append(capture_missing(own, FakeEngine(), batch_tokens=24, facts={"worker": worker}))
+        for shard in coverage(own.path, "fake").missing:
+            rows, expert, weight, _ = capture_shard(own, shard, FakeEngine(), batch_tokens=24)
+            committed.append(own.commit(shard, expert, weight, rows=rows, facts={"worker": worker}))
 
     writers = [threading.Thread(target=write, args=(f"writer {number}",)) for number in range(3)]
     for writer in writers:
@@ -913,6 +1029,7 @@ def test_two_writers_of_the_same_shards_leave_the_bytes_of_one(tmp_path: Path) -
     assert state.complete
     assert sum(committed) == state.shards_total == 16  # each shard was committed by exactly one
     alone, both = store_files(tmp_path / "alone.zarr"), store_files(group.path)
+    del alone["fake/expert/environment.json"]  # which nobody has settled here
     assert alone.keys() == both.keys()
     assert [key for key in alone if alone[key] != both[key] and "/commits/" not in key] == []
 
@@ -952,7 +1069,9 @@ def test_rows_that_read_as_fill_are_never_captured(copy: Path) -> None:
     group = CaptureGroup(copy, "prose")
     group.discard(1)
     (copy / "prose" / "token" / "c" / "1" / "0").unlink()
-    with pytest.raises(ValueError, match="planned rows of shard 1 are gone"):
+    with pytest.raises(
+        ValueError, match=r"planned rows of shard 1 are gone or damaged: token/c/1/0 is gone; remove the"
+    ):
         group.read_rows(1)
 
 

@@ -1,0 +1,58 @@
+"""Captures on S3 that die: reads [store, number of objects written when it is killed, or null], prints the status.
+
+Each capture is a fork, made before anything speaks to the server: threads and connections do not survive a fork.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+from fake_model import fake_capture, words
+
+from store.s3 import S3Objects
+
+TEXTS = [words(5, 1), "", words(70, 2), words(8, 3), " \n ", words(9, 4), words(30, 5)]
+"""17 rows of 8 positions, five shards of four rows."""
+
+
+def die_at(step: int) -> None:
+    """Make this process die before it writes its object number `step`, counted from 0."""
+    written = []
+
+    def counted(method: Any) -> Any:
+        def call(self: S3Objects, key: str, *data: bytes) -> Any:
+            if len(written) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            written.append(key)
+            return method(self, key, *data)
+
+        return call
+
+    for name in ("put", "put_new", "delete"):
+        setattr(S3Objects, name, counted(getattr(S3Objects, name)))
+
+
+def run(store: str, step: int | None) -> int:
+    """Capture in a fork; the exit status, negative for the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            if step is not None:
+                die_at(step)
+            status = 0 if fake_capture(store, TEXTS).complete else 1
+        finally:
+            sys.excepthook(*sys.exc_info()) if sys.exc_info()[0] else None
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(run(*json.loads(line)), flush=True)

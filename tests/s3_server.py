@@ -1,0 +1,100 @@
+"""A real S3 server on loopback, in a process of its own; tests import its fixtures `server_address` and `new_store`."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from obstore.store import S3Store
+
+STARTS_WITHIN_S = 60
+
+
+def start_server() -> tuple[subprocess.Popen[bytes], str]:
+    """Start a server on a free port; its process and its address, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + STARTS_WITHIN_S
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/moto-api/", timeout=5).close()
+        except OSError:
+            assert process.poll() is None, f"the S3 server ended with status {process.returncode}"
+            assert time.monotonic() < deadline, "the S3 server does not answer"
+            time.sleep(0.05)
+        else:
+            return process, address
+
+
+def stop_server(process: subprocess.Popen[bytes]) -> None:
+    """End the server, and nothing else."""
+    process.terminate()
+    process.wait(20)
+
+
+def make_bucket(address: str) -> str:
+    """Make an empty bucket of a new name."""
+    bucket = f"atlas-{uuid.uuid4().hex[:12]}"
+    urllib.request.urlopen(urllib.request.Request(f"{address}/{bucket}", method="PUT")).close()
+    return bucket
+
+
+def variables(address: str) -> dict[str, str]:
+    """What the environment must say of the server; no machine's role is looked for."""
+    return {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_METADATA_ENDPOINT": "http://127.0.0.1:9",
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+def bucket_store(url: str) -> S3Store:
+    """What lies under an s3:// URL, past the code that is tested."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    return S3Store(bucket, prefix=prefix or None, client_options={"allow_http": True})
+
+
+def bucket_files(url: str) -> dict[str, bytes]:
+    """Every object under an s3:// URL by its key below it."""
+    store = bucket_store(url)
+    keys = [entry["path"] for page in store.list() for entry in page]
+    return {key: store.get(key).bytes().to_bytes() for key in keys}
+
+
+@pytest.fixture(scope="session", name="s3_address")
+def server_address() -> Iterator[str]:
+    """The server, one for each process of tests."""
+    process, address = start_server()
+    yield address
+    stop_server(process)
+
+
+@pytest.fixture(name="s3")
+def new_store(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a new store in a bucket of its own; the environment leads to the server."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in variables(s3_address).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{make_bucket(s3_address)}/deep/routes.zarr"
+
+
+def any_files(store: Path | str) -> dict[str, Any]:
+    """Every object of a store, wherever it is, by its key."""
+    if isinstance(store, str):
+        return dict(bucket_files(store))
+    return {path.relative_to(store).as_posix(): path.read_bytes() for path in store.rglob("*") if path.is_file()}
