@@ -1,6 +1,6 @@
-"""Capture routes: `python jobs/capture.py --dataset wikitext-103 --local`.
+"""Capture routes: `ray job submit -- python jobs/capture.py --dataset wikitext-103`, or `--local` in one process.
 
-Plans each data set (text to rows), then fills every shard that is missing. Nothing is done twice: what is planned
+Plans each data set (text to rows), and fills every shard that is missing. Nothing is done twice: what is planned
 or committed is kept, and the same command goes on from there.
 """
 
@@ -11,21 +11,11 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import os
-import socket
-from typing import TYPE_CHECKING
 
 from dotenv import dotenv_values, find_dotenv
 
-from jobs.config import parse_capture
-from jobs.local import capture_missing
-from jobs.terminal import planned, reporting, run_job, say
-from store.coverage import Coverage, coverage
-from store.group import CaptureGroup
-from store.lease import lease
-
-if TYPE_CHECKING:
-    from jobs.documents import Source
-    from jobs.prepare import Run
+from jobs.config import CaptureConfig, parse_capture
+from jobs.terminal import run_job
 
 
 def main(arguments: list[str]) -> int:
@@ -36,20 +26,43 @@ def main(arguments: list[str]) -> int:
         return 0
     if not config.dataset:
         raise ValueError("give at least one --dataset, such as --dataset demo:prose; --help lists the kinds")
-    if not (config.local or config.dry_run):
-        raise ValueError("capturing on a Ray cluster is not built yet: add --local to capture in this process")
     _take_token()
-    # Imports torch and transformers, which take seconds: --help does not wait for them.
+    if config.dry_run:
+        return _estimate(config)
+    return _capture_here(config) if config.local else _capture_on_cluster(config)
+
+
+# Each imports what it needs and no more: torch and transformers take seconds, and --help does not wait for them.
+
+
+def _estimate(config: CaptureConfig) -> int:
+    from jobs.estimate import print_estimate
     from jobs.prepare import Run
 
     run = Run(config)
-    if config.dry_run:
-        from jobs.estimate import print_estimate
+    for name, source in run.sources():
+        print_estimate(run, name, source)
+    return 0
 
-        for name, source in run.sources():
-            print_estimate(run, name, source)
-        return 0
-    states = [capture_dataset(run, name, source) for name, source in run.sources()]
+
+def _capture_here(config: CaptureConfig) -> int:
+    from jobs.captures import capture_datasets
+    from jobs.local import capture_here
+    from jobs.prepare import Run
+
+    run = Run(config)
+    states = capture_datasets(run, run.sources(), capture_here)
+    return 0 if all(state.complete for state in states) else 1
+
+
+def _capture_on_cluster(config: CaptureConfig) -> int:
+    from jobs.captures import capture_datasets
+    from jobs.cluster import connected
+    from jobs.prepare import Run
+
+    sources = Run(config).sources()  # first: a mistake is told before a cluster is waited for
+    with connected(config) as cluster:
+        states = capture_datasets(Run(config, cluster.device), sources, cluster.capture)
     return 0 if all(state.complete for state in states) else 1
 
 
@@ -58,42 +71,6 @@ def _take_token() -> None:
     token = dotenv_values(find_dotenv(usecwd=True)).get("HF_TOKEN")
     if token:
         os.environ.setdefault("HF_TOKEN", token)
-
-
-def capture_dataset(run: "Run", name: str, source: "Source") -> Coverage:
-    """Plan one data set and fill its shards, as far as that is not done yet."""
-    from jobs.plan import Planner
-
-    prepared = run.prepare(name, source)
-    if source.note:
-        say(f"{name}: {source.note}")
-    with lease(CaptureGroup(run.config.store_path, name)):  # before the group is made: two makers would mix layouts
-        group = run.open_group(prepared)
-        planner = Planner(group, source, run.tokenizer, bos=run.config.bos, limit_documents=run.config.limit_documents)
-        with reporting(f"plan {name}", done=planner.plan.tokens) as report:
-            plan = planner.run(lambda plan: report.to(plan.tokens, f"{plan.documents:,} documents"))
-        say(f"{name}: {planned(plan, source.published_documents)}")
-        before = coverage(group.path, name)
-        if before.lost:
-            raise ValueError(f"{group.path}: {before}")
-        if before.complete:
-            say(f"{before}; nothing to do")
-            return before
-        engine = run.engine  # loads the model, outside the rate
-        facts = {"worker": f"{socket.gethostname()}:{os.getpid()}", "versions": run.environment}
-        with reporting(f"capture {name}", total=plan.tokens, done=before.tokens_done) as report:
-            capture_missing(
-                group,
-                engine,
-                batch_tokens=run.batch_tokens,
-                facts=facts,
-                heal=lambda shard, reason: say(f"{name}: shard {shard} is captured again: {reason}"),
-                progress=lambda tokens: report.to(report.done + tokens),
-            )
-        rate = report.rate()
-    state = coverage(group.path, name)
-    say(f"{state}, {state.bytes_done:,} bytes, {rate:,.0f} tokens/s in {group.path}")
-    return state
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import tyro
 import yaml
 
 MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
+JOB_COPIES = "working_dir_files"  # the folder in which Ray keeps the code of `ray job submit --working-dir`
+VARIABLES = {"store": "EXPERT_ATLAS_STORE", "device": "EXPERT_ATLAS_DEVICE", "workers": "EXPERT_ATLAS_WORKERS"}
 NOT_IN_FILES = ("config", "print_config", "dry_run", "rate")
 
 
@@ -27,15 +29,24 @@ class CaptureConfig:
     """Data set to capture, once for each: an alias (wikitext-2, wikitext-103, demo:prose, demo:code, demo:legal,
     demo:maths), a file, folder or glob (text, jsonl, parquet, arrow), or a hub id org/name[:config]."""
     local: bool = False
-    """Capture in this process, on one device, without Ray."""
+    """Capture in this process, on one device, without Ray. Default: with Ray, on the cluster of $RAY_ADDRESS or the
+    one that was started on this machine, else on this machine alone."""
+    workers: int | None = None
+    """Copies of the model on a cluster. Default: $EXPERT_ATLAS_WORKERS, else one on every GPU, also on those that
+    join later; without GPUs one."""
+    gpus_per_worker: float = 1.0
+    """GPUs of a worker; a fraction such as 0.25 puts four on one GPU."""
+    cpus_per_worker: float = 1.0
+    """CPUs that a worker reserves."""
     model: str = MIXTRAL
     """Checkpoint: a hub id, a folder, or "tiny" for the small Mixtral with random weights that is made here."""
     model_revision: str | None = None
     """Commit, tag or branch of a hub model."""
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
     """Precision of the weights; nf4 is NF4 with double quantization. Routers are never quantized."""
-    store: Path | None = None
-    """Where the captures go. Default: $EXPERT_ATLAS_STORE, else ~/expert-atlas/routes.zarr."""
+    store: str | None = None
+    """Where the captures go: a folder, on a cluster one that all nodes see, or s3://bucket/prefix.
+    Default: $EXPERT_ATLAS_STORE, else ~/expert-atlas/routes.zarr."""
     name: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Name of the group, once for each --dataset and in the same order. Default: made from the data set's name."""
     split: str | None = None
@@ -56,7 +67,11 @@ class CaptureConfig:
     bos: Literal["none", "document", "row"] = "none"
     """Where a beginning-of-sequence token is put."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Device of the model; auto takes the GPU if there is one."""
+    """Device of the model. auto: $EXPERT_ATLAS_DEVICE, else a GPU if this machine, or the cluster now, has one."""
+    retry_quarantined: bool = False
+    """Try again the shards that were given up after three failures."""
+    stall_minutes: float = 10.0
+    """A cluster's worker that routes no token for so long is taken for hung: killed, replaced, its shards retried."""
     allow_mixed: bool = False
     """Go on with a capture that was begun with other package versions or on another device type."""
     dry_run: bool = False
@@ -69,10 +84,20 @@ class CaptureConfig:
     """Print the options as a YAML file that --config takes, and stop."""
 
     def __post_init__(self) -> None:
-        for name in ("limit_documents", "sequence_length", "rows_per_shard", "batch_tokens", "rate"):
+        for name in (
+            "limit_documents",
+            "sequence_length",
+            "rows_per_shard",
+            "batch_tokens",
+            "rate",
+            "workers",
+            "stall_minutes",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name} is {value}, and must be more than 0")
+        if min(self.gpus_per_worker, self.cpus_per_worker) < 0:
+            raise ValueError("--gpus_per_worker and --cpus_per_worker must be 0 or more")
         if self.name and len(self.name) != len(self.dataset):
             raise ValueError(
                 f"--name is given {len(self.name)} times and --dataset {len(self.dataset)} times: each data set"
@@ -80,20 +105,26 @@ class CaptureConfig:
             )
 
     @property
-    def store_path(self) -> Path:
-        """The store, made absolute.
+    def store_path(self) -> str:
+        """The store: an absolute path, or an s3:// URL.
 
         Raises
         ------
         ValueError
-            When the path is given as a URL: only local and shared file systems can be written yet.
+            When it is empty, or lies in the copy of the code that a cluster makes for a job and removes after it.
         """
-        path = self.store or os.environ.get("EXPERT_ATLAS_STORE") or "~/expert-atlas/routes.zarr"
-        if self.store == Path():
+        place = "~/expert-atlas/routes.zarr" if self.store is None else self.store
+        if Path(place) == Path():
             raise ValueError("--store is empty, or the current folder: name a folder of its own, such as routes.zarr")
-        if ":/" in str(path):
-            raise ValueError(f"--store {path}: only paths of a file system can be written, not URLs")
-        return Path(path).expanduser().absolute()
+        if "://" in place:
+            return place
+        path = Path(place).expanduser().absolute()
+        if JOB_COPIES in path.parts:
+            raise ValueError(
+                f"--store {place} would lie in {path.parent}, a copy that is removed after the job: give an absolute"
+                " path on a file system that all nodes see, or s3://bucket/prefix"
+            )
+        return str(path)
 
     def as_options(self) -> dict[str, Any]:
         """The options as plain values, without those that only say how to run."""
@@ -126,7 +157,8 @@ def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
     for repeated in ("--dataset", "--name"):
         early.add_argument(repeated, action="append")
     known, _ = early.parse_known_args(arguments)
-    base = CaptureConfig()
+    given = {name: os.environ[variable] for name, variable in VARIABLES.items() if os.environ.get(variable)}
+    base = _parse([f"--{name}={value}" for name, value in given.items()], CaptureConfig())
     if known.config is not None:
         base = _parse(_as_arguments(_read(known.config), known.config), base)
     # What is given on the command line goes in place of the file's list, not after it.
@@ -169,7 +201,7 @@ def _as_arguments(options: dict[str, Any], path: Path) -> list[str]:
     """The options of a file as a command line; `null`, `~` and nothing leave an option at its default."""
     arguments = []
     lists = {name for name, field in _FIELDS.items() if field.default == ()}
-    switches = {name for name, field in _FIELDS.items() if field.default in (True, False)}
+    switches = {name for name, field in _FIELDS.items() if isinstance(field.default, bool)}
     for name, value in options.items():
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items) or (isinstance(value, list) and name not in lists):

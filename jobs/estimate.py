@@ -13,6 +13,7 @@ from rich.table import Table
 from jobs.documents import Source
 from jobs.plan import encode
 from jobs.prepare import Prepared, Run
+from jobs.terminal import duration
 from workers.loading import estimate_bytes
 
 SAMPLE_DOCUMENTS = 500
@@ -74,7 +75,7 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
     choices = len(layout.layers) * layout.experts_per_token
     filled = text.filled_share(layout.sequence_length)
     published = "" if source.published_documents is None else f" ({source.published_documents:,} published)"
-    time = "unknown (give --rate TOKENS_PER_SECOND)" if config.rate is None else _duration(text.tokens / config.rate)
+    time = "unknown (give --rate TOKENS_PER_SECOND)" if config.rate is None else duration(text.tokens / config.rate)
     weight_bytes = estimate_bytes(run.model, config.model_revision, config.quantization, run.device)
     lines = {
         "documents": f"{text.documents:,}{published}",
@@ -102,8 +103,3 @@ def _host_bytes(prepared: Prepared) -> int:
     positions = layout.rows_per_shard * layout.sequence_length
     choice_bytes = len(layout.layers) * layout.experts_per_token * (3 if layout.num_experts <= 255 else 4)
     return 2 * positions * (choice_bytes + 4)  # one shard computed while one is written
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"

@@ -4,58 +4,47 @@ While one shard is encoded and written by a thread, the next one is computed; at
 that memory is bounded and nothing is lost in a queue.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from store.coverage import coverage
-from store.group import CaptureGroup
-from workers.shard import Engine, capture_shard
+from jobs.captures import Capture
+from jobs.terminal import reporting, say
+from workers.replica import Replica
+
+if TYPE_CHECKING:
+    from jobs.prepare import Run
 
 
-def capture_missing(
-    group: CaptureGroup,
-    engine: Engine,
-    *,
-    batch_tokens: int,
-    facts: Mapping[str, Any],
-    heal: Callable[[int, str], None] = lambda shard, reason: None,
-    progress: Callable[[int], None] = lambda tokens: None,
-) -> int:
-    """Fill every planned shard that has no valid commit.
+def capture_here(run: "Run", captures: Sequence[Capture]) -> None:
+    """Plan the captures, then fill their missing shards: a `jobs.captures.Fill`."""
+    for capture in captures:
+        if not capture.planner.plan.complete:  # no bar where there is nothing to show
+            with reporting(f"plan {capture.name}", done=capture.planner.plan.tokens) as report:
+                capture.planner.run(lambda plan: report.to(plan.tokens, f"{plan.documents:,} documents"))
+        capture.say_planned()
+    left = [(capture, capture.missing()) for capture in captures]
+    if not any(shards for _, shards in left):
+        return
+    say(f"loading {run.config.model} ({run.config.quantization}) on {run.device}")
+    replica = Replica(progress=lambda tokens: report.add(tokens))
+    replica.load(run.order({capture.name: capture.lease.token for capture in captures}))
+    for capture, shards in left:
+        total, done = capture.planner.plan.tokens, capture.before.tokens_done
+        with reporting(f"capture {capture.name}", total=total, done=done) as report:
+            fill_shards(replica, capture, shards)
+        say(f"{capture.name}: {report.rate():,.0f} tokens/s")
 
-    Parameters
-    ----------
-    engine
-        Routes the rows.
-    batch_tokens
-        Padded tokens in a micro-batch at most.
-    facts
-        What every commit record says of this worker.
-    heal
-        Told of each shard whose commit does not hold, before it is taken back and captured again.
-    progress
-        Told of tokens as they are routed.
 
-    Returns
-    -------
-    int
-        Shards committed by this call.
-    """
-    state = coverage(group.path, group.dataset)
-    for shard, reason in state.wrong.items():
-        heal(shard, reason)
-        group.discard(shard)
-    written = []
+def fill_shards(replica: Replica, capture: Capture, shards: Iterable[int]) -> None:
+    """Fill shards of one capture with a replica that is loaded."""
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
-        pending: Future[bool] | None = None
-        for shard in state.missing:
-            rows, expert, weight, own = capture_shard(
-                group, shard, engine, batch_tokens=batch_tokens, progress=progress
-            )
+        pending: Future[dict[str, Any]] | None = None
+        for shard in shards:
+            capture.check_lease()
+            commit = replica.compute(capture.name, shard)
             if pending is not None:
-                written.append(pending.result())
-            pending = writer.submit(group.commit, shard, expert, weight, rows=rows, facts={**facts, **own})
+                pending.result()
+            pending = writer.submit(commit)
         if pending is not None:
-            written.append(pending.result())
-    return sum(written)
+            pending.result()

@@ -4,12 +4,11 @@ What makes two captures the same is complete here before a single document is to
 sequence length is taken from the first 1,000 documents.
 """
 
+import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,15 @@ from jobs.config import CaptureConfig
 from jobs.documents import Source
 from jobs.plan import default_sequence_length
 from jobs.sources import resolve_source
-from jobs.terminal import say
 from store.group import CaptureGroup, valid_name
-from store.identity import differences
 from store.layout import SCHEMA_VERSION, Layout, default_rows_per_shard
-from workers.engine import ModelEngine
-from workers.loading import ModelDescription, describe_model, load_model
-from workers.shard import Engine
+from workers.engine import load_engine
+from workers.environment import environment
+from workers.loading import ModelDescription, describe_model
+from workers.replica import Order
 from workers.tiny import model_path
 from workers.tokenizer import ROLES, TextTokenizer, load_tokenizer
 
-PACKAGES = ("torch", "transformers", "bitsandbytes", "tokenizers", "zarr", "numcodecs", "xarray", "numpy")
-SAME_BYTES_NEEDS = (
-    "torch",
-    "transformers",
-    "bitsandbytes",
-    "device",
-)  # differ: refused without --allow_mixed
 BATCH_TOKENS = {"cuda": 32_768, "cpu": 8_192}
 
 
@@ -50,26 +41,28 @@ class Prepared:
 
 
 class Run:
-    """What all data sets of one command share: model, tokenizer, device and versions.
+    """What all data sets of one command share: model, tokenizer and device.
 
     Parameters
     ----------
     config
         The options.
+    device
+        "cuda" or "cpu": that of the workers. Default: as configured, this machine's where that is "auto".
     """
 
-    def __init__(self, config: CaptureConfig) -> None:
+    def __init__(self, config: CaptureConfig, device: str | None = None) -> None:
         self.config = config
         self.model = model_path(config.model)
-        cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
-        self.device = "cuda" if cuda else "cpu"
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device or (here if config.device == "auto" else config.device)
         self._refuse_foreign_folder()
         self.batch_tokens = config.batch_tokens or BATCH_TOKENS[self.device]
 
     def _refuse_foreign_folder(self) -> None:
         """A folder that holds other things is no place for a store."""
-        path = self.config.store_path
-        if not path.is_dir() or (path / "zarr.json").exists():
+        path = Path(self.config.store_path)
+        if "://" in self.config.store_path or not path.is_dir() or (path / "zarr.json").exists():
             return
         foreign = [entry.name for entry in path.iterdir() if not (entry / "token").is_dir()]  # a creation cut short
         if foreign:
@@ -87,32 +80,39 @@ class Run:
         return load_tokenizer(self.model, self.model_commit)
 
     @property
+    def _anywhere(self) -> str:
+        """The model, for a process in another folder."""
+        return os.path.abspath(self.model) if Path(self.model).is_dir() else str(self.model)
+
+    @property
     def model_commit(self) -> str | None:
         """The commit that a hub model's revision stands for now; None for a folder, which has none."""
         return None if Path(self.model).is_dir() else self.described["model_revision"]
 
-    @cached_property
-    def environment(self) -> dict[str, str]:
-        """Package versions and the device: equal bytes are promised only where they are equal."""
-        device = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
-        return {
-            **{name: version(name) for name in PACKAGES},
-            "python": sys.version.split()[0],
-            "device": device,
-        }
+    def order(self, leases: Mapping[str, str]) -> Order:
+        """What a replica is to do, wherever it runs.
 
-    @cached_property
-    def engine(self) -> Engine:
-        """The model, loaded when first asked for, and kept for the data sets that follow."""
-        say(f"loading {self.config.model} ({self.config.quantization}) on {self.device}")
+        Parameters
+        ----------
+        leases
+            Data set to the token of this job's lease on it.
+        """
         config = self.config
-        return ModelEngine(
-            load_model(
-                self.model,
+        token = os.environ.get("HF_TOKEN")
+        return Order(
+            store=str(config.store_path),
+            leases=leases,
+            make_engine=partial(
+                load_engine,
+                "tiny" if config.model == "tiny" else self._anywhere,
                 revision=self.model_commit,
                 quantization=config.quantization,
                 device=self.device,
-            )
+            ),
+            device=self.device,
+            batch_tokens=self.batch_tokens,
+            allow_mixed=config.allow_mixed,
+            secrets={"HF_TOKEN": token} if token else {},
         )
 
     def sources(self) -> list[tuple[str, Source]]:
@@ -196,7 +196,7 @@ class Run:
         Raises
         ------
         ValueError
-            When the group holds another capture, or was begun in another environment and `allow_mixed` is not set.
+            When the group holds another capture.
         """
         attrs = {
             "title": f"routes of {self.described['model']} on {prepared.name}",
@@ -205,12 +205,12 @@ class Run:
             "window_rule": "documents are cut into rows of at most sequence_length tokens; none share a row",
             "bos": self.config.bos,
             "special_token_ids": self.tokenizer.special_ids,
-            "environment": self.environment,
+            "environment": {name: value for name, value in environment("cpu").items() if name != "device"},
             "git_commit": _git_commit(),
             "configuration": self.config.as_options(),
             "convention": "k = 0 is the largest weight; ties by lower expert id; expert = missing_expert is no choice",
         }
-        group = CaptureGroup.create(
+        return CaptureGroup.create(
             self.config.store_path,
             prepared.name,
             layout=prepared.layout,
@@ -218,14 +218,6 @@ class Run:
             attrs=attrs,
             pieces=self.tokenizer.pieces(),
         )
-        stored = {name: group.attrs["environment"].get(name) for name in SAME_BYTES_NEEDS}
-        now = {name: self.environment[name] for name in SAME_BYTES_NEEDS}
-        if (lines := differences(stored, now)) and not self.config.allow_mixed:
-            raise ValueError(
-                f"{group.path}/{group.dataset} was begun in another environment, so that its shards would not be"
-                " comparable to the bit:\n  " + "\n  ".join(lines) + "\nrestore it, or accept this with --allow_mixed"
-            )
-        return group
 
 
 def _git_commit() -> str | None:

@@ -16,8 +16,14 @@ LOG_EVERY_S = 10.0
 AFTER = "what was finished is kept, and the same command goes on from there"
 
 
-class Terminated(BaseException):
-    """SIGTERM came."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. Ray's calls know nothing but a KeyboardInterrupt, and raise that in its place."""
+
+    came = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        Terminated.came = True
 
 
 def run_job(main: Callable[[list[str]], int]) -> NoReturn:
@@ -26,10 +32,8 @@ def run_job(main: Callable[[list[str]], int]) -> NoReturn:
     A user's mistake becomes one line and status 2; a capture that failed, status 1; Ctrl-C 130 and SIGTERM 143.
     """
 
-    def terminate(*_: object) -> None:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
+    Terminated.came = False
+    catch_sigterm()
     try:
         status = main(sys.argv[1:])
     except BrokenPipeError:
@@ -39,10 +43,17 @@ def run_job(main: Callable[[list[str]], int]) -> NoReturn:
     except RuntimeError as error:
         status = _fail(1, str(error) or repr(error))
     except KeyboardInterrupt:
-        status = _fail(130, f"interrupted: {AFTER}")
-    except Terminated:
-        status = _fail(143, f"terminated: {AFTER}")
+        status = _fail(143, f"terminated: {AFTER}") if Terminated.came else _fail(130, f"interrupted: {AFTER}")
     sys.exit(status)
+
+
+def catch_sigterm() -> None:
+    """Have SIGTERM end the job in order; again after a library has set a handler of its own."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def _fail(status: int, message: str) -> int:
@@ -63,6 +74,14 @@ def planned(plan: Plan, published: int | None) -> str:
     parts += [f"{plan.documents_empty:,} of them empty"] * bool(plan.documents_empty)
     parts += [f"{plan.documents_repaired:,} with bytes that are no text replaced"] * bool(plan.documents_repaired)
     return ", ".join([*parts, f"{plan.rows:,} rows, {plan.tokens:,} tokens"])
+
+
+def duration(seconds: float) -> str:
+    """A time such as "3 h 20 min", "5 min 2 s" or "7 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class Reporter:
@@ -91,6 +110,10 @@ class Reporter:
             left = "" if self.total is None or not rate else f", {(self.total - self.done) / rate:,.0f} s left"
             of = "" if self.total is None else f" of {self.total:,}"
             self.console.print(f"{self.label}: {self.done:,}{of} tokens, {rate:,.0f} tokens/s{left} {note}".rstrip())
+
+    def add(self, tokens: int) -> None:
+        """The stage has come so many tokens further."""
+        self.to(self.done + tokens)
 
     def rate(self) -> float:
         """Tokens per second of this run."""

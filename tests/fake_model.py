@@ -6,7 +6,7 @@ expert, and weights that are not finite.
 """
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from jobs.capture import capture_dataset
+from jobs.captures import capture_datasets
 from jobs.documents import Document, Source
+from jobs.local import capture_here
 from store import CaptureGroup, Coverage, Layout
+from workers.replica import Order
 from workers.rows import BosRule
-from workers.shard import OutOfMemory
+from workers.shard import Engine, OutOfMemory
 
 BOS_ID = 1
 VOCAB_SIZE = 1000
@@ -47,6 +49,7 @@ class FakeEngine:
     ) -> None:
         self.layers, self.num_experts, self.experts_per_token = tuple(layers), num_experts, experts_per_token
         self.fits = fits
+        self.description = {"model": "fake"}
         self.sizes: list[tuple[int, int]] = []
         """Rows and positions of each micro-batch that was routed."""
 
@@ -128,7 +131,7 @@ def text_source(texts: Sequence[str | list[dict[str, str]]]) -> Source:
 
 
 class FakeRun:
-    """What `jobs.capture.capture_dataset` needs of a `jobs.prepare.Run`, with the fake model behind it.
+    """What `jobs.captures.capture_datasets` needs of a `jobs.prepare.Run`, with the fake model behind it.
 
     Parameters
     ----------
@@ -140,7 +143,7 @@ class FakeRun:
 
     def __init__(
         self,
-        store: Path,
+        store: Path | str,
         layout: Layout | None = None,
         *,
         bos: BosRule = "none",
@@ -148,14 +151,20 @@ class FakeRun:
         batch_tokens: int = 24,
         fits: int = 10**9,
         identity: Mapping[str, Any] | None = None,
+        retry_quarantined: bool = False,
     ) -> None:
         self.store, self.layout, self.batch_tokens = store, layout or fake_layout(), batch_tokens
-        self.config = SimpleNamespace(bos=bos, limit_documents=limit_documents, store_path=store)
+        self.config = SimpleNamespace(
+            bos=bos, limit_documents=limit_documents, store_path=str(store), retry_quarantined=retry_quarantined,
+            model="fake", quantization="none",
+        )  # fmt: skip
         self.identity = {"model": "fake", "bos": bos, "sequence_length": self.layout.sequence_length} | (identity or {})
-        self.environment = {"numpy": "some"}
+        self.device = "cpu"
         self.tokenizer = FakeTokenizer()
         layout = self.layout
-        self.router = FakeEngine(layout.layers, layout.num_experts, layout.experts_per_token, fits)
+        self.make_engine: Callable[[], Engine] = partial(
+            FakeEngine, layout.layers, layout.num_experts, layout.experts_per_token, fits
+        )
 
     def prepare(self, name: str, source: Source) -> str:
         """Nothing is left to settle."""
@@ -172,17 +181,23 @@ class FakeRun:
             pieces=[f"▁{number}" for number in range(self.layout.vocab_size)],
         )
 
-    @property
-    def engine(self) -> FakeEngine:
-        """The engine."""
-        return self.router
+    def order(self, leases: Mapping[str, str]) -> Order:
+        """What a replica is to do."""
+        return Order(
+            store=str(self.store),
+            leases=leases,
+            make_engine=self.make_engine,
+            device="cpu",
+            batch_tokens=self.batch_tokens,
+        )
 
 
 def fake_capture(
-    store: Path, texts: Sequence[str | list[dict[str, str]]], name: str = "fake", **options: Any
+    store: Path | str, texts: Sequence[str | list[dict[str, str]]], name: str = "fake", **options: Any
 ) -> Coverage:
     """Capture texts, by the code that `jobs/capture.py` runs."""
-    return capture_dataset(FakeRun(store, **options), name, text_source(texts))  # type: ignore[arg-type]
+    run: Any = FakeRun(store, **options)
+    return capture_datasets(run, [(name, text_source(texts))], capture_here)[0]
 
 
 def words(count: int, seed: int = 0) -> str:

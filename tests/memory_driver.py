@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any, ClassVar
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
@@ -16,10 +17,10 @@ if __name__ == "__main__":
 import numpy as np
 from fake_model import FakeRun, FakeTokenizer, fake_layout
 
+from jobs.captures import capture_datasets
 from jobs.documents import Document, Source
-from jobs.local import capture_missing
+from jobs.local import capture_here
 from jobs.plan import Planner
-from store import CaptureGroup
 from store.layout import default_rows_per_shard
 
 LAYERS, POSITIONS, DOCUMENT_TOKENS = tuple(range(32)), 512, 400
@@ -39,6 +40,7 @@ class TableEngine:
     """Each token id has its choices."""
 
     layers, num_experts, experts_per_token = LAYERS, 8, 2
+    description: ClassVar[dict[str, str]] = {}
 
     def __init__(self) -> None:
         first = np.random.default_rng(0).integers(0, 8, (LAYOUT.vocab_size, len(LAYERS)))
@@ -70,7 +72,9 @@ def plan(tokens: int, store: Path) -> None:
 
 def capture(tokens: int, store: Path) -> None:
     """Fill every shard."""
-    capture_missing(CaptureGroup(store, "fake"), TableEngine(), batch_tokens=32_768, facts={})
+    run: Any = FakeRun(store, LAYOUT, batch_tokens=32_768)
+    run.tokenizer, run.make_engine = NumberTokenizer(), TableEngine
+    capture_datasets(run, [("fake", documents(tokens // DOCUMENT_TOKENS))], capture_here)
 
 
 def report(tokens: int, store: Path) -> None:

@@ -16,9 +16,10 @@ from fake_hub import COMMIT, TOKEN, FakeHub
 from fake_model import store_files
 
 import store
-from jobs import prepare, status
+from jobs import status
 from jobs.config import MIXTRAL, parse_capture
 from store.lease import lease
+from workers import engine, environment
 from workers.tokenizer import TextTokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +134,6 @@ def test_what_print_config_prints_config_takes_and_the_command_line_goes_before_
 
 def test_what_is_no_capture_is_refused_with_what_to_give(command: Command, texts: Path) -> None:
     assert "give at least one --dataset" in command("--local").err
-    assert "add --local to capture in this process" in command("--dataset", texts).err
     for option in ("--sequence_length", "--rows_per_shard", "--batch_tokens", "--limit_documents"):
         refused = command("--dataset", texts, "--local", option, 0)
         assert refused.status == 2
@@ -162,7 +162,7 @@ def test_a_dry_run_estimates_within_its_spread_and_writes_nothing(
     }
     folder = write(tmp_path / "many", many)
     monkeypatch.setattr(estimate, "SAMPLE_DOCUMENTS", 40)
-    monkeypatch.setattr(prepare, "load_model", None)  # no weights are needed
+    monkeypatch.setattr(engine, "load_model", None)  # no weights are needed
     dry = command("--dataset", folder, *options, "--dry_run", "--rate", 100)
     assert dry.status == 0, dry.err
     assert not (tmp_path / "s.zarr").exists()
@@ -223,7 +223,7 @@ def test_a_capture_holds_the_text_and_the_same_command_again_does_nothing(
         spelled = b"".join(c.encode("latin-1") if ord(c) < 256 and c not in text else c.encode() for c in raw)
         assert spelled.decode() == text
     before = store_files(tmp_path / "s.zarr")
-    monkeypatch.setattr(prepare, "load_model", None)
+    monkeypatch.setattr(engine, "load_model", None)
     again = command(*arguments)
     assert again.status == 0, again.err
     assert "nothing to do" in again.err
@@ -278,8 +278,8 @@ def test_a_changed_text_and_another_environment_are_refused_the_latter_unless_al
     assert re.search(r"text_sha256: the store has '\w{64}', this run has '\w{64}'", refused.err)
     (texts / "a.txt").write_text(TEXTS["a.txt"])
     store.CaptureGroup(tmp_path / "s.zarr", "texts").discard(1)
-    real = prepare.version
-    monkeypatch.setattr(prepare, "version", lambda name: "9.9" if name == "torch" else real(name))
+    real = environment.version
+    monkeypatch.setattr(environment, "version", lambda name: "9.9" if name == "torch" else real(name))
     refused = command("--dataset", texts, *options)
     assert refused.status == 2
     assert f"torch: the store has {real('torch')!r}, this run has '9.9'" in refused.err
@@ -384,10 +384,15 @@ def test_the_provenance_is_complete_and_holds_no_secret(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert command("--dataset", texts, *options).status == 0
-    attrs = store.CaptureGroup(tmp_path / "s.zarr", "texts").attrs
+    group = store.CaptureGroup(tmp_path / "s.zarr", "texts")
+    attrs = group.attrs
     assert attrs.keys() >= PROVENANCE
     assert attrs["identity"].keys() >= IDENTITY
-    assert attrs["environment"].keys() >= {"torch", "transformers", "bitsandbytes", "zarr", "python", "device"}
+    versions = {"torch", "transformers", "bitsandbytes", "zarr", "python"}
+    assert attrs["environment"].keys() >= versions, "of the planner"
+    assert group.environment is not None
+    assert group.environment.keys() >= {*versions, "device"}, "of the workers"
+    assert store.open_capture(tmp_path / "s.zarr", "texts").attrs["environment"] == group.environment
     assert (attrs["documents"], attrs["documents_empty"], attrs["documents_repaired"]) == (4, 1, 0)
     assert attrs["configuration"]["dataset"] == [str(texts)]
     record = json.loads((tmp_path / "s.zarr/texts/expert/commits/0.json").read_text())

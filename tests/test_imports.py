@@ -172,6 +172,7 @@ print(*sys.modules)
 
 TYPOS = {
     "capture": (["--sequence-lenght", "8"], "--sequence"),
+    "resubmit": (["--adress", "x", "--", "python"], "--address"),
     "status": (["store.zarr", "--datset", "x"], "--dataset"),
     "report": (["store.zarr", "--outptu", "x"], "--output"),
 }

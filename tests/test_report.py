@@ -24,6 +24,7 @@ def state_of(data, missing=()):
         shards_total=shards,
         missing=list(missing),
         wrong={},
+        quarantined={},
         lost=[],
         tokens_done=tokens,
         bytes_done=0,

@@ -1,11 +1,21 @@
-"""A loaded model as an engine: rows in, choices out, as host arrays."""
+"""A loaded model as an engine: rows in, choices out, as host arrays.
+
+On a CPU one thread computes: with other numbers of threads matrix products round differently (measured with three of
+them), and the same shard must have the same bytes on every machine.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from workers.loading import LoadedModel
+from workers.loading import LoadedModel, load_model
 from workers.routes import ILLEGAL, RouteRecorder
-from workers.shard import OutOfMemory, RoutingError
+from workers.shard import DeviceLost, OutOfMemory, RoutingError
+from workers.tiny import model_path
 
 _FAULTS = (
     ILLEGAL,
@@ -30,6 +40,7 @@ class ModelEngine:
         self.experts_per_token = loaded.experts_per_token
         self.recorder = RouteRecorder(loaded.routers, loaded.num_experts, loaded.experts_per_token)
         self.device = next(loaded.model.parameters()).device
+        self.description: Mapping[str, Any] = loaded.provenance
 
     @torch.inference_mode()
     def route(self, token: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -39,19 +50,23 @@ class ModelEngine:
         ------
         OutOfMemory
             When the micro-batch does not fit on the device.
+        DeviceLost
+            When no later call on the device can succeed.
         RoutingError
             When what was recorded cannot be what the model did; the message names the layer.
         """
         rows, positions = token.shape
         padded = np.where(np.arange(positions) < length[:, None], token, 0)
         try:
-            with self.recorder.attached():
+            with self.recorder.attached(), _one_thread(self.device):
                 experts, weights, faults = self.recorder.record(
                     self.model, torch.from_numpy(padded.astype(np.int64)).to(self.device), length
                 )
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemory(str(error).split(". ")[0]) from error
+        except torch.AcceleratorError as error:
+            raise DeviceLost(str(error).split("\n")[0]) from error
         shape = (rows, positions, len(self.layers), self.experts_per_token)
         expert, weight = experts.cpu().numpy().reshape(shape), weights.cpu().numpy().reshape(shape)
         for layer, flags in zip(self.layers, faults.tolist(), strict=True):
@@ -66,3 +81,19 @@ class ModelEngine:
     @staticmethod
     def _row(weight: np.ndarray) -> int:
         return int(np.argmin(np.isfinite(weight).all(axis=(1, 2, 3))))
+
+
+def load_engine(model: str | Path, *, revision: str | None, quantization: str, device: str) -> ModelEngine:
+    """Load a model as an engine; the arguments are those of `workers.loading.load_model`, or the model is "tiny"."""
+    return ModelEngine(load_model(model_path(model), revision=revision, quantization=quantization, device=device))
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

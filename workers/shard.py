@@ -6,7 +6,7 @@ engine is whatever routes rows.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,10 @@ class OutOfMemory(RuntimeError):
     """A micro-batch did not fit; the shard is rerun with half the tokens in each."""
 
 
+class DeviceLost(RuntimeError):
+    """The device failed in a way that no process recovers from: this one must end."""
+
+
 class RoutingError(RuntimeError):
     """What the routers gave cannot be what the model did with these rows; the message names layer and row."""
 
@@ -30,6 +34,8 @@ class Engine(Protocol):
     layers: tuple[int, ...]
     num_experts: int
     experts_per_token: int
+    description: Mapping[str, Any]
+    """What it is, in the terms of a capture's identity; fields that an identity does not have mean nothing there."""
 
     def route(self, token: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The choices for right-padded rows.

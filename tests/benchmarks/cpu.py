@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,11 +28,12 @@ sys.path.insert(0, str(ROOT))
 
 from analysis.report import answer  # noqa: E402
 from jobs.config import CaptureConfig  # noqa: E402
-from jobs.local import capture_missing  # noqa: E402
 from jobs.plan import Planner  # noqa: E402
 from jobs.prepare import Run  # noqa: E402
 from store import CaptureGroup, Layout, coverage, open_capture  # noqa: E402
+from store.lease import lease  # noqa: E402
 from store.plan import Plan, Rows  # noqa: E402
+from workers.replica import Replica  # noqa: E402
 
 POSITIONS, LAYERS, EXPERTS, K, VOCABULARY = 2048, 32, 8, 2, 32_000
 
@@ -46,7 +48,7 @@ def timed(action: Callable[[], Any]) -> tuple[float, float]:
 def plan_and_capture(folder: Path) -> dict[str, float]:
     """Plan and capture real speeches with the tiny Mixtral."""
     config = CaptureConfig(
-        dataset=("demo:prose",), model="tiny", quantization="none", device="cpu", store=folder / "tiny.zarr",
+        dataset=("demo:prose",), model="tiny", quantization="none", device="cpu", store=str(folder / "tiny.zarr"),
         limit_documents=100,
     )  # fmt: skip
     run = Run(config)
@@ -55,8 +57,11 @@ def plan_and_capture(folder: Path) -> dict[str, float]:
     wall, cpu = timed(Planner(group, source, run.tokenizer, limit_documents=100).run)
     tokens = group.plan.tokens
     result = {"plan_tokens_per_s": tokens / wall, "plan_tokens_per_cpu_s": tokens / cpu, "plan_tokens": tokens}
-    engine = run.engine
-    wall, _ = timed(lambda: capture_missing(group, engine, batch_tokens=run.batch_tokens, facts={}))
+    replica = Replica()
+    with lease(group) as held, ThreadPoolExecutor(2) as threads:  # one shard is written while the next is computed
+        replica.load(run.order({name: held.token}))
+        shards = range(group.num_shards)
+        wall, _ = timed(lambda: list(threads.map(replica.capture, [name] * len(shards), shards)))
     return result | {"capture_tiny_tokens_per_s": tokens / wall}
 
 

@@ -3,6 +3,7 @@
 Makes a random checkpoint of Mixtral 8x7B's full width in the published layout (bf16, one file a layer), and captures
 real text from it with `jobs/capture.py --local` as a user would: NF4 with double quantization while loading. Then does
 it again in a second store, kills that run with SIGKILL in the middle, lets the same command go on, and compares bytes.
+With `--replicas 1 4`, the same through Ray (without `--local`), so many workers sharing the card.
 
 A full-size bf16 checkpoint has 93 GB; eight layers have 23. Where one disk is too small, `--spill FOLDER` puts
 the files of the later layers elsewhere. Rates hold for the layers that were run: the file says how many.
@@ -20,6 +21,7 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -81,9 +83,9 @@ def make_checkpoint(folder: Path, layers: int, spill: Path | None, spill_from: i
         (folder / file.name).write_bytes(file.read_bytes())
 
 
-def command(model: Path, store: Path, documents: int) -> list[str]:
+def command(model: Path, store: Path, documents: int, *how: str) -> list[str]:
     """What a user would type."""
-    capture = [sys.executable, str(ROOT / "jobs" / "capture.py"), "--local", "--model", str(model)]
+    capture = [sys.executable, str(ROOT / "jobs" / "capture.py"), *how, "--model", str(model)]
     return [*capture, "--dataset", "demo:prose", "--limit_documents", str(documents), "--store", str(store)]
 
 
@@ -114,6 +116,21 @@ def run(arguments: list[str], store: Path, kill_after_shards: int | None = None)
     return {"seconds": time.monotonic() - started, "seconds_to_first_commit": first or 0.0, "peak_mib": float(peak)}
 
 
+def through_ray(model: Path, local: Path, documents: int, replicas: int) -> dict[str, Any]:
+    """Capture with so many workers on the card, and compare with the local capture."""
+    store = local.with_name(f"ray-{replicas}.zarr")
+    how = ["--workers", str(replicas), "--gpus_per_worker", str(1 / replicas)]
+    ran = run(command(model, store, documents, *how), store)
+    times = sorted(file.stat().st_mtime for file in store.glob("*/expert/commits/*.json"))
+    state = coverage(store, "demo-prose")
+    return {
+        **{name: value for name, value in ran.items() if name != "peak_mib"},
+        "tokens_per_s_between_first_and_last_commit": state.tokens_done * (1 - 1 / len(times)) / (times[-1] - times[0]),
+        "tokens_per_s_in_each_worker": state.tokens_done / state.seconds,
+        "bytes_equal_to_local": objects(store) == objects(local),
+    }
+
+
 def objects(store: Path) -> dict[str, bytes]:
     """Every array object of a store."""
     return {
@@ -128,6 +145,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--spill", type=Path, help="folder on another file system, for the layers from --spill_from on")
     parser.add_argument("--spill_from", type=int, default=18)
+    parser.add_argument("--replicas", type=int, nargs="*", default=[], help="also through Ray, with so many workers")
     parser.add_argument("--once", action="store_true", help="leave out the run that is killed")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
@@ -139,13 +157,15 @@ def main() -> None:
         torch.cuda.empty_cache()
         idle_mib = gpu_memory_mib()
         stores = [Path(folder) / "quiet.zarr", Path(folder) / "killed.zarr"]
-        quiet = run(command(model, stores[0], options.documents), stores[0])
+        quiet = run(command(model, stores[0], options.documents, "--local"), stores[0])
         killed = {}
         if not options.once:
-            run(command(model, stores[1], options.documents), stores[1], kill_after_shards=2)
+            local = command(model, stores[1], options.documents, "--local")
+            run(local, stores[1], kill_after_shards=2)
             killed["shards_kept_through_sigkill"] = coverage(stores[1], "demo-prose").shards_done
-            run(command(model, stores[1], options.documents), stores[1])
+            run(local, stores[1])
             killed["bytes_equal_after_sigkill_and_resume"] = objects(stores[0]) == objects(stores[1])
+        ray = {number: through_ray(model, stores[0], options.documents, number) for number in options.replicas}
         state = coverage(stores[0], "demo-prose")
         result = {
             "date": datetime.now(UTC).date().isoformat(),
@@ -164,11 +184,14 @@ def main() -> None:
             "peak_gib": (quiet["peak_mib"] - idle_mib) / 1024,
             **{f"capture_{name}": value for name, value in quiet.items() if name != "peak_mib"},
             **killed,
+            **({"through_ray_by_replicas": ray} if ray else {}),
         }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     if not killed.get("bytes_equal_after_sigkill_and_resume", True):
         sys.exit("the resumed capture differs from the quiet one")
+    if not all(one["bytes_equal_to_local"] for one in ray.values()):
+        sys.exit("a capture through Ray differs from the local one")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""Data sets opened for writing: group, lease and planner; what is there, what is left, and what was reached.
+
+What `--local` and a cluster share. Neither who plans nor who fills the shards is known here.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jobs.documents import Source
+from jobs.plan import Planner
+from jobs.terminal import planned, say
+from store.coverage import Coverage, coverage
+from store.group import CaptureGroup
+from store.lease import Lease, lease
+
+if TYPE_CHECKING:
+    from jobs.prepare import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """One data set, opened for writing under its lease."""
+
+    name: str
+    source: Source
+    group: CaptureGroup
+    lease: Lease
+    planner: Planner
+    before: Coverage
+    """What was there when it was opened, with what did not hold taken back."""
+
+    @property
+    def planned_shards(self) -> int:
+        """Shards whose rows are durable; a last one that is not whole counts once the plan is complete."""
+        return -(-self.planner.plan.rows // self.group.layout.rows_per_shard)
+
+    def missing(self, planned_before: int = 0) -> list[int]:
+        """Shards to fill, of those beyond the first `planned_before`: without a commit, and not in quarantine."""
+        known = self.before.shards_total
+        old = [shard for shard in self.before.missing if shard not in self.before.quarantined]
+        return [shard for shard in [*old, *range(known, self.planned_shards)] if shard >= planned_before]
+
+    def say_planned(self) -> None:
+        """Say what the complete plan holds."""
+        say(f"{self.name}: {planned(self.planner.plan, self.source.published_documents)}")
+
+    def check_lease(self) -> None:
+        """Raise a RuntimeError when another job has taken the group over."""
+        if self.lease.lost:
+            raise RuntimeError(
+                f"{self.group.path}/{self.name} was taken over by another job while this one stood still: this one ends"
+            )
+
+
+Fill = Callable[["Run", Sequence[Capture]], None]
+"""Plans captures to their end and commits their missing shards, as far as that is possible."""
+
+
+def capture_datasets(run: "Run", sources: Sequence[tuple[str, Source]], fill: Fill) -> list[Coverage]:
+    """Plan data sets and fill their shards, as far as that is not done yet; says what was reached.
+
+    Raises
+    ------
+    ValueError
+        When a data set or its group cannot be captured as asked; nothing is captured then.
+    RuntimeError
+        When another job holds a group, or the capture itself failed.
+    """
+    with ExitStack() as stack:
+        captures = [stack.enter_context(_opened(run, name, source)) for name, source in sources]
+        try:
+            fill(run, captures)
+        finally:
+            states = [coverage(capture.group.path, capture.name) for capture in captures]
+            for capture, state in zip(captures, states, strict=True):
+                _say_reached(capture, state)
+    return states
+
+
+@contextmanager
+def _opened(run: "Run", name: str, source: Source) -> Iterator[Capture]:
+    prepared = run.prepare(name, source)
+    if source.note:
+        say(f"{name}: {source.note}")
+    config = run.config
+    # Held before the group is made: two makers would mix layouts.
+    with lease(CaptureGroup(config.store_path, name)) as held:
+        group = run.open_group(prepared)
+        before = _healed(group, retry_quarantined=config.retry_quarantined)
+        planner = Planner(group, source, run.tokenizer, bos=config.bos, limit_documents=config.limit_documents)
+        yield Capture(name=name, source=source, group=group, lease=held, planner=planner, before=before)
+
+
+def _healed(group: CaptureGroup, *, retry_quarantined: bool) -> Coverage:
+    """What is there, after what does not hold was taken back."""
+    state = coverage(group.path, group.dataset)
+    if state.lost:
+        raise ValueError(f"{group.path}: {state}")
+    for shard, reason in state.wrong.items():
+        say(f"{group.dataset}: shard {shard} is captured again: {reason}")
+        group.discard(shard)
+    for shard in state.quarantined:
+        if retry_quarantined:
+            say(f"{group.dataset}: shard {shard} is taken out of quarantine")
+            group.release(shard)
+    return coverage(group.path, group.dataset) if state.wrong or state.quarantined else state
+
+
+def _say_reached(capture: Capture, state: Coverage) -> None:
+    before = capture.before
+    if before.complete:
+        say(f"{state}; nothing to do")
+        return
+    failed = len(state.quarantined)
+    left = len(state.missing) - failed
+    parts = [f"{state.shards_done - before.shards_done:,} shards done"]
+    parts += [f"{before.shards_done:,} skipped, committed before"] * bool(before.shards_done)
+    parts += [f"{failed:,} failed"] * bool(failed) + [f"{left:,} not done"] * bool(left)
+    say(f"{state}, {state.bytes_done:,} bytes ({'; '.join(parts)}) in {capture.group.path}")

@@ -1,0 +1,296 @@
+"""Which worker does which shard, and what happens when something breaks: the rules of a capture on many workers.
+
+It knows no Ray and no clock: it is told what happened and when, and says what to do. Its promises:
+
+- a worker gets shards only once it has said that it is ready, and at most two: one to compute, one to follow;
+- a shard is asked for again only after its commit was looked for in the store;
+- whoever may have broken a worker, or raised an error, is a suspect: it runs alone, so that nobody else pays for it
+  and the blame is certain. Three strikes put it into quarantine;
+- a worker that is lost with its node, or whose storage fails, or that fails with everything, gives what it has in
+  flight no strike;
+- workers that break again and again without a shard between them, and shards of which one after the other fails for
+  good, end the job with the reason;
+- a worker for which there is nothing left to do is let go.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+STRIKES = 3
+UNITS_A_WORKER = 2
+BROKEN_IN_A_ROW = 3  # workers broken, each started after the one before, with no shard finished between them
+ERRORS_IN_A_ROW = (STRIKES - 1) * UNITS_A_WORKER  # a worker is taken for sick before its two shards have three strikes
+QUARANTINED_IN_A_ROW = 8  # shards given up with none finished between them: not the shards are at fault
+PAUSES_S = (0.0, 5.0, 15.0, 60.0, 300.0)  # before a broken worker is replaced, by how many broke in a row (arbitrary)
+
+Stage = Literal["waiting", "loading", "ready"]
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """One shard of one data set."""
+
+    dataset: str
+    shard: int
+
+    def __str__(self) -> str:
+        return f"{self.dataset} shard {self.shard}"
+
+
+@dataclass
+class WorkerState:
+    """What is known of one worker."""
+
+    number: int
+    stage: Stage = "waiting"
+    """Waiting for a place in the cluster, loading its model, or ready."""
+    host: str = ""
+    units: list[Unit] = field(default_factory=list)
+    """In flight, in the order given."""
+    alone: bool = False
+    """Whether it runs a suspect, and gets nothing beside it."""
+    moved: float = 0.0
+    """When it last got on: changed its stage, got its first unit, routed a token or finished a shard."""
+    tokens: int = 0
+    """Tokens that it has routed, of shards in work too."""
+    errors: int = 0
+    """Shards that raised an error on it since it last finished one."""
+    after: int = 0
+    """Workers that had broken in a row when it was started."""
+
+
+class Dispatcher:
+    """The state of all units and workers.
+
+    Parameters
+    ----------
+    most_workers
+        Workers wanted at a time, given the units left.
+    committed
+        Whether a unit's commit stands in the store.
+    quarantine
+        Told of a unit that is given up, with the error of each strike.
+    stall_s, load_stall_s
+        Seconds after which a worker that routes no token, or does not finish loading, is taken for hung.
+    """
+
+    def __init__(
+        self,
+        most_workers: Callable[[int], int],
+        committed: Callable[[Unit], bool],
+        quarantine: Callable[[Unit, list[str]], None],
+        *,
+        stall_s: float = 600.0,
+        load_stall_s: float = 3600.0,
+    ) -> None:
+        self._most_workers, self._committed, self._quarantine = most_workers, committed, quarantine
+        self._stall_s, self._load_stall_s = stall_s, load_stall_s
+        self.workers: dict[int, WorkerState] = {}
+        self.done: set[Unit] = set()
+        """Finished by this job."""
+        self.quarantined: list[Unit] = []
+        """Given up by this job."""
+        self.retries = 0
+        self.lost_workers = 0
+        self.all_added = False
+        """Whether no more units will come."""
+        self.failures: list[str] = []
+        """Why workers broke, since a shard was last finished."""
+        self._queue: deque[Unit] = deque()
+        self._suspects: deque[Unit] = deque()
+        self._strikes: dict[Unit, list[str]] = {}
+        self._given_up = 0  # units, since one was last finished
+        self._last_error = ""
+        self._accused: dict[Unit, int] = {}  # the worker that last failed with it
+        self._resume_at = 0.0
+        self._numbers = 0
+
+    # What there is
+
+    @property
+    def outstanding(self) -> int:
+        """Units that are known and neither finished nor given up."""
+        return len(self._queue) + len(self._suspects) + sum(len(w.units) for w in self.workers.values())
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.all_added and not self.outstanding
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether going on makes no sense: workers only break, and none is left, or shards only fail."""
+        broken = len(self.failures) >= BROKEN_IN_A_ROW and not self.workers
+        return broken or self._given_up >= QUARANTINED_IN_A_ROW
+
+    @property
+    def despair(self) -> str:
+        """Why going on makes no sense."""
+        if self._given_up >= QUARANTINED_IN_A_ROW:
+            return (
+                f"{self._given_up} shards in a row failed {STRIKES} times each, so that not they are at fault; the last"
+                f" error: {self._last_error}. Put it right and run this again with --retry_quarantined"
+            )
+        return f"{len(self.failures)} workers in a row could not work, the last one: {self.failures[-1]}"
+
+    # What to do
+
+    def add(self, units: Iterable[Unit]) -> None:
+        """More units to do."""
+        self._queue.extend(units)
+
+    def start(self, now: float) -> list[WorkerState]:
+        """New workers to start."""
+        wanted = self._most_workers(max(1, self.outstanding))  # one loads while the first shard is planned
+        if self.all_added:  # a worker for each unit that waits, and none for the second unit of a busy one
+            busy = sum(bool(worker.units) for worker in self.workers.values())
+            wanted = min(wanted, busy + len(self._queue) + len(self._suspects))
+        if self.hopeless or (self.failures and now < self._resume_at):
+            return []
+        new = []
+        while len(self.workers) < wanted:
+            self._numbers += 1
+            state = WorkerState(self._numbers, after=len(self.failures))
+            new.append(self.workers.setdefault(self._numbers, state))
+        return new
+
+    def assign(self, now: float) -> list[tuple[WorkerState, Unit]]:
+        """Units to give to workers."""
+        ready = sorted((w for w in self.workers.values() if w.stage == "ready"), key=lambda w: (len(w.units), w.number))
+        given: list[tuple[WorkerState, Unit]] = []
+        for unit in list(self._suspects):
+            if idle := [worker for worker in self._fit(unit, ready) if not worker.units]:
+                self._suspects.remove(unit)
+                idle[0].alone = True
+                given.append((idle[0], self._give(idle[0], unit, now)))
+        # While a suspect waits, one worker that may run it gets nothing new until it is idle.
+        fit = self._fit(self._suspects[0], ready) if self._suspects else []
+        drained = [worker for worker in fit if not worker.alone][:1]
+        open_to = [worker for worker in ready if not worker.alone and worker not in drained]
+        for place in range(UNITS_A_WORKER):
+            for worker in open_to:
+                if self._queue and len(worker.units) == place:
+                    given.append((worker, self._give(worker, self._queue.popleft(), now)))
+        return given
+
+    def stalled(self, now: float) -> list[tuple[WorkerState, str]]:
+        """Workers that are taken for hung or sick, and why; they are to be killed, then `died` told of them."""
+        hung = []
+        for worker in self.workers.values():
+            idle_s = now - worker.moved
+            if worker.errors >= ERRORS_IN_A_ROW:
+                hung.append((worker, f"{worker.errors} shards in a row failed on it"))
+            elif worker.stage == "loading" and idle_s > self._load_stall_s:
+                hung.append((worker, f"its model was not loaded within {self._load_stall_s:,.0f} s"))
+            elif worker.units and idle_s > self._stall_s:
+                hung.append((worker, f"it routed no token for {self._stall_s:,.0f} s"))
+        return hung
+
+    def surplus(self) -> list[WorkerState]:
+        """Workers for which nothing is left to do, forgotten here; they are to be killed."""
+        if not self.all_added or self._queue or self._suspects:
+            return []
+        idle = [worker for worker in self.workers.values() if not worker.units]
+        for worker in idle:
+            del self.workers[worker.number]
+        return idle
+
+    # What happened
+
+    def placed(self, worker: WorkerState, host: str, now: float) -> None:
+        """The worker runs on a host, and loads its model."""
+        worker.stage, worker.host, worker.moved = "loading", host, now
+
+    def ready(self, worker: WorkerState, now: float) -> None:
+        """The worker's model is loaded, and it sees the store."""
+        worker.stage, worker.moved = "ready", now
+
+    def routed(self, worker: WorkerState, tokens: int, now: float) -> None:
+        """The worker has routed so many tokens in all."""
+        if tokens != worker.tokens:
+            worker.tokens, worker.moved = tokens, now
+
+    def finish(self, worker: WorkerState, unit: Unit, now: float) -> None:
+        """The unit's commit stands."""
+        self._take(worker, unit, now)
+        worker.errors = 0
+        self._settle(unit)
+
+    def fail(self, worker: WorkerState, unit: Unit, reason: str, now: float) -> None:
+        """The unit raised an error that is its own; the worker goes on."""
+        self._take(worker, unit, now)
+        worker.errors += 1
+        self._strike(worker, unit, reason)
+
+    def broke(self, worker: WorkerState, reason: str, now: float) -> None:
+        """The worker cannot go on, through no fault of its units: it did not start, or its storage fails."""
+        if len(self.failures) <= worker.after:  # else others that were started with it broke too: that is one time
+            self.failures.append(reason)
+        self._resume_at = now + PAUSES_S[min(len(self.failures), len(PAUSES_S)) - 1]
+        self.lost(worker)
+
+    def lost(self, worker: WorkerState) -> None:
+        """The worker is gone with its node, or was out of reach: its units are done again, and nobody is blamed."""
+        del self.workers[worker.number]
+        self.lost_workers += 1
+        for unit in reversed(worker.units):
+            if self._committed(unit):
+                self._settle(unit)
+            elif worker.alone:
+                self.retries += 1
+                self._suspects.appendleft(unit)
+            else:
+                self.retries += 1
+                self._queue.appendleft(unit)
+
+    def died(self, worker: WorkerState, reason: str, now: float) -> None:
+        """The worker's process ended or hung on a node that lives: whatever it had in flight may have done it."""
+        if worker.errors >= ERRORS_IN_A_ROW:  # it is sick, and not what it has in flight
+            self.lost(worker)
+            return
+        if not worker.units:
+            self.broke(worker, reason, now)
+            return
+        del self.workers[worker.number]
+        self.lost_workers += 1
+        for unit in worker.units:
+            self._strike(worker, unit, reason)
+
+    def _fit(self, unit: Unit, ready: list[WorkerState]) -> list[WorkerState]:
+        """Those that a suspect may run on: not the worker that it last failed on, unless that is the only one."""
+        return [worker for worker in ready if worker.number != self._accused.get(unit)] or ready
+
+    def _give(self, worker: WorkerState, unit: Unit, now: float) -> Unit:
+        if not worker.units:
+            worker.moved = now
+        worker.units.append(unit)
+        return unit
+
+    def _take(self, worker: WorkerState, unit: Unit, now: float) -> None:
+        worker.units.remove(unit)
+        worker.alone = False
+        worker.moved = now
+
+    def _settle(self, unit: Unit) -> None:
+        self.done.add(unit)
+        self._strikes.pop(unit, None)
+        self.failures.clear()
+        self._given_up = 0
+
+    def _strike(self, worker: WorkerState, unit: Unit, reason: str) -> None:
+        if self._committed(unit):
+            self._settle(unit)
+            return
+        strikes = self._strikes.setdefault(unit, [])
+        strikes.append(reason)
+        self._last_error = reason
+        self._accused[unit] = worker.number
+        if len(strikes) >= STRIKES:
+            self.quarantined.append(unit)
+            self._given_up += 1
+            self._quarantine(unit, self._strikes.pop(unit))
+        else:
+            self.retries += 1
+            self._suspects.append(unit)

@@ -1,0 +1,175 @@
+"""Submit a capture until nothing is missing: `python jobs/resubmit.py -- python jobs/capture.py --dataset wikitext-2`.
+
+`ray job submit` tells success from failure only (and calls a stopped job a success); this reads the command's own
+status, and gives the command again while it says that something is missing. Jobs have names, given here, so whatever
+breaks on the way to the head, a job is looked for before it is submitted once more. It does not know whether an
+attempt came any further: the number of attempts is what ends it.
+"""
+
+import shlex
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import tyro
+
+from jobs.terminal import run_job, say
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+POLL_S = 5.0  # arbitrary: how far the log shown here is behind
+MAX_PAUSE_S = 600.0  # arbitrary
+FUTILE = (2, 126, 127)
+"""Statuses after which trying again changes nothing: the command cannot be carried out, or the shell cannot run it."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResubmitConfig:
+    """Submit the command after -- to a Ray cluster, follow it, and submit it again while something is missing.
+
+    A head that does not answer is waited for. Exit status: 0 complete, 1 something is still missing after the last
+    attempt, 2 the command cannot be carried out or no head answered, 143 someone stopped the job, 130 or 143
+    interrupted.
+    """
+
+    address: str = "http://127.0.0.1:8265"
+    """The head's dashboard. $RAY_API_SERVER_ADDRESS and $RAY_ADDRESS go before it, as for `ray job submit`."""
+    attempts: int = 5
+    """Submissions at most; and how often in a row a head that does not answer is asked."""
+    pause: float = 60.0
+    """Seconds before the second attempt; each later pause is twice as long, up to ten minutes."""
+
+    def __post_init__(self) -> None:
+        if not self.address.startswith(("http://", "https://")):
+            raise ValueError(f"--address is {self.address!r}, and must begin with http:// or https://")
+        for name in ("attempts", "pause"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}, and must be more than 0")
+
+
+def main(arguments: list[str]) -> int:
+    """Submit the command until it is through; its status."""
+    options, command = arguments, list[str]()
+    if "--" in arguments:
+        options, command = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    config = tyro.cli(ResubmitConfig, prog="python jobs/resubmit.py", args=options, use_underscores=True)
+    if not command:
+        raise ValueError("give the command after --, such as -- python jobs/capture.py --dataset wikitext-103")
+    client = patiently(config, lambda: connect(config.address))
+    for attempt in range(1, config.attempts + 1):
+        job = f"attempt-{attempt}-{uuid.uuid4().hex[:8]}"
+        details = run(config, client, job, shlex.join(command))
+        if details is not None and details.driver_exit_code in (0, *FUTILE):
+            return 2 if details.driver_exit_code else 0
+        say(f"attempt {attempt} of {config.attempts}: {became_of(job, details)}")
+        if details is not None and details.status == "STOPPED":
+            return 143
+        if attempt < config.attempts:
+            wait(config, attempt)
+    return 1
+
+
+def connect(address: str) -> "JobSubmissionClient":
+    """A client of the head at an address."""
+    from ray.exceptions import AuthenticationError  # Ray takes a second: --help does not wait for it
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ValueError(
+            f"{address} refuses this machine's token ({str(error).splitlines()[0]}): set RAY_AUTH_MODE=token, and have"
+            " the cluster's token in ~/.ray/auth_token"
+        ) from error
+
+
+def run(config: ResubmitConfig, client: "JobSubmissionClient", job: str, entrypoint: str) -> "JobDetails | None":
+    """Run the entrypoint as a job, its log on the output, until it has ended; None when it was lost with its head."""
+    try:
+        patiently(config, lambda: submit(client, job, entrypoint))
+        say(f"job {job} is on {client.get_address()}")
+        return follow(config, client, job)
+    except KeyboardInterrupt:
+        say(f"job {job} goes on without this; to stop it: ray job stop --address {client.get_address()} {job}")
+        raise
+
+
+def submit(client: "JobSubmissionClient", job: str, entrypoint: str) -> None:
+    """Submit a job, unless it is there already: the answer to an earlier request may have been lost."""
+    try:
+        client.submit_job(entrypoint=entrypoint, submission_id=job)
+    except RuntimeError as error:
+        if "already exists" not in str(error):
+            raise
+
+
+def follow(config: ResubmitConfig, client: "JobSubmissionClient", job: str) -> "JobDetails | None":
+    """Print a job's log until it has ended.
+
+    Asks again and again, since a log that is streamed stands still for ever when its head vanishes.
+    """
+    shown = 0
+    while True:
+        try:
+            details = patiently(config, lambda: client.get_job_info(job))
+            log = patiently(config, lambda: client.get_job_logs(job))
+        except RuntimeError as error:
+            if "status code 404" in str(error):
+                return None
+            raise
+        print(log[shown:], end="", flush=True)
+        shown = len(log)
+        if details.status.is_terminal():
+            return details
+        time.sleep(POLL_S)
+
+
+def became_of(job: str, details: "JobDetails | None") -> str:
+    """What became of a job that is not complete, in a line."""
+    if details is None:
+        return f"the head, started again, does not know job {job}"
+    if details.driver_exit_code == 1:
+        return f"job {job} says that something is missing"
+    if details.driver_exit_code is not None:
+        return f"job {job} ended with status {details.driver_exit_code}"
+    return f"job {job} is {details.status}: {(details.message or 'no reason given').splitlines()[0]}"
+
+
+def patiently(config: ResubmitConfig, request: Callable[[], T]) -> T:
+    """The answer to a request, asked again while the head cannot be reached or is not ready.
+
+    Raises
+    ------
+    OSError, RuntimeError
+        What the last of `attempts` requests in a row ended with.
+    """
+    for attempt in range(1, config.attempts):
+        try:
+            return request()
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, ValueError) or (isinstance(error, RuntimeError) and "status code 5" not in str(error)):
+                raise  # a malformed address or answer; a request that the head refuses
+            say(f"the head does not answer: {str(error).splitlines()[0]}")
+        wait(config, attempt)
+    return request()
+
+
+def wait(config: ResubmitConfig, attempt: int) -> None:
+    """Pause after an attempt, the longer the more there were."""
+    pause = min(config.pause * 2 ** (attempt - 1), MAX_PAUSE_S)
+    say(f"again in {pause:,.0f} s")
+    time.sleep(pause)
+
+
+if __name__ == "__main__":
+    run_job(main)

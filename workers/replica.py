@@ -1,0 +1,148 @@
+"""One copy of the model, and the shards that it fills: what every worker is, in this process or on another machine.
+
+It promises not to compute a single shard before it has proved that it sees the driver's store, that its packages and
+device are those that the captures were begun with, and that its model is the one that their identities name. It does
+not know who calls it: `jobs.local` does in this process, `jobs.cluster` over Ray.
+"""
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from store.group import CaptureGroup
+from store.identity import differences
+from store.lease import lease_token
+from workers.environment import SAME_BYTES_NEEDS, environment
+from workers.shard import Engine, capture_shard
+
+
+class Misplaced(ValueError):
+    """This machine cannot do the work as it is: another store, another environment, another model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a replica is to do; it travels to other machines."""
+
+    store: str
+    leases: Mapping[str, str]
+    """Data set to the token of the driver's lease on it: who reads the same token sees the same store."""
+    make_engine: Callable[[], Engine]
+    device: str
+    """"cuda" or "cpu"."""
+    batch_tokens: int
+    """Padded tokens in a micro-batch at most."""
+    allow_mixed: bool = False
+    """Take part also with other package versions, or another device, than the capture was begun with."""
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Environment variables that no log shows, such as HF_TOKEN."""
+
+
+class Replica:
+    """A worker.
+
+    Parameters
+    ----------
+    progress
+        Told of tokens as they are routed.
+    """
+
+    def __init__(self, progress: Callable[[int], None] = lambda tokens: None) -> None:
+        self._progress = progress
+        self._routed_tokens = 0
+        self._computing, self._writing = threading.Lock(), threading.Lock()
+
+    def place(self) -> str:
+        """The host that this runs on."""
+        return socket.gethostname()
+
+    def load(self, order: Order) -> dict[str, str]:
+        """Prove that the work can be done here, and load the model; returns the environment.
+
+        Raises
+        ------
+        Misplaced
+            When the store, the environment or the model is not the one that is meant; it says what to do.
+        """
+        os.environ.update(order.secrets)
+        self._order = order
+        self._groups = {name: self._open(name, token) for name, token in order.leases.items()}
+        here = environment(order.device)
+        for group in self._groups.values():
+            self._refuse_other(group, group.environment or here, here)
+        self._engine = order.make_engine()
+        for group in self._groups.values():
+            known = {name: value for name, value in self._engine.description.items() if name in group.identity}
+            if lines := differences({name: group.identity[name] for name in known}, known):
+                raise Misplaced(
+                    f"the model on {socket.gethostname()} is not the captured one:\n  " + "\n  ".join(lines)
+                )
+            self._refuse_other(group, group.settle_environment(here), here)
+        self._facts = {"worker": f"{socket.gethostname()}:{os.getpid()}", "versions": here}
+        return here
+
+    def compute(self, dataset: str, shard: int) -> Callable[[], dict[str, Any]]:
+        """Route one shard; what is returned commits it, in any thread, and tells its tokens, seconds and halvings.
+
+        Raises
+        ------
+        RoutingError, OutOfMemory, DeviceLost
+            See `workers.shard.capture_shard`.
+        OSError
+            When the store cannot be read; from what is returned, when it cannot be written.
+        """
+        group = self._groups[dataset]
+        rows, expert, weight, own = capture_shard(
+            group, shard, self._engine, batch_tokens=self._order.batch_tokens, progress=self._count
+        )
+
+        def commit() -> dict[str, Any]:
+            group.commit(shard, expert, weight, rows=rows, facts={**self._facts, **own})
+            return {"tokens": int(rows.length.sum()), **own}
+
+        return commit
+
+    def capture(self, dataset: str, shard: int) -> dict[str, Any]:
+        """`compute` and commit; two threads may call this: one shard is written while the next one is computed."""
+        with self._computing:
+            commit = self.compute(dataset, shard)
+            self._writing.acquire()  # before the next shard is computed: two shards in memory at most
+        try:
+            return commit()
+        finally:
+            self._writing.release()
+
+    def routed(self) -> int:
+        """Tokens routed so far, of shards in work too: it grows as long as this lives."""
+        return self._routed_tokens
+
+    def _count(self, tokens: int) -> None:
+        self._routed_tokens += tokens
+        self._progress(tokens)
+
+    def _open(self, name: str, token: str) -> CaptureGroup:
+        path, host = self._order.store, socket.gethostname()
+        try:
+            found = lease_token(CaptureGroup(path, name))
+        except OSError as error:
+            raise Misplaced(f"{host} cannot read the store {path}: {error}") from error
+        if found != token:
+            what = "it has no such capture" if found is None else "another job's lease lies there"
+            raise Misplaced(
+                f"{host} does not see the store {path} that the driver writes ({what}): put the store where all"
+                " nodes see it, such as a shared file system or s3://"
+            )
+        return CaptureGroup(path, name)
+
+    def _refuse_other(self, group: CaptureGroup, begun: Mapping[str, str], here: Mapping[str, str]) -> None:
+        begun, here = ({name: side.get(name, "") for name in SAME_BYTES_NEEDS} for side in (begun, here))
+        if (lines := differences(begun, here)) and not self._order.allow_mixed:
+            raise Misplaced(
+                f"{group.path}/{group.dataset} was begun in another environment than that of {socket.gethostname()},"
+                " so that its shards would not be comparable to the bit:\n  "
+                + "\n  ".join(lines)
+                + "\nrestore it, or accept this with --allow_mixed"
+            )
