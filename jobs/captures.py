@@ -36,11 +36,11 @@ class Capture:
         """Shards whose rows are durable; a last one that is not whole counts once the plan is complete."""
         return -(-self.planner.plan.rows // self.group.layout.rows_per_shard)
 
-    def missing(self, planned_before: int = 0) -> list[int]:
-        """Shards to fill, of those beyond the first `planned_before`: without a commit, and not in quarantine."""
+    def missing(self, start: int, stop: int) -> list[int]:
+        """Shards to fill, of those that are planned from `start` to `stop`: not committed before, nor in quarantine."""
         known = self.before.shards_total
         old = [shard for shard in self.before.missing if shard not in self.before.quarantined]
-        return [shard for shard in [*old, *range(known, self.planned_shards)] if shard >= planned_before]
+        return [shard for shard in [*old, *range(known, stop)] if start <= shard < stop]
 
     def say_planned(self) -> None:
         """Say what the complete plan holds."""

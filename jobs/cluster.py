@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ASK_S = 2.0  # between two questions to a worker how many tokens it has routed
 WAIT_S = 0.5
 CONNECT_S = 10.0  # arbitrary
+PLACELESS_S = 60.0  # arbitrary
 
 Call = Unit | str
 """What was asked of a worker: a unit, or one of its methods."""
@@ -76,7 +77,7 @@ class Cluster:
 
     def __init__(self, config: CaptureConfig) -> None:
         self.config = config
-        there = "cuda" if _gpus() else "cpu"
+        there = "cuda" if _resources()["GPU"] else "cpu"
         self.device = there if config.device == "auto" else config.device
         """"cuda" or "cpu": that of the workers."""
 
@@ -96,7 +97,7 @@ class Cluster:
         """Workers wanted while so many units are left."""
         if self.config.workers or self.device == "cpu":
             return min(units, self.config.workers or 1)
-        fit = int(_gpus() / self.config.gpus_per_worker) if self.config.gpus_per_worker else 1
+        fit = int(_resources()["GPU"] / self.config.gpus_per_worker) if self.config.gpus_per_worker else 1
         return min(units, max(1, fit))  # one also where there is no GPU: it asks for a node to come
 
     def options(self) -> dict[str, Any]:
@@ -130,6 +131,7 @@ class _Dispatch:
         self._calls: dict[Any, tuple[WorkerState, Call]] = {}
         self._added = dict.fromkeys(self.captures, 0)
         self._asked = 0.0
+        self._placeless_since = time.monotonic()
         self._replica = ray.remote(concurrency_groups={"ask": 1})(Replica)  # type: ignore[call-overload]
 
     def run(self) -> None:
@@ -138,6 +140,7 @@ class _Dispatch:
             while not self.dispatcher.finished:
                 self._take_planned()
                 self._act(time.monotonic())
+                self._say_waiting(time.monotonic())
                 self._listen(time.monotonic())
                 self.progress.show(self.dispatcher)
                 self._stop_if_senseless()
@@ -148,9 +151,9 @@ class _Dispatch:
     def _take_planned(self) -> None:
         complete = self.planning.complete  # asked first: what is planned after it is taken the next time
         for name, capture in self.captures.items():
-            shards = capture.missing(self._added[name])
-            self._added[name] = capture.planned_shards
-            self.dispatcher.add(Unit(name, shard) for shard in shards)
+            planned = capture.planned_shards  # asked once: it grows
+            self.dispatcher.add(Unit(name, shard) for shard in capture.missing(self._added[name], planned))
+            self._added[name] = planned
         self.dispatcher.all_added = complete
 
     def _act(self, now: float) -> None:
@@ -250,6 +253,19 @@ class _Dispatch:
         group.quarantine(unit.shard, {"errors": errors, "documents": names})
         say(f"{unit} is given up after {len(errors)} failures, the last one: {errors[-1]}; documents: {_few(names)}")
 
+    def _say_waiting(self, now: float) -> None:
+        """Say now and then that no worker has a place."""
+        workers = self.dispatcher.workers.values()
+        if not workers or any(worker.stage != "waiting" for worker in workers):
+            self._placeless_since = now
+        elif now - self._placeless_since >= PLACELESS_S:
+            self._placeless_since = now
+            options, there = self.cluster.options(), _resources()
+            say(
+                f"no worker has a place: each needs {options['num_gpus']:g} GPUs and {options['num_cpus']:g} CPUs;"
+                f" the cluster has {there['GPU']:g} GPUs and {there['CPU']:g} CPUs in all, some perhaps in use"
+            )
+
     def _kill(self, number: int) -> None:
         handle = self._handles.pop(number, None)
         if handle is not None:
@@ -274,8 +290,10 @@ def _refuse_silence(address: str) -> None:
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "5")  # tries of a second, not twenty with a wrong token
 
 
-def _gpus() -> float:
-    return float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
+def _resources() -> dict[str, float]:
+    """What all nodes have that are there now, in use or not."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return {"GPU": 0.0, "CPU": 0.0, **resources}
 
 
 def _few(names: list[str]) -> str:

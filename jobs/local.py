@@ -23,7 +23,7 @@ def capture_here(run: "Run", captures: Sequence[Capture]) -> None:
             with reporting(f"plan {capture.name}", done=capture.planner.plan.tokens) as report:
                 capture.planner.run(lambda plan: report.to(plan.tokens, f"{plan.documents:,} documents"))
         capture.say_planned()
-    left = [(capture, capture.missing()) for capture in captures]
+    left = [(capture, capture.missing(0, capture.planned_shards)) for capture in captures]
     if not any(shards for _, shards in left):
         return
     say(f"loading {run.config.model} ({run.config.quantization}) on {run.device}")
