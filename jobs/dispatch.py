@@ -23,7 +23,7 @@ UNITS_A_WORKER = 2
 BROKEN_IN_A_ROW = 3  # workers broken, each started after the one before, with no shard finished between them
 ERRORS_IN_A_ROW = (STRIKES - 1) * UNITS_A_WORKER  # a worker is taken for sick before its two shards have three strikes
 QUARANTINED_IN_A_ROW = 8  # shards given up with none finished between them: not the shards are at fault
-PAUSES_S = (0.0, 5.0, 15.0, 60.0, 300.0)  # before a broken worker is replaced, by how many broke in a row (arbitrary)
+PAUSES_S = (0.0, 15.0)  # before a broken worker is replaced, by how many broke in a row (arbitrary)
 
 Stage = Literal["waiting", "loading", "ready"]
 
@@ -147,7 +147,8 @@ class Dispatcher:
         if self.all_added:  # a worker for each unit that waits, and none for the second unit of a busy one
             busy = sum(bool(worker.units) for worker in self.workers.values())
             wanted = min(wanted, busy + len(self._queue) + len(self._suspects))
-        if self.hopeless or (self.failures and now < self._resume_at):
+        too_many = len(self.failures) >= BROKEN_IN_A_ROW  # none more until one of those that are there finishes a shard
+        if too_many or self.hopeless or (self.failures and now < self._resume_at):
             return []
         new = []
         while len(self.workers) < wanted:

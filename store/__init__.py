@@ -1,12 +1,25 @@
 """The store: one Zarr group a data set, filled shard by shard, opened with xarray.
 
 What it promises: a shard is whole or absent, a commit record is written only after the data that it names are
-durable, and a reader is told what is missing. It imports nothing of the other packages.
+durable, and a reader is told what is missing. It imports nothing of the other packages. xarray and dask, which take
+two seconds, are imported only by whoever reads: drivers and workers write.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.layout import Layout
-from store.reader import dataset_names, open_capture, open_tree
+
+if TYPE_CHECKING:
+    from store.reader import dataset_names, open_capture, open_tree
 
 __all__ = ["CaptureGroup", "Coverage", "Layout", "coverage", "dataset_names", "open_capture", "open_tree"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from store import reader
+
+        return getattr(reader, name)
+    raise AttributeError(f"module 'store' has no attribute {name!r}")

@@ -176,26 +176,31 @@ def test_a_suspect_that_is_lost_with_its_node_is_next_again_and_alone() -> None:
         job.lost(worker)
 
 
-def test_pauses_before_a_broken_worker_is_replaced_grow_to_five_minutes() -> None:
+def test_a_broken_worker_is_replaced_at_once_then_after_a_pause_then_only_when_another_finished_a_shard() -> None:
     job = Job(9, 2)
-    broken, _ = job.start(0)
-    now = 0.0
-    for pause_s in (0, 5, 15, 60, 300, 300):
-        job.broke(broken, "no GPU", now)
-        assert pause_s == 0 or not job.start(now + pause_s - 0.1)
-        now += pause_s
-        (broken,) = job.start(now)
+    broken, other = job.start(0)
+    job.broke(broken, "no GPU", 0)
+    (broken,) = job.start(0)
+    job.broke(broken, "no GPU", 0)
+    assert not job.start(14.9)
+    (broken,) = job.start(15)
+    job.broke(broken, "no GPU", 15)
+    assert not job.start(1e9)
     assert not job.hopeless, "one worker is left, and may get ready"
+    job.placed(other, "host", 20)
+    job.ready(other, 20)
+    ((_, unit), _) = job.assign(20)
+    job.finish(other, unit, 21)
+    assert len(job.start(21)) == 1
 
 
 def test_a_third_worker_in_a_row_that_breaks_ends_the_job_once_none_is_left() -> None:
     job = Job(9, 2)
     broken, other = job.start(0)
-    for breaks in (job.broke, job.died, job.broke):
-        assert not job.hopeless
+    for breaks in (job.broke, job.died):
         breaks(broken, "no GPU", 0)
         (broken,) = job.start(1000)
-    job.lost(broken)
+    job.broke(broken, "no GPU", 1000)
     assert not job.hopeless
     job.broke(other, "no driver", 0)
     assert job.hopeless
@@ -219,11 +224,11 @@ def test_a_finished_shard_and_not_a_ready_worker_ends_the_pause_and_the_count() 
     job.assign(0)
     for _ in range(2):
         job.broke(broken, "the store is full", 1000)
-        (broken,) = job.up(1005)
-    job.broke(broken, "the store is full", 1005)
-    assert (len(job.failures), job.start(1006)) == (3, [])
+        (broken,) = job.up(1015)
+    job.broke(broken, "the store is full", 1015)
+    assert (len(job.failures), job.start(1016)) == (3, [])
     job.finish_one(works)
-    assert (len(job.failures), len(job.start(1006))) == (0, 1)
+    assert (len(job.failures), len(job.start(1016))) == (0, 1)
 
 
 def test_a_worker_that_routes_no_token_is_hung_and_so_is_one_that_never_loads() -> None:

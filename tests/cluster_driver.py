@@ -1,0 +1,45 @@
+"""A capture of the faulty model on the cluster of $RAY_ADDRESS: the driver's process, which a test may kill.
+
+Its argument is JSON: `store`, `script`, `shards`, `seconds` that a shard takes, `device`, and options of the capture.
+Exit status and messages are those of `jobs/capture.py`. With `stay`, it keeps its connection until its input ends.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+from fake_model import text_source
+from faulty_model import faulty_run, numbered_texts
+
+from jobs import dispatch, plan
+from jobs.captures import capture_datasets
+from jobs.cluster import connected
+from jobs.config import CaptureConfig
+from jobs.terminal import run_job
+from store import lease
+
+plan.PUBLISH_POSITIONS = 16 * 32  # sixteen shards at a time: the first are captured while the last are planned
+lease.RENEW_S = 1.0
+dispatch.PAUSES_S = (0.0, 2.0)
+
+
+def main(arguments: list[str]) -> int:
+    """Capture; 0 when complete."""
+    given: dict[str, Any] = json.loads(arguments[0])
+    store, script, stay = given.pop("store"), Path(given.pop("script")), given.pop("stay", False)
+    source, seconds = text_source(numbered_texts(given.pop("shards"))), given.pop("seconds")
+    config = CaptureConfig(store=store, **given)
+    run: Any = faulty_run(store, script, seconds=seconds, retry_quarantined=config.retry_quarantined)
+    with connected(config) as cluster:
+        states = capture_datasets(run, [("fake", source)], cluster.capture)
+        if stay:
+            sys.stdin.read()
+    return 0 if all(state.complete for state in states) else 1
+
+
+if __name__ == "__main__":
+    run_job(main)

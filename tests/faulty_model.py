@@ -1,0 +1,118 @@
+"""The fake model with faults, and texts whose shards tell their numbers: for captures on a cluster that breaks.
+
+What is to happen lies in a folder that all processes see, the script: for a shard, or for the load of a model, a file
+with one act a line. Whoever begins it notes that, takes the first line away and acts.
+"""
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fake_model import FakeEngine, FakeRun, fake_layout, word_id, words
+
+from workers.shard import DeviceLost, RoutingError
+
+LOAD = "load"
+TOKENS_A_SHARD = 32  # of the layout of `fake_model`: four rows of eight
+FIRST_ID = 2
+WORDS = {word_id(word): word for word in (f"w{number}" for number in range(20_000))}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A shard that was begun, or a load, by a process under the raylet of its node."""
+
+    what: str
+    process: int
+    raylet: int
+
+
+class Script:
+    """The folder.
+
+    Acts are "raise" (as a router that cannot be believed), "storage" (a disk that is full), "device" (a GPU that is
+    gone), "die" (SIGKILL), and "hold", which stays the first line: it lasts until the script is another.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def write(self, what: object, *acts: str) -> None:
+        """From now on these acts; none, and all goes well."""
+        new = self.folder / f"{what}.new"
+        new.write_text("\n".join(acts))
+        new.rename(self.folder / str(what))
+
+    def attempts(self) -> list[Attempt]:
+        """What was begun, in order."""
+        notes = self.folder / "attempts"
+        lines = notes.read_text().splitlines() if notes.exists() else []
+        return [Attempt(what, int(process), int(raylet)) for what, process, raylet in map(str.split, lines)]
+
+    def begin(self, what: object) -> None:
+        """Note an attempt and do what stands first."""
+        with (self.folder / "attempts").open("a") as notes:
+            notes.write(f"{what} {os.getpid()} {os.getppid()}\n")
+        acts = self._acts(what)
+        if acts[:1] == ["hold"]:
+            while self._acts(what)[:1] == ["hold"]:
+                time.sleep(0.02)
+            return
+        self.write(what, *acts[1:])
+        match acts[:1]:
+            case ["raise"]:
+                raise RoutingError("layer 0 chose as the script says")
+            case ["storage"]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            case ["device"]:
+                raise DeviceLost("the device is gone")
+            case ["die"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def _acts(self, what: object) -> list[str]:
+        file = self.folder / str(what)
+        return file.read_text().splitlines() if file.exists() else []
+
+
+class FaultyEngine(FakeEngine):
+    """An engine that does what the script says.
+
+    Parameters
+    ----------
+    folder
+        Of the script.
+    seconds
+        That each shard takes.
+    """
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        super().__init__()
+        self.script, self.seconds = Script(folder), seconds
+        self.script.begin(LOAD)
+
+    def route(self, token: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `workers.shard.Engine.route`; the batch is a whole shard."""
+        self.script.begin(int(token[0, 0]) - FIRST_ID)
+        time.sleep(self.seconds)
+        return super().route(token, length)
+
+
+def numbered_texts(shards: int) -> Sequence[str]:
+    """Documents of one shard each, the last one smaller; each begins with a word whose id tells its shard."""
+    sizes = [TOKENS_A_SHARD] * (shards - 1) + [TOKENS_A_SHARD - 12]
+    return [f"{WORDS[FIRST_ID + shard]} {words(size - 1, shard)}" for shard, size in enumerate(sizes)]
+
+
+def faulty_run(store: str, folder: Path, *, seconds: float, **options: Any) -> FakeRun:
+    """A run whose engine is the faulty one."""
+    run = FakeRun(store, fake_layout(), batch_tokens=TOKENS_A_SHARD, **options)
+    run.make_engine = partial(FaultyEngine, folder, seconds)
+    return run

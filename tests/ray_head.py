@@ -1,0 +1,138 @@
+"""A real Ray head of a test's own: started with token authentication on free loopback ports, ended by its process.
+
+No other Ray of the machine is touched: its files, its address and its token lie in a folder of its own, and nothing is
+stopped but the processes that it started.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+NODE = "127.0.0.2"  # loopback too; Ray replaces 127.0.0.1 with the address that other machines see
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A head that runs."""
+
+    folder: Path
+    address: str
+    """Where drivers connect."""
+    dashboard: str
+    """Where jobs are submitted."""
+    metrics: str
+    """Where Prometheus would look."""
+    environment: dict[str, str]
+    """Of a process that may use it; RAY_ADDRESS is not set."""
+
+    def run(self, command: Sequence[str | Path], cwd: Path, **also: str) -> subprocess.CompletedProcess[str]:
+        """Run a command that may use the head."""
+        environment = {**self.environment, **also}
+        return subprocess.run(
+            list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
+        )
+
+    def submit(self, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+        """`ray job submit`."""
+        return self.run([*RAY, "job", "submit", *arguments], cwd, RAY_ADDRESS=self.dashboard)
+
+
+@contextmanager
+def ray_head(cwd: Path, **also: str) -> Iterator[Head]:
+    """Start a head in a folder, and end it with everything that it started.
+
+    Parameters
+    ----------
+    cwd
+        Where `ray start` is typed.
+    also
+        Further environment variables of the head, and so of the jobs and workers.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ea", dir="/tmp"))  # short: a socket's path has 107 characters
+    port, dashboard, agent, client, metrics = free_ports(5)
+    scripts = Path(sys.executable).parent
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
+    environment |= {
+        "PATH": f"{scripts}{os.pathsep}{environment['PATH']}",
+        "RAY_TMPDIR": str(folder),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        **also,
+    }
+    (folder / "token").write_text(os.urandom(32).hex())
+    (folder / "token").chmod(0o600)
+    options = {
+        "node-ip-address": NODE,
+        "port": port,
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": dashboard,
+        "dashboard-agent-listen-port": agent,
+        "ray-client-server-port": client,
+        "metrics-export-port": metrics,
+        "num-cpus": 2,
+        "object-store-memory": 100_000_000,
+    }
+    command = [*RAY, "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
+    with (folder / "head.log").open("w") as log:
+        head = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait_for(dashboard, head, folder / "head.log")
+        yield Head(
+            folder=folder,
+            address=f"{NODE}:{port}",
+            dashboard=f"http://127.0.0.1:{dashboard}",
+            metrics=f"http://127.0.0.1:{metrics}/metrics",
+            environment=environment,
+        )
+    finally:
+        end_tree(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on, of those that no outgoing connection and no Ray takes by itself."""
+    ports: list[int] = []
+    for port in random.sample(range(20_000, 32_000), 1000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise AssertionError("no port is free")
+
+
+def end_tree(process: subprocess.Popen[bytes]) -> None:
+    """End a process and everything that it started, politely for five seconds."""
+    family = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=5)
+    for one in alive:
+        one.kill()
+    process.kill()
+    process.wait(10)
+
+
+def _wait_for(port: int, head: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and head.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"no head came up:\n{log.read_text()}")
