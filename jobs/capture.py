@@ -46,24 +46,22 @@ def _estimate(config: CaptureConfig) -> int:
 
 
 def _capture_here(config: CaptureConfig) -> int:
-    from jobs.captures import capture_datasets
+    from jobs.captures import capture_datasets, exit_status
     from jobs.local import capture_here
     from jobs.prepare import Run
 
     run = Run(config)
-    states = capture_datasets(run, run.sources(), capture_here)
-    return 0 if all(state.complete for state in states) else 1
+    return exit_status(capture_datasets(run, run.sources(), capture_here))
 
 
 def _capture_on_cluster(config: CaptureConfig) -> int:
-    from jobs.captures import capture_datasets
+    from jobs.captures import capture_datasets, exit_status
     from jobs.cluster import connected
     from jobs.prepare import Run
 
     sources = Run(config).sources()  # first: a mistake is told before a cluster is waited for
     with connected(config) as cluster:
-        states = capture_datasets(Run(config, cluster.device), sources, cluster.capture)
-    return 0 if all(state.complete for state in states) else 1
+        return exit_status(capture_datasets(Run(config, cluster.device), sources, cluster.capture))
 
 
 def _take_token() -> None:

@@ -4,7 +4,7 @@ What `--local` and a cluster share. Neither who plans nor who fills the shards i
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,16 +66,32 @@ def capture_datasets(run: "Run", sources: Sequence[tuple[str, Source]], fill: Fi
     ValueError
         When a data set or its group cannot be captured as asked; nothing is captured then.
     RuntimeError
-        When another job holds a group, or the capture itself failed.
+        When another job holds a group, or the capture itself failed, also for want of storage.
     """
     with ExitStack() as stack:
         captures = [stack.enter_context(_opened(run, name, source)) for name, source in sources]
         try:
             fill(run, captures)
-        finally:
-            states = [coverage(capture.group.path, capture.name) for capture in captures]
-            for capture, state in zip(captures, states, strict=True):
-                _say_reached(capture, state)
+        except BaseException as error:
+            with suppress(OSError):  # storage that fails again must not hide what happened
+                _reached(captures)
+            if isinstance(error, OSError):
+                raise RuntimeError(f"the capture ended early, and can go on when this is put right: {error}") from error
+            raise
+        return _reached(captures)
+
+
+def exit_status(states: Sequence[Coverage]) -> int:
+    """0 when all is complete, 3 when all that is missing is in quarantine, else 1."""
+    if all(state.complete for state in states):
+        return 0
+    return 3 if all(set(state.missing) == set(state.quarantined) and state.plan.complete for state in states) else 1
+
+
+def _reached(captures: Sequence[Capture]) -> list[Coverage]:
+    states = [coverage(capture.group.path, capture.name) for capture in captures]
+    for capture, state in zip(captures, states, strict=True):
+        _say_reached(capture, state)
     return states
 
 

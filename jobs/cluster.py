@@ -22,7 +22,7 @@ from jobs.dispatch import Dispatcher, Unit, WorkerState
 from jobs.planning import Planning
 from jobs.progress import Progress
 from jobs.terminal import Terminated, catch_sigterm, say
-from workers.replica import Replica
+from workers.replica import Misplaced, Replica
 from workers.shard import DeviceLost
 
 if TYPE_CHECKING:
@@ -137,10 +137,14 @@ class _Dispatch:
     def run(self) -> None:
         """Until nothing is left to do."""
         try:
+            looked = time.monotonic()
             while not self.dispatcher.finished:
+                if time.monotonic() - looked > self.dispatcher.stall_s / 2:
+                    self.dispatcher.stood_still(time.monotonic())
+                looked = time.monotonic()
                 self._take_planned()
-                self._act(time.monotonic())
-                self._say_waiting(time.monotonic())
+                self._act(looked)
+                self._say_waiting(looked)
                 self._listen(time.monotonic())
                 self.progress.show(self.dispatcher)
                 self._stop_if_senseless()
@@ -233,6 +237,8 @@ class _Dispatch:
         say(f"worker {worker.number} on {worker.host} is replaced: {reason}")
         if isinstance(cause, DeviceLost):
             self.dispatcher.died(worker, reason, now)
+        elif isinstance(cause, Misplaced):
+            self.dispatcher.refused(worker, reason, now)
         else:
             self.dispatcher.broke(worker, reason, now)
 
@@ -240,7 +246,7 @@ class _Dispatch:
         self._kill(worker.number)
         reason = " ".join(str(error).split())
         reason = reason.partition("Worker exit detail: ")[2] or reason  # before it stand numbers of Ray's own
-        if isinstance(error, RayActorError) and (error.preempted or "its node has died" in reason):
+        if lost_with_node(error):
             say(f"worker {worker.number} was lost with its node {worker.host}")
             self.dispatcher.lost(worker)
         else:
@@ -275,11 +281,22 @@ class _Dispatch:
         for capture in self.captures.values():
             capture.check_lease()
         if self.dispatcher.hopeless:
-            raise RuntimeError(self.dispatcher.despair)
+            raise self.dispatcher.despair
+
+
+def lost_with_node(error: RayError) -> bool:
+    """Whether a worker went because its machine did; one that shuts down in order, as spot machines do, says SIGTERM."""
+    signs = ("its node has died", "receives a SIGTERM")
+    return isinstance(error, RayActorError) and (error.preempted or any(sign in str(error) for sign in signs))
 
 
 def _refuse_silence(address: str) -> None:
     """Refuse an address where nobody listens: Ray itself would ask it for a quarter of an hour."""
+    if address.startswith("http"):
+        raise ValueError(
+            f"RAY_ADDRESS={address} is a dashboard's, which takes jobs (ray job submit); to capture from here, set it to"
+            " the head's own address, such as 10.0.0.1:6379, or unset it"
+        )
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if not port.isdigit():
         return

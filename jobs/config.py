@@ -22,7 +22,7 @@ class CaptureConfig:
 
     Each data set becomes a group of the store. A capture that was stopped, however it was stopped, goes on when the
     same command is given again. Exit status: 0 complete, 1 something is missing, 2 the command cannot be carried out,
-    130 or 143 interrupted.
+    3 only shards in quarantine are missing (--retry_quarantined), 130 or 143 interrupted.
     """
 
     dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

@@ -23,6 +23,7 @@ UNITS_A_WORKER = 2
 BROKEN_IN_A_ROW = 3  # workers broken, each started after the one before, with no shard finished between them
 ERRORS_IN_A_ROW = (STRIKES - 1) * UNITS_A_WORKER  # a worker is taken for sick before its two shards have three strikes
 QUARANTINED_IN_A_ROW = 8  # shards given up with none finished between them: not the shards are at fault
+REFUSED_S = 600.0  # for which a place where a worker was refused is not asked for again (arbitrary)
 PAUSES_S = (0.0, 15.0)  # before a broken worker is replaced, by how many broke in a row (arbitrary)
 
 Stage = Literal["waiting", "loading", "ready"]
@@ -86,7 +87,7 @@ class Dispatcher:
         load_stall_s: float = 3600.0,
     ) -> None:
         self._most_workers, self._committed, self._quarantine = most_workers, committed, quarantine
-        self._stall_s, self._load_stall_s = stall_s, load_stall_s
+        self.stall_s, self._load_stall_s = stall_s, load_stall_s
         self.workers: dict[int, WorkerState] = {}
         self.done: set[Unit] = set()
         """Finished by this job."""
@@ -105,6 +106,7 @@ class Dispatcher:
         self._last_error = ""
         self._accused: dict[Unit, int] = {}  # the worker that last failed with it
         self._resume_at = 0.0
+        self._refused: list[float] = []  # when workers were refused where they were placed
         self._numbers = 0
 
     # What there is
@@ -126,14 +128,14 @@ class Dispatcher:
         return broken or self._given_up >= QUARANTINED_IN_A_ROW
 
     @property
-    def despair(self) -> str:
-        """Why going on makes no sense."""
+    def despair(self) -> Exception:
+        """Why going on makes no sense: a ValueError where someone must put something right first."""
         if self._given_up >= QUARANTINED_IN_A_ROW:
-            return (
+            return ValueError(
                 f"{self._given_up} shards in a row failed {STRIKES} times each, so that not they are at fault; the last"
                 f" error: {self._last_error}. Put it right and run this again with --retry_quarantined"
             )
-        return f"{len(self.failures)} workers in a row could not work, the last one: {self.failures[-1]}"
+        return RuntimeError(f"{len(self.failures)} workers in a row could not work, the last one: {self.failures[-1]}")
 
     # What to do
 
@@ -147,6 +149,8 @@ class Dispatcher:
         if self.all_added:  # a worker for each unit that waits, and none for the second unit of a busy one
             busy = sum(bool(worker.units) for worker in self.workers.values())
             wanted = min(wanted, busy + len(self._queue) + len(self._suspects))
+        refused = sum(now - when < REFUSED_S for when in self._refused)
+        wanted = min(wanted, max(1, wanted - refused))
         too_many = len(self.failures) >= BROKEN_IN_A_ROW  # none more until one of those that are there finishes a shard
         if too_many or self.hopeless or (self.failures and now < self._resume_at):
             return []
@@ -185,8 +189,8 @@ class Dispatcher:
                 hung.append((worker, f"{worker.errors} shards in a row failed on it"))
             elif worker.stage == "loading" and idle_s > self._load_stall_s:
                 hung.append((worker, f"its model was not loaded within {self._load_stall_s:,.0f} s"))
-            elif worker.units and idle_s > self._stall_s:
-                hung.append((worker, f"it routed no token for {self._stall_s:,.0f} s"))
+            elif worker.units and idle_s > self.stall_s:
+                hung.append((worker, f"it routed no token for {self.stall_s:,.0f} s"))
         return hung
 
     def surplus(self) -> list[WorkerState]:
@@ -199,6 +203,11 @@ class Dispatcher:
         return idle
 
     # What happened
+
+    def stood_still(self, now: float) -> None:
+        """The driver itself did not run for a while: what the workers did meanwhile it cannot know."""
+        for worker in self.workers.values():
+            worker.moved = now
 
     def placed(self, worker: WorkerState, host: str, now: float) -> None:
         """The worker runs on a host, and loads its model."""
@@ -224,6 +233,11 @@ class Dispatcher:
         self._take(worker, unit, now)
         worker.errors += 1
         self._strike(worker, unit, reason)
+
+    def refused(self, worker: WorkerState, reason: str, now: float) -> None:
+        """The worker does not see the store, or has other packages or another GPU: so would the next one there."""
+        self._refused.append(now)
+        self.broke(worker, reason, now)
 
     def broke(self, worker: WorkerState, reason: str, now: float) -> None:
         """The worker cannot go on, through no fault of its units: it did not start, or its storage fails."""

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 POLL_S = 5.0  # arbitrary: how far the log shown here is behind
 MAX_PAUSE_S = 600.0  # arbitrary
-FUTILE = (2, 126, 127)
-"""Statuses after which trying again changes nothing: the command cannot be carried out, or the shell cannot run it."""
+FUTILE = (2, 3, 126, 127)
+"""Statuses after which trying again changes nothing: the command cannot be carried out, all that is missing is in
+quarantine, or the shell cannot run it."""
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class ResubmitConfig:
     """Submit the command after -- to a Ray cluster, follow it, and submit it again while something is missing.
 
     A head that does not answer is waited for. Exit status: 0 complete, 1 something is still missing after the last
-    attempt, 2 the command cannot be carried out or no head answered, 143 someone stopped the job, 130 or 143
+    attempt, 2 the command cannot be carried out or no head answered, 3 only shards in quarantine are missing, 143 someone stopped the job, 130 or 143
     interrupted.
     """
 
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
         job = f"attempt-{attempt}-{uuid.uuid4().hex[:8]}"
         details = run(config, client, job, shlex.join(command))
         if details is not None and details.driver_exit_code in (0, *FUTILE):
-            return 2 if details.driver_exit_code else 0
+            return details.driver_exit_code if details.driver_exit_code in (0, 3) else 2
         say(f"attempt {attempt} of {config.attempts}: {became_of(job, details)}")
         if details is not None and details.status == "STOPPED":
             return 143

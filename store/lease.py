@@ -71,7 +71,7 @@ def lease_holder(group: CaptureGroup) -> str | None:
     holder = _read(group)
     if holder is None:
         return None
-    if holder["host"] == socket.gethostname():
+    if holder["processes"] == _processes():
         return _who(holder) + (", which is gone" if _is_gone(holder) else "")
     return f"{_who(holder)}, renewed {max(0.0, time.time() - float(holder['renewed'])):.0f} s ago"
 
@@ -113,6 +113,7 @@ def _holder() -> dict[str, Any]:
     return {
         "token": uuid.uuid4().hex,
         "host": socket.gethostname(),
+        "processes": _processes(),
         "user": _user(),
         "process": os.getpid(),
         "process_start": _process_start(os.getpid()),
@@ -142,11 +143,11 @@ def _is(holder: dict[str, Any] | None, mine: dict[str, Any]) -> bool:
 
 
 def _is_stale(group: CaptureGroup, holder: dict[str, Any]) -> bool:
-    """Whether the holder is gone: on this host told by its process, elsewhere by a record that does not change.
+    """Whether the holder is gone: told by its process where that can be seen, else by a record that does not change.
 
     Clocks of two hosts may differ, so a record that looks old is watched for one and a half renewals first.
     """
-    if holder["host"] == socket.gethostname():
+    if holder["processes"] == _processes():
         return _is_gone(holder)
     if time.time() - float(holder["renewed"]) <= STALE_S:
         return False
@@ -157,6 +158,17 @@ def _is_stale(group: CaptureGroup, holder: dict[str, Any]) -> bool:
 def _is_gone(holder: dict[str, Any]) -> bool:
     """Whether a holder on this host has ended."""
     return bool(_process_start(holder["process"]) != holder["process_start"])
+
+
+def _processes() -> list[str]:
+    """Tells whose process ids mean the same: this run of this machine's kernel, and this container's.
+
+    Not the host's name: containers, and machines that nobody named, share theirs.
+    """
+    try:
+        return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    except OSError:
+        return [socket.gethostname()]
 
 
 def _process_start(process: int) -> str | None:

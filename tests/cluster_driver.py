@@ -16,7 +16,7 @@ from fake_model import text_source
 from faulty_model import faulty_run, numbered_texts
 
 from jobs import dispatch, plan
-from jobs.captures import capture_datasets
+from jobs.captures import capture_datasets, exit_status
 from jobs.cluster import connected
 from jobs.config import CaptureConfig
 from jobs.terminal import run_job
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         states = capture_datasets(run, [("fake", source)], cluster.capture)
         if stay:
             sys.stdin.read()
-    return 0 if all(state.complete for state in states) else 1
+    return exit_status(states)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ import psutil
 import pytest
 from fake_model import fake_capture, store_files
 from faulty_model import LOAD, TOKENS_A_SHARD, Attempt, Script, numbered_texts
+from ray.exceptions import RayActorError
 from ray_nodes import Nodes, ray_nodes
 
+from jobs.cluster import lost_with_node
 from store import coverage
 
 HERE = Path(__file__).parent
@@ -123,6 +125,21 @@ def quiet(folder: Path, shards: int) -> dict[str, Any]:
     return comparable(store)
 
 
+@pytest.mark.parametrize(
+    ("detail", "preempted", "with_its_node"),
+    [
+        ("The actor died because its node has died. Node Id: 1", False, True),
+        ("Worker exits unexpectedly by a signal. Exit code: 1. The process receives a SIGTERM.", False, True),
+        ("The actor is dead because its node is being drained", True, True),
+        ("Worker unexpectedly exits with a connection error code 2. End of file.", False, False),
+    ],
+)
+def test_a_machine_that_is_taken_back_is_told_from_a_process_that_crashed(
+    detail: str, preempted: bool, with_its_node: bool
+) -> None:
+    assert lost_with_node(RayActorError(error_msg=detail, preempted=preempted)) == with_its_node
+
+
 def test_one_run_through_a_killed_actor_a_lost_node_a_poison_shard_and_a_killed_driver(
     nodes: Nodes, tmp_path: Path
 ) -> None:
@@ -148,7 +165,7 @@ def test_one_run_through_a_killed_actor_a_lost_node_a_poison_shard_and_a_killed_
         script.write(shard)
 
     with Job(nodes, tmp_path, shards=shards) as job:
-        assert job.status() == 1
+        assert job.status() == 3, "only what is in quarantine is missing"
     state = coverage(job.store, "fake")
     assert (state.shards_total, state.missing) == (shards, [poison])
     record = state.quarantined[poison]
@@ -209,7 +226,8 @@ def test_storage_that_fails_gives_no_strike_and_what_hangs_or_loses_its_device_i
     assert "is replaced: OSError: [Errno 28] No space left on device" in job.said
     assert "is replaced: it routed no token for 3 s" in job.said
     assert "is replaced: DeviceLost: the device is gone" in job.said
-    assert {shard: len(job.attempts(shard)) for shard in (full, stopped, lost)} == {full: 4, stopped: 2, lost: 2}
+    expected = {full: 4, stopped: 2, lost: 2}
+    assert {shard: len(job.attempts(shard)) for shard in expected} == expected
     wait_until(lambda: not psutil.pid_exists(hung), "the process that hung is gone")
     assert comparable(job.store) == quiet(tmp_path, 16)
 

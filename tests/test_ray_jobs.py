@@ -151,7 +151,7 @@ def test_the_driver_s_status_is_that_of_the_capture(
     group.quarantine(3, {"errors": ["RoutingError: layer 7"], "documents": ["one"]})
     ran = head.submit("--submission-id", "missing", "--", *CAPTURE, "--store", store, cwd=copies[1])
     assert ran.returncode == 1
-    assert ended(head, "missing")["driver_exit_code"] == 1
+    assert ended(head, "missing")["driver_exit_code"] == 3, "only what is in quarantine is missing"
     assert "missing shards: 3; in quarantine: 3 (RoutingError: layer 7)" in said(ran)
 
 
@@ -185,6 +185,13 @@ def test_a_client_without_the_cluster_s_token_is_refused_with_one_line(
     (line,) = refused(head, tmp_path / "routes.zarr", copies[1], **environment)
     assert line.startswith("error: no Ray cluster: Failed to connect to Ray cluster at ")
     assert "it refuses this process's token: set RAY_AUTH_MODE=token" in line
+
+
+def test_the_address_of_a_dashboard_is_told_from_that_of_a_head(
+    head: Head, copies: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (line,) = refused(head, tmp_path / "routes.zarr", copies[1], RAY_ADDRESS=head.dashboard)
+    assert line.startswith(f"error: RAY_ADDRESS={head.dashboard} is a dashboard's, which takes jobs (ray job submit)")
 
 
 def test_an_address_where_nobody_listens_is_refused_with_one_line(

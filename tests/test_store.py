@@ -525,6 +525,12 @@ def holder(group: CaptureGroup) -> dict[str, Any]:
     return found
 
 
+def holder_processes(group: CaptureGroup) -> list[str]:
+    with lease.lease(group):
+        found: list[str] = holder(group)["processes"]
+    return found
+
+
 def put_holder(group: CaptureGroup, **facts: Any) -> None:
     with lease.lease(group):
         found = holder(group)
@@ -571,13 +577,22 @@ def test_a_later_process_of_the_same_id_is_not_the_holder(tmp_path: Path) -> Non
         assert holder(group)["process_start"] != "1"
 
 
+def test_a_process_id_of_another_container_says_nothing_though_its_host_has_the_same_name(tmp_path: Path) -> None:
+    group = new_group(tmp_path / "s.zarr")
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    put_holder(group, process=gone.pid, processes=[holder_processes(group)[0], "pid:[1]"])
+    with pytest.raises(RuntimeError, match="is being captured by process"), lease.lease(group):
+        pytest.fail("the lease of a living job was taken")
+
+
 @pytest.mark.parametrize(("age_s", "stale"), [(60, False), (119, False), (121, True)])
 def test_another_hosts_lease_is_stale_after_two_minutes_without_renewal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age_s: float, stale: bool
 ) -> None:
     monkeypatch.setattr(lease, "RENEW_S", 0.02)  # a record that looks old is watched for one and a half of these
     group = new_group(tmp_path / "s.zarr")
-    put_holder(group, host="elsewhere", renewed=time.time() - age_s)
+    put_holder(group, host="elsewhere", processes=["elsewhere"], renewed=time.time() - age_s)
     if stale:
         with lease.lease(group):
             assert holder(group)["host"] == socket.gethostname()
@@ -590,7 +605,9 @@ def test_another_hosts_lease_that_looks_old_and_changes_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = new_group(tmp_path / "s.zarr")
-    put_holder(group, host="elsewhere", renewed=time.time() - 500)  # its clock is behind by eight minutes
+    put_holder(
+        group, host="elsewhere", processes=["elsewhere"], renewed=time.time() - 500
+    )  # its clock is behind by eight minutes
     monkeypatch.setattr(time, "sleep", lambda _: put_holder_now(renewed=time.time() - 480))
     file = group.path / "fake" / "token" / "lease.json"
 
@@ -685,7 +702,7 @@ def test_who_holds_the_lease_is_told_with_how_alive_it_is(tmp_path: Path) -> Non
         assert f"on {socket.gethostname()} since 2" in str(lease.lease_holder(group))
     put_holder(group, process_start="1")
     assert str(lease.lease_holder(group)).endswith(", which is gone")
-    put_holder(group, host="elsewhere", process_start="1", renewed=time.time() - 30)
+    put_holder(group, host="elsewhere", processes=["elsewhere"], process_start="1", renewed=time.time() - 30)
     assert re.search(r" on elsewhere since .*, renewed (29|3\d) s ago$", str(lease.lease_holder(group)))
 
 
