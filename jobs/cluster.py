@@ -285,7 +285,7 @@ class _Dispatch:
 
 
 def lost_with_node(error: RayError) -> bool:
-    """Whether a worker went because its machine did; one that shuts down in order, as spot machines do, says SIGTERM."""
+    """Whether a worker went because its machine did; spot machines shut down in order, with a SIGTERM."""
     signs = ("its node has died", "receives a SIGTERM")
     return isinstance(error, RayActorError) and (error.preempted or any(sign in str(error) for sign in signs))
 
@@ -294,8 +294,8 @@ def _refuse_silence(address: str) -> None:
     """Refuse an address where nobody listens: Ray itself would ask it for a quarter of an hour."""
     if address.startswith("http"):
         raise ValueError(
-            f"RAY_ADDRESS={address} is a dashboard's, which takes jobs (ray job submit); to capture from here, set it to"
-            " the head's own address, such as 10.0.0.1:6379, or unset it"
+            f"RAY_ADDRESS={address} is a dashboard's, which takes jobs (ray job submit); to capture from here, set it"
+            " to the head's own address, such as 10.0.0.1:6379, or unset it"
         )
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if not port.isdigit():

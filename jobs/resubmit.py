@@ -39,8 +39,8 @@ class ResubmitConfig:
     """Submit the command after -- to a Ray cluster, follow it, and submit it again while something is missing.
 
     A head that does not answer is waited for. Exit status: 0 complete, 1 something is still missing after the last
-    attempt, 2 the command cannot be carried out or no head answered, 3 only shards in quarantine are missing, 143 someone stopped the job, 130 or 143
-    interrupted.
+    attempt, 2 the command cannot be carried out or no head answered, 3 only shards in quarantine are missing, 143
+    someone stopped the job, 130 or 143 interrupted.
     """
 
     address: str = "http://127.0.0.1:8265"

@@ -1,24 +1,45 @@
 """Reading a capture back: every object that its plan counts, and every one that a commit record names.
 
-Found is what is gone, cut, emptied, put in the place of another, or has a bit flipped, and a record that cannot be read
-or is of another capture. A damaged shard is noted in the store, so that the next capture heals it; a damaged plan is
-beyond healing. Nothing is known here of what is not committed, nor whether the routes are right: only that they are
-those that were committed.
+Of a committed shard, found is what is gone, cut, emptied, put in the place of another, or has a bit flipped, and a
+record that cannot be read or is of another capture. Such a shard is noted in the store, so that the next capture heals
+it; a damaged plan is beyond healing.
+
+The plan has checksums inside its objects, and no record of what each object holds. Its objects are decoded, and held
+against what planning makes true: the tokens of a committed shard are those that it was captured from; lengths fit the
+tokens, documents follow one another, offsets follow documents and lengths, no speaker is named where no token is, and
+`layer` is the layout's. Not found is one object of the plan in the place of another where all this stays true: tokens
+that are not committed, of rows with the same lengths, or speakers of rows that are not longer. `name` and `piece` are
+decoded only: nothing else in the store says what they should hold.
+
+Of each array's `zarr.json` compared is what decides how it is read, not its attributes. Nothing is known here of what
+is not committed, nor whether the routes are right: only that they are those that were committed.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from store.group import CaptureGroup, object_sums, tokens_crc32c
+from store.layout import MISSING_ROLE
 from store.plan import Plan
-from store.planned import ROUTES, parse_record
+from store.planned import GROWING, ROUTES, parse_record
 
 THREADS = 8  # arbitrary: so many objects are held in memory at once
-DESCRIBED = ("data_type", "chunk_grid", "dimension_names", "fill_value")
+DESCRIBED = ("data_type", "chunk_grid", "chunk_key_encoding", "codecs", "dimension_names", "fill_value")
+ROWS = ("length", "document_id", "offset")
+# What is meant where a description leaves it out: versions of Zarr differ in what they write.
+DEFAULTS: dict[str, dict[str, str]] = {
+    "bytes": {"endian": "little"},
+    "default": {"separator": "/"},
+    "sharding_indexed": {"index_location": "end"},
+}
+SELF_DESCRIBED = ("blosc",)  # its bytes say how they were compressed
 
 Records = Mapping[int, Mapping[str, Any]]
 
@@ -45,11 +66,14 @@ def verify(group: CaptureGroup, progress: Callable[[int], None] = lambda tokens:
     """
     plan = group.plan
     records, wrong = group.commits()
-    found = Findings(shards=wrong, plan=_metadata_faults(group))
+    found = Findings(shards=wrong, plan=_metadata_faults(group, plan))
     with _threads() as pool:
         found.plan += filter(None, pool.map(lambda part: _plan_fault(group, *part), _plan_parts(group)))
-        planned = range(-(-plan.rows // group.layout.rows_per_shard))
-        found.plan += filter(None, pool.map(lambda shard: _token_fault(group, shard, plan, records), planned))
+        chunks = range(0, plan.rows, group.layout.arrays()["length"].step)
+        shards = range(-(-plan.rows // group.layout.rows_per_shard))
+        rows = pool.map(lambda start: _row_faults(group, start, plan), chunks)
+        places = pool.map(lambda shard: _place_faults(group, shard, plan, records), shards)
+        found.plan += _one_an_object(chain.from_iterable(chain(rows, places)))
         for shard, reason in zip(records, pool.map(lambda shard: _fault(group, shard, records), records), strict=True):
             if reason is not None:
                 found.shards[shard] = reason
@@ -88,10 +112,10 @@ def _difference(name: str, found: Mapping[str, Any] | None, committed: Mapping[s
     return f"is damaged: its sha256 is {found['sha256'][:12]}..., {committed['sha256'][:12]}... was committed"
 
 
-# The plan
+# The plan: its arrays' descriptions
 
 
-def _metadata_faults(group: CaptureGroup) -> list[str]:
+def _metadata_faults(group: CaptureGroup, plan: Plan) -> list[str]:
     """What is wrong with the arrays' own descriptions."""
     faults, sizes = [], group.plan_sizes()
     for name, spec in group.layout.arrays().items():
@@ -100,44 +124,159 @@ def _metadata_faults(group: CaptureGroup) -> list[str]:
         try:
             found, wanted = parse_record(data or b""), json.loads(spec.metadata(size))
             # An array grows before the plan counts its new rows.
-            if found["shape"][0] < size or found["shape"][1:] != wanted["shape"][1:]:
+            grown = not plan.complete and name in GROWING and found["shape"][0] >= size
+            if found["shape"] != wanted["shape"] and not (grown and found["shape"][1:] == wanted["shape"][1:]):
                 faults.append(f"{key} says {found['shape']}, {wanted['shape']} are planned")
             faults += [
                 f"{key} says {field} {found[field]}, and the layout {wanted[field]}"
                 for field in DESCRIBED
-                if found[field] != wanted[field]
+                if _as_read(found[field]) != _as_read(wanted[field])
             ]
         except (ValueError, KeyError, TypeError, IndexError) as error:
             faults.append(f"{key} {'is gone' if data is None else f'cannot be read ({error!r})'}")
     return faults
 
 
+def _as_read(described: Any) -> Any:
+    """A field of a description with its defaults filled in, without what only decides how bytes are written."""
+    if isinstance(described, list):
+        return [_as_read(part) for part in described]
+    if not isinstance(described, dict | str):
+        return described
+    # Zarr allows the name alone.
+    named: dict[str, Any] = {"name": described} if isinstance(described, str) else described
+    name = named["name"]
+    if name in SELF_DESCRIBED:
+        return name, {}
+    configuration = {**DEFAULTS.get(name, {}), **(named.get("configuration") or {})}
+    return name, {key: _as_read(value) for key, value in configuration.items()}
+
+
+# The plan: what its arrays hold
+
+
 def _plan_parts(group: CaptureGroup) -> Iterator[tuple[str, int, int]]:
-    """Array, first entry and the one after the last, of every object that planning fills; tokens apart."""
-    for name, size in group.plan_sizes().items():
+    """Array, first entry and the one after the last, of every object of the plan that has no rows."""
+    sizes = group.plan_sizes()
+    for name in ("name", "piece", "layer"):
         step = group.layout.arrays()[name].step
-        if name != "token":
-            yield from ((name, start, min(start + step, size)) for start in range(0, size, step))
+        yield from ((name, start, min(start + step, sizes[name])) for start in range(0, sizes[name], step))
 
 
 def _plan_fault(group: CaptureGroup, name: str, start: int, stop: int) -> str | None:
     try:
-        group.values(name, start, stop)
+        values = group.values(name, start, stop)
     except ValueError as error:
         return str(error)
+    if name == "layer" and tuple(values.tolist()) != group.layout.layers:
+        return f"{_key(group, name, start)} says {values.tolist()}, and the layout {list(group.layout.layers)}"
     return None
 
 
-def _token_fault(group: CaptureGroup, shard: int, plan: Plan, records: Records) -> str | None:
-    """What is wrong with a shard's tokens; if they are not those of its commit, which of the two cannot be told."""
+def _row_faults(group: CaptureGroup, start: int, plan: Plan) -> list[str]:
+    """What is wrong with lengths, documents and offsets of one chunk of rows, read with the row before it."""
+    first, stop = max(0, start - 1), min(start + group.layout.arrays()["length"].step, plan.rows)
+    columns, faults = {}, []
+    for name in ROWS:
+        try:
+            columns[name] = group.values(name, first, stop).astype(np.int64)
+        except ValueError as error:
+            faults.append(str(error))
+    fault = None if faults else _document_fault(group, first, columns["document_id"], plan)
+    if not faults and fault is None:
+        fault = _offset_fault(group, first, **columns)
+    return faults if fault is None else [fault]
+
+
+def _document_fault(group: CaptureGroup, first: int, document_id: np.ndarray, plan: Plan) -> str | None:
+    documents = plan.documents + (plan.rows_of_next_document > 0)
+    if (index := _first(document_id != document_id.clip(0, documents - 1))) is not None:
+        key = _key(group, "document_id", first + index)
+        return f"{key} says document {document_id[index]} for row {first + index}, and {documents} are planned"
+    if (index := _first(np.diff(document_id) < 0)) is not None:
+        key, (before, after) = _key(group, "document_id", first + index + 1), document_id[index : index + 2]
+        return f"{key} says document {after} for row {first + index + 1}, and the row before is of document {before}"
+    return None
+
+
+def _offset_fault(
+    group: CaptureGroup, first: int, length: np.ndarray, document_id: np.ndarray, offset: np.ndarray
+) -> str | None:
+    """Offsets count a document's tokens before the row, and a BOS is none: see `workers.rows.document_rows`."""
+    rule = group.identity.get("bos")
+    has_bos = (rule == "row") | ((rule == "document") & (offset == 0))
+    wanted = np.where(np.diff(document_id) > 0, 0, (offset + length - has_bos)[:-1])
+    wanted = np.concatenate([offset[:1] if first else [0], wanted])  # a row before the chunk was looked at in its own
+    if (index := _first(offset != wanted)) is None:
+        return None
+    row = first + index
+    return (
+        f"{_key(group, 'offset', row)} does not fit {_key(group, 'document_id', row)} and {_key(group, 'length', row)}:"
+        f" it says {offset[index]} for row {row}, and {wanted[index]} follows from them"
+    )
+
+
+def _place_faults(group: CaptureGroup, shard: int, plan: Plan, records: Records) -> list[str]:
+    """What is wrong with a shard's tokens, lengths and speakers.
+
+    If tokens are not those of the commit, or lengths do not fit tokens that are not committed, which of the two is
+    wrong cannot be told: the tokens are named first.
+    """
+    start, stop = group.span(shard, plan)
     try:
-        token = group.values("token", *group.span(shard, plan))
+        token = group.values("token", start, stop)
+    except ValueError as error:
+        return [str(error)]
+    if shard in records and records[shard].get("token_crc32c") != tokens_crc32c(token):
+        return [f"{_key(group, 'token', start)} holds other tokens than shard {shard} was captured from"]
+    faults = [_length_fault(group, start, token, shard in records)]
+    if group.layout.roles:
+        faults.append(_role_fault(group, start, token))
+    return [fault for fault in faults if fault is not None]
+
+
+def _length_fault(group: CaptureGroup, start: int, token: np.ndarray, committed: bool) -> str | None:
+    try:
+        length = group.values("length", start, start + len(token))
     except ValueError as error:
         return str(error)
-    if shard in records and records[shard].get("token_crc32c") != tokens_crc32c(token):
-        key = group.layout.arrays()["token"].key(shard)
-        return f"token/{key} holds other tokens than shard {shard} was captured from"
-    return None
+    filled = np.arange(group.layout.sequence_length) < length[:, None]
+    wrong = (length < 1) | (length > group.layout.sequence_length) | ((token >= 0) != filled).any(axis=1)
+    if (index := _first(wrong)) is None:
+        return None
+    keys = [_key(group, "token", start + index), _key(group, "length", start + index)]
+    one, other = reversed(keys) if committed else keys
+    tokens = (token[index] >= 0).sum()
+    return f"{one} does not fit {other}: row {start + index} has {tokens} tokens, and its length is {length[index]}"
+
+
+def _role_fault(group: CaptureGroup, start: int, token: np.ndarray) -> str | None:
+    try:
+        role = group.values("role", start, start + len(token))
+    except ValueError as error:
+        return str(error)
+    if (index := _first(((token < 0) & (role != MISSING_ROLE)).any(axis=1))) is None:
+        return None
+    role_key, token_key = (_key(group, name, start + index) for name in ("role", "token"))
+    return f"{role_key} does not fit {token_key}: it names a speaker in row {start + index} where no token is"
+
+
+def _first(wrong: np.ndarray) -> int | None:
+    return int(wrong.argmax()) if wrong.any() else None
+
+
+def _key(group: CaptureGroup, name: str, entry: int) -> str:
+    """Key of the object that holds an entry of an array."""
+    spec = group.layout.arrays()[name]
+    return f"{name}/{spec.key(entry // spec.step)}"
+
+
+def _one_an_object(faults: Iterable[str]) -> list[str]:
+    """The first fault of each object: what one chunk of rows gets wrong, each of its shards finds again."""
+    first: dict[str, str] = {}
+    for fault in faults:
+        first.setdefault(fault.partition(" ")[0], fault)
+    return list(first.values())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_model import fake_capture, fake_layout, words
 from hypothesis import HealthCheck, given, settings
@@ -15,10 +16,11 @@ from s3_server import any_files, new_store, server_address  # noqa: F401
 
 from jobs import plan as planning
 from jobs import status
-from store import CaptureGroup, coverage, open_capture
+from store import CaptureGroup, coverage, layout, open_capture, planned
 from store.lease import lease
 from store.objects import LocalObjects, open_objects
 from store.verify import Findings, verify
+from workers.rows import BosRule
 
 Command = Callable[..., Any]
 SHARDS = 5
@@ -269,6 +271,155 @@ def test_tokens_that_were_swapped_are_not_those_of_the_commits(store: Path | str
     damage(store, "token/c/1/0", lambda _: files["fake/token/c/2/0"])
     found = verify(CaptureGroup(store, "fake"))
     assert (found.shards, found.plan) == ({}, ["token/c/1/0 holds other tokens than shard 1 was captured from"])
+
+
+def swap(store: Path | str, one: str, other: str) -> None:
+    files = any_files(store)
+    damage(store, one, lambda _: files[f"fake/{other}"])
+    damage(store, other, lambda _: files[f"fake/{one}"])
+
+
+def change_values(store: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Put other values in an array's first object, encoded as planning does."""
+    group = CaptureGroup(store, "fake")
+    spec, size = group.layout.arrays()[name], min(group.plan_sizes()[name], group.layout.arrays()[name].step)
+    damage(store, f"{name}/{spec.key(0)}", lambda _: spec.encode(change(group.values(name, 0, size))))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one-dimensional arrays have chunks of 8 entries: three of them hold the 17 rows of the texts."""
+    for module in (layout, planned):
+        monkeypatch.setattr(module, "ROW_CHUNK", 8)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("bos", ["none", "document", "row"])
+def test_nothing_is_wrong_with_a_plan_of_many_chunks(tmp_path: Path, bos: BosRule) -> None:
+    fake_capture(tmp_path / "s.zarr", [*TEXTS, words(200, 6)], bos=bos)
+    assert verify(CaptureGroup(tmp_path / "s.zarr", "fake")) == Findings(shards={}, plan=[])
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("bos", ["none", "document", "row"])
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("name", ["length", "document_id", "offset"])
+def test_chunks_of_rows_that_were_swapped_are_named(tmp_path: Path, name: str, captured: bool, bos: BosRule) -> None:
+    fake_capture(tmp_path / "s.zarr", TEXTS, bos=bos)
+    group = CaptureGroup(tmp_path / "s.zarr", "fake")
+    for shard in () if captured else list(group.commits()[0]):
+        group.discard(shard)
+    swap(tmp_path / "s.zarr", f"{name}/c/0", f"{name}/c/1")
+    found = verify(group)
+    assert found.shards == {}
+    assert any(f"{name}/c/0" in fault for fault in found.plan), found.plan
+    assert any(f"{name}/c/1" in fault for fault in found.plan), found.plan
+    if name == "length" and captured:  # the commits say that it is not the tokens
+        assert {"length/c/0 does not fit token/", "length/c/1 does not fit token/"} <= {f[:30] for f in found.plan}
+
+
+def test_tokens_that_were_swapped_before_they_were_captured_do_not_fit_their_lengths(whole_copy: Path) -> None:
+    group = CaptureGroup(whole_copy, "fake")
+    for shard in (1, 2):
+        group.discard(shard)
+    swap(whole_copy, "token/c/1/0", "token/c/2/0")
+    assert verify(group).plan == [
+        "token/c/1/0 does not fit length/c/0: row 5 has 6 tokens, and its length is 8",
+        "token/c/2/0 does not fit length/c/0: row 9 has 8 tokens, and its length is 6",
+    ]
+
+
+def test_speakers_where_no_token_is_are_found_when_shards_were_swapped(tmp_path: Path) -> None:
+    talks = [[{"role": "user", "content": words(count)}] for count in (29, 32)]  # a shard each; the second is full
+    fake_capture(tmp_path / "s.zarr", talks, layout=fake_layout(roles=("system", "user", "assistant")))
+    swap(tmp_path / "s.zarr", "role/c/0/0", "role/c/1/0")
+    assert verify(CaptureGroup(tmp_path / "s.zarr", "fake")).plan == [
+        "role/c/0/0 does not fit token/c/0/0: it names a speaker in row 3 where no token is"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (
+            "length",
+            lambda values: values + 8 * (values == 8),
+            "length/c/0 does not fit token/c/0/0: row 1 has 8 tokens",
+        ),
+        ("length", lambda values: values * (values > 5), "length/c/0 does not fit token/c/0/0: row 0 has 5 tokens"),
+        ("document_id", lambda values: values + 1, "document_id/c/0 says document 7 for row 13, and 7 are planned"),
+        (
+            "document_id",
+            lambda values: values[::-1],
+            "document_id/c/0 says document 5 for row 4, and the row before is",
+        ),
+        ("offset", lambda values: values + 8, "offset/c/0 does not fit document_id/c/0 and length/c/0: it says 8 for"),
+        ("offset", lambda values: values // 16 * 16, "offset/c/0 does not fit document_id/c/0 and length/c/0: it says"),
+        ("layer", lambda values: values + 1, "layer/c/0 says [1, 2, 3], and the layout [0, 1, 2]"),
+    ],
+)
+def test_a_plan_that_decodes_and_cannot_be_true_is_named(
+    whole_copy: Path, name: str, change: Callable[[np.ndarray], np.ndarray], said: str
+) -> None:
+    change_values(whole_copy, name, change)
+    faults = verify(CaptureGroup(whole_copy, "fake")).plan
+    assert any(fault.startswith(said) for fault in faults), faults
+
+
+def codecs_of(data: bytes) -> Any:
+    return json.loads(data)["codecs"]
+
+
+def changed_sharding(**facts: Any) -> Callable[[bytes], bytes]:
+    def change(data: bytes) -> bytes:
+        sharding = codecs_of(data)[0]
+        return changed_record(codecs=[sharding | {"configuration": sharding["configuration"] | facts}])(data)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "said"),
+    [
+        ("expert", changed_sharding(index_location="start"), "codecs"),
+        ("token", changed_sharding(chunk_shape=[2, 8]), "codecs"),
+        ("weight", changed_sharding(codecs=[{"name": "bytes", "configuration": {"endian": "big"}}]), "codecs"),
+        ("weight", changed_sharding(index_codecs=[{"name": "bytes"}]), "codecs"),
+        ("length", lambda data: changed_record(codecs=codecs_of(data)[:-1])(data), "codecs"),
+        ("name", changed_record(chunk_key_encoding={"name": "v2"}), "chunk_key_encoding"),
+        (
+            "offset",
+            changed_record(chunk_key_encoding={"name": "default", "configuration": {"separator": "."}}),
+            "chunk",
+        ),
+        ("offset", changed_record(shape=[18]), "[18], [17] are planned"),
+        ("expert", changed_record(shape=[20, 8, 3, 2]), "[20, 8, 3, 2], [17, 8, 3, 2] are planned"),
+        ("piece", changed_record(shape=[1001]), "[1001], [1000] are planned"),
+        ("offset", changed_record(codecs=[{}]), "cannot be read"),
+        ("offset", changed_record(codecs=[{"name": "bytes", "configuration": [1]}]), "cannot be read"),
+    ],
+)
+def test_a_description_that_would_be_read_otherwise_is_named(
+    whole_copy: Path, name: str, how: Callable[[bytes], bytes], said: str
+) -> None:
+    damage(whole_copy, f"{name}/zarr.json", how)
+    faults = verify(CaptureGroup(whole_copy, "fake")).plan
+    said = said if said.startswith("cannot") else f"says {said}"
+    assert [fault.startswith(f"{name}/zarr.json {said}") for fault in faults] == [True], faults
+
+
+def test_a_description_that_another_zarr_words_differently_is_the_same(whole_copy: Path) -> None:
+    def worded(data: bytes) -> bytes:
+        configuration = codecs_of(data)[0]["configuration"]
+        inner = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "blosc"}, "crc32c"]
+        short = {"chunk_shape": configuration["chunk_shape"], "codecs": inner}
+        short["index_codecs"] = ["bytes", {"name": "crc32c", "configuration": {}}]
+        sharding = {"name": "sharding_indexed", "configuration": short}
+        return changed_record(codecs=[sharding], chunk_key_encoding={"name": "default"})(data)
+
+    for name in ("expert", "weight", "token"):
+        damage(whole_copy, f"{name}/zarr.json", worded)
+    assert verify(CaptureGroup(whole_copy, "fake")) == Findings(shards={}, plan=[])
 
 
 @pytest.mark.parametrize("name", ["expert", "token", "piece"])
