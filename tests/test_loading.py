@@ -180,7 +180,7 @@ def test_the_device_decides_dtype_and_back_end(tiny: Path) -> None:
         described = describe_model(tiny, None, *arguments)
         return described["compute_dtype"], described["expert_backend"]
 
-    assert told("nf4", "cuda") == ("bfloat16", "unfused")
+    assert told("nf4", "cuda") == ("bfloat16", "sorted")
     assert told("none", "cuda") == ("bfloat16", "grouped_mm")
     assert told("none", "cpu") == ("float32", "eager")
     backend = load_model(tiny, quantization="none", device="cpu").model.config._experts_implementation

@@ -16,8 +16,10 @@ from torch import nn
 
 from store import CaptureGroup, Layout
 from store.plan import Plan, Rows
+from workers import forward, kernels
 from workers.description import find_routers
 from workers.engine import ModelEngine
+from workers.forward import Forward
 from workers.loading import LoadedModel, load_model
 from workers.routes import SAMPLE, RouteRecorder, sorted_choices
 from workers.shard import RoutingError, capture_shard, route_rows
@@ -104,11 +106,36 @@ def test_routes_are_those_of_a_float64_reference_in_every_layer_sorted_by_weight
     assert equal_in_float16 > 0, "no pair that only the order before rounding to float16 can tell apart"
 
 
+Used = dict[int, tuple[np.ndarray, np.ndarray]]
+
+
+def kept_experts(ours: Forward, used: Used) -> Callable[..., Any]:
+    """`Forward._experts` that notes which experts it is asked for."""
+    original = ours._experts
+
+    def experts(modules: nn.Module, hidden: torch.Tensor, expert_TK: torch.Tensor) -> Any:
+        used[len(used)] = (expert_TK.numpy(), np.empty(0))
+        return original(modules, hidden, expert_TK)
+
+    return experts
+
+
+def kept_weights(used: Used) -> Callable[..., Any]:
+    """`kernels.add_norm` that notes the weights with which experts are mixed."""
+
+    def add_norm(*arguments: Any) -> torch.Tensor:
+        if len(arguments) == 6:
+            used[len(used) - 1] = (used[len(used) - 1][0], arguments[-1].float().numpy())
+        return kernels.add_norm(*arguments)
+
+    return add_norm
+
+
 @torch.inference_mode()
-def test_routes_are_the_models_own_choice(tiny_model: LoadedModel) -> None:
+def test_routes_are_the_models_own_choice(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against what the experts were really given, and against transformers' own record of logits."""
     engine, rows = ModelEngine(tiny_model), random_rows(12)
-    used: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    used: Used = {}
     handles = []
     for layer in range(LAYERS):
 
@@ -116,6 +143,9 @@ def test_routes_are_the_models_own_choice(tiny_model: LoadedModel) -> None:
             used[layer] = (inputs[1].numpy(), inputs[2].float().numpy())
 
         handles.append(tiny_model.model.layers[layer].mlp.experts.register_forward_pre_hook(keep))
+    if isinstance(engine.forward, Forward):  # which applies the experts' matrices itself
+        monkeypatch.setattr(engine.forward, "_experts", kept_experts(engine.forward, used))
+        monkeypatch.setattr(forward, "add_norm", kept_weights(used))
     expert, weight = engine.route(rows.token, rows.length)
     for handle in handles:
         handle.remove()
@@ -255,11 +285,9 @@ def altered(change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, t
 
 def hook_removed(engine: ModelEngine, layer: int) -> Any:
     """Something clears a router's hooks while the model runs."""
-    return (
-        engine.model.layers[0]
-        .register_forward_pre_hook(lambda *_: gate_of(engine, layer)._forward_hooks.clear())
-        .remove
-    )
+    return engine.model.embed_tokens.register_forward_pre_hook(
+        lambda *_: gate_of(engine, layer)._forward_hooks.clear()
+    ).remove
 
 
 def router_replaced(engine: ModelEngine, layer: int) -> Any:
@@ -270,16 +298,15 @@ def router_replaced(engine: ModelEngine, layer: int) -> Any:
 
 
 def fired_twice(engine: ModelEngine, layer: int) -> Any:
-    """The block asks its router twice, as recomputation in a checkpointed layer does."""
-    block = engine.model.layers[layer].mlp
-    original = block.forward
+    """The router is asked twice, as recomputation in a checkpointed layer does."""
+    asked: list[bool] = []
 
-    def forward(hidden: torch.Tensor) -> Any:
-        block.gate(hidden)
-        return original(hidden)
+    def ask_before(gate: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        asked.append(True)
+        if len(asked) % 2:
+            gate(*inputs)
 
-    block.forward = forward
-    return lambda: delattr(block, "forward")
+    return gate_of(engine, layer).register_forward_pre_hook(ask_before).remove
 
 
 def earlier_batch_from_a_hook(engine: ModelEngine, layer: int) -> Any:

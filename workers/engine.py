@@ -4,7 +4,7 @@ On a CPU one thread computes: with other numbers of threads matrix products roun
 them), and the same shard must have the same bytes on every machine.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from workers.description import SORTED
+from workers.forward import Forward
 from workers.loading import LoadedModel, load_model
 from workers.routes import ILLEGAL, RouteRecorder
 from workers.shard import DeviceLost, OutOfMemory, RoutingError
@@ -40,6 +42,8 @@ class ModelEngine:
         self.experts_per_token = loaded.experts_per_token
         self.recorder = RouteRecorder(loaded.routers, loaded.num_experts, loaded.experts_per_token)
         self.device = next(loaded.model.parameters()).device
+        sorted_slots = loaded.provenance["expert_backend"] == SORTED
+        self.forward: Callable[..., Any] = Forward(loaded.model) if sorted_slots else loaded.model
         self.description: Mapping[str, Any] = loaded.provenance
 
     @torch.inference_mode()
@@ -59,16 +63,19 @@ class ModelEngine:
         padded = np.where(np.arange(positions) < length[:, None], token, 0)
         try:
             with self.recorder.attached(), _one_thread(self.device):
-                experts, weights, faults = self.recorder.record(
-                    self.model, torch.from_numpy(padded.astype(np.int64)).to(self.device), length
+                recorded = self.recorder.record(
+                    self.forward, torch.from_numpy(padded.astype(np.int64)).to(self.device), length
                 )
+                experts, weights, faults = (part.to("cpu", non_blocking=True) for part in recorded)
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).synchronize()  # the three copies, to pinned memory
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemory(str(error).split(". ")[0]) from error
         except torch.AcceleratorError as error:
             raise DeviceLost(str(error).split("\n")[0]) from error
         shape = (rows, positions, len(self.layers), self.experts_per_token)
-        expert, weight = experts.cpu().numpy().reshape(shape), weights.cpu().numpy().reshape(shape)
+        expert, weight = experts.numpy().reshape(shape), weights.numpy().reshape(shape)
         for layer, flags in zip(self.layers, faults.tolist(), strict=True):
             for fault, found in zip(_FAULTS, flags, strict=True):
                 if found:
@@ -76,7 +83,7 @@ class ModelEngine:
                         f"layer {layer}: {fault.format(experts=self.num_experts, row=self._row(weight))}"
                     )
         narrow = np.uint8 if self.num_experts <= 255 else np.uint16
-        return expert.astype(narrow, copy=False), weight.astype(np.float16)
+        return expert.astype(narrow, copy=False), weight
 
     @staticmethod
     def _row(weight: np.ndarray) -> int:

@@ -11,7 +11,7 @@ the hidden states that reached it, must choose and weigh as was recorded. The sa
 each time, so that a router which repeats what it once said to as many tokens is found out too.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -34,6 +34,35 @@ class _LastRouterDone(Exception):
 
 def sorted_choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A router's choices, whatever the order of what it returns: largest weight first, ties by lower expert id.
+
+    Parameters and errors are those of `choices`.
+
+    Returns
+    -------
+    experts_TK : int64 tensor
+    weights_TK : float32 tensor
+    """
+    return in_order(*choices(output, k))
+
+
+def in_order(experts: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choices by falling weight, ties by lower expert id; any shape, the choices last.
+
+    By exchanges of neighbours: for the few choices of a token it is elementwise, where a GPU's sort would take longer
+    than the router.
+    """
+    expert, weight = list(experts.unbind(-1)), list(weights.unbind(-1))
+    for last in range(len(expert) - 1, 0, -1):
+        for i in range(last):
+            j = i + 1
+            swap = (weight[j] > weight[i]) | ((weight[j] == weight[i]) & (expert[j] < expert[i]))
+            expert[i], expert[j] = torch.where(swap, expert[j], expert[i]), torch.where(swap, expert[i], expert[j])
+            weight[i], weight[j] = torch.where(swap, weight[j], weight[i]), torch.where(swap, weight[i], weight[j])
+    return torch.stack(expert, dim=-1), torch.stack(weight, dim=-1)
+
+
+def choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A router's choices, in its own order, whatever the order of what it returns.
 
     Parameters
     ----------
@@ -63,10 +92,7 @@ def sorted_choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     exact = [part for part in floats if part.shape == indices[0].shape]
     dense_TE = floats[-1].reshape(-1, floats[-1].shape[-1])
     weights_TK = (exact[-1].reshape(-1, k) if exact else dense_TE.gather(-1, experts_TK)).float()
-    experts_TK, order = experts_TK.sort(dim=-1)
-    weights_TK = weights_TK.gather(-1, order)
-    weights_TK, order = weights_TK.sort(dim=-1, descending=True, stable=True)
-    return experts_TK.gather(-1, order), weights_TK
+    return experts_TK, weights_TK
 
 
 class RouteRecorder:
@@ -95,7 +121,7 @@ class RouteRecorder:
                 raise RoutingError(f"layer {layer}: its router is that of layer {owner[router]} too")
         self.num_experts, self.k = num_experts, experts_per_token
         self._choices: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._sampled: dict[int, torch.Tensor] = {}
+        self._again: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._sample = torch.zeros(0, dtype=torch.long)
         self._fired: list[int] = []
         self._batches = self._tokens = 0
@@ -106,7 +132,6 @@ class RouteRecorder:
         handles = []
         try:
             for layer, router in self.routers.items():
-                handles.append(router.register_forward_pre_hook(self._before(layer)))
                 handles.append(router.register_forward_hook(self._after(layer)))
             yield self
         finally:
@@ -114,14 +139,14 @@ class RouteRecorder:
                 handle.remove()
 
     def record(
-        self, model: nn.Module, token: torch.Tensor, length: np.ndarray
+        self, model: Callable[..., Any], token: torch.Tensor, length: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run one micro-batch; the choices stay on the device.
 
         Parameters
         ----------
         model
-            The model to which the recorder is attached.
+            The model to which the recorder is attached, or what applies its layers.
         token : int64 tensor, shape (rows, positions)
             Right-padded; any legal id in the padding: attention is causal, so it reaches no token before it.
         length : int array, shape (rows,)
@@ -130,7 +155,7 @@ class RouteRecorder:
         Returns
         -------
         experts_TLK : uint8 tensor (int32 where E > 255)
-        weights_TLK : float32 tensor
+        weights_TLK : float16 tensor
         faults_LF : bool tensor, shape (L, 3)
             Per layer: an illegal or doubled expert, a weight that is not finite, a sample that does not agree.
 
@@ -144,7 +169,7 @@ class RouteRecorder:
         picks = np.roll(picks, self._batches)
         self._batches, self._tokens = self._batches + 1, token.numel()
         self._choices, self._fired = {layer: [] for layer in self.routers}, []
-        self._sampled = {}
+        self._again = {}
         self._sample = torch.from_numpy(picks).to(token.device)
         try:
             with suppress(_LastRouterDone):  # no mask and no cache: plain causal attention, each row alone
@@ -155,22 +180,16 @@ class RouteRecorder:
             raise
         return self._checked(torch.from_numpy(filled).to(token.device))
 
-    def _before(self, layer: int) -> Any:
-        def keep_sample(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            hidden_TH = args[0].reshape(-1, args[0].shape[-1])
-            self._sampled[layer] = hidden_TH[self._sample]
-
-        return keep_sample
-
     def _after(self, layer: int) -> Any:
         last = layer == next(reversed(self.routers))
 
-        def keep_choices(module: nn.Module, args: Any, output: Any) -> None:
+        def keep_choices(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
             self._fired.append(layer)
             experts_TK, weights_TK = _of_layer(layer, output, self.k)
             if len(experts_TK) != self._tokens:  # told at once: the layer's experts would fail on it
                 raise RoutingError(f"layer {layer}: its router chose for {len(experts_TK)} tokens of {self._tokens}")
             self._choices[layer].append((experts_TK, weights_TK))
+            self._again[layer] = self._asked_again(layer, args[0].reshape(-1, args[0].shape[-1])[self._sample])
             if last:
                 raise _LastRouterDone
 
@@ -179,12 +198,12 @@ class RouteRecorder:
     def _name_illegal_layer(self) -> None:
         for layer, fired in self._choices.items():
             for experts_TK, _ in fired:
-                if self._illegal(experts_TK):
+                if self._illegal(experts_TK).any():
                     raise RoutingError(f"layer {layer}: {ILLEGAL.format(experts=self.num_experts)}")
 
     def _illegal(self, experts: torch.Tensor) -> torch.Tensor:
-        """Whether any choice names an expert that does not exist; bool, on the device."""
-        return ((experts < 0) | (experts >= self.num_experts)).any()
+        """Whether each choice names an expert that does not exist; bool, on the device."""
+        return (experts < 0) | (experts >= self.num_experts)
 
     def _checked(self, filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         for layer, fired in self._choices.items():
@@ -193,41 +212,45 @@ class RouteRecorder:
         for layer, fired_layer in zip(self._choices, self._fired, strict=True):
             if layer != fired_layer:
                 raise RoutingError(f"layer {layer}: in its place fired the router recorded as layer {fired_layer}'s")
-        faults = []
-        for layer, [(experts_TK, weights_TK)] in self._choices.items():
-            experts_FK = experts_TK[filled]
-            ordered_FK = experts_FK.sort(dim=-1).values
-            illegal = self._illegal(experts_FK)
-            doubled = (ordered_FK[:, 1:] == ordered_FK[:, :-1]).any()
-            faults.append(
-                torch.stack([illegal | doubled, ~weights_TK[filled].isfinite().all(), self._disagrees(layer, illegal)])
-            )
+        experts_LTK, weights_LTK = self._stacked([fired[0] for fired in self._choices.values()])
+        experts_LFK, weights_LFK = experts_LTK[:, filled], weights_LTK[:, filled]
+        illegal_L = self._illegal(experts_LFK).flatten(1).any(dim=1)
+        turned = [experts_LFK.roll(by, dims=-1) for by in range(1, self.k)]
+        doubled_L = sum(((experts_LFK == other).flatten(1).any(dim=1) for other in turned), torch.zeros_like(illegal_L))
+        infinite_L = ~weights_LFK.isfinite().flatten(1).all(dim=1)
+        was = experts_LTK[:, self._sample], weights_LTK[:, self._sample]
+        other_L = ~illegal_L & self._disagree(was, self._stacked(list(self._again.values())))
+        faults_LF = torch.stack([illegal_L | doubled_L, infinite_L, other_L], dim=1)
         dtype = torch.uint8 if self.num_experts <= 255 else torch.int32
-        experts_TLK = torch.stack([fired[0][0] for fired in self._choices.values()], dim=1).to(dtype)
-        weights_TLK = torch.stack([fired[0][1] for fired in self._choices.values()], dim=1)
-        return experts_TLK, weights_TLK, torch.stack(faults)
+        return experts_LTK.transpose(0, 1).to(dtype), weights_LTK.transpose(0, 1).half(), faults_LF
 
-    def _disagrees(self, layer: int, illegal: torch.Tensor) -> torch.Tensor:
-        """Whether the layer's router, asked again about the sampled tokens, tells another story."""
-        again = _of_layer(layer, self.routers[layer].forward(self._sampled[layer]), self.k)
+    @staticmethod
+    def _stacked(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        experts, weights = zip(*layers, strict=True)
+        return in_order(torch.stack(experts), torch.stack(weights))
+
+    def _asked_again(self, layer: int, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer's router says of the sampled tokens when it is asked about them alone."""
+        again = _of_layer(layer, self.routers[layer].forward(hidden_TH), self.k)
         if len(again[0]) != len(self._sample):
             raise RoutingError(
                 f"layer {layer}: asked about {len(self._sample)} tokens, its router chose for {len(again[0])}"
             )
-        was = self._at_sample(layer)
-        # Near-ties may swap one expert, also the same one for every token where the text repeats one token.
-        shared_T = (again[0][:, :, None] == was[0][:, None, :]).any(dim=2).sum(dim=1)
-        close_TK = (again[1] - was[1]).abs() <= WEIGHT_TOLERANCE * was[1].abs()
-        agrees_T = close_TK.all(dim=1) & (shared_T >= max(1, self.k - 1))
-        return ~illegal & (agrees_T.float().mean() < SAMPLE_AGREEING)
+        return again
 
-    def _at_sample(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        experts_TK, weights_TK = self._choices[layer][0]
-        return experts_TK[self._sample], weights_TK[self._sample]
+    def _disagree(
+        self, was: tuple[torch.Tensor, torch.Tensor], again: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Whether each layer's router, asked again about the sampled tokens, told another story."""
+        # Near-ties may swap one expert, also the same one for every token where the text repeats one token.
+        shared_LT = (again[0][..., :, None] == was[0][..., None, :]).any(dim=-1).sum(dim=-1)
+        close_LTK = (again[1] - was[1]).abs() <= WEIGHT_TOLERANCE * was[1].abs()
+        agrees_LT = close_LTK.all(dim=-1) & (shared_LT >= max(1, self.k - 1))
+        return agrees_LT.float().mean(dim=1) < SAMPLE_AGREEING
 
 
 def _of_layer(layer: int, output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     try:
-        return sorted_choices(output, k)
+        return choices(output, k)
     except RoutingError as error:
         raise RoutingError(f"layer {layer}: {error}") from error

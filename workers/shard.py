@@ -7,6 +7,7 @@ engine is whatever routes rows.
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -95,10 +96,8 @@ def route_rows(
     spec = layout.arrays()["expert"]
     expert = np.full(shape, layout.missing_expert, dtype=spec.dtype)
     weight = np.zeros(shape, dtype=np.float16)
-    for batch in micro_batches(rows.length, batch_tokens):
-        length = rows.length[batch]
-        width = int(length.max())
-        experts, weights = engine.route(rows.token[batch, :width], length)
+
+    def put(batch: np.ndarray, length: np.ndarray, width: int, experts: np.ndarray, weights: np.ndarray) -> None:
         if experts.shape != (len(batch), width, *shape[2:]) or weights.shape != experts.shape:
             raise RoutingError(f"the engine gave {experts.shape} for {len(batch)} rows of {width} in {layout}")
         filled = np.arange(width) < length[:, None]
@@ -109,7 +108,19 @@ def route_rows(
         row, position = np.nonzero(filled)
         expert[batch[row], position] = experts[filled]
         weight[batch[row], position] = weights[filled]
-        progress(int(length.sum()))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="put") as putter:  # beside the next micro-batch
+        pending: Future[None] | None = None
+        for batch in micro_batches(rows.length, batch_tokens):
+            length = rows.length[batch]
+            width = int(length.max())
+            routes = engine.route(rows.token[batch, :width], length)
+            if pending is not None:
+                pending.result()
+            pending = putter.submit(put, batch, length, width, *routes)
+            progress(int(length.sum()))
+        if pending is not None:
+            pending.result()
     return expert, weight
 
 

@@ -1,197 +1,192 @@
-"""The true defaults on a GPU: `python tests/benchmarks/gpu.py --layers 8 -o RESULT.json`, by hand.
+"""The engine against the floor and its rivals, on one GPU: `python tests/benchmarks/gpu.py -o RESULT.json`, by hand.
 
-Makes a random checkpoint of Mixtral 8x7B's full width in the published layout (bf16, one file a layer), and captures
-real text from it with `jobs/capture.py --local` as a user would: NF4 with double quantization while loading. Then does
-it again in a second store, kills that run with SIGKILL in the middle, lets the same command go on, and compares bytes.
-With `--replicas 1 4`, the same through Ray (without `--local`), so many workers sharing the card.
-
-A full-size bf16 checkpoint has 93 GB; eight layers have 23. Where one disk is too small, `--spill FOLDER` puts
-the files of the later layers elsewhere. Rates hold for the layers that were run: the file says how many.
+Makes Mixtral 8x7B's full size on the card (random weights, NF4) and prints one table: tokens/s of our forward by tokens
+a micro-batch and by row length, with and without capture; of its GEMMs alone; and of the rivals that need no more
+packages. The card is limited in power and slows down under load, so that rounds of all contestants alternate, and what
+counts is the ratio of medians in one run. `--profile` lists where the time of one forward goes.
 """
 
 import argparse
 import json
-import os
-import signal
-import subprocess
+import statistics
 import sys
-import tempfile
-import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
-from transformers import MixtralConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from store import coverage  # noqa: E402
-from workers.tiny import tiny_checkpoint  # noqa: E402
+from full_size import WIDTH, full_size_model, random_matrix  # noqa: E402
 
-WIDTH = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32768,
-}
+from workers.description import find_routers  # noqa: E402
+from workers.forward import Forward  # noqa: E402
+from workers.routes import RouteRecorder, _LastRouterDone  # noqa: E402
+
+HIDDEN, INNER = WIDTH["hidden_size"], WIDTH["intermediate_size"]
+QKV = HIDDEN + 2 * HIDDEN // 4
+EXPERTS, CHOICES = WIDTH["num_local_experts"], WIDTH["num_experts_per_tok"]
+GIB = 2**30
 
 
-def make_checkpoint(folder: Path, layers: int, spill: Path | None, spill_from: int) -> None:
-    """Random weights in the published layout, made on the GPU; some layers' files on another file system."""
-    folder.mkdir(parents=True)
-    config = MixtralConfig(num_hidden_layers=layers, architectures=["MixtralForCausalLM"], dtype="bfloat16", **WIDTH)
-    config.save_pretrained(folder)
-    generator = torch.Generator("cuda").manual_seed(0)
+def gemms(layers: int, tokens: int) -> Callable[[], None]:
+    """Every matrix product of a forward that stops at the last router, with bf16 weights that all layers share."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    weights = {name: random_matrix(shape, generator) for name, shape in {
+        "qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "both": (2 * INNER, HIDDEN), "down": (HIDDEN, INNER)
+    }.items()}  # fmt: skip
+    hidden = random_matrix((tokens, HIDDEN), generator)
+    inner = random_matrix((16_384, INNER), generator)
+    edges = [round(tokens * CHOICES * part / EXPERTS) for part in range(EXPERTS + 1)]
+    sizes = [end - start for start, end in pairwise(edges)]
 
-    def matrix(*shape: int, std: float | None = None) -> torch.Tensor:
-        scale = shape[-1] ** -0.5 if std is None else std
-        return (torch.randn(*shape, device="cuda", generator=generator) * scale).to(torch.bfloat16).cpu()
+    def run() -> None:
+        for layer in range(layers):
+            hidden @ weights["qkv"].T
+            hidden @ weights["o"].T
+            for size in sizes if layer + 1 < layers else []:
+                for part in [16_384] * (size // 16_384) + [size % 16_384] * bool(size % 16_384):
+                    hidden[:part] @ weights["both"].T
+                    inner[:part] @ weights["down"].T
 
-    hidden, inner, kv = 4096, 14336, 1024
-    ones = torch.ones(hidden, dtype=torch.bfloat16)
-    files = {"embed": {"model.embed_tokens.weight": matrix(32000, hidden, std=1.0), "model.norm.weight": ones}}
-    files["embed"]["lm_head.weight"] = matrix(32000, hidden)
-    index = {}
-    for layer in [*range(layers), None]:
-        name = "embed" if layer is None else f"layer-{layer:02d}"
-        tensors = files.get(name, {})
-        if layer is not None:
-            at = f"model.layers.{layer}"
-            tensors = {f"{at}.input_layernorm.weight": ones, f"{at}.post_attention_layernorm.weight": ones.clone()}
-            for leaf, rows in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv), ("o_proj", hidden)):
-                tensors[f"{at}.self_attn.{leaf}.weight"] = matrix(rows, hidden)
-            tensors[f"{at}.block_sparse_moe.gate.weight"] = matrix(8, hidden)
-            for expert in range(8):
-                for leaf, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
-                    tensors[f"{at}.block_sparse_moe.experts.{expert}.{leaf}.weight"] = matrix(*shape)
-        file = folder / f"model-{name}.safetensors"
-        if spill is not None and layer is not None and layer >= spill_from:
-            file.symlink_to(spill / file.name)
-        save_file(tensors, file.resolve(), metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, f"model-{name}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    for file in tiny_checkpoint().glob("*token*"):
-        (folder / file.name).write_bytes(file.read_bytes())
+    return run
 
 
-def command(model: Path, store: Path, documents: int, *how: str) -> list[str]:
-    """What a user would type."""
-    capture = [sys.executable, str(ROOT / "jobs" / "capture.py"), *how, "--model", str(model)]
-    return [*capture, "--dataset", "demo:prose", "--limit_documents", str(documents), "--store", str(store)]
+def forward(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    """Our forward, without capture."""
+    ours = Forward(model)
+    return lambda: ours(ids)
 
 
-def gpu_memory_mib() -> int:
-    """Memory in use on the card, all processes."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+def captured(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    """Our forward with its proof and its copy to the host."""
+    ours = Forward(model)
+    recorder = RouteRecorder(find_routers(model), EXPERTS, CHOICES)
+    length = np.full(len(ids), ids.shape[1], np.int32)
+
+    def run() -> None:
+        with recorder.attached():
+            for part in recorder.record(ours, ids, length):
+                part.to("cpu", non_blocking=True)
+
+    return run
 
 
-def run(arguments: list[str], store: Path, kill_after_shards: int | None = None) -> dict[str, float]:
-    """Run a capture to its end, or kill it after some commits; seconds, and the card's peak memory."""
-    started, first, peak = time.monotonic(), None, 0
-    process = subprocess.Popen(arguments, cwd=ROOT)
-    commits = store / "demo-prose" / "expert" / "commits"
-    lock = threading.Event()
-    while process.poll() is None:
-        done = len(list(commits.glob("*.json"))) if commits.is_dir() else 0
-        if done and first is None:
-            first = time.monotonic() - started
-        if kill_after_shards is not None and done >= kill_after_shards:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            break
-        peak = max(peak, gpu_memory_mib())
-        lock.wait(0.2)
-    if kill_after_shards is None and process.returncode != 0:
-        sys.exit(f"{' '.join(arguments)} ended with status {process.returncode}")
-    return {"seconds": time.monotonic() - started, "seconds_to_first_commit": first or 0.0, "peak_mib": float(peak)}
+def stock(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    """transformers' forward over un-fused experts, stopped at the last router."""
+    last = list(find_routers(model).values())[-1]
+
+    def stop(*_: Any) -> None:
+        raise _LastRouterDone
+
+    def run() -> None:
+        handle = last.register_forward_hook(stop)
+        try:
+            model(input_ids=ids, attention_mask=None, use_cache=False)
+        except _LastRouterDone:
+            pass
+        finally:
+            handle.remove()
+
+    return run
 
 
-def through_ray(model: Path, local: Path, documents: int, replicas: int) -> dict[str, Any]:
-    """Capture with so many workers on the card, and compare with the local capture."""
-    store = local.with_name(f"ray-{replicas}.zarr")
-    how = ["--workers", str(replicas), "--gpus_per_worker", str(1 / replicas)]
-    ran = run(command(model, store, documents, *how), store)
-    times = sorted(file.stat().st_mtime for file in store.glob("*/expert/commits/*.json"))
-    state = coverage(store, "demo-prose")
-    return {
-        **{name: value for name, value in ran.items() if name != "peak_mib"},
-        "tokens_per_s_between_first_and_last_commit": state.tokens_done * (1 - 1 / len(times)) / (times[-1] - times[0]),
-        "tokens_per_s_in_each_worker": state.tokens_done / state.seconds,
-        "bytes_equal_to_local": objects(store) == objects(local),
-    }
+def alternate(contestants: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
+    """Median seconds of a round of each, warm, in turns."""
+    took: dict[str, list[float]] = {name: [] for name in contestants}
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or min(map(len, took.values())) < 4:
+        for name, run in contestants.items():
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            took[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times[1:]) for name, times in took.items()}
 
 
-def objects(store: Path) -> dict[str, bytes]:
-    """Every array object of a store."""
-    return {
-        str(path.relative_to(store)): path.read_bytes() for path in sorted(store.glob("*/*/c/**/*")) if path.is_file()
-    }
+def row(model: Any, layers: int, tokens: int, positions: int, names: list[str], seconds: float) -> dict[str, Any]:
+    """One row of the table: all contestants at one shape."""
+    ids = torch.randint(0, WIDTH["vocab_size"], (max(1, tokens // positions), positions), device="cuda")
+    make = {"forward": forward, "captured": captured, "stock": stock}
+    torch.cuda.empty_cache()
+    peaks, contestants = {}, {}
+    for name in names:
+        torch.cuda.reset_peak_memory_stats()
+        contestants[name] = gemms(layers, ids.numel()) if name == "gemms" else make[name](model, ids)
+        contestants[name]()
+        peaks[name] = torch.cuda.max_memory_allocated() / GIB
+        if name == "gemms":
+            torch.cuda.empty_cache()
+    took = alternate(contestants, seconds)
+    found: dict[str, Any] = {"tokens": ids.numel(), "positions": positions}
+    for name, second in took.items():
+        found[f"{name}_tokens_per_s"] = round(ids.numel() / second)
+        found[f"{name}_peak_gib"] = round(peaks[name], 2)
+    if "gemms" in took:
+        found["ratio_to_gemms"] = round(took["gemms"] / took["captured" if "captured" in took else "forward"], 4)
+    if {"captured", "forward"} <= took.keys():
+        found["ratio_of_captured_to_not"] = round(took["forward"] / took["captured"], 4)
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def profile(model: Any, tokens: int) -> None:
+    """Print the kernels of one forward, by time."""
+    run = forward(model, torch.randint(0, WIDTH["vocab_size"], (tokens // 2048, 2048), device="cuda"))
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    events = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    for event in events[:24]:
+        took = event.self_device_time_total
+        print(f"{took / 1e3:9.2f} ms {took / total:6.1%} {event.count:6d} {event.key[:60]}")
 
 
 def main() -> None:
-    """Make the model, capture, capture again with a kill, compare, write the result."""
+    """Make the model, run the table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--documents", type=int, default=60)
-    parser.add_argument("--spill", type=Path, help="folder on another file system, for the layers from --spill_from on")
-    parser.add_argument("--spill_from", type=int, default=18)
-    parser.add_argument("--replicas", type=int, nargs="*", default=[], help="also through Ray, with so many workers")
-    parser.add_argument("--once", action="store_true", help="leave out the run that is killed")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each row")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 8192, 16384, 32768, 65536, 98304])
+    parser.add_argument("--positions", type=int, nargs="*", default=[128, 512])
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / f"mixtral-width-{options.layers}-layers"
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "triton")},
+        "layers": options.layers,
+        "weights": "nf4",
+        "rows": [],
+    }
+    with torch.inference_mode():
         started = time.monotonic()
-        make_checkpoint(model, options.layers, options.spill, options.spill_from)
-        made = time.monotonic() - started
+        model = full_size_model(options.layers)
+        torch.cuda.synchronize()
+        result["seconds_to_make_weights"] = round(time.monotonic() - started, 1)
         torch.cuda.empty_cache()
-        idle_mib = gpu_memory_mib()
-        stores = [Path(folder) / "quiet.zarr", Path(folder) / "killed.zarr"]
-        quiet = run(command(model, stores[0], options.documents, "--local"), stores[0])
-        killed = {}
-        if not options.once:
-            local = command(model, stores[1], options.documents, "--local")
-            run(local, stores[1], kill_after_shards=2)
-            killed["shards_kept_through_sigkill"] = coverage(stores[1], "demo-prose").shards_done
-            run(local, stores[1])
-            killed["bytes_equal_after_sigkill_and_resume"] = objects(stores[0]) == objects(stores[1])
-        ray = {number: through_ray(model, stores[0], options.documents, number) for number in options.replicas}
-        state = coverage(stores[0], "demo-prose")
-        result = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "gpu": torch.cuda.get_device_name(),
-            "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "zarr", "xarray")},
-            "python": sys.version.split()[0],
-            "layers": options.layers,
-            "weights": "nf4, from random bf16 weights in the published layout",
-            "checkpoint_gb": sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e9,
-            "seconds_to_make_checkpoint": made,
-            "tokens": state.tokens_done,
-            "shards": state.shards_total,
-            "sequence_length_and_shard": "defaults",
-            "tokens_per_s_in_workers": state.tokens_done / state.seconds,
-            "bytes_per_token": state.bytes_done / state.tokens_done,
-            "peak_gib": (quiet["peak_mib"] - idle_mib) / 1024,
-            **{f"capture_{name}": value for name, value in quiet.items() if name != "peak_mib"},
-            **killed,
-            **({"through_ray_by_replicas": ray} if ray else {}),
-        }
+        result["weights_gib"] = round(torch.cuda.memory_allocated() / GIB, 2)
+        print(result, flush=True)
+        for tokens in options.tokens:
+            names = ["forward", "captured", "gemms"] + ["stock"] * (tokens <= 32768)
+            result["rows"].append(row(model, options.layers, tokens, 2048, names, options.seconds))
+        for positions in options.positions:
+            names = ["forward", "captured", "gemms"]
+            result["rows"].append(row(model, options.layers, 32768, positions, names, options.seconds))
+        if options.profile:
+            profile(model, 32768)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-    if not killed.get("bytes_equal_after_sigkill_and_resume", True):
-        sys.exit("the resumed capture differs from the quiet one")
-    if not all(one["bytes_equal_to_local"] for one in ray.values()):
-        sys.exit("a capture through Ray differs from the local one")
 
 
 if __name__ == "__main__":

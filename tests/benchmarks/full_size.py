@@ -1,0 +1,71 @@
+"""Mixtral 8x7B's full size with random weights, made on the GPU: what the GPU benchmarks and tests run."""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from workers.description import quantization_config
+from workers.quantizer import quantize_skeleton
+
+WIDTH = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+}
+
+
+def full_size_config(layers: int) -> transformers.MixtralConfig:
+    """The published configuration, with so many layers."""
+    return transformers.MixtralConfig(
+        num_hidden_layers=layers, architectures=["MixtralForCausalLM"], dtype="bfloat16", sliding_window=None, **WIDTH
+    )
+
+
+def random_matrix(shape: tuple[int, ...], generator: torch.Generator, std: float | None = None) -> torch.Tensor:
+    """bf16 on the GPU; rows of norm one unless told otherwise."""
+    values = torch.randn(shape, device="cuda", dtype=torch.float32, generator=generator)
+    return (values * (shape[-1] ** -0.5 if std is None else std)).to(torch.bfloat16)
+
+
+def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eager") -> Any:
+    """transformers' base model on the GPU, quantized matrix by matrix; seed 0.
+
+    Parameters
+    ----------
+    experts
+        transformers' back-end of fused experts, where nothing is quantized.
+    """
+    config = full_size_config(layers)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.set_experts_implementation(experts)
+    settings = quantization_config(quantization, model, "cuda")
+    if settings is not None:
+        quantize_skeleton(model, settings)
+    generator = torch.Generator("cuda").manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if parameter.ndim == 1:
+            made = nn.Parameter(torch.ones_like(parameter, device="cuda"), requires_grad=False)
+        else:
+            linear = isinstance(module, nn.Linear) and settings is not None and type(module) is not nn.Linear
+            shape = (module.out_features, module.in_features) if linear else tuple(parameter.shape)
+            values = random_matrix(shape, generator, 1.0 if "embed" in name else None)
+            if linear:
+                kind = type(parameter)
+                made = kind(
+                    values, requires_grad=False, quant_type=quantization, compress_statistics=True, module=module
+                ).to("cuda")
+            else:
+                made = nn.Parameter(values, requires_grad=False)
+        setattr(module, leaf, made)
+    model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,203 @@
+"""What lies between the matrix products of a forward, each step in one pass over memory.
+
+T tokens, K choices a token, S = T·K slots sorted by expert, H hidden, I inner, D a head's dimension. Each function has
+a plain form, which is its definition and runs on a CPU, and a Triton kernel, which runs on a GPU; a test compares the
+two. All compute in float32 and round once, to the dtype of what they are given.
+"""
+
+from typing import Any
+
+import torch
+
+try:  # a build of torch for CPUs comes without it
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+ROWS_WIDTH = 1024  # elements of a row that one program takes at a time in `swiglu` (arbitrary)
+PACKED_BYTES = 1024  # that one program takes in `dequantize` (arbitrary)
+
+
+def plain_dequantize(weight: Any, out: torch.Tensor) -> None:
+    """A 4-bit matrix (bitsandbytes' Params4bit: blocks of 64, double quantization) into `out`, in its dtype.
+
+    NF4: Dettmers et al. 2023, arXiv:2305.14314.
+    """
+    from bitsandbytes.functional import dequantize_4bit  # takes seconds to import
+
+    out.copy_(dequantize_4bit(weight.data, weight.quant_state))
+
+
+def plain_swiglu(both_SI2: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of (S, 2·I), gate first (Shazeer 2020, arXiv:2002.05202); shape (S, I)."""
+    gate, up = both_SI2.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(both_SI2.dtype)
+
+
+def plain_rotate(qkv_TW: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, heads: int) -> None:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864), in place, for the first so many heads of each token.
+
+    A head is rotated by halves, as in Llama. Token t stands at position t modulo P.
+    """
+    positions, head = cos_PD.shape
+    part = qkv_TW[:, : heads * head].view(-1, positions, heads, head)
+    half = part.float()
+    turned = torch.cat([-half[..., head // 2 :], half[..., : head // 2]], dim=-1)
+    part.copy_(half * cos_PD.float()[:, None] + turned * sin_PD.float()[:, None])
+
+
+def plain_add_norm(
+    residual_TH: torch.Tensor,
+    scale_H: torch.Tensor,
+    eps: float,
+    added_SH: torch.Tensor | None = None,
+    slot_TK: torch.Tensor | None = None,
+    weight_TK: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Add to the residual, in place, and give its root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    Parameters
+    ----------
+    added_SH
+        What is added: to token t row t, or with slots the rows `slot_TK[t]`, weighed by `weight_TK[t]`.
+    """
+    if added_SH is not None:
+        added = added_SH.float() if slot_TK is None else _mixed(added_SH, slot_TK, weight_TK)
+        residual_TH.copy_(residual_TH.float() + added)
+    hidden = residual_TH.float()
+    normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
+    return normed.to(scale_H.dtype) * scale_H
+
+
+def _mixed(rows_SH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor | None) -> torch.Tensor:
+    assert weight_TK is not None
+    mixed = torch.zeros(len(slot_TK), rows_SH.shape[1], device=rows_SH.device)
+    for k in range(slot_TK.shape[1]):
+        mixed += rows_SH[slot_TK[:, k]].float() * weight_TK[:, k, None].float()
+    return mixed
+
+
+if triton is not None:
+
+    @triton.jit
+    def _dequantize(packed, code, scale, scale_code, scale_scale, offset, out, count, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+        first = tl.program_id(0).to(tl.int64) * BYTES
+        byte = first + tl.arange(0, BYTES)
+        pair = tl.load(packed + byte, byte < count, 0).to(tl.int32)
+        block = byte // 32  # 64 values share a scale, and 256 scales one of their own
+        step = tl.load(scale + block, byte < count, 0).to(tl.int32)
+        size = tl.load(scale_code + step) * tl.load(scale_scale + block // 256, byte < count, 0.0) + tl.load(offset)
+        high, low = tl.load(code + (pair >> 4)) * size, tl.load(code + (pair & 15)) * size
+        value = 2 * first + tl.arange(0, 2 * BYTES)
+        tl.store(out + value, tl.interleave(high, low).to(out.dtype.element_ty), value < 2 * count)
+
+    @triton.jit
+    def _swiglu(both, out, inner: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        kept = column < inner
+        gate = tl.load(both + row * 2 * inner + column, kept, 0.0).to(tl.float32)
+        up = tl.load(both + row * 2 * inner + inner + column, kept, 0.0).to(tl.float32)
+        value = gate / (1 + tl.exp(-gate)) * up
+        tl.store(out + row * inner + column, value.to(out.dtype.element_ty), kept)
+
+    @triton.jit
+    def _rotate(qkv, cos, sin, positions, width, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        token = tl.program_id(0).to(tl.int64)
+        head = tl.arange(0, BLOCK)[:, None]
+        lane = tl.arange(0, HALF)[None, :]
+        place = qkv + token * width + head * 2 * HALF + lane
+        kept = (head < HEADS) & (lane < HALF)
+        turn = (token % positions) * 2 * HALF + lane
+        low, high = tl.load(place, kept, 0.0).to(tl.float32), tl.load(place + HALF, kept, 0.0).to(tl.float32)
+        cos_low, cos_high = tl.load(cos + turn).to(tl.float32), tl.load(cos + turn + HALF).to(tl.float32)
+        sin_low, sin_high = tl.load(sin + turn).to(tl.float32), tl.load(sin + turn + HALF).to(tl.float32)
+        tl.store(place, (low * cos_low - high * sin_low).to(qkv.dtype.element_ty), kept)
+        tl.store(place + HALF, (high * cos_high + low * sin_high).to(qkv.dtype.element_ty), kept)
+
+    @triton.jit
+    def _add_norm(  # type: ignore[no-untyped-def]
+        residual, scale, out, added, slot, weight, eps, hidden: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr
+    ):
+        """K is 0 where nothing is added, and -1 where a token's own row is."""
+        token = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, WIDTH)
+        kept = column < hidden
+        value = tl.load(residual + token * hidden + column, kept, 0.0).to(tl.float32)
+        if K == -1:
+            value += tl.load(added + token * hidden + column, kept, 0.0).to(tl.float32)
+        mixed = tl.zeros_like(value)
+        for k in tl.static_range(K):
+            row = tl.load(slot + token * K + k).to(tl.int64)
+            share = tl.load(weight + token * K + k).to(tl.float32)
+            mixed += tl.load(added + row * hidden + column, kept, 0.0).to(tl.float32) * share
+        if K != 0:
+            value = (value + mixed).to(residual.dtype.element_ty)
+            tl.store(residual + token * hidden + column, value, kept)
+            value = value.to(tl.float32)
+        normed = value * tl.rsqrt(tl.sum(value * value) / hidden + eps)
+        normed = normed.to(out.dtype.element_ty) * tl.load(scale + column, kept, 0.0)
+        tl.store(out + token * hidden + column, normed, kept)
+
+
+def dequantize(weight: Any, out: torch.Tensor) -> None:
+    """`plain_dequantize`."""
+    if not _fused(out):
+        return plain_dequantize(weight, out)
+    state, packed = weight.quant_state, weight.data
+    assert (state.blocksize, state.state2.blocksize) == (64, 256), "loading checks it"
+    scales = (state.absmax, state.state2.code, state.state2.absmax, state.offset)
+    grid = (-(-packed.numel() // PACKED_BYTES),)
+    _launch(_dequantize, grid, packed, state.code, *scales, out, packed.numel(), BYTES=PACKED_BYTES)
+    return None
+
+
+def swiglu(both_SI2: torch.Tensor) -> torch.Tensor:
+    """`plain_swiglu`."""
+    if not _fused(both_SI2):
+        return plain_swiglu(both_SI2)
+    rows, inner = both_SI2.shape[0], both_SI2.shape[1] // 2
+    out = both_SI2.new_empty(rows, inner)
+    _launch(_swiglu, (rows, -(-inner // ROWS_WIDTH)), both_SI2, out, inner=inner, WIDTH=ROWS_WIDTH)
+    return out
+
+
+def rotate(qkv_TW: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, heads: int) -> None:
+    """`plain_rotate`."""
+    if not _fused(qkv_TW):
+        return plain_rotate(qkv_TW, cos_PD, sin_PD, heads)
+    half = cos_PD.shape[1] // 2
+    block = triton.next_power_of_2(heads)
+    tables = (cos_PD.contiguous(), sin_PD.contiguous(), cos_PD.shape[0], qkv_TW.shape[1])
+    _launch(_rotate, (len(qkv_TW),), qkv_TW, *tables, HEADS=heads, HALF=half, BLOCK=block)
+    return None
+
+
+def add_norm(
+    residual_TH: torch.Tensor,
+    scale_H: torch.Tensor,
+    eps: float,
+    added_SH: torch.Tensor | None = None,
+    slot_TK: torch.Tensor | None = None,
+    weight_TK: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`plain_add_norm`."""
+    if not _fused(residual_TH):
+        return plain_add_norm(residual_TH, scale_H, eps, added_SH, slot_TK, weight_TK)
+    hidden = residual_TH.shape[1]
+    choices = 0 if added_SH is None else -1 if slot_TK is None else slot_TK.shape[1]
+    out = torch.empty_like(residual_TH)
+    parts = (residual_TH, scale_H, out, *(out if part is None else part for part in (added_SH, slot_TK, weight_TK)))
+    width = triton.next_power_of_2(hidden)
+    _launch(_add_norm, (len(residual_TH),), *parts, eps, hidden=hidden, K=choices, WIDTH=width, num_warps=8)
+    return out
+
+
+def _fused(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and triton is not None
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    with torch.cuda.device(arguments[0].device):
+        kernel[grid](*arguments, **constants)
