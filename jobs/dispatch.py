@@ -10,6 +10,8 @@ It knows no Ray and no clock: it is told what happened and when, and says what t
   flight no strike;
 - workers that break again and again without a shard between them, and shards of which one after the other fails for
   good, end the job with the reason;
+- a place where a worker was refused is not asked for again for ten minutes, and time in which the driver itself stood
+  still makes no worker hung;
 - a worker for which there is nothing left to do is let go.
 """
 

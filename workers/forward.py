@@ -75,15 +75,18 @@ class Forward:
         query, key, value = torch.split(
             qkv_TW.view(-1, len(cos_PD), sum(sizes), self.head).transpose(1, 2), sizes, dim=1
         )
-        with sdpa_kernel(self._attention_backends(len(cos_PD))):
+        with sdpa_kernel(self._attention_backends(len(cos_PD)), set_priority=True):
             found = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         flat_TH = found.transpose(1, 2).reshape(len(normed_TH), -1)
         return flat_TH @ self._weights("o", attention.o_proj).T
 
     @staticmethod
     def _attention_backends(positions: int) -> list[SDPBackend]:
-        """cuDNN takes half of flash attention's time, and 0.04 to 0.6 s of planning for each new shape (an H200): it
-        is for full rows, whose shape comes again and again."""
+        """The first that can is taken.
+
+        cuDNN takes half of flash attention's time, and 0.04 to 0.6 s of planning for each new shape (an H200): it is
+        for full rows, whose shape comes again and again.
+        """
         full = positions >= 512 and positions & (positions - 1) == 0
         return [SDPBackend.CUDNN_ATTENTION if full else SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
