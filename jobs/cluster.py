@@ -287,7 +287,8 @@ class _Dispatch:
 def lost_with_node(error: RayError) -> bool:
     """Whether a worker went because its machine did; spot machines shut down in order, with a SIGTERM."""
     signs = ("its node has died", "receives a SIGTERM")
-    return isinstance(error, RayActorError) and (error.preempted or any(sign in str(error) for sign in signs))
+    told = " ".join(str(error).split())  # whatever its line breaks
+    return isinstance(error, RayActorError) and (error.preempted or any(sign in told for sign in signs))
 
 
 def _refuse_silence(address: str) -> None:
