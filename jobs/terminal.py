@@ -85,11 +85,11 @@ def duration(seconds: float) -> str:
 
 
 class Reporter:
-    """Progress of one stage, counted in tokens."""
+    """Progress of one stage, counted in tokens or in another unit."""
 
-    def __init__(self, label: str, total: int | None, done: int) -> None:
+    def __init__(self, label: str, total: int | None, done: int, unit: str) -> None:
         self.console = Console(stderr=True)
-        self.label, self.total, self.start_done = label, total, done
+        self.label, self.total, self.start_done, self.unit = label, total, done, unit
         self.done, self.started, self.logged = done, time.monotonic(), time.monotonic()
         columns = (
             TextColumn("{task.description}"),
@@ -101,28 +101,29 @@ class Reporter:
         self.task = self.bar.add_task(label, total=total, completed=done, rate="")
 
     def to(self, done: int, note: str = "") -> None:
-        """The stage has come to `done` tokens."""
+        """The stage has come to `done`."""
         self.done = max(self.done, done)
         rate = self.rate()
-        self.bar.update(self.task, completed=self.done, rate=f"{rate:,.0f} tokens/s {note}")
+        self.bar.update(self.task, completed=self.done, rate=f"{rate:,.0f} {self.unit}/s {note}")
         if not self.console.is_terminal and time.monotonic() - self.logged >= LOG_EVERY_S:
             self.logged = time.monotonic()
             left = "" if self.total is None or not rate else f", {(self.total - self.done) / rate:,.0f} s left"
             of = "" if self.total is None else f" of {self.total:,}"
-            self.console.print(f"{self.label}: {self.done:,}{of} tokens, {rate:,.0f} tokens/s{left} {note}".rstrip())
+            so_far = f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.0f} {self.unit}/s{left} {note}"
+            self.console.print(so_far.rstrip())
 
-    def add(self, tokens: int) -> None:
-        """The stage has come so many tokens further."""
-        self.to(self.done + tokens)
+    def add(self, number: int) -> None:
+        """The stage has come so much further."""
+        self.to(self.done + number)
 
     def rate(self) -> float:
-        """Tokens per second of this run."""
+        """So many a second, in this run."""
         return (self.done - self.start_done) / max(1e-9, time.monotonic() - self.started)
 
 
 @contextmanager
-def reporting(label: str, total: int | None = None, done: int = 0) -> Iterator[Reporter]:
+def reporting(label: str, total: int | None = None, done: int = 0, unit: str = "tokens") -> Iterator[Reporter]:
     """Show the progress of a stage while the block runs."""
-    reporter = Reporter(label, total, done)
+    reporter = Reporter(label, total, done, unit)
     with reporter.bar:
         yield reporter

@@ -298,7 +298,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "quantized already": (
         configure(quantization_config={"load_in_4bit": True}),
-        ["quantized weights already"],
+        ["weights that are quantized already", "only those of bitsandbytes in nf4 or fp4"],
     ),
     "unknown type": (configure(model_type="mixtral2"), ["cannot build", "config.json", "mixtral2"]),
 }

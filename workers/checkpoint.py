@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 # `consolidated*` repeats the weights under other names; sub-folders hold other formats of the same model.
@@ -118,22 +118,26 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint, sorted; all of them exist."""
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
-    if not (folder / _INDEX).is_file():
+    if not (folder / INDEX).is_file():
         raise ValueError(
-            f"{folder} has neither {_SINGLE} nor {_INDEX} (there: {_listing(folder)}); "
-            "only safetensors weights are read"
+            f"{folder} has neither {_SINGLE} nor {INDEX} (there: {_listing(folder)}); only safetensors weights are read"
         )
     try:
-        names = sorted(set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values()))
+        names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / _INDEX} has no readable weight_map: {error!r}") from error
+        raise ValueError(f"{folder / INDEX} has no readable weight_map: {error!r}") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"{folder} lacks {len(missing)} of the {len(names)} weight files that {_INDEX} names: "
+            f"{folder} lacks {len(missing)} of the {len(names)} weight files that {INDEX} names: "
             f"{', '.join(missing[:5])}; fetch them again"
         )
     return [folder / name for name in names]
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """Return the names of all tensors of a checkpoint, as its files hold them, sorted."""
+    return sorted(_tensors(folder))
 
 
 def fingerprint(folder: Path) -> str:

@@ -14,7 +14,8 @@ from torch import nn
 
 from workers.checkpoint import Checkpoint, find_checkpoint, read_config
 
-QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
+FOUR_BITS = ("nf4", "fp4")
+QUANTIZATIONS = (*FOUR_BITS, "int8", "none")
 SORTED = "sorted"
 
 BLOCK = 64  # values that share a scale in NF4 and FP4; bitsandbytes' own, checked after every load
@@ -39,6 +40,7 @@ class ModelDescription(TypedDict):
     """``sorted`` (`workers.forward`), ``unfused`` (one Linear a matrix, in transformers' forward), or transformers'
     ``eager`` or ``grouped_mm`` over fused experts."""
     attention: str
+    """transformers' ``sdpa``, or ``eager`` for a family that has no other (gpt_oss)."""
     layers: list[int]
     """The model's own numbers of the layers that have a router."""
     num_experts: int
@@ -102,14 +104,12 @@ def find_routers(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def build_skeleton(checkpoint: Checkpoint, device_type: str) -> Any:
-    """The model on the meta device: every module and shape, no weights."""
-    if "quantization_config" in read_config(checkpoint.folder):
-        raise ValueError(f"{checkpoint.folder} holds quantized weights already; give the original checkpoint")
+    """The model on the meta device: every module and shape, no weights; its attention is sdpa wherever it has that."""
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         with torch.device("meta"):
             return transformers.AutoModel.from_config(
-                config, dtype=compute_dtype(device_type), attn_implementation="sdpa", trust_remote_code=False
+                config, dtype=compute_dtype(device_type), attn_implementation=None, trust_remote_code=False
             )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -123,13 +123,41 @@ def compute_dtype(device_type: str) -> torch.dtype:
     return torch.float32 if device_type == "cpu" else torch.bfloat16
 
 
+def stored_quantization(checkpoint: Checkpoint) -> str | None:
+    """In what a checkpoint's weights are stored: nf4, fp4, or None where they are not quantized.
+
+    Raises
+    ------
+    ValueError
+        When they are stored in a form that is not read here.
+    """
+    config = read_config(checkpoint.folder)
+    stored = config.get("quantization_config")
+    if stored is None:
+        return None
+    settings = stored if isinstance(stored, dict) else {}
+    kind = settings.get("bnb_4bit_quant_type")
+    if settings.get("quant_method") != "bitsandbytes" or not settings.get("load_in_4bit") or kind not in FOUR_BITS:
+        told = settings.get("quant_method", stored), *(["8 bits"] if settings.get("load_in_8bit") else [])
+        raise ValueError(
+            f"{checkpoint.folder} holds weights that are quantized already ({', '.join(map(str, told))}): only those of"
+            " bitsandbytes in nf4 or fp4 are read; give the original checkpoint"
+        )
+    if not settings.get("bnb_4bit_use_double_quant"):
+        raise ValueError(
+            f"{checkpoint.folder} holds {kind} weights without double quantization, and {kind} means with it here:"
+            f" give the original checkpoint (python jobs/quantize.py writes one in {kind})"
+        )
+    return str(kind)
+
+
 def _expert_backend(skeleton: Any, quantization: str, device_type: str) -> str:
     """`workers.forward` knows one family: plain Mixtral in 4 bits.
 
     Of transformers' own, eager was on a CPU 1.4 times as fast as grouped_mm (8 experts, 4,096 tokens), with equal
     results.
     """
-    if quantization in ("nf4", "fp4") and type(skeleton).__name__ == "MixtralModel":
+    if quantization in FOUR_BITS and type(skeleton).__name__ == "MixtralModel":
         config = skeleton.config
         return SORTED if not config.sliding_window and config.hidden_act == "silu" else "unfused"
     if quantization != "none":
@@ -141,6 +169,12 @@ def describe_checkpoint(checkpoint: Checkpoint, quantization: str, device_type: 
     """`describe_model` for a checkpoint that is found already."""
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization {quantization!r} is none of {', '.join(QUANTIZATIONS)}")
+    stored = stored_quantization(checkpoint)
+    if stored not in (None, quantization):
+        raise ValueError(
+            f"{checkpoint.folder} holds {stored} weights, and quantization {quantization!r} was asked for: ask for"
+            f" {stored!r}, or give the original checkpoint"
+        )
     skeleton = build_skeleton(checkpoint, device_type)
     layers = list(find_routers(skeleton))
     config = skeleton.config.get_text_config()
@@ -157,7 +191,7 @@ def describe_checkpoint(checkpoint: Checkpoint, quantization: str, device_type: 
         compute_dtype=dtype,
         gate_precision=dtype,
         expert_backend=_expert_backend(skeleton, quantization, device_type),
-        attention="sdpa",
+        attention=skeleton.config._attn_implementation,
         layers=layers,
         num_experts=_read(config, _NUM_EXPERTS_NAMES),
         experts_per_token=_read(config, _EXPERTS_PER_TOKEN_NAMES),

@@ -20,9 +20,10 @@ import torch
 import transformers
 from torch import nn
 
-from workers.checkpoint import Checkpoint, find_checkpoint
+from workers.checkpoint import Checkpoint, find_checkpoint, read_config, tensor_names
 from workers.description import (
     BLOCK,
+    FOUR_BITS,
     ModelDescription,
     build_skeleton,
     compute_dtype,
@@ -32,6 +33,7 @@ from workers.description import (
     estimate_checkpoint,
     find_routers,
     quantization_config,
+    stored_quantization,
 )
 
 __all__ = [
@@ -76,7 +78,8 @@ def load_model(
         Branch, tag or commit of a hub model.
     quantization
         Applied while loading: ``nf4`` and ``fp4`` (double quantization, blocks of 64), ``int8`` (LLM.int8),
-        or ``none``.
+        or ``none``. A checkpoint that is quantized already (`workers.saving`, or transformers with its routers left
+        out) loads as it is, and must be in what is asked for.
     device
         Where the whole model goes. The compute dtype follows: float32 on a CPU, else bfloat16.
 
@@ -108,10 +111,11 @@ def load_model(
         experts_per_token=description["experts_per_token"],
         provenance={
             **description,
-            "double_quantization": quantization in ("nf4", "fp4"),
-            "quantization_block": BLOCK if quantization in ("nf4", "fp4") else None,
+            "double_quantization": quantization in FOUR_BITS,
+            "quantization_block": BLOCK if quantization in FOUR_BITS else None,
             "quantized_expert_matrices": _check_precision(checkpoint.folder, loaded, routers, description),
             "weight_bytes": weight_bytes,
+            "quantized_from": read_config(checkpoint.folder).get("quantized_from"),
         },
     )
 
@@ -132,11 +136,20 @@ def _from_pretrained(checkpoint: Checkpoint, description: ModelDescription, targ
     """Run transformers' own loader, with experts that can be quantized, and read its report."""
     quantization = description["quantization"]
     skeleton = build_skeleton(checkpoint, target.type)
+    settings = quantization_config(quantization, skeleton, target.type)
+    quantized_already: dict[str, Any] = {}
+    if stored_quantization(checkpoint) is not None:
+        _check_stored(checkpoint, description, target)
+        # The checkpoint's own settings are equal in all that its weights depend on, and tell another compute dtype.
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        config.quantization_config = settings.to_dict()
+        quantized_already, settings = {"config": config}, None
     with _quiet(), _quantizers(quantization):
         try:
             model, report = transformers.AutoModel.from_pretrained(
                 checkpoint.folder,
-                quantization_config=quantization_config(quantization, skeleton, target.type),
+                **quantized_already,
+                quantization_config=settings,
                 device_map={"": target},
                 dtype=compute_dtype(target.type),
                 attn_implementation=description["attention"],
@@ -171,6 +184,28 @@ def _from_pretrained(checkpoint: Checkpoint, description: ModelDescription, targ
     return model
 
 
+def _check_stored(checkpoint: Checkpoint, description: ModelDescription, target: torch.device) -> None:
+    """Refuse a quantized checkpoint that has other matrices in 4 bits than a load of the original one would have.
+
+    transformers 4 quantizes the routers too, unless they are named in llm_int8_skip_modules.
+    """
+    from workers.quantizer import four_bit_names, quantize_skeleton  # bitsandbytes takes seconds to import
+
+    skeleton = build_skeleton(checkpoint, target.type)
+    quantize_skeleton(skeleton, quantization_config(description["quantization"], skeleton, target.type))
+    names = tensor_names(checkpoint.folder)
+    found = {name.partition(".quant_state.")[0] for name in names if ".quant_state." in name}
+    found = {name for name in found if not name.startswith("lm_head.")}  # which is not loaded
+    wanted = set(four_bit_names(skeleton, names))
+    for what, matrices in (("must not be", found - wanted), ("should be", wanted - found)):
+        if matrices:
+            first = ", ".join(sorted(matrices)[:5])
+            raise ValueError(
+                f"{checkpoint.folder} has {len(matrices)} matrices that {what} quantized, first {first}: here all but"
+                " the routers and the head are, so that its choices would be others; give the original checkpoint"
+            )
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from printing a report that ends in an error here, or is as expected (no head).
@@ -201,14 +236,14 @@ def _quantizers(quantization: str) -> AbstractContextManager[None]:
 def _check_precision(
     folder: Path, model: nn.Module, routers: dict[int, nn.Module], description: ModelDescription
 ) -> int:
-    """Refuse a quantized router, an expert's matrix that is not, and a wrong shape; count the quantized matrices.
+    """Refuse a quantized router, another matrix that is not, and a wrong shape; count the experts' quantized matrices.
 
     transformers has skipped fused experts and dropped them, both without a word (5.0 to 5.6, and see
     `workers.quantizer`); only looking at the parameters themselves shows it.
     """
     quantization = description["quantization"]
     names = {module: name for name, module in model.named_modules()}
-    faults: list[str] = []
+    faults: dict[str, str | None] = {}
     count = 0
     for router in routers.values():
         block = names[router].rpartition(".")[0]
@@ -216,29 +251,29 @@ def _check_precision(
             if parameter.ndim < 2:
                 continue
             gate = leaf.startswith(f"{names[router]}.")
-            fault = _gate_fault(parameter, description) if gate else _matrix_fault(parameter, quantization)
-            faults += [f"{leaf} is {fault}"] if fault else []
+            faults[leaf] = _gate_fault(parameter, description) if gate else _matrix_fault(parameter, quantization)
             count += not gate and quantization != "none"
-    faults += _shape_faults(model)
-    if faults:
+    for name, module in model.named_modules():
+        leaf = f"{name}.weight"
+        if isinstance(module, nn.Linear) and not faults.get(leaf):
+            fault = None if leaf in faults else _matrix_fault(module.weight, quantization)
+            faults[leaf] = fault or _shape_fault(module)
+    found = [f"{leaf} is {fault}" for leaf, fault in faults.items() if fault]
+    if found:
         raise ValueError(
             f"the model loaded from {folder} is not what was asked for ({quantization}; {_versions()}): "
-            f"{len(faults)} tensors, first {'; '.join(faults[:5])}. If the checkpoint is whole, use the versions "
+            f"{len(found)} tensors, first {'; '.join(found[:5])}. If the checkpoint is whole, use the versions "
             "of the lock file, or --quantization none"
         )
     return count
 
 
-def _shape_faults(model: nn.Module) -> list[str]:
-    """Linears whose matrix has another shape than the configuration asks: not checked where it is quantized."""
-    faults = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            wanted = (module.out_features, module.in_features)
-            state = getattr(module.weight, "quant_state", None)
-            found = tuple(module.weight.shape if state is None else state.shape)
-            faults += [f"{name}.weight is of shape {found}, not {wanted}"] if found != wanted else []
-    return faults
+def _shape_fault(linear: nn.Linear) -> str | None:
+    """Another shape than the configuration asks, of a Linear's matrix: not checked where it is quantized."""
+    wanted = (linear.out_features, linear.in_features)
+    state = getattr(linear.weight, "quant_state", None)
+    found = tuple(linear.weight.shape if state is None else state.shape)
+    return None if found == wanted else f"of shape {found}, not {wanted}"
 
 
 def _gate_fault(parameter: nn.Parameter, description: ModelDescription) -> str | None:
@@ -247,8 +282,8 @@ def _gate_fault(parameter: nn.Parameter, description: ModelDescription) -> str |
     return None if str(parameter.dtype) == f"torch.{wanted}" else f"{parameter.dtype}, not {wanted}"
 
 
-def _matrix_fault(parameter: nn.Parameter, quantization: str) -> str | None:
-    """What an expert's matrix is instead of what it should be, or None."""
+def _matrix_fault(parameter: torch.Tensor, quantization: str) -> str | None:
+    """What a matrix that is no router's is instead of what it should be, or None."""
     kind = type(parameter).__name__
     if quantization == "none":
         return None if parameter.is_floating_point() else f"{parameter.dtype}, not floating point"

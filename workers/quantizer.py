@@ -12,7 +12,7 @@ devices: `workers.loading` checks after every load that the matrices really are 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 from transformers.integrations.moe import _default_apply_gate
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -167,14 +167,21 @@ class Unfusing4bit(_Unfusing, Bnb4BitHfQuantizer):  # type: ignore[misc]
     """NF4 and FP4."""
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
-        """Keep bitsandbytes from computing in bfloat16 on CPUs that have AVX512-BF16.
+        """Have the compute dtype decide, and nothing else, in what matrices are dequantized and multiplied.
 
-        There its Linear4bit repacks the weight in its first forward and rounds inputs and scales to bfloat16,
-        whatever the compute dtype: choices would differ from one CPU to the next.
+        On CPUs that have AVX512-BF16 bitsandbytes' Linear4bit repacks the weight in its first forward and rounds
+        inputs and scales to bfloat16: choices would differ from one CPU to the next. A checkpoint that is quantized
+        already brings the dtype of the device that quantized it, and transformers leaves all else in the file's.
         """
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        dtype = self.quantization_config.bnb_4bit_compute_dtype
+        for module in four_bit_linears(model).values():
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if (state := getattr(module.weight, "quant_state", None)) is not None:
+                state.dtype = dtype
+        in_full = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+        for name, parameter in model.named_parameters():
+            if self.pre_quantized and type(parameter) is nn.Parameter and parameter.is_floating_point():
+                parameter.data = parameter.data if any(part in name for part in in_full) else parameter.data.to(dtype)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 
@@ -192,6 +199,53 @@ def unfusing_quantizers() -> Iterator[None]:
         yield
     finally:
         auto.AUTO_QUANTIZER_MAPPING.update(stock)
+
+
+def four_bit_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules, by name, whose matrix is in 4 bits, or should be."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+
+
+def four_bit_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
+    """Which tensors of a checkpoint are 4-bit matrices of the model.
+
+    Parameters
+    ----------
+    skeleton
+        Of the base model, after `quantize_skeleton`.
+    names
+        As the checkpoint calls them.
+
+    Returns
+    -------
+    dict
+        The checkpoint's name of each matrix's weight → the model's.
+
+    Raises
+    ------
+    ValueError
+        When a 4-bit matrix of the model has no tensor.
+    """
+    renamings = [
+        transform
+        for transform in get_model_conversion_mapping(skeleton, add_legacy=False)
+        if isinstance(transform, WeightRenaming)
+    ]
+    wanted = {f"{name}.weight" for name in four_bit_linears(skeleton)}
+    found = {}
+    for name in names:
+        own = name
+        for renaming in renamings:
+            own, _ = renaming.rename_source_key(own)
+        own = own.removeprefix(f"{skeleton.base_model_prefix}.")
+        if own in wanted:
+            found[name] = own
+    if missing := sorted(wanted - set(found.values())):
+        raise ValueError(
+            f"{len(missing)} of the {len(wanted)} matrices that should be in 4 bits are not in the checkpoint:"
+            f" {', '.join(missing[:5])}"
+        )
+    return found
 
 
 def quantize_skeleton(model: nn.Module, settings: Any) -> None:

@@ -121,6 +121,7 @@ class RouteRecorder:
                 raise RoutingError(f"layer {layer}: its router is that of layer {owner[router]} too")
         self.num_experts, self.k = num_experts, experts_per_token
         self._choices: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._finite: dict[int, torch.Tensor] = {}
         self._again: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._sample = torch.zeros(0, dtype=torch.long)
         self._fired: list[int] = []
@@ -156,8 +157,9 @@ class RouteRecorder:
         -------
         experts_TLK : uint8 tensor (int32 where E > 255)
         weights_TLK : float16 tensor
-        faults_LF : bool tensor, shape (L, 3)
-            Per layer: an illegal or doubled expert, a weight that is not finite, a sample that does not agree.
+        faults_LF : int64 tensor, shape (L, 3)
+            Per layer the first token, of rows · positions, that shows an illegal or doubled expert, a logit or weight
+            that is not finite, a sample that does not agree (then the first of the sample); -1 where there is none.
 
         Raises
         ------
@@ -169,7 +171,7 @@ class RouteRecorder:
         picks = np.roll(picks, self._batches)
         self._batches, self._tokens = self._batches + 1, token.numel()
         self._choices, self._fired = {layer: [] for layer in self.routers}, []
-        self._again = {}
+        self._finite, self._again = {}, {}
         self._sample = torch.from_numpy(picks).to(token.device)
         try:
             with suppress(_LastRouterDone):  # no mask and no cache: plain causal attention, each row alone
@@ -189,6 +191,7 @@ class RouteRecorder:
             if len(experts_TK) != self._tokens:  # told at once: the layer's experts would fail on it
                 raise RoutingError(f"layer {layer}: its router chose for {len(experts_TK)} tokens of {self._tokens}")
             self._choices[layer].append((experts_TK, weights_TK))
+            self._finite[layer] = _finite(output)
             self._again[layer] = self._asked_again(layer, args[0].reshape(-1, args[0].shape[-1])[self._sample])
             if last:
                 raise _LastRouterDone
@@ -213,14 +216,16 @@ class RouteRecorder:
             if layer != fired_layer:
                 raise RoutingError(f"layer {layer}: in its place fired the router recorded as layer {fired_layer}'s")
         experts_LTK, weights_LTK = self._stacked([fired[0] for fired in self._choices.values()])
-        experts_LFK, weights_LFK = experts_LTK[:, filled], weights_LTK[:, filled]
-        illegal_L = self._illegal(experts_LFK).flatten(1).any(dim=1)
-        turned = [experts_LFK.roll(by, dims=-1) for by in range(1, self.k)]
-        doubled_L = sum(((experts_LFK == other).flatten(1).any(dim=1) for other in turned), torch.zeros_like(illegal_L))
-        infinite_L = ~weights_LFK.isfinite().flatten(1).all(dim=1)
+        experts_LFK = experts_LTK[:, filled]
+        wrong_LF = self._illegal(experts_LFK).any(dim=-1)
+        illegal_L = wrong_LF.any(dim=1)
+        for by in range(1, self.k):
+            wrong_LF |= (experts_LFK == experts_LFK.roll(by, dims=-1)).any(dim=-1)
+        finite_LF = torch.stack(list(self._finite.values()))[:, filled]
         was = experts_LTK[:, self._sample], weights_LTK[:, self._sample]
         other_L = ~illegal_L & self._disagree(was, self._stacked(list(self._again.values())))
-        faults_LF = torch.stack([illegal_L | doubled_L, infinite_L, other_L], dim=1)
+        firsts = _first(wrong_LF, filled), _first(~finite_LF, filled), _first(other_L[:, None], self._sample)
+        faults_LF = torch.stack(firsts, dim=1)
         dtype = torch.uint8 if self.num_experts <= 255 else torch.int32
         return experts_LTK.transpose(0, 1).to(dtype), weights_LTK.transpose(0, 1).half(), faults_LF
 
@@ -247,6 +252,18 @@ class RouteRecorder:
         close_LTK = (again[1] - was[1]).abs() <= WEIGHT_TOLERANCE * was[1].abs()
         agrees_LT = close_LTK.all(dim=-1) & (shared_LT >= max(1, self.k - 1))
         return agrees_LT.float().mean(dim=1) < SAMPLE_AGREEING
+
+
+def _finite(output: Any) -> torch.Tensor:
+    """Whether all that a router tells of each token, weights and logits, is finite; bool, shape (T,)."""
+    parts = output if isinstance(output, tuple) else (output,)
+    floats = [part for part in parts if torch.is_tensor(part) and part.is_floating_point()]
+    return torch.stack([part.flatten(0, -2).isfinite().all(dim=-1) for part in floats]).all(dim=0)
+
+
+def _first(found_LF: torch.Tensor, token_F: torch.Tensor) -> torch.Tensor:
+    """Of each layer the first token that was found, or -1; int64, shape (L,)."""
+    return torch.where(found_LF.any(dim=1), token_F[found_LF.int().argmax(dim=1)], -1)
 
 
 def _of_layer(layer: int, output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:

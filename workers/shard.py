@@ -26,7 +26,17 @@ class DeviceLost(RuntimeError):
 
 
 class RoutingError(RuntimeError):
-    """What the routers gave cannot be what the model did with these rows; the message names layer and row."""
+    """What the routers gave cannot be what the model did with these rows; the message names layer and row.
+
+    Parameters
+    ----------
+    row
+        The first row of the micro-batch that shows it, where it shows in one.
+    """
+
+    def __init__(self, message: str, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 class Engine(Protocol):
@@ -114,7 +124,12 @@ def route_rows(
         for batch in micro_batches(rows.length, batch_tokens):
             length = rows.length[batch]
             width = int(length.max())
-            routes = engine.route(rows.token[batch, :width], length)
+            try:
+                routes = engine.route(rows.token[batch, :width], length)
+            except RoutingError as error:
+                if error.row is None:
+                    raise
+                raise RoutingError(f"{error} of row {batch[error.row]} of the shard") from error
             if pending is not None:
                 pending.result()
             pending = putter.submit(put, batch, length, width, *routes)

@@ -1,0 +1,76 @@
+"""A checkpoint in 4 bits: `python jobs/quantize.py MODEL OUT`, once, so that later starts read 25 GB and not 93."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import tyro
+
+from jobs.terminal import reporting, run_job, say
+
+MEGABYTE = 10**6
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """Write a checkpoint's matrices in 4 bits, as bitsandbytes and transformers store them, all else as it is.
+
+    A capture with --model OUT chooses what one with --model MODEL chooses, to the bit on the same type of device, but
+    is another capture: the store tells them apart. One matrix is on the device at a time. Prints the folder's path.
+    Exit status: 0 written, 2 not to be written.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Checkpoint: a hub id, a folder, or "tiny" for the small Mixtral that is made here."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder to write; it must not exist. It appears when it is whole."""
+    quantization: Literal["nf4", "fp4"] = "nf4"
+    """Both in blocks of 64, with double quantization. Routers and head are never quantized."""
+    model_revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where matrices are quantized. auto: a GPU if this machine has one."""
+
+
+def main(arguments: list[str]) -> int:
+    """Write the checkpoint and print its path."""
+    config = tyro.cli(QuantizeConfig, prog="python jobs/quantize.py", args=arguments, use_underscores=True)
+
+    import torch  # takes seconds, and --help does not wait for it
+
+    from workers.checkpoint import find_checkpoint, weight_files
+    from workers.saving import quantize_checkpoint
+    from workers.tiny import model_path
+
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    device = here if config.device == "auto" else config.device
+    checkpoint = find_checkpoint(model_path(config.model), config.model_revision, weights=True)
+    read_bytes = sum(file.stat().st_size for file in weight_files(checkpoint.folder))
+    done_bytes = 0
+    with reporting(f"quantize on {device}", total=read_bytes // MEGABYTE, unit="MB") as report:
+
+        def count(tensor_bytes: int) -> None:
+            nonlocal done_bytes
+            done_bytes += tensor_bytes
+            report.to(done_bytes // MEGABYTE)
+
+        quantize_checkpoint(
+            model_path(config.model),
+            config.out,
+            revision=config.model_revision,
+            quantization=config.quantization,
+            device=device,
+            progress=count,
+        )
+    written_bytes = sum(file.stat().st_size for file in weight_files(config.out))
+    say(f"{read_bytes:,} bytes of weights became {written_bytes:,}; capture with --model {config.out}")
+    print(config.out)
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,250 @@
+"""Checkpoints in 4 bits: what is written is what a load would have made, and what is read is what was written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from workers.checkpoint import find_checkpoint, weight_files
+from workers.description import describe_model, estimate_bytes
+from workers.engine import ModelEngine
+from workers.loading import load_model
+from workers.saving import quantize_checkpoint
+from workers.tiny import EXPERTS, LAYERS, tiny_checkpoint
+
+ROOT = Path(__file__).parents[1]
+MOE = "model.layers.3.block_sparse_moe"
+# What transformers 4.57.1 with bitsandbytes 0.50.2 stores of one matrix of the tiny Mixtral (read from its file).
+STORED = {
+    "": (torch.uint8, (4096, 1)),
+    ".absmax": (torch.uint8, (128,)),
+    ".nested_absmax": (torch.float32, (1,)),
+    ".nested_quant_map": (torch.float32, (256,)),
+    ".quant_map": (torch.float32, (16,)),
+    ".quant_state.bitsandbytes__nf4": (torch.uint8, None),
+}
+# Its settings, as its config.json holds them, with llm_int8_skip_modules=["gate", "lm_head"].
+TRANSFORMERS_4 = {
+    "_load_in_4bit": True,
+    "_load_in_8bit": False,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8",
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False,
+    "llm_int8_skip_modules": ["gate", "lm_head"],
+    "llm_int8_threshold": 6.0,
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "quant_method": "bitsandbytes",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def nf4(tiny: Path) -> Path:
+    return quantize_checkpoint(tiny, tiny.parent / "tiny-nf4", device="cpu")
+
+
+@pytest.fixture
+def copy(nf4: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(nf4, tmp_path / "copy")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_quantized_checkpoint_loads_as_the_original_quantized_while_loading(
+    tiny: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = quantize_checkpoint(tiny, tmp_path / kind, quantization=kind, device="cpu")
+    original, loaded = (load_model(model, quantization=kind, device="cpu") for model in (tiny, folder))
+    wanted, got = original.model.state_dict(), loaded.model.state_dict()
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():  # scales and dtypes too: a 4-bit matrix has them in its state
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor), name
+    different = {name for name, value in original.provenance.items() if loaded.provenance[name] != value}
+    assert different == {"model", "model_revision", "quantized_from"}
+    assert loaded.provenance["quantized_from"] == {
+        "model": "tiny",
+        "revision": original.provenance["model_revision"],
+    }
+    token = np.random.default_rng(0).integers(0, 32_000, (4, 16))
+    length = np.array([16, 9, 3, 1])
+    for one, other in zip(*(ModelEngine(model).route(token, length) for model in (original, loaded)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_files_hold_what_transformers_4_writes(tiny: Path, nf4: Path) -> None:
+    written, original = tensors(nf4), tensors(tiny)
+    matrix = f"{MOE}.experts.5.w2.weight"
+    assert {name for name in written if name.startswith(matrix)} == {f"{matrix}{part}" for part in STORED}
+    for part, (dtype, shape) in STORED.items():
+        assert written[f"{matrix}{part}"].dtype == dtype
+        assert shape is None or written[f"{matrix}{part}"].shape == shape
+    facts = json.loads(bytes(written[f"{matrix}.quant_state.bitsandbytes__nf4"].tolist()))
+    assert facts.pop("nested_offset") == pytest.approx(0.2, abs=0.2)
+    assert facts == {
+        "quant_type": "nf4",
+        "blocksize": 64,
+        "dtype": "bfloat16",
+        "shape": [64, 128],
+        "nested_blocksize": 256,
+        "nested_dtype": "float32",
+    }
+    state = bitsandbytes.functional.QuantState.from_dict(
+        {part[1:]: written[f"{matrix}{part}"] for part in STORED if part}, torch.device("cpu")
+    )
+    error = bitsandbytes.functional.dequantize_4bit(written[matrix], state) - original[matrix]
+    assert 0 < error.float().std() / original[matrix].float().std() < 0.12
+    quantized = {name.partition(".quant_state.")[0] for name in written if ".quant_state." in name}
+    assert len(quantized) == LAYERS * (4 + EXPERTS * 3)
+    for name in original.keys() - quantized:  # gates, norms, embeddings, head
+        assert torch.equal(written[name], original[name])
+    assert f"{MOE}.gate.weight" in original.keys() - quantized
+    config = json.loads((nf4 / "config.json").read_text())
+    assert config["quantization_config"] == TRANSFORMERS_4
+    assert config["architectures"] == ["MixtralForCausalLM"]
+    assert (nf4 / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+
+
+def test_the_bytes_told_hold_for_a_quantized_checkpoint_too(tiny: Path, nf4: Path) -> None:
+    assert estimate_bytes(nf4, device_type="cpu") == estimate_bytes(tiny, device_type="cpu")
+    assert describe_model(nf4, device_type="cpu")["quantization"] == "nf4"
+
+
+def configure(**settings: object) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] |= settings
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+def quantize_one(matrix: str) -> Callable[[Path], None]:
+    """As transformers 4 does with a matrix that was not named among those to skip."""
+
+    def apply(folder: Path) -> None:
+        for file in weight_files(folder):
+            held = load_file(file)
+            if matrix in held:
+                packed, state = bitsandbytes.functional.quantize_4bit(
+                    held[matrix], blocksize=64, compress_statistics=True, quant_type="nf4"
+                )
+                held |= {f"{matrix}.{part}": value for part, value in state.as_dict(packed=True).items()}
+                save_file(held | {matrix: packed}, file, metadata={"format": "pt"})
+        places = {name: file.name for file in weight_files(folder) for name in load_file(file)}
+        index = {"metadata": {}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return apply
+
+
+def leave_in_full(folder: Path) -> None:
+    """As where a matrix was named among those to skip."""
+    matrix = "model.layers.0.self_attn.k_proj.weight"
+    file = weight_files(folder)[0]
+    held = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(matrix)}
+    save_file(held | {matrix: torch.ones(32, 64, dtype=torch.bfloat16)}, file, metadata={"format": "pt"})
+
+
+def blocks_of_128(folder: Path) -> None:
+    file = weight_files(folder)[0]
+    held = load_file(file)
+    for name in held:
+        if name.endswith("experts.0.w1.weight.quant_state.bitsandbytes__nf4"):
+            facts = bytes(held[name].tolist()).replace(b'"blocksize": 64', b'"blocksize": 128')
+            held[name] = torch.tensor(list(facts), dtype=torch.uint8)
+    save_file(held, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "asked", "words"),
+    [
+        (lambda folder: None, "fp4", ["holds nf4 weights", "'fp4' was asked for"]),
+        (lambda folder: None, "none", ["holds nf4 weights", "'none' was asked for"]),
+        (configure(quant_method="gptq"), "nf4", ["quantized already (gptq)", "only those of bitsandbytes"]),
+        (configure(load_in_4bit=False, load_in_8bit=True), "nf4", ["quantized already (bitsandbytes, 8 bits)"]),
+        (configure(bnb_4bit_use_double_quant=False), "nf4", ["without double quantization", "jobs/quantize.py"]),
+        (quantize_one(f"{MOE}.gate.weight"), "nf4", ["1 matrices that must not be quantized", f"{MOE}.gate.weight"]),
+        (leave_in_full, "nf4", ["1 matrices that should be quantized", "layers.0.self_attn.k_proj.weight"]),
+        (blocks_of_128, "nf4", ["(type, block, double) = ('nf4', 128, True), not ('nf4', 64, True)", "experts.0.w1"]),
+    ],
+)
+def test_a_checkpoint_quantized_otherwise_is_refused_with_what_differs(
+    copy: Path, spoil: Callable[[Path], None], asked: str, words: list[str]
+) -> None:
+    spoil(copy)
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011 (the words are checked below)
+        load_model(copy, quantization=asked, device="cpu")
+    for word in [str(copy), *words]:
+        assert word in str(refusal.value)
+
+
+def test_a_quantized_head_does_not_matter_since_it_is_not_loaded(copy: Path, nf4: Path) -> None:
+    quantize_one("lm_head.weight")(copy)
+    got, wanted = (load_model(folder, device="cpu").model.state_dict() for folder in (copy, nf4))
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is(
+    tiny: Path, nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="is quantized already, in nf4: it loads as it is"):
+        quantize_checkpoint(nf4, tmp_path / "again", device="cpu")
+    with pytest.raises(ValueError, match=f"{nf4} exists"):
+        quantize_checkpoint(tiny, nf4, device="cpu")
+    with pytest.raises(ValueError, match="'int8' is none of nf4, fp4"):
+        quantize_checkpoint(tiny, tmp_path / "int8", quantization="int8", device="cpu")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(ValueError, match=rf"will take [\d,]+ bytes, and {tmp_path} has 1,000 free"):
+        quantize_checkpoint(tiny, tmp_path / "deeper" / "small", device="cpu")
+    assert not list(tmp_path.iterdir())
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
+sys.argv = ["quantize.py", *sys.argv[2:]]
+sys.path[0] = {root!r}
+from jobs.quantize import main
+from jobs.terminal import run_job
+run_job(main)
+"""
+
+
+def test_a_write_that_fails_leaves_no_folder_and_a_run_after_one_that_was_killed_does(
+    tiny: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"left by a run that was killed")
+    arguments = [str(tiny), str(out), "--device", "cpu"]
+    limited = [sys.executable, "-c", LIMITED.format(root=str(ROOT)), "-", *arguments]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "out.partial/model-00001-of-00002.safetensors could not be written" in done.stderr
+    assert not list(tmp_path.iterdir())
+    command = [sys.executable, str(ROOT / "jobs" / "quantize.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert find_checkpoint(out, weights=True).model == "out"
