@@ -39,6 +39,16 @@ def tiny_model(tiny_folder: Path, request: pytest.FixtureRequest):  # type: igno
     return load_model(tiny_folder, quantization=request.param, device="cpu")
 
 
+@pytest.fixture(scope="session")
+def gpu() -> None:
+    """A CUDA device, or the test is skipped."""
+    import torch
+
+    if not torch.cuda.is_available():
+        assert os.environ.get("REQUIRE_GPU") != "1", "REQUIRE_GPU=1, and there is no GPU"
+        pytest.skip("no GPU")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ran:
     """A command that has ended."""

@@ -79,8 +79,6 @@ def test_every_kernel_computes_its_plain_form_interpreted() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
 def test_every_kernel_computes_its_plain_form_on_a_gpu() -> None:
-    if not torch.cuda.is_available():
-        assert os.environ.get("REQUIRE_GPU") != "1", "REQUIRE_GPU=1, and there is no GPU"
-        pytest.skip("no GPU")
     expect_equal(compared())

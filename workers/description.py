@@ -140,8 +140,9 @@ def stored_quantization(checkpoint: Checkpoint) -> str | None:
     if settings.get("quant_method") != "bitsandbytes" or not settings.get("load_in_4bit") or kind not in FOUR_BITS:
         told = settings.get("quant_method", stored), *(["8 bits"] if settings.get("load_in_8bit") else [])
         raise ValueError(
-            f"{checkpoint.folder} holds weights that are quantized already ({', '.join(map(str, told))}): only those of"
-            " bitsandbytes in nf4 or fp4 are read; give the original checkpoint"
+            f"{checkpoint.folder} (model_type {config.get('model_type')}) holds weights that are quantized already"
+            f" ({', '.join(map(str, told))}): only those of bitsandbytes in nf4 or fp4 are read; give the original"
+            " checkpoint, or where that is quantized itself (gpt_oss, deepseek_v3) a copy in bfloat16"
         )
     if not settings.get("bnb_4bit_use_double_quant"):
         raise ValueError(

@@ -4,6 +4,7 @@ On a CPU one thread computes: with other numbers of threads matrix products roun
 them), and the same shard must have the same bytes on every machine.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,16 +91,22 @@ class ModelEngine:
 def load_engine(model: str | Path, *, revision: str | None, quantization: str, device: str) -> ModelEngine:
     """Load a model as an engine; the arguments are those of `workers.loading.load_model`, or the model is "tiny".
 
-    What no router needs is let go: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
+    What no router needs is not kept: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
     """
     if device != "cpu":  # before the first allocation; segments that grow waste 2 GiB less (measured)
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     loaded = load_model(model_path(model), revision=revision, quantization=quantization, device=device)
+    drop_last_experts(loaded)
+    return ModelEngine(loaded)
+
+
+def drop_last_experts(loaded: LoadedModel) -> None:
+    """Let the experts of the last layer go: no router follows them."""
     last = list(loaded.routers.values())[-1]
     for block in [module for module in loaded.model.modules() if last in module.children()]:
         if hasattr(block, "experts"):
             del block.experts
-    return ModelEngine(loaded)
+    gc.collect()  # a 4-bit matrix and its module hold each other
 
 
 @contextmanager

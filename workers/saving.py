@@ -90,7 +90,7 @@ def quantize_checkpoint(
             tensors: dict[str, torch.Tensor] = {}
             for name, tensor in _read(file):
                 progress(tensor.nbytes)
-                tensors |= _quantized(name, tensor, quantization, device) if name in matrices else {name: tensor}
+                tensors |= in_four_bits(name, tensor, quantization, device) if name in matrices else {name: tensor}
             _write(tensors, partial / file.name)
             shutil.copymode(file, partial / file.name)
             places |= dict.fromkeys(tensors, file.name)
@@ -118,7 +118,7 @@ def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensors.get_tensor(name)
 
 
-def _quantized(name: str, matrix: torch.Tensor, quantization: str, device: torch.device) -> dict[str, torch.Tensor]:
+def in_four_bits(name: str, matrix: torch.Tensor, quantization: str, device: torch.device) -> dict[str, torch.Tensor]:
     """A matrix as bitsandbytes stores it: the packed values and, beside them, what they are scaled by."""
     from bitsandbytes.functional import quantize_4bit  # takes seconds to import
 

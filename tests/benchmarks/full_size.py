@@ -1,12 +1,14 @@
 """Mixtral 8x7B's full size with random weights, made on the GPU: what the GPU benchmarks and tests run."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-from workers.description import quantization_config
+from workers.description import find_routers, quantization_config
+from workers.loading import LoadedModel
 from workers.quantizer import quantize_skeleton
 
 WIDTH = {
@@ -69,3 +71,15 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
         setattr(module, leaf, made)
     model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
     return model.eval().requires_grad_(False)
+
+
+def as_loaded(model: Any) -> LoadedModel:
+    """The model, as if `load_model` had loaded it."""
+    return LoadedModel(
+        folder=Path(),
+        model=model,
+        routers=find_routers(model),
+        num_experts=WIDTH["num_local_experts"],
+        experts_per_token=WIDTH["num_experts_per_tok"],
+        provenance={"model": "random", "expert_backend": "sorted"},
+    )

@@ -1,22 +1,31 @@
 """The engine against the floor and its rivals, on one GPU: `python tests/benchmarks/gpu.py -o RESULT.json`, by hand.
 
-Makes Mixtral 8x7B's full size on the card (random weights, NF4) and prints one table: tokens/s of our forward by tokens
-a micro-batch and by row length, with and without capture; of its GEMMs alone; and of the rivals that need no more
-packages. The card is limited in power and slows down under load, so that rounds of all contestants alternate, and what
-counts is the ratio of medians in one run. `--profile` lists where the time of one forward goes.
+Makes Mixtral 8x7B's full size on the card (random weights, NF4; for two rivals bf16, 87 GiB) and prints one table:
+tokens/s of our forward by tokens a micro-batch and by row length, without capture, with it, and with the store written
+to disk beside it; of its matrix products alone; and of the rivals that need no more packages. The card is limited in
+power and slows down under load, so that rounds of all contestants alternate, and what counts is the ratio of medians in
+one run. `--profile` lists where the time of one forward goes.
 """
 
 import argparse
+import gc
 import json
+import os
 import statistics
 import sys
+import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `workers.engine.load_engine` does
 
 import numpy as np
 import torch
@@ -24,19 +33,29 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from full_size import WIDTH, full_size_model, random_matrix  # noqa: E402
+from full_size import WIDTH, as_loaded, full_size_model, random_matrix  # noqa: E402
 
+from jobs.local import fill_shards  # noqa: E402
+from store.group import CaptureGroup  # noqa: E402
+from store.layout import Layout  # noqa: E402
+from store.lease import lease  # noqa: E402
+from store.plan import Plan, Rows  # noqa: E402
 from workers.description import find_routers  # noqa: E402
+from workers.engine import ModelEngine, drop_last_experts  # noqa: E402
 from workers.forward import Forward  # noqa: E402
+from workers.replica import Order, Replica  # noqa: E402
 from workers.routes import RouteRecorder, _LastRouterDone  # noqa: E402
 
 HIDDEN, INNER = WIDTH["hidden_size"], WIDTH["intermediate_size"]
 QKV = HIDDEN + 2 * HIDDEN // 4
 EXPERTS, CHOICES = WIDTH["num_local_experts"], WIDTH["num_experts_per_tok"]
+POSITIONS = 2048
 GIB = 2**30
 
+Run = Callable[[], None]
 
-def gemms(layers: int, tokens: int) -> Callable[[], None]:
+
+def gemms(layers: int, tokens: int) -> Run:
     """Every matrix product of a forward that stops at the last router, with bf16 weights that all layers share."""
     generator = torch.Generator("cuda").manual_seed(1)
     weights = {name: random_matrix(shape, generator) for name, shape in {
@@ -59,15 +78,8 @@ def gemms(layers: int, tokens: int) -> Callable[[], None]:
     return run
 
 
-def forward(model: Any, ids: torch.Tensor) -> Callable[[], None]:
-    """Our forward, without capture."""
-    ours = Forward(model)
-    return lambda: ours(ids)
-
-
-def captured(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+def captured(model: Any, ours: Forward, ids: torch.Tensor) -> Run:
     """Our forward with its proof and its copy to the host."""
-    ours = Forward(model)
     recorder = RouteRecorder(find_routers(model), EXPERTS, CHOICES)
     length = np.full(len(ids), ids.shape[1], np.int32)
 
@@ -79,7 +91,7 @@ def captured(model: Any, ids: torch.Tensor) -> Callable[[], None]:
     return run
 
 
-def stock(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+def stock(model: Any, ids: torch.Tensor) -> Run:
     """transformers' forward over un-fused experts, stopped at the last router."""
     last = list(find_routers(model).values())[-1]
 
@@ -98,7 +110,48 @@ def stock(model: Any, ids: torch.Tensor) -> Callable[[], None]:
     return run
 
 
-def alternate(contestants: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
+def router_logits(model: Any, ids: torch.Tensor) -> Run:
+    """What transformers offers: all layers' logits from a whole forward of the base model, then the largest two."""
+
+    def run() -> None:
+        found = model(input_ids=ids, use_cache=False, output_router_logits=True).router_logits
+        assert len(found) == len(model.layers)
+        for logits in found:
+            for part in logits.softmax(-1).topk(CHOICES):
+                part.cpu()
+
+    return run
+
+
+def notebook(model: Any, ids: torch.Tensor) -> Run:
+    """The notebook that this project grew from, its hooks on `mlp.gate`: Python lists, one text at a time."""
+    token_experts: dict[int, list[list[int]]] = defaultdict(list)
+    expert_tokens: dict[tuple[int, int], list[int]] = defaultdict(list)
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(gate: Any, inputs: Any, output: Any) -> None:
+            chosen = torch.topk(output[0], CHOICES, dim=-1).indices
+            for position in range(len(chosen)):
+                token = ids[0, position].item()
+                pair = chosen[position].tolist()
+                token_experts[token].append(pair)
+                for expert in pair:
+                    expert_tokens[layer, expert].append(token)
+
+        return hook
+
+    def run() -> None:
+        handles = [layer.mlp.gate.register_forward_hook(keep(number)) for number, layer in enumerate(model.layers)]
+        try:
+            model(input_ids=ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return run
+
+
+def alternate(contestants: dict[str, Run], seconds: float) -> dict[str, float]:
     """Median seconds of a round of each, warm, in turns."""
     took: dict[str, list[float]] = {name: [] for name in contestants}
     end = time.monotonic() + seconds
@@ -112,38 +165,148 @@ def alternate(contestants: dict[str, Callable[[], None]], seconds: float) -> dic
     return {name: statistics.median(times[1:]) for name, times in took.items()}
 
 
-def row(model: Any, layers: int, tokens: int, positions: int, names: list[str], seconds: float) -> dict[str, Any]:
-    """One row of the table: all contestants at one shape."""
-    ids = torch.randint(0, WIDTH["vocab_size"], (max(1, tokens // positions), positions), device="cuda")
-    make = {"forward": forward, "captured": captured, "stock": stock}
+def tokens_of(tokens: int, positions: int) -> torch.Tensor:
+    """Random ids, (tokens / positions, positions)."""
+    return torch.randint(0, WIDTH["vocab_size"], (max(1, tokens // positions), positions), device="cuda")
+
+
+class Table:
+    """Rows as they are measured."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.rows = seconds, []  # type: float, list[dict[str, Any]]
+
+    def measure(self, ids: torch.Tensor, make: dict[str, Callable[[], Run]], weights: dict[str, str]) -> None:
+        """A row for each contestant at one shape; a ratio to the matrix products where they took part."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        peaks, contestants = {}, {}
+        for name, maker in make.items():
+            torch.cuda.reset_peak_memory_stats()
+            contestants[name] = maker()
+            contestants[name]()
+            torch.cuda.synchronize()
+            peaks[name] = torch.cuda.max_memory_allocated() / GIB
+        for name, second in (took := alternate(contestants, self.seconds)).items():
+            row = {
+                "system": name,
+                "weights": weights.get(name, "nf4"),
+                "tokens": ids.numel(),
+                "positions": ids.shape[1],
+            }
+            row |= {"tokens_per_s": round(ids.numel() / second), "peak_gib": round(peaks[name], 2)}
+            for other in ("gemms", "forward"):
+                if other in took and name in ("forward", "captured") and other != name:
+                    row[f"ratio_to_{other}"] = round(took[other] / second, 4)
+            self.add(row)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep and print a row."""
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+
+    def ours(self, model: Any, ids: torch.Tensor, *, rivals: bool = True) -> None:
+        """Our forward at one shape, beside its matrix products and, up to 32,768 tokens, transformers' forward."""
+        ours = Forward(model)
+        make: dict[str, Callable[[], Run]] = {
+            "forward": lambda: partial(ours, ids),
+            "captured": partial(captured, model, ours, ids),
+        }
+        if rivals and ids.numel() <= 32_768:
+            make["transformers' forward, stopped at the last router"] = partial(stock, model, ids)
+        if rivals:
+            make["gemms"] = partial(gemms, len(model.layers), ids.numel())
+        self.measure(ids, make, {"gemms": "bf16"})
+
+
+def under_a_cap(table: Table, model: Any, cap_gib: float, sizes: list[int]) -> None:
+    """Our forward with capture where the allocator may take no more than a small card has."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    gc.collect()
     torch.cuda.empty_cache()
-    peaks, contestants = {}, {}
-    for name in names:
+    torch.cuda.set_per_process_memory_fraction(cap_gib * GIB / total)
+    for tokens in sizes:
+        ids = tokens_of(tokens, POSITIONS)
+        ours = Forward(model)
+        try:
+            table.measure(ids, {f"captured, {cap_gib} GiB at most": partial(captured, model, ours, ids)}, {})
+            table.rows[-1]["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
+        except torch.OutOfMemoryError:
+            table.add({"system": f"captured, {cap_gib} GiB at most", "tokens": ids.numel(), "out_of_memory": True})
+            break
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def written(table: Table, model: Any, shards: int) -> None:
+    """Whole shards, committed to a store on disk while the next is computed, against the same forward without any.
+
+    The rate of a capture is that between its first and its last commit: a capture of a week has no end worth counting.
+    The forward alone runs as long before it and after it.
+    """
+    layout = Layout(
+        sequence_length=POSITIONS,
+        rows_per_shard=128,
+        layers=tuple(range(len(model.layers))),
+        num_experts=EXPERTS,
+        experts_per_token=CHOICES,
+        vocab_size=WIDTH["vocab_size"],
+    )
+    rows = 128 * shards
+    token = np.random.default_rng(0).integers(0, WIDTH["vocab_size"], (rows, POSITIONS), dtype=np.int32)
+    length, ids = np.full(rows, POSITIONS, np.int32), tokens_of(32_768, POSITIONS)
+    ours = Forward(model)
+
+    def forwards() -> float:
+        return alternate({"forward": lambda: ours(ids)}, 12 * shards / 2)["forward"]
+
+    with tempfile.TemporaryDirectory() as folder:
+        group = CaptureGroup.create(folder, "random", layout=layout, identity={}, attrs={}, pieces=["a"])
+        number = np.arange(rows)
+        planned = Rows(token=token, length=length, document_id=number, offset=np.zeros(rows, np.int32))
+        plan = Plan(complete=True, rows=rows, tokens=rows * POSITIONS, documents=rows)
+        group.publish(planned, [str(row) for row in number], plan)
         torch.cuda.reset_peak_memory_stats()
-        contestants[name] = gemms(layers, ids.numel()) if name == "gemms" else make[name](model, ids)
-        contestants[name]()
-        peaks[name] = torch.cuda.max_memory_allocated() / GIB
-        if name == "gemms":
-            torch.cuda.empty_cache()
-    took = alternate(contestants, seconds)
-    found: dict[str, Any] = {"tokens": ids.numel(), "positions": positions}
-    for name, second in took.items():
-        found[f"{name}_tokens_per_s"] = round(ids.numel() / second)
-        found[f"{name}_peak_gib"] = round(peaks[name], 2)
-    if "gemms" in took:
-        found["ratio_to_gemms"] = round(took["gemms"] / took["captured" if "captured" in took else "forward"], 4)
-    if {"captured", "forward"} <= took.keys():
-        found["ratio_of_captured_to_not"] = round(took["forward"] / took["captured"], 4)
-    print(json.dumps(found), flush=True)
-    return found
+        before = forwards()
+        with lease(group) as held:
+            replica = Replica()
+            engine = ModelEngine(as_loaded(model))
+            order = Order(
+                store=folder,
+                leases={"random": held.token},
+                make_engine=lambda: engine,
+                device="cuda",
+                batch_tokens=32_768,
+            )
+            replica.load(order)
+            capture: Any = SimpleNamespace(name="random", check_lease=lambda: None)
+            fill_shards(replica, capture, range(shards))
+        after = forwards()
+        commits = sorted(file.stat().st_mtime for file in Path(folder).glob("*/expert/commits/*.json"))
+    second = (commits[-1] - commits[0]) / (shards - 1) / (layout.rows_per_shard * POSITIONS / ids.numel())
+    row = {"system": "captured and written", "weights": "nf4", "tokens": ids.numel(), "positions": POSITIONS}
+    row |= {"tokens_per_s": round(ids.numel() / second), "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2)}
+    row |= {"shards": shards, "forward_before_tokens_per_s": round(ids.numel() / before)}
+    row |= {"forward_after_tokens_per_s": round(ids.numel() / after)}
+    table.add(row | {"ratio_to_forward": round((before + after) / 2 / second, 4)})
+
+
+def unquantized(table: Table, layers: int) -> None:
+    """transformers as it comes, in bf16."""
+    for experts, tokens in (("eager", 32_768), ("grouped_mm", 16_384)):
+        model, ids = full_size_model(layers, "none", experts), tokens_of(tokens, POSITIONS)
+        name = f"transformers' output_router_logits, {experts} experts"
+        table.measure(ids, {name: partial(router_logits, model, ids)}, {name: "bf16"})
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def profile(model: Any, tokens: int) -> None:
     """Print the kernels of one forward, by time."""
-    run = forward(model, torch.randint(0, WIDTH["vocab_size"], (tokens // 2048, 2048), device="cuda"))
-    run()
+    ours, ids = Forward(model), tokens_of(tokens, POSITIONS)
+    ours(ids)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
-        run()
+        ours(ids)
         torch.cuda.synchronize()
     events = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in events)
@@ -156,37 +319,47 @@ def main() -> None:
     """Make the model, run the table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each row")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each shape")
     parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 8192, 16384, 32768, 65536, 98304])
     parser.add_argument("--positions", type=int, nargs="*", default=[128, 512])
+    parser.add_argument("--shards", type=int, default=5, help="to capture and write; 0 leaves it out")
+    parser.add_argument("--cap_gib", type=float, default=23.5)
+    parser.add_argument("--no_bf16", action="store_true", help="leave out what needs a card of 96 GiB")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
+    table = Table(options.seconds)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "gpu": torch.cuda.get_device_name(),
         "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "triton")},
         "layers": options.layers,
-        "weights": "nf4",
-        "rows": [],
+        "rows": table.rows,
     }
     with torch.inference_mode():
-        started = time.monotonic()
         model = full_size_model(options.layers)
-        torch.cuda.synchronize()
-        result["seconds_to_make_weights"] = round(time.monotonic() - started, 1)
+        ids = tokens_of(128, 128)
+        table.measure(ids, {"the notebook, hooks on mlp.gate": partial(notebook, model, ids)}, {})
+        drop_last_experts(as_loaded(model))
+        gc.collect()
         torch.cuda.empty_cache()
         result["weights_gib"] = round(torch.cuda.memory_allocated() / GIB, 2)
         print(result, flush=True)
         for tokens in options.tokens:
-            names = ["forward", "captured", "gemms"] + ["stock"] * (tokens <= 32768)
-            result["rows"].append(row(model, options.layers, tokens, 2048, names, options.seconds))
+            table.ours(model, tokens_of(tokens, POSITIONS))
         for positions in options.positions:
-            names = ["forward", "captured", "gemms"]
-            result["rows"].append(row(model, options.layers, 32768, positions, names, options.seconds))
+            table.ours(model, tokens_of(32_768, positions))
+        under_a_cap(table, model, options.cap_gib, [2048, 4096, 8192, 12288])
+        if options.shards:
+            written(table, model, options.shards)
         if options.profile:
-            profile(model, 32768)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+            profile(model, 32_768)
+        del model
+        if not options.no_bf16:
+            gc.collect()
+            torch.cuda.empty_cache()
+            unquantized(table, options.layers)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

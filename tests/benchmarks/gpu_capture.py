@@ -1,9 +1,11 @@
-"""The true defaults on a GPU: `python tests/benchmarks/gpu_capture.py --layers 8 -o RESULT.json`, by hand.
+"""A capture on a GPU as a user would run it: `python tests/benchmarks/gpu_capture.py -o RESULT.json`, by hand.
 
-Makes a random checkpoint of Mixtral 8x7B's full width in the published layout (bf16, one file a layer), and captures
-real text from it with `jobs/capture.py --local` as a user would: NF4 with double quantization while loading. Then does
-it again in a second store, kills that run with SIGKILL in the middle, lets the same command go on, and compares bytes.
-With `--replicas 1 4`, the same through Ray (without `--local`), so many workers sharing the card.
+Makes a random checkpoint of Mixtral 8x7B's full width in the published layout (bf16, or with `--stored nf4` as
+`jobs/quantize.py` leaves it), and captures real text from it with `jobs/capture.py --local`. Then does it again in a
+second store, kills that run with SIGKILL in the middle, lets the same command go on, and compares bytes. With
+`--replicas 1 2` the same as jobs on a Ray head (`ray job submit`), so many workers sharing the card; their stores are
+read back with `jobs/status.py --verify`. How busy the card was is the driver's word (package nvidia-ml-py), asked ten
+times a second.
 
 A full-size bf16 checkpoint has 93 GB; eight layers have 23. Where one disk is too small, `--spill FOLDER` puts
 the files of the later layers elsewhere. Rates hold for the layers that were run: the file says how many.
@@ -23,52 +25,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pynvml
 import torch
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
-from full_size import full_size_config, random_matrix  # noqa: E402
+from checkpoints import checkpoint_gb, make_checkpoint  # noqa: E402
+from ray_head import RAY, Head, ray_head  # noqa: E402
 
 from store import coverage  # noqa: E402
-from workers.tiny import tiny_checkpoint  # noqa: E402
-
-
-def make_checkpoint(folder: Path, layers: int, spill: Path | None, spill_from: int) -> None:
-    """Random weights in the published layout, made on the GPU; some layers' files on another file system."""
-    folder.mkdir(parents=True)
-    full_size_config(layers).save_pretrained(folder)
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def matrix(*shape: int, std: float | None = None) -> torch.Tensor:
-        return random_matrix(shape, generator, std).cpu()
-
-    hidden, inner, kv = 4096, 14336, 1024
-    ones = torch.ones(hidden, dtype=torch.bfloat16)
-    files = {"embed": {"model.embed_tokens.weight": matrix(32000, hidden, std=1.0), "model.norm.weight": ones}}
-    files["embed"]["lm_head.weight"] = matrix(32000, hidden)
-    index = {}
-    for layer in [*range(layers), None]:
-        name = "embed" if layer is None else f"layer-{layer:02d}"
-        tensors = files.get(name, {})
-        if layer is not None:
-            at = f"model.layers.{layer}"
-            tensors = {f"{at}.input_layernorm.weight": ones, f"{at}.post_attention_layernorm.weight": ones.clone()}
-            for leaf, rows in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv), ("o_proj", hidden)):
-                tensors[f"{at}.self_attn.{leaf}.weight"] = matrix(rows, hidden)
-            tensors[f"{at}.block_sparse_moe.gate.weight"] = matrix(8, hidden)
-            for expert in range(8):
-                for leaf, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
-                    tensors[f"{at}.block_sparse_moe.experts.{expert}.{leaf}.weight"] = matrix(*shape)
-        file = folder / f"model-{name}.safetensors"
-        if spill is not None and layer is not None and layer >= spill_from:
-            file.symlink_to(spill / file.name)
-        save_file(tensors, file.resolve(), metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, f"model-{name}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    for file in tiny_checkpoint().glob("*token*"):
-        (folder / file.name).write_bytes(file.read_bytes())
 
 
 def command(model: Path, store: Path, documents: int, *how: str) -> list[str]:
@@ -77,46 +43,88 @@ def command(model: Path, store: Path, documents: int, *how: str) -> list[str]:
     return [*capture, "--dataset", "demo:prose", "--limit_documents", str(documents), "--store", str(store)]
 
 
-def gpu_memory_mib() -> int:
-    """Memory in use on the card, all processes."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+class Card:
+    """What the driver tells of the card while the block runs: seconds, percent of time with a kernel, MiB in use."""
+
+    def __enter__(self) -> "Card":
+        pynvml.nvmlInit()
+        self.handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self.samples: list[tuple[float, int, int]] = []
+        self.done = threading.Event()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+        return self
+
+    def _read(self) -> None:
+        while not self.done.wait(0.1):
+            busy = pynvml.nvmlDeviceGetUtilizationRates(self.handle).gpu
+            self.samples.append((time.time(), busy, pynvml.nvmlDeviceGetMemoryInfo(self.handle).used >> 20))
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.reader.join()
+
+    @property
+    def peak_mib(self) -> int:
+        """Memory in use at most, all processes."""
+        return max((used for _, _, used in self.samples), default=0)
+
+    def idle(self, start: float, end: float) -> float:
+        """Share of a time without a kernel."""
+        busy = [percent for when, percent, _ in self.samples if start <= when <= end]
+        return 1 - sum(busy) / len(busy) / 100 if busy else float("nan")
 
 
-def run(arguments: list[str], store: Path, kill_after_shards: int | None = None) -> dict[str, float]:
-    """Run a capture to its end, or kill it after some commits; seconds, and the card's peak memory."""
-    started, first, peak = time.monotonic(), None, 0
-    process = subprocess.Popen(arguments, cwd=ROOT)
-    commits = store / "demo-prose" / "expert" / "commits"
-    lock = threading.Event()
-    while process.poll() is None:
-        done = len(list(commits.glob("*.json"))) if commits.is_dir() else 0
-        if done and first is None:
-            first = time.monotonic() - started
-        if kill_after_shards is not None and done >= kill_after_shards:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            break
-        peak = max(peak, gpu_memory_mib())
-        lock.wait(0.2)
-    if kill_after_shards is None and process.returncode != 0:
+def run(
+    arguments: list[str], store: Path, kill_after_shards: int | None = None, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Run a capture to its end, or kill it after some commits, and tell how long that took."""
+    started, first = time.monotonic(), None
+    commits, pause = store / "demo-prose" / "expert" / "commits", threading.Event()
+    with Card() as card:
+        process = subprocess.Popen(arguments, cwd=ROOT, env=environment)
+        while process.poll() is None:
+            done = len(list(commits.glob("*.json"))) if commits.is_dir() else 0
+            if done and first is None:
+                first = time.monotonic() - started
+            if kill_after_shards is not None and done >= kill_after_shards:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                return {}
+            pause.wait(0.05)
+    if process.returncode != 0:
         sys.exit(f"{' '.join(arguments)} ended with status {process.returncode}")
-    return {"seconds": time.monotonic() - started, "seconds_to_first_commit": first or 0.0, "peak_mib": float(peak)}
+    state = coverage(store, "demo-prose")
+    times = sorted(file.stat().st_mtime for file in commits.glob("*.json"))
+    seconds = time.monotonic() - started
+    between = (times[-1] - times[0]) / (len(times) - 1)
+    return {
+        "tokens": state.tokens_done,
+        "shards": state.shards_total,
+        "seconds": round(seconds, 1),
+        "seconds_to_first_commit": round(first or seconds, 1),
+        "tokens_per_s": round(state.tokens_done / seconds),
+        "tokens_per_s_between_first_and_last_commit": round(state.tokens_done / len(times) / between),
+        "tokens_per_s_in_each_worker": round(state.tokens_done / state.seconds),
+        "gpu_idle_between_first_and_last_commit": round(card.idle(times[0], times[-1]), 4),
+        "bytes_per_token": round(state.bytes_done / state.tokens_done, 1),
+        "peak_gib": round(card.peak_mib / 1024, 2),
+    }
 
 
-def through_ray(model: Path, local: Path, documents: int, replicas: int) -> dict[str, Any]:
-    """Capture with so many workers on the card, and compare with the local capture."""
+def through_ray(head: Head, model: Path, local: Path, documents: int, replicas: int) -> dict[str, Any]:
+    """Submit a job with so many workers on the card, read its store back, and compare it with the local capture."""
     store = local.with_name(f"ray-{replicas}.zarr")
     how = ["--workers", str(replicas), "--gpus_per_worker", str(1 / replicas)]
-    ran = run(command(model, store, documents, *how), store)
-    times = sorted(file.stat().st_mtime for file in store.glob("*/expert/commits/*.json"))
-    state = coverage(store, "demo-prose")
-    return {
-        **{name: value for name, value in ran.items() if name != "peak_mib"},
-        "tokens_per_s_between_first_and_last_commit": state.tokens_done * (1 - 1 / len(times)) / (times[-1] - times[0]),
-        "tokens_per_s_in_each_worker": state.tokens_done / state.seconds,
-        "bytes_equal_to_local": objects(store) == objects(local),
-    }
+    submit = [*RAY, "job", "submit", "--", *command(model, store, documents, *how)]
+    ran = run(submit, store, environment={**head.environment, "RAY_ADDRESS": head.dashboard})
+    status = [sys.executable, str(ROOT / "jobs" / "status.py"), str(store), "--verify"]
+    started = time.monotonic()
+    subprocess.run(status, check=True, cwd=ROOT)
+    ran["seconds_to_verify"] = round(time.monotonic() - started, 1)
+    if local.exists():
+        ran["bytes_equal_to_local"] = objects(store) == objects(local)
+    return ran
 
 
 def objects(store: Path) -> dict[str, bytes]:
@@ -127,58 +135,60 @@ def objects(store: Path) -> dict[str, bytes]:
 
 
 def main() -> None:
-    """Make the model, capture, capture again with a kill, compare, write the result."""
+    """Make the model, capture, capture again with a kill, submit, compare, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--stored", choices=("none", "nf4"), default="none", help="quantization of the checkpoint")
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--spill", type=Path, help="folder on another file system, for the layers from --spill_from on")
     parser.add_argument("--spill_from", type=int, default=18)
-    parser.add_argument("--replicas", type=int, nargs="*", default=[], help="also through Ray, with so many workers")
+    parser.add_argument("--replicas", type=int, nargs="*", default=[], help="also as jobs, with so many workers")
     parser.add_argument("--once", action="store_true", help="leave out the run that is killed")
+    parser.add_argument("--submitted_only", action="store_true", help="leave out both that are not submitted")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "zarr", "ray")},
+        "python": sys.version.split()[0],
+        "layers": options.layers,
+        "weights": "nf4",
+        "checkpoint": f"random, in the published layout, {'bf16' if options.stored == 'none' else options.stored}",
+        "sequence_length_and_shard": "defaults",
+    }
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / f"mixtral-width-{options.layers}-layers"
         started = time.monotonic()
-        make_checkpoint(model, options.layers, options.spill, options.spill_from)
-        made = time.monotonic() - started
+        make_checkpoint(model, options.layers, options.stored, options.spill, options.spill_from)
+        result["seconds_to_make_checkpoint"] = round(time.monotonic() - started, 1)
+        result["checkpoint_gb"] = round(checkpoint_gb(model), 2)
         torch.cuda.empty_cache()
-        idle_mib = gpu_memory_mib()
+        with Card() as card:
+            time.sleep(1)
+        result["gib_in_use_before"] = round(card.peak_mib / 1024, 2)
         stores = [Path(folder) / "quiet.zarr", Path(folder) / "killed.zarr"]
-        quiet = run(command(model, stores[0], options.documents, "--local"), stores[0])
-        killed = {}
-        if not options.once:
+        if not options.submitted_only:
+            result["local"] = run(command(model, stores[0], options.documents, "--local"), stores[0])
+            print(json.dumps(result), flush=True)
+        if not (options.once or options.submitted_only):
             local = command(model, stores[1], options.documents, "--local")
             run(local, stores[1], kill_after_shards=2)
-            killed["shards_kept_through_sigkill"] = coverage(stores[1], "demo-prose").shards_done
+            result["shards_kept_through_sigkill"] = coverage(stores[1], "demo-prose").shards_done
             run(local, stores[1])
-            killed["bytes_equal_after_sigkill_and_resume"] = objects(stores[0]) == objects(stores[1])
-        ray = {number: through_ray(model, stores[0], options.documents, number) for number in options.replicas}
-        state = coverage(stores[0], "demo-prose")
-        result = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "gpu": torch.cuda.get_device_name(),
-            "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "zarr", "xarray")},
-            "python": sys.version.split()[0],
-            "layers": options.layers,
-            "weights": "nf4, from random bf16 weights in the published layout",
-            "checkpoint_gb": sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e9,
-            "seconds_to_make_checkpoint": made,
-            "tokens": state.tokens_done,
-            "shards": state.shards_total,
-            "sequence_length_and_shard": "defaults",
-            "tokens_per_s_in_workers": state.tokens_done / state.seconds,
-            "bytes_per_token": state.bytes_done / state.tokens_done,
-            "peak_gib": (quiet["peak_mib"] - idle_mib) / 1024,
-            **{f"capture_{name}": value for name, value in quiet.items() if name != "peak_mib"},
-            **killed,
-            **({"through_ray_by_replicas": ray} if ray else {}),
-        }
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+            result["bytes_equal_after_sigkill_and_resume"] = objects(stores[0]) == objects(stores[1])
+        if options.replicas:
+            with ray_head(ROOT, PYTHONPATH=os.environ.get("PYTHONPATH", "")) as head:
+                for number in options.replicas:
+                    ran = through_ray(head, model, stores[0], options.documents, number)
+                    result[f"submitted_with_{number}_workers"] = ran
+                    print(json.dumps(ran), flush=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    if not killed.get("bytes_equal_after_sigkill_and_resume", True):
+    if not result.get("bytes_equal_after_sigkill_and_resume", True):
         sys.exit("the resumed capture differs from the quiet one")
-    if not all(one["bytes_equal_to_local"] for one in ray.values()):
+    submitted = [result[f"submitted_with_{number}_workers"] for number in options.replicas]
+    if not all(ran.get("bytes_equal_to_local", True) for ran in submitted):
         sys.exit("a capture through Ray differs from the local one")
 
 

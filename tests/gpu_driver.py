@@ -1,0 +1,75 @@
+"""A capture of the tiny model through Ray whose first worker's GPU is lost in the middle, really.
+
+Arguments: the store, and a file that is written when it happens. Exit status and messages are those of
+`jobs/capture.py`.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+from jobs.captures import capture_datasets, exit_status
+from jobs.cluster import connected
+from jobs.config import CaptureConfig
+from jobs.prepare import Run
+from jobs.terminal import run_job
+from workers.replica import Order
+
+MICRO_BATCHES = 3  # that go well
+
+
+def engine_of_a_gpu_that_breaks(make_engine: Callable[[], Any], happened: Path) -> Any:
+    """The engine; in the first process, an assertion on the GPU fails after some micro-batches."""
+    import torch
+
+    engine, original = make_engine(), None
+    original, routed = engine.route, 0
+
+    def route(*rows: Any) -> Any:
+        nonlocal routed
+        routed += 1
+        if routed > MICRO_BATCHES and not happened.exists():
+            happened.touch()
+            torch._assert_async(torch.zeros(1, device="cuda"))
+        return original(*rows)
+
+    engine.route = route
+    return engine
+
+
+class BreakingRun(Run):
+    """A run whose engine is the breaking one."""
+
+    def __init__(self, config: CaptureConfig, device: str, happened: Path) -> None:
+        super().__init__(config, device)
+        self.happened = happened
+
+    def order(self, leases: Mapping[str, str]) -> Order:
+        """See `jobs.prepare.Run.order`."""
+        order = super().order(leases)
+        return replace(order, make_engine=partial(engine_of_a_gpu_that_breaks, order.make_engine, self.happened))
+
+
+def options(store: str) -> dict[str, Any]:
+    """Eight shards or so of real text."""
+    small = {"sequence_length": 256, "rows_per_shard": 16, "batch_tokens": 4096, "limit_documents": 4}
+    return {"model": "tiny", "dataset": ("demo:prose",), "store": store, "device": "cuda", **small}
+
+
+def main(arguments: list[str]) -> int:
+    """Capture; 0 when complete."""
+    store, happened = arguments
+    config = CaptureConfig(workers=1, **options(store))
+    with connected(config) as cluster:
+        run = BreakingRun(config, cluster.device, Path(happened))
+        return exit_status(capture_datasets(run, run.sources(), cluster.capture))
+
+
+if __name__ == "__main__":
+    run_job(main)
