@@ -182,6 +182,7 @@ def main() -> None:
                 for number in options.replicas:
                     ran = through_ray(head, model, stores[0], options.documents, number)
                     result[f"submitted_with_{number}_workers"] = ran
+                    options.output.write_text(json.dumps(result, indent=1) + "\n")
                     print(json.dumps(ran), flush=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
