@@ -176,7 +176,7 @@ def path_chart(moves: xr.Dataset, load: xr.Dataset) -> alt.LayerChart:
     Parameters
     ----------
     moves : xr.Dataset
-        From `analysis.paths.transitions`, of at least two layers.
+        From `analysis.choices.transitions`, of at least two layers.
     load : xr.Dataset
         From `analysis.load.expert_load` of the same capture: first choices size the circles.
     """

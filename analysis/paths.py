@@ -1,4 +1,4 @@
-"""The ways of tokens through the layers: transitions, frequent windows, and one document's own paths.
+"""The ways of tokens through the layers: frequent windows, and one document's own paths.
 
 A path here is the sequence of a token's first choices. "Neighbouring" layers are neighbours among those
 captured (dense layers lie between them in some models). Promises exact counts; windows whose dense table
@@ -13,51 +13,6 @@ import xarray as xr
 from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
 
 MAX_WINDOWS = 2**24  # distinct windows counted at once: 128 MiB a thread; arbitrary
-
-
-class Transitions(Reducer):
-    """First-choice counts (layer, expert, next_expert) between neighbouring layers."""
-
-    def init(self, dataset: xr.Dataset) -> State:
-        """Zeros: `count` (layer, expert, next_expert) and `tokens`."""
-        layers, _, experts = sizes(dataset)
-        shape = (max(layers - 1, 0), experts, experts)
-        return {"count": np.zeros(shape, dtype=np.int64), "tokens": np.zeros(1, dtype=np.int64)}
-
-    def update(self, state: State, block: Block) -> None:
-        """Add one shard."""
-        _add_transitions(block["expert"], block["counted"], state["count"], state["tokens"])
-
-    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Conditional shares and lifts; NaN where an expert was never the first choice."""
-        experts, layer = np.arange(sizes(dataset)[2]), dataset["layer"].values
-        n = int(state["tokens"][0])
-        count = xr.DataArray(state["count"], dims=("layer", "expert", "next_expert"))
-        leaving, arriving = count.sum("next_expert"), count.sum("expert")
-        probability = count / leaving.where(leaving > 0)
-        result = xr.Dataset(
-            {
-                "count": count.assign_attrs(long_name="tokens", units="tokens"),
-                "probability": probability.assign_attrs(long_name="share of the expert's tokens"),
-                "lift": (probability * n / arriving.where(arriving > 0)).assign_attrs(
-                    long_name="probability over the share of all tokens that arrive at next_expert"
-                ),
-            },
-            coords={
-                "layer": layer[:-1],
-                "next_layer": ("layer", layer[1:]),
-                "expert": experts,
-                "next_expert": experts,
-            },
-        )
-        return result.assign_attrs(
-            n=n,
-            null=1 / experts.size,
-            null_lift=1.0,
-            definition="probability = P(first choice e' at the next captured layer | first choice e at this "
-            "layer); lift = probability / P(e')",
-            source="OLMoE (Muennighoff et al. 2024), cross-layer flow, here first choices only",
-        )
 
 
 class Windows(Reducer):
@@ -110,26 +65,6 @@ class Windows(Reducer):
             definition=f"share of tokens whose first choices at {n} captured layers in a row are this window",
             source="PathMoE: routing paths as n-grams over layers",
         )
-
-
-def transitions(dataset: xr.Dataset, *, threads: int | None = None) -> xr.Dataset:
-    """How tokens move between neighbouring layers, by first choices.
-
-    Parameters
-    ----------
-    dataset : xr.Dataset
-        A capture.
-    threads : int, optional
-        Shards decoded at the same time; default one a processor.
-
-    Returns
-    -------
-    xr.Dataset
-        `count` int64, `probability` P(e'|e) and `lift` P(e'|e)/P(e') float64, over (layer, expert,
-        next_expert); coordinate `next_layer` (layer). Null of `probability`: 1/E, of `lift`: 1.
-        A capture of one layer gives an empty `layer`.
-    """
-    return scan(dataset, [Transitions()], threads=threads)[0]
 
 
 def frequent_windows(dataset: xr.Dataset, n: int = 3, *, top: int = 20, threads: int | None = None) -> xr.Dataset:
@@ -232,18 +167,6 @@ def _document_number(dataset: xr.Dataset, document: int | str) -> int:
         found = f"documents {numbers[:5].tolist()} have" if numbers.size else "no document has"
         raise ValueError(f"{found} the name {document!r}; give the id of one, 0 to {num_documents - 1}")
     return int(numbers[0])
-
-
-@kernel
-def _add_transitions(expert: Array, counted: Array, count: Array, tokens: Array) -> None:
-    rows, positions, layers, _ = expert.shape
-    for row in range(rows):
-        for position in range(positions):
-            if counted[row, position]:
-                tokens[0] += 1
-                for layer in range(layers - 1):
-                    here, there = expert[row, position, layer, 0], expert[row, position, layer + 1, 0]
-                    count[layer, here, there] += 1
 
 
 @kernel

@@ -25,8 +25,9 @@ import xarray as xr
 from markupsafe import Markup
 
 from analysis import charts
+from analysis.choices import Choices, transitions_of
 from analysis.load import Load
-from analysis.paths import MAX_WINDOWS, Transitions, Windows
+from analysis.paths import MAX_WINDOWS, Windows
 from analysis.scan import scan, sizes
 from analysis.tokens import TopTokens
 from store import Coverage, coverage, dataset_names
@@ -58,16 +59,16 @@ def answer(
 ) -> Answers:
     """Scan one capture once, as much of it as is there."""
     top = TopTokens(token_layers(data), top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT)
-    reducers = [Load(), Transitions(), top]
+    reducers = [Load(), Choices(), top]
     size = window_layers(data)
     windows = [Windows(size, WINDOWS_LISTED)] if size else []
-    load, moves, tokens, *counted = scan(data, [*reducers, *windows], progress=progress)
+    load, choices, tokens, *counted = scan(data, [*reducers, *windows], progress=progress)
     return Answers(
         label=label,
         state=state,
         attrs=data.attrs,
         load=load,
-        moves=moves,
+        moves=transitions_of(choices),
         windows=counted[0] if counted else None,
         tokens=tokens,
     )

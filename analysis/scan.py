@@ -1,9 +1,10 @@
 """One pass over a capture: each shard is decoded once and feeds every reducer.
 
 Promises: every captured token is counted once and tokens that were not captured, padding and special tokens
-never; the result does not depend on chunks, threads or their order, because accumulators hold integers only;
-memory is threads × (one decoded shard + the accumulators), whatever the size of the store.
-Does not know any metric: those are the reducers.
+never; the result does not depend on chunks, threads, processes or their order, because accumulators hold integers
+only; memory is threads × (one decoded shard + the accumulators), whatever the size of the store.
+Does not know any metric: those are the reducers. `accumulate` does a part of the rows, for a runner that spreads them
+over machines (`jobs.analyses`); `scan` does all and finishes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
 import numba
@@ -23,11 +25,36 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Block = dict[str, Array]
-"""The decoded arrays of one shard by variable name, and `counted`, bool (doc, position): tokens to count."""
+"""The decoded arrays of one shard by variable name; `counted`, bool (doc, position): tokens to count; and where a
+reducer needs it `code`, uint8 (doc, layer, position): see `coded`."""
 State = dict[str, NDArray[np.int64]]
 """What a reducer accumulates: integer arrays by name, so that sums are exact in any order."""
 
+CODES = 254  # ordered choices of a token that are counted as one number: E**k at most, 64 for Mixtral
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which tokens to count; layers are selected with `dataset.sel(layer=[...])`.
+
+    Metrics of consecutive tokens count a pair when both are selected.
+    """
+
+    documents: tuple[int, ...] | None = None
+    """Document ids; default all."""
+    positions: tuple[int, int] | None = None
+    """First position in the row, and the one after the last; default all."""
+    tokens: tuple[int, ...] | None = None
+    """Token ids; default all but special ones, which are counted only when named here."""
+
+    def __post_init__(self) -> None:
+        if self.positions is not None and not 0 <= self.positions[0] < self.positions[1]:
+            raise ValueError(f"positions {self.positions}: from 0 on, and the first before the last")
+
+
+EVERYTHING = Selection()
 
 
 def kernel(function: _Function) -> _Function:
@@ -62,6 +89,7 @@ def scan(
     dataset: xr.Dataset,
     reducers: Sequence[Reducer],
     *,
+    only: Selection = EVERYTHING,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[xr.Dataset]:
@@ -74,6 +102,8 @@ def scan(
         of its layers or rows serves as well. Incomplete captures count what is there.
     reducers : sequence of Reducer
         What to compute.
+    only : Selection, optional
+        The tokens to count.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
     progress : callable, optional
@@ -89,28 +119,53 @@ def scan(
     ValueError
         When a captured token names an expert or a token id that the model does not have.
     """
-    names = {"expert", "token", "length"}.union(*(reducer.needs for reducer in reducers))
-    names |= {"captured"} & set(dataset.variables)
+    states = accumulate(dataset, reducers, shards_to_read(dataset, only), only=only, threads=threads, progress=progress)
+    return [reducer.finish(state, dataset) for reducer, state in zip(reducers, states, strict=True)]
+
+
+def accumulate(
+    dataset: xr.Dataset,
+    reducers: Sequence[Reducer],
+    shards: Sequence[slice],
+    *,
+    only: Selection = EVERYTHING,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[State]:
+    """What reducers have counted after some shards; `Reducer.merge` adds up those of several calls.
+
+    Parameters
+    ----------
+    shards : sequence of slice
+        Rows, as `shards_to_read` gives them.
+
+    Other parameters, and errors, are those of `scan`.
+    """
+    names = {"expert", "token", "length"}.union(*(reducer.needs - {"code"} for reducer in reducers))
+    needs_code = any("code" in reducer.needs for reducer in reducers) and coded(dataset)
     # Bare variables: coordinates would be loaded with every shard for nothing.
     variables = xr.Dataset({name: dataset[name].variable for name in sorted(names)})
-    shards = deque(_shards(dataset))
-    total, done = len(shards), itertools.count(1)
+    wanted, excluded = _wanted_rows(dataset, only), _excluded_tokens(dataset, only)
+    left = deque(shards)
+    total, done = len(left), itertools.count(1)
 
     def work() -> list[State]:
         states = [reducer.init(dataset) for reducer in reducers]
         try:
             while True:
                 try:
-                    rows = shards.popleft()
+                    rows = left.popleft()
                 except IndexError:
                     return states
                 block = _decode(variables.isel(doc=rows), dataset, rows.start)
+                block["length"] = np.where(wanted[rows], block["length"], 0)
+                _mark(block, dataset, rows.start, excluded, only, needs_code)
                 for reducer, state in zip(reducers, states, strict=True):
                     reducer.update(state, block)
                 if progress is not None:
                     progress(next(done), total)
         finally:
-            shards.clear()  # when one thread fails, the others stop after the shard in hand
+            left.clear()  # when one thread fails, the others stop after the shard in hand
 
     num_threads = max(1, min(threads or os.cpu_count() or 1, total))
     with ThreadPoolExecutor(num_threads) as pool:
@@ -118,11 +173,15 @@ def scan(
         try:
             merged = futures[0].result()
             for future in futures[1:]:
-                pairs = zip(reducers, merged, future.result(), strict=True)
-                merged = [reducer.merge(mine, other) for reducer, mine, other in pairs]
+                merged = merge(reducers, merged, future.result())
         finally:
-            shards.clear()  # Ctrl-C: do not go through the rest of the store first
-    return [reducer.finish(state, dataset) for reducer, state in zip(reducers, merged, strict=True)]
+            left.clear()  # Ctrl-C: do not go through the rest of the store first
+    return merged
+
+
+def merge(reducers: Sequence[Reducer], states: Sequence[State], others: Sequence[State]) -> list[State]:
+    """The accumulators of both halves of a scan; exact, so that the order does not matter."""
+    return [reducer.merge(*both) for reducer, *both in zip(reducers, states, others, strict=True)]
 
 
 def sizes(dataset: xr.Dataset) -> tuple[int, int, int]:
@@ -130,22 +189,48 @@ def sizes(dataset: xr.Dataset) -> tuple[int, int, int]:
     return dataset.sizes["layer"], dataset.sizes["k"], int(dataset.attrs["num_experts"])
 
 
-def _shards(dataset: xr.Dataset) -> list[slice]:
-    """Row ranges with anything captured: the chunks of `expert` along `doc`, or what the attributes say."""
+def coded(dataset: xr.Dataset) -> bool:
+    """Whether a token's ordered choices at a layer fit in one byte, as a number in base E.
+
+    Then a reducer that needs `code` finds it in its block, with E**k for tokens that do not count; else it does not.
+    """
+    _, choices, experts = sizes(dataset)
+    return bool(experts**choices <= CODES)
+
+
+def shards_to_read(dataset: xr.Dataset, only: Selection = EVERYTHING) -> list[slice]:
+    """Row ranges with anything to count: the chunks of `expert` along `doc`, or what the attributes say."""
     chunks: tuple[int, ...] | None = cast("dict[Hashable, tuple[int, ...]]", dataset["expert"].chunksizes).get("doc")
     if chunks is None:  # already in memory
         step, rows = int(dataset.attrs["rows_per_shard"]), dataset.sizes["doc"]
         chunks = tuple(min(step, rows - start) for start in range(0, rows, step))
     stops = itertools.accumulate(chunks)
+    wanted = _wanted_rows(dataset, only)
     shards = [slice(stop - size, stop) for size, stop in zip(chunks, stops, strict=True)]
-    if "captured" not in dataset:
-        return shards
-    captured = dataset["captured"].values
-    return [rows for rows in shards if captured[rows].any()]  # an uncommitted shard may be torn: leave it shut
+    return [rows for rows in shards if wanted[rows].any()]  # an uncommitted shard may be torn: leave it shut
+
+
+def _wanted_rows(dataset: xr.Dataset, only: Selection) -> Array:
+    """Rows that are captured and of a selected document; bool (doc)."""
+    captured = dataset["captured"].values if "captured" in dataset else True
+    wanted = np.full(dataset.sizes["doc"], True) & captured
+    if only.documents is not None:
+        wanted &= np.isin(dataset["document_id"].values, only.documents)
+    return np.asarray(wanted)
+
+
+def _excluded_tokens(dataset: xr.Dataset, only: Selection) -> Array:
+    """Token ids that are not counted; bool (token_id)."""
+    vocabulary = dataset.sizes["token_id"]
+    if only.tokens is None:
+        return np.isin(np.arange(vocabulary), dataset.attrs["special_token_ids"])
+    if unknown := [token for token in only.tokens if not 0 <= token < vocabulary]:
+        raise ValueError(f"token {unknown[0]}: the vocabulary has tokens 0 to {vocabulary - 1}")
+    return ~np.isin(np.arange(vocabulary), only.tokens)
 
 
 def _decode(rows: xr.Dataset, dataset: xr.Dataset, first_row: int) -> Block:
-    """Load one shard in this thread and mark the tokens that count."""
+    """Load one shard in this thread."""
     try:
         loaded = rows.load(scheduler="synchronous")
     except ValueError as error:  # a checksum that does not match, a shard cut short
@@ -154,49 +239,83 @@ def _decode(rows: xr.Dataset, dataset: xr.Dataset, first_row: int) -> Block:
             f" decoded ({error}): remove expert/commits/{first_row // int(dataset.attrs['rows_per_shard'])}.json in"
             " its folder, and the capture does that shard again"
         ) from error
-    block: Block = {str(name): np.ascontiguousarray(loaded[name].values) for name in loaded.data_vars}
-    if "captured" in block:
-        block["length"] = np.where(block["captured"], block["length"], 0)
-    special = np.array(dataset.attrs["special_token_ids"], dtype=np.int64).reshape(-1)
-    num_experts, vocabulary = int(dataset.attrs["num_experts"]), dataset.sizes["token_id"]
-    fill = np.iinfo(block["expert"].dtype).max  # the store's fill value: never a legal expert
-    block["counted"], where = _counted(
-        block["expert"], block["token"], block["length"], special, fill, num_experts, vocabulary
-    )
-    row, position, layer, k = where
-    if row >= 0 and layer < 0:
+    return {str(name): np.ascontiguousarray(loaded[name].values) for name in loaded.data_vars}
+
+
+def _mark(
+    block: Block, dataset: xr.Dataset, first_row: int, excluded: Array, only: Selection, needs_code: bool
+) -> None:
+    """Find the tokens that count, and their codes; refuse what no capture can hold."""
+    expert, token = block["expert"], block["token"]
+    num_experts, (start, stop) = int(dataset.attrs["num_experts"]), only.positions or (0, token.shape[1])
+    fill = np.iinfo(expert.dtype).max  # the store's fill value: never a legal expert
+    counted, row, position = _counted(expert, token, block["length"], excluded, start, stop, fill, num_experts)
+    if row >= 0 and not 0 <= token[row, position] < excluded.size:
         raise ValueError(
-            f"row {first_row + row}, position {position}: token {block['token'][row, position]}, but the"
-            f" vocabulary has {vocabulary} tokens; the shard is damaged or the pieces are another model's"
+            f"row {first_row + row}, position {position}: token {token[row, position]}, but the"
+            f" vocabulary has {excluded.size} tokens; the shard is damaged or the pieces are another model's"
         )
     if row >= 0:
+        layer, k = np.argwhere(expert[row, position] >= num_experts)[0]
         raise ValueError(
             f"row {first_row + row}, position {position}, layer {int(dataset['layer'][layer])}: expert"
-            f" {block['expert'][row, position, layer, k]}, but the model has {num_experts} experts;"
+            f" {expert[row, position, layer, k]}, but the model has {num_experts} experts;"
             " the shard is damaged"
         )
-    return block
+    block["counted"] = counted
+    if needs_code:
+        block["code"] = _codes(expert, counted, num_experts)
 
 
 @kernel
 def _counted(
-    expert: Array, token: Array, length: Array, special: Array, fill: int, num_experts: int, vocabulary: int
-) -> tuple[Array, tuple[int, int, int, int]]:
-    """Which tokens count, bool (doc, position), and where the first illegal value is, or -1s."""
+    expert: Array, token: Array, length: Array, excluded: Array, start: int, stop: int, fill: int, num_experts: int
+) -> tuple[Array, int, int]:
+    """Which tokens count, bool (doc, position), and row and position of the first illegal value, or -1s."""
     rows, positions, layers, choices = expert.shape
     counted = np.zeros((rows, positions), dtype=np.bool_)
     for row in range(rows):
         for position in range(min(length[row], positions)):
             if layers == 0 or expert[row, position, 0, 0] == fill:
                 continue  # not captured yet
-            if token[row, position] < 0 or token[row, position] >= vocabulary:
-                return counted, (row, position, -1, -1)
-            for layer in range(layers):
+            if token[row, position] < 0 or token[row, position] >= excluded.size:
+                return counted, row, position
+            chosen = expert[row, position].reshape(layers * choices)
+            largest = chosen[0]
+            for index in range(chosen.size):
+                largest = max(largest, chosen[index])
+            if largest >= num_experts:
+                return counted, row, position
+            counted[row, position] = start <= position < stop and not excluded[token[row, position]]
+    return counted, -1, -1
+
+
+@kernel
+def _codes(expert: Array, counted: Array, num_experts: int) -> Array:
+    """Each token's choices at each layer as a number in base E, uint8 (doc, layer, position); E**k: not counted.
+
+    By layer, so that a reducer's table of one layer stays in the fastest cache while it goes over a row's positions.
+    """
+    rows, positions, layers, choices = expert.shape
+    code = np.empty((rows, layers, positions), dtype=np.uint8)
+    by_token = np.empty(positions * layers, dtype=np.uint8)
+    for row in range(rows):
+        chosen = expert[row].reshape(positions * layers * choices)
+        if choices == 2:  # the compiler makes vector instructions of it
+            for index in range(by_token.size):
+                by_token[index] = np.uint8(chosen[2 * index] * np.uint8(num_experts) + chosen[2 * index + 1])
+        else:
+            for index in range(by_token.size):
+                number = 0
                 for k in range(choices):
-                    if expert[row, position, layer, k] >= num_experts:
-                        return counted, (row, position, layer, k)
-            counted[row, position] = True
-            for index in range(special.size):
-                if token[row, position] == special[index]:
-                    counted[row, position] = False
-    return counted, (-1, -1, -1, -1)
+                    number = number * num_experts + chosen[choices * index + k]
+                by_token[index] = number
+        for layer in range(layers):
+            of_layer = code[row, layer]
+            for position in range(positions):
+                of_layer[position] = by_token[position * layers + layer]
+        for position in range(positions):
+            if not counted[row, position]:
+                for layer in range(layers):
+                    code[row, layer, position] = num_experts**choices
+    return code

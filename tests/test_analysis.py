@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from synthetic import make_capture
 
+from analysis.choices import Choices, transitions
 from analysis.load import Load, expert_load
-from analysis.paths import Transitions, Windows, document_path, frequent_windows, transitions
+from analysis.paths import Windows, document_path, frequent_windows
 from analysis.scan import scan
 from analysis.tokens import TokenExperts, TopTokens, expert_tokens, token_experts
 
@@ -173,7 +174,7 @@ def test_a_documents_path_is_its_captured_text_in_order(capture: xr.Dataset) -> 
 
 def test_results_are_equal_to_the_bit_for_any_chunks_and_threads() -> None:
     capture = make_capture(documents=40, missing=[2], chunked=False)
-    reducers = [Load(), Transitions(), Windows(), TokenExperts(), TopTokens(by="lift", min_count=2)]
+    reducers = [Load(), Choices(), Windows(), TokenExperts(), TopTokens(by="lift", min_count=2)]
     whole = scan(capture.chunk({"doc": -1}), reducers, threads=1)
     for chunk, threads in ((1, 5), (3, 2), (7, 3)):
         for one, other in zip(scan(capture.chunk({"doc": chunk}), reducers, threads=threads), whole, strict=True):
@@ -190,7 +191,7 @@ def test_one_scan_decodes_each_shard_once_and_only_what_is_needed(monkeypatch: p
         return load(self, **options)
 
     monkeypatch.setattr(xr.Dataset, "load", counting)
-    scan(capture, [Transitions(), Windows(), TokenExperts()])
+    scan(capture, [Choices(), Windows(), TokenExperts()])
     num_shards = -(-capture.sizes["doc"] // 4)
     assert len(decoded) == num_shards > 3
     assert {names for names, _ in decoded} == {frozenset({"expert", "token", "length"})}
@@ -218,7 +219,7 @@ def test_rows_that_are_not_committed_are_neither_decoded_nor_counted() -> None:
 def test_progress_counts_every_shard() -> None:
     calls: list[tuple[int, int]] = []
     capture = make_capture(documents=20, rows_per_shard=3)
-    scan(capture, [Transitions()], threads=2, progress=lambda *call: calls.append(call))
+    scan(capture, [Choices()], threads=2, progress=lambda *call: calls.append(call))
     num_shards = -(-capture.sizes["doc"] // 3)
     assert sorted(calls) == [(done, num_shards) for done in range(1, num_shards + 1)]
 
@@ -296,19 +297,19 @@ def test_windows_too_many_to_count_are_refused_not_sampled() -> None:
 
 def test_nothing_captured_gives_empty_answers_not_errors() -> None:
     capture = make_capture(missing=range(100))
-    results = scan(capture, [Load(), Transitions(), Windows(), TokenExperts(), TopTokens()])
+    results = scan(capture, [Load(), Choices(), Windows(), TokenExperts(), TopTokens()])
     assert [result.attrs["n"] for result in results] == [0] * 5
     assert results[2].sizes["window"] == results[3].sizes["token_id"] == results[4].sizes["rank"] == 0
 
 
 def test_every_metric_says_what_it_is() -> None:
-    results = scan(make_capture(), [Load(), Transitions(), Windows(), TokenExperts(), TopTokens()])
+    results = scan(make_capture(), [Load(), Choices(), Windows(), TokenExperts(), TopTokens()])
     for result in results:
         assert {"n", "null", "definition", "source"} <= set(result.attrs)
 
 
 def test_analysis_imports_no_torch_transformers_or_ray() -> None:
-    modules = "analysis.load, analysis.paths, analysis.tokens, analysis.charts, analysis.report"
+    modules = "analysis.choices, analysis.load, analysis.paths, analysis.repetition, analysis.tokens, analysis.report"
     code = f"import sys, {modules}; print(sorted({{'torch', 'transformers', 'ray'}} & set(sys.modules)))"
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
