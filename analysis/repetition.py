@@ -23,11 +23,14 @@ class Repetition(Reducer):
     ----------
     lags : sequence of int
         Distances, in positions.
+    joint : bool
+        See `analysis.choices.Choices`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"code"})
 
-    def __init__(self, lags: Sequence[int] = (1,)) -> None:
+    def __init__(self, lags: Sequence[int] = (1,), *, joint: bool = True) -> None:
+        self.joint = joint
         self.lags = tuple(sorted(set(lags)))
         if not self.lags or self.lags[0] < 1:
             raise ValueError(f"lags {tuple(lags)}: one or more distances of at least 1 position")
@@ -38,7 +41,7 @@ class Repetition(Reducer):
         """
         layers, choices, experts = sizes(dataset)
         codes = experts**choices + 1
-        shape = ("joint", (codes, codes)) if coded(dataset) else ("count", (choices + 1, 2))
+        shape = ("joint", (codes, codes)) if self.joint and coded(dataset) else ("count", (choices + 1, 2))
         return {
             shape[0]: np.zeros((len(self.lags), layers, *shape[1]), dtype=np.int64),
             "pairs": np.zeros(len(self.lags), dtype=np.int64),

@@ -14,6 +14,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from analysis import charts
 from analysis.choices import Choices, transitions_of
 from analysis.load import Load
 from analysis.paths import MAX_WINDOWS, Windows
-from analysis.scan import scan, sizes
+from analysis.results import Runner, measure
+from analysis.scan import Reducer, accumulate, scan, sizes
 from analysis.tokens import TopTokens
 from store import Coverage, coverage, dataset_names
 from store.reader import open_covered
@@ -54,15 +56,16 @@ class Answers:
     tokens: xr.Dataset
 
 
-def answer(
-    data: xr.Dataset, state: Coverage, label: str, progress: Callable[[int, int], None] | None = None
-) -> Answers:
-    """Scan one capture once, as much of it as is there."""
+Ask = Callable[[Sequence[Reducer]], list[xr.Dataset]]
+
+
+def answer(data: xr.Dataset, state: Coverage, label: str, ask: Ask | None = None) -> Answers:
+    """Scan one capture once, as much of it as is there, or `ask` who knows the answers already."""
     top = TopTokens(token_layers(data), top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT)
     reducers = [Load(), Choices(), top]
     size = window_layers(data)
     windows = [Windows(size, WINDOWS_LISTED)] if size else []
-    load, choices, tokens, *counted = scan(data, [*reducers, *windows], progress=progress)
+    load, choices, tokens, *counted = (ask or partial(scan, data))([*reducers, *windows])
     return Answers(
         label=label,
         state=state,
@@ -90,7 +93,11 @@ def token_layers(data: xr.Dataset) -> list[int]:
 
 
 def write_report(
-    paths: Sequence[Path], output: Path, *, progress: Callable[[str, int, int], None] | None = None
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+    runner_of: Callable[[Path, Coverage], Runner] = lambda path, state: accumulate,
 ) -> list[Answers]:
     """Draw every data set of some stores on one page.
 
@@ -102,6 +109,8 @@ def write_report(
         The HTML file; it is replaced whole or not at all.
     progress
         Called with a data set's label, shards read and shards in all.
+    runner_of
+        Who reads the shards of a store, in so far as the answers are not kept already; default this process.
 
     Returns
     -------
@@ -123,14 +132,16 @@ def write_report(
         label = name if len(paths) == 1 else f"{path}/{name}"
         told = None if progress is None else lambda done, total, label=label: progress(label, done, total)
         state = coverage(path, name)
-        answers.append(answer(open_covered(path, state), state, label, told))
+        runner = runner_of(path, state)
+        ask = partial(measure, path, name, state=state, progress=told, runner=runner)
+        answers.append(answer(open_covered(path, state), state, label, ask))
     page = render(answers)
-    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
+    unfinished = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
     try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, output)
+        unfinished.write_text(page, encoding="utf-8")
+        os.replace(unfinished, output)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return answers
 
 

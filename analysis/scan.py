@@ -27,7 +27,7 @@ Array = NDArray[Any]
 Block = dict[str, Array]
 """The decoded arrays of one shard by variable name; `counted`, bool (doc, position): tokens to count; and where a
 reducer needs it `code`, uint8 (doc, layer, position): see `coded`."""
-State = dict[str, NDArray[np.int64]]
+State = dict[str, NDArray[Any]]
 """What a reducer accumulates: integer arrays by name, so that sums are exact in any order."""
 
 CODES = 254  # ordered choices of a token that are counted as one number: E**k at most, 64 for Mixtral

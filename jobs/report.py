@@ -3,16 +3,19 @@
 import contextlib
 import ctypes
 import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import tyro
 
-from jobs.terminal import run_job, say
+from jobs.terminal import LOG_EVERY_S, run_job, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,8 @@ class ReportConfig:
     """The stores."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The file to write; one that is there is replaced."""
+    cluster: bool = False
+    """Read the stores on the Ray cluster of $RAY_ADDRESS, which must see them, or on one that is started here."""
 
 
 def main(arguments: list[str]) -> int:
@@ -39,11 +44,32 @@ def main(arguments: list[str]) -> int:
     _give_memory_back()
     from analysis.report import write_report  # the chart libraries take a second: --help does not wait for them
 
-    for answers in write_report(config.stores, config.output):
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        if config.cluster:
+            from jobs.analyses import ClusterRunner, connected
+
+            stack.enter_context(connected())
+            where["runner_of"] = ClusterRunner
+        drawn = write_report(config.stores, config.output, progress=_tell(), **where)
+    for answers in drawn:
         if not answers.state.complete:
             say(f"note: {answers.state}")
     print(config.output.absolute())
     return 0
+
+
+def _tell() -> Callable[[str, int, int], None]:
+    """Says every ten seconds how far the scan of a data set is."""
+    said = time.monotonic()
+
+    def tell(label: str, done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= LOG_EVERY_S:
+            said = time.monotonic()
+            say(f"{label}: {done:,} of {total:,} shards read")
+
+    return tell
 
 
 def _give_memory_back() -> None:

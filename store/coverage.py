@@ -1,7 +1,9 @@
 """How much of a capture is there: what `status` prints and what a reader is told."""
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ class Coverage:
     """Bytes of the committed `expert` and `weight` shards."""
     seconds: float
     """Sum of the seconds that workers spent on the committed shards."""
+    digest: str
+    """SHA-256 of what is planned and committed, to the checksums of the shards' objects: equal for equal bytes."""
 
     @property
     def shards_done(self) -> int:
@@ -68,6 +72,7 @@ def coverage(path: Path | str, dataset: str) -> Coverage:
     valid, wrong = group.commits()
     plan, total = group.plan, group.num_shards
     done = [record for shard, record in valid.items() if shard < total]
+    held = [[shard, valid[shard]["expert"], valid[shard]["weight"]] for shard in sorted(valid) if shard < total]
     return Coverage(
         dataset=dataset,
         plan=plan,
@@ -81,6 +86,7 @@ def coverage(path: Path | str, dataset: str) -> Coverage:
         tokens_done=sum(record["tokens"] for record in done),
         bytes_done=sum(record["expert"]["bytes"] + record["weight"]["bytes"] for record in done),
         seconds=sum(record.get("seconds", 0.0) for record in done),
+        digest=hashlib.sha256(json.dumps([asdict(plan), held], sort_keys=True).encode()).hexdigest(),
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 from synthetic import HOSTILE, make_capture
 
 from analysis import report
+from analysis.scan import scan
 from store import Coverage
 from store.plan import Plan
 
@@ -29,6 +30,7 @@ def state_of(data, missing=()):
         tokens_done=tokens,
         bytes_done=0,
         seconds=0.0,
+        digest="synthetic",
     )
 
 
@@ -132,6 +134,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     monkeypatch.setattr(report, "dataset_names", lambda path: ["a"])
     monkeypatch.setattr(report, "open_covered", lambda path, state: make_capture())
     monkeypatch.setattr(report, "coverage", lambda path, name: state_of(make_capture()))
+    monkeypatch.setattr(report, "measure", lambda path, name, reducers, **_: scan(make_capture(), reducers))
     monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         report.write_report([tmp_path / "s.zarr"], output)

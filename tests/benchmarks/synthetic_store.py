@@ -18,9 +18,8 @@ PREFERRED, FOLLOWED = 0.30, 0.15  # shares of pairs by token id and by the layer
 
 
 @numba.njit(nogil=True, cache=True)
-def _routes(token: np.ndarray, preferred: np.ndarray, follows: np.ndarray, seed: int) -> np.ndarray:
+def _routes(token: np.ndarray, preferred: np.ndarray, follows: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Pairs (rows, positions, layers, 2), uint8."""
-    np.random.seed(seed)
     rows, positions = token.shape
     layers = preferred.shape[1]
     expert = np.zeros((rows, positions, layers, 2), dtype=np.uint8)
@@ -28,13 +27,13 @@ def _routes(token: np.ndarray, preferred: np.ndarray, follows: np.ndarray, seed:
         for position in range(positions):
             pair = 0
             for layer in range(layers):
-                chance = np.random.random()
+                chance = random.random()
                 if chance < PREFERRED:
                     pair = preferred[token[row, position], layer]
                 elif chance < PREFERRED + FOLLOWED:
                     pair = follows[layer, pair]
                 else:
-                    pair = np.random.randint(0, 56)
+                    pair = int(random.random() * 56)
                 first, second = pair // 7, pair % 7
                 expert[row, position, layer, 0] = first
                 expert[row, position, layer, 1] = second + (second >= first)
@@ -81,7 +80,7 @@ def make_store(path: Path, tokens: int, *, positions: int = 2048, filled: float 
     follows = random.integers(0, 56, (LAYERS, 56))
     for shard in range(shards):
         read = group.read_rows(shard)
-        expert = _routes(read.token, preferred, follows, shard)
+        expert = _routes(read.token, preferred, follows, random)
         share = random.beta(4, 2, expert.shape[:3]).clip(0.5, 1).astype(np.float16)
         weight = np.stack([share, np.float16(1) - share], axis=-1)
         beyond = np.arange(positions) >= read.length[:, None]

@@ -1,0 +1,166 @@
+"""Answers kept beside the store, so that the same question a second time costs nothing.
+
+What a reducer has counted is kept, not what is made of it: small arrays of integers in ``STORE.results/``, for a folder
+as for a bucket. Their key is made of the capture's identity, of what of it is committed, to the checksums of its
+objects, of the reducer with its parameters, and of the selection: whatever could change a number makes another key.
+Old answers are never wrong and may be deleted at any time.
+
+Promises: an answer is what `analysis.scan.scan` would give, to the bit. Does not know any metric.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xarray as xr
+
+from analysis.scan import EVERYTHING, Reducer, Selection, State, accumulate, shards_to_read
+from store.coverage import Coverage, coverage
+from store.group import CaptureGroup
+from store.identity import identity_hash
+from store.objects import Objects, open_objects
+from store.reader import open_covered
+
+VERSION = 1
+"""Of the reducers together: another one when any of them counts otherwise under the same parameters."""
+
+
+class Runner(Protocol):
+    """Accumulates shards somewhere: `analysis.scan.accumulate` in this process, or `jobs.analyses` on a cluster."""
+
+    def __call__(
+        self,
+        dataset: xr.Dataset,
+        reducers: Sequence[Reducer],
+        shards: Sequence[slice],
+        *,
+        only: Selection,
+        threads: int | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> list[State]:
+        """See `analysis.scan.accumulate`."""
+
+
+def measure(
+    path: Path | str,
+    dataset: str,
+    reducers: Sequence[Reducer],
+    *,
+    state: Coverage | None = None,
+    layers: Sequence[int] | None = None,
+    only: Selection = EVERYTHING,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    runner: Runner = accumulate,
+) -> list[xr.Dataset]:
+    """Answer questions about one capture: from what is kept, and the rest from one scan.
+
+    Parameters
+    ----------
+    path, dataset
+        The store, and the capture in it.
+    reducers : sequence of Reducer
+        The questions.
+    state : Coverage, optional
+        What of the capture to look at; default all that is committed now.
+    layers : sequence of int, optional
+        The model's own numbers of the layers to look at; default all.
+    only, threads, progress
+        See `analysis.scan.scan`.
+    runner : Runner, optional
+        Where shards are read.
+
+    Returns
+    -------
+    list of xr.Dataset
+        One result for each reducer, in their order. An incomplete capture counts what is there.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no such capture.
+    ValueError
+        When it cannot be read, or a layer was not captured.
+    """
+    state = state or coverage(path, dataset)
+    capture = open_covered(path, state)
+    if layers is not None:
+        if unknown := sorted(set(layers) - set(capture["layer"].values.tolist())):
+            raise ValueError(f"layers {unknown} were not captured; {dataset} has {capture['layer'].values.tolist()}")
+        capture = capture.sel(layer=list(layers))
+    identity = identity_hash(CaptureGroup(path, dataset).identity)
+    kept = open_objects(_beside(path), scratch=".scratch")
+    about = [VERSION, identity, state.digest, layers and list(layers), asdict(only)]
+    keys = [f"{dataset}/{_hash([*about, *_question(reducer)])}.npz" for reducer in reducers]
+    states = [_read(kept, key) for key in keys]
+    if asked := [index for index, found in enumerate(states) if found is None]:
+        shards = shards_to_read(capture, only)
+        wanted = [reducers[index] for index in asked]
+        found = runner(capture, wanted, shards, only=only, threads=threads, progress=progress)
+        for index, counted in zip(asked, found, strict=True):
+            states[index] = counted
+            _keep(kept, keys[index], counted)
+    return [
+        reducer.finish(counted, capture)
+        for reducer, counted in zip(reducers, states, strict=True)
+        if counted is not None
+    ]
+
+
+def _beside(path: Path | str) -> str:
+    return f"{str(path).rstrip('/')}.results"
+
+
+def _question(reducer: Reducer) -> list[object]:
+    """What a reducer counts: its class and its parameters."""
+    return [_name(type(reducer)), sorted((name, _told(value)) for name, value in vars(reducer).items())]
+
+
+def _told(value: object) -> object:
+    """A parameter in words that are the same in every process."""
+    if isinstance(value, Reducer):
+        return _question(value)
+    if isinstance(value, partial):
+        return [_told(value.func), repr(value.args), repr(sorted(value.keywords.items()))]
+    return _name(value) if callable(value) else repr(value)
+
+
+def _name(named: Any) -> str:
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _hash(about: object) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _read(kept: Objects, key: str) -> State | None:
+    """What was counted, or None where it is not kept, or not whole."""
+    data = kept.get(key)
+    if data is None:
+        return None
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _keep(kept: Objects, key: str, state: State) -> None:
+    """Keep what was counted; where nothing can be written the answer is given all the same."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **state)  # type: ignore[arg-type]
+    try:
+        kept.put(key, buffer.getvalue())
+    except OSError as error:
+        warnings.warn(f"the answer cannot be kept beside the store: {error}", RuntimeWarning, stacklevel=3)
