@@ -5,7 +5,7 @@ Promises: exact counts, and weights summed exactly in any order. Does not know a
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import xarray as xr
@@ -74,6 +74,75 @@ def expert_load(dataset: xr.Dataset, *, threads: int | None = None) -> xr.Datase
         the even share 1/E.
     """
     return scan(dataset, [Load()], threads=threads)[0]
+
+
+def balance_of(load: xr.Dataset) -> xr.Dataset:
+    """How even the load of each layer is, from what `expert_load` gives, or one of its replicates.
+
+    Returns
+    -------
+    xr.Dataset
+        Over layer, float64, NaN where nothing was counted; the value of an even load of E experts in brackets:
+        `max_violation` max·E − 1 (0), `variation` standard deviation over mean (0), `entropy` in bits (log2 E) and
+        `relative_entropy` of it (1), `effective_experts` 2^H (E), `gini` (0), `jain` (Σf)²/(E Σf²) (1), and
+        `balancedness` mean over maximum (1).
+    """
+    share, experts = load["share"], load.sizes["expert"]
+    known = share.notnull().all("expert")
+    positive = share.where(share > 0)
+    bits = -(share * np.log2(positive)).sum("expert").where(known)
+    dims: dict[str, Any] = {"input_core_dims": [["expert"]], "output_core_dims": [["expert"]]}
+    ranked = xr.apply_ufunc(np.sort, share, **dims)
+    weight = xr.DataArray(
+        2 * np.arange(1, experts + 1) - experts - 1, dims="expert", coords={"expert": share["expert"]}
+    )
+    values = {
+        "max_violation": share.max("expert") * experts - 1,
+        "variation": share.std("expert") * experts,
+        "entropy": bits,
+        "relative_entropy": bits / np.log2(experts) if experts > 1 else bits * np.nan,
+        "effective_experts": 2.0**bits,
+        "gini": (ranked * weight).sum("expert") / experts,
+        "jain": 1 / (experts * (share**2).sum("expert")),
+        "balancedness": 1 / (experts * share.max("expert")),
+    }
+    null = dict.fromkeys(("max_violation", "variation", "gini"), 0.0)
+    null |= {"entropy": float(np.log2(experts)), "effective_experts": float(experts)}
+    return xr.Dataset(
+        {name: value.where(known).assign_attrs(null=null.get(name, 1.0)) for name, value in values.items()}
+    ).assign_attrs(
+        n=load.attrs["n"],
+        estimator="plug-in",
+        null="of an even load: by variable",
+        definition="summaries of the shares f_e of a layer's choices",
+        source="MaxVio: Wang et al. 2024 (loss-free balancing); balancedness: SGLang; Jain et al. 1984; Gini 1912",
+    )
+
+
+def domain_specialization(load: xr.Dataset) -> xr.Dataset:
+    """Share of a data set's tokens that reach each expert (OLMoE, section 5), from what `expert_load` gives.
+
+    Returns
+    -------
+    xr.Dataset
+        Over (layer, expert), float64: `any_choice` N_e / T, which sums to k, null k/E; `first_choice`, by the first
+        choice alone, which sums to 1, null 1/E.
+    """
+    choices, experts = load.sizes["k"], load.sizes["expert"]
+    first = load["count"].isel(k=0, drop=True)
+    tokens = first.sum("expert")
+    return xr.Dataset(
+        {
+            "any_choice": (load["share"] * choices).assign_attrs(null=choices / experts),
+            "first_choice": (first / tokens.where(tokens > 0)).assign_attrs(null=1 / experts),
+        }
+    ).assign_attrs(
+        n=load.attrs["n"],
+        estimator="maximum likelihood",
+        null=choices / experts,
+        definition="share of the data set's tokens of which the expert is one of k choices, or the first",
+        source="OLMoE (Muennighoff et al. 2024), section 5; Mixtral of Experts (Jiang et al. 2024), figure 7",
+    )
 
 
 def _share(amount: xr.DataArray) -> xr.DataArray:
