@@ -177,6 +177,7 @@ TYPOS = {
     "resubmit": (["--adress", "x", "--", "python"], "--address"),
     "status": (["store.zarr", "--datset", "x"], "--dataset"),
     "report": (["store.zarr", "--outptu", "x"], "--output"),
+    "compare": (["s.zarr/a", "s.zarr/b", "--alow-incomplete"], "--allow-incomplete"),
     "quantize": (["tiny", "out", "--quantisation", "nf4"], "--quantization"),
 }
 

@@ -1,0 +1,74 @@
+"""Do two captures of the same text agree? `python jobs/compare.py A B`, each STORE/DATASET."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jobs.terminal import reporting, run_job
+
+PROVENANCE = ("model", "quantization", "environment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Compare what two captures of the same rows chose, token by token and layer by layer.
+
+    For the same text under another quantization, revision, back-end or machine. Exit status: 0 compared, whatever came
+    out, 2 when they cannot be.
+    """
+
+    one: Annotated[str, tyro.conf.Positional]
+    """A capture, as STORE/DATASET: demo.zarr/demo-prose, or s3://bucket/routes.zarr/wikitext-103."""
+    other: Annotated[str, tyro.conf.Positional]
+    """Another one."""
+    allow_incomplete: bool = False
+    """Compare as far as both captures go."""
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table."""
+    config = tyro.cli(CompareConfig, prog="python jobs/compare.py", args=arguments, use_underscores=True)
+
+    from analysis.agreement import Agreement, paired  # numba takes a second: --help does not wait for it
+    from analysis.scan import scan
+    from store import open_capture
+
+    captures = []
+    for place in (config.one, config.other):
+        store, slash, name = place.rstrip("/").rpartition("/")
+        if not slash:
+            raise ValueError(f"{place!r} is no STORE/DATASET, such as demo.zarr/demo-prose")
+        captures.append(open_capture(store, name, allow_incomplete=config.allow_incomplete))
+    with reporting("compare", unit="shards") as report:
+        found = scan(paired(*captures), [Agreement()], progress=lambda done, total: report.to(done))[0]
+    table = Table()
+    table.add_column("layer", justify="right")
+    columns = ("same_set", "overlap", "same_first", "first_difference", "margin", "margin_at_flips")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for number in found["layer"].values.tolist():
+        values = [float(found[column].sel(layer=number)) for column in columns]
+        table.add_row(str(number), *(f"{value:.4f}" for value in values))
+    nulls = [found[column].attrs["null"] for column in columns]
+    table.add_section()
+    table.add_row("by chance", *("" if null is None else f"{null:.4f}" for null in nulls))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for name in PROVENANCE:
+        one, other = (capture.attrs.get(name) for capture in captures)
+        if one != other:
+            print(f"{name}: {one} and {other}")
+    n, different = found.attrs["n"], found.attrs["any_difference"]
+    print(f"{n:,} tokens in both; {different:.2%} of them differ in some layer's experts")
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main)
