@@ -33,9 +33,10 @@ def poisson_weights(document: Array, replicates: int, seed: int = 0) -> Array:
     return np.concatenate([np.ones((1, len(document)), np.int64), weights])
 
 
-def split_weights(document: Array, replicates: int, share: float, seed: int = 0) -> Array:
-    """Whether documents fall on the first of two sides of which it holds a share; replicate 0 is all ones."""
-    weights = (_uniform(document, replicates, seed) < share).astype(np.int64)
+def split_weights(document: Array, replicates: int, low: float, high: float, seed: int = 0) -> Array:
+    """Whether documents fall into a range of [0, 1), and so on one of several sides; replicate 0 is all ones."""
+    number = _uniform(document, replicates, seed)
+    weights = ((low <= number) & (number < high)).astype(np.int64)
     return np.concatenate([np.ones((1, len(document)), np.int64), weights])
 
 

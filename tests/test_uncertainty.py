@@ -30,11 +30,11 @@ def test_bootstrap_weights_are_poisson_of_mean_one_and_independent() -> None:
 
 def test_weights_depend_on_the_document_alone() -> None:
     document = np.array([7, 3, 7, 10**12, 3])
-    for weights in (poisson_weights, partial(split_weights, share=0.3)):
+    for weights in (poisson_weights, partial(split_weights, low=0.0, high=0.3)):
         whole = weights(document, 50)
         np.testing.assert_array_equal(whole[:, 0], whole[:, 2])
         np.testing.assert_array_equal(whole[:, 1:4], weights(document[1:4], 50))
-    split = split_weights(np.arange(20_000), 100, share=0.3)[1:]
+    split = split_weights(np.arange(20_000), 100, low=0.5, high=0.8)[1:]
     assert set(np.unique(split)) == {0, 1}
     assert abs(split.mean() - 0.3) < 5 * np.sqrt(0.21 / split.size)
 

@@ -1,0 +1,176 @@
+"""How data sets differ in which experts they use: where, by how much, and whether it is more than chance.
+
+Two questions with two answers. How large is the difference? An interval from resampled documents. Could it be nothing?
+A p-value from shuffling: if the label of a document meant nothing, how often would the difference be as large? The
+shuffle keeps documents whole, for tokens of one document resemble each other.
+
+Promises: constant memory, the same result in any order. Does not know which tokens carry a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import xarray as xr
+
+from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.uncertainty import Resampled, false_discovery, interval, p_value, split_weights
+
+
+class ExpertCounts(Reducer):
+    """Choices by layer and expert, whatever the rank; nothing else."""
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Zeros: `count` (layer, expert)."""
+        layers, _, experts = sizes(dataset)
+        return {"count": np.zeros((layers, experts), dtype=np.int64)}
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard."""
+        _add(block["expert"], block["counted"], state["count"])
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """The counts, labelled."""
+        coords = {"layer": dataset["layer"].values, "expert": np.arange(sizes(dataset)[2])}
+        return xr.Dataset({"count": (("layer", "expert"), state["count"])}, coords)
+
+
+def contrast(
+    captures: Mapping[str, xr.Dataset],
+    *,
+    replicates: int = 500,
+    level: float = 0.95,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """How data sets differ, layer by layer and expert by expert.
+
+    Parameters
+    ----------
+    captures : mapping of str to xr.Dataset
+        Two or more captures of one model, by name.
+    replicates : int
+        Of the bootstrap, and of the shuffle.
+    level : float
+        Of the intervals.
+    threads, progress
+        See `analysis.scan.scan`; progress is that of one capture after the other.
+
+    Returns
+    -------
+    xr.Dataset
+        Over layer: `divergence`, the Jensen–Shannon divergence in bits of the data sets' shares (Lin 1991; data sets
+        weigh equally), with `divergence_low` and `divergence_high`, `divergence_by_chance`, its mean after shuffling,
+        and `p`. Over (data_set, layer, expert): `share` of the data set's tokens that reach the expert, `difference`
+        to the mean of the other data sets, with `difference_low`, `difference_high`, `difference_p` (two-sided) and
+        `difference_q`, which is adjusted for all cells together (Benjamini–Hochberg). Over (data_set, other_data_set,
+        layer): `total_variation`, half the sum of absolute differences of the shares of choices.
+
+    Raises
+    ------
+    ValueError
+        When there are fewer than two captures, or they have other layers or experts.
+    """
+    names = list(captures)
+    _refuse_incomparable(captures)
+    documents = [int(np.unique(capture["document_id"].values).size) for capture in captures.values()]
+    edges = np.concatenate([[0.0], np.cumsum(documents) / sum(documents)])
+    sides = [partial(split_weights, low=low, high=high) for low, high in pairwise(edges)]
+    drawn, shuffled = [], []
+    for number, capture in enumerate(captures.values()):
+        # Another seed for each capture: its documents have the same numbers as the others'.
+        weights = [None, *(partial(side, seed=number + 1) for side in sides)]
+        asked = [Resampled(ExpertCounts(), replicates, **({"weights": one} if one else {})) for one in weights]
+        found = scan(capture, asked, threads=threads, progress=progress)
+        drawn.append(found[0]["count"])
+        shuffled.append([one["count"] for one in found[1:]])
+    by_name = xr.DataArray(names, dims="data_set", name="data_set")
+    resampled = xr.concat(drawn, by_name)
+    # What falls on each side, from all captures; replicate 0 are the data sets as they are.
+    relabelled = xr.concat([sum(parts) for parts in zip(*shuffled, strict=True)], by_name)
+    own = resampled.isel(replicate=slice(0, 1))
+    by_chance = xr.concat([own, relabelled.isel(replicate=slice(1, None))], "replicate")
+
+    choices = next(iter(captures.values())).sizes["k"]
+    divergence = interval(_divergence(resampled), level)
+    reach = interval(_difference(resampled) * choices, level)
+    p = p_value(abs(_difference(by_chance)))
+    share = _share(own.isel(replicate=0, drop=True))
+    apart = abs(share - share.rename(data_set="other_data_set")).sum("expert") / 2
+    return xr.Dataset(
+        {
+            "divergence": divergence["estimate"].assign_attrs(units="bits"),
+            "divergence_low": divergence["low"],
+            "divergence_high": divergence["high"],
+            "divergence_by_chance": _divergence(by_chance).isel(replicate=slice(1, None)).mean("replicate"),
+            "p": p_value(_divergence(by_chance)),
+            "share": (share * choices).assign_attrs(long_name="share of the data set's tokens that reach the expert"),
+            "difference": reach["estimate"],
+            "difference_low": reach["low"],
+            "difference_high": reach["high"],
+            "difference_p": p,
+            "difference_q": false_discovery(p),
+            "total_variation": apart,
+        }
+    ).assign_attrs(
+        n={
+            name: int(count)
+            for name, count in zip(names, own.sum(("replicate", "layer", "expert")).values, strict=True)
+        },
+        documents=dict(zip(names, documents, strict=True)),
+        replicates=replicates,
+        level=level,
+        null=0.0,
+        estimator="plug-in; intervals: Poisson bootstrap over documents; p: documents shuffled between data sets",
+        definition="divergence = H(mean of the data sets' shares) - mean of their H; difference = share of the data"
+        " set's tokens that reach the expert - mean of the others'",
+        source="Lin 1991 (Jensen–Shannon); SteerMoE (risk difference)",
+    )
+
+
+def _refuse_incomparable(captures: Mapping[str, xr.Dataset]) -> None:
+    if len(captures) < 2:
+        raise ValueError(f"{len(captures)} captures: a contrast needs two or more")
+    [first, one], *others = captures.items()
+    for name, other in others:
+        here, there = (
+            (each["layer"].values.tolist(), int(each.attrs["num_experts"]), each.sizes["k"]) for each in (one, other)
+        )
+        if here != there:
+            raise ValueError(f"{first} and {name} are not of one model: (layers, E, k) = {here} and {there}")
+
+
+def _share(count: xr.DataArray) -> xr.DataArray:
+    total = count.sum("expert")
+    return count / total.where(total > 0)
+
+
+def _divergence(count: xr.DataArray) -> xr.DataArray:
+    """Jensen–Shannon, in bits, over `data_set`."""
+
+    def bits(share: xr.DataArray) -> xr.DataArray:
+        return -(share * np.log2(share.where(share > 0))).sum("expert")
+
+    share = _share(count)
+    return bits(share.mean("data_set")) - bits(share).mean("data_set")
+
+
+def _difference(count: xr.DataArray) -> xr.DataArray:
+    """Of each data set's shares of choices from the mean of the others'."""
+    share = _share(count)
+    sets = share.sizes["data_set"]
+    return (share - share.mean("data_set")) * (sets / (sets - 1))
+
+
+@kernel
+def _add(expert: Array, counted: Array, count: Array) -> None:
+    rows, positions, layers, choices = expert.shape
+    for row in range(rows):
+        for position in range(positions):
+            if counted[row, position]:
+                for layer in range(layers):
+                    for k in range(choices):
+                        count[layer, expert[row, position, layer, k]] += 1
