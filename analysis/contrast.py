@@ -63,11 +63,12 @@ def contrast(
     -------
     xr.Dataset
         Over layer: `divergence`, the Jensen–Shannon divergence in bits of the data sets' shares (Lin 1991; data sets
-        weigh equally), with `divergence_low` and `divergence_high`, `divergence_by_chance`, its mean after shuffling,
-        and `p`. Over (data_set, layer, expert): `share` of the data set's tokens that reach the expert, `difference`
-        to the mean of the other data sets, with `difference_low`, `difference_high`, `difference_p` (two-sided) and
-        `difference_q`, which is adjusted for all cells together (Benjamini–Hochberg). Over (data_set, other_data_set,
-        layer): `total_variation`, half the sum of absolute differences of the shares of choices.
+        weigh equally), which is too large by about `divergence_by_chance`, its mean after shuffling;
+        `divergence_corrected`, without its bias, with the interval `divergence_low` to `divergence_high`, none below
+        0; and `p`. Over (data_set, layer, expert): `share` of the data set's tokens that reach the expert,
+        `difference` to the mean of the other data sets, with `difference_low`, `difference_high`, `difference_p`
+        (two-sided) and `difference_q`, which is adjusted for all cells together (Benjamini–Hochberg). Over (data_set,
+        other_data_set, layer): `total_variation`, half the sum of absolute differences of the shares of choices.
 
     Raises
     ------
@@ -95,7 +96,10 @@ def contrast(
     by_chance = xr.concat([own, relabelled.isel(replicate=slice(1, None))], "replicate")
 
     choices = next(iter(captures.values())).sizes["k"]
-    divergence = interval(_divergence(resampled), level)
+    # A divergence of samples is too large by what sampling adds, and one of resampled samples by that once more.
+    of_resampled = _divergence(resampled)
+    bias = of_resampled.isel(replicate=slice(1, None)).mean("replicate") - of_resampled.isel(replicate=0, drop=True)
+    divergence = interval(of_resampled, level)
     reach = interval(_difference(resampled) * choices, level)
     p = p_value(abs(_difference(by_chance)))
     share = _share(own.isel(replicate=0, drop=True))
@@ -103,8 +107,9 @@ def contrast(
     return xr.Dataset(
         {
             "divergence": divergence["estimate"].assign_attrs(units="bits"),
-            "divergence_low": divergence["low"],
-            "divergence_high": divergence["high"],
+            "divergence_corrected": (divergence["estimate"] - bias).clip(0),
+            "divergence_low": (divergence["low"] - 2 * bias).clip(0),
+            "divergence_high": (divergence["high"] - 2 * bias).clip(0),
             "divergence_by_chance": _divergence(by_chance).isel(replicate=slice(1, None)).mean("replicate"),
             "p": p_value(_divergence(by_chance)),
             "share": (share * choices).assign_attrs(long_name="share of the data set's tokens that reach the expert"),

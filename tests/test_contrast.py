@@ -54,7 +54,9 @@ def test_a_planted_difference_is_found_where_it_is_and_nowhere_else(whole: xr.Da
     assert int(abs(found["difference"].sel(data_set="b")).argmax(...)["layer"]) == 1
     elsewhere = found["difference_q"].sel(layer=[0, 9])
     assert float(elsewhere.min()) > 0.05
-    assert bool((found["divergence_low"] <= found["divergence"]).all())
+    assert bool((found["divergence_low"] <= found["divergence_corrected"]).all())
+    assert bool((found["divergence_corrected"] <= found["divergence_high"]).all())
+    assert float(found["divergence_low"].sel(layer=4)) > 10 * float(found["divergence_high"].sel(layer=[0, 9]).max())
 
 
 def test_values_are_those_of_the_shares(whole: xr.Dataset) -> None:
