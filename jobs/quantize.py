@@ -43,11 +43,12 @@ def main(arguments: list[str]) -> int:
     import torch  # takes seconds, and --help does not wait for it
 
     from workers.checkpoint import find_checkpoint, weight_files
-    from workers.saving import quantize_checkpoint
+    from workers.saving import quantize_checkpoint, refuse_existing
     from workers.tiny import model_path
 
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = here if config.device == "auto" else config.device
+    refuse_existing(config.out)  # before a hub model is fetched
     checkpoint = find_checkpoint(model_path(config.model), config.model_revision, weights=True)
     read_bytes = sum(file.stat().st_size for file in weight_files(checkpoint.folder))
     done_bytes = 0
@@ -73,4 +74,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_job(main)
+    run_job(main, after="nothing is kept, and the same command begins anew")

@@ -26,10 +26,11 @@ class Terminated(KeyboardInterrupt):
         Terminated.came = True
 
 
-def run_job(main: Callable[[list[str]], int]) -> NoReturn:
+def run_job(main: Callable[[list[str]], int], after: str = AFTER) -> NoReturn:
     """Run a script's main function with the command line, and exit with its status.
 
-    A user's mistake becomes one line and status 2; a capture that failed, status 1; Ctrl-C 130 and SIGTERM 143.
+    A user's mistake becomes one line and status 2; a capture that failed, status 1; Ctrl-C 130 and SIGTERM 143, and
+    `after` says what then becomes of the work.
     """
 
     Terminated.came = False
@@ -43,7 +44,7 @@ def run_job(main: Callable[[list[str]], int]) -> NoReturn:
     except RuntimeError as error:
         status = _fail(1, str(error) or repr(error))
     except KeyboardInterrupt:
-        status = _fail(143, f"terminated: {AFTER}") if Terminated.came else _fail(130, f"interrupted: {AFTER}")
+        status = _fail(143, f"terminated: {after}") if Terminated.came else _fail(130, f"interrupted: {after}")
     sys.exit(status)
 
 

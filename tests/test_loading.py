@@ -187,6 +187,13 @@ def test_the_device_decides_dtype_and_back_end(tiny: Path) -> None:
     assert backend == "eager"
 
 
+@pytest.mark.parametrize("named", ["eager", "flash_attention_2"])
+def test_an_attention_that_a_checkpoint_names_has_no_say(broken: Path, named: str) -> None:
+    configure(_attn_implementation=named)(broken)
+    loaded = load_model(broken, quantization="none", device="cpu")
+    assert loaded.model.config._attn_implementation == loaded.provenance["attention"] == "sdpa"
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 def test_the_bytes_told_are_the_bytes_that_the_weights_take(tiny: Path, quantization: str) -> None:
     model = load_model(tiny, quantization=quantization, device="cpu").model

@@ -32,7 +32,7 @@ from jobs.plan import Planner, default_sequence_length
 from store import CaptureGroup, coverage, open_capture
 from store.plan import Plan, Rows
 from workers.rows import document_rows, padded
-from workers.shard import OutOfMemory, RoutingError, capture_shard, micro_batches, route_rows
+from workers.shard import BATCH_COST_TOKENS, OutOfMemory, RoutingError, capture_shard, micro_batches, route_rows
 
 Text = str | list[dict[str, str]]
 
@@ -343,16 +343,22 @@ def test_a_complete_capture_loads_no_engine(tmp_path: Path, monkeypatch: pytest.
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60).map(lambda sizes: np.array(sizes, dtype=np.int32))
 
 
-@given(LENGTHS, st.integers(1, 300))
-def test_each_row_is_in_one_micro_batch_of_the_asked_size_longest_first(length: np.ndarray, batch_tokens: int) -> None:
+@given(LENGTHS | st.lists(st.integers(1, 2048), min_size=1, max_size=60).map(np.array), st.integers(1, 40_000))
+def test_each_row_is_in_one_micro_batch_of_the_asked_size_largest_first(length: np.ndarray, batch_tokens: int) -> None:
     batches = micro_batches(length, batch_tokens)
-    order = np.concatenate(batches)
+    sizes = [len(batch) * int(length[batch].max()) for batch in batches]
+    assert sizes == sorted(sizes, reverse=True)
+    by_length = sorted(batches, key=lambda batch: (-length[batch].max(), batch[0]))
+    order = np.concatenate(by_length)
     assert sorted(order.tolist()) == list(range(len(length)))
     assert (np.diff(length[order]) <= 0).all()
     for batch in batches:
         assert len(batch) == 1 or len(batch) * length[batch].max() <= batch_tokens
-    for batch in batches[:-1]:  # none smaller than need be
-        assert (len(batch) + 1) * length[batch].max() > batch_tokens
+        assert (length[batch].max() - length[batch]).sum() <= BATCH_COST_TOKENS
+    for batch, after in pairwise(by_length):  # none smaller than need be
+        longer = np.append(batch, after[0])
+        padding = (length[longer].max() - length[longer]).sum()
+        assert len(longer) * length[longer].max() > batch_tokens or padding > BATCH_COST_TOKENS
     assert [batch.tolist() for batch in micro_batches(length.copy(), batch_tokens)] == [b.tolist() for b in batches]
 
 

@@ -429,6 +429,21 @@ def test_a_logit_that_is_not_finite_stops_the_shard_with_layer_position_and_row(
         handle.remove()
 
 
+def test_choices_that_are_not_the_routers_are_told_with_a_row_that_shows_them(tiny_model: LoadedModel) -> None:
+    engine, rows = ModelEngine(tiny_model), random_rows(8)
+    rows.length[:] = POSITIONS
+    rows.token[rows.token == -1] = 7
+    half = len(rows.token) // 2
+    other = altered(lambda w, e: (torch.cat([w[: half * POSITIONS], w[half * POSITIONS :] / 2]), e))
+    restore = other(engine, 3)
+    try:
+        with pytest.raises(RoutingError, match=r"^layer 3: .* another layer's, first seen at position") as error:
+            engine.route(rows.token, rows.length)
+    finally:
+        restore()
+    assert error.value.row >= half
+
+
 @pytest.mark.parametrize("layer", [1, 4])
 def test_hooks_on_the_wrong_routers_stop_the_shard_and_name_the_layer(tiny_model: LoadedModel, layer: int) -> None:
     rows, routers = random_rows(8), tiny_model.routers

@@ -1,7 +1,10 @@
 """Checkpoints in 4 bits: what is written is what a load would have made, and what is read is what was written."""
 
 import json
+import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +14,9 @@ import bitsandbytes
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from test_families import checkpoint_of
 
 from workers.checkpoint import find_checkpoint, weight_files
 from workers.description import describe_model, estimate_bytes
@@ -91,6 +96,20 @@ def test_a_quantized_checkpoint_loads_as_the_original_quantized_while_loading(
         np.testing.assert_array_equal(one, other)
 
 
+def test_what_a_family_keeps_in_float32_is_so_from_a_quantized_checkpoint_too(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0, "moe_layer_end_index": 1}
+    config = transformers.AutoConfig.for_model("ernie4_5_moe", **sizes, **heads, **experts, pad_token_id=None)
+    transformers.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "ernie")
+    folder = quantize_checkpoint(tmp_path / "ernie", tmp_path / "nf4", device="cpu")
+    wanted, got = (load_model(model, device="cpu").model.state_dict() for model in (tmp_path / "ernie", folder))
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor), name
+
+
 def test_the_files_hold_what_transformers_4_writes(tiny: Path, nf4: Path) -> None:
     written, original = tensors(nf4), tensors(tiny)
     matrix = f"{MOE}.experts.5.w2.weight"
@@ -122,6 +141,13 @@ def test_the_files_hold_what_transformers_4_writes(tiny: Path, nf4: Path) -> Non
     assert config["quantization_config"] == TRANSFORMERS_4
     assert config["architectures"] == ["MixtralForCausalLM"]
     assert (nf4 / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+
+
+def test_routers_are_named_as_transformers_4_calls_them_too(tmp_path: Path) -> None:
+    checkpoint_of("phimoe", tmp_path / "phimoe")  # whose block_sparse_moe.gate transformers 5 calls mlp.router
+    folder = quantize_checkpoint(tmp_path / "phimoe", tmp_path / "nf4", device="cpu")
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert settings["llm_int8_skip_modules"] == ["gate", "router", "lm_head"]
 
 
 def test_the_bytes_told_hold_for_a_quantized_checkpoint_too(tiny: Path, nf4: Path) -> None:
@@ -175,6 +201,15 @@ def blocks_of_128(folder: Path) -> None:
     save_file(held, file, metadata={"format": "pt"})
 
 
+def kept_as_bfloat16(folder: Path) -> None:
+    """As bitsandbytes does with bnb_4bit_quant_storage, for FSDP; the kernels here read bytes."""
+    configure(bnb_4bit_quant_storage="bfloat16")(folder)
+    for file in weight_files(folder):
+        held = load_file(file)
+        packed = {name: held[name].view(-1, 2).view(torch.bfloat16) for name in held if f"{name}.absmax" in held}
+        save_file(held | packed, file, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("spoil", "asked", "words"),
     [
@@ -186,6 +221,7 @@ def blocks_of_128(folder: Path) -> None:
         (quantize_one(f"{MOE}.gate.weight"), "nf4", ["1 matrices that must not be quantized", f"{MOE}.gate.weight"]),
         (leave_in_full, "nf4", ["1 matrices that should be quantized", "layers.0.self_attn.k_proj.weight"]),
         (blocks_of_128, "nf4", ["(type, block, double) = ('nf4', 128, True), not ('nf4', 64, True)", "experts.0.w1"]),
+        (kept_as_bfloat16, "nf4", ["is stored in torch.bfloat16, not in bytes (bnb_4bit_quant_storage)"]),
     ],
 )
 def test_a_checkpoint_quantized_otherwise_is_refused_with_what_differs(
@@ -209,10 +245,16 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
 ) -> None:
     with pytest.raises(ValueError, match="is quantized already, in nf4: it loads as it is"):
         quantize_checkpoint(nf4, tmp_path / "again", device="cpu")
-    with pytest.raises(ValueError, match=f"{nf4} exists"):
-        quantize_checkpoint(tiny, nf4, device="cpu")
+    (link := tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for taken in (nf4, link):
+        with pytest.raises(ValueError, match=f"{taken} exists"):
+            quantize_checkpoint(tiny, taken, device="cpu")
+    link.unlink()
     with pytest.raises(ValueError, match="'int8' is none of nf4, fp4"):
         quantize_checkpoint(tiny, tmp_path / "int8", quantization="int8", device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device cuda was asked for, and torch .* sees no GPU"):
+        quantize_checkpoint(tiny, tmp_path / "cuda", device="cuda")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(ValueError, match=rf"will take [\d,]+ bytes, and {tmp_path} has 1,000 free"):
         quantize_checkpoint(tiny, tmp_path / "deeper" / "small", device="cpu")
@@ -231,20 +273,50 @@ run_job(main)
 """
 
 
-def test_a_write_that_fails_leaves_no_folder_and_a_run_after_one_that_was_killed_does(
-    tiny: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"left by a run that was killed")
-    arguments = [str(tiny), str(out), "--device", "cpu"]
+def test_a_write_that_fails_leaves_no_folder_and_what_is_beside_it_stays(tiny: Path, tmp_path: Path) -> None:
+    out, model = tmp_path / "out", tmp_path / "out.partial"
+    shutil.copytree(tiny, model)
+    (model / "tokenizer").mkdir()  # of another format: no file to copy
+    arguments = [str(model), str(out), "--device", "cpu"]
     limited = [sys.executable, "-c", LIMITED.format(root=str(ROOT)), "-", *arguments]
     done = subprocess.run(limited, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "out.partial/model-00001-of-00002.safetensors could not be written" in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert re.search(r"out\.partial-\w+/model-00001-of-00002.safetensors could not be written", done.stderr)
+    assert list(tmp_path.iterdir()) == [model]
     command = [sys.executable, str(ROOT / "jobs" / "quantize.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"out", "out.partial"}
     assert find_checkpoint(out, weights=True).model == "out"
+    assert find_checkpoint(model, weights=True).revision == find_checkpoint(tiny, weights=True).revision
+
+
+def test_of_two_runs_for_one_folder_neither_spoils_the_other(tiny: Path, nf4: Path, tmp_path: Path) -> None:
+    def interrupted(tensor_bytes: int) -> None:
+        raise KeyboardInterrupt
+
+    def run_another(tensor_bytes: int) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(tiny, tmp_path / "out", device="cpu", progress=interrupted)
+
+    quantize_checkpoint(tiny, tmp_path / "out", device="cpu", progress=run_another)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert find_checkpoint(tmp_path / "out", weights=True).revision == find_checkpoint(nf4, weights=True).revision
+
+
+def test_ctrl_c_says_that_nothing_is_kept(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("workers.saving.quantize_checkpoint", interrupted)
+    monkeypatch.setattr(sys, "argv", ["quantize.py", str(tiny), str(tmp_path / "out"), "--device", "cpu"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            runpy.run_path(str(ROOT / "jobs" / "quantize.py"), run_name="__main__")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert "interrupted: nothing is kept, and the same command begins anew" in capsys.readouterr().err

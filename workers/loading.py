@@ -88,7 +88,7 @@ def load_model(
     ValueError
         If the checkpoint, the device or the result is not what was asked for.
     """
-    target = _usable_device(device)
+    target = usable_device(device)
     checkpoint = find_checkpoint(model, revision, weights=True)
     description = describe_checkpoint(checkpoint, quantization, target.type)
     weight_bytes = estimate_checkpoint(checkpoint, quantization, target.type)
@@ -120,7 +120,7 @@ def load_model(
     )
 
 
-def _usable_device(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
     """The device with its index; a ValueError where there is none."""
     target = torch.device(device)
     if target.type == "cuda":
@@ -137,18 +137,18 @@ def _from_pretrained(checkpoint: Checkpoint, description: ModelDescription, targ
     quantization = description["quantization"]
     skeleton = build_skeleton(checkpoint, target.type)
     settings = quantization_config(quantization, skeleton, target.type)
-    quantized_already: dict[str, Any] = {}
+    # Given by itself: else an attention that it names, as some published ones do, would have the last word.
+    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     if stored_quantization(checkpoint) is not None:
         _check_stored(checkpoint, description, target)
         # The checkpoint's own settings are equal in all that its weights depend on, and tell another compute dtype.
-        config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         config.quantization_config = settings.to_dict()
-        quantized_already, settings = {"config": config}, None
+        settings = None
     with _quiet(), _quantizers(quantization):
         try:
             model, report = transformers.AutoModel.from_pretrained(
                 checkpoint.folder,
-                **quantized_already,
+                config=config,
                 quantization_config=settings,
                 device_map={"": target},
                 dtype=compute_dtype(target.type),
@@ -293,6 +293,8 @@ def _matrix_fault(parameter: torch.Tensor, quantization: str) -> str | None:
     state = getattr(parameter, "quant_state", None)
     if kind != "Params4bit" or state is None:
         return f"a {kind} of {parameter.dtype}, not a quantized Params4bit"
+    if parameter.dtype != torch.uint8:  # bitsandbytes may keep the bytes as numbers of another type
+        return f"stored in {parameter.dtype}, not in bytes (bnb_4bit_quant_storage)"
     found = (state.quant_type, state.blocksize, bool(state.nested))
     wanted = (quantization, BLOCK, True)
     return None if found == wanted else f"quantized as (type, block, double) = {found}, not {wanted}"

@@ -181,7 +181,7 @@ class Unfusing4bit(_Unfusing, Bnb4BitHfQuantizer):  # type: ignore[misc]
         in_full = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
         for name, parameter in model.named_parameters():
             if self.pre_quantized and type(parameter) is nn.Parameter and parameter.is_floating_point():
-                parameter.data = parameter.data if any(part in name for part in in_full) else parameter.data.to(dtype)
+                parameter.data = parameter.data.to(torch.float32 if any(part in name for part in in_full) else dtype)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 
@@ -206,6 +206,22 @@ def four_bit_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
 
 
+def own_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
+    """What the base model calls each tensor of a checkpoint, had it one; by the checkpoint's name."""
+    renamings = [
+        transform
+        for transform in get_model_conversion_mapping(skeleton, add_legacy=False)
+        if isinstance(transform, WeightRenaming)
+    ]
+    found = {}
+    for name in names:
+        own = name
+        for renaming in renamings:
+            own, _ = renaming.rename_source_key(own)
+        found[name] = own.removeprefix(f"{skeleton.base_model_prefix}.")
+    return found
+
+
 def four_bit_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
     """Which tensors of a checkpoint are 4-bit matrices of the model.
 
@@ -226,20 +242,8 @@ def four_bit_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
     ValueError
         When a 4-bit matrix of the model has no tensor.
     """
-    renamings = [
-        transform
-        for transform in get_model_conversion_mapping(skeleton, add_legacy=False)
-        if isinstance(transform, WeightRenaming)
-    ]
     wanted = {f"{name}.weight" for name in four_bit_linears(skeleton)}
-    found = {}
-    for name in names:
-        own = name
-        for renaming in renamings:
-            own, _ = renaming.rename_source_key(own)
-        own = own.removeprefix(f"{skeleton.base_model_prefix}.")
-        if own in wanted:
-            found[name] = own
+    found = {name: own for name, own in own_names(skeleton, names).items() if own in wanted}
     if missing := sorted(wanted - set(found.values())):
         raise ValueError(
             f"{len(missing)} of the {len(wanted)} matrices that should be in 4 bits are not in the checkpoint:"

@@ -159,7 +159,7 @@ class RouteRecorder:
         weights_TLK : float16 tensor
         faults_LF : int64 tensor, shape (L, 3)
             Per layer the first token, of rows · positions, that shows an illegal or doubled expert, a logit or weight
-            that is not finite, a sample that does not agree (then the first of the sample); -1 where there is none.
+            that is not finite, another choice than a sample that does not agree; -1 where there is none.
 
         Raises
         ------
@@ -223,8 +223,8 @@ class RouteRecorder:
             wrong_LF |= (experts_LFK == experts_LFK.roll(by, dims=-1)).any(dim=-1)
         finite_LF = torch.stack(list(self._finite.values()))[:, filled]
         was = experts_LTK[:, self._sample], weights_LTK[:, self._sample]
-        other_L = ~illegal_L & self._disagree(was, self._stacked(list(self._again.values())))
-        firsts = _first(wrong_LF, filled), _first(~finite_LF, filled), _first(other_L[:, None], self._sample)
+        other_LT = ~illegal_L[:, None] & self._disagree(was, self._stacked(list(self._again.values())))
+        firsts = _first(wrong_LF, filled), _first(~finite_LF, filled), _first(other_LT, self._sample)
         faults_LF = torch.stack(firsts, dim=1)
         dtype = torch.uint8 if self.num_experts <= 255 else torch.int32
         return experts_LTK.transpose(0, 1).to(dtype), weights_LTK.transpose(0, 1).half(), faults_LF
@@ -246,12 +246,12 @@ class RouteRecorder:
     def _disagree(
         self, was: tuple[torch.Tensor, torch.Tensor], again: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """Whether each layer's router, asked again about the sampled tokens, told another story."""
+        """Of which sampled tokens each layer's router, asked again, told another story; of none where they are few."""
         # Near-ties may swap one expert, also the same one for every token where the text repeats one token.
         shared_LT = (again[0][..., :, None] == was[0][..., None, :]).any(dim=-1).sum(dim=-1)
         close_LTK = (again[1] - was[1]).abs() <= WEIGHT_TOLERANCE * was[1].abs()
         agrees_LT = close_LTK.all(dim=-1) & (shared_LT >= max(1, self.k - 1))
-        return agrees_LT.float().mean(dim=1) < SAMPLE_AGREEING
+        return ~agrees_LT & (agrees_LT.float().mean(dim=1, keepdim=True) < SAMPLE_AGREEING)
 
 
 def _finite(output: Any) -> torch.Tensor:

@@ -3,16 +3,19 @@
 Promises: each matrix that `workers.loading` would quantize while it loads is quantized in the same way, everything else
 is copied, and both files and names are the original's, so that other software reads the result too (bitsandbytes' own
 format, as transformers writes it). One matrix is on the device at a time and one output file in memory. The folder
-appears when it is whole, under its name; until then it is called ``NAME.partial``.
+appears when it is whole, under its name; until then it is called ``NAME.partial-…``, as is what a killed run leaves, to
+be deleted by hand. Nothing that is there already is touched.
 
 Does not build a model: shapes and names come from the configuration.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +33,7 @@ from workers.description import (
     quantization_config,
     stored_quantization,
 )
+from workers.loading import usable_device
 
 COPIED = ("*.json", "tokenizer*", "*.jinja", "LICENSE*")
 
@@ -63,13 +67,12 @@ def quantize_checkpoint(
     OSError
         When the result cannot be written.
     """
-    from workers.quantizer import four_bit_names, quantize_skeleton  # bitsandbytes takes seconds to import
+    from workers.quantizer import four_bit_names, own_names, quantize_skeleton  # bitsandbytes takes seconds to import
 
-    device = torch.device(device)
+    device = usable_device(device)
     if quantization not in FOUR_BITS:
         raise ValueError(f"quantization {quantization!r} is none of {', '.join(FOUR_BITS)}")
-    if out.exists():
-        raise ValueError(f"{out} exists: name a folder that does not, or delete it")
+    refuse_existing(out)
     checkpoint = find_checkpoint(model, revision, weights=True)
     describe_checkpoint(checkpoint, quantization, device.type)
     if (stored := stored_quantization(checkpoint)) is not None:
@@ -77,11 +80,11 @@ def quantize_checkpoint(
     skeleton = build_skeleton(checkpoint, device.type)
     settings = quantization_config(quantization, skeleton, device.type)
     quantize_skeleton(skeleton, settings)
-    matrices = four_bit_names(skeleton, tensor_names(checkpoint.folder))
+    names = tensor_names(checkpoint.folder)
+    matrices = four_bit_names(skeleton, names)
     _refuse_small_disk(out, estimate_checkpoint(checkpoint, quantization, device.type))
 
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a run left that was cut off
+    partial = out.with_name(f"{out.name}.partial-{uuid4().hex}")  # another run may be writing the same
     partial.mkdir(parents=True)
     try:
         places: dict[str, str] = {}
@@ -96,11 +99,11 @@ def quantize_checkpoint(
             places |= dict.fromkeys(tensors, file.name)
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         for pattern in COPIED:
-            for file in checkpoint.folder.glob(pattern):
+            for file in filter(Path.is_file, checkpoint.folder.glob(pattern)):
                 shutil.copyfile(file, partial / file.name)
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
         config = read_config(checkpoint.folder) | {
-            "quantization_config": _settings(settings, skeleton),
+            "quantization_config": _settings(settings, skeleton, own_names(skeleton, names)),
             "quantized_from": {"model": checkpoint.model, "revision": checkpoint.revision},
         }
         for name, content in (INDEX, index), ("config.json", config):
@@ -137,15 +140,23 @@ def _write(tensors: dict[str, torch.Tensor], file: Path) -> None:
         raise OSError(f"{file} could not be written: {error}") from error
 
 
-def _settings(settings: Any, skeleton: Any) -> dict[str, Any]:
-    """What readers must know; routers are named by their last part, which transformers 4 and 5 both find."""
-    names = {module: name for name, module in skeleton.named_modules()}
-    routers = {names[router].rpartition(".")[2] for router in find_routers(skeleton).values()}
+def _settings(settings: Any, skeleton: Any, own: dict[str, str]) -> dict[str, Any]:
+    """What readers must know; routers by the last part of their names, transformers 4's (the checkpoint's) and 5's."""
+    modules = {module: name for name, module in skeleton.named_modules()}
+    weights = {f"{modules[router]}.weight" for router in find_routers(skeleton).values()}
+    weights |= {name for name, known in own.items() if known in weights}
+    routers = {name.removesuffix(".weight").rpartition(".")[2] for name in weights}
     stored: dict[str, Any] = settings.to_dict() | {
         "bnb_4bit_compute_dtype": "bfloat16",
         "llm_int8_skip_modules": [*sorted(routers), "lm_head"],
     }
     return stored
+
+
+def refuse_existing(out: Path) -> None:
+    """Nothing is overwritten, nor a link followed."""
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists: name a folder that does not, or delete it")
 
 
 def _refuse_small_disk(out: Path, needed_bytes: int) -> None:
