@@ -19,7 +19,7 @@ from analysis.choices import random_overlap
 ROOT = Path(__file__).parents[1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(captures(), st.integers(0, 2**31))
 def test_agreement_equals_a_loop_over_tokens(capture: xr.Dataset, seed: int) -> None:
     data, random = capture.compute(), np.random.default_rng(seed)

@@ -23,7 +23,7 @@ from analysis.tokens import TokenExperts
 # Counts published with OLMoE (allenai/OLMoE, Apache-2.0) and table 5 of Mixtral of Experts (arXiv 2401.04088).
 PUBLISHED = json.loads((Path(__file__).parent / "mixtral_published.json").read_text())
 
-some = settings(max_examples=40, deadline=None)
+some = settings(max_examples=20, deadline=None)
 
 
 @st.composite

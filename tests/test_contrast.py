@@ -24,7 +24,7 @@ def whole() -> xr.Dataset:
 def test_a_split_of_one_data_set_is_no_more_than_chance_and_p_is_uniform(whole: xr.Dataset) -> None:
     random = np.random.default_rng(0)
     found = []
-    for _ in range(12):
+    for _ in range(8):
         order = random.permutation(240)
         halves = {"a": documents_of(whole, order[:120]), "b": documents_of(whole, order[120:])}
         found.append(contrast(halves, replicates=99))

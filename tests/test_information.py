@@ -17,7 +17,7 @@ from analysis.information import association, entropy
 from analysis.load import balance_of, domain_specialization, expert_load
 from analysis.position import position_load
 
-some = settings(max_examples=40, deadline=None)
+some = settings(max_examples=20, deadline=None)
 
 
 def bits(values: Iterable[int]) -> tuple[float, float]:
