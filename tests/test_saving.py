@@ -295,9 +295,12 @@ def test_of_two_runs_for_one_folder_neither_spoils_the_other(tiny: Path, nf4: Pa
     def interrupted(tensor_bytes: int) -> None:
         raise KeyboardInterrupt
 
+    once = iter([True])
+
     def run_another(tensor_bytes: int) -> None:
-        with pytest.raises(KeyboardInterrupt):
-            quantize_checkpoint(tiny, tmp_path / "out", device="cpu", progress=interrupted)
+        if next(once, False):
+            with pytest.raises(KeyboardInterrupt):
+                quantize_checkpoint(tiny, tmp_path / "out", device="cpu", progress=interrupted)
 
     quantize_checkpoint(tiny, tmp_path / "out", device="cpu", progress=run_another)
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
