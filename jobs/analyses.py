@@ -6,37 +6,22 @@ it writes nothing. Which shards there are to read was decided before, by who ask
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from analysis.scan import Reducer, Selection, State, accumulate, merge
+from jobs.cluster import runtime_env
 from store.reader import open_covered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import xarray as xr
 
     from store.coverage import Coverage
 
-ROOT = Path(__file__).resolve().parent.parent
 TASKS_A_CORE = 4  # so that a slow one does not hold up the end for long (arbitrary)
-
-
-@contextmanager
-def connected() -> Iterator[None]:
-    """A connection to the cluster of $RAY_ADDRESS, or to one that is started here."""
-    ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 class ClusterRunner:
@@ -65,8 +50,7 @@ class ClusterRunner:
         cores = threads or int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
         number = max(1, min(len(shards), TASKS_A_CORE * cores))
         layers = dataset["layer"].values.tolist()
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        remote = ray.remote(num_cpus=1, max_retries=3, runtime_env={"env_vars": {"PYTHONPATH": path}})(_part)
+        remote = ray.remote(num_cpus=1, max_retries=3, runtime_env=runtime_env())(_part)
         waiting = [list(shards[start::number]) for start in range(number)]
         running: dict[Any, int] = {}
         merged = [reducer.init(dataset) for reducer in reducers]

@@ -40,7 +40,7 @@ Call = Unit | str
 
 
 @contextmanager
-def connected(config: CaptureConfig) -> Iterator["Cluster"]:
+def connection() -> Iterator[None]:
     """A connection to the cluster of $RAY_ADDRESS, or the one that was started on this machine, or a new one here.
 
     Raises
@@ -61,9 +61,22 @@ def connected(config: CaptureConfig) -> Iterator["Cluster"]:
     finally:
         catch_sigterm()  # in place of Ray's
     try:
-        yield Cluster(config)
+        yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def connected(config: CaptureConfig) -> Iterator["Cluster"]:
+    """The cluster of a `connection`, for a capture."""
+    with connection():
+        yield Cluster(config)
+
+
+def runtime_env() -> dict[str, Any]:
+    """What a process on the cluster needs to import this code."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {"env_vars": {"PYTHONPATH": path}}
 
 
 class Cluster:
@@ -102,14 +115,13 @@ class Cluster:
 
     def options(self) -> dict[str, Any]:
         """How a worker is placed."""
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         return {
             "num_gpus": self.config.gpus_per_worker if self.device == "cuda" else 0,
             "num_cpus": self.config.cpus_per_worker,
             "max_restarts": 0,
             "max_task_retries": 0,
             "max_concurrency": 2,  # one shard is written while the next one is computed
-            "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+            "runtime_env": runtime_env(),
         }
 
 

@@ -47,9 +47,10 @@ def main(arguments: list[str]) -> int:
     with ExitStack() as stack:
         where: dict[str, Any] = {}
         if config.cluster:
-            from jobs.analyses import ClusterRunner, connected
+            from jobs.analyses import ClusterRunner
+            from jobs.cluster import connection
 
-            stack.enter_context(connected())
+            stack.enter_context(connection())
             where["runner_of"] = ClusterRunner
         drawn = write_report(config.stores, config.output, progress=_tell(), **where)
     for answers in drawn:

@@ -21,7 +21,7 @@ from jobs.local import capture_here
 from store import CaptureGroup, Coverage, Layout
 from workers.replica import Order
 from workers.rows import BosRule
-from workers.shard import Engine, OutOfMemory
+from workers.shard import Engine, OutOfMemory, Routes
 
 BOS_ID = 1
 VOCAB_SIZE = 1000
@@ -53,8 +53,13 @@ class FakeEngine:
         self.sizes: list[tuple[int, int]] = []
         """Rows and positions of each micro-batch that was routed."""
 
-    def route(self, token: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `workers.shard.Engine.route`."""
+    def start(self, token: np.ndarray, length: np.ndarray) -> Callable[[], Routes]:
+        """See `workers.shard.Engine.start`; all is done at once."""
+        routes = self.route(token, length)
+        return lambda: routes
+
+    def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
+        """The choices, and their weights."""
         if token.size > self.fits:
             raise OutOfMemory(f"{token.size} tokens, and {self.fits} fit")
         self.sizes.append((token.shape[0], token.shape[1]))

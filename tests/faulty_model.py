@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from fake_model import FakeEngine, FakeRun, fake_layout, word_id, words
 
-from workers.shard import DeviceLost, RoutingError
+from workers.shard import DeviceLost, Routes, RoutingError
 
 LOAD = "load"
 TOKENS_A_SHARD = 32  # of the layout of `fake_model`: four rows of eight
@@ -98,8 +98,8 @@ class FaultyEngine(FakeEngine):
         self.script, self.seconds = Script(folder), seconds
         self.script.begin(LOAD)
 
-    def route(self, token: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `workers.shard.Engine.route`; the batch is a whole shard."""
+    def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
+        """See `FakeEngine.route`; the batch is a whole shard."""
         self.script.begin(int(token[0, 0]) - FIRST_ID)
         time.sleep(self.seconds)
         return super().route(token, length)

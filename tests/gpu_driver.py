@@ -29,9 +29,9 @@ def engine_of_a_gpu_that_breaks(make_engine: Callable[[], Any], happened: Path) 
     import torch
 
     engine, original = make_engine(), None
-    original, routed = engine.route, 0
+    original, routed = engine.start, 0
 
-    def route(*rows: Any) -> Any:
+    def start(*rows: Any) -> Any:
         nonlocal routed
         routed += 1
         if routed > MICRO_BATCHES and not happened.exists():
@@ -39,7 +39,7 @@ def engine_of_a_gpu_that_breaks(make_engine: Callable[[], Any], happened: Path) 
             torch._assert_async(torch.zeros(1, device="cuda"))
         return original(*rows)
 
-    engine.route = route
+    engine.start = start
     return engine
 
 

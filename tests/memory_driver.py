@@ -6,7 +6,7 @@ experts, shards of the default size. The model is a table, so that arrays are ma
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ from jobs.documents import Document, Source
 from jobs.local import capture_here
 from jobs.plan import Planner
 from store.layout import default_rows_per_shard
+from workers.shard import Routes
 
 LAYERS, POSITIONS, DOCUMENT_TOKENS = tuple(range(32)), 512, 400
 LAYOUT = fake_layout(sequence_length=POSITIONS, rows_per_shard=default_rows_per_shard(POSITIONS), layers=LAYERS)
@@ -47,10 +48,10 @@ class TableEngine:
         self.expert = np.stack([first, (first + 1) % 8], axis=-1).astype(np.uint8)
         self.weight = np.where(self.expert % 2, 0.25, 0.75).astype(np.float16)
 
-    def route(self, token: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `workers.shard.Engine.route`."""
+    def start(self, token: np.ndarray, length: np.ndarray) -> Callable[[], Routes]:
+        """See `workers.shard.Engine.start`."""
         ids = np.maximum(token, 0)
-        return self.expert[ids], self.weight[ids]
+        return lambda: (self.expert[ids], self.weight[ids])
 
 
 def documents(count: int) -> Source:

@@ -64,13 +64,14 @@ def group(tmp_path: Path) -> CaptureGroup:
 
 
 def test_a_shard_that_does_not_fit_is_rerun_in_halves_and_its_commit_says_so(engine: Any, group: CaptureGroup) -> None:
-    _, *wanted, facts = capture_shard(group, 0, engine, batch_tokens=32_768)
+    *wanted, facts = capture_shard(group, 0, group.read_rows(0), engine, batch_tokens=32_768)()
     assert facts["halvings"] == 0
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 4.5 * GIB) / total)
     try:
-        rows, *found, facts = capture_shard(group, 0, engine, batch_tokens=131_072)
+        rows = group.read_rows(0)
+        *found, facts = capture_shard(group, 0, rows, engine, batch_tokens=131_072)()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert facts["halvings"] == 2
@@ -93,7 +94,7 @@ def test_logits_that_are_not_finite_stop_the_shard_with_layer_and_row(
         with pytest.raises(
             RoutingError, match=rf"layer {layer}: .*not finite, first seen at position 0 of row 0 of the"
         ):
-            capture_shard(group, 0, engine, batch_tokens=32_768)
+            capture_shard(group, 0, group.read_rows(0), engine, batch_tokens=32_768)()
     finally:
         with torch.inference_mode():
             gate.weight.copy_(kept)

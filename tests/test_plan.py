@@ -1,7 +1,8 @@
 """Text to rows to routes: every token once and in its place, whatever the sizes, the batches and the interruptions."""
 
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xarray as xr
 from fake_model import (
     BOS_ID,
     ROLES,
@@ -27,12 +29,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs import plan as planning
+from jobs.captures import capture_datasets
 from jobs.documents import Document, Source
+from jobs.local import capture_here
 from jobs.plan import Planner, default_sequence_length
 from store import CaptureGroup, coverage, open_capture
 from store.plan import Plan, Rows
 from workers.rows import document_rows, padded
-from workers.shard import BATCH_COST_TOKENS, OutOfMemory, RoutingError, capture_shard, micro_batches, route_rows
+from workers.shard import (
+    BATCH_COST_TOKENS,
+    OutOfMemory,
+    Routes,
+    RoutingError,
+    capture_shard,
+    micro_batches,
+    route_rows,
+)
 
 Text = str | list[dict[str, str]]
 
@@ -374,7 +386,7 @@ def test_routes_are_those_of_each_token_in_its_row_whatever_the_batches(
     token[np.arange(40) >= length[:, None]] = -1
     rows = Rows(token=token, length=length, document_id=np.zeros(0), offset=np.zeros(0))
     told: list[int] = []
-    expert, weight = route_rows(FakeEngine(layers, num_experts, k), rows, layout, batch_tokens, told.append)
+    expert, weight = route_rows(FakeEngine(layers, num_experts, k), rows, layout, batch_tokens, told.append)()
     assert (expert.shape, weight.dtype) == ((len(length), 40, len(layers), k), np.float16)
     assert expert.dtype == (np.uint8 if num_experts == 8 else np.uint16)
     for row, position in [(0, 0), (len(length) - 1, int(length[-1]) - 1), (len(length) // 2, 0)]:
@@ -386,7 +398,7 @@ def test_routes_are_those_of_each_token_in_its_row_whatever_the_batches(
     assert (expert[beyond] == layout.missing_expert).all()
     assert (weight[beyond] == 0).all()
     assert (expert[~beyond] < num_experts).all()
-    alone = route_rows(FakeEngine(layers, num_experts, k), rows, layout, 1)
+    alone = route_rows(FakeEngine(layers, num_experts, k), rows, layout, 1)()
     np.testing.assert_array_equal(expert, alone[0])
     np.testing.assert_array_equal(weight, alone[1])
     assert sum(told) == length.sum()
@@ -426,6 +438,43 @@ def test_rows_that_do_not_fit_even_alone_end_with_what_to_do(tmp_path: Path) -> 
     assert "8 tokens, and 7 fit" in str(caught.value)
     state = coverage(tmp_path / "s.zarr", "fake")
     assert (state.shards_done, state.plan.complete) == (0, True)
+
+
+class DeviceEngine(FakeEngine):
+    """Has its results, as a device has, only after what was started next was started too: whoever waits, waits long."""
+
+    def __init__(self, starts: int) -> None:
+        super().__init__()
+        self.started = [threading.Event() for _ in range(starts)]
+        self.number = 0
+
+    def start(self, token: np.ndarray, length: np.ndarray) -> Callable[[], Routes]:
+        finish, number = super().start(token, length), self.number
+        self.started[number].set()
+        self.number += 1
+
+        def wait() -> Routes:
+            following = self.started[number + 1 : number + 2]
+            assert all(event.wait(20) for event in following), f"the device waited after micro-batch {number}"
+            return finish()
+
+        return wait
+
+
+def captured_with(engine: FakeEngine, path: Path, texts: Sequence[Text]) -> xr.Dataset:
+    run: Any = FakeRun(path, batch_tokens=16)
+    run.make_engine = lambda: engine
+    assert capture_datasets(run, [("fake", text_source(texts))], capture_here)[0].complete
+    return open_capture(path, "fake").compute()
+
+
+def test_a_device_never_waits_for_results_to_be_fetched_nor_for_a_shard_to_be_written(tmp_path: Path) -> None:
+    texts = [words(number, number) for number in (8, 8, 8, 8, 5, 3, 2, 8, 8)]
+    counting = FakeEngine()
+    quiet = captured_with(counting, tmp_path / "a", texts)
+    assert len(counting.sizes) > coverage(tmp_path / "a", "fake").shards_total > 2
+    busy = captured_with(DeviceEngine(len(counting.sizes)), tmp_path / "b", texts)
+    assert busy.equals(quiet)
 
 
 class BadEngine(FakeEngine):
@@ -469,7 +518,7 @@ def test_choices_that_cannot_be_stop_the_shard_and_nothing_is_committed(
     planner(run, text_source([words(60)])).run()
     group = CaptureGroup(tmp_path / "s.zarr", "fake")
     with pytest.raises(RoutingError, match=message):
-        capture_shard(group, 0, BadEngine(spoil), batch_tokens=16)
+        capture_shard(group, 0, group.read_rows(0), BadEngine(spoil), batch_tokens=16)()
     assert coverage(group.path, "fake").shards_done == 0
 
 

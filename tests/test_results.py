@@ -132,13 +132,14 @@ def test_another_version_of_the_reducers_counts_anew(store: Path, monkeypatch: p
 
 ON_A_CLUSTER = """
 import pickle, sys
-from jobs.analyses import ClusterRunner, connected
+from jobs.analyses import ClusterRunner
+from jobs.cluster import connection
 from analysis.results import measure
 from store import coverage
 from test_results import QUESTIONS
 store, out = sys.argv[1:]
 told = []
-with connected():
+with connection():
     state = coverage(store, "fake")
     runner = ClusterRunner(store, state)
     progress = lambda *now: told.append(now)

@@ -1,6 +1,7 @@
 """What is recorded is what the model chose for these tokens; what is not, stops the shard and names the layer."""
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,8 @@ from workers.description import find_routers
 from workers.engine import ModelEngine
 from workers.forward import Forward
 from workers.loading import LoadedModel, load_model
-from workers.routes import SAMPLE, RouteRecorder, sorted_choices
-from workers.shard import RoutingError, capture_shard, route_rows
+from workers.routes import SAMPLE, RouteRecorder, choices, in_order
+from workers.shard import OutOfMemory, RoutingError, capture_shard, route_rows
 
 LAYERS = 8  # of the tiny model
 POSITIONS = 24
@@ -89,7 +90,7 @@ def reference(model: Any, layers: Sequence[int], row: np.ndarray, k: int, renorm
 
 def test_routes_are_those_of_a_float64_reference_in_every_layer_sorted_by_weight(tiny_model: LoadedModel) -> None:
     engine, rows = ModelEngine(tiny_model), random_rows(60, longest=64)
-    expert, weight = route_rows(engine, rows, layout_of(engine, rows), batch_tokens=640)
+    expert, weight = route_rows(engine, rows, layout_of(engine, rows), batch_tokens=640)()
     assert (expert.dtype, weight.dtype) == (np.uint8, np.float16)
     counted = near_ties = equal_in_float16 = 0
     for row, size in enumerate(rows.length):
@@ -168,10 +169,10 @@ def test_routes_are_the_models_own_choice(tiny_model: LoadedModel, monkeypatch: 
 def test_neither_padding_nor_the_make_up_of_a_micro_batch_changes_routes(tiny_model: LoadedModel) -> None:
     engine, rows = ModelEngine(tiny_model), random_rows(20, seed=3)
     layout = layout_of(engine, rows)
-    truth = route_rows(engine, rows, layout, batch_tokens=1)  # every row alone, unpadded
+    truth = route_rows(engine, rows, layout, batch_tokens=1)()  # every row alone, unpadded
     places = rows.length.sum() * LAYERS
     for batch_tokens in (50, 10_000):
-        expert, weight = route_rows(engine, rows, layout, batch_tokens)
+        expert, weight = route_rows(engine, rows, layout, batch_tokens)()
         differ = (expert != truth[0]).any(axis=-1)
         assert differ.sum() <= places / 1000
         np.testing.assert_allclose(weight[~differ], truth[1][~differ], rtol=2 * FLOAT16_STEP)
@@ -212,7 +213,7 @@ def test_layers_bear_the_models_own_numbers_and_weights_need_not_sum_to_one(tmp_
     loaded = load_model(saved(config, tmp_path / "qwen"), quantization="none", device="cpu")
     engine, rows = ModelEngine(loaded), random_rows(10, vocabulary=64)
     assert engine.layers == (1, 2, 4)
-    expert, weight = route_rows(engine, rows, layout_of(engine, rows), batch_tokens=100)
+    expert, weight = route_rows(engine, rows, layout_of(engine, rows), batch_tokens=100)()
     sums = []
     for row, size in enumerate(rows.length):
         wanted, wanted_weight, margin = reference(loaded.model, (1, 2, 4), rows.token[row, :size], 3, renormalize=False)
@@ -238,7 +239,7 @@ def test_choices_are_found_in_a_tuple_of_any_order_and_sorted_with_ties_by_lower
     parts = [torch.from_numpy(experts), torch.from_numpy(chosen), torch.from_numpy(random.normal(size=(tokens, 9)))]
     kept = [parts[0], torch.from_numpy(dense)] if data.draw(st.booleans(), label="weights (T, E)") else parts
     shaped = [part[None] for part in kept] if data.draw(st.booleans(), label="a batch dimension") else kept
-    got_experts, got_weights = sorted_choices((*data.draw(st.permutations(shaped)), None), k)
+    got_experts, got_weights = in_order(*choices((*data.draw(st.permutations(shaped)), None), k))
     for token in range(tokens):
         wanted = sorted(zip(-chosen[token], experts[token], strict=True))
         assert got_experts[token].tolist() == [expert for _, expert in wanted]
@@ -258,7 +259,7 @@ def test_choices_are_found_in_a_tuple_of_any_order_and_sorted_with_ties_by_lower
 )
 def test_an_output_without_one_set_of_choices_is_refused_with_its_shapes(output: Any) -> None:
     with pytest.raises(RoutingError, match=r"no choices of 2 experts a token in what the router returned: \["):
-        sorted_choices(output, 2)
+        in_order(*choices(output, 2))
 
 
 # --- The proof of capture ---------------------------------------------------------------------------------
@@ -393,16 +394,16 @@ def test_a_fault_in_one_layer_stops_the_shard_and_names_the_layer(
     rows.length[:] = POSITIONS  # both shards are micro-batches of one shape
     rows.token[rows.token == -1] = 7
     group = planned(engine, tmp_path / "s.zarr", rows, rows_per_shard=8)
-    capture_shard(group, 0, engine, batch_tokens=8 * POSITIONS)
+    capture_shard(group, 0, group.read_rows(0), engine, batch_tokens=8 * POSITIONS)()
     restore = breaks(engine, layer)
     try:
         if "earlier" in fault:
-            capture_shard(group, 0, engine, batch_tokens=8 * POSITIONS)
+            capture_shard(group, 0, group.read_rows(0), engine, batch_tokens=8 * POSITIONS)()
         with pytest.raises(RoutingError, match=f"^shard 1 of broken: layer {layer}: .*{said}"):
-            capture_shard(group, 1, engine, batch_tokens=8 * POSITIONS)
+            capture_shard(group, 1, group.read_rows(1), engine, batch_tokens=8 * POSITIONS)()
     finally:
         restore()
-    capture_shard(group, 1, engine, batch_tokens=8 * POSITIONS)
+    capture_shard(group, 1, group.read_rows(1), engine, batch_tokens=8 * POSITIONS)()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -424,7 +425,7 @@ def test_a_logit_that_is_not_finite_stops_the_shard_with_layer_position_and_row(
     said = f"layer {layer}: its router's logits or weights are not finite, first seen at position {position}"
     try:
         with pytest.raises(RoutingError, match=f"^shard 0 of broken: {said} of row {row} of the shard$"):
-            capture_shard(group, 0, engine, batch_tokens=8 * POSITIONS)
+            capture_shard(group, 0, group.read_rows(0), engine, batch_tokens=8 * POSITIONS)()
     finally:
         handle.remove()
 
@@ -593,3 +594,18 @@ def test_an_earlier_batch_is_found_whatever_the_size_of_the_weights(
                 recorder._choices[0] = stale
                 assert recorder._checked(torch.arange(256))[2][0, 2] >= 0, f"the batch before passed for batch {batch}"
             stale = keep
+
+
+def test_what_did_not_fit_is_let_go_before_the_engine_says_so(tiny_model: LoadedModel) -> None:
+    """A traceback holds what was allocated; torch and contextlib make cycles of them, which wait for the collector."""
+    engine, rows, allocated = ModelEngine(tiny_model), random_rows(4), []
+
+    def forward(**_: Any) -> None:
+        hidden = torch.ones(8)
+        allocated.append(weakref.ref(hidden))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 MiB")
+
+    engine.forward = forward
+    with pytest.raises(OutOfMemory, match=r"^CUDA out of memory$") as error:
+        engine.start(rows.token, rows.length)
+    assert [hidden() for hidden in allocated] == [None], error

@@ -253,7 +253,8 @@ def test_a_commit_whose_answer_was_lost_is_told_from_one_that_another_writer_mad
     captured: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = CaptureGroup(captured, "fake")
-    rows, expert, weight, _ = capture_shard(group, 0, FakeEngine(), batch_tokens=24)
+    rows = group.read_rows(0)
+    expert, weight, _ = capture_shard(group, 0, rows, FakeEngine(), batch_tokens=24)()
     assert not group.commit(0, expert, weight, rows=rows, facts={"worker": "late"})
     group.discard(0)
     put_new = S3Objects.put_new

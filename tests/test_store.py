@@ -1034,7 +1034,8 @@ def test_two_writers_of_the_same_shards_leave_the_bytes_of_one(tmp_path: Path) -
         start.wait()
         own = CaptureGroup(group.path, "fake")
         for shard in coverage(own.path, "fake").missing:
-            rows, expert, weight, _ = capture_shard(own, shard, FakeEngine(), batch_tokens=24)
+            rows = own.read_rows(shard)
+            expert, weight, _ = capture_shard(own, shard, rows, FakeEngine(), batch_tokens=24)()
             committed.append(own.commit(shard, expert, weight, rows=rows, facts={"worker": worker}))
 
     writers = [threading.Thread(target=write, args=(f"writer {number}",)) for number in range(3)]

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ import torch
 from workers.description import SORTED
 from workers.forward import Forward
 from workers.loading import LoadedModel, load_model
-from workers.routes import ILLEGAL, RouteRecorder
-from workers.shard import DeviceLost, OutOfMemory, RoutingError
+from workers.routes import ILLEGAL, RouteRecorder, on_device
+from workers.shard import DeviceLost, OutOfMemory, Routes, RoutingError
 from workers.tiny import model_path
 
 _FAULTS = (
@@ -49,34 +50,54 @@ class ModelEngine:
         self.description: Mapping[str, Any] = loaded.provenance
 
     @torch.inference_mode()
-    def route(self, token: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `workers.shard.Engine.route`.
+    def start(self, token: np.ndarray, length: np.ndarray) -> Callable[[], Routes]:
+        """See `workers.shard.Engine.start`.
 
         Raises
         ------
         OutOfMemory
             When the micro-batch does not fit on the device.
         DeviceLost
-            When no later call on the device can succeed.
+            When no later call on the device can succeed; also from what is returned.
         RoutingError
-            When what was recorded cannot be what the model did; the message names the layer.
+            When what was recorded cannot be what the model did, also from what is returned; the message names the
+            layer.
         """
-        rows, positions = token.shape
+        positions = token.shape[1]
         padded = np.where(np.arange(positions) < length[:, None], token, 0)
+        with self._device_errors(), self.recorder.attached(), _one_thread(self.device):
+            recorded = self.recorder.record(self.forward, on_device(padded.astype(np.int64), self.device), length)
+            copies = [part.to("cpu", non_blocking=True) for part in recorded]  # to pinned memory
+            copied = torch.cuda.Event() if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+            if copied is not None:
+                copied.record(torch.cuda.current_stream(self.device))
+
+        def finish() -> Routes:
+            with self._device_errors():
+                if copied is not None:
+                    copied.synchronize()  # not the stream: the next micro-batch may be on it
+            return self._routes(positions, *copies)
+
+        return finish
+
+    def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
+        """`start`, and wait."""
+        return self.start(token, length)()
+
+    @contextmanager
+    def _device_errors(self) -> Iterator[None]:
         try:
-            with self.recorder.attached(), _one_thread(self.device):
-                recorded = self.recorder.record(
-                    self.forward, torch.from_numpy(padded.astype(np.int64)).to(self.device), length
-                )
-                experts, weights, faults = (part.to("cpu", non_blocking=True) for part in recorded)
-                if self.device.type == "cuda":
-                    torch.cuda.current_stream(self.device).synchronize()  # the three copies, to pinned memory
+            yield
         except torch.OutOfMemoryError as error:
+            clear_frames(error.__traceback__)  # they hold what was allocated, and may be in a cycle (seen: 4 GiB)
             torch.cuda.empty_cache()
             raise OutOfMemory(str(error).split(". ")[0]) from error
         except torch.AcceleratorError as error:
             raise DeviceLost(str(error).split("\n")[0]) from error
-        shape = (rows, positions, len(self.layers), self.experts_per_token)
+
+    def _routes(self, positions: int, experts: torch.Tensor, weights: torch.Tensor, faults: torch.Tensor) -> Routes:
+        """What the recorder gave, as arrays; refused where it shows a fault."""
+        shape = (-1, positions, len(self.layers), self.experts_per_token)
         expert, weight = experts.numpy().reshape(shape), weights.numpy().reshape(shape)
         for layer, firsts in zip(self.layers, faults.tolist(), strict=True):
             for fault, first in zip(_FAULTS, firsts, strict=True):
@@ -93,7 +114,7 @@ def load_engine(model: str | Path, *, revision: str | None, quantization: str, d
 
     What no router needs is not kept: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
     """
-    if device != "cpu":  # before the first allocation; segments that grow waste 2 GiB less (measured)
+    if device != "cpu":  # before the first allocation; 0.6 GiB are reserved beyond those in use then, or 1.8 (measured)
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     loaded = load_model(model_path(model), revision=revision, quantization=quantization, device=device)
     drop_last_experts(loaded)

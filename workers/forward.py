@@ -37,7 +37,7 @@ class Forward:
         self.model: Any = model
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.head = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, int, int], torch.Tensor] = {}
 
     def __call__(self, input_ids: torch.Tensor, **ignored: Any) -> None:
         """Run the layers; hooks on the routers take what they want, and may end it.
@@ -111,24 +111,16 @@ class Forward:
         return rows_SH, slot_TK.view(-1, choices)
 
     def _weights(self, place: str, *linears: Any) -> torch.Tensor:
-        """Matrices one below the other, in the compute dtype; in a buffer that the next ones of that place take."""
-        if len(linears) == 1 and not hasattr(linears[0].weight, "quant_state"):
-            weight: torch.Tensor = linears[0].weight
-            return weight
+        """4-bit matrices one below the other, in the compute dtype; in a buffer that the next ones take."""
         rows, columns = sum(linear.out_features for linear in linears), linears[0].in_features
         weight = linears[0].weight
-        dtype = weight.quant_state.dtype if hasattr(weight, "quant_state") else weight.dtype
-        key = (place, rows, columns, dtype, weight.device)
+        key = (place, rows, columns)
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(rows, columns, dtype=dtype, device=weight.device)
+            self._buffers[key] = torch.empty(rows, columns, dtype=weight.quant_state.dtype, device=weight.device)
         start = 0
         for linear in linears:
-            part = self._buffers[key][start : start + linear.out_features]
+            dequantize(linear.weight, self._buffers[key][start : start + linear.out_features])
             start += linear.out_features
-            if hasattr(linear.weight, "quant_state"):
-                dequantize(linear.weight, part)
-            else:
-                part.copy_(linear.weight)
         return self._buffers[key]
 
 

@@ -85,7 +85,10 @@ class Replica:
         return here
 
     def compute(self, dataset: str, shard: int) -> Callable[[], dict[str, Any]]:
-        """Route one shard; what is returned commits it, in any thread, and tells its tokens, seconds and halvings.
+        """Route one shard; what is returned commits it, and tells its tokens, seconds and halvings.
+
+        What is returned must be called, in any thread; it may be while the next shard is computed. Two shards are in
+        memory at most: no third one is computed before the first is written.
 
         Raises
         ------
@@ -95,25 +98,26 @@ class Replica:
             When the store cannot be read; from what is returned, when it cannot be written.
         """
         group = self._groups[dataset]
-        rows, expert, weight, own = capture_shard(
-            group, shard, self._engine, batch_tokens=self._order.batch_tokens, progress=self._count
-        )
+        rows = group.read_rows(shard)  # while another thread computes
+        with self._computing:
+            finish = capture_shard(
+                group, shard, rows, self._engine, batch_tokens=self._order.batch_tokens, progress=self._count
+            )
+            self._writing.acquire()
 
         def commit() -> dict[str, Any]:
-            group.commit(shard, expert, weight, rows=rows, facts={**self._facts, **own})
+            try:
+                expert, weight, own = finish()
+                group.commit(shard, expert, weight, rows=rows, facts={**self._facts, **own})
+            finally:
+                self._writing.release()
             return {"tokens": int(rows.length.sum()), **own}
 
         return commit
 
     def capture(self, dataset: str, shard: int) -> dict[str, Any]:
         """`compute` and commit; two threads may call this: one shard is written while the next one is computed."""
-        with self._computing:
-            commit = self.compute(dataset, shard)
-            self._writing.acquire()  # before the next shard is computed: two shards in memory at most
-        try:
-            return commit()
-        finally:
-            self._writing.release()
+        return self.compute(dataset, shard)()
 
     def routed(self) -> int:
         """Tokens routed so far, of shards in work too: it grows as long as this lives."""

@@ -32,17 +32,10 @@ class _LastRouterDone(Exception):
     """Ends a forward: nothing after the last router matters."""
 
 
-def sorted_choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A router's choices, whatever the order of what it returns: largest weight first, ties by lower expert id.
-
-    Parameters and errors are those of `choices`.
-
-    Returns
-    -------
-    experts_TK : int64 tensor
-    weights_TK : float32 tensor
-    """
-    return in_order(*choices(output, k))
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array as a tensor there; a GPU is not waited for."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def in_order(experts: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,7 +165,7 @@ class RouteRecorder:
         self._batches, self._tokens = self._batches + 1, token.numel()
         self._choices, self._fired = {layer: [] for layer in self.routers}, []
         self._finite, self._again = {}, {}
-        self._sample = torch.from_numpy(picks).to(token.device)
+        self._sample = on_device(picks, token.device)
         try:
             with suppress(_LastRouterDone):  # no mask and no cache: plain causal attention, each row alone
                 model(input_ids=token, attention_mask=None, use_cache=False)
@@ -180,7 +173,7 @@ class RouteRecorder:
             if token.device.type == "cpu":
                 self._name_illegal_layer()
             raise
-        return self._checked(torch.from_numpy(filled).to(token.device))
+        return self._checked(on_device(filled, token.device))
 
     def _after(self, layer: int) -> Any:
         last = layer == next(reversed(self.routers))

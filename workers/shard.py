@@ -2,12 +2,14 @@
 
 What a micro-batch is made of depends on the shard and on `batch_tokens` alone, never on the worker or on what ran
 before: with equal identity, halvings, device type and versions the bytes are equal. Nothing here imports torch; an
-engine is whatever routes rows.
+engine is whatever routes rows. A device never waits for what follows it: its results are fetched by another thread
+while it computes the next micro-batch, of this shard or of the next one.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +19,10 @@ from store.layout import Layout
 from store.plan import Rows
 
 BATCH_COST_TOKENS = 1400  # as long as so many tokens takes what each micro-batch costs (measured: gpu-engine.json)
+
+
+Routes = tuple[np.ndarray, np.ndarray]
+"""The choices and their weights."""
 
 
 class OutOfMemory(RuntimeError):
@@ -50,8 +56,8 @@ class Engine(Protocol):
     description: Mapping[str, Any]
     """What it is, in the terms of a capture's identity; fields that an identity does not have mean nothing there."""
 
-    def route(self, token: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The choices for right-padded rows.
+    def start(self, token: np.ndarray, length: np.ndarray) -> Callable[[], Routes]:
+        """Begin to route right-padded rows.
 
         Parameters
         ----------
@@ -61,9 +67,12 @@ class Engine(Protocol):
 
         Returns
         -------
-        expert : uint8 or uint16 array, shape (rows, positions, layers, k)
-            In order of falling weight; anything at and beyond a row's length.
-        weight : float16 array, same shape
+        finish
+            Waits for the choices, in any thread, and gives
+
+            expert : uint8 or uint16 array, shape (rows, positions, layers, k)
+                In order of falling weight; anything at and beyond a row's length.
+            weight : float16 array, same shape
         """
         ...
 
@@ -93,26 +102,34 @@ def route_rows(
     layout: Layout,
     batch_tokens: int,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Callable[[], Routes]:
     """The choices of a shard's rows, in the rows' own order, fill values at and beyond each length.
 
     Returns
     -------
-    expert, weight : arrays, shape (rows, P, layers, k)
+    finish
+        All micro-batches are begun, the last one perhaps not done: this waits for it, in any thread, and gives
+        expert, weight : arrays, shape (rows, P, layers, k).
 
     Raises
     ------
-    OutOfMemory, RoutingError
+    OutOfMemory, DeviceLost
         From the engine.
-    ValueError
-        When the engine's shapes are not the layout's.
+    RoutingError
+        From the engine, or when its shapes are not the layout's; of the last micro-batches from `finish`.
     """
     shape = (len(rows.length), layout.sequence_length, len(layout.layers), layout.experts_per_token)
     spec = layout.arrays()["expert"]
     expert = np.full(shape, layout.missing_expert, dtype=spec.dtype)
     weight = np.zeros(shape, dtype=np.float16)
 
-    def put(batch: np.ndarray, length: np.ndarray, width: int, experts: np.ndarray, weights: np.ndarray) -> None:
+    def put(batch: np.ndarray, length: np.ndarray, width: int, finish: Callable[[], Routes]) -> None:
+        try:
+            experts, weights = finish()
+        except RoutingError as error:
+            if error.row is None:
+                raise
+            raise RoutingError(f"{error} of row {batch[error.row]} of the shard") from error
         if experts.shape != (len(batch), width, *shape[2:]) or weights.shape != experts.shape:
             raise RoutingError(f"the engine gave {experts.shape} for {len(batch)} rows of {width} in {layout}")
         filled = np.arange(width) < length[:, None]
@@ -124,59 +141,64 @@ def route_rows(
         expert[batch[row], position] = experts[filled]
         weight[batch[row], position] = weights[filled]
 
-    with ThreadPoolExecutor(1, thread_name_prefix="put") as putter:  # beside the next micro-batch
-        pending: Future[None] | None = None
+    putter = ThreadPoolExecutor(1, thread_name_prefix="put")  # beside the next micro-batch
+    pending: Future[None] | None = None
+    try:
         for batch in micro_batches(rows.length, batch_tokens):
             length = rows.length[batch]
             width = int(length.max())
-            try:
-                routes = engine.route(rows.token[batch, :width], length)
-            except RoutingError as error:
-                if error.row is None:
-                    raise
-                raise RoutingError(f"{error} of row {batch[error.row]} of the shard") from error
+            begun = engine.start(rows.token[batch, :width], length)
             if pending is not None:
                 pending.result()
-            pending = putter.submit(put, batch, length, width, *routes)
+            pending = putter.submit(put, batch, length, width, begun)
             progress(int(length.sum()))
+    finally:
+        putter.shutdown(wait=False)  # ends with what was submitted
+
+    def finish() -> Routes:
         if pending is not None:
             pending.result()
-    return expert, weight
+        return expert, weight
+
+    return finish
 
 
 def capture_shard(
     group: CaptureGroup,
     shard: int,
+    rows: Rows,
     engine: Engine,
     *,
     batch_tokens: int,
     max_halvings: int = 6,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> tuple[Rows, np.ndarray, np.ndarray, dict[str, Any]]:
+) -> Callable[[], tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
     """Route one shard's rows; the caller commits them with `CaptureGroup.commit`.
 
     Returns
     -------
-    rows, expert, weight
-        What `commit` takes.
-    facts : dict
-        `seconds` and `halvings`: how often the micro-batch was halved because it did not fit.
+    finish
+        Waits for the last micro-batch, in any thread, and gives
+
+        expert, weight
+            What `commit` takes.
+        facts : dict
+            `seconds` and `halvings`: how often the micro-batch was halved because it did not fit.
 
     Raises
     ------
     RoutingError
-        When the routes cannot be trusted; the message names the shard.
+        When the routes cannot be trusted, also from `finish`; the message names the shard.
     OutOfMemory
         When even the smallest micro-batch does not fit.
     """
     start = time.perf_counter()
-    layout, rows = group.layout, group.read_rows(shard)
+    layout = group.layout
     halvings = 0
     while True:
         try:
-            expert, weight = route_rows(engine, rows, layout, max(1, batch_tokens >> halvings), progress)
-        except RoutingError as error:
-            raise RoutingError(f"shard {shard} of {group.dataset}: {error}") from error
+            with _naming(group, shard):
+                routed = route_rows(engine, rows, layout, max(1, batch_tokens >> halvings), progress)
         except OutOfMemory as error:
             if halvings == max_halvings:
                 tokens = max(1, batch_tokens >> halvings)
@@ -186,4 +208,19 @@ def capture_shard(
                 ) from error
             halvings += 1
             continue
-        return rows, expert, weight, {"seconds": time.perf_counter() - start, "halvings": halvings}
+        break
+
+    def finish() -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        with _naming(group, shard):
+            expert, weight = routed()
+        return expert, weight, {"seconds": time.perf_counter() - start, "halvings": halvings}
+
+    return finish
+
+
+@contextmanager
+def _naming(group: CaptureGroup, shard: int) -> Iterator[None]:
+    try:
+        yield
+    except RoutingError as error:
+        raise RoutingError(f"shard {shard} of {group.dataset}: {error}") from error

@@ -96,7 +96,7 @@ def capture_texts(
         experts_per_token=engine.experts_per_token,
         vocab_size=tokenizer.vocab_size,
     )
-    expert, weight = route_rows(engine, rows, layout, batch_tokens)
+    expert, weight = route_rows(engine, rows, layout, batch_tokens)()
     arrays = {
         "expert": expert,
         "weight": weight,
