@@ -40,15 +40,23 @@ def split_weights(document: Array, replicates: int, low: float, high: float, see
     return np.concatenate([np.ones((1, len(document)), np.int64), weights])
 
 
+def nested_weights(document: Array, replicates: int, seed: int = 0) -> Array:
+    """Whether documents are in parts of the data, each about half of the one before and within it; the first is all."""
+    number = _uniform(document, 1, seed)
+    weights: Array = (number < 0.5 ** np.arange(replicates + 1)[:, None]).astype(np.int64)
+    return weights
+
+
 def _uniform(document: Array, replicates: int, seed: int) -> Array:
     """A number in [0, 1) for each replicate and document: SplitMix64 (Steele et al. 2014) of both."""
     with np.errstate(over="ignore"):
-        key = _mixed(np.asarray(document).astype(np.uint64) + np.uint64(seed) * np.uint64(0xD1342543DE82EF95))
+        key = mixed(np.asarray(document).astype(np.uint64) + np.uint64(seed) * np.uint64(0xD1342543DE82EF95))
         number = np.arange(1, replicates + 1, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
-        return _mixed(key + number) / 2.0**64
+        return mixed(key + number) / 2.0**64
 
 
-def _mixed(number: Array) -> Array:
+def mixed(number: Array) -> Array:
+    """SplitMix64's finalizer: uint64 to uint64, one to one; the caller silences overflow."""
     number = number + np.uint64(0x9E3779B97F4A7C15)
     number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
