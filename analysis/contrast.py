@@ -76,7 +76,7 @@ def contrast(
         When there are fewer than two captures, or they have other layers or experts.
     """
     names = list(captures)
-    _refuse_incomparable(captures)
+    refuse_incomparable(captures)
     documents = [int(np.unique(capture["document_id"].values).size) for capture in captures.values()]
     edges = np.concatenate([[0.0], np.cumsum(documents) / sum(documents)])
     sides = [partial(split_weights, low=low, high=high) for low, high in pairwise(edges)]
@@ -136,7 +136,8 @@ def contrast(
     )
 
 
-def _refuse_incomparable(captures: Mapping[str, xr.Dataset]) -> None:
+def refuse_incomparable(captures: Mapping[str, xr.Dataset]) -> None:
+    """Refuse fewer than two captures, and those of other layers, experts or choices."""
     if len(captures) < 2:
         raise ValueError(f"{len(captures)} captures: a contrast needs two or more")
     [first, one], *others = captures.items()

@@ -1,0 +1,238 @@
+"""Which tokens carry a difference between two data sets, and which data set a document looks like.
+
+A difference in an expert's load has two causes: one data set has other tokens, or the same tokens go elsewhere. Each
+token's share of a difference is split into the two, exactly (Kitagawa 1955; the same split is Oaxaca's and Blinder's).
+
+Whether a document looks like its own data set is asked of tables that were counted on other documents: documents are
+halved by a hash of their ids, and each half is scored by what the other half showed.
+
+Promises: constant memory but for one number for each document and data set; the same result in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+import xarray as xr
+
+from analysis.contrast import ExpertCounts, refuse_incomparable
+from analysis.scan import Array, Block, Reducer, State, kernel, scan
+from analysis.tokens import TokenExperts
+from analysis.uncertainty import Resampled, Weights, split_weights
+
+UNIT = 2.0**-20  # bits; logarithms are rounded to it, so that sums are exact in any order
+PRIOR = 0.5  # added to each count, so that what was never seen is not impossible (Krichevsky & Trofimov 1981)
+
+
+def token_contributions(
+    one: xr.Dataset,
+    other: xr.Dataset,
+    layers: Sequence[int] | None = None,
+    *,
+    top: int = 20,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """The tokens that make an expert's load differ between two data sets.
+
+    Parameters
+    ----------
+    one, other : xr.Dataset
+        Captures of one model.
+    layers : sequence of int, optional
+        The model's layer numbers; default all.
+    top : int
+        Tokens listed for each expert.
+    threads, progress
+        See `analysis.scan.scan`.
+
+    Returns
+    -------
+    xr.Dataset
+        Over (layer, expert), float64: `difference`, the share of `one`'s tokens that reach the expert less that of
+        `other`'s, and its parts `usage`, from how often tokens occur, and `routing`, from where the same tokens go.
+        Over (layer, expert, rank), largest first whatever the sign: `token_id` int64 (-1 where there is none), `piece`,
+        and the token's `contribution`, `token_usage` and `token_routing`, which over all tokens add up to the above.
+        A token that only one data set has is a matter of usage.
+
+    Raises
+    ------
+    ValueError
+        When they are not of one model and tokenizer, or a layer was not captured.
+    """
+    refuse_incomparable({"one": one, "other": other})
+    if not np.array_equal(one["piece"].values, other["piece"].values):
+        raise ValueError("the captures have other tokenizers: their pieces differ")
+    tables = [scan(capture, [TokenExperts(layers)], threads=threads, progress=progress)[0] for capture in (one, other)]
+    joined = xr.align(*(table[["count", "tokens"]].drop_vars("piece") for table in tables), join="outer", fill_value=0)
+    sent, seen = zip(*((table["count"], table["tokens"]) for table in joined), strict=True)
+    share = [tokens / max(int(tokens.sum()), 1) for tokens in seen]
+    goes = [count / tokens.where(tokens > 0) for count, tokens in zip(sent, seen, strict=True)]
+    goes = [goes[0].fillna(goes[1]), goes[1].fillna(goes[0])]
+    usage = (share[0] - share[1]) * (goes[0] + goes[1]) / 2
+    routing = (share[0] + share[1]) / 2 * (goes[0] - goes[1])
+    token = usage["token_id"].values
+    parts = [part.transpose("layer", "expert", "token_id").values for part in (usage + routing, usage, routing)]
+    order = np.argsort(-abs(parts[0]), axis=-1, kind="stable")[..., :top]
+    listed = [np.take_along_axis(part, order, -1) for part in parts]
+    none = listed[0] == 0
+    ids = np.where(none, -1, token[order]) if len(token) else order
+    pieces = np.where(none, "", one["piece"].values.astype(object)[ids])
+    ranked = ("layer", "expert", "rank")
+    return xr.Dataset(
+        {
+            "difference": (usage + routing).sum("token_id"),
+            "usage": usage.sum("token_id"),
+            "routing": routing.sum("token_id"),
+            "token_id": (ranked, ids),
+            "piece": (ranked, pieces),
+            **dict(
+                zip(("contribution", "token_usage", "token_routing"), ((ranked, part) for part in listed), strict=True)
+            ),
+        },
+        coords={
+            "layer": usage["layer"].values,
+            "expert": usage["expert"].values,
+            "rank": np.arange(1, ids.shape[-1] + 1),
+        },
+    ).assign_attrs(
+        n=[table.attrs["n"] for table in tables],
+        null=0.0,
+        estimator="plug-in",
+        definition="contribution of token x = P1(x) P1(e given x) - P2(x) P2(e given x); usage = (P1(x) - P2(x)) times"
+        " the mean of P(e given x); routing = the mean of P(x) times (P1(e given x) - P2(e given x))",
+        source="Kitagawa 1955",
+    )
+
+
+class DocumentScores(Reducer):
+    """Logarithms of how likely each document's choices are, by given tables.
+
+    Parameters
+    ----------
+    tables : int64 array, shape (2, candidates, layers, experts)
+        Logarithms in `UNIT` bits; the first is for documents of the first half.
+    split : callable
+        Whose replicate 1 are the documents of the first half.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"document_id"})
+
+    def __init__(self, tables: Array, split: Weights) -> None:
+        self.tables, self.split = tables, split
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Zeros: `score` (document, candidate) and `tokens` (document)."""
+        documents = dataset.sizes["document"]
+        return {
+            "score": np.zeros((documents, self.tables.shape[1]), np.int64),
+            "tokens": np.zeros(documents, np.int64),
+        }
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard."""
+        document = block["document_id"].astype(np.int64)
+        table = 1 - self.split(document, 1)[1]
+        _add(block["expert"], block["counted"], document, table, self.tables, state["score"], state["tokens"])
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """Scores of the documents with a token that counts, in bits a token."""
+        seen = np.flatnonzero(state["tokens"])
+        score = state["score"][seen] * UNIT / state["tokens"][seen, None]
+        return xr.Dataset(
+            {"score": (("document", "candidate"), score), "tokens": ("document", state["tokens"][seen])},
+            coords={"document_id": ("document", seen)},
+        )
+
+
+def document_scores(
+    captures: Mapping[str, xr.Dataset],
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """Which data set is this document from, by its experts alone?
+
+    Parameters
+    ----------
+    captures : mapping of str to xr.Dataset
+        Two or more captures of one model, by name.
+    threads, progress
+        See `analysis.scan.scan`; each capture is read twice.
+
+    Returns
+    -------
+    xr.Dataset
+        Over document, of all captures: `score` float64 (document, candidate), the logarithm of how likely its choices
+        are in each data set, in bits a token, with layers and choices taken as independent: for comparing, no
+        probability; `tokens`; `likeliest`, a name; coordinates `data_set`, where it is from, and `document_id` in it.
+        Over candidate: `right`, the share of the data set's documents that it is likeliest for, null 1 / their number;
+        `auc`, how often a document of it has more evidence for it than one of the others, null 0.5 (Mann & Whitney
+        1947); NaN where there is no document.
+
+    Raises
+    ------
+    ValueError
+        When there are fewer than two captures, or they have other layers or experts.
+    """
+    refuse_incomparable(captures)
+    names = list(captures)
+    splits = [partial(split_weights, low=0.0, high=0.5, seed=number + 1) for number in range(len(names))]
+    logarithms = []
+    for split, capture in zip(splits, captures.values(), strict=True):
+        asked = Resampled(ExpertCounts(), 1, weights=split)
+        whole, first = scan(capture, [asked], threads=threads, progress=progress)[0]["count"].values
+        likely = [(half + PRIOR) / (half + PRIOR).sum(-1, keepdims=True) for half in (whole - first, first)]
+        logarithms.append(np.rint(np.log2(likely) / UNIT).astype(np.int64))
+    tables = np.stack(logarithms, axis=1)
+    found = []
+    for name, split, capture in zip(names, splits, captures.values(), strict=True):
+        own = scan(capture, [DocumentScores(tables, split)], threads=threads, progress=progress)[0]
+        found.append(own.assign_coords(data_set=("document", [name] * own.sizes["document"])))
+    joined = xr.concat(found, "document", combine_attrs="drop").assign_coords(candidate=names)
+    score, origin = joined["score"].values, joined["data_set"].values
+    likeliest = np.array(names)[score.argmax(1)]
+    right, auc = np.full(len(names), np.nan), np.full(len(names), np.nan)
+    for number, name in enumerate(names):
+        is_own = origin == name
+        evidence = score[:, number] - np.delete(score, number, axis=1).max(1)
+        if is_own.any():
+            right[number] = (likeliest[is_own] == name).mean()
+            auc[number] = _area(evidence[is_own], evidence[~is_own])
+    return joined.assign(
+        likeliest=("document", likeliest), right=("candidate", right), auc=("candidate", auc)
+    ).assign_attrs(
+        n=len(origin),
+        null=f"right: {1 / len(names):.4g}; auc: 0.5",
+        estimator=f"tables of the other half of the documents, {PRIOR} added to each count",
+        definition="score = sum over tokens, layers and choices of log2 of the data set's share of the expert / tokens",
+        source="naive Bayes; Mann & Whitney 1947",
+    )
+
+
+def _area(own: Array, others: Array) -> float:
+    """How often one of the first is larger than one of the others; equals count half."""
+    if not len(others):
+        return float("nan")
+    ordered = np.sort(others)
+    below, up_to = np.searchsorted(ordered, own, "left"), np.searchsorted(ordered, own, "right")
+    return float((below + up_to).mean() / 2 / len(others))
+
+
+@kernel
+def _add(
+    expert: Array, counted: Array, document: Array, table: Array, tables: Array, score: Array, tokens: Array
+) -> None:
+    rows, positions, layers, choices = expert.shape
+    for row in range(rows):
+        of_half, total = tables[table[row]], score[document[row]]
+        for position in range(positions):
+            if counted[row, position]:
+                tokens[document[row]] += 1
+                for candidate in range(total.size):
+                    for layer in range(layers):
+                        for k in range(choices):
+                            total[candidate] += of_half[candidate, layer, expert[row, position, layer, k]]
