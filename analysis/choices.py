@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State, coded, kernel, scan, sizes
+from analysis.scan import Array, Block, Reducer, State, coded, kernel, labelled, scan, sizes
 
 Together = Literal["all", "adjacent"]
 Followed = Literal["all", "first", "rank"]
@@ -37,6 +37,11 @@ class Choices(Reducer):
 
     def __init__(self, *, joint: bool = True) -> None:
         self.joint = joint
+
+    @property
+    def stacks(self) -> bool:  # type: ignore[override]
+        """Tables do, histograms not."""
+        return not self.joint
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: the tables that `finish` names, or the joint histogram of which it makes them."""
@@ -76,7 +81,7 @@ class Choices(Reducer):
             "shared": ("lower_layer", "shared_experts"),
         }
         return xr.Dataset(
-            {name: (dims[name], tables[name], {"units": "tokens"}) for name in dims},
+            {name: labelled(tables[name], *dims[name]).assign_attrs(units="tokens") for name in dims},
             coords={
                 "layer": layer,
                 "lower_layer": layer[:-1],
@@ -87,7 +92,7 @@ class Choices(Reducer):
                 "shared_experts": np.arange(choices + 1),
             },
             attrs={
-                "n": int(state["tokens"][0]),
+                "n": int(state["tokens"].flat[0]),
                 "null": "every table even",
                 "definition": "counts over tokens: choices by rank; pairs of one token's choices, all ordered ones and"
                 " those of neighbouring ranks (rank r, rank r + 1); pairs of choices at neighbouring layers, all, first"

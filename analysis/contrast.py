@@ -16,12 +16,14 @@ from itertools import pairwise
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.scan import Array, Block, Reducer, State, kernel, labelled, scan, sizes
 from analysis.uncertainty import Resampled, false_discovery, interval, p_value, split_weights
 
 
 class ExpertCounts(Reducer):
     """Choices by layer and expert, whatever the rank; nothing else."""
+
+    stacks = True
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: `count` (layer, expert)."""
@@ -35,7 +37,7 @@ class ExpertCounts(Reducer):
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """The counts, labelled."""
         coords = {"layer": dataset["layer"].values, "expert": np.arange(sizes(dataset)[2])}
-        return xr.Dataset({"count": (("layer", "expert"), state["count"])}, coords)
+        return xr.Dataset({"count": labelled(state["count"], "layer", "expert", **coords)})
 
 
 def contrast(

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Block, Reducer, State, scan
+from analysis.scan import Block, Reducer, State, labelled, scan
 from analysis.uncertainty import Resampled, nested_weights
 
 
 class Tokens(Reducer):
     """The number of tokens that count, and nothing else."""
+
+    stacks = True
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zero: `tokens`, shape (1,)."""
@@ -30,7 +32,7 @@ class Tokens(Reducer):
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """The number."""
-        return xr.Dataset({"tokens": ((), state["tokens"][0], {"units": "tokens"})})
+        return xr.Dataset({"tokens": labelled(state["tokens"][..., 0]).assign_attrs(units="tokens")})
 
 
 def growth(

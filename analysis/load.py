@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.scan import Array, Block, Reducer, State, kernel, labelled, scan, sizes
 
 WEIGHT_UNIT = 2.0**-24  # every finite float16 is a whole multiple of its smallest subnormal
 
@@ -19,6 +19,7 @@ class Load(Reducer):
     """Counts of choices and sums of weights, by layer, choice and expert."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"weight"})
+    stacks = True
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: `count` and `mass` (layer, k, expert)."""
@@ -34,10 +35,9 @@ class Load(Reducer):
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """Shares of choices and of weight; NaN where nothing was counted."""
         layers, _, experts = sizes(dataset)
-        dims = ("layer", "k", "expert")
-        count = xr.DataArray(state["count"], dims=dims)
-        mass = xr.DataArray(state["mass"].sum(axis=1) * WEIGHT_UNIT, dims=("layer", "expert"))
-        tokens = int(state["count"][0, 0].sum()) if layers else 0
+        count = labelled(state["count"], "layer", "k", "expert")
+        mass = labelled(state["mass"].sum(axis=-2) * WEIGHT_UNIT, "layer", "expert")
+        tokens = int(state["count"].reshape(-1, *state["count"].shape[-3:])[0, 0, 0].sum()) if layers else 0
         per_expert = count.sum("k")
         result = xr.Dataset(
             {

@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.choices import add_joint, overlap_summary, random_overlap, shared_experts
-from analysis.scan import Array, Block, Reducer, State, coded, kernel, scan, sizes
+from analysis.scan import Array, Block, Reducer, State, coded, kernel, labelled, scan, sizes
 
 
 class Repetition(Reducer):
@@ -34,6 +34,11 @@ class Repetition(Reducer):
         self.lags = tuple(sorted(set(lags)))
         if not self.lags or self.lags[0] < 1:
             raise ValueError(f"lags {tuple(lags)}: one or more distances of at least 1 position")
+
+    @property
+    def stacks(self) -> bool:  # type: ignore[override]
+        """Tables do, histograms not."""
+        return not self.joint
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: `count` (lag, layer, shared experts, same first), or the joint histogram (lag, layer, code, code)
@@ -62,16 +67,15 @@ class Repetition(Reducer):
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """Shares of the pairs; NaN where there is no pair."""
         _, choices, experts = sizes(dataset)
-        count = xr.DataArray(
+        count = labelled(
             _unfold(state["joint"], experts, choices) if "joint" in state else state["count"],
-            dims=("lag", "layer", "shared_experts", "same_first"),
-            coords={
-                "lag": list(self.lags),
-                "layer": dataset["layer"].values,
-                "shared_experts": np.arange(choices + 1),
-                "same_first": [False, True],
-            },
+            *("lag", "layer", "shared_experts", "same_first"),
+            lag=list(self.lags),
+            layer=dataset["layer"].values,
+            shared_experts=np.arange(choices + 1),
+            same_first=[False, True],
         )
+        own_pairs = state["pairs"].reshape(-1, len(self.lags))[0]
         pairs = count.sum(("shared_experts", "same_first"))
         first = count.sel(same_first=True, drop=True).sum("shared_experts") / pairs.where(pairs > 0)
         summary = overlap_summary(count.sum("same_first"))
@@ -80,9 +84,9 @@ class Repetition(Reducer):
         for name, value in null.items():
             result[name].attrs.update(null=value, units="share of pairs")
         return result.assign_attrs(
-            n=int(state["pairs"][0]),
-            tokens=int(state["tokens"][0]),
-            pairs_by_lag=state["pairs"].tolist(),
+            n=int(own_pairs[0]),
+            tokens=int(state["tokens"].flat[0]),
+            pairs_by_lag=own_pairs.tolist(),
             pairs_lost_by_lag=_lost(dataset, self.lags),
             estimator="mean over pairs of tokens in one row",
             null=1 / experts,

@@ -67,6 +67,8 @@ class Reducer(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Variables it reads besides `expert`, `token` and `length`, which are always decoded."""
+    stacks: ClassVar[bool] = False
+    """Whether `finish` also takes accumulators with a leading dimension, which it then calls `replicate`."""
 
     @abstractmethod
     def init(self, dataset: xr.Dataset) -> State:
@@ -187,6 +189,12 @@ def merge(reducers: Sequence[Reducer], states: Sequence[State], others: Sequence
 def sizes(dataset: xr.Dataset) -> tuple[int, int, int]:
     """The numbers of layers L, choices k and experts E of a capture: always the data's, never ours."""
     return dataset.sizes["layer"], dataset.sizes["k"], int(dataset.attrs["num_experts"])
+
+
+def labelled(values: Array, *dims: str, **coords: Any) -> xr.DataArray:
+    """Values with these dimensions, and `replicate` before them where there is one more."""
+    before = ("replicate",) * (values.ndim - len(dims))
+    return xr.DataArray(values, coords, (*before, *dims))
 
 
 def coded(dataset: xr.Dataset) -> bool:

@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from jobs.places import capture_at
 from jobs.terminal import reporting, run_job
 
 PROVENANCE = ("model", "quantization", "environment")
@@ -43,10 +44,7 @@ def main(arguments: list[str]) -> int:
 
     captures = []
     for place in (config.one, config.other):
-        store, slash, name = place.rstrip("/").rpartition("/")
-        if not slash:
-            raise ValueError(f"{place!r} is no STORE/DATASET, such as demo.zarr/demo-prose")
-        captures.append(open_capture(store, name, allow_incomplete=config.allow_incomplete))
+        captures.append(open_capture(*capture_at(place), allow_incomplete=config.allow_incomplete))
     with reporting("compare", unit="shards") as report:
         found = scan(paired(*captures), [Agreement()], progress=lambda done, total: report.to(done))[0]
     table = Table()

@@ -21,7 +21,7 @@ from analysis.scan import Selection, scan
 from analysis.tokens import TokenExperts
 
 # Counts published with OLMoE (allenai/OLMoE, Apache-2.0) and table 5 of Mixtral of Experts (arXiv 2401.04088).
-PUBLISHED = json.loads((Path(__file__).parent / "mixtral_published.json").read_text())
+PUBLISHED = json.loads((Path(__file__).parents[1] / "analysis" / "mixtral_published.json").read_text())
 
 some = settings(max_examples=20, deadline=None)
 

@@ -1,5 +1,7 @@
 """Metrics against the number of tokens: each part alone gives what the curve says, and the curve says how many do."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -15,7 +17,7 @@ from analysis.uncertainty import nested_weights
 def test_parts_are_nested_halves_of_the_documents() -> None:
     weights = nested_weights(np.arange(20_000), 6)
     assert (weights[0] == 1).all()
-    for larger, smaller in zip(weights, weights[1:], strict=False):
+    for larger, smaller in pairwise(weights):
         assert (smaller <= larger).all()
         assert abs(smaller.sum() / larger.sum() - 0.5) < 5 * np.sqrt(0.25 / larger.sum())
 

@@ -178,6 +178,8 @@ TYPOS = {
     "status": (["store.zarr", "--datset", "x"], "--dataset"),
     "report": (["store.zarr", "--outptu", "x"], "--output"),
     "compare": (["s.zarr/a", "s.zarr/b", "--alow-incomplete"], "--allow-incomplete"),
+    "query": (["s.zarr", "--tokne", "x"], "--token"),
+    "validate": (["m", "--gihtub", "x"], "--github"),
     "quantize": (["tiny", "out", "--quantisation", "nf4"], "--quantization"),
 }
 

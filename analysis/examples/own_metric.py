@@ -1,0 +1,50 @@
+"""A metric of one's own in ten lines: `python analysis/examples/own_metric.py demo.zarr demo-prose`.
+
+At how many tokens could the router as well have chosen the other way round? The share of tokens whose two largest
+weights differ by less than a tenth. A reducer adds up integers, shard by shard; `scan` does all else: threads, memory,
+special tokens and what is not captured.
+"""
+
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import xarray as xr
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `store` and `analysis`
+
+import store
+from analysis.scan import Block, Reducer, State, scan
+
+
+class NearTies(Reducer):
+    """Share of the tokens whose second weight is more than 0.9 of the first."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"weight"})
+
+    def init(self, dataset: xr.Dataset) -> State:
+        return {"near": np.zeros(dataset.sizes["layer"], np.int64), "tokens": np.zeros(1, np.int64)}
+
+    def update(self, state: State, block: Block) -> None:
+        weight = block["weight"][block["counted"]].astype(float)  # (token, layer, k)
+        state["near"] += (weight[..., 1] > 0.9 * weight[..., 0]).sum(axis=0)
+        state["tokens"] += len(weight)
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        share = xr.DataArray(state["near"] / state["tokens"], {"layer": dataset["layer"].values}, ["layer"])
+        return xr.Dataset({"share": share}, attrs={"n": int(state["tokens"][0])})
+
+
+def main(path: str, dataset: str) -> None:
+    """Print the metric."""
+    [found] = scan(store.open_capture(path, dataset), [NearTies()])
+    print(f"{dataset}: share of {found.attrs['n']:,} tokens whose two weights differ by less than a tenth")
+    for layer in found["layer"].values.tolist():
+        print(f"layer {layer}: {float(found['share'].sel(layer=layer)):.4f}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python analysis/examples/own_metric.py STORE DATASET")
+    main(*sys.argv[1:])

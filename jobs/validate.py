@@ -1,0 +1,174 @@
+"""Are the routes real? `python jobs/validate.py MODEL --c4 TEXT --github TEXT`, for whoever has Mixtral's weights.
+
+Captures the texts of which the makers of OLMoE published what Mixtral's experts chose, and prints how far the captured
+shares are from the published ones. It was run with a made-up model only: neither the weights nor, with them, the texts
+could be had where it was written.
+"""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jobs.config import CaptureConfig
+from jobs.documents import Document, Source
+from jobs.download import fetch, is_url
+from jobs.sources import resolve_source
+from jobs.terminal import reporting, run_job, say
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+CHARACTERS_PER_TOKEN = 6  # read at most; Mixtral's tokenizer has 4.7 in the demo's prose, 3.4 in its code (measured)
+ROWS_PER_SHARD = 34  # a third of what is counted: an interrupted validation loses no more (arbitrary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """Compare what a Mixtral 8x7B chooses with the counts that the makers of OLMoE published.
+
+    Each text is read as theirs were: one text, cut into blocks of 2,048 tokens after one beginning-of-sequence token;
+    the first 102 blocks count. Per domain and layer (0, 7 and 15) it prints the total variation between the captured
+    and the published shares, how far apart the published domains are, and what two samples would differ by.
+
+    The published counts are of mistralai/Mixtral-8x7B-v0.1, the base model, unquantized. So far this was only run with
+    a made-up model that draws the published shares; you must have the weights, and give the texts. Theirs are in the
+    repository github.com/allenai/OLMoE, in scripts/routing_output/text: c4_texts.txt and
+    github_oss_with_stack_texts.txt. Another text of the kind serves, but differs by what sampling makes it differ.
+
+    Exit status: 0 every domain is at each layer nearer to its own published shares than to the other's, and nearer than
+    the two are to each other; 1 one is not; 2 it cannot be told.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Checkpoint: a hub id or a folder."""
+    c4: str | None = None
+    """Text of the domain C4: a path, as --dataset of jobs/capture.py takes it, or an http(s) address. One of the two
+    domains is enough."""
+    github: str | None = None
+    """Text of the domain GitHub, likewise."""
+    store: str = "validate.zarr"
+    """Folder for the captures; downloaded texts lie beside it, in STORE.texts. The same command goes on from there."""
+    model_revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """Precision of the weights."""
+    batch_tokens: int | None = None
+    """Padded tokens in a micro-batch at most. Default: 32768 on a GPU, 8192 on a CPU."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Device of the model. auto: a GPU if this machine has one."""
+
+
+def main(arguments: list[str]) -> int:
+    """Capture, and print the table."""
+    config = tyro.cli(ValidateConfig, prog="python jobs/validate.py", args=arguments, use_underscores=True)
+    given = {name: spec for name in ("c4", "github") if (spec := getattr(config, name)) is not None}
+    if not given:
+        raise ValueError("give the text of a published domain, as --c4 PATH_OR_URL or --github PATH_OR_URL")
+    urls = {name: is_url(spec) for name, spec in given.items()}
+    if "://" in config.store:
+        raise ValueError(f"--store {config.store}: a validation runs on this machine, so name a folder")
+
+    from analysis.validation import BLOCK_TOKENS, published_counts, refuse_other_model, validation
+    from jobs.captures import capture_datasets  # torch takes seconds: --help does not wait for it
+    from jobs.local import capture_here
+    from jobs.prepare import Run
+    from store import open_capture
+
+    asked = CaptureConfig(
+        local=True,
+        dataset=tuple(given.values()),
+        name=tuple(given),
+        model=config.model,
+        model_revision=config.model_revision,
+        quantization=config.quantization,
+        store=config.store,
+        sequence_length=BLOCK_TOKENS,
+        rows_per_shard=ROWS_PER_SHARD,
+        batch_tokens=config.batch_tokens,
+        bos="document",
+        device=config.device,
+    )
+    run = Run(asked)
+    model = run.described
+    refuse_other_model(model["layers"], model["num_experts"], model["experts_per_token"])  # before it takes any time
+    characters = published_counts().attrs["n"] * CHARACTERS_PER_TOKEN
+    beside = Path(f"{asked.store_path}.texts")
+    texts = {name: str(fetch(spec, beside)) if urls[name] else spec for name, spec in given.items()}
+    sources = [(name, one_text(name, spec, characters)) for name, spec in texts.items()]
+    try:
+        capture_datasets(run, sources, capture_here)
+    except RuntimeError as error:
+        say(f"error: {error}")
+        return 2  # and not 1, which is a verdict
+    captures = {name: open_capture(asked.store_path, name) for name in given}
+    with reporting("compare", unit="shards") as report:
+        found = validation(captures, progress=lambda done, total: report.to(done))
+    print_result(found)
+    print(f"published: {published_counts().attrs['model']}")
+    print(f"captured: {model['model']}, {model['quantization']}")
+    return 0 if bool(found["confirmed"].all()) else 1
+
+
+def one_text(domain: str, spec: str, characters: int) -> Source:
+    """A data set as one document of at most so many characters: its documents one after the other, a line each.
+
+    Raises
+    ------
+    ValueError
+        When it is not found, holds conversations, or no text.
+    """
+    source = resolve_source(spec)
+    if source.conversations:
+        raise ValueError(f"--{domain} {spec} holds conversations, and must hold texts")
+    parts, size = [], 0
+    for document in source.documents():
+        # As Python reads a text file, and as the published texts were read.
+        parts.append(document.text.replace("\r\n", "\n").replace("\r", "\n"))
+        size += len(parts[-1]) + 1
+        if size > characters:
+            break
+    text = "\n".join(parts)[:characters]
+    if not text.strip():
+        raise ValueError(f"--{domain} {spec} holds no text")
+    known = {"data": "text", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    documents = [Document(name=domain, text=text)]
+    return Source(name=domain, read=lambda start: islice(documents, start, None), identify=lambda: known)
+
+
+def print_result(found: "xr.Dataset") -> None:
+    """Print the table, and how many tokens it is made of."""
+    table = Table(
+        "domain", "layer", "choice", "to its own", "to the nearest other", "the two apart", "sampling", "nearest"
+    )
+    published = found["published"].values.tolist()
+    for name in found["domain"].values.tolist():
+        table.add_section()
+        for layer in found["layer"].values.tolist():
+            for choice in found["choice"].values.tolist():
+                cell = found.sel(domain=name, layer=layer, choice=choice)
+                other = float(cell["distance"].sel(published=[one for one in published if one != name]).min())
+                values = (float(cell["own"]), other, float(cell["scale"]), float(cell["sampling"]))
+                table.add_row(
+                    name, str(layer), choice, *(f"{value:.4f}" for value in values), str(cell["verdict"].item())
+                )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for name in found["domain"].values.tolist():
+        print(f"{name}: {int(found['tokens'].sel(domain=name)):,} tokens, and {found.attrs['n']:,} were published")
+    cells = found["confirmed"]
+    print(
+        f"{int(cells.sum())} of {cells.size} shares are nearer to their own domain's than the domains are to each other"
+    )
+
+
+if __name__ == "__main__":
+    run_job(main)
