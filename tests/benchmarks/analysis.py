@@ -4,7 +4,8 @@ Synthetic stores of Mixtral 8x7B's shape (see `synthetic_store`) of ten and a hu
 documents. Each measure runs in a process of its own, whose peak memory is told; rates are tokens a second of CPU time
 in one thread unless threads are named. "decode" reads what every scan reads and marks nothing; "first set" is load,
 co-activation, all transitions and repetition; "full set" also the token tables. Cold: the files were dropped from the
-page cache. Beside it, on fewer tokens: OLMoE's way (Counters over lists) and plain dask.
+page cache. Beside it, on fewer tokens: OLMoE's way (Counters over lists), plain dask, and DuckDB over a Parquet file of
+the same routes, a column for each layer's choices, without repetition.
 """
 
 import argparse
@@ -20,9 +21,13 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import xarray as xr
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +48,7 @@ SETS: dict[str, Callable[[], list[Reducer]]] = {
         Resampled(Repetition(joint=False), 200),
     ],
 }
-COUNTERS_TOKENS, DASK_TOKENS = 100_000, 2_000_000
+COUNTERS_TOKENS, DASK_TOKENS, DUCKDB_TOKENS = 100_000, 2_000_000, 2_000_000
 
 
 def decode(data: xr.Dataset) -> None:
@@ -81,8 +86,32 @@ def plain_dask(data: xr.Dataset) -> int:
     return rows * data.sizes["position"]
 
 
+def parquet_of_routes(data: xr.Dataset, path: Path) -> None:
+    """A row a token, and for each layer a column of both choices as one number: the least that SQL can be asked for."""
+    rows = -(-DUCKDB_TOKENS // data.sizes["position"])
+    expert = data["expert"][:rows].values
+    codes = (expert[..., 0] * 8 + expert[..., 1])[expert[:, :, 0, 0] != 255]
+    columns = {f"layer_{index}": codes[:, index] for index in range(codes.shape[1])}
+    pq.write_table(pa.table(columns), path, compression="zstd", row_group_size=2**17)
+
+
+def duckdb_over_parquet(path: Path, threads: int) -> dict[str, float]:
+    """Load and co-activation are made of the histogram of a layer, all transitions of that of two neighbouring ones."""
+    layers = [f"layer_{index}" for index in range(len(pq.read_schema(path)))]
+    asked = [f"histogram({one}::USMALLINT * 64 + {other})" for one, other in pairwise(layers)]
+    connection = duckdb.connect(config={"threads": threads})
+    wall, cpu = time.perf_counter(), time.process_time()
+    answer = connection.sql(f"SELECT count(*), {', '.join(asked)} FROM '{path}'").fetchone()
+    took, used = time.perf_counter() - wall, time.process_time() - cpu
+    assert answer is not None
+    assert all(sum(histogram.values()) == answer[0] for histogram in answer[1:])
+    return rates(answer[0], took, used)
+
+
 def measured(path: str, what: str, threads: int) -> dict[str, float]:
     """One measure, in this process."""
+    if what == "DuckDB":
+        return duckdb_over_parquet(Path(path), threads)
     data = store.open_capture(path, "synthetic")
     tokens = int(data["length"].sum())
     if what in SETS:
@@ -94,7 +123,11 @@ def measured(path: str, what: str, threads: int) -> dict[str, float]:
         scan(data, SETS[what](), threads=threads)
     else:
         tokens = {"counters": counters, "plain dask": plain_dask}[what](data)
-    took, used = time.perf_counter() - wall, time.process_time() - cpu
+    return rates(tokens, time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def rates(tokens: int, took: float, used: float) -> dict[str, float]:
+    """What is told of a measure: wall and CPU seconds as rates, and this process's peak memory."""
     peak = int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**20
     return {
         "tokens": tokens,
@@ -150,6 +183,8 @@ def main() -> None:
             if tokens == min(options.tokens):
                 for what in ("first set, 200 replicates", "counters", "plain dask"):
                     measure(path, label, what)
+                parquet_of_routes(store.open_capture(path, "synthetic"), folder / "routes.parquet")
+                measure(folder / "routes.parquet", "Parquet of its first two million", "DuckDB")
         path = folder / "short.zarr"
         make_store(path, min(options.tokens), positions=512, filled=0.4)
         for what in ("decode", "first set", "full set"):
@@ -157,7 +192,9 @@ def main() -> None:
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {name: version(name) for name in ("zarr", "numcodecs", "xarray", "dask", "numba", "numpy")},
+        "versions": {
+            name: version(name) for name in ("zarr", "numcodecs", "xarray", "dask", "numba", "numpy", "duckdb")
+        },
         "rows": rows,
     }
     assert options.output is not None, "where to write the result: -o RESULT.json"
