@@ -66,7 +66,7 @@ class Reducer(ABC):
     """A metric's share of a scan: integer sums over blocks, then one small labelled Dataset."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Variables it reads besides `expert`, `token` and `length`, which are always decoded."""
+    """Variables it reads besides `expert`, `token` and `length`, which are always there."""
     stacks: ClassVar[bool] = False
     """Whether `finish` also takes accumulators with a leading dimension, which it then calls `replicate`."""
 
@@ -143,11 +143,14 @@ def accumulate(
 
     Other parameters, and errors, are those of `scan`.
     """
-    names = {"expert", "token", "length"}.union(*(reducer.needs - {"code"} for reducer in reducers))
+    names = {"expert", "token"}.union(*(reducer.needs - {"code"} for reducer in reducers))
     needs_code = any("code" in reducer.needs for reducer in reducers) and coded(dataset)
     # Bare variables: coordinates would be loaded with every shard for nothing.
     variables = xr.Dataset({name: dataset[name].variable for name in sorted(names)})
-    wanted, excluded = _wanted_rows(dataset, only), _excluded_tokens(dataset, only)
+    length = np.where(
+        _wanted_rows(dataset, only), dataset["length"].values, 0
+    )  # read once: its chunks hold many shards
+    excluded = _excluded_tokens(dataset, only)
     left = deque(shards)
     total, done = len(left), itertools.count(1)
 
@@ -160,7 +163,7 @@ def accumulate(
                 except IndexError:
                     return states
                 block = _decode(variables.isel(doc=rows), dataset, rows.start)
-                block["length"] = np.where(wanted[rows], block["length"], 0)
+                block["length"] = length[rows]
                 _mark(block, dataset, rows.start, excluded, only, needs_code)
                 for reducer, state in zip(reducers, states, strict=True):
                     reducer.update(state, block)
@@ -282,17 +285,20 @@ def _counted(
     """Which tokens count, bool (doc, position), and row and position of the first illegal value, or -1s."""
     rows, positions, layers, choices = expert.shape
     counted = np.zeros((rows, positions), dtype=np.bool_)
+    if layers == 0:
+        return counted, -1, -1
     for row in range(rows):
-        for position in range(min(length[row], positions)):
-            if layers == 0 or expert[row, position, 0, 0] == fill:
+        filled = min(length[row], positions)
+        chosen = expert[row, :filled].reshape(filled * layers * choices)
+        largest = chosen.dtype.type(0)
+        for index in range(chosen.size):  # all at once, in the type's own width: vector instructions
+            largest = chosen.dtype.type(max(largest, chosen[index]))
+        for position in range(filled):
+            if expert[row, position, 0, 0] == fill:
                 continue  # not captured yet
             if token[row, position] < 0 or token[row, position] >= excluded.size:
                 return counted, row, position
-            chosen = expert[row, position].reshape(layers * choices)
-            largest = chosen[0]
-            for index in range(chosen.size):
-                largest = max(largest, chosen[index])
-            if largest >= num_experts:
+            if largest >= num_experts and (expert[row, position] >= num_experts).any():
                 return counted, row, position
             counted[row, position] = start <= position < stop and not excluded[token[row, position]]
     return counted, -1, -1

@@ -194,7 +194,7 @@ def test_one_scan_decodes_each_shard_once_and_only_what_is_needed(monkeypatch: p
     scan(capture, [Choices(), Windows(), TokenExperts()])
     num_shards = -(-capture.sizes["doc"] // 4)
     assert len(decoded) == num_shards > 3
-    assert {names for names, _ in decoded} == {frozenset({"expert", "token", "length"})}
+    assert {names for names, _ in decoded} == {frozenset({"expert", "token"})}
     assert max(rows for _, rows in decoded) == 4
     assert sum(rows for _, rows in decoded) == capture.sizes["doc"]
     assert capture.chunks, "the caller's dataset stays lazy"

@@ -54,7 +54,7 @@ COUNTERS_TOKENS, DASK_TOKENS, DUCKDB_TOKENS = 100_000, 2_000_000, 2_000_000
 def decode(data: xr.Dataset) -> None:
     """Read shard by shard what a scan reads, and do nothing with it."""
     rows = int(data.attrs["rows_per_shard"])
-    variables = xr.Dataset({name: data[name].variable for name in ("expert", "token", "length")})
+    variables = xr.Dataset({name: data[name].variable for name in ("expert", "token")})
     for start in range(0, data.sizes["doc"], rows):
         variables.isel(doc=slice(start, start + rows)).load(scheduler="synchronous")
 
