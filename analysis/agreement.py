@@ -12,10 +12,9 @@ from typing import ClassVar
 import numpy as np
 import xarray as xr
 
-from analysis.choices import overlap_summary, random_overlap
+from analysis.choices import in_common, overlap_summary, random_overlap
+from analysis.load import WEIGHT_UNIT
 from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
-
-WEIGHT_UNIT = 2.0**-24  # every finite float16 is a whole multiple of its smallest subnormal
 
 
 class Agreement(Reducer):
@@ -142,15 +141,13 @@ def _add(
                 continue
             differs = layers
             for layer in range(layers):
-                here, there, common = expert[row, position, layer], other[row, position, layer], 0
-                for i in range(choices):
-                    for j in range(choices):
-                        common += here[i] == there[j]
+                here, there = expert[row, position, layer], other[row, position, layer]
+                common = in_common(here, there)
                 same = 1 if here[0] == there[0] else 0
                 shared[layer, common, same] += 1
                 if common < choices and differs == layers:
                     differs = layer
                 if choices > 1:
                     apart = weight[row, position, layer, 0] - weight[row, position, layer, 1]
-                    margin[layer, 1 - same] += np.int64(apart * 16777216.0)
+                    margin[layer, 1 - same] += np.int64(apart / WEIGHT_UNIT)
             first_difference[differs] += 1

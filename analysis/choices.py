@@ -326,6 +326,16 @@ def add_joint(code: Array, other: Array, lag: int, joint: Array) -> None:
 
 
 @kernel
+def in_common(here: Array, there: Array) -> int:
+    """How many experts two lists of different ones share."""
+    common = 0
+    for one in here:
+        for other in there:
+            common += one == other
+    return common
+
+
+@kernel
 def _add_one_by_one(
     expert: Array,
     counted: Array,
@@ -353,11 +363,10 @@ def _add_one_by_one(
                         together_adjacent[layer, here[i], here[i + 1]] += 1
                 if layer + 1 == layers:
                     continue
-                there, common = expert[row, position, layer + 1], 0
+                there = expert[row, position, layer + 1]
                 for i in range(choices):
                     followed_rank[layer, here[i], there[i]] += 1
                     for j in range(choices):
                         followed_all[layer, here[i], there[j]] += 1
-                        common += here[i] == there[j]
                 followed_first[layer, here[0], there[0]] += 1
-                shared[layer, common] += 1
+                shared[layer, in_common(here, there)] += 1

@@ -16,7 +16,8 @@ from itertools import pairwise
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State, kernel, labelled, scan, sizes
+from analysis.position import add_by_position
+from analysis.scan import Block, Reducer, State, labelled, scan, sizes
 from analysis.uncertainty import Resampled, false_discovery, interval, p_value, split_weights
 
 
@@ -32,7 +33,7 @@ class ExpertCounts(Reducer):
 
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
-        _add(block["expert"], block["counted"], state["count"])
+        add_by_position(block["expert"], block["counted"], block["counted"].shape[1], state["count"][None])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """The counts, labelled."""
@@ -171,14 +172,3 @@ def _difference(count: xr.DataArray) -> xr.DataArray:
     share = _share(count)
     sets = share.sizes["data_set"]
     return (share - share.mean("data_set")) * (sets / (sets - 1))
-
-
-@kernel
-def _add(expert: Array, counted: Array, count: Array) -> None:
-    rows, positions, layers, choices = expert.shape
-    for row in range(rows):
-        for position in range(positions):
-            if counted[row, position]:
-                for layer in range(layers):
-                    for k in range(choices):
-                        count[layer, expert[row, position, layer, k]] += 1

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 import xarray as xr
 
+from analysis.files import whole_file
 from analysis.scan import Array
 
 Placement = Literal["contiguous", "round_robin", "balanced"]
@@ -130,7 +131,8 @@ def write_sglang_load(path: Path | str, load: xr.Dataset, num_hidden_layers: int
     slots = layer_slots(load["layer"].values, num_hidden_layers)
     counts = np.zeros((1, slots, load.sizes["expert"]), dtype=np.int64)
     counts[0, load["layer"].values] = load_matrix(load)
-    Path(path).write_text(json.dumps({"logical_count": counts.tolist()}), encoding="utf-8")
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps({"logical_count": counts.tolist()}), encoding="utf-8")
 
 
 def layer_slots(layers: Array, num_hidden_layers: int | None) -> int:

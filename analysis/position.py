@@ -35,7 +35,7 @@ class PositionLoad(Reducer):
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
         width = -(-block["counted"].shape[1] // self.bins)
-        _add(block["expert"], block["counted"], width, state["count"])
+        add_by_position(block["expert"], block["counted"], width, state["count"])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """Load by range of positions, and what the position tells of the expert."""
@@ -92,7 +92,8 @@ def position_load(dataset: xr.Dataset, *, bins: int = 32, threads: int | None = 
 
 
 @kernel
-def _add(expert: Array, counted: Array, width: int, count: Array) -> None:
+def add_by_position(expert: Array, counted: Array, width: int, count: Array) -> None:
+    """Count choices by expert, layer, and range of so many positions."""
     rows, positions, layers, choices = expert.shape
     for row in range(rows):
         for position in range(positions):

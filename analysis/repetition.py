@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import xarray as xr
 
-from analysis.choices import add_joint, overlap_summary, random_overlap, shared_experts
+from analysis.choices import add_joint, in_common, overlap_summary, random_overlap, shared_experts
 from analysis.scan import Array, Block, Reducer, State, coded, kernel, labelled, scan, sizes
 
 
@@ -142,14 +142,11 @@ def _lost(dataset: xr.Dataset, lags: Sequence[int]) -> list[int]:
 
 @kernel
 def _add_one_by_one(expert: Array, counted: Array, lag: int, count: Array) -> None:
-    rows, positions, layers, choices = expert.shape
+    rows, positions, layers, _ = expert.shape
     for row in range(rows):
         for position in range(lag, positions):
             if not (counted[row, position] and counted[row, position - lag]):
                 continue
             for layer in range(layers):
-                before, here, common = expert[row, position - lag, layer], expert[row, position, layer], 0
-                for i in range(choices):
-                    for j in range(choices):
-                        common += before[i] == here[j]
-                count[layer, common, 1 if before[0] == here[0] else 0] += 1
+                before, here = expert[row, position - lag, layer], expert[row, position, layer]
+                count[layer, in_common(before, here), 1 if before[0] == here[0] else 0] += 1

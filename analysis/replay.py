@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import xarray as xr
 
+from analysis.files import whole_file
 from analysis.placement import layer_slots
 from analysis.scan import Array
 
@@ -146,15 +147,11 @@ def write_replay(
     if by == "document":
         repeats = dataset.attrs.get("bos") == "row"
         rows = (_joined(group, repeats) for _, group in itertools.groupby(rows, lambda row: row.document))
-    written, part = 0, Path(f"{path}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(_record(row, _replay(row, *form))) + "\n")
-                written += 1
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    written = 0
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(_record(row, _replay(row, *form))) + "\n")
+            written += 1
     return written
 
 

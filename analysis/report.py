@@ -10,8 +10,6 @@ Does not know how results are computed or drawn: `analysis.scan` and its reducer
 import base64
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +25,7 @@ from markupsafe import Markup
 
 from analysis import charts
 from analysis.choices import Choices, transitions_of
+from analysis.files import whole_file
 from analysis.load import Load
 from analysis.paths import MAX_WINDOWS, Windows
 from analysis.results import Runner, measure
@@ -136,12 +135,8 @@ def write_report(
         ask = partial(measure, path, name, state=state, progress=told, runner=runner)
         answers.append(answer(open_covered(path, state), state, label, ask))
     page = render(answers)
-    unfinished = output.with_name(f".{output.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with whole_file(output) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return answers
 
 

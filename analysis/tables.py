@@ -17,8 +17,6 @@ convention, some tokens, or a piece of one document at a time. Does not count an
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ import pyarrow.parquet as pq
 import xarray as xr
 
 from analysis.choices import Choices, Followed, transitions_of
+from analysis.files import whole_file
 from analysis.load import WEIGHT_UNIT, Load
 from analysis.paths import document_path
 from analysis.results import measure
@@ -261,13 +260,9 @@ def _whole(path: Path, table: str) -> Iterator[pq.ParquetWriter]:
 
     A killed process leaves a hidden file that ends in ".partial", which no reader of *.parquet sees.
     """
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with pq.ParquetWriter(unfinished, SCHEMAS[table], compression="zstd") as writer:
-            yield writer
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    schema = SCHEMAS[table]
+    with whole_file(path) as unfinished, pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
+        yield writer
 
 
 def _add(writer: pq.ParquetWriter, table: str, columns: Mapping[str, Any]) -> None:
