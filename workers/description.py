@@ -227,14 +227,20 @@ def quantization_config(quantization: str, skeleton: nn.Module, device_type: str
     )
 
 
-def estimate_checkpoint(checkpoint: Checkpoint, quantization: str, device_type: str) -> int:
-    """`estimate_bytes` for a checkpoint that is found already."""
+def quantized_skeleton(checkpoint: Checkpoint, quantization: str, device_type: str) -> tuple[nn.Module, Any]:
+    """The model without its numbers, each matrix of the kind that it will be of, and its `quantization_config`."""
     skeleton = build_skeleton(checkpoint, device_type)
     settings = quantization_config(quantization, skeleton, device_type)
     if settings is not None:
         from workers.quantizer import quantize_skeleton  # bitsandbytes takes seconds to import
 
         quantize_skeleton(skeleton, settings)
+    return skeleton, settings
+
+
+def estimate_checkpoint(checkpoint: Checkpoint, quantization: str, device_type: str) -> int:
+    """`estimate_bytes` for a checkpoint that is found already."""
+    skeleton, _ = quantized_skeleton(checkpoint, quantization, device_type)
     return sum(_resident_bytes(tensor) for tensor in [*skeleton.parameters(), *skeleton.buffers()])
 
 

@@ -33,6 +33,7 @@ from workers.description import (
     estimate_checkpoint,
     find_routers,
     quantization_config,
+    quantized_skeleton,
     stored_quantization,
 )
 
@@ -189,10 +190,9 @@ def _check_stored(checkpoint: Checkpoint, description: ModelDescription, target:
 
     transformers 4 quantizes the routers too, unless they are named in llm_int8_skip_modules.
     """
-    from workers.quantizer import four_bit_names, quantize_skeleton  # bitsandbytes takes seconds to import
+    from workers.quantizer import four_bit_names  # bitsandbytes takes seconds to import
 
-    skeleton = build_skeleton(checkpoint, target.type)
-    quantize_skeleton(skeleton, quantization_config(description["quantization"], skeleton, target.type))
+    skeleton, _ = quantized_skeleton(checkpoint, description["quantization"], target.type)
     names = tensor_names(checkpoint.folder)
     found = {name.partition(".quant_state.")[0] for name in names if ".quant_state." in name}
     found = {name for name in found if not name.startswith("lm_head.")}  # which is not loaded

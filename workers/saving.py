@@ -25,17 +25,16 @@ from workers.checkpoint import INDEX, find_checkpoint, read_config, tensor_names
 from workers.description import (
     BLOCK,
     FOUR_BITS,
-    build_skeleton,
     compute_dtype,
     describe_checkpoint,
     estimate_checkpoint,
     find_routers,
-    quantization_config,
+    quantized_skeleton,
     stored_quantization,
 )
 from workers.loading import usable_device
 
-COPIED = ("*.json", "tokenizer*", "*.jinja", "LICENSE*")
+COPIED = ("*.json", "tokenizer*", "merges.txt", "*.jinja", "LICENSE*")
 
 
 def quantize_checkpoint(
@@ -67,7 +66,7 @@ def quantize_checkpoint(
     OSError
         When the result cannot be written.
     """
-    from workers.quantizer import four_bit_names, own_names, quantize_skeleton  # bitsandbytes takes seconds to import
+    from workers.quantizer import four_bit_names, own_names  # bitsandbytes takes seconds to import
 
     device = usable_device(device)
     if quantization not in FOUR_BITS:
@@ -77,9 +76,7 @@ def quantize_checkpoint(
     describe_checkpoint(checkpoint, quantization, device.type)
     if (stored := stored_quantization(checkpoint)) is not None:
         raise ValueError(f"{checkpoint.folder} is quantized already, in {stored}: it loads as it is")
-    skeleton = build_skeleton(checkpoint, device.type)
-    settings = quantization_config(quantization, skeleton, device.type)
-    quantize_skeleton(skeleton, settings)
+    skeleton, settings = quantized_skeleton(checkpoint, quantization, device.type)
     names = tensor_names(checkpoint.folder)
     matrices = four_bit_names(skeleton, names)
     _refuse_small_disk(out, estimate_checkpoint(checkpoint, quantization, device.type))
