@@ -96,6 +96,7 @@ class Caches(Reducer):
             attrs={
                 "n": n,
                 "tokens": tokens,
+                "estimator": "simulation of every row, caches empty at its start",
                 "null": "variable `null`: hit_rate if every token chose independently and uniformly, whatever the"
                 " layer; NaN for a policy that looks ahead",
                 "definition": CONVENTION,

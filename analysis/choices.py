@@ -57,7 +57,7 @@ class Choices(Reducer):
         """Add one shard."""
         state["tokens"] += np.count_nonzero(block["counted"])
         if "joint" in state:
-            add_joint(block["code"][:, :-1], block["code"][:, 1:], 0, state["joint"])
+            add_joint(block["code"][:, :-1], block["code"][:, 1:], block["length"], 0, state["joint"])
         else:
             arrays = (state[name] for name in state if name != "tokens")
             _add_one_by_one(block["expert"], block["counted"], *arrays)
@@ -93,6 +93,7 @@ class Choices(Reducer):
             },
             attrs={
                 "n": int(state["tokens"].flat[0]),
+                "estimator": "counts",
                 "null": "every table even",
                 "definition": "counts over tokens: choices by rank; pairs of one token's choices, all ordered ones and"
                 " those of neighbouring ranks (rank r, rank r + 1); pairs of choices at neighbouring layers, all, first"
@@ -309,8 +310,8 @@ def _unfold(joint: Array, experts: int, choices: int, state: State) -> None:
 
 
 @kernel
-def add_joint(code: Array, other: Array, lag: int, joint: Array) -> None:
-    """Count pairs of codes: at a layer and position of `code`, and `lag` positions on in `other`.
+def add_joint(code: Array, other: Array, length: Array, lag: int, joint: Array) -> None:
+    """Count pairs of codes in rows of so many tokens: at a layer and position of `code`, and `lag` on in `other`.
 
     Layer by layer, in a table of 32-bit numbers: it stays in the fastest cache (half the time, measured).
     """
@@ -320,7 +321,7 @@ def add_joint(code: Array, other: Array, lag: int, joint: Array) -> None:
         counts[:] = 0
         for row in range(rows):
             here, there = code[row, layer], other[row, layer]
-            for position in range(lag, positions):
+            for position in range(lag, min(length[row], positions)):
                 counts[here[position - lag], there[position]] += np.uint32(1)
         joint[layer] += counts
 

@@ -49,6 +49,7 @@ class Load(Reducer):
         )
         return result.assign_attrs(
             n=tokens,
+            estimator="maximum likelihood",
             null=1 / experts,
             definition="share = N_e / (k T): choices of expert e over all choices of T tokens at a layer; "
             "mass_share = sum of e's weights / sum of all weights",

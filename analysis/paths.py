@@ -61,6 +61,7 @@ class Windows(Reducer):
         )
         return result.assign_attrs(
             n=tokens,
+            estimator="maximum likelihood",
             null=float(num_experts) ** -n,
             definition=f"share of tokens whose first choices at {n} captured layers in a row are this window",
             source="PathMoE: routing paths as n-grams over layers",

@@ -80,6 +80,7 @@ def gpu_load(load: xr.Dataset, num_gpus: int, placements: Sequence[Placement] = 
         },
         attrs={
             "n": load.attrs["n"],
+            "estimator": "of the counted choices",
             "null": null,
             "definition": "imbalance = max / mean over GPUs of the choices that go to their experts; balancedness ="
             " mean / max",

@@ -60,7 +60,7 @@ class Repetition(Reducer):
         for index, lag in enumerate(self.lags):
             state["pairs"][index] += np.count_nonzero(counted[:, lag:] & counted[:, :-lag])
             if "joint" in state:
-                add_joint(block["code"], block["code"], lag, state["joint"][index])
+                add_joint(block["code"], block["code"], block["length"], lag, state["joint"][index])
             else:
                 _add_one_by_one(block["expert"], counted, lag, state["count"][index])
 

@@ -275,7 +275,7 @@ def _mark(
         )
     block["counted"] = counted
     if needs_code:
-        block["code"] = _codes(expert, counted, num_experts)
+        block["code"] = _codes(expert, counted, block["length"], num_experts)
 
 
 @kernel
@@ -305,8 +305,10 @@ def _counted(
 
 
 @kernel
-def _codes(expert: Array, counted: Array, num_experts: int) -> Array:
+def _codes(expert: Array, counted: Array, length: Array, num_experts: int) -> Array:
     """Each token's choices at each layer as a number in base E, uint8 (doc, layer, position); E**k: not counted.
+
+    At and beyond a row's length it is anything.
 
     By layer, so that a reducer's table of one layer stays in the fastest cache while it goes over a row's positions.
     """
@@ -314,21 +316,22 @@ def _codes(expert: Array, counted: Array, num_experts: int) -> Array:
     code = np.empty((rows, layers, positions), dtype=np.uint8)
     by_token = np.empty(positions * layers, dtype=np.uint8)
     for row in range(rows):
+        filled = min(length[row], positions)
         chosen = expert[row].reshape(positions * layers * choices)
         if choices == 2:  # the compiler makes vector instructions of it
-            for index in range(by_token.size):
+            for index in range(filled * layers):
                 by_token[index] = np.uint8(chosen[2 * index] * np.uint8(num_experts) + chosen[2 * index + 1])
         else:
-            for index in range(by_token.size):
+            for index in range(filled * layers):
                 number = 0
                 for k in range(choices):
                     number = number * num_experts + chosen[choices * index + k]
                 by_token[index] = number
         for layer in range(layers):
             of_layer = code[row, layer]
-            for position in range(positions):
+            for position in range(filled):
                 of_layer[position] = by_token[position * layers + layer]
-        for position in range(positions):
+        for position in range(filled):
             if not counted[row, position]:
                 for layer in range(layers):
                     code[row, layer, position] = num_experts**choices

@@ -183,6 +183,7 @@ def _table(state: State, dataset: xr.Dataset, slots: slice) -> xr.Dataset:
     )
     return result.assign_attrs(
         n=n,
+        estimator="maximum likelihood",
         null=choices / experts,
         null_lift=1.0,
         definition="share = N_xe / N_x: occurrences of token x with expert e among the k choices, over all"
