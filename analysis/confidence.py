@@ -70,7 +70,7 @@ class Confidence(Reducer):
         ).assign_attrs(
             n=int(state["first_count"][:1].sum()),
             estimator="counts",
-            null=None,
+            null="none: a model is as sure as it is",
             definition="first = w1; margin = w1 - w2; entropy of w / sum(w) in bits; a value at the upper end or beyond"
             " is in the last bin",
             source="-",
@@ -120,7 +120,7 @@ def _add(
 ) -> bool:
     """Add tokens, given what each float16 is and its w log2(w); False at a weight that is not finite."""
     rows, positions, layers, choices = bits.shape
-    units, most = 1 / WEIGHT_UNIT, max(np.log2(choices), 1e-300)
+    units, most = 1 / WEIGHT_UNIT, np.log2(max(choices, 2))
     for row in range(rows):
         for position in range(positions):
             if not counted[row, position]:
@@ -143,7 +143,7 @@ def _add(
                     margin[layer, _bin(apart, bins)] += 1
                     margin_sum[layer] += np.int64(apart * units)
                 if total > 0 and smallest >= 0:
-                    unsure = max(np.log2(total) - spread / total, 0.0)
+                    unsure = max(np.log2(total) - spread / total, 0.0) if choices > 1 else 0.0
                     entropy[layer, _bin(unsure / most, bins)] += 1
                     entropy_sum[layer] += np.int64(np.rint(unsure * units))
     return True
@@ -151,5 +151,4 @@ def _add(
 
 @kernel
 def _bin(share: float, bins: int) -> int:
-    index = int(share * bins)
-    return min(max(index, 0), bins - 1)
+    return min(int(min(max(share, 0.0), 1.0) * bins), bins - 1)

@@ -161,10 +161,11 @@ def _divergence(count: xr.DataArray) -> xr.DataArray:
     """Jensen–Shannon, in bits, over `data_set`."""
 
     def bits(share: xr.DataArray) -> xr.DataArray:
-        return -(share * np.log2(share.where(share > 0))).sum("expert")
+        return -(share * np.log2(share.where(share > 0))).sum("expert").where(share.notnull().all("expert"))
 
     share = _share(count)
-    return bits(share.mean("data_set")) - bits(share).mean("data_set")
+    mean = share.mean("data_set", skipna=False)
+    return bits(mean) - bits(share).mean("data_set", skipna=False)
 
 
 def _difference(count: xr.DataArray) -> xr.DataArray:

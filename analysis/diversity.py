@@ -51,7 +51,7 @@ class WindowDiversity(Windows):
 
 def window_diversity(
     dataset: xr.Dataset,
-    lengths: Sequence[int] = (1, 2, 3, 4),
+    lengths: Sequence[int] | None = None,
     *,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -62,16 +62,16 @@ def window_diversity(
     ----------
     dataset : xr.Dataset
         A capture.
-    lengths : sequence of int
-        Numbers of layers in a window.
+    lengths : sequence of int, optional
+        Numbers of layers in a window; default 1 to 4, or to as many as there are.
     threads, progress
         See `analysis.scan.scan`.
 
     Returns
     -------
     xr.Dataset
-        Over (length, layer), where layer is a window's first one and NaN stands where it would be longer than the
-        model: `distinct` windows seen; `entropy` and, by Miller–Madow, `corrected` in bits; `rate`, entropy a layer,
+        Over (length, layer), where layer is a window's first one and NaN stands where a window would reach beyond the
+        last one: `distinct` windows seen; `entropy` and, by Miller–Madow, `corrected` in bits; `rate`, entropy a layer,
         null log2(E); `conditional`, what the last layer of a window adds to the entropy of those before it, where the
         next smaller length was asked too. `coverage` (length, layer, top): share of tokens that take one of the most
         frequent 10, 100, 1,000, 10,000 windows. float64.
@@ -81,8 +81,9 @@ def window_diversity(
     ValueError
         See `analysis.paths.frequent_windows`.
     """
+    lengths = list(range(1, min(4, dataset.sizes["layer"]) + 1)) if lengths is None else list(lengths)
     found = scan(dataset, [WindowDiversity(n) for n in lengths], threads=threads, progress=progress)
-    length = xr.DataArray(list(lengths), dims="length", name="length")
+    length = xr.DataArray(lengths, dims="length", name="length")
     joined = xr.concat(found, length, join="outer", combine_attrs="drop")
     before = joined["entropy"].reindex(length=[n - 1 for n in lengths]).assign_coords(length=length)
     return joined.assign(

@@ -62,6 +62,8 @@ def growth(
         The reducer's result along `part`, 0 the whole, with the coordinate `tokens` int64 (part). Functions of counts,
         such as `analysis.load.balance_of`, take it as it is.
     """
+    if halvings < 1:
+        raise ValueError(f"halvings={halvings}: at least 1")
     found, counted = scan(
         dataset,
         [Resampled(each, halvings, weights=nested_weights) for each in (reducer, Tokens())],
@@ -71,7 +73,11 @@ def growth(
     found = found.rename(replicate="part").drop_attrs(deep=False)
     tokens = counted["tokens"].rename(replicate="part")
     return found.assign_coords(tokens=tokens).assign_attrs(
-        n=int(tokens[0]), definition="part p: documents whose hash, a number in [0, 1), is below 2**-p"
+        n=int(tokens[0]),
+        null="that of the metric",
+        estimator="the metric's, of each part",
+        definition="part p: documents whose hash, a number in [0, 1), is below 2**-p",
+        source="-",
     )
 
 

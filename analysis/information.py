@@ -37,7 +37,7 @@ def entropy(counts: xr.DataArray, dim: str | Sequence[str]) -> xr.Dataset:
     return xr.Dataset({"entropy": plain, "corrected": plain + (seen - 1) / (2 * np.log(2) * n.where(n > 0)), "n": n})
 
 
-def association(counts: xr.DataArray, one: str, other: str) -> xr.Dataset:
+def association(counts: xr.DataArray, one: str, other: str, *, bias: float = 1.0) -> xr.Dataset:
     """How much one thing tells of another, from their table.
 
     Parameters
@@ -46,6 +46,10 @@ def association(counts: xr.DataArray, one: str, other: str) -> xr.Dataset:
         Numbers of observations, with both dimensions and any others.
     one, other : str
         What tells, and what is told of.
+    bias : float
+        Share of Miller and Madow's correction to apply: theirs is for independent observations. The k choices of a
+        token are different experts, so that a table of all of them has (E − k)/(E − 1) of it, and one of all pairs of
+        choices at two layers the square of that.
 
     Returns
     -------
@@ -58,6 +62,7 @@ def association(counts: xr.DataArray, one: str, other: str) -> xr.Dataset:
     both = entropy(counts, (one, other))
     alone = [entropy(counts.sum(away), kept) for kept, away in ((one, other), (other, one))]
     plain, corrected = (alone[0][kind] + alone[1][kind] - both[kind] for kind in ("entropy", "corrected"))
+    corrected = plain + bias * (corrected - plain)
     n = both["n"].where(both["n"] > 0)
     rows, columns = counts.sum(other), counts.sum(one)
     expected = rows * columns / n

@@ -40,7 +40,7 @@ class PositionLoad(Reducer):
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """Load by range of positions, and what the position tells of the expert."""
         _, choices, experts = sizes(dataset)
-        width = self._width(dataset)
+        width, bias = self._width(dataset), (experts - choices) / (experts - 1)
         count = xr.DataArray(
             state["count"],
             dims=("start", "layer", "expert"),
@@ -55,7 +55,7 @@ class PositionLoad(Reducer):
             {
                 "count": count.assign_attrs(units="choices"),
                 "share": (count / total.where(total > 0)).assign_attrs(null=1 / experts),
-                "mutual_information": association(count, "start", "expert")["corrected"],
+                "mutual_information": association(count, "start", "expert", bias=bias)["corrected"],
             }
         ).assign_attrs(
             n=int(state["count"][:, :1].sum()) // choices,

@@ -131,12 +131,19 @@ def _told(value: object) -> object:
     """A parameter in words that are the same in every process."""
     if isinstance(value, Reducer):
         return _question(value)
+    if isinstance(value, np.ndarray):
+        return [value.dtype.str, value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
     if isinstance(value, partial):
         return [_told(value.func), repr(value.args), repr(sorted(value.keywords.items()))]
     return _name(value) if callable(value) else repr(value)
 
 
 def _name(named: Any) -> str:
+    if "<" in named.__qualname__:
+        raise ValueError(
+            f"{named.__qualname__} has no name by which its answer can be kept: give a function or class of a module,"
+            " or use analysis.scan.scan"
+        )
     return f"{named.__module__}.{named.__qualname__}"
 
 

@@ -246,9 +246,9 @@ def _decode(rows: xr.Dataset, dataset: xr.Dataset, first_row: int) -> Block:
         loaded = rows.load(scheduler="synchronous")
     except ValueError as error:  # a checksum that does not match, a shard cut short
         raise ValueError(
-            f"rows {first_row} to {first_row + rows.sizes['doc'] - 1} of {dataset.attrs.get('dataset')} cannot be"
-            f" decoded ({error}): remove expert/commits/{first_row // int(dataset.attrs['rows_per_shard'])}.json in"
-            " its folder, and the capture does that shard again"
+            f"rows {first_row} to {first_row + rows.sizes['doc'] - 1} of {dataset.attrs.get('dataset')}, as they were"
+            f" given, cannot be decoded ({error}): python jobs/status.py STORE --verify marks what is damaged, and the"
+            " same capture again does those shards"
         ) from error
     return {str(name): np.ascontiguousarray(loaded[name].values) for name in loaded.data_vars}
 

@@ -35,7 +35,7 @@ from analysis.load import WEIGHT_UNIT, Load
 from analysis.paths import document_path
 from analysis.results import measure
 from analysis.scan import Array, Reducer, State
-from analysis.tokens import TokenExperts
+from analysis.tokens import TokenCounts
 from store.coverage import Coverage, coverage
 from store.reader import dataset_names, open_covered
 
@@ -122,16 +122,6 @@ SCHEMAS: dict[str, pa.Schema] = {
     for table, (description, columns) in _COLUMNS.items()
 }
 """Columns by table, with their types; descriptions are in the metadata."""
-
-
-class TokenCounts(TokenExperts):
-    """As `TokenExperts`, but finishes with the counts alone: shares and lifts of all layers take six times as much."""
-
-    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """What was counted: `count` (token_id, layer, expert) and `tokens` (token_id), all ids of the vocabulary."""
-        dims = ("token_id", "layer", "expert")
-        variables = {"count": (dims, state["count"]), "tokens": ("token_id", state["tokens"])}
-        return xr.Dataset(variables, {"layer": dataset["layer"].values[state["index"]]})
 
 
 class _Masses(Load):

@@ -80,6 +80,8 @@ class Resampled(Reducer):
     def __init__(self, reducer: Reducer, replicates: int = 500, weights: Weights = poisson_weights) -> None:
         if replicates < 1:
             raise ValueError(f"replicates={replicates}: at least 1")
+        if type(reducer).merge is not Reducer.merge:
+            raise ValueError(f"{type(reducer).__name__} is no sum over rows: it cannot be resampled")
         self.reducer, self.replicates, self.weights = reducer, replicates, weights
 
     @property
@@ -161,10 +163,11 @@ def p_value(values: Any) -> Any:
     """Share of shuffled replicates that are at least as large as the data's own, themselves counted among them.
 
     One-sided, for statistics that are large where there is something: (1 + #{larger or equal}) / (1 + replicates),
-    which is never 0 (Phipson & Smyth 2010).
+    which is never 0 (Phipson & Smyth 2010); NaN where the data have no value.
     """
     own, shuffled = values.isel(replicate=0, drop=True), values.isel(replicate=slice(1, None))
-    return (1 + (shuffled >= own).sum("replicate")) / (1 + shuffled.sizes["replicate"])
+    p = (1 + (shuffled >= own).sum("replicate")) / (1 + shuffled.sizes["replicate"])
+    return p.where(own.notnull())
 
 
 def false_discovery(p: Any) -> Any:

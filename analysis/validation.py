@@ -108,6 +108,8 @@ def validation(
         choice = xr.DataArray(list(FORMS), dims="choice", name="choice")
         counts[name] = xr.concat([by_rank.isel(k=0, drop=True), by_rank.sum("k")], choice)
         tokens.append(int(by_rank.isel(replicate=0, k=0, layer=0).sum()))
+        if not tokens[-1]:
+            raise ValueError(f"no token of {name} is captured: there is nothing to compare")
     return compared(counts, known).assign(tokens=("domain", tokens))
 
 
@@ -126,7 +128,8 @@ def compared(counts: Mapping[str, xr.DataArray], known: xr.Dataset) -> xr.Datase
     xr.Dataset
         float64: `distance` (choice, domain, published, layer), the total variation to each published domain; and over
         (choice, domain, layer) `own`, that to its own, `scale`, that of the published domain to the nearest other
-        published one, `sampling`, below which 95 % of the distances of two samples of this size and kind lie; and
+        published one, `sampling`, below which 95 % of the distances of two samples of this size and kind lie (NaN
+        where a replicate is empty, as of one block some are; too small of a few blocks); and
         `nearest`, the name of the nearest published domain, `confirmed`, bool, and `verdict` in words.
 
         Confirmed is a domain at a layer that is nearest to its own published shares, and nearer than the published
@@ -151,14 +154,14 @@ def compared(counts: Mapping[str, xr.DataArray], known: xr.Dataset) -> xr.Datase
             "distance": distance,
             "own": to_own,
             "scale": between,
-            "sampling": spread.quantile(0.95, "replicate").drop_vars("quantile"),
+            "sampling": spread.quantile(0.95, "replicate", skipna=False).drop_vars("quantile"),
             "nearest": nearest,
             "confirmed": near & right,
             "verdict": xr.apply_ufunc(_words, near, right, nearest, vectorize=True, output_dtypes=[object]),
         }
     ).assign_attrs(
         n=known.attrs["n"],
-        null=None,
+        null="sampling",
         definition="total variation: half the sum over experts of the absolute differences of two shares of choices",
         source=known.attrs["source"],
     )

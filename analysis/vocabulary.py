@@ -21,6 +21,7 @@ from analysis.scan import Array, Block, Reducer, State, scan, sizes
 from analysis.tokens import TokenExperts
 from analysis.uncertainty import mixed
 
+DRAWN_AT_ONCE = 2**22  # numbers: bounds memory (arbitrary)
 NORMAL_FROM = 1024  # occurrences from which counts are drawn as normal: the sample's own error is larger (arbitrary)
 _GRID = np.unique(np.round(np.geomspace(1, 2**48, 300))).astype(np.int64)  # of occurrences: 12 % apart (arbitrary)
 
@@ -136,13 +137,20 @@ def vocabulary_of(table: xr.Dataset, routes: xr.Dataset, *, min_count: int = 20,
         alike, by_count = np.full(len(occurrences), 1 / len(occurrences)), occurrences / occurrences.sum()
         for index in range(len(layers)):
             expert = routes["expert"].values[:, index]
-            mean, deviation = _null(expert, table.sizes["expert"], occurrences, int(table.attrs["n"]), draws)
+            grid, mean, deviation = _null(expert, table.sizes["expert"], occurrences, int(table.attrs["n"]), draws)
+            at, above = _between(grid, occurrences)
             for suffix, weight in (("", alike), ("_weighted", by_count)):
-                found[f"null{suffix}"][index] = weight @ mean
-                found[f"null{suffix}_sd"][index] = np.sqrt(weight**2 @ deviation**2)
+                on_grid = np.zeros(len(grid))
+                np.add.at(on_grid, at, weight * (1 - above))
+                np.add.at(on_grid, np.minimum(at + 1, len(grid) - 1), weight * above)
+                found[f"null{suffix}"][index] = on_grid @ mean
+                # Of tokens by themselves, and of the draws, which all tokens of one point of the grid share.
+                of_tokens = weight**2 @ deviation[at] ** 2
+                found[f"null{suffix}_sd"][index] = np.sqrt(of_tokens + on_grid**2 @ deviation**2 / draws)
             share = largest.isel(layer=index).values
             found["specialization"][index], found["weighted"][index] = share.mean(), by_count @ share
-    told = association(frequent["count"], "token_id", "expert")
+    choices, experts = routes.sizes["k"], table.sizes["expert"]
+    told = association(frequent["count"], "token_id", "expert", bias=(experts - choices) / (experts - 1))
     return (
         xr.Dataset({name: ("layer", values) for name, values in found.items()}, coords={"layer": layers})
         .assign(mutual_information=told["mutual_information"], corrected=told["corrected"])
@@ -179,16 +187,20 @@ def pointwise_of(table: xr.Dataset) -> xr.Dataset:
     of_expert = table["count"].sum("token_id")
     with np.errstate(divide="ignore"):
         pmi = np.log2(table["lift"])
-    return xr.Dataset(
-        {"token_given_expert": table["count"] / of_expert.where(of_expert > 0), "pmi": pmi}, attrs=table.attrs
+    return xr.Dataset({"token_given_expert": table["count"] / of_expert.where(of_expert > 0), "pmi": pmi}).assign_attrs(
+        n=table.attrs["n"],
+        null=0.0,
+        estimator="maximum likelihood",
+        definition="token_given_expert = N_xe / N_e; pmi = log2(P(e given x) / P(e)), whose null is 0",
+        source="Church & Hanks 1990; OpenMoE (Xue et al. 2024)",
     )
 
 
-def _null(expert: Array, experts: int, occurrences: Array, tokens: int, draws: int) -> tuple[Array, Array]:
+def _null(expert: Array, experts: int, occurrences: Array, tokens: int, draws: int) -> tuple[Array, Array, Array]:
     """Mean and standard deviation of a token's largest share, for each number of occurrences, when drawn from all.
 
-    Computed on a grid and interpolated in the logarithm. Drawn with replacement, and drawn together as far as drawing
-    without it does: by the square root of (tokens − n) / (tokens − 1).
+    Computed on a grid of occurrences, which is given first. Drawn with replacement, and drawn together as far as
+    drawing without it does: by the square root of (tokens − n) / (tokens − 1).
     """
     random = np.random.default_rng(0)
     chosen = np.zeros((len(expert), experts))
@@ -199,11 +211,19 @@ def _null(expert: Array, experts: int, occurrences: Array, tokens: int, draws: i
     mean, deviation = np.zeros(len(grid)), np.zeros(len(grid))
     for index, n in enumerate(grid):
         if n < NORMAL_FROM:
-            drawn = chosen[random.integers(len(chosen), size=(draws, n))].mean(1)
+            step = max(1, DRAWN_AT_ONCE // (int(n) * experts))
+            parts = (min(step, draws - start) for start in range(0, draws, step))
+            drawn = np.concatenate([chosen[random.integers(len(chosen), size=(part, n))].mean(1) for part in parts])
         else:
             drawn = random.multivariate_normal(share, cov / n, size=draws, method="svd")
         together = np.sqrt(max(tokens - n, 0) / max(tokens - 1, 1))
         largest: Any = (share + (drawn - share) * together).max(1)
         mean[index], deviation[index] = largest.mean(), largest.std()
-    at = np.log(occurrences)
-    return np.interp(at, np.log(grid), mean), np.interp(at, np.log(grid), deviation)
+    return grid, mean, deviation
+
+
+def _between(grid: Array, occurrences: Array) -> tuple[Array, Array]:
+    """The point of the grid at or below each number, and how far towards the next one it lies, in the logarithm."""
+    at = np.clip(np.searchsorted(grid, occurrences, "right") - 1, 0, max(len(grid) - 2, 0))
+    step = np.log(grid[np.minimum(at + 1, len(grid) - 1)] / grid[at])
+    return at, np.divide(np.log(occurrences / grid[at]), step, out=np.zeros(len(at)), where=step > 0)

@@ -43,8 +43,8 @@ def fill_shards(replica: Replica, capture: Capture, shards: Iterable[int]) -> No
         for shard in shards:
             capture.check_lease()
             commit = replica.compute(capture.name, shard)
-            if pending is not None:
-                pending.result()
-            pending = writer.submit(commit)
+            before, pending = pending, writer.submit(commit)  # first: what is computed is written, whatever failed
+            if before is not None:
+                before.result()
         if pending is not None:
             pending.result()

@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"{store} holds no data set yet")
     documents = [int(document) if document.isdecimal() else document for document in config.document]
 
-    from analysis.tables import TokenCounts, write_tables  # numba takes a second: --help does not wait for it
+    from analysis.tables import write_tables  # numba takes a second: --help does not wait for it
 
     if config.parquet is not None:
         with reporting("tables", unit="shards") as report:
@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"{store} holds {', '.join(names)}: say which, as {store.rstrip('/')}/{names[0]}")
 
     from analysis.results import measure
-    from analysis.tokens import TopTokens
+    from analysis.tokens import TokenCounts, TopTokens
     from store import coverage
     from store.reader import open_covered
 

@@ -4,6 +4,7 @@ The same store opens without this package: `xarray.open_zarr(path, group=name, c
 here is the check that nothing is missing, and dask chunks of one shard.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,14 @@ def dataset_names(path: Path | str) -> list[str]:
         gone = isinstance(objects.root, Path) and not objects.root.exists()
         raise FileNotFoundError(f"no store at {objects.root} ({'no such folder' if gone else 'it has no zarr.json'})")
     found = objects.get_many([f"{name}/zarr.json" for name in objects.folders("")])
-    return [key.removesuffix("/zarr.json") for key in found]
+    return [key.removesuffix("/zarr.json") for key, data in found.items() if not _is_array(data)]
+
+
+def _is_array(metadata: bytes) -> bool:
+    try:
+        return bool(json.loads(metadata)["node_type"] == "array")
+    except (ValueError, KeyError, TypeError):
+        return False  # whoever opens it says what is wrong with it
 
 
 def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = False) -> xr.Dataset:

@@ -137,3 +137,11 @@ def test_what_is_not_of_one_model_or_tokenizer_is_refused(whole: xr.Dataset) -> 
         token_contributions(whole, make_capture(layers=(0, 4)))
     with pytest.raises(ValueError, match="1 captures: a contrast needs two or more"):
         document_scores({"a": whole})
+
+
+def test_nothing_captured_is_refused(whole: xr.Dataset) -> None:
+    nothing = whole.assign(length=whole["length"] * 0)
+    with pytest.raises(ValueError, match="no token of the other capture is there"):
+        token_contributions(whole, nothing)
+    with pytest.raises(ValueError, match="b has too few documents: none of them in one of its halves"):
+        document_scores({"a": whole, "b": documents_of(whole, np.array([3]))})

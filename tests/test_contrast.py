@@ -87,3 +87,12 @@ def test_what_is_not_of_one_model_is_refused(whole: xr.Dataset) -> None:
         contrast({"a": whole})
     with pytest.raises(ValueError, match="a and b are not of one model"):
         contrast({"a": whole, "b": make_capture(layers=(0, 4))})
+
+
+def test_a_data_set_with_nothing_captured_has_no_divergence_and_no_p(whole: xr.Dataset) -> None:
+    nothing = whole.assign(length=whole["length"] * 0)
+    found = contrast({"a": whole, "b": nothing}, replicates=9)
+    for name in ("divergence", "divergence_low", "p", "difference_p", "difference_q", "total_variation"):
+        cells = found[name] if "data_set" not in found[name].dims else found[name].sel(data_set="b")
+        if name != "total_variation":
+            assert bool(cells.isnull().all()), name

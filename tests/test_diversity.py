@@ -132,3 +132,8 @@ def test_uniform_paths_have_the_entropy_of_chance() -> None:
 def test_senseless_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="top=0, kept=5: both must be at least 1"):
         whole_paths(make_capture(), top=0, kept=5)
+
+
+def test_lengths_are_by_default_those_that_fit() -> None:
+    assert window_diversity(make_capture(layers=(3,)))["length"].values.tolist() == [1]
+    assert window_diversity(make_capture(layers=range(6)))["length"].values.tolist() == [1, 2, 3, 4]

@@ -55,3 +55,8 @@ def test_a_load_needs_fewer_tokens_for_a_wider_tolerance() -> None:
     needs = [enough(curve, tolerance) for tolerance in (0.001, 0.01, 0.5)]
     assert bool((needs[0] >= needs[1]).all())
     assert bool((needs[1] > needs[2]).all())
+
+
+def test_no_part_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="halvings=0: at least 1"):
+        growth(make_capture(), Load(), halvings=0)

@@ -12,12 +12,14 @@ import xarray as xr
 from fake_model import fake_capture, words
 
 from analysis import results
+from analysis.carriers import DocumentScores
 from analysis.choices import Choices
 from analysis.load import Load
 from analysis.repetition import Repetition
 from analysis.results import measure
 from analysis.scan import Reducer, Selection, accumulate, scan
 from analysis.tokens import TopTokens
+from analysis.uncertainty import Resampled, poisson_weights
 from store import CaptureGroup, open_capture
 
 QUESTIONS: list[Reducer] = [Choices(), Repetition((1, 2)), Load(), TopTokens(top=3)]
@@ -160,3 +162,13 @@ def test_a_scan_on_a_cluster_equals_one_in_this_process(store: Path, tmp_path: P
     for one, other in zip(found, scan(open_capture(store, "fake").sel(layer=[0, 2]), QUESTIONS), strict=True):
         xr.testing.assert_identical(one, other)
     assert progress[-1] == (5, 5)
+
+
+def test_arrays_among_the_parameters_are_told_apart_and_what_has_no_name_is_refused(store: Path) -> None:
+    tables = [np.zeros((2, 2, 32, 8), np.int64) for _ in range(2)]
+    tables[1][0, 0, 5, 5] = 1
+    questions = [results._question(DocumentScores(table, poisson_weights)) for table in tables]
+    assert results._hash(questions[0]) != results._hash(questions[1])
+    assert results._hash(questions[0]) == results._hash(results._question(DocumentScores(tables[0], poisson_weights)))
+    with pytest.raises(ValueError, match="<lambda> has no name by which its answer can be kept"):
+        measure(store, "fake", [Resampled(Load(), 3, weights=lambda *asked: poisson_weights(*asked))])

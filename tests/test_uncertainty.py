@@ -13,6 +13,7 @@ from analysis.choices import Choices
 from analysis.load import Load
 from analysis.repetition import Repetition
 from analysis.scan import Selection, scan
+from analysis.tokens import TokenExperts
 from analysis.uncertainty import Resampled, false_discovery, interval, p_value, poisson_weights, split_weights
 
 
@@ -122,3 +123,15 @@ def test_repetition_can_be_resampled_too() -> None:
     assert bool(((tails["low"] <= tails["estimate"]) & (tails["estimate"] <= tails["high"])).all())
     assert bool((tails["standard_error"] > 0).all())
     xr.testing.assert_allclose(tails["estimate"], scan(capture, [Repetition()])[0]["any_shared"].sel(lag=1))
+
+
+def test_what_has_no_value_has_no_p_value_either() -> None:
+    values = xr.DataArray([[np.nan, 3.0], [1.0, 1.0], [2.0, 5.0]], dims=("replicate", "cell"))
+    found = p_value(values)
+    assert bool(found.isnull()[0])
+    assert float(found[1]) == 2 / 3
+
+
+def test_what_is_no_sum_cannot_be_resampled() -> None:
+    with pytest.raises(ValueError, match="TokenExperts is no sum over rows"):
+        Resampled(TokenExperts())

@@ -124,3 +124,19 @@ def test_senseless_questions_are_refused() -> None:
         vocabulary_of(table.isel(layer=slice(2)), routes)
     with pytest.raises(ValueError, match="size=0: at least 1"):
         SampledRoutes(0)
+
+
+@pytest.mark.parametrize(("experts", "k"), [(8, 1), (8, 2), (8, 6), (16, 8)])
+def test_the_corrected_information_of_independent_routes_is_zero_whatever_k(experts: int, k: int) -> None:
+    """Choices of one token are different experts: the plain correction takes too much."""
+    found = [
+        vocabulary_specialization(
+            make_capture(seed=s, documents=150, strength=0, num_experts=experts, experts_per_token=k, layers=range(8)),
+            min_count=1,
+            draws=1,
+        )
+        for s in range(3)
+    ]
+    corrected = np.concatenate([one["corrected"].values for one in found])
+    error = corrected.std(ddof=1) / np.sqrt(len(corrected))
+    assert abs(corrected.mean()) < 4 * error + 5e-4
