@@ -98,8 +98,8 @@ class Replica:
             When the store cannot be read; from what is returned, when it cannot be written.
         """
         group = self._groups[dataset]
-        rows = group.read_rows(shard)  # while another thread computes
         with self._computing:
+            rows = group.read_rows(shard)
             finish = capture_shard(
                 group, shard, rows, self._engine, batch_tokens=self._order.batch_tokens, progress=self._count
             )
