@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/python jobs/demo.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 3 --dist loadfile  # more than cores: tests wait for processes that start
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/ready
 	$(BIN)/ruff check .
