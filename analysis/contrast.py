@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 import xarray as xr
 
+from analysis.load import share_of_experts
 from analysis.position import add_by_position
 from analysis.scan import Block, Reducer, State, labelled, scan, sizes
 from analysis.uncertainty import Resampled, false_discovery, interval, p_value, split_weights
@@ -105,7 +106,7 @@ def contrast(
     divergence = interval(of_resampled, level)
     reach = interval(_difference(resampled) * choices, level)
     p = p_value(abs(_difference(by_chance)))
-    share = _share(own.isel(replicate=0, drop=True))
+    share = share_of_experts(own.isel(replicate=0, drop=True))
     apart = abs(share - share.rename(data_set="other_data_set")).sum("expert") / 2
     return xr.Dataset(
         {
@@ -152,24 +153,19 @@ def refuse_incomparable(captures: Mapping[str, xr.Dataset]) -> None:
             raise ValueError(f"{first} and {name} are not of one model: (layers, E, k) = {here} and {there}")
 
 
-def _share(count: xr.DataArray) -> xr.DataArray:
-    total = count.sum("expert")
-    return count / total.where(total > 0)
-
-
 def _divergence(count: xr.DataArray) -> xr.DataArray:
     """Jensen–Shannon, in bits, over `data_set`."""
 
     def bits(share: xr.DataArray) -> xr.DataArray:
         return -(share * np.log2(share.where(share > 0))).sum("expert").where(share.notnull().all("expert"))
 
-    share = _share(count)
+    share = share_of_experts(count)
     mean = share.mean("data_set", skipna=False)
     return bits(mean) - bits(share).mean("data_set", skipna=False)
 
 
 def _difference(count: xr.DataArray) -> xr.DataArray:
     """Of each data set's shares of choices from the mean of the others'."""
-    share = _share(count)
+    share = share_of_experts(count)
     sets = share.sizes["data_set"]
     return (share - share.mean("data_set")) * (sets / (sets - 1))

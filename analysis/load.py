@@ -42,8 +42,8 @@ class Load(Reducer):
         result = xr.Dataset(
             {
                 "count": count.assign_attrs(long_name="times chosen, by rank of the choice", units="tokens"),
-                "share": _share(per_expert).assign_attrs(long_name="share of choices"),
-                "mass_share": _share(mass).assign_attrs(long_name="share of gate weight"),
+                "share": share_of_experts(per_expert).assign_attrs(long_name="share of choices"),
+                "mass_share": share_of_experts(mass).assign_attrs(long_name="share of gate weight"),
             },
             coords={"layer": dataset["layer"].values, "expert": np.arange(experts)},
         )
@@ -146,7 +146,8 @@ def domain_specialization(load: xr.Dataset) -> xr.Dataset:
     )
 
 
-def _share(amount: xr.DataArray) -> xr.DataArray:
+def share_of_experts(amount: xr.DataArray) -> xr.DataArray:
+    """What part of a total over `expert` each expert has; NaN where that is nothing."""
     total = amount.sum("expert")
     return amount / total.where(total > 0)
 

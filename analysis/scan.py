@@ -147,10 +147,8 @@ def accumulate(
     needs_code = any("code" in reducer.needs for reducer in reducers) and coded(dataset)
     # Bare variables: coordinates would be loaded with every shard for nothing.
     variables = xr.Dataset({name: dataset[name].variable for name in sorted(names)})
-    length = np.where(
-        _wanted_rows(dataset, only), dataset["length"].values, 0
-    )  # read once: its chunks hold many shards
-    excluded = _excluded_tokens(dataset, only)
+    wanted, excluded = _wanted_rows(dataset, only), _excluded_tokens(dataset, only)
+    length = np.where(wanted, dataset["length"].values, 0)  # read once: its chunks hold many shards
     left = deque(shards)
     total, done = len(left), itertools.count(1)
 

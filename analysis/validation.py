@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from analysis.load import Load
+from analysis.load import Load, share_of_experts
 from analysis.scan import scan
 from analysis.uncertainty import Resampled
 
@@ -50,8 +50,7 @@ def published_counts() -> xr.Dataset:
 
 def total_variation(count: xr.DataArray, other: xr.DataArray) -> xr.DataArray:
     """Half the sum of absolute differences of two shares over `expert`, from counts; NaN where nothing is counted."""
-    shares = [each / each.sum("expert").where(lambda total: total > 0) for each in (count, other)]
-    return abs(shares[0] - shares[1]).sum("expert", skipna=False) / 2
+    return abs(share_of_experts(count) - share_of_experts(other)).sum("expert", skipna=False) / 2
 
 
 def refuse_other_model(layers: Sequence[int], experts: int, choices: int) -> None:

@@ -113,7 +113,8 @@ def vocabulary_of(table: xr.Dataset, routes: xr.Dataset, *, min_count: int = 20,
         Over layer, float64: `specialization`, the mean over token ids of the largest share of a token's occurrences
         that one expert gets (OLMoE, section 5), and `weighted`, its mean over occurrences; `null` and `null_weighted`,
         what shuffled identities give, with the standard deviations `null_sd` and `null_weighted_sd` of tokens that are
-        drawn independently: shuffles, which share what there is, have smaller ones, the weighted by far;
+        drawn independently and of so many draws: shuffles, which share what there is, have smaller ones, the weighted
+        by far;
         `mutual_information` of token and expert in bits, and `corrected` by Miller–Madow (null 0). NaN where no token
         occurs often enough.
 

@@ -5,13 +5,12 @@ what is in it.
 """
 
 import hashlib
-import os
 from http.client import HTTPException
 from pathlib import Path
 from urllib import request
 from urllib.parse import urlsplit
-from uuid import uuid4
 
+from analysis.files import whole_file
 from jobs.sources import usable
 from jobs.terminal import say
 
@@ -70,12 +69,15 @@ def fetch(url: str, folder: Path) -> Path:
         say(f"{url} was fetched before: {path}")
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{uuid4().hex}"
     opener = request.OpenerDirector()
     for handler in HANDLERS:
         opener.add_handler(handler())
     try:
-        with opener.open(url, timeout=TIMEOUT_S) as response, partial.open("xb") as file:
+        with (
+            opener.open(url, timeout=TIMEOUT_S) as response,
+            whole_file(path) as unfinished,
+            unfinished.open("xb") as file,
+        ):
             received = 0
             while block := response.read(BLOCK_BYTES):
                 received += len(block)
@@ -83,15 +85,10 @@ def fetch(url: str, folder: Path) -> Path:
                     raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
                 file.write(block)
             _check_whole(received, response.headers["Content-Length"], response.headers["Transfer-Encoding"])
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
     except (OSError, HTTPException, ValueError) as error:  # urllib's errors are OSErrors
         raise ValueError(
             f"cannot fetch {url}: {error or type(error).__name__}. Try again, or download it and give its path"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
