@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
+from hypothesis import strategies as st
 
+EXPERTS = st.sampled_from([2, 3, 4, 8, 15, 16, 64])
 HOSTILE = (
     "<script>alert(1)</script>",
     "</script>",
@@ -111,3 +113,29 @@ def make_capture(
         },
     )
     return capture.chunk({"doc": rows_per_shard}) if chunked else capture
+
+
+@st.composite
+def captures(
+    draw: st.DrawFn,
+    experts: st.SearchStrategy[int] = EXPERTS,
+    most_choices: int = 8,
+    most_documents: int = 5,
+) -> xr.Dataset:
+    """Captures with k from 1 to 8 and E from 2 to 64, in any chunking."""
+    num_experts = draw(experts)
+    capture = make_capture(
+        seed=draw(st.integers(0, 2**31)),
+        documents=draw(st.integers(1, most_documents)),
+        layers=draw(st.sampled_from([(0,), (0, 1), (1, 3, 4), (0, 7, 15, 16)])),
+        num_experts=num_experts,
+        experts_per_token=draw(st.integers(1, min(most_choices, num_experts))),
+        sequence_length=8,
+        rows_per_shard=draw(st.integers(1, 4)),
+        vocabulary=12,
+        special_token_ids=draw(st.sampled_from([(), (1,), (0, 2)])),
+        missing=draw(st.lists(st.integers(0, 5), max_size=3)),
+        chunked=False,
+    )
+    chunk = draw(st.none() | st.integers(1, 9))
+    return capture if chunk is None else capture.chunk({"doc": chunk, "position": 3, "layer": 1})

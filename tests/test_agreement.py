@@ -10,8 +10,8 @@ import xarray as xr
 from fake_model import fake_capture, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_capture
-from test_choices import capture_of, captures
+from synthetic import captures, make_capture
+from test_choices import capture_of
 
 from analysis.agreement import agreement
 from analysis.choices import random_overlap

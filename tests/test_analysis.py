@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from synthetic import make_capture
+from synthetic import captures, make_capture
 
 from analysis.choices import Choices, transitions
 from analysis.load import Load, expert_load
@@ -22,24 +22,8 @@ from analysis.tokens import TokenExperts, TopTokens, expert_tokens, token_expert
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-@st.composite
-def captures(draw: st.DrawFn) -> xr.Dataset:
-    num_experts = draw(st.integers(2, 16))
-    capture = make_capture(
-        seed=draw(st.integers(0, 2**31)),
-        documents=draw(st.integers(1, 7)),
-        layers=draw(st.sampled_from([(0,), (0, 1), (1, 3, 4), (0, 7, 15, 16)])),
-        num_experts=num_experts,
-        experts_per_token=draw(st.integers(1, min(4, num_experts))),
-        sequence_length=8,
-        rows_per_shard=draw(st.integers(1, 4)),
-        vocabulary=12,
-        special_token_ids=draw(st.sampled_from([(), (1,), (0, 2)])),
-        missing=draw(st.lists(st.integers(0, 5), max_size=3)),
-        chunked=False,
-    )
-    chunk = draw(st.none() | st.integers(1, 9))
-    return capture if chunk is None else capture.chunk({"doc": chunk, "position": 3, "layer": 1})
+def few_captures() -> st.SearchStrategy[xr.Dataset]:
+    return captures(experts=st.integers(2, 16), most_choices=4, most_documents=7)
 
 
 def routed_tokens(capture: xr.Dataset) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -55,7 +39,7 @@ def routed_tokens(capture: xr.Dataset) -> Iterator[tuple[int, np.ndarray, np.nda
 
 
 @few
-@given(captures())
+@given(few_captures())
 def test_load_equals_a_loop_over_tokens(capture: xr.Dataset) -> None:
     experts, k = capture.attrs["num_experts"], capture.sizes["k"]
     count = np.zeros((capture.sizes["layer"], k, experts), dtype=int)
@@ -80,7 +64,7 @@ def test_load_equals_a_loop_over_tokens(capture: xr.Dataset) -> None:
 
 
 @few
-@given(captures())
+@given(few_captures())
 def test_token_tables_equal_the_two_dictionaries_of_a_loop(capture: xr.Dataset) -> None:
     occurrences: Counter[int] = Counter()
     sent: Counter[tuple[int, int, int]] = Counter()
@@ -114,7 +98,7 @@ def test_token_tables_equal_the_two_dictionaries_of_a_loop(capture: xr.Dataset) 
 
 
 @few
-@given(captures())
+@given(few_captures())
 def test_transitions_and_windows_equal_a_loop_over_tokens(capture: xr.Dataset) -> None:
     layers = capture["layer"].values.tolist()
     size = min(3, len(layers))
@@ -147,7 +131,7 @@ def test_transitions_and_windows_equal_a_loop_over_tokens(capture: xr.Dataset) -
 
 
 @few
-@given(captures())
+@given(few_captures())
 def test_a_documents_path_is_its_captured_text_in_order(capture: xr.Dataset) -> None:
     data = capture.compute()
     fill = np.iinfo(data["expert"].dtype).max

@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_capture
+from synthetic import captures, make_capture
 from test_analysis import routed_tokens
 
 from analysis import scan as scanning
@@ -24,27 +24,6 @@ from analysis.tokens import TokenExperts
 PUBLISHED = json.loads((Path(__file__).parents[1] / "analysis" / "mixtral_published.json").read_text())
 
 some = settings(max_examples=20, deadline=None)
-
-
-@st.composite
-def captures(draw: st.DrawFn) -> xr.Dataset:
-    """Captures with k from 1 to 8 and E from 2 to 64, in any chunking."""
-    num_experts = draw(st.sampled_from([2, 3, 4, 8, 15, 16, 64]))
-    capture = make_capture(
-        seed=draw(st.integers(0, 2**31)),
-        documents=draw(st.integers(1, 5)),
-        layers=draw(st.sampled_from([(0,), (0, 1), (1, 3, 4), (0, 7, 15, 16)])),
-        num_experts=num_experts,
-        experts_per_token=draw(st.integers(1, min(8, num_experts))),
-        sequence_length=8,
-        rows_per_shard=draw(st.integers(1, 4)),
-        vocabulary=12,
-        special_token_ids=draw(st.sampled_from([(), (1,), (0, 2)])),
-        missing=draw(st.lists(st.integers(0, 5), max_size=3)),
-        chunked=False,
-    )
-    chunk = draw(st.none() | st.integers(1, 9))
-    return capture if chunk is None else capture.chunk({"doc": chunk, "position": 3, "layer": 1})
 
 
 @some

@@ -5,9 +5,8 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_capture
+from synthetic import captures, make_capture
 from test_analysis import routed_tokens
-from test_choices import captures
 
 from analysis.confidence import router_confidence
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import xarray as xr
 from hypothesis import given, settings
-from synthetic import make_capture
+from synthetic import captures, make_capture
 from test_analysis import routed_tokens
-from test_choices import captures
 
 from analysis.diversity import TOPS, whole_paths, window_diversity
 

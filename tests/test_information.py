@@ -9,8 +9,7 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_capture
-from test_choices import captures
+from synthetic import captures, make_capture
 
 from analysis.choices import transitions
 from analysis.information import association, entropy

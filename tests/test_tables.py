@@ -18,8 +18,7 @@ import pytest
 import xarray as xr
 from fake_model import fake_capture, fake_layout, words
 from hypothesis import given, settings
-from synthetic import HOSTILE, make_capture
-from test_choices import captures
+from synthetic import HOSTILE, captures, make_capture
 
 from analysis.choices import transitions
 from analysis.paths import document_path

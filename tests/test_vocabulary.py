@@ -8,9 +8,8 @@ import pytest
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import make_capture
+from synthetic import captures, make_capture
 from test_analysis import routed_tokens
-from test_choices import captures
 
 from analysis.scan import scan
 from analysis.tokens import TokenExperts, token_experts

@@ -136,16 +136,6 @@ def rates(tokens: int, took: float, used: float) -> dict[str, float]:
     }
 
 
-def drop_from_cache(path: Path) -> None:
-    """So that the next reader reads the disk."""
-    for file in path.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-
-
 def main() -> None:
     """Make the stores, measure, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -158,13 +148,14 @@ def main() -> None:
         path, what, threads = options.measure
         print(json.dumps(measured(path, what, int(threads))))
         return
+    from page_cache import drop_from_cache
     from synthetic_store import make_store
 
     rows: list[dict[str, Any]] = []
 
     def measure(path: Path, label: str, what: str, threads: int = 1, *, cold: bool = False) -> None:
         if cold:
-            drop_from_cache(path)
+            drop_from_cache(path, "*")
         command = [sys.executable, __file__, "--measure", str(path), what, str(threads)]
         told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         rows.append({"store": label, "measure": what, "threads": threads, "cold": cold, **json.loads(told)})

@@ -11,7 +11,6 @@ the same to the bit.
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -76,15 +75,6 @@ def load(folder: str, batch_tokens: int, cap_gib: float | None) -> dict[str, Any
     }
 
 
-def drop_from_cache(folder: Path) -> None:
-    """So that the next reader reads the disk."""
-    for file in folder.glob("*.safetensors"):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
 def loaded(folder: Path, *more: str) -> dict[str, Any]:
     """What `load` tells, in a process of its own."""
     command = [sys.executable, __file__, "--load", str(folder), *more]
@@ -110,6 +100,7 @@ def main() -> None:
 
     import torch
     from checkpoints import checkpoint_gb, make_checkpoint
+    from page_cache import drop_from_cache
 
     with tempfile.TemporaryDirectory() as name:
         folder, quantized = Path(name) / "model", Path(name) / "model-nf4"
@@ -124,7 +115,7 @@ def main() -> None:
             "checkpoint_gb": round(checkpoint_gb(folder), 2),
             "largest_file_gb": round(max(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9, 2),
         }
-        drop_from_cache(folder)
+        drop_from_cache(folder, "*.safetensors")
         result["from disk"] = loaded(folder)
         if options.stored == "nf4":
             result["from the page cache"] = loaded(folder)
