@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import nn
@@ -30,6 +31,10 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # LLM.int8 says for every matrix that its inputs pass through float16; that is what int8 means here.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+# On import it has its optimizers and its fallbacks compiled, none of which run here; that would load torch's
+# compiler, ten seconds of every process.
+with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda plain: plain)):
+    import bitsandbytes  # noqa: F401
 
 
 class ExpertLeaves(NamedTuple):
