@@ -1,8 +1,11 @@
 """What several tests share: the tiny checkpoint in a cache of the test run's own, loaded, and the command line."""
 
+import atexit
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,11 @@ settings.register_profile(
 settings.load_profile("suite")
 # Two processes that compute with two threads each on two cores wait for each other; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where no bytecode is written beside the code, hundreds of processes would compile torch anew, 8 seconds each.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = tempfile.mkdtemp(prefix="atlas-bytecode-")
+    sys.dont_write_bytecode = False
+    atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
