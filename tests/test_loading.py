@@ -380,6 +380,16 @@ def test_arguments_that_cannot_be_met_are_refused_with_what_would_do(
         load_model(tiny, device="cuda")
 
 
+def test_rows_that_end_within_a_block_are_refused_on_a_cpu(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=96, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="in 4 bits on a CPU with rows of 96 values, no multiple of 64: use a GPU"):
+        load_model(tmp_path, device="cpu")
+    load_model(tmp_path, quantization="none", device="cpu")
+
+
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2

@@ -5,6 +5,7 @@ a plain form, which is its definition and runs on a CPU, and a Triton kernel, wh
 two. All compute in float32 and round once, to the dtype of what they are given.
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -22,11 +23,14 @@ PACKED_BYTES = 1024  # that one program takes in `dequantize` (arbitrary)
 def plain_dequantize(weight: Any, out: torch.Tensor) -> None:
     """A 4-bit matrix (bitsandbytes' Params4bit: blocks of 64, double quantization) into `out`, in its dtype.
 
-    NF4: Dettmers et al. 2023, arXiv:2305.14314.
+    NF4: Dettmers et al. 2023, arXiv:2305.14314. A block may go on in the next row; but bitsandbytes 0.50 begins one
+    anew in each row on CPUs with AVX-512, so it is shown one row a block.
     """
     from bitsandbytes.functional import dequantize_4bit  # takes seconds to import
 
-    out.copy_(dequantize_4bit(weight.data, weight.quant_state))
+    state = copy(weight.quant_state)
+    state.shape = torch.Size((out.numel() // state.blocksize, state.blocksize))
+    out.copy_(dequantize_4bit(weight.data, state).view_as(out))
 
 
 def plain_swiglu(both_SI2: torch.Tensor) -> torch.Tensor:

@@ -269,11 +269,16 @@ def _check_precision(
 
 
 def _shape_fault(linear: nn.Linear) -> str | None:
-    """Another shape than the configuration asks, of a Linear's matrix: not checked where it is quantized."""
+    """Another shape than the configuration asks, of a Linear's matrix, or one that bitsandbytes reads wrongly."""
     wanted = (linear.out_features, linear.in_features)
     state = getattr(linear.weight, "quant_state", None)
     found = tuple(linear.weight.shape if state is None else state.shape)
-    return None if found == wanted else f"of shape {found}, not {wanted}"
+    if found != wanted:
+        return f"of shape {found}, not {wanted}"
+    if state is not None and linear.weight.device.type == "cpu" and linear.in_features % BLOCK:
+        # Some CPUs give wrong values (see `workers.kernels.plain_dequantize`); no CPU shall give others than the next.
+        return f"in 4 bits on a CPU with rows of {linear.in_features} values, no multiple of {BLOCK}: use a GPU"
+    return None
 
 
 def _gate_fault(parameter: nn.Parameter, description: ModelDescription) -> str | None:
