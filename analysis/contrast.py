@@ -107,7 +107,7 @@ def contrast(
     reach = interval(_difference(resampled) * choices, level)
     p = p_value(abs(_difference(by_chance)))
     share = share_of_experts(own.isel(replicate=0, drop=True))
-    apart = abs(share - share.rename(data_set="other_data_set")).sum("expert") / 2
+    apart = abs(share - share.rename(data_set="other_data_set")).sum("expert", skipna=False) / 2
     return xr.Dataset(
         {
             "divergence": divergence["estimate"].assign_attrs(units="bits"),
