@@ -17,6 +17,9 @@ from analysis.load import WEIGHT_UNIT
 from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
 
 
+MARGIN_BINS = 10  # of equal width, from 0 to 1 (arbitrary)
+
+
 class Agreement(Reducer):
     """Counts of what two captures have in common; of a dataset that `paired` made."""
 
@@ -29,6 +32,7 @@ class Agreement(Reducer):
             "shared": np.zeros((layers, choices + 1, 2), dtype=np.int64),
             "first_difference": np.zeros(layers + 1, dtype=np.int64),
             "margin": np.zeros((layers, 2), dtype=np.int64),
+            "by_margin": np.zeros((layers, MARGIN_BINS, 3), dtype=np.int64),
         }
 
     def update(self, state: State, block: Block) -> None:
@@ -58,6 +62,12 @@ class Agreement(Reducer):
         first = xr.DataArray(state["first_difference"][:-1], dims="layer", coords={"layer": layer})
         margin = xr.DataArray(state["margin"] * WEIGHT_UNIT, dims=("layer", "flipped"), coords={"layer": layer})
         flips = tokens - same
+        of_bin = xr.DataArray(
+            state["by_margin"],
+            dims=("layer", "bin", "what"),
+            coords={"layer": layer, "margin_from": ("bin", np.arange(MARGIN_BINS) / MARGIN_BINS)},
+        )
+        in_bin = of_bin.isel(what=0)
         n = int(state["first_difference"].sum())
         set_null = random_overlap(choices, experts)["same_set"]
         values = {
@@ -67,6 +77,9 @@ class Agreement(Reducer):
             "first_difference": (first / max(n, 1), None),
             "margin": (margin.sel(flipped=0) / same.where(same > 0), None),
             "margin_at_flips": (margin.sel(flipped=1) / flips.where(flips > 0), None),
+            "tokens_of_margin": (in_bin, None),
+            "same_set_of_margin": (of_bin.isel(what=1) / in_bin.where(in_bin > 0), set_null),
+            "same_first_of_margin": (of_bin.isel(what=2) / in_bin.where(in_bin > 0), 1 / experts),
         }
         result = xr.Dataset({name: value.assign_attrs(null=null) for name, (value, null) in values.items()})
         return result.assign_attrs(
@@ -78,8 +91,9 @@ class Agreement(Reducer):
             definition="same_set: share of tokens with the same k experts at a layer; overlap: mean of |S ∩ S'|/k;"
             " same_first: share with the same first choice; first_difference: share of tokens whose set differs at this"
             " layer and at none below; margin: mean of the first weight minus the second, in the first capture, where"
-            " the first choice is the same, and at flips where it is not; any_difference: share of tokens whose set"
-            " differs at any layer",
+            " the first choice is the same, and at flips where it is not; …_of_margin: the same shares of the tokens"
+            " whose margin in the first capture lies in a bin; any_difference: share of tokens whose set differs at any"
+            " layer",
             source="router saturation, OLMoE (Muennighoff et al. 2024), section 5; R3 (rollout routing replay)",
         )
 
@@ -98,7 +112,9 @@ def agreement(one: xr.Dataset, other: xr.Dataset, *, threads: int | None = None)
     -------
     xr.Dataset
         Over layer, float64: `same_set`, `overlap`, `same_first`, `first_difference`, `margin`, `margin_at_flips` (NaN
-        where k = 1 or there is none); attribute `any_difference`. The nulls for k = 2 of 8 experts: 1/28, 1/4, 1/8.
+        where k = 1 or there is none); over (layer, bin), by the margin in `one`, whose bins begin at `margin_from`:
+        `tokens_of_margin` int64, `same_set_of_margin`, `same_first_of_margin` float64 (NaN where there is none; no
+        token where k = 1); attribute `any_difference`. The nulls for k = 2 of 8 experts: 1/28, 1/4, 1/8.
 
     Raises
     ------
@@ -132,7 +148,14 @@ def paired(one: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
 
 @kernel
 def _add(
-    expert: Array, other: Array, weight: Array, counted: Array, shared: Array, first_difference: Array, margin: Array
+    expert: Array,
+    other: Array,
+    weight: Array,
+    counted: Array,
+    shared: Array,
+    first_difference: Array,
+    margin: Array,
+    by_margin: Array,
 ) -> None:
     rows, positions, layers, choices = expert.shape
     for row in range(rows):
@@ -150,4 +173,8 @@ def _add(
                 if choices > 1:
                     apart = weight[row, position, layer, 0] - weight[row, position, layer, 1]
                     margin[layer, 1 - same] += np.int64(apart / WEIGHT_UNIT)
+                    width = min(max(int(apart * MARGIN_BINS), 0), MARGIN_BINS - 1)
+                    by_margin[layer, width, 0] += 1
+                    by_margin[layer, width, 1] += common == choices
+                    by_margin[layer, width, 2] += same
             first_difference[differs] += 1

@@ -35,6 +35,7 @@ def test_agreement_equals_a_loop_over_tokens(capture: xr.Dataset, seed: int) -> 
     same_set: list[list[bool]] = [[] for _ in range(layers)]
     overlap: list[list[float]] = [[] for _ in range(layers)]
     margins: list[tuple[list[float], list[float]]] = [([], []) for _ in range(layers)]
+    bins: dict[tuple[int, int], list[tuple[bool, bool]]] = {}
     differs: list[int] = []
     for row in range(data.sizes["doc"]):
         for p in range(int(data["length"][row])):
@@ -47,7 +48,10 @@ def test_agreement_equals_a_loop_over_tokens(capture: xr.Dataset, seed: int) -> 
                 overlap[layer].append(len({*a} & {*b}) / k)
                 where = layer if {*a} != {*b} and where == layers else where
                 weight = data["weight"].values[row, p, layer].astype(float)
-                margins[layer][a[0] != b[0]].append(weight[0] - weight[1] if k > 1 else 0.0)
+                margin = float(weight[0] - weight[1]) if k > 1 else 0.0
+                margins[layer][a[0] != b[0]].append(margin)
+                if k > 1:
+                    bins.setdefault((layer, min(int(margin * 10), 9)), []).append(({*a} == {*b}, a[0] == b[0]))
             differs.append(where)
     n = len(differs)
     assert found.attrs["n"] == n
@@ -63,6 +67,11 @@ def test_agreement_equals_a_loop_over_tokens(capture: xr.Dataset, seed: int) -> 
         for name, values in zip(("margin", "margin_at_flips"), margins[layer], strict=True):
             got = float(found[name][layer])
             assert got == pytest.approx(np.mean(values), abs=1e-6) if values else np.isnan(got)
+        for number in range(10):
+            held = bins.get((layer, number), [])
+            assert int(found["tokens_of_margin"][layer, number]) == len(held)
+            shares = [float(found[f"{name}_of_margin"][layer, number]) for name in ("same_set", "same_first")]
+            assert shares == pytest.approx(np.mean(held, axis=0).tolist()) if held else np.isnan(shares).all()
 
 
 def test_a_capture_agrees_with_itself_and_with_an_unrelated_one_by_chance() -> None:
