@@ -16,7 +16,6 @@ from analysis.choices import in_common, overlap_summary, random_overlap
 from analysis.load import WEIGHT_UNIT
 from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
 
-
 MARGIN_BINS = 10  # of equal width, from 0 to 1 (arbitrary)
 
 

@@ -9,7 +9,7 @@ Promises: constant memory, the same result in any order. Does not know which tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -18,8 +18,8 @@ import xarray as xr
 
 from analysis.load import share_of_experts
 from analysis.position import add_by_position
-from analysis.scan import Block, Reducer, State, labelled, scan, sizes
-from analysis.uncertainty import Resampled, false_discovery, interval, p_value, split_weights
+from analysis.scan import Array, Block, Reducer, State, labelled, scan, sizes
+from analysis.uncertainty import Resampled, false_discovery, interval, p_value, poisson_weights, split_weights
 
 
 class ExpertCounts(Reducer):
@@ -79,27 +79,44 @@ def contrast(
     ValueError
         When there are fewer than two captures, or they have other layers or experts.
     """
-    names = list(captures)
     refuse_incomparable(captures)
-    documents = [int(np.unique(capture["document_id"].values).size) for capture in captures.values()]
-    edges = np.concatenate([[0.0], np.cumsum(documents) / sum(documents)])
-    sides = [partial(split_weights, low=low, high=high) for low, high in pairwise(edges)]
-    drawn, shuffled = [], []
-    for number, capture in enumerate(captures.values()):
-        # Another seed for each capture: its documents have the same numbers as the others'.
-        weights = [None, *(partial(side, seed=number + 1) for side in sides)]
-        asked = [Resampled(ExpertCounts(), replicates, **({"weights": one} if one else {})) for one in weights]
-        found = scan(capture, asked, threads=threads, progress=progress)
-        drawn.append(found[0]["count"])
-        shuffled.append([one["count"] for one in found[1:]])
-    by_name = xr.DataArray(names, dims="data_set", name="data_set")
-    resampled = xr.concat(drawn, by_name)
-    # What falls on each side, from all captures; replicate 0 are the data sets as they are.
-    relabelled = xr.concat([sum(parts) for parts in zip(*shuffled, strict=True)], by_name)
-    own = resampled.isel(replicate=slice(0, 1))
-    by_chance = xr.concat([own, relabelled.isel(replicate=slice(1, None))], "replicate")
+    documents = {name: count_documents(capture) for name, capture in captures.items()}
+    counts = {
+        name: scan(capture, [contrast_counts(documents, name, replicates)], threads=threads, progress=progress)[0]
+        for name, capture in captures.items()
+    }
+    return contrast_of(counts, documents, next(iter(captures.values())).sizes["k"], level=level)
 
-    choices = next(iter(captures.values())).sizes["k"]
+
+def count_documents(capture: xr.Dataset) -> int:
+    """Documents that have a row."""
+    return int(np.unique(capture["document_id"].values).size)
+
+
+def contrast_counts(documents: Mapping[str, int], name: str, replicates: int = 500) -> Resampled:
+    """What is to be counted of one data set of a contrast; `documents` of each, in the contrast's order."""
+    edges = np.concatenate([[0.0], np.cumsum(list(documents.values())) / max(1, sum(documents.values()))])
+    # Another seed for each data set: its documents have the same numbers as the others'.
+    weights = partial(_weights, edges=edges.tolist(), seed=list(documents).index(name) + 1)
+    return Resampled(ExpertCounts(), replicates * (1 + len(documents)), weights)
+
+
+def contrast_of(
+    counts: Mapping[str, xr.Dataset], documents: Mapping[str, int], choices: int, *, level: float = 0.95
+) -> xr.Dataset:
+    """`contrast` from what was counted of each data set; `choices` is k."""
+    names = list(counts)
+    by_name = xr.DataArray(names, dims="data_set", name="data_set")
+    each = xr.concat([found["count"] for found in counts.values()], by_name)
+    replicates = (each.sizes["replicate"] - 1) // (1 + len(names))
+    resampled = each.isel(replicate=slice(0, replicates + 1))
+    # Replicate 0 are the data sets as they are; then what falls on each side, from all of them.
+    sides = [each.isel(replicate=slice(n * replicates + 1, (n + 1) * replicates + 1)) for n in range(1, 1 + len(names))]
+    alike = {"replicate": np.arange(1, replicates + 1)}
+    relabelled = xr.concat([side.sum("data_set").assign_coords(alike) for side in sides], by_name)
+    own = resampled.isel(replicate=slice(0, 1))
+    by_chance = xr.concat([own, relabelled], "replicate")
+
     # A divergence of samples is too large by what sampling adds, and one of resampled samples by that once more.
     of_resampled = _divergence(resampled)
     bias = of_resampled.isel(replicate=slice(1, None)).mean("replicate") - of_resampled.isel(replicate=0, drop=True)
@@ -129,7 +146,7 @@ def contrast(
             name: int(count)
             for name, count in zip(names, own.sum(("replicate", "layer", "expert")).values, strict=True)
         },
-        documents=dict(zip(names, documents, strict=True)),
+        documents=dict(documents),
         replicates=replicates,
         level=level,
         null=0.0,
@@ -138,6 +155,13 @@ def contrast(
         " set's tokens that reach the expert - mean of the others'",
         source="Lin 1991 (Jensen–Shannon); SteerMoE (risk difference)",
     )
+
+
+def _weights(document: Array, replicates: int, *, edges: Sequence[float], seed: int) -> Array:
+    """The bootstrap's weights, then for each side whether a document falls on it."""
+    each = replicates // len(edges)
+    sides = [split_weights(document, each, low, high, seed)[1:] for low, high in pairwise(edges)]
+    return np.concatenate([poisson_weights(document, each), *sides])
 
 
 def refuse_incomparable(captures: Mapping[str, xr.Dataset]) -> None:

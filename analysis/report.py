@@ -25,12 +25,14 @@ from markupsafe import Markup
 
 from analysis import charts
 from analysis.choices import Choices, transitions_of
+from analysis.contrast import contrast_counts, contrast_of, count_documents
 from analysis.files import whole_file
 from analysis.load import Load
 from analysis.paths import MAX_WINDOWS, Windows
 from analysis.results import Runner, measure
 from analysis.scan import Reducer, accumulate, scan, sizes
 from analysis.tokens import TopTokens
+from analysis.uncertainty import false_discovery
 from store import Coverage, coverage, dataset_names
 from store.reader import open_covered
 
@@ -39,6 +41,9 @@ WINDOWS_LISTED = 10
 TOKENS_LISTED = 8
 TOKEN_ROWS = 4_096  # tokens listed for a data set: twice Mixtral's 32 layers of 8 experts (arbitrary)
 TOKEN_MIN_COUNT = 20  # a lift of a rarer token is mostly luck (arbitrary)
+REPLICATES, REPLICATED = 999, 2**24  # of a contrast's bootstrap and shuffles; and numbers held for them (128 MiB)
+SURE = 0.05  # largest share of false finds among what is told (Benjamini–Hochberg)
+TOKEN_SCORE = 6.0  # standard errors: of millions of independent tokens none would be told by chance (arbitrary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,26 +58,41 @@ class Answers:
     windows: xr.Dataset | None
     """None where the model has too few layers with experts."""
     tokens: xr.Dataset
+    counts: xr.Dataset | None
+    """For the contrast with the other data sets of this model; None where there is none."""
+    documents: int
+    """That have a row."""
 
 
 Ask = Callable[[Sequence[Reducer]], list[xr.Dataset]]
 
 
-def answer(data: xr.Dataset, state: Coverage, label: str, ask: Ask | None = None) -> Answers:
-    """Scan one capture once, as much of it as is there, or `ask` who knows the answers already."""
+def answer(
+    data: xr.Dataset, state: Coverage, label: str, ask: Ask | None = None, documents: Mapping[str, int] | None = None
+) -> Answers:
+    """Scan one capture once, as much of it as is there, or `ask` who knows the answers already.
+
+    `documents` of each data set that this one, by its label, is contrasted with, itself included.
+    """
     top = TopTokens(token_layers(data), top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT)
-    reducers = [Load(), Choices(), top]
-    size = window_layers(data)
-    windows = [Windows(size, WINDOWS_LISTED)] if size else []
-    load, choices, tokens, *counted = (ask or partial(scan, data))([*reducers, *windows])
+    reducers: dict[str, Reducer] = {"load": Load(), "choices": Choices(), "tokens": top}
+    if size := window_layers(data):
+        reducers["windows"] = Windows(size, WINDOWS_LISTED)
+    if documents:
+        layers, _, experts = sizes(data)
+        fitting = REPLICATED // (layers * experts * (1 + len(documents)))
+        reducers["counts"] = contrast_counts(documents, label, min(REPLICATES, max(99, fitting)))
+    found = dict(zip(reducers, (ask or partial(scan, data))(list(reducers.values())), strict=True))
     return Answers(
         label=label,
         state=state,
         attrs=data.attrs,
-        load=load,
-        moves=transitions_of(choices),
-        windows=counted[0] if counted else None,
-        tokens=tokens,
+        load=found["load"],
+        moves=transitions_of(found["choices"]),
+        windows=found.get("windows"),
+        tokens=found["tokens"],
+        counts=found.get("counts"),
+        documents=count_documents(data),
     )
 
 
@@ -126,18 +146,31 @@ def write_report(
     found = [(path, name) for path in paths for name in dataset_names(path)]
     if not found:
         raise ValueError(f"no data set in {', '.join(map(str, paths))}: nothing to report")
-    answers = []
+    opened = {}
     for path, name in found:
-        label = name if len(paths) == 1 else f"{path}/{name}"
-        told = None if progress is None else lambda done, total, label=label: progress(label, done, total)
         state = coverage(path, name)
-        runner = runner_of(path, state)
-        ask = partial(measure, path, name, state=state, progress=told, runner=runner)
-        answers.append(answer(open_covered(path, state), state, label, ask))
+        opened[name if len(paths) == 1 else f"{path}/{name}"] = path, state, open_covered(path, state)
+    documents = contrasted({label: data for label, (_, _, data) in opened.items()})
+    answers = []
+    for label, (path, state, data) in opened.items():
+        told = None if progress is None else lambda done, total, label=label: progress(label, done, total)
+        ask = partial(measure, path, state.dataset, state=state, progress=told, runner=runner_of(path, state))
+        answers.append(answer(data, state, label, ask, documents if label in documents else None))
     page = render(answers)
     with whole_file(output) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return answers
+
+
+def contrasted(captures: Mapping[str, xr.Dataset]) -> dict[str, int]:
+    """The data sets that are of the first one's model, with their documents; none where that is alone."""
+    first = next(iter(captures.values()))
+
+    def model(data: xr.Dataset) -> tuple[object, ...]:
+        return data.attrs.get("model"), *sizes(data), *data["layer"].values.tolist()
+
+    alike = {label: count_documents(data) for label, data in captures.items() if model(data) == model(first)}
+    return alike if len(alike) > 1 else {}
 
 
 def render(answers: Sequence[Answers]) -> str:
@@ -171,39 +204,75 @@ def render(answers: Sequence[Answers]) -> str:
 
 def sentences(answers: Sequence[Answers]) -> list[str]:
     """What was measured, in words computed from the data."""
+    captured = [each for each in answers if each.load.attrs["n"]]
+    compared = {each.label: each for each in captured if each.counts is not None}
+    apart = None
+    if len(compared) > 1:
+        counts = {label: each.counts for label, each in compared.items() if each.counts is not None}
+        documents = {label: each.documents for label, each in compared.items()}
+        apart = contrast_of(counts, documents, captured[0].load.sizes["k"])
     said = []
     for each in answers:
-        n, share = each.load.attrs["n"], each.load["share"]
-        if not n:
+        if each not in captured:
             said.append(f"{each.label}: no token is captured yet.")
-            continue
-        even = each.load.attrs["null"]
-        layer, expert = np.unravel_index(int(np.argmax(share.fillna(0).data)), share.shape)
-        top = float(share[layer, expert])
-        said.append(
-            f"{each.label}: {n:,} tokens. The busiest expert is {int(share['expert'][expert])} at layer"
-            f" {int(share['layer'][layer])}, with {top:.1%} of that layer's choices ({even:.1%} would be even)."
+        elif apart is not None and each.label in compared:
+            said.append(_specialist(each, apart))
+        else:
+            said.append(f"{each.label}: {each.load.attrs['n']:,} tokens. {_busiest([each])}")
+    if apart is not None:
+        said.append(_busiest(list(compared.values())))
+    return said + [sentence for sentence in [_token(captured)] if sentence]
+
+
+def _specialist(each: Answers, apart: xr.Dataset) -> str:
+    """The expert that a data set uses more than the others do, by the lower end of the interval."""
+    head = f"{each.label}: {each.load.attrs['n']:,} tokens."
+    q, own = false_discovery(apart["p"]), apart.sel(data_set=each.label)
+    least = own["difference_low"].where(q <= SURE).fillna(0.0)
+    if float(least.max()) <= 0:
+        return (
+            f"{head} No expert gets more of them than of the other data sets' tokens beyond chance (smallest q over the"
+            f" layers {float(q.min()):.2f}, {apart.attrs['replicates']} shuffles of documents)."
         )
-    if len(answers) > 1:
-        said.extend(_contrast(answers[0], other) for other in answers[1:] if _comparable(answers[0], other))
-    return said
-
-
-def _comparable(one: Answers, other: Answers) -> bool:
-    same = all(np.array_equal(one.load[dim], other.load[dim]) for dim in ("layer", "expert"))
-    return bool(same and one.load.attrs["n"] and other.load.attrs["n"] and one.attrs["model"] == other.attrs["model"])
-
-
-def _contrast(one: Answers, other: Answers) -> str:
-    difference = other.load["share"] - one.load["share"]
-    layer, expert = np.unravel_index(int(np.argmax(abs(difference).data)), difference.shape)
-    shares = [float(each.load["share"][layer, expert]) for each in (one, other)]
-    distance = abs(difference).sum("expert") / 2
+    cell = own.isel(least.argmax(("layer", "expert")))
+    reach, difference = float(cell["share"]), float(cell["difference"])
+    low, high = (100 * float(cell[f"difference_{end}"]) for end in ("low", "high"))
     return (
-        f"{one.label} and {other.label} differ most at layer {int(difference['layer'][layer])}, expert"
-        f" {int(difference['expert'][expert])}: {shares[0]:.1%} against {shares[1]:.1%} of the choices; on average over"
-        f" the layers, {float(distance.mean()):.1%} of the choices would have to move to make their loads equal."
+        f"{head} Its specialist is expert {int(cell['expert'])} at layer {int(cell['layer'])}: {reach:.0%} of them"
+        f" reach it, against {reach - difference:.0%} in the other data sets (a difference of {low:.0f} to {high:.0f}"
+        f" points, 95 % of resampled documents; {each.load.attrs['null'] * each.load.sizes['k']:.0%} would be even)."
     )
+
+
+def _busiest(answers: Sequence[Answers]) -> str:
+    """The largest share of a layer's choices that one expert has."""
+    found = max(answers, key=lambda each: float(each.load["share"].max()))
+    share = found.load["share"].fillna(0)
+    top = share.isel(share.argmax(("layer", "expert")))
+    where = f" on {found.label}" if len(answers) > 1 else ""
+    return (
+        f"The busiest expert is {int(top['expert'])} at layer {int(top['layer'])}{where}, with {float(top):.1%} of that"
+        f" layer's choices ({found.load.attrs['null']:.1%} would be even)."
+    )
+
+
+def _token(answers: Sequence[Answers]) -> str | None:
+    """The token of which it is least likely that its expert got so much of it by chance."""
+    best, said = TOKEN_SCORE, None
+    for each in answers:
+        listed = each.tokens
+        usual = (listed["share"] / listed["lift"]).clip(0, 1)  # the expert's share of all tokens
+        score = (listed["share"] - usual) / np.sqrt(usual * (1 - usual) / listed["tokens"])
+        score = score.where((listed["token_id"] >= 0) & (usual < 1)).fillna(0.0)
+        if score.size and float(score.max()) > best:
+            best = float(score.max())
+            cell, all_tokens = (data.isel(score.argmax(score.dims)) for data in (listed, usual))
+            said = (
+                f"Tokens have their experts: at layer {int(cell['layer'])}, {float(cell['share']):.0%} of the"
+                f" {int(cell['tokens']):,} “{cell['piece'].item()}” in {each.label} go to expert"
+                f" {int(cell['expert'])}, which gets {float(all_tokens):.0%} of all tokens."
+            )
+    return said
 
 
 def _windows(windows: xr.Dataset | None) -> list[dict[str, Any]]:

@@ -39,11 +39,16 @@ class CaptureConfig:
     cpus_per_worker: float = 1.0
     """CPUs that a worker reserves."""
     model: str = MIXTRAL
-    """Checkpoint: a hub id, a folder, or "tiny" for the small Mixtral with random weights that is made here."""
+    """Checkpoint: a hub id, a folder, or "tiny" for the small Mixtral that comes with this package."""
     model_revision: str | None = None
     """Commit, tag or branch of a hub model."""
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
-    """Precision of the weights; nf4 is NF4 with double quantization. Routers are never quantized."""
+    """Precision of the weights; nf4 is NF4 with double quantization. Routers are left as they are."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the model computes in. Default: bfloat16 on a GPU, float32 on a CPU."""
+    quantize_gates: bool = False
+    """Round the routers to 4 bits too, as transformers 4 does unless told otherwise. For comparison: it changes about
+    as many choices as rounding all the rest (docs/0005-four-bits.md)."""
     store: str | None = None
     """Where the captures go: a folder, on a cluster one that all nodes see, or s3://bucket/prefix.
     Default: $EXPERT_ATLAS_STORE, else ~/expert-atlas/routes.zarr."""

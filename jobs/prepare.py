@@ -72,7 +72,14 @@ class Run:
     def described(self) -> ModelDescription:
         """The model's facts, without its weights."""
         config = self.config
-        return describe_model(self.model, config.model_revision, config.quantization, self.device)
+        return describe_model(
+            self.model,
+            config.model_revision,
+            config.quantization,
+            self.device,
+            dtype=config.dtype,
+            quantize_gates=config.quantize_gates,
+        )
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -107,6 +114,8 @@ class Run:
                 "tiny" if config.model == "tiny" else self._anywhere,
                 revision=self.model_commit,
                 quantization=config.quantization,
+                dtype=config.dtype,
+                quantize_gates=config.quantize_gates,
                 device=self.device,
             ),
             device=self.device,

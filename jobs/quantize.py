@@ -25,7 +25,7 @@ class QuantizeConfig:
     """
 
     model: Annotated[str, tyro.conf.Positional]
-    """Checkpoint: a hub id, a folder, or "tiny" for the small Mixtral that is made here."""
+    """Checkpoint: a hub id, a folder, or "tiny" for the small Mixtral that comes with this package."""
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to write; it must not exist. It appears when it is whole."""
     quantization: Literal["nf4", "fp4"] = "nf4"

@@ -1,4 +1,4 @@
-"""What several tests share: the tiny checkpoint in a cache of the test run's own, loaded, and the command line."""
+"""What several tests share: the tiny model, loaded, and the command line."""
 
 import atexit
 import os
@@ -6,9 +6,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,24 +26,13 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
     atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The tiny Mixtral, made once for all processes of this run; `--model tiny` finds it too."""
-    from workers.tiny import tiny_checkpoint
-
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(shared))
-        yield tiny_checkpoint()
-
-
 @pytest.fixture(scope="session", params=["none", "nf4"])
-def tiny_model(tiny_folder: Path, request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+def tiny_model(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     """The tiny Mixtral as `load_model` gives it, unquantized and in NF4; leave it as you find it."""
     from workers.loading import load_model
+    from workers.tiny import tiny_checkpoint
 
-    return load_model(tiny_folder, quantization=request.param, device="cpu")
+    return load_model(tiny_checkpoint(), quantization=request.param, device="cpu")
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +55,7 @@ class Ran:
 
 
 @pytest.fixture
-def command(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Ran]:
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Runs `jobs/capture.py`, or another job, as its script does, but in this process."""
     from jobs import capture
     from jobs.terminal import run_job

@@ -20,6 +20,7 @@ from jobs import status
 from jobs.config import MIXTRAL, parse_capture
 from store.lease import lease
 from workers import engine, environment
+from workers.tiny import tiny_checkpoint
 from workers.tokenizer import TextTokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -170,7 +171,7 @@ def test_a_dry_run_estimates_within_its_spread_and_writes_nothing(
     assert numbers, dry.out
     tokens, spread = (int(number.replace(",", "")) for number in numbers.groups())
     monkeypatch.undo()
-    truth = [len(ids) for ids in load_tokenizer(tiny_of(command)).encode_batch(list(many.values()))]
+    truth = [len(ids) for ids in load_tokenizer(tiny_checkpoint()).encode_batch(list(many.values()))]
     assert 0 < spread < sum(truth) / 5
     assert abs(tokens - sum(truth)) <= spread
     rows = sum(-(-count // 32) for count in truth)
@@ -184,17 +185,11 @@ def test_a_dry_run_estimates_within_its_spread_and_writes_nothing(
     assert said(dry.out, "time") == f"{round(tokens / 100) // 60} min {round(tokens / 100) % 60} s"
 
 
-def tiny_of(command: Command) -> Path:
-    from workers.tiny import tiny_checkpoint
-
-    return tiny_checkpoint()
-
-
 def test_a_dry_run_of_every_document_is_exact_and_warns_of_empty_rows(
     command: Command, options: tuple[str, ...], texts: Path
 ) -> None:
     dry = command("--dataset", texts, *options, "--sequence_length", 1024, "--dry_run")
-    count = sum(len(ids) for ids in load_tokenizer(tiny_of(command)).encode_batch(list(TEXTS.values())))
+    count = sum(len(ids) for ids in load_tokenizer(tiny_checkpoint()).encode_batch(list(TEXTS.values())))
     assert said(dry.out, "tokens") == f"{count:,} ± 0 (95 %, from 4 documents tokenized)"
     assert said(dry.out, "time") == "unknown (give --rate TOKENS_PER_SECOND)"
     assert "rows are mostly empty" in dry.out
@@ -211,7 +206,7 @@ def test_a_capture_holds_the_text_and_the_same_command_again_does_nothing(
     arguments = ("--dataset", texts, *options, "--quantization", quantization)
     assert command(*arguments).status == 0
     data = store.open_capture(tmp_path / "s.zarr", "texts").load()
-    ids = load_tokenizer(tiny_of(command)).encode_batch(list(TEXTS.values()))
+    ids = load_tokenizer(tiny_checkpoint()).encode_batch(list(TEXTS.values()))
     assert data["name"].values.tolist() == list(TEXTS)
     for document, (wanted, text) in enumerate(zip(ids, TEXTS.values(), strict=True)):
         rows = np.flatnonzero(data["document_id"].values == document)
@@ -403,10 +398,8 @@ def test_the_provenance_is_complete_and_holds_no_secret(
 # --- Hub --------------------------------------------------------------------------------------------------
 
 
-def test_model_and_data_set_come_from_a_hub_with_the_token_of_a_env_file_and_again_offline(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
-    model = {file.name: file.read_bytes() for file in tiny_folder.iterdir()}
+def test_model_and_data_set_come_from_a_hub_with_the_token_of_a_env_file_and_again_offline(tmp_path: Path) -> None:
+    model = {file.name: file.read_bytes() for file in tiny_checkpoint().iterdir()}
     data = {"data.jsonl": b'{"text": "one two three"}\n{"text": "four five"}\n'}
     work = tmp_path / "work"
     work.mkdir()
@@ -466,12 +459,12 @@ def test_of_a_dotenv_file_only_the_token_is_taken(
 
 
 def test_another_bos_token_is_another_capture(
-    command: Command, texts: Path, tmp_path: Path, tiny_folder: Path, options: tuple[str, ...]
+    command: Command, texts: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     copies = [tmp_path / "one" / "model", tmp_path / "two" / "model"]
     for folder in copies:
         folder.parent.mkdir()
-        subprocess.run(["cp", "-r", tiny_folder, folder], check=True)
+        subprocess.run(["cp", "-r", tiny_checkpoint(), folder], check=True)
     settings = json.loads((copies[1] / "tokenizer_config.json").read_text())
     (copies[1] / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "</s>"}))
     assert command("--dataset", texts, *options, "--model", copies[0], "--bos", "row").status == 0

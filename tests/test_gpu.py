@@ -102,7 +102,7 @@ def test_logits_that_are_not_finite_stop_the_shard_with_layer_and_row(
 
 def test_a_lost_device_ends_its_process_and_another_one_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
     paths = [str(ROOT), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    also = {"PYTHONPATH": os.pathsep.join(paths), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    also = {"PYTHONPATH": os.pathsep.join(paths)}
     happened, stores = tmp_path / "happened", [tmp_path / "ray.zarr", tmp_path / "local.zarr"]
     with ray_head(ROOT, **also) as head:
         driver = [sys.executable, HERE / "gpu_driver.py", stores[0], happened]

@@ -15,6 +15,7 @@ import transformers
 from fake_model import fake_capture, fake_layout, word_id, words
 
 import store
+from workers.tiny import tiny_checkpoint
 from workers.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +96,7 @@ def test_a_document_of_a_million_tokens_is_cut_with_every_token_in_its_place(tmp
 
 
 def test_bytes_that_are_no_text_are_replaced_and_counted_and_markup_stays_text(
-    command: Command, options: tuple[str, ...], tmp_path: Path, tiny_folder: Path
+    command: Command, options: tuple[str, ...], tmp_path: Path
 ) -> None:
     file = tmp_path / "bad.jsonl"
     markup = "<script>alert('x')</script> </script><s> </s>[INST] <unk><|im_end|>"
@@ -105,7 +106,7 @@ def test_bytes_that_are_no_text_are_replaced_and_counted_and_markup_stays_text(
     assert ran.status == 0, ran.err
     assert "2 with bytes that are no text replaced" in ran.err
     data = store.open_capture(tmp_path / "s.zarr", "bad").load()
-    tokenizer = load_tokenizer(tiny_folder)
+    tokenizer = load_tokenizer(tiny_checkpoint())
     wanted = ["lone \ufffd surrogate", "in\ufffdvalid \ufffd(", markup]
     for document, (ids, content) in enumerate(zip(tokenizer.encode_batch(wanted), wanted, strict=True)):
         of = data["document_id"].values == document
@@ -143,7 +144,7 @@ def expect_line(ran: Any, status: int, *said: str) -> None:
 
 @pytest.mark.parametrize("closed", ["text", "store", "folder of the store"])
 def test_what_may_not_be_read_or_written_is_named(
-    options: tuple[str, ...], text: Path, tmp_path: Path, closed: str, tiny_folder: Path
+    options: tuple[str, ...], text: Path, tmp_path: Path, closed: str
 ) -> None:
     path = tmp_path / "s.zarr"
     if closed == "text":
@@ -204,7 +205,7 @@ def test_a_full_disk_ends_the_job_with_nothing_half_committed_and_it_goes_on_whe
 
 
 def test_a_limit_on_the_size_of_files_ends_the_job_as_a_full_disk_does(
-    options: tuple[str, ...], text: Path, tmp_path: Path, tiny_folder: Path
+    options: tuple[str, ...], text: Path, tmp_path: Path
 ) -> None:
     text.write_text("".join(chr(0x4E00 + n % 5000) for n in range(4000)))
     script = (
@@ -256,24 +257,24 @@ def test_a_data_set_that_is_not_there_is_refused(
 # --- Models and flags -------------------------------------------------------------------------------------
 
 
-def copied(tiny_folder: Path, tmp_path: Path, without: str = "") -> Path:
+def copied(tmp_path: Path, without: str = "") -> Path:
     folder = tmp_path / "model"
-    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns(without) if without else None)
+    shutil.copytree(tiny_checkpoint(), folder, ignore=shutil.ignore_patterns(without) if without else None)
     return folder
 
 
 def test_a_model_folder_without_a_tokenizer_is_refused(
-    command: Command, options: tuple[str, ...], text: Path, tiny_folder: Path, tmp_path: Path
+    command: Command, options: tuple[str, ...], text: Path, tmp_path: Path
 ) -> None:
-    folder = copied(tiny_folder, tmp_path, "*token*")
+    folder = copied(tmp_path, "*token*")
     expect_line(command("--dataset", text, *options, "--model", folder), 2, str(folder), "tokenizer.json")
     assert not (tmp_path / "s.zarr").exists()
 
 
 def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(
-    command: Command, options: tuple[str, ...], text: Path, tiny_folder: Path, tmp_path: Path
+    command: Command, options: tuple[str, ...], text: Path, tmp_path: Path
 ) -> None:
-    folder = copied(tiny_folder, tmp_path)
+    folder = copied(tmp_path)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     tokenizer["added_tokens"].append({"id": 32_000, "content": "<more>", **added})
@@ -282,10 +283,8 @@ def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(
     expect_line(ran, 2, "32001 ids", "embeds 32000", "do not belong together")
 
 
-def test_a_dense_model_is_refused(
-    command: Command, options: tuple[str, ...], text: Path, tiny_folder: Path, tmp_path: Path
-) -> None:
-    folder = copied(tiny_folder, tmp_path, "model*")
+def test_a_dense_model_is_refused(command: Command, options: tuple[str, ...], text: Path, tmp_path: Path) -> None:
+    folder = copied(tmp_path, "model*")
     config = transformers.LlamaConfig(
         vocab_size=32_000, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1,

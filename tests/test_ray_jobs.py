@@ -50,7 +50,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def head(tiny_folder: Path, copies: tuple[Path, Path]) -> Iterator[Head]:
+def head(copies: tuple[Path, Path]) -> Iterator[Head]:
     """A head, started in its copy of the repository."""
     with ray_head(copies[0], OMP_NUM_THREADS="1", RAY_metrics_report_interval_ms="500") as head:
         yield head

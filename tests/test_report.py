@@ -40,6 +40,16 @@ def answers_of(label, **options):
     return report.answer(data, state_of(data, options.get("missing", ())), label)
 
 
+def contrasted(**captures):
+    """The report's answers about captures that are compared with each other."""
+    captures = {label: data.assign_attrs(model="m") for label, data in captures.items()}
+    documents = report.contrasted(captures)
+    return [
+        report.answer(data, state_of(data), label, documents=documents if label in documents else None)
+        for label, data in captures.items()
+    ]
+
+
 def page_data(page):
     """What the page's script reads."""
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
@@ -54,24 +64,70 @@ def test_the_busiest_expert_named_is_the_one_that_numpy_finds():
     counts = np.array([np.bincount(expert[filled][:, at].ravel(), minlength=8) for at in range(expert.shape[2])])
     layer, busiest = np.unravel_index(counts.argmax(), counts.shape)
     share = counts[layer, busiest] / counts[layer].sum()
-    [sentence] = report.sentences([answers])
+    sentence, *_ = report.sentences([answers])
     number = int(data["layer"][layer])
     assert f"busiest expert is {busiest} at layer {number}, with {share:.1%}" in sentence
     assert f"{int(filled.sum()):,} tokens" in sentence
 
 
-def test_swapping_two_data_sets_swaps_what_is_said_of_them():
-    one, other = answers_of("one", seed=1), answers_of("other", seed=2)
-    there, back = report.sentences([one, other]), report.sentences([other, one])
-    assert there[:2] == back[1::-1]
-    shares = re.findall(r"[\d.]+%", there[2])[:2]
-    assert re.findall(r"[\d.]+%", back[2])[:2] == shares[::-1]
+def planted(data, layer, expert, share):
+    """A copy in which that share of the tokens reaches that expert, as their second choice where it was neither."""
+    routes = data["expert"].compute().copy()
+    pair = routes.sel(layer=layer).values
+    lacks = (np.random.default_rng(1).random(pair.shape[:2]) < share) & (pair != expert).all(-1) & (pair[..., 0] < 255)
+    pair[lacks, 1] = expert
+    routes.loc[{"layer": layer}] = pair
+    return data.assign(expert=routes.chunk(data["expert"].chunksizes))
+
+
+def test_a_planted_specialist_is_named_with_its_shares_and_swapping_the_data_sets_swaps_what_is_said():
+    one, other = (make_capture(seed=seed, documents=120, layers=(0, 4, 9), strength=0) for seed in (1, 2))
+    other = planted(other, layer=4, expert=6, share=0.5)
+    said = report.sentences(contrasted(one=one, other=other))
+    assert len(said) == 3
+    assert "other: " in said[1]
+    assert "Its specialist is expert 6 at layer 4: 6" in said[1]
+    numbers = re.search(r"(\d+)% of them reach it, against (\d+)% in .* of (\d+) to (\d+) points", said[1])
+    reach, usual, low, high = map(int, numbers.groups())
+    assert low < reach - usual < high
+    assert reach == pytest.approx(100 * (1 / 4 + 0.5 * 3 / 4), abs=3)
+    assert "25% would be even" in said[1]
+    assert "busiest expert is 6 at layer 4 on other" in said[2]
+    assert report.sentences(contrasted(other=other, one=one)) == [said[1], said[0], said[2]]
+
+
+def test_of_uniform_routes_no_more_than_chance_is_said():
+    finds = 0
+    for seed in range(0, 24, 2):
+        pair = {name: make_capture(seed=seed + at, documents=60, strength=0) for at, name in enumerate("ab")}
+        said = report.sentences(contrasted(**pair))
+        assert len(said) == 3  # and nothing of tokens
+        beyond = ["beyond chance (smallest q over the layers" in sentence for sentence in said[:2]]
+        assert beyond[0] == beyond[1]
+        assert not beyond[0] or "999 shuffles of documents" in said[0]
+        finds += not all(beyond)
+    assert finds <= 2  # of twelve, where one in twenty is expected
+
+
+def test_a_token_that_has_an_expert_of_its_own_is_told_as_numpy_counts_it():
+    data = make_capture(seed=5, documents=120, strength=0, special_token_ids=())
+    token = data["token"].values
+    routes = data["expert"].compute().copy()
+    routes.values[token == 7, 1] = [5, 2]  # always, at the second layer
+    data = data.assign(expert=routes.chunk(data["expert"].chunksizes)).assign_attrs(model="m")
+    *_, sentence = report.sentences([report.answer(data, state_of(data), "a")])
+    pair = routes.values[:, :, 1][token >= 0]
+    expert = int(re.search(r"go to expert (\d)", sentence)[1])
+    assert expert in (2, 5)
+    share = (pair == expert).any(-1).mean()
+    assert f"at layer 1, 100% of the {(token == 7).sum():,} " in sentence
+    assert f"gets {share:.0%} of all tokens" in sentence
 
 
 def test_data_sets_of_different_models_are_not_contrasted():
-    one, other = answers_of("one", seed=1), answers_of("other", seed=2)
-    other = report.Answers(**{**vars(other), "attrs": {**other.attrs, "model": "another"}})
-    assert len(report.sentences([one, other])) == 2
+    one, other = (make_capture(seed=seed, documents=20, strength=0) for seed in (1, 2))
+    assert report.contrasted({"one": one.assign_attrs(model="m"), "other": other.assign_attrs(model="n")}) == {}
+    assert len(report.sentences([answers_of("one", seed=1, strength=0), answers_of("other", strength=0)])) == 2
 
 
 def test_an_incomplete_capture_says_so_and_which_shards_are_missing():

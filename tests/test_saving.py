@@ -23,14 +23,15 @@ from workers.description import describe_model, estimate_bytes
 from workers.engine import ModelEngine
 from workers.loading import load_model
 from workers.saving import quantize_checkpoint
-from workers.tiny import EXPERTS, LAYERS, tiny_checkpoint
+from workers.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
+LAYERS, EXPERTS = 8, 8  # of the tiny Mixtral
 MOE = "model.layers.3.block_sparse_moe"
 # What transformers 4.57.1 with bitsandbytes 0.50.2 stores of one matrix of the tiny Mixtral (read from its file).
 STORED = {
-    "": (torch.uint8, (4096, 1)),
-    ".absmax": (torch.uint8, (128,)),
+    "": (torch.uint8, (8192, 1)),
+    ".absmax": (torch.uint8, (256,)),
     ".nested_absmax": (torch.float32, (1,)),
     ".nested_quant_map": (torch.float32, (256,)),
     ".quant_map": (torch.float32, (16,)),
@@ -55,13 +56,13 @@ TRANSFORMERS_4 = {
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+def tiny() -> Path:
+    return tiny_checkpoint()
 
 
 @pytest.fixture(scope="module")
-def nf4(tiny: Path) -> Path:
-    return quantize_checkpoint(tiny, tiny.parent / "tiny-nf4", device="cpu")
+def nf4(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_checkpoint(tiny, tmp_path_factory.mktemp("models") / "tiny-nf4", device="cpu")
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_a_quantized_checkpoint_loads_as_the_original_quantized_while_loading(
     different = {name for name, value in original.provenance.items() if loaded.provenance[name] != value}
     assert different == {"model", "model_revision", "quantized_from"}
     assert loaded.provenance["quantized_from"] == {
-        "model": "tiny",
+        "model": "tiny-mixtral",
         "revision": original.provenance["model_revision"],
     }
     token = np.random.default_rng(0).integers(0, 32_000, (4, 16))
@@ -123,7 +124,7 @@ def test_the_files_hold_what_transformers_4_writes(tiny: Path, nf4: Path) -> Non
         "quant_type": "nf4",
         "blocksize": 64,
         "dtype": "bfloat16",
-        "shape": [64, 128],
+        "shape": [64, 256],
         "nested_blocksize": 256,
         "nested_dtype": "float32",
     }

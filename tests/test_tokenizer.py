@@ -16,13 +16,14 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from workers.tiny import CHAT_TEMPLATE, tiny_checkpoint
+from workers.tiny import tiny_checkpoint
 from workers.tokenizer import ROLES, TextTokenizer, load_tokenizer, sentencepiece_tokenizer
 
 PACKAGE = importlib.util.find_spec("mistral_common")
 assert PACKAGE is not None
 assert PACKAGE.origin is not None
 MODEL_FILE = Path(PACKAGE.origin).parent / "data" / "tokenizer.model.v1"
+CHAT_TEMPLATE: str = json.loads((tiny_checkpoint() / "tokenizer_config.json").read_text())["chat_template"]
 SENTENCEPIECE = SentencePieceProcessor(model_file=str(MODEL_FILE))
 HARD = [
     "",
@@ -56,13 +57,8 @@ HARD = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "model")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> TextTokenizer:
-    return load_tokenizer(folder)
+def tokenizer() -> TextTokenizer:
+    return load_tokenizer(tiny_checkpoint())
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +176,8 @@ def test_byte_level_pieces_are_readable() -> None:
     assert not any("Ġ" in piece for piece in pieces if len(piece) > 2)
 
 
-def test_truncation_and_padding_in_a_published_file_are_ignored(folder: Path, tmp_path: Path) -> None:
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+def test_truncation_and_padding_in_a_published_file_are_ignored(tmp_path: Path) -> None:
+    backend = Tokenizer.from_file(str(tiny_checkpoint() / "tokenizer.json"))
     backend.enable_truncation(2)
     backend.enable_padding(length=50)
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -208,14 +204,14 @@ def test_a_model_file_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch
         sentencepiece_tokenizer(MODEL_FILE)
 
 
-def test_a_conversation_has_the_templates_ids_and_a_role_for_each_token(folder: Path, tokenizer: TextTokenizer) -> None:
+def test_a_conversation_has_the_templates_ids_and_a_role_for_each_token(tokenizer: TextTokenizer) -> None:
     messages = [
         {"role": "user", "content": " What is 2+2?\n"},
         {"role": "assistant", "content": "It is four."},
         {"role": "user", "content": "Thanks, é 日本!"},
     ]
     ids, roles = tokenizer.chat(messages)
-    reference = PreTrainedTokenizerFast.from_pretrained(folder)
+    reference = PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint())
     assert ids.tolist() == reference.apply_chat_template(messages, return_dict=False)
     assert (ids.dtype, roles.dtype) == (np.int32, np.uint8)
     for role, text in (("user", "What is 2+2?Thanks, é 日本!"), ("assistant", "It is four.")):

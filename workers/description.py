@@ -16,6 +16,7 @@ from workers.checkpoint import Checkpoint, find_checkpoint, read_config
 
 FOUR_BITS = ("nf4", "fp4")
 QUANTIZATIONS = (*FOUR_BITS, "int8", "none")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 SORTED = "sorted"
 
 BLOCK = 64  # values that share a scale in NF4 and FP4; bitsandbytes' own, checked after every load
@@ -34,8 +35,11 @@ class ModelDescription(TypedDict):
     quantization: str
     """nf4, fp4, int8 or none; nf4 and fp4 mean blocks of 64 with double quantization."""
     compute_dtype: str
+    """float32, bfloat16 or float16: of activations, of weights that are not quantized, and of those that are, once
+    dequantized."""
     gate_precision: str
-    """dtype of the routers' weights, which are never quantized."""
+    """Of the routers' weights: `compute_dtype`, or `quantization` where they were rounded to it, as transformers 4
+    does."""
     expert_backend: str
     """``sorted`` (`workers.forward`), ``unfused`` (one Linear a matrix, in transformers' forward), or transformers'
     ``eager`` or ``grouped_mm`` over fused experts."""
@@ -54,13 +58,18 @@ def describe_model(
     revision: str | None = None,
     quantization: str = "nf4",
     device_type: str = "cuda",
+    *,
+    dtype: str | None = None,
+    quantize_gates: bool = False,
 ) -> ModelDescription:
     """Tell what `load_model` with the same arguments would load; reads the configuration and no weights.
 
     Of a local folder the fingerprint is taken, for which about 0.2 GB of 93 are read.
     """
     checkpoint = find_checkpoint(model, revision, weights=False)
-    return describe_checkpoint(checkpoint, quantization, device_type)
+    return describe_checkpoint(
+        checkpoint, quantization, device_type, compute_dtype(device_type, dtype), quantize_gates=quantize_gates
+    )
 
 
 def estimate_bytes(
@@ -68,10 +77,12 @@ def estimate_bytes(
     revision: str | None = None,
     quantization: str = "nf4",
     device_type: str = "cuda",
+    *,
+    dtype: str | None = None,
 ) -> int:
     """Bytes of all weights of the model without its head, quantized as asked; activations are not counted."""
     checkpoint = find_checkpoint(model, revision, weights=False)
-    return estimate_checkpoint(checkpoint, quantization, device_type)
+    return estimate_checkpoint(checkpoint, quantization, compute_dtype(device_type, dtype))
 
 
 def find_routers(model: nn.Module) -> dict[int, nn.Module]:
@@ -103,13 +114,13 @@ def find_routers(model: nn.Module) -> dict[int, nn.Module]:
     return dict(sorted(routers.items()))
 
 
-def build_skeleton(checkpoint: Checkpoint, device_type: str) -> Any:
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The model on the meta device: every module and shape, no weights; its attention is sdpa wherever it has that."""
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         with torch.device("meta"):
             return transformers.AutoModel.from_config(
-                config, dtype=compute_dtype(device_type), attn_implementation=None, trust_remote_code=False
+                config, dtype=dtype, attn_implementation=None, trust_remote_code=False
             )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -118,9 +129,12 @@ def build_skeleton(checkpoint: Checkpoint, device_type: str) -> Any:
         ) from error
 
 
-def compute_dtype(device_type: str) -> torch.dtype:
-    """float32 on a CPU, bfloat16 on a GPU."""
-    return torch.float32 if device_type == "cpu" else torch.bfloat16
+def compute_dtype(device_type: str, asked: str | None = None) -> torch.dtype:
+    """What is asked for, else float32 on a CPU and bfloat16 on a GPU."""
+    if asked not in (None, *COMPUTE_DTYPES):
+        raise ValueError(f"dtype {asked!r} is none of {', '.join(COMPUTE_DTYPES)}")
+    dtype: torch.dtype = getattr(torch, asked or ("float32" if device_type == "cpu" else "bfloat16"))
+    return dtype
 
 
 def stored_quantization(checkpoint: Checkpoint) -> str | None:
@@ -166,17 +180,21 @@ def _expert_backend(skeleton: Any, quantization: str, device_type: str) -> str:
     return "eager" if device_type == "cpu" else "grouped_mm"
 
 
-def describe_checkpoint(checkpoint: Checkpoint, quantization: str, device_type: str) -> ModelDescription:
+def describe_checkpoint(
+    checkpoint: Checkpoint, quantization: str, device_type: str, dtype: torch.dtype, *, quantize_gates: bool
+) -> ModelDescription:
     """`describe_model` for a checkpoint that is found already."""
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization {quantization!r} is none of {', '.join(QUANTIZATIONS)}")
+    if quantize_gates and quantization not in FOUR_BITS:
+        raise ValueError(f"routers are quantized as {' or '.join(FOUR_BITS)}, and quantization is {quantization!r}")
     stored = stored_quantization(checkpoint)
     if stored not in (None, quantization):
         raise ValueError(
             f"{checkpoint.folder} holds {stored} weights, and quantization {quantization!r} was asked for: ask for"
             f" {stored!r}, or give the original checkpoint"
         )
-    skeleton = build_skeleton(checkpoint, device_type)
+    skeleton = build_skeleton(checkpoint, dtype)
     layers = list(find_routers(skeleton))
     config = skeleton.config.get_text_config()
     if not layers:
@@ -184,13 +202,13 @@ def describe_checkpoint(checkpoint: Checkpoint, quantization: str, device_type: 
             f"{checkpoint.folder} holds a {type(skeleton).__name__} (model_type {config.model_type!r}), "
             "which has no routers: only mixture-of-experts models can be captured"
         )
-    dtype = str(compute_dtype(device_type)).removeprefix("torch.")
+    computed_in = str(dtype).removeprefix("torch.")
     return ModelDescription(
         model=checkpoint.model,
         model_revision=checkpoint.revision,
         quantization=quantization,
-        compute_dtype=dtype,
-        gate_precision=dtype,
+        compute_dtype=computed_in,
+        gate_precision=quantization if quantize_gates else computed_in,
         expert_backend=_expert_backend(skeleton, quantization, device_type),
         attention=skeleton.config._attn_implementation,
         layers=layers,
@@ -210,7 +228,7 @@ def _read(config: Any, names: tuple[str, ...]) -> int:
     raise ValueError(f"the configuration of model_type {config.model_type!r} has none of {', '.join(names)}")
 
 
-def quantization_config(quantization: str, skeleton: nn.Module, device_type: str) -> Any:
+def quantization_config(quantization: str, skeleton: nn.Module, dtype: torch.dtype) -> Any:
     """bitsandbytes' settings as transformers takes them, or None for ``none``; routers stay as they are."""
     if quantization == "none":
         return None
@@ -222,15 +240,15 @@ def quantization_config(quantization: str, skeleton: nn.Module, device_type: str
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype(device_type),
+        bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=names,
     )
 
 
-def quantized_skeleton(checkpoint: Checkpoint, quantization: str, device_type: str) -> tuple[nn.Module, Any]:
+def quantized_skeleton(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """The model without its numbers, each matrix of the kind that it will be of, and its `quantization_config`."""
-    skeleton = build_skeleton(checkpoint, device_type)
-    settings = quantization_config(quantization, skeleton, device_type)
+    skeleton = build_skeleton(checkpoint, dtype)
+    settings = quantization_config(quantization, skeleton, dtype)
     if settings is not None:
         from workers.quantizer import quantize_skeleton  # bitsandbytes takes seconds to import
 
@@ -238,9 +256,9 @@ def quantized_skeleton(checkpoint: Checkpoint, quantization: str, device_type: s
     return skeleton, settings
 
 
-def estimate_checkpoint(checkpoint: Checkpoint, quantization: str, device_type: str) -> int:
+def estimate_checkpoint(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype) -> int:
     """`estimate_bytes` for a checkpoint that is found already."""
-    skeleton, _ = quantized_skeleton(checkpoint, quantization, device_type)
+    skeleton, _ = quantized_skeleton(checkpoint, quantization, dtype)
     return sum(_resident_bytes(tensor) for tensor in [*skeleton.parameters(), *skeleton.buffers()])
 
 

@@ -109,14 +109,14 @@ class ModelEngine:
         return expert.astype(narrow, copy=False), weight
 
 
-def load_engine(model: str | Path, *, revision: str | None, quantization: str, device: str) -> ModelEngine:
+def load_engine(model: str | Path, *, device: str, **options: Any) -> ModelEngine:
     """Load a model as an engine; the arguments are those of `workers.loading.load_model`, or the model is "tiny".
 
     What no router needs is not kept: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
     """
     if device != "cpu":  # before the first allocation; 0.6 GiB are reserved beyond those in use then, or 1.8 (measured)
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    loaded = load_model(model_path(model), revision=revision, quantization=quantization, device=device)
+    loaded = load_model(model_path(model), device=device, **options)
     drop_last_experts(loaded)
     return ModelEngine(loaded)
 

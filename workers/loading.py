@@ -67,6 +67,8 @@ def load_model(
     *,
     revision: str | None = None,
     quantization: str = "nf4",
+    dtype: str | None = None,
+    quantize_gates: bool = False,
     device: str | torch.device = "cuda",
 ) -> LoadedModel:
     """Load a model for capturing, and prove that it was loaded as asked.
@@ -81,8 +83,12 @@ def load_model(
         Applied while loading: ``nf4`` and ``fp4`` (double quantization, blocks of 64), ``int8`` (LLM.int8),
         or ``none``. A checkpoint that is quantized already (`workers.saving`, or transformers with its routers left
         out) loads as it is, and must be in what is asked for.
+    dtype
+        Compute dtype: ``float32``, ``bfloat16`` or ``float16``; by default float32 on a CPU, else bfloat16.
+    quantize_gates
+        Round the routers' weights to `quantization` too, as transformers 4 does unless told otherwise.
     device
-        Where the whole model goes. The compute dtype follows: float32 on a CPU, else bfloat16.
+        Where the whole model goes.
 
     Raises
     ------
@@ -91,8 +97,9 @@ def load_model(
     """
     target = usable_device(device)
     checkpoint = find_checkpoint(model, revision, weights=True)
-    description = describe_checkpoint(checkpoint, quantization, target.type)
-    weight_bytes = estimate_checkpoint(checkpoint, quantization, target.type)
+    computed_in = compute_dtype(target.type, dtype)
+    description = describe_checkpoint(checkpoint, quantization, target.type, computed_in, quantize_gates=quantize_gates)
+    weight_bytes = estimate_checkpoint(checkpoint, quantization, computed_in)
     if target.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(target)
         if free_bytes < weight_bytes:
@@ -100,10 +107,15 @@ def load_model(
                 f"{checkpoint.model} in {quantization} needs {weight_bytes:,} bytes for its weights, and "
                 f"{target} has {free_bytes:,} free; use a larger card or a smaller quantization"
             )
-    loaded = _from_pretrained(checkpoint, description, target)
+    loaded = _from_pretrained(checkpoint, description, target, computed_in)
     loaded.eval().requires_grad_(False)
     routers = find_routers(loaded)
     assert list(routers) == description["layers"], (list(routers), description["layers"])
+    quantized = _check_precision(checkpoint.folder, loaded, routers, description)
+    if quantize_gates:
+        from workers.quantizer import round_gates  # bitsandbytes takes seconds to import
+
+        round_gates(routers.values(), quantization)
     return LoadedModel(
         folder=checkpoint.folder,
         model=loaded,
@@ -114,7 +126,7 @@ def load_model(
             **description,
             "double_quantization": quantization in FOUR_BITS,
             "quantization_block": BLOCK if quantization in FOUR_BITS else None,
-            "quantized_expert_matrices": _check_precision(checkpoint.folder, loaded, routers, description),
+            "quantized_expert_matrices": quantized,
             "weight_bytes": weight_bytes,
             "quantized_from": read_config(checkpoint.folder).get("quantized_from"),
         },
@@ -133,15 +145,17 @@ def usable_device(device: str | torch.device) -> torch.device:
     return target
 
 
-def _from_pretrained(checkpoint: Checkpoint, description: ModelDescription, target: torch.device) -> Any:
+def _from_pretrained(
+    checkpoint: Checkpoint, description: ModelDescription, target: torch.device, dtype: torch.dtype
+) -> Any:
     """Run transformers' own loader, with experts that can be quantized, and read its report."""
     quantization = description["quantization"]
-    skeleton = build_skeleton(checkpoint, target.type)
-    settings = quantization_config(quantization, skeleton, target.type)
+    skeleton = build_skeleton(checkpoint, dtype)
+    settings = quantization_config(quantization, skeleton, dtype)
     # Given by itself: else an attention that it names, as some published ones do, would have the last word.
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     if stored_quantization(checkpoint) is not None:
-        _check_stored(checkpoint, description, target)
+        _check_stored(checkpoint, description, dtype)
         # The checkpoint's own settings are equal in all that its weights depend on, and tell another compute dtype.
         config.quantization_config = settings.to_dict()
         settings = None
@@ -152,7 +166,7 @@ def _from_pretrained(checkpoint: Checkpoint, description: ModelDescription, targ
                 config=config,
                 quantization_config=settings,
                 device_map={"": target},
-                dtype=compute_dtype(target.type),
+                dtype=dtype,
                 attn_implementation=description["attention"],
                 experts_implementation="eager" if quantization != "none" else description["expert_backend"],
                 use_safetensors=True,
@@ -185,14 +199,14 @@ def _from_pretrained(checkpoint: Checkpoint, description: ModelDescription, targ
     return model
 
 
-def _check_stored(checkpoint: Checkpoint, description: ModelDescription, target: torch.device) -> None:
+def _check_stored(checkpoint: Checkpoint, description: ModelDescription, dtype: torch.dtype) -> None:
     """Refuse a quantized checkpoint that has other matrices in 4 bits than a load of the original one would have.
 
     transformers 4 quantizes the routers too, unless they are named in llm_int8_skip_modules.
     """
     from workers.quantizer import four_bit_names  # bitsandbytes takes seconds to import
 
-    skeleton, _ = quantized_skeleton(checkpoint, description["quantization"], target.type)
+    skeleton, _ = quantized_skeleton(checkpoint, description["quantization"], dtype)
     names = tensor_names(checkpoint.folder)
     found = {name.partition(".quant_state.")[0] for name in names if ".quant_state." in name}
     found = {name for name in found if not name.startswith("lm_head.")}  # which is not loaded
@@ -283,7 +297,7 @@ def _shape_fault(linear: nn.Linear) -> str | None:
 
 def _gate_fault(parameter: nn.Parameter, description: ModelDescription) -> str | None:
     """What a router's matrix is instead of what it should be, or None."""
-    wanted = description["gate_precision"]
+    wanted = description["compute_dtype"]
     return None if str(parameter.dtype) == f"torch.{wanted}" else f"{parameter.dtype}, not {wanted}"
 
 

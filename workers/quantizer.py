@@ -27,6 +27,8 @@ from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
+from workers.description import BLOCK
+
 # It would warn, on import, that a CPU kernel which we switch off (see Unfusing4bit) cannot be fetched.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # LLM.int8 says for every matrix that its inputs pass through float16; that is what int8 means here.
@@ -34,7 +36,7 @@ logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 # On import it has its optimizers and its fallbacks compiled, none of which run here; that would load torch's
 # compiler, ten seconds of every process.
 with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda plain: plain)):
-    import bitsandbytes  # noqa: F401
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 
 class ExpertLeaves(NamedTuple):
@@ -209,6 +211,17 @@ def unfusing_quantizers() -> Iterator[None]:
 def four_bit_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The modules, by name, whose matrix is in 4 bits, or should be."""
     return {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+
+
+def round_gates(routers: Iterable[nn.Module], quantization: str) -> None:
+    """Give each matrix of the routers the values that it would have as a Linear4bit."""
+    for router in routers:
+        for parameter in router.parameters():
+            if parameter.ndim == 2:
+                packed, state = quantize_4bit(
+                    parameter.data, blocksize=BLOCK, compress_statistics=True, quant_type=quantization
+                )
+                parameter.data = dequantize_4bit(packed, state)
 
 
 def own_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:

@@ -73,13 +73,14 @@ def quantize_checkpoint(
         raise ValueError(f"quantization {quantization!r} is none of {', '.join(FOUR_BITS)}")
     refuse_existing(out)
     checkpoint = find_checkpoint(model, revision, weights=True)
-    describe_checkpoint(checkpoint, quantization, device.type)
+    dtype = compute_dtype(device.type)
+    describe_checkpoint(checkpoint, quantization, device.type, dtype, quantize_gates=False)
     if (stored := stored_quantization(checkpoint)) is not None:
         raise ValueError(f"{checkpoint.folder} is quantized already, in {stored}: it loads as it is")
-    skeleton, settings = quantized_skeleton(checkpoint, quantization, device.type)
+    skeleton, settings = quantized_skeleton(checkpoint, quantization, dtype)
     names = tensor_names(checkpoint.folder)
     matrices = four_bit_names(skeleton, names)
-    _refuse_small_disk(out, estimate_checkpoint(checkpoint, quantization, device.type))
+    _refuse_small_disk(out, estimate_checkpoint(checkpoint, quantization, dtype))
 
     partial = out.with_name(f"{out.name}.partial-{uuid4().hex}")  # another run may be writing the same
     partial.mkdir(parents=True)

@@ -32,7 +32,7 @@ def make_checkpoint(
     if quantization != "none":
         with torch.device("meta"):
             skeleton = transformers.AutoModel.from_config(config)
-        config.quantization_config = quantization_config(quantization, skeleton, "cuda").to_dict()
+        config.quantization_config = quantization_config(quantization, skeleton, torch.bfloat16).to_dict()
     config.save_pretrained(folder)
     generator = torch.Generator("cuda").manual_seed(0)
     index = {}

@@ -48,7 +48,7 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     model.set_experts_implementation(experts)
-    settings = quantization_config(quantization, model, "cuda")
+    settings = quantization_config(quantization, model, torch.bfloat16)
     if settings is not None:
         quantize_skeleton(model, settings)
     generator = torch.Generator("cuda").manual_seed(0)
