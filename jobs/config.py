@@ -35,7 +35,7 @@ class CaptureConfig:
     """Copies of the model on a cluster. Default: $EXPERT_ATLAS_WORKERS, else one on every GPU, also on those that
     join later; without GPUs one."""
     gpus_per_worker: float = 1.0
-    """GPUs of a worker; a fraction such as 0.25 puts four on one GPU."""
+    """GPUs of a worker, or of --local: 0.25 puts four workers on one GPU, 2 spreads the model's layers over two."""
     cpus_per_worker: float = 1.0
     """CPUs that a worker reserves."""
     model: str = MIXTRAL
@@ -103,6 +103,8 @@ class CaptureConfig:
                 raise ValueError(f"--{name} is {value}, and must be more than 0")
         if min(self.gpus_per_worker, self.cpus_per_worker) < 0:
             raise ValueError("--gpus_per_worker and --cpus_per_worker must be 0 or more")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(f"--gpus_per_worker {self.gpus_per_worker}: above 1 it must be a whole number")
         if self.name and len(self.name) != len(self.dataset):
             raise ValueError(
                 f"--name is given {len(self.name)} times and --dataset {len(self.dataset)} times: each data set"

@@ -23,6 +23,8 @@ MODEL = "--local --model tiny --quantization none --device cpu --sequence_length
 
 def main(arguments: list[str]) -> int:
     """Capture and report; the status of the first job that fails, else 0."""
+    if arguments:
+        raise ValueError(f"the demo has no options, and {arguments[0]!r} was given: python jobs/capture.py has them")
     started = time.monotonic()
     for text, documents in TEXTS.items():
         options = ["--dataset", text, "--limit_documents", str(documents), "--store", str(STORE)]

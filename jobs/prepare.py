@@ -117,6 +117,7 @@ class Run:
                 dtype=config.dtype,
                 quantize_gates=config.quantize_gates,
                 device=self.device,
+                gpus=max(1, int(config.gpus_per_worker)) if self.device == "cuda" else 1,
             ),
             device=self.device,
             batch_tokens=self.batch_tokens,

@@ -122,3 +122,18 @@ def test_a_lost_device_ends_its_process_and_another_one_goes_on_with_the_same_by
     commits = [json.loads(path.read_text()) for path in stores[0].glob("*/expert/commits/*.json")]
     assert len({commit["worker"] for commit in commits}) == 2
     assert coverage(stores[0], "demo-prose").complete
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none", "int8"])
+def test_a_model_over_two_gpus_chooses_as_on_one(quantization: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    from workers.engine import load_engine
+
+    one, two = (load_engine("tiny", quantization=quantization, device="cuda", gpus=gpus) for gpus in (1, 2))
+    places = [layer.input_layernorm.weight.device.index for layer in two.model.layers]
+    assert places == [0, 0, 0, 0, 1, 1, 1, 1]
+    random = np.random.default_rng(0)
+    token, length = random.integers(0, 32_000, (16, 512), dtype=np.int32), random.integers(1, 513, 16)
+    for found, wanted in zip(two.route(token, length), one.route(token, length), strict=True):
+        np.testing.assert_array_equal(found, wanted)

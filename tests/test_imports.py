@@ -20,13 +20,14 @@ MAY_IMPORT = {
 }
 HEAVY = ("torch", "transformers", "ray", "bitsandbytes", "accelerate", "datasets")
 LOAD_MODELS = {
+    "jobs/train_tiny.py",
     "workers/chat.py",
     "workers/checkpoint.py",
     "workers/description.py",
     "workers/loading.py",
     "workers/quantizer.py",
 }
-"""The modules that may name transformers: those that describe, load and quantize a model, and its chat template."""
+"""The modules that may name transformers: those that describe, load, quantize and train a model, and chat templates."""
 SCRIPTS = sorted(
     path.stem for path in (ROOT / "jobs").glob("*.py") if "\nif __name__ ==" in path.read_text(encoding="utf-8")
 )
@@ -181,6 +182,7 @@ TYPOS = {
     "query": (["s.zarr", "--tokne", "x"], "--token"),
     "validate": (["m", "--gihtub", "x"], "--github"),
     "quantize": (["tiny", "out", "--quantisation", "nf4"], "--quantization"),
+    "train_tiny": (["out", "--setps", "3"], "--steps"),
 }
 
 

@@ -21,10 +21,10 @@ from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from workers import quantizer
-from workers.checkpoint import Checkpoint, fingerprint
-from workers.description import estimate_checkpoint
+from workers.checkpoint import Checkpoint, find_checkpoint, fingerprint
+from workers.description import build_skeleton, estimate_checkpoint
 from workers.engine import ModelEngine
-from workers.loading import LoadedModel, describe_model, estimate_bytes, load_model
+from workers.loading import LoadedModel, describe_model, estimate_bytes, layer_devices, load_model
 from workers.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -432,6 +432,21 @@ def test_rows_that_end_within_a_block_are_refused_on_a_cpu(tmp_path: Path) -> No
     load_model(tmp_path, quantization="none", device="cpu")
 
 
+def test_layers_are_spread_over_gpus_in_equal_parts_and_in_order(tiny: Path) -> None:
+    skeleton = build_skeleton(find_checkpoint(tiny, None, weights=False), torch.float32)
+    gpus = [torch.device("cuda", number) for number in range(3)]
+    placed = layer_devices(skeleton, gpus)
+    assert [placed[f"layers.{layer}"].index for layer in range(LAYERS)] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert {name: device.index for name, device in placed.items() if not name.startswith("layers.")} == {
+        "embed_tokens": 0,
+        "norm": 0,
+        "rotary_emb": 0,
+    }
+    assert layer_devices(skeleton, gpus[:1]) == {"": gpus[0]}
+    with pytest.raises(ValueError, match="2 GPUs from cpu on: there must be one or more"):
+        load_model(tiny, device="cpu", gpus=2)
+
+
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
@@ -495,6 +510,7 @@ def find_elsewhere(environment: dict[str, str], model: str, wanted: str, revisio
 def test_a_hub_model_is_resolved_to_its_commit_fetched_and_found_again_offline(tiny: Path, tmp_path: Path) -> None:
     files = {file.name: file.read_bytes() for file in tiny.iterdir()}
     strangers = {
+        "README.md": files.pop("README.md"),
         "consolidated.safetensors": b"x",
         "original/model.safetensors": b"x",
         "pytorch_model.bin": b"x",

@@ -37,7 +37,7 @@ class Forward:
         self.model: Any = model
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.head = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self._buffers: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, int, int, torch.device], torch.Tensor] = {}
 
     def __call__(self, input_ids: torch.Tensor, **ignored: Any) -> None:
         """Run the layers; hooks on the routers take what they want, and may end it.
@@ -55,6 +55,10 @@ class Forward:
         first = layers[0].input_layernorm
         normed_TH = add_norm(residual_TH, first.weight, first.variance_epsilon)
         for layer, following in pairwise([*layers, None]):
+            if (here := layer.input_layernorm.weight.device) != residual_TH.device:  # the layers are on several GPUs
+                residual_TH, normed_TH, cos_PD, sin_PD = (
+                    part.to(here) for part in (residual_TH, normed_TH, cos_PD, sin_PD)
+                )
             mixed_TH = self._attention(layer.self_attn, normed_TH, cos_PD, sin_PD)
             norm = layer.post_attention_layernorm
             normed_TH = add_norm(residual_TH, norm.weight, norm.variance_epsilon, mixed_TH)
@@ -62,8 +66,8 @@ class Forward:
             if following is None:
                 return
             rows_SH, slot_TK = self._experts(layer.mlp.experts, normed_TH, expert_TK)
-            norm = following.input_layernorm
-            normed_TH = add_norm(residual_TH, norm.weight, norm.variance_epsilon, rows_SH, slot_TK, weight_TK)
+            norm, scale_H = following.input_layernorm, following.input_layernorm.weight.to(residual_TH.device)
+            normed_TH = add_norm(residual_TH, scale_H, norm.variance_epsilon, rows_SH, slot_TK, weight_TK)
 
     def _attention(
         self, attention: Any, normed_TH: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor
@@ -114,7 +118,7 @@ class Forward:
         """4-bit matrices one below the other, in the compute dtype; in a buffer that the next ones take."""
         rows, columns = sum(linear.out_features for linear in linears), linears[0].in_features
         weight = linears[0].weight
-        key = (place, rows, columns)
+        key = (place, rows, columns, weight.device)
         if key not in self._buffers:
             self._buffers[key] = torch.empty(rows, columns, dtype=weight.quant_state.dtype, device=weight.device)
         start = 0

@@ -9,7 +9,7 @@ Does not know tokens, hooks or stores. Files come from `workers.checkpoint`, sha
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -70,6 +70,7 @@ def load_model(
     dtype: str | None = None,
     quantize_gates: bool = False,
     device: str | torch.device = "cuda",
+    gpus: int = 1,
 ) -> LoadedModel:
     """Load a model for capturing, and prove that it was loaded as asked.
 
@@ -88,7 +89,9 @@ def load_model(
     quantize_gates
         Round the routers' weights to `quantization` too, as transformers 4 does unless told otherwise.
     device
-        Where the whole model goes.
+        Where the model goes.
+    gpus
+        Over how many GPUs its layers are spread, from `device` on: more than one where one is too small.
 
     Raises
     ------
@@ -100,14 +103,15 @@ def load_model(
     computed_in = compute_dtype(target.type, dtype)
     description = describe_checkpoint(checkpoint, quantization, target.type, computed_in, quantize_gates=quantize_gates)
     weight_bytes = estimate_checkpoint(checkpoint, quantization, computed_in)
-    if target.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(target)
-        if free_bytes < weight_bytes:
+    devices = _devices(target, gpus)
+    for each in devices if target.type == "cuda" else ():
+        free_bytes, _ = torch.cuda.mem_get_info(each)
+        if free_bytes < weight_bytes // gpus:
             raise ValueError(
-                f"{checkpoint.model} in {quantization} needs {weight_bytes:,} bytes for its weights, and "
-                f"{target} has {free_bytes:,} free; use a larger card or a smaller quantization"
+                f"{checkpoint.model} in {quantization} needs {weight_bytes // gpus:,} bytes for its weights, and "
+                f"{each} has {free_bytes:,} free; use a larger card, more of them, or a smaller quantization"
             )
-    loaded = _from_pretrained(checkpoint, description, target, computed_in)
+    loaded = _from_pretrained(checkpoint, description, devices, computed_in)
     loaded.eval().requires_grad_(False)
     routers = find_routers(loaded)
     assert list(routers) == description["layers"], (list(routers), description["layers"])
@@ -128,6 +132,7 @@ def load_model(
             "quantization_block": BLOCK if quantization in FOUR_BITS else None,
             "quantized_expert_matrices": quantized,
             "weight_bytes": weight_bytes,
+            "gpus": gpus if target.type == "cuda" else 0,
             "quantized_from": read_config(checkpoint.folder).get("quantized_from"),
         },
     )
@@ -145,8 +150,38 @@ def usable_device(device: str | torch.device) -> torch.device:
     return target
 
 
+def _devices(first: torch.device, gpus: int) -> list[torch.device]:
+    """So many devices from the first on."""
+    if gpus == 1:
+        return [first]
+    if gpus < 1 or first.type != "cuda":
+        raise ValueError(f"{gpus} GPUs from {first} on: there must be one or more")
+    start, there = first.index or 0, torch.cuda.device_count()
+    if start + gpus > there:
+        raise ValueError(f"{gpus} GPUs from {first} on were asked for, and torch sees {there}")
+    return [torch.device("cuda", start + number) for number in range(gpus)]
+
+
+def layer_devices(skeleton: nn.Module, devices: Sequence[torch.device]) -> dict[str, torch.device]:
+    """Which module goes where, as transformers' `device_map`: layers in equal parts, all else with the first ones.
+
+    Raises
+    ------
+    ValueError
+        When the model has more than one stack of layers, or its routers are in none.
+    """
+    if len(devices) == 1:
+        return {"": devices[0]}
+    stacks = {name: child for name, child in skeleton.named_children() if isinstance(child, nn.ModuleList)}
+    if list(stacks) != ["layers"]:
+        raise ValueError(f"{type(skeleton).__name__} is not spread over GPUs: its stacks of layers are {list(stacks)}")
+    placed = {name: devices[0] for name, _ in skeleton.named_children() if name != "layers"}
+    many = len(stacks["layers"])
+    return placed | {f"layers.{number}": devices[number * len(devices) // many] for number in range(many)}
+
+
 def _from_pretrained(
-    checkpoint: Checkpoint, description: ModelDescription, target: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, description: ModelDescription, devices: Sequence[torch.device], dtype: torch.dtype
 ) -> Any:
     """Run transformers' own loader, with experts that can be quantized, and read its report."""
     quantization = description["quantization"]
@@ -165,7 +200,7 @@ def _from_pretrained(
                 checkpoint.folder,
                 config=config,
                 quantization_config=settings,
-                device_map={"": target},
+                device_map=layer_devices(skeleton, devices),
                 dtype=dtype,
                 attn_implementation=description["attention"],
                 experts_implementation="eager" if quantization != "none" else description["expert_backend"],

@@ -116,7 +116,7 @@ class RouteRecorder:
         self._choices: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._finite: dict[int, torch.Tensor] = {}
         self._again: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._sample = torch.zeros(0, dtype=torch.long)
+        self._sample = torch.zeros(0, dtype=torch.long)  # on the device where the model begins, as all that is kept
         self._fired: list[int] = []
         self._batches = self._tokens = 0
 
@@ -183,9 +183,11 @@ class RouteRecorder:
             experts_TK, weights_TK = _of_layer(layer, output, self.k)
             if len(experts_TK) != self._tokens:  # told at once: the layer's experts would fail on it
                 raise RoutingError(f"layer {layer}: its router chose for {len(experts_TK)} tokens of {self._tokens}")
-            self._choices[layer].append((experts_TK, weights_TK))
-            self._finite[layer] = _finite(output)
-            self._again[layer] = self._asked_again(layer, args[0].reshape(-1, args[0].shape[-1])[self._sample])
+            home, hidden_TH = self._sample.device, args[0].reshape(-1, args[0].shape[-1])
+            self._choices[layer].append((experts_TK.to(home), weights_TK.to(home)))
+            self._finite[layer] = _finite(output).to(home)
+            experts_SK, weights_SK = self._asked_again(layer, hidden_TH[self._sample.to(hidden_TH.device)])
+            self._again[layer] = experts_SK.to(home), weights_SK.to(home)
             if last:
                 raise _LastRouterDone
 

@@ -44,11 +44,14 @@ def command(model: Path, store: Path, documents: int, *how: str) -> list[str]:
 
 
 class Card:
-    """What the driver tells of the card while the block runs: seconds, percent of time with a kernel, MiB in use."""
+    """What the driver tells of a card while the block runs: seconds, percent of time with a kernel, MiB in use."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
 
     def __enter__(self) -> "Card":
         pynvml.nvmlInit()
-        self.handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        self.handle = pynvml.nvmlDeviceGetHandleByIndex(self.index)
         self.samples: list[tuple[float, int, int]] = []
         self.done = threading.Event()
         self.reader = threading.Thread(target=self._read, daemon=True)
