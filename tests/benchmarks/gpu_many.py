@@ -94,7 +94,8 @@ def submitted(
     """Submit a capture, watch it to its end, and read its store back."""
     capture = [sys.executable, str(ROOT / "jobs" / "capture.py"), "--model", str(model), "--dataset", text]
     capture += ["--limit_documents", str(documents), "--rows_per_shard", str(ROWS_PER_SHARD), "--store", str(store)]
-    command = [*RAY, "job", "submit", "--", *capture, "--name", "text", "--workers", str(workers)]
+    capture += ["--name", "text", "--workers", str(workers), "--cpus_per_worker", "0.25"]  # the head has two
+    command = [*RAY, "job", "submit", "--", *capture]
     environment = {**head.environment, "RAY_ADDRESS": head.dashboard}
     commits, first, killed = store / "text" / "expert" / "commits", None, None
     started = time.monotonic()
