@@ -237,10 +237,11 @@ def _specialist(each: Answers, apart: xr.Dataset) -> str:
     cell = own.isel(least.argmax(("layer", "expert")))
     reach, difference = float(cell["share"]), float(cell["difference"])
     low, high = (100 * float(cell[f"difference_{end}"]) for end in ("low", "high"))
+    even = each.load.attrs["null"] * each.load.sizes["k"]
     return (
         f"{head} Its specialist is expert {int(cell['expert'])} at layer {int(cell['layer'])}: {reach:.0%} of them"
-        f" reach it, against {reach - difference:.0%} in the other data sets (a difference of {low:.0f} to {high:.0f}"
-        f" points, 95 % of resampled documents; {each.load.attrs['null'] * each.load.sizes['k']:.0%} would be even)."
+        f" reach it, and {reach - difference:.0%} in the other data sets ({low:.0f} to {high:.0f} points apart, 95 %"
+        f" interval over documents; {even:.0%} would be even)."
     )
 
 

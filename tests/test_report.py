@@ -87,7 +87,7 @@ def test_a_planted_specialist_is_named_with_its_shares_and_swapping_the_data_set
     assert len(said) == 3
     assert "other: " in said[1]
     assert "Its specialist is expert 6 at layer 4: 6" in said[1]
-    numbers = re.search(r"(\d+)% of them reach it, against (\d+)% in .* of (\d+) to (\d+) points", said[1])
+    numbers = re.search(r"(\d+)% of them reach it, and (\d+)% in .* \((\d+) to (\d+) points apart", said[1])
     reach, usual, low, high = map(int, numbers.groups())
     assert low < reach - usual < high
     assert reach == pytest.approx(100 * (1 / 4 + 0.5 * 3 / 4), abs=3)
