@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 The demo took {time.monotonic() - started:.0f} s. The report: {REPORT}
 What to type next:
   {python} jobs/status.py demo.zarr
-  {python} jobs/query.py demo.zarr --token "▁the" --layer 4
+  {python} jobs/query.py demo.zarr/demo-code --token "▁return" --layer 2
   {python} -c "import store; print(store.open_capture('demo.zarr', 'demo-code'))"
   {python} jobs/capture.py --local --model tiny --dataset README.md --store demo.zarr""")
     return 0
