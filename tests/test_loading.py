@@ -432,6 +432,17 @@ def test_rows_that_end_within_a_block_are_refused_on_a_cpu(tmp_path: Path) -> No
     load_model(tmp_path, quantization="none", device="cpu")
 
 
+def test_a_model_that_does_not_fit_is_told_with_what_to_do(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 112.00 MiB. GPU 0 has a total capacity of …"
+        )
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", full)
+    with pytest.raises(ValueError, match=r"tiny-mixtral in nf4 does not fit on cpu: CUDA out of memory; .*gpus_per"):
+        load_model(tiny, device="cpu")
+
+
 def test_layers_are_spread_over_gpus_in_equal_parts_and_in_order(tiny: Path) -> None:
     skeleton = build_skeleton(find_checkpoint(tiny, None, weights=False), torch.float32)
     gpus = [torch.device("cuda", number) for number in range(3)]

@@ -5,7 +5,8 @@ T tokens in B rows of P positions, K choices a token, S = T·K slots sorted by e
 transformers loads the model and owns its weights; here they are applied in another order: no mask, no cache, no head.
 A 4-bit matrix is dequantized into one buffer, just before its product; an expert's two first matrices are one
 product. What lies between the products is fused (`workers.kernels`). The routers are called as modules, so that hooks
-on them see what they always saw. One synchronization a layer: how many slots each expert has.
+on them see what they always saw. One synchronization a layer: how many slots each expert has. Where the layers lie on
+several GPUs, the hidden states go from one to the next.
 
 Deterministic: no atomic additions; each product's shape depends on the micro-batch alone.
 """

@@ -210,8 +210,14 @@ def _from_pretrained(
                 ignore_mismatched_sizes=True,  # reported below, with names, instead of raised without
                 output_loading_info=True,
             )
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{checkpoint.model} in {quantization} does not fit on {', '.join(map(str, devices))}: "
+                f"{str(error).split('. ')[0]}; use a larger card, more of them (--gpus_per_worker), or a smaller "
+                "quantization"
+            ) from error
         except RuntimeError as error:
-            if type(error) is not RuntimeError:  # out of memory and a lost GPU are other matters
+            if type(error) is not RuntimeError:  # a lost GPU is another matter
                 raise
             # Experts that differ in shape cannot be fused.
             raise ValueError(f"{checkpoint.folder} could not be loaded ({_versions()}): {error}") from error
