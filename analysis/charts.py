@@ -2,20 +2,21 @@
 
 Promises: every title states the quantity and its unit, every subtitle n and the null; colours are safe for
 colour-blind readers and name roles ("diverging", "ramp"), so that `theme` alone decides light or dark; the marks
-that carry the numbers are named (`CELLS`, `LINKS`, `TOKENS`), one a row of the chart's data. No files, no network.
-Does not know stores: it draws what the metrics return.
+that carry the numbers are named (`CELLS`, `LINKS`, `TOKENS`, `POINTS`), one a row of the chart's data. No files, no
+network. Does not know stores: it draws what the metrics return.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
 import numpy as np
 import xarray as xr
 
-CELLS, LINKS, TOKENS = "cells", "links", "tokens"  # names of the marks that carry a chart's numbers
+# Names of the marks that carry a chart's numbers.
+CELLS, LINKS, TOKENS, POINTS = "cells", "links", "tokens", "points"
 MAX_LINKS = 2_000  # drawn links a chart: the page stays small and fast; arbitrary
 STRONG_LINK = 0.5  # share of an expert's tokens at which a link is drawn in full strength; arbitrary
 STRONG_LIFT = 8.0  # lift at which a token is coloured in full strength; arbitrary
@@ -30,6 +31,7 @@ _LIGHT: Mapping[str, Any] = {
     "accent": "#b4530a",
     "diverging": ["#1f5fa8", "#6aa0d8", "#c3d9ef", "#f3f2ef", "#f6cfa3", "#e08a35", "#a8480a"],
     "ramp": ["#f3f2ef", "#f6cfa3", "#e9a75c"],
+    "category": ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#5b6472", "#7b3294"],
 }
 _DARK: Mapping[str, Any] = {
     "ink": "#e8eaee",
@@ -38,6 +40,7 @@ _DARK: Mapping[str, Any] = {
     "accent": "#f2a14e",
     "diverging": ["#8cc4ff", "#4d8fd6", "#2c5079", "#252a34", "#72471d", "#c77a2a", "#ffbe73"],
     "ramp": ["#252a34", "#553a20", "#875520"],
+    "category": ["#56b4e9", "#f0903c", "#2ec49a", "#e29cc4", "#e6c229", "#a3c9ff", "#a3acba", "#c39bd3"],
 }
 
 
@@ -82,7 +85,7 @@ def theme(dark: bool = False) -> dict[str, Any]:
         "rule": {"color": colour["accent"]},
         "circle": {"color": colour["ink"], "opacity": 1},
         "text": {"color": colour["ink"], "fontSize": 12},
-        "range": {"diverging": colour["diverging"], "ramp": colour["ramp"], "heatmap": colour["ramp"]},
+        "range": {name: colour[name] for name in ("diverging", "ramp", "category")} | {"heatmap": colour["ramp"]},
     }
 
 
@@ -338,6 +341,190 @@ def token_chart(tokens: xr.Dataset) -> alt.LayerChart:
             height=24 * tokens.sizes["expert"],
             description="The first tokens of each expert at one layer.",
         )
+    )
+    assert isinstance(chart, alt.LayerChart)
+    return chart
+
+
+def layer_lines(
+    values: Mapping[str, xr.DataArray],
+    *,
+    title: str,
+    subtitle: Sequence[str],
+    unit: str,
+    null: float | None = None,
+    by_chance: Mapping[str, xr.DataArray] | None = None,
+    interval: Mapping[str, tuple[xr.DataArray, xr.DataArray]] | None = None,
+) -> alt.LayerChart:
+    """One number a layer, a line for each data set.
+
+    Parameters
+    ----------
+    values : mapping of str to xr.DataArray
+        Over `layer`, by data set.
+    title, subtitle, unit : str
+        What the number is; n and the null; the unit on the axis.
+    null : float, optional
+        What there would be by chance, at every layer: a dashed rule.
+    by_chance : mapping of str to xr.DataArray, optional
+        The same by layer and data set: dashed lines.
+    interval : mapping of str to pair of xr.DataArray, optional
+        Ends by layer and data set: bands.
+    """
+    rows: list[dict[str, Any]] = []
+    for label, series in values.items():
+        for at, layer in enumerate(series["layer"].values):
+            row = {"data_set": visible(label), "layer": int(layer), "value": _round(float(series.values[at]))}
+            if by_chance is not None:
+                row["by_chance"] = _round(float(by_chance[label].values[at]))
+            if interval is not None:
+                row |= {
+                    end: _round(float(of.values[at])) for end, of in zip(("low", "high"), interval[label], strict=True)
+                }
+            rows.append(row)
+    layers = sorted({row["layer"] for row in rows})
+    x = (
+        alt.X("layer:O", title="layer")
+        .scale(domain=layers, type="point", padding=0.5)
+        .axis(labelAngle=0, values=layers[:: -(-len(layers) // 16)])
+    )
+    legend = alt.Legend(orient="bottom", title=None) if len(values) > 1 else None
+    colour = alt.Color(
+        "data_set:N", sort=[visible(label) for label in values], scale=alt.Scale(range="category"), legend=legend
+    )
+    tooltip = [alt.Tooltip("data_set:N", title="data set"), alt.Tooltip("layer:O")]
+    tooltip += [
+        alt.Tooltip(f"{name}:Q", title=told)
+        for name, told in {"value": unit, "by_chance": "by chance", "low": "95 % from", "high": "to"}.items()
+        if any(name in row for row in rows)
+    ]
+    base = alt.Chart(alt.InlineData(values=rows)).encode(x=x, color=colour)
+    y = alt.Y("value:Q", title=unit).scale(zero=False)
+    drawn = [base.mark_circle(size=45).encode(y=y, tooltip=tooltip).properties(name=POINTS)]
+    drawn.append(base.mark_line(strokeWidth=1.8, aria=False).encode(y=y))
+    if interval is not None:
+        drawn.append(base.mark_area(opacity=0.15, aria=False).encode(y=alt.Y("low:Q", title=unit), y2="high:Q"))
+    if by_chance is not None:
+        dashed = base.mark_line(strokeWidth=1.2, strokeDash=[4, 3], aria=False)
+        drawn.append(dashed.encode(y=alt.Y("by_chance:Q", title=unit)))
+    if null is not None:
+        rule = alt.Chart(alt.InlineData(values=[{"null": null}])).mark_rule(strokeDash=[4, 3], aria=False)
+        drawn.append(rule.encode(y=alt.Y("null:Q", title=unit)))
+    chart = alt.layer(*drawn).properties(
+        title=alt.Title(title, subtitle=list(subtitle)),
+        width="container",
+        height=210,
+        description=f"{title}, by layer.",
+    )
+    assert isinstance(chart, alt.LayerChart)
+    return chart
+
+
+def contrast_heatmap(apart: xr.Dataset, data_set: str, *, spread: float) -> alt.Chart:
+    """By how much more of a data set's tokens reach each expert than of the others'; pale where that may be chance.
+
+    Parameters
+    ----------
+    apart : xr.Dataset
+        From `analysis.contrast.contrast`.
+    data_set : str
+        One of its data sets.
+    spread : float
+        Difference of full colour, as a share of tokens.
+    """
+    own = apart.sel(data_set=data_set).drop_dims("other_data_set").transpose("layer", "expert")
+    names = ("share", "difference", "difference_low", "difference_high")
+    values = {name: own[name].values for name in names} | {"q": own["difference_q"].values}
+    rows = [
+        {
+            "layer": int(layer),
+            "expert": int(expert),
+            **{name: _percent(values[name][at, e]) for name in names},
+            "q": _round(float(values["q"][at, e])),
+        }
+        for at, layer in enumerate(own["layer"].values)
+        for e, expert in enumerate(own["expert"].values)
+    ]
+    domain = [-100 * spread, 0, 100 * spread]
+    colour = (
+        alt.Color("difference:Q", title="more than the others, points")
+        .scale(domain=domain, range="diverging", interpolate="rgb", clamp=True)
+        .legend(orient="bottom", format=".3~g", values=domain, gradientLength=180)
+    )
+    n = apart.attrs["documents"][data_set]
+    chart: alt.Chart = (
+        alt.Chart(alt.InlineData(values=rows), name=CELLS)
+        .mark_rect(cornerRadius=2)
+        .encode(
+            x=_experts("expert", own.sizes["expert"]),
+            y=alt.Y("layer:O", title="layer").scale(paddingInner=0.08),
+            color=colour,
+            opacity=alt.condition("datum.q <= 0.05", alt.value(1), alt.value(0.3)),
+            tooltip=[
+                alt.Tooltip("layer:O"),
+                alt.Tooltip("expert:O"),
+                alt.Tooltip("share:Q", title="of its tokens, %"),
+                alt.Tooltip("difference:Q", title="more than the others, points"),
+                alt.Tooltip("difference_low:Q", title="95 % from"),
+                alt.Tooltip("difference_high:Q", title="to"),
+                alt.Tooltip("q:Q", title="q by shuffling"),
+            ],
+        )
+        .properties(
+            title=alt.Title(
+                "Tokens that reach the expert, difference in points",
+                subtitle=[f"n = {n:,} documents; 0 is neutral, pale where q > 0.05"],
+            ),
+            width="container",
+            height=_step(own.sizes["layer"]) * own.sizes["layer"],
+            description=f"Heat map of how many more tokens of {visible(data_set)} reach each expert.",
+        )
+    )
+    return chart
+
+
+def cache_chart(caches: Mapping[str, xr.Dataset]) -> alt.LayerChart:
+    """Hit rate by cache size, mean over layers.
+
+    Parameters
+    ----------
+    caches : mapping of str to xr.Dataset
+        From `analysis.caching.cache_hits`, by data set.
+    """
+    rows = [
+        {
+            "data_set": visible(label),
+            "policy": str(policy),
+            "cache_size": int(size),
+            "hit_rate": _percent(found["hit_rate"].sel(policy=policy, cache_size=size).mean()),
+            "by_chance": _percent(found["null"].sel(policy=policy, cache_size=size)),
+        }
+        for label, found in caches.items()
+        for policy in found["policy"].values
+        for size in found["cache_size"].values
+    ]
+    base = alt.Chart(alt.InlineData(values=rows)).encode(
+        x=alt.X("cache_size:O", title="experts of a layer that the cache holds").axis(labelAngle=0),
+        color=alt.Color(
+            "data_set:N", sort=[visible(label) for label in caches], scale=alt.Scale(range="category")
+        ).legend(orient="bottom", title=None),
+    )
+    y = alt.Y("hit_rate:Q", title="hit rate, %")
+    shape = alt.Shape("policy:N").legend(orient="bottom", title="policy")
+    tooltip = ["data_set:N", "policy:N", "cache_size:O", "hit_rate:Q", "by_chance:Q"]
+    points = base.mark_point(size=60, filled=True).encode(y=y, shape=shape, tooltip=tooltip).properties(name=POINTS)
+    lines = base.mark_line(strokeWidth=1.6, aria=False).encode(y=y, detail="policy:N")
+    chance = base.mark_line(strokeWidth=1.2, strokeDash=[4, 3], aria=False).encode(
+        y=alt.Y("by_chance:Q", title="hit rate, %"), detail="policy:N"
+    )
+    n = sum(found.attrs["n"] for found in caches.values())
+    chart = alt.layer(points, lines, chance).properties(
+        title=alt.Title(
+            "Expert cache: hit rate, %", subtitle=[f"n = {n:,} tokens; dashed: uniform independent routing"]
+        ),
+        width="container",
+        height=240,
+        description="Hit rate of expert caches by size, mean over layers.",
     )
     assert isinstance(chart, alt.LayerChart)
     return chart

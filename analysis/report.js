@@ -41,24 +41,48 @@
   // The count of a chart's rows, and its table while that is open.
   const showNumbers = (figure) => {
     const { kind, number } = figure.dataset;
-    const rows = rowsOf(kind, specs[kind][number]);
+    const rows = rowsOf(kind, specs[number]);
     figure.querySelector(".numbers summary").textContent = `The numbers (${rows.length} rows)`;
     if (figure.querySelector(".numbers").open) fillTable(figure, rows);
   };
 
+  // A value of CSV: quoted where it must be, and never a formula to a spreadsheet.
+  const csvValue = (value) => {
+    const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value ?? "");
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+
+  const save = async (figure, form, view) => {
+    const { kind, number } = figure.dataset;
+    const rows = rowsOf(kind, specs[number]);
+    const link = element("a");
+    link.download = `${kind}-${number}.${form}`;
+    if (form === "csv") {
+      const lines = [Object.keys(rows[0] ?? {}), ...rows.map(Object.values)].map((line) => line.map(csvValue).join(","));
+      link.href = URL.createObjectURL(new Blob([lines.join("\n") + "\n"], { type: "text/csv" }));
+    } else {
+      link.href = await view.toImageURL(form, form === "png" ? 3 : 1);
+    }
+    link.click();
+    URL.revokeObjectURL(link.href);
+  };
+
   const draw = async (figure) => {
     const { kind, number } = figure.dataset;
-    const spec = specs[kind][number];
+    const spec = specs[number];
     const options = {
       ast: true, // expressions are interpreted: the page's policy allows no code from text
       renderer: "svg",
       config: themes[dark.matches ? "dark" : "light"],
-      actions: { export: true, source: false, compiled: false, editor: false },
+      actions: false, // each figure has buttons
     };
     const { view } = await vegaEmbed(figure.querySelector(".chart"), spec, options);
     if (kind === "tokens") {
       views.push(view);
       await view.signal("layer", Number(picker.value)).runAsync();
+    }
+    for (const button of figure.querySelectorAll("[data-save]")) {
+      button.onclick = async () => save(figure, button.dataset.save, view);
     }
     figure.querySelector(".numbers").ontoggle = () => showNumbers(figure);
     showNumbers(figure);

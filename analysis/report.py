@@ -24,15 +24,20 @@ import xarray as xr
 from markupsafe import Markup
 
 from analysis import charts
+from analysis.caching import Caches
 from analysis.choices import Choices, transitions_of
+from analysis.confidence import Confidence
 from analysis.contrast import contrast_counts, contrast_of, count_documents
 from analysis.files import whole_file
-from analysis.load import Load
+from analysis.load import Load, balance_of
 from analysis.paths import MAX_WINDOWS, Windows
+from analysis.position import PositionLoad
+from analysis.repetition import Repetition
 from analysis.results import Runner, measure
 from analysis.scan import Reducer, accumulate, scan, sizes
-from analysis.tokens import TopTokens
+from analysis.tokens import TokenCounts, TopTokens
 from analysis.uncertainty import false_discovery
+from analysis.vocabulary import SampledRoutes, vocabulary_of
 from store import Coverage, coverage, dataset_names
 from store.reader import open_covered
 
@@ -42,6 +47,7 @@ TOKENS_LISTED = 8
 TOKEN_ROWS = 4_096  # tokens listed for a data set: twice Mixtral's 32 layers of 8 experts (arbitrary)
 TOKEN_MIN_COUNT = 20  # a lift of a rarer token is mostly luck (arbitrary)
 REPLICATES, REPLICATED = 999, 2**24  # of a contrast's bootstrap and shuffles; and numbers held for them (128 MiB)
+ROUTES_SAMPLED, NULL_DRAWS = 16_384, 50  # behind the null of specialization in words (arbitrary)
 SURE = 0.05  # largest share of false finds among what is told (Benjamini–Hochberg)
 TOKEN_SCORE = 6.0  # standard errors: of millions of independent tokens none would be told by chance (arbitrary)
 
@@ -58,6 +64,12 @@ class Answers:
     windows: xr.Dataset | None
     """None where the model has too few layers with experts."""
     tokens: xr.Dataset
+    words: xr.Dataset
+    """Vocabulary specialization."""
+    repetition: xr.Dataset
+    confidence: xr.Dataset
+    position: xr.Dataset
+    caches: xr.Dataset
     counts: xr.Dataset | None
     """For the contrast with the other data sets of this model; None where there is none."""
     documents: int
@@ -74,8 +86,16 @@ def answer(
 
     `documents` of each data set that this one, by its label, is contrasted with, itself included.
     """
-    top = TopTokens(token_layers(data), top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT)
-    reducers: dict[str, Reducer] = {"load": Load(), "choices": Choices(), "tokens": top}
+    reducers: dict[str, Reducer] = {
+        "load": Load(),
+        "choices": Choices(),
+        "token_counts": TokenCounts(token_layers(data)),
+        "routes": SampledRoutes(ROUTES_SAMPLED),
+        "repetition": Repetition(),
+        "confidence": Confidence(),
+        "position": PositionLoad(),
+        "caches": Caches(policies=("lru", "belady")),
+    }
     if size := window_layers(data):
         reducers["windows"] = Windows(size, WINDOWS_LISTED)
     if documents:
@@ -83,6 +103,8 @@ def answer(
         fitting = REPLICATED // (layers * experts * (1 + len(documents)))
         reducers["counts"] = contrast_counts(documents, label, min(REPLICATES, max(99, fitting)))
     found = dict(zip(reducers, (ask or partial(scan, data))(list(reducers.values())), strict=True))
+    table = found["token_counts"].assign_attrs(n=found["load"].attrs["n"])
+    routes = found["routes"].sel(layer=table["layer"])
     return Answers(
         label=label,
         state=state,
@@ -90,10 +112,19 @@ def answer(
         load=found["load"],
         moves=transitions_of(found["choices"]),
         windows=found.get("windows"),
-        tokens=found["tokens"],
+        tokens=_top_tokens(table, data),
+        words=vocabulary_of(table, routes, min_count=TOKEN_MIN_COUNT, draws=NULL_DRAWS),
+        **{name: found[name] for name in ("repetition", "confidence", "position", "caches")},
         counts=found.get("counts"),
         documents=count_documents(data),
     )
+
+
+def _top_tokens(counts: xr.Dataset, data: xr.Dataset) -> xr.Dataset:
+    """The tokens of each expert, from what was counted at some layers."""
+    top = TopTokens(top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT)
+    index = np.flatnonzero(np.isin(data["layer"].values, counts["layer"].values))
+    return top.finish({"count": counts["count"].values, "tokens": counts["tokens"].values, "index": index}, data)
 
 
 def window_layers(data: xr.Dataset) -> int:
@@ -173,26 +204,46 @@ def contrasted(captures: Mapping[str, xr.Dataset]) -> dict[str, int]:
     return alike if len(alike) > 1 else {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One chart of the page."""
+
+    kind: str
+    """What the page's script must know: "tokens" are of the layer that is chosen."""
+    caption: str
+    spec: dict[str, Any]
+    about: str
+    """Definition, estimator, null and source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Charts under one heading."""
+
+    id: str
+    title: str
+    reading: str
+    """How to read them."""
+    figures: list[Figure]
+
+
 def render(answers: Sequence[Answers]) -> str:
     """The page as one HTML text."""
     folder = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    spread = charts.load_spread(*(each.load for each in answers))
-    specs = {
-        "load": [_spec(charts.load_heatmap(each.load, spread=spread)) for each in answers],
-        "paths": [_spec(charts.path_chart(each.moves, each.load)) for each in answers],
-        "tokens": [_spec(charts.token_chart(each.tokens)) for each in answers],
-    }
+    apart = contrast_between(answers)
+    drawn = sections(answers, apart)
+    specs = [figure.spec for section in drawn for figure in section.figures]
     data = {"specs": specs, "themes": {"light": charts.theme(), "dark": charts.theme(dark=True)}}
     vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     scripts = [vega, (folder / "report.js").read_text(encoding="utf-8")]
     return environment.get_template("report.html.jinja").render(
         answers=answers,
+        sections=drawn,
         layers=sorted({int(number) for each in answers for number in each.tokens["layer"].values}),
-        layers_captured=len({int(number) for each in answers for number in each.load["layer"].values}),
-        sentences=sentences(answers),
+        sentences=sentences(answers, apart),
         windows=[_windows(each.windows) for each in answers],
         provenance=[json.dumps(dict(each.attrs), indent=1, default=str) for each in answers],
         data=_inert_json(data),
@@ -202,25 +253,248 @@ def render(answers: Sequence[Answers]) -> str:
     )
 
 
-def sentences(answers: Sequence[Answers]) -> list[str]:
+def contrast_between(answers: Sequence[Answers]) -> xr.Dataset | None:
+    """How the data sets of one model differ, as far as they were counted for it; None where fewer than two were."""
+    compared = {each.label: each for each in answers if each.counts is not None and each.load.attrs["n"]}
+    if len(compared) < 2:
+        return None
+    counts = {label: each.counts for label, each in compared.items() if each.counts is not None}
+    documents = {label: each.documents for label, each in compared.items()}
+    return contrast_of(counts, documents, next(iter(compared.values())).load.sizes["k"])
+
+
+def sections(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Section]:
+    """All charts, in the page's order."""
+    spread = charts.load_spread(*(each.load for each in answers))
+    listed = {int(number) for each in answers for number in each.tokens["layer"].values}
+    many = len({int(number) for each in answers for number in each.load["layer"].values})
+    some = f" (at {len(listed)} of {many} layers: all would make the page too large)" if len(listed) < many else ""
+    found = [
+        Section(
+            id="glance",
+            title="At a glance",
+            reading="One number a layer, a line for each data set; dashed is what chance gives.",
+            figures=_glance(answers, apart),
+        ),
+        Section(
+            id="load",
+            title="Load",
+            reading="How often each expert is one of a token's choices. Blue experts get less than an even share,"
+            " orange ones more; the colour scale is the same for all data sets.",
+            figures=[
+                Figure(
+                    kind="load",
+                    caption=each.label,
+                    spec=_spec(charts.load_heatmap(each.load, spread=spread)),
+                    about=_about(each.load),
+                )
+                for each in answers
+            ],
+        ),
+        Section(
+            id="tokens",
+            title="Tokens of each expert",
+            reading=f"The tokens that an expert gets most out of proportion{some}. ▁ is a space, <0x0A> a line feed.",
+            figures=[
+                Figure(
+                    kind="tokens",
+                    caption=each.label,
+                    spec=_spec(charts.token_chart(each.tokens)),
+                    about=_about(each.tokens),
+                )
+                for each in answers
+            ],
+        ),
+    ]
+    if apart is not None:
+        most = float(abs(apart["difference"]).max())
+        found.append(
+            Section(
+                id="domains",
+                title="Experts of each data set",
+                reading="By how many points more of a data set's tokens reach an expert than of the others' on average."
+                " Pale cells may be chance: documents were shuffled between the data sets.",
+                figures=[
+                    Figure(
+                        kind="domains",
+                        caption=label,
+                        spec=_spec(charts.contrast_heatmap(apart, label, spread=max(most, 0.05))),
+                        about=_about(apart),
+                    )
+                    for label in apart["data_set"].values.tolist()
+                ],
+            )
+        )
+    paths = [
+        Figure(
+            kind="paths",
+            caption=each.label,
+            spec=_spec(charts.path_chart(each.moves, each.load)),
+            about=_about(each.moves),
+        )
+        for each in answers
+    ]
+    return [
+        *found,
+        Section(
+            id="paths",
+            title="Paths",
+            reading="From each expert to the experts that the same tokens choose first at the next layer. Only links"
+            " above chance are drawn, the stronger the further above; a circle is as large as its share of the first"
+            " choices.",
+            figures=paths,
+        ),
+        Section(
+            id="confidence",
+            title="Router confidence",
+            reading="How sure the routers are: near 1 the first choice has all the weight, at 1/k all choices have the"
+            " same; the margin is the first weight less the second, and small margins are what rounding turns around.",
+            figures=[
+                _lines(
+                    {each.label: each.confidence["mean_first"] for each in answers},
+                    "Weight of the first choice, mean",
+                    "weight",
+                    [each.confidence for each in answers],
+                    "tokens",
+                ),
+                _lines(
+                    {each.label: each.confidence["mean_margin"] for each in answers},
+                    "Margin of the first choice over the second, mean",
+                    "weight",
+                    [each.confidence for each in answers],
+                    "tokens",
+                ),
+            ],
+        ),
+        Section(
+            id="position",
+            title="Position",
+            reading="What a token's place in its row tells of its experts: 0 where experts do not mind the place.",
+            figures=[
+                _lines(
+                    {each.label: each.position["mutual_information"] for each in answers},
+                    "Position and expert, mutual information in bits",
+                    "bits",
+                    [each.position for each in answers],
+                    "tokens",
+                    null=0.0,
+                )
+            ],
+        ),
+        Section(
+            id="caching",
+            title="Caching",
+            reading="How often an expert that is needed is already in a cache, mean over layers: LRU evicts the least"
+            " recently used one, and Belady, which knows the future, bounds what any policy can reach.",
+            figures=[
+                Figure(
+                    kind="lines",
+                    caption="all data sets",
+                    spec=_spec(charts.cache_chart({each.label: each.caches for each in answers})),
+                    about=_about(answers[0].caches),
+                )
+            ],
+        ),
+    ]
+
+
+def _glance(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:
+    """The first screen: words, data sets, neighbours, load."""
+    figures = [
+        _lines(
+            {each.label: each.words["specialization"] for each in answers},
+            "Words: share of a token that its main expert gets",
+            "mean over tokens",
+            [each.words for each in answers],
+            "occurrences of tokens seen 20 times or more",
+            by_chance={each.label: each.words["null"] for each in answers},
+        )
+    ]
+    if apart is not None:
+        name = "between data sets"
+        figures.append(
+            _lines(
+                {name: apart["divergence_corrected"]},
+                "Data sets: how far apart their loads are, in bits",
+                "bits",
+                [apart.assign_attrs(n=sum(apart.attrs["documents"].values()))],
+                "documents; 95 % interval over documents",
+                null=0.0,
+                interval={name: (apart["divergence_low"], apart["divergence_high"])},
+            )
+        )
+    repeated = answers[0].repetition["first_repeated"]
+    balances = {each.label: balance_of(each.load) for each in answers}
+    return [
+        *figures,
+        _lines(
+            {each.label: each.repetition["first_repeated"].isel(lag=0) for each in answers},
+            "Neighbours: share with the same first expert",
+            "share of pairs",
+            [each.repetition for each in answers],
+            "pairs of neighbours",
+            null=repeated.attrs["null"],
+        ),
+        _lines(
+            {label: balance["effective_experts"] for label, balance in balances.items()},
+            "Load: experts in effective use, of each layer",
+            "experts",
+            list(balances.values()),
+            "tokens",
+            null=float(answers[0].load.sizes["expert"]),
+        ),
+    ]
+
+
+def _lines(
+    values: Mapping[str, xr.DataArray],
+    title: str,
+    unit: str,
+    results: Sequence[xr.Dataset],
+    counted: str,
+    *,
+    null: float | None = None,
+    by_chance: Mapping[str, xr.DataArray] | None = None,
+    interval: Mapping[str, tuple[xr.DataArray, xr.DataArray]] | None = None,
+) -> Figure:
+    """One number a layer for all data sets, what it comes from, and what was counted for it."""
+    told = [f"n = {sum(result.attrs['n'] for result in results):,} {counted}"]
+    if by_chance is not None:
+        told.append("dashed: by chance")
+    elif null is not None:
+        told.append(f"dashed: {null:.3g}, by chance or even")
+    drawn = charts.layer_lines(
+        values,
+        title=title,
+        subtitle=told,
+        unit=unit,
+        null=null,
+        by_chance=by_chance,
+        interval=interval,
+    )
+    return Figure(kind="lines", caption="all data sets", spec=_spec(drawn), about=_about(results[0]))
+
+
+def _about(result: xr.Dataset) -> str:
+    """Definition, estimator, null and source, as a result carries them."""
+    told = {name: result.attrs.get(name) for name in ("definition", "estimator", "null", "source")}
+    return " ".join(f"{name.capitalize()}: {text}." for name, text in told.items() if text not in (None, "-"))
+
+
+def sentences(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[str]:
     """What was measured, in words computed from the data."""
     captured = [each for each in answers if each.load.attrs["n"]]
-    compared = {each.label: each for each in captured if each.counts is not None}
-    apart = None
-    if len(compared) > 1:
-        counts = {label: each.counts for label, each in compared.items() if each.counts is not None}
-        documents = {label: each.documents for label, each in compared.items()}
-        apart = contrast_of(counts, documents, captured[0].load.sizes["k"])
+    compared = [] if apart is None else [each for each in captured if each.label in apart["data_set"].values]
     said = []
     for each in answers:
         if each not in captured:
             said.append(f"{each.label}: no token is captured yet.")
-        elif apart is not None and each.label in compared:
+        elif apart is not None and each in compared:
             said.append(_specialist(each, apart))
         else:
             said.append(f"{each.label}: {each.load.attrs['n']:,} tokens. {_busiest([each])}")
     if apart is not None:
-        said.append(_busiest(list(compared.values())))
+        said.append(_busiest(compared))
     return said + [sentence for sentence in [_token(captured)] if sentence]
 
 

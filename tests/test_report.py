@@ -40,14 +40,30 @@ def answers_of(label, **options):
     return report.answer(data, state_of(data, options.get("missing", ())), label)
 
 
-def contrasted(**captures):
-    """The report's answers about captures that are compared with each other."""
-    captures = {label: data.assign_attrs(model="m") for label, data in captures.items()}
-    documents = report.contrasted(captures)
+def contrasted(missing=(), **captures):
+    """The report's answers about captures that are compared with each other; the last one lacks some shards."""
+    captures = {label: data.assign_attrs(model="m", quantization="nf4") for label, data in captures.items()}
+    documents, last = report.contrasted(captures), list(captures)[-1]
     return [
-        report.answer(data, state_of(data), label, documents=documents if label in documents else None)
+        report.answer(
+            data,
+            state_of(data, missing if label == last else ()),
+            label,
+            documents=documents if label in documents else None,
+        )
         for label, data in captures.items()
     ]
+
+
+def told(answers):
+    """The page's sentences."""
+    return report.sentences(answers, report.contrast_between(answers))
+
+
+def specs_of(page, kind):
+    """The charts of one kind, in the page's order."""
+    numbers = re.findall(rf'data-kind="{kind}" data-number="(\d+)"', page)
+    return [page_data(page)["specs"][int(number)] for number in numbers]
 
 
 def page_data(page):
@@ -64,7 +80,7 @@ def test_the_busiest_expert_named_is_the_one_that_numpy_finds():
     counts = np.array([np.bincount(expert[filled][:, at].ravel(), minlength=8) for at in range(expert.shape[2])])
     layer, busiest = np.unravel_index(counts.argmax(), counts.shape)
     share = counts[layer, busiest] / counts[layer].sum()
-    sentence, *_ = report.sentences([answers])
+    sentence, *_ = told([answers])
     number = int(data["layer"][layer])
     assert f"busiest expert is {busiest} at layer {number}, with {share:.1%}" in sentence
     assert f"{int(filled.sum()):,} tokens" in sentence
@@ -83,7 +99,7 @@ def planted(data, layer, expert, share):
 def test_a_planted_specialist_is_named_with_its_shares_and_swapping_the_data_sets_swaps_what_is_said():
     one, other = (make_capture(seed=seed, documents=120, layers=(0, 4, 9), strength=0) for seed in (1, 2))
     other = planted(other, layer=4, expert=6, share=0.5)
-    said = report.sentences(contrasted(one=one, other=other))
+    said = told(contrasted(one=one, other=other))
     assert len(said) == 3
     assert "other: " in said[1]
     assert "Its specialist is expert 6 at layer 4: 6" in said[1]
@@ -93,14 +109,14 @@ def test_a_planted_specialist_is_named_with_its_shares_and_swapping_the_data_set
     assert reach == pytest.approx(100 * (1 / 4 + 0.5 * 3 / 4), abs=3)
     assert "25% would be even" in said[1]
     assert "busiest expert is 6 at layer 4 on other" in said[2]
-    assert report.sentences(contrasted(other=other, one=one)) == [said[1], said[0], said[2]]
+    assert told(contrasted(other=other, one=one)) == [said[1], said[0], said[2]]
 
 
 def test_of_uniform_routes_no_more_than_chance_is_said():
     finds = 0
     for seed in range(0, 24, 2):
         pair = {name: make_capture(seed=seed + at, documents=60, strength=0) for at, name in enumerate("ab")}
-        said = report.sentences(contrasted(**pair))
+        said = told(contrasted(**pair))
         assert len(said) == 3  # and nothing of tokens
         beyond = ["beyond chance (smallest q over the layers" in sentence for sentence in said[:2]]
         assert beyond[0] == beyond[1]
@@ -115,7 +131,7 @@ def test_a_token_that_has_an_expert_of_its_own_is_told_as_numpy_counts_it():
     routes = data["expert"].compute().copy()
     routes.values[token == 7, 1] = [5, 2]  # always, at the second layer
     data = data.assign(expert=routes.chunk(data["expert"].chunksizes)).assign_attrs(model="m")
-    *_, sentence = report.sentences([report.answer(data, state_of(data), "a")])
+    *_, sentence = told([report.answer(data, state_of(data), "a")])
     pair = routes.values[:, :, 1][token >= 0]
     expert = int(re.search(r"go to expert (\d)", sentence)[1])
     assert expert in (2, 5)
@@ -127,7 +143,7 @@ def test_a_token_that_has_an_expert_of_its_own_is_told_as_numpy_counts_it():
 def test_data_sets_of_different_models_are_not_contrasted():
     one, other = (make_capture(seed=seed, documents=20, strength=0) for seed in (1, 2))
     assert report.contrasted({"one": one.assign_attrs(model="m"), "other": other.assign_attrs(model="n")}) == {}
-    assert len(report.sentences([answers_of("one", seed=1, strength=0), answers_of("other", strength=0)])) == 2
+    assert len(told([answers_of("one", seed=1, strength=0), answers_of("other", strength=0)])) == 2
 
 
 def test_an_incomplete_capture_says_so_and_which_shards_are_missing():
@@ -139,7 +155,7 @@ def test_an_incomplete_capture_says_so_and_which_shards_are_missing():
 
 def test_a_capture_without_a_token_is_reported_as_such():
     answers = answers_of("none", documents=4, missing=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9))
-    assert report.sentences([answers]) == ["none: no token is captured yet."]
+    assert told([answers]) == ["none: no token is captured yet."]
     assert "no token is captured yet" in report.render([answers])
 
 
@@ -152,20 +168,20 @@ def test_hostile_pieces_stay_inside_the_data_and_come_back_whole():
     assert page.count("</script>") == 3  # the data's own and the two scripts'
     assert "\u2028" not in page
     assert "\u202e" not in page
-    tokens = page_data(page)["specs"]["tokens"][0]["datasets"]
+    tokens = specs_of(page, "tokens")[0]["datasets"]
     shown = {row["piece"] for rows in tokens.values() for row in rows}
     assert shown & set(HOSTILE)
 
 
 def test_each_chart_holds_what_the_metrics_say():
     answers = answers_of("a", documents=40, layers=(1, 3, 4))
-    specs = page_data(report.render([answers]))["specs"]
-    [cells] = specs["load"][0]["datasets"].values()
+    page = report.render([answers])
+    [cells] = specs_of(page, "load")[0]["datasets"].values()
     assert len(cells) == 3 * 8
     for row in cells:
         share = float(answers.load["share"].sel(layer=row["layer"], expert=row["expert"]))
         assert row["share"] == pytest.approx(100 * share, rel=1e-3)
-    links = next(rows for rows in specs["paths"][0]["datasets"].values() if "next_expert" in rows[0])
+    links = next(rows for rows in specs_of(page, "paths")[0]["datasets"].values() if "next_expert" in rows[0])
     above = (answers.moves["probability"] > answers.moves.attrs["null"]).sum()
     assert len(links) == int(above)
 

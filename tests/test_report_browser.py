@@ -1,11 +1,13 @@
 """The report as people see it: in a real headless Chromium, offline, on a desk and on a phone."""
 
+import csv
 import os
 import shutil
+from pathlib import Path
 
 import pytest
-from synthetic import HOSTILE
-from test_report import answers_of
+from synthetic import HOSTILE, make_capture
+from test_report import contrasted
 
 from analysis import report
 
@@ -15,7 +17,8 @@ QUIET = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-MARKS = {"load": ".cells_marks > *", "paths": ".links_marks > *", "tokens": ".tokens_marks > *"}
+MARKS = {"load": "cells", "domains": "cells", "paths": "links", "tokens": "tokens", "lines": "points"}
+KINDS = ["lines"] * 4 + [kind for kind in ("load", "tokens", "domains", "paths") for _ in range(2)] + ["lines"] * 4
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +26,11 @@ def page_file(tmp_path_factory):
     """A report of two data sets with hostile tokens, names and shards missing."""
     pieces = [*HOSTILE, *(f"w{index}" for index in range(60 - len(HOSTILE)))]
     common = {"documents": 80, "pieces": pieces, "vocabulary": 60, "layers": (0, 1, 2, 3)}
-    answers = [
-        answers_of("<img src=x onerror=alert(9)>", seed=1, **common),
-        answers_of("plain", seed=2, missing=(2,), **common),
-    ]
+    captures = {
+        "<img src=x onerror=alert(9)>": make_capture(seed=1, **common),
+        "plain": make_capture(seed=2, missing=(2,), **common),
+    }
+    answers = contrasted(missing=(2,), **captures)
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(report.render(answers), encoding="utf-8")
     return path
@@ -80,7 +84,11 @@ def figures(page):
         if not details.evaluate("node => node.open"):
             details.query_selector("summary").click()
             details.wait_for_selector("tbody tr")
-        yield kind, len(figure.query_selector_all(MARKS[kind])), len(details.query_selector_all("tbody tr"))
+        yield (
+            kind,
+            len(figure.query_selector_all(f".{MARKS[kind]}_marks > *")),
+            len(details.query_selector_all("tbody tr")),
+        )
 
 
 def test_it_is_silent_and_asks_no_host_for_anything(opened, page_file):
@@ -93,10 +101,47 @@ def test_it_is_silent_and_asks_no_host_for_anything(opened, page_file):
 def test_each_chart_holds_as_many_marks_as_its_table_has_rows(opened):
     page, _ = opened
     counted = list(figures(page))
-    assert [kind for kind, _, _ in counted] == ["load"] * 2 + ["paths"] * 2 + ["tokens"] * 2
+    assert [kind for kind, _, _ in counted] == KINDS
     for kind, marks, rows in counted:
         assert marks == rows > 0, kind
     assert [rows for kind, _, rows in counted if kind == "load"] == [32, 32]
+
+
+def test_each_chart_is_saved_as_numbers_and_as_a_picture(opened):
+    page, heard = opened
+    for number, kind in enumerate(KINDS):
+        figure = page.query_selector(f"figure[data-number='{number}']")
+        for form, begins in (("csv", b""), ("svg", b"<svg"), ("png", b"\x89PNG")):
+            with page.expect_download() as saved:
+                figure.query_selector(f"[data-save={form}]").click()
+            assert saved.value.suggested_filename == f"{kind}-{number}.{form}"
+            data = Path(saved.value.path()).read_bytes()
+            assert data.startswith(begins)
+        # The last form was the picture; the numbers are those of the table.
+        with page.expect_download() as saved:
+            figure.query_selector("[data-save=csv]").click()
+        rows = list(csv.reader(Path(saved.value.path()).read_text().splitlines()))
+        figure.query_selector(".numbers summary").click()
+        figure.wait_for_selector("tbody tr")
+        shown = [
+            [cell.text_content() for cell in row.query_selector_all("td")]
+            for row in figure.query_selector_all("tbody tr")
+        ]
+        assert rows[0] == [cell.text_content().replace(" ", "_") for cell in figure.query_selector_all("th")]
+        assert [[cell.lstrip("'") for cell in row] for row in rows[1:]] == [
+            ["" if cell == "–" else cell.lstrip("'") for cell in row] for row in shown
+        ]
+    assert heard["console"] == []
+
+
+def test_no_cell_of_a_saved_table_is_a_formula(opened):
+    page, _ = opened
+    figure = page.query_selector("figure[data-kind=tokens]")
+    with page.expect_download() as saved:
+        figure.query_selector("[data-save=csv]").click()
+    cells = [cell for row in csv.reader(Path(saved.value.path()).read_text().splitlines()) for cell in row]
+    assert any(cell.startswith("'") for cell in cells)
+    assert not [cell for cell in cells if cell[:1] in ("=", "+", "@") or (cell[:1] == "-" and not cell[1:2].isdigit())]
 
 
 def test_choosing_a_layer_changes_charts_and_tables_alike(opened):
