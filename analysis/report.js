@@ -56,7 +56,7 @@
     const { kind, number } = figure.dataset;
     const rows = rowsOf(kind, specs[number]);
     const link = element("a");
-    link.download = `${kind}-${number}.${form}`;
+    link.download = `${figure.dataset.name.replaceAll(/[^A-Za-z0-9._-]+/g, "-")}.${form}`;
     if (form === "csv") {
       const lines = [Object.keys(rows[0] ?? {}), ...rows.map(Object.values)].map((line) => line.map(csvValue).join(","));
       link.href = URL.createObjectURL(new Blob([lines.join("\n") + "\n"], { type: "text/csv" }));

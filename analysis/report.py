@@ -10,6 +10,7 @@ Does not know how results are computed or drawn: `analysis.scan` and its reducer
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +47,12 @@ WINDOWS_LISTED = 10
 TOKENS_LISTED = 8
 TOKEN_ROWS = 4_096  # tokens listed for a data set: twice Mixtral's 32 layers of 8 experts (arbitrary)
 TOKEN_MIN_COUNT = 20  # a lift of a rarer token is mostly luck (arbitrary)
+FIGURE_WIDTH = 420  # pixels of a chart outside the page (arbitrary)
+FORMS: Mapping[str, Callable[..., str | bytes]] = {
+    "svg": vl_convert.vegalite_to_svg,
+    "pdf": vl_convert.vegalite_to_pdf,
+    "png": partial(vl_convert.vegalite_to_png, scale=3),
+}
 REPLICATES, REPLICATED = 999, 2**24  # of a contrast's bootstrap and shuffles; and numbers held for them (128 MiB)
 ROUTES_SAMPLED, NULL_DRAWS = 16_384, 50  # behind the null of specialization in words (arbitrary)
 SURE = 0.05  # largest share of false finds among what is told (Benjamini–Hochberg)
@@ -210,6 +217,8 @@ class Figure:
 
     kind: str
     """What the page's script must know: "tokens" are of the layer that is chosen."""
+    name: str
+    """What files of it are called."""
     caption: str
     spec: dict[str, Any]
     about: str
@@ -284,6 +293,7 @@ def sections(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Secti
             figures=[
                 Figure(
                     kind="load",
+                    name=f"load-{each.label}",
                     caption=each.label,
                     spec=_spec(charts.load_heatmap(each.load, spread=spread)),
                     about=_about(each.load),
@@ -298,6 +308,7 @@ def sections(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Secti
             figures=[
                 Figure(
                     kind="tokens",
+                    name=f"tokens-{each.label}",
                     caption=each.label,
                     spec=_spec(charts.token_chart(each.tokens)),
                     about=_about(each.tokens),
@@ -317,6 +328,7 @@ def sections(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Secti
                 figures=[
                     Figure(
                         kind="domains",
+                        name=f"domains-{label}",
                         caption=label,
                         spec=_spec(charts.contrast_heatmap(apart, label, spread=max(most, 0.05))),
                         about=_about(apart),
@@ -328,6 +340,7 @@ def sections(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Secti
     paths = [
         Figure(
             kind="paths",
+            name=f"paths-{each.label}",
             caption=each.label,
             spec=_spec(charts.path_chart(each.moves, each.load)),
             about=_about(each.moves),
@@ -351,6 +364,7 @@ def sections(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Secti
             " same; the margin is the first weight less the second, and small margins are what rounding turns around.",
             figures=[
                 _lines(
+                    "first-weight",
                     {each.label: each.confidence["mean_first"] for each in answers},
                     "Weight of the first choice, mean",
                     "weight",
@@ -358,6 +372,7 @@ def sections(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Secti
                     "tokens",
                 ),
                 _lines(
+                    "margin",
                     {each.label: each.confidence["mean_margin"] for each in answers},
                     "Margin of the first choice over the second, mean",
                     "weight",
@@ -372,6 +387,7 @@ def sections(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Secti
             reading="What a token's place in its row tells of its experts: 0 where experts do not mind the place.",
             figures=[
                 _lines(
+                    "position",
                     {each.label: each.position["mutual_information"] for each in answers},
                     "Position and expert, mutual information in bits",
                     "bits",
@@ -389,6 +405,7 @@ def sections(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Secti
             figures=[
                 Figure(
                     kind="lines",
+                    name="caching",
                     caption="all data sets",
                     spec=_spec(charts.cache_chart({each.label: each.caches for each in answers})),
                     about=_about(answers[0].caches),
@@ -402,6 +419,7 @@ def _glance(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure
     """The first screen: words, data sets, neighbours, load."""
     figures = [
         _lines(
+            "words",
             {each.label: each.words["specialization"] for each in answers},
             "Words: share of a token that its main expert gets",
             "mean over tokens",
@@ -411,16 +429,17 @@ def _glance(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure
         )
     ]
     if apart is not None:
-        name = "between data sets"
+        both = "between data sets"
         figures.append(
             _lines(
-                {name: apart["divergence_corrected"]},
+                "data-sets",
+                {both: apart["divergence_corrected"]},
                 "Data sets: how far apart their loads are, in bits",
                 "bits",
                 [apart.assign_attrs(n=sum(apart.attrs["documents"].values()))],
                 "documents; 95 % interval over documents",
                 null=0.0,
-                interval={name: (apart["divergence_low"], apart["divergence_high"])},
+                interval={both: (apart["divergence_low"], apart["divergence_high"])},
             )
         )
     repeated = answers[0].repetition["first_repeated"]
@@ -428,6 +447,7 @@ def _glance(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure
     return [
         *figures,
         _lines(
+            "neighbours",
             {each.label: each.repetition["first_repeated"].isel(lag=0) for each in answers},
             "Neighbours: share with the same first expert",
             "share of pairs",
@@ -436,6 +456,7 @@ def _glance(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure
             null=repeated.attrs["null"],
         ),
         _lines(
+            "effective-experts",
             {label: balance["effective_experts"] for label, balance in balances.items()},
             "Load: experts in effective use, of each layer",
             "experts",
@@ -447,6 +468,7 @@ def _glance(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure
 
 
 def _lines(
+    name: str,
     values: Mapping[str, xr.DataArray],
     title: str,
     unit: str,
@@ -472,7 +494,7 @@ def _lines(
         by_chance=by_chance,
         interval=interval,
     )
-    return Figure(kind="lines", caption="all data sets", spec=_spec(drawn), about=_about(results[0]))
+    return Figure(kind="lines", name=name, caption="all data sets", spec=_spec(drawn), about=_about(results[0]))
 
 
 def _about(result: xr.Dataset) -> str:
@@ -548,6 +570,38 @@ def _token(answers: Sequence[Answers]) -> str | None:
                 f" {int(cell['expert'])}, which gets {float(all_tokens):.0%} of all tokens."
             )
     return said
+
+
+def write_figures(answers: Sequence[Answers], folder: Path) -> list[Path]:
+    """Write every chart as SVG, PDF and PNG, for papers; tokens once for each layer. Files that are there are replaced.
+
+    Returns
+    -------
+    list of Path
+        The files, in the page's order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = [figure for section in sections(answers, contrast_between(answers)) for figure in section.figures]
+    written = []
+    for number, figure in enumerate(figures):
+        spec = {**figure.spec, "width": FIGURE_WIDTH}
+        versions = {"": spec}
+        if figure.kind == "tokens":
+            layers = sorted({row["layer"] for rows in spec["datasets"].values() for row in rows})
+            versions = {f"-layer-{layer}": {**spec, "params": _chosen(spec["params"], layer)} for layer in layers}
+        for suffix, version in versions.items():
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{number:02d}-{figure.name}{suffix}")
+            for form, convert in FORMS.items():
+                drawn = convert(version, config=charts.theme(), allowed_base_urls=[])
+                with whole_file(folder / f"{name}.{form}") as unfinished:
+                    unfinished.write_bytes(drawn.encode() if isinstance(drawn, str) else drawn)
+                written.append(folder / f"{name}.{form}")
+    return written
+
+
+def _chosen(params: Sequence[Mapping[str, Any]], layer: int) -> list[dict[str, Any]]:
+    """A chart's parameters with another layer."""
+    return [{**param, "value": layer} if param["name"] == "layer" else dict(param) for param in params]
 
 
 def _windows(windows: xr.Dataset | None) -> list[dict[str, Any]]:

@@ -30,6 +30,8 @@ class ReportConfig:
     """The stores."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The file to write; one that is there is replaced."""
+    figures: Path | None = None
+    """A folder, made where it is missing: every chart goes there as SVG, PDF and PNG, for papers."""
     cluster: bool = False
     """Read the stores on the Ray cluster of $RAY_ADDRESS, which must see them, or on one that is started here."""
 
@@ -42,7 +44,10 @@ def main(arguments: list[str]) -> int:
     if not config.output.absolute().parent.is_dir() or config.output.is_dir():
         raise ValueError(f"--output {config.output}: its folder must exist, and it must not be a folder itself")
     _give_memory_back()
-    from analysis.report import write_report  # the chart libraries take a second: --help does not wait for them
+    from analysis.report import (  # the chart libraries take a second: --help does not wait for them
+        write_figures,
+        write_report,
+    )
 
     with ExitStack() as stack:
         where: dict[str, Any] = {}
@@ -57,6 +62,8 @@ def main(arguments: list[str]) -> int:
         if not answers.state.complete:
             say(f"note: {answers.state}")
     print(config.output.absolute())
+    if config.figures is not None:
+        say(f"{len(write_figures(drawn, config.figures))} files in {config.figures}")
     return 0
 
 

@@ -237,3 +237,80 @@ def test_a_model_with_one_layer_of_experts_has_a_page_without_windows():
     answers = answers_of("one", layers=(5,), documents=30)
     assert answers.windows is None
     assert "Most frequent windows" not in report.render([answers])
+
+
+def test_every_chart_is_written_for_papers_and_names_cannot_leave_the_folder(tmp_path):
+    captures = {"../../evil": make_capture(seed=1, documents=40), "plain": make_capture(seed=2, documents=40)}
+    answers = contrasted(**captures)
+    written = report.write_figures(answers, tmp_path / "in" / "figures")
+    assert sorted(written) == sorted((tmp_path / "in" / "figures").iterdir())
+    assert len({path.stem for path in written}) == len(written) / 3
+    begins = {".svg": b"<svg", ".pdf": b"%PDF", ".png": b"\x89PNG"}
+    for path in written:
+        assert path.read_bytes().startswith(begins[path.suffix])
+    names = [path.stem for path in written if path.suffix == ".svg"]
+    assert [name for name in names if "tokens-plain" in name] == [
+        f"07-tokens-plain-layer-{layer}" for layer in (0, 1, 2)
+    ]
+    assert [name[3:] for name in names[:4]] == ["words", "data-sets", "neighbours", "effective-experts"]
+    texts = [(tmp_path / "in" / "figures" / f"07-tokens-plain-layer-{layer}.svg").read_text() for layer in (0, 2)]
+    assert texts[0] != texts[1]
+    assert "Neighbours: share with the same first expert" in (tmp_path / "in/figures/02-neighbours.svg").read_text()
+
+
+def test_lines_hold_what_the_metrics_say_and_their_nulls():
+    answers = contrasted(a=make_capture(seed=1, documents=40), b=make_capture(seed=2, documents=40))
+    page = report.render(answers)
+    apart = report.contrast_between(answers)
+    words, data_sets, neighbours, effective, first, margin, position, caching = (
+        next(rows for rows in spec["datasets"].values() if len(rows) > 1) for spec in specs_of(page, "lines")
+    )
+    by_name = {each.label: each for each in answers}
+    for row in words:
+        of = by_name[row["data_set"]].words.sel(layer=row["layer"])
+        assert (row["value"], row["by_chance"]) == pytest.approx(
+            (of["specialization"].item(), of["null"].item()), rel=1e-3
+        )
+    for row in data_sets:
+        of = apart.sel(layer=row["layer"])
+        wanted = [of[f"divergence_{name}"].item() for name in ("corrected", "low", "high")]
+        assert [row[name] for name in ("value", "low", "high")] == pytest.approx(wanted, rel=1e-3)
+    for rows, result, name in (
+        (neighbours, "repetition", "first_repeated"),
+        (first, "confidence", "mean_first"),
+        (margin, "confidence", "mean_margin"),
+        (position, "position", "mutual_information"),
+    ):
+        for row in rows:
+            of = getattr(by_name[row["data_set"]], result)[name].sel(layer=row["layer"])
+            assert row["value"] == pytest.approx(of.item(), rel=1e-3)
+    for row in effective:
+        load = by_name[row["data_set"]].load["share"].sel(layer=row["layer"]).values
+        assert row["value"] == pytest.approx(2 ** -(load * np.log2(load)).sum(), rel=1e-3)
+    for row in caching:
+        of = by_name[row["data_set"]].caches.sel(policy=row["policy"], cache_size=row["cache_size"])
+        assert row["hit_rate"] == pytest.approx(100 * of["hit_rate"].mean().item(), rel=1e-3)
+
+
+def test_each_chart_tells_its_definition_and_source():
+    page = report.render([answers_of("a", documents=40)])
+    told = [html.unescape(text) for text in re.findall(r"Definition and source</summary><p>(.*?)</p>", page)]
+    assert len(told) == len(page_data(page)["specs"])
+    for text in told:
+        assert text.startswith("Definition: ")
+    assert sum("Source: " in text for text in told) > len(told) / 2
+
+
+def test_data_sets_that_differ_are_contrasted_cell_by_cell():
+    other = planted(make_capture(seed=2, documents=120, strength=0), layer=1, expert=6, share=0.5)
+    answers = contrasted(one=make_capture(seed=1, documents=120, strength=0), other=other)
+    page, apart = report.render(answers), report.contrast_between(answers)
+    for label, spec in zip(("one", "other"), specs_of(page, "domains"), strict=True):
+        [rows] = spec["datasets"].values()
+        for row in rows:
+            cell = apart.sel(data_set=label, layer=row["layer"], expert=row["expert"])
+            assert row["difference"] == pytest.approx(100 * cell["difference"].item(), rel=1e-3)
+            assert row["q"] == pytest.approx(cell["difference_q"].item(), rel=1e-3)
+        sure = [(row["layer"], row["expert"]) for row in rows if row["q"] <= 0.05]
+        assert (1, 6) in sure
+        assert sum(layer != 1 for layer, _ in sure) <= 1  # one in twenty may be chance
