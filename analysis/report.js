@@ -2,6 +2,11 @@
 "use strict";
 (() => {
   const { specs, themes } = JSON.parse(document.getElementById("data").textContent);
+  for (const { datasets } of specs) {
+    for (const [name, { columns, rows }] of Object.entries(datasets)) {
+      datasets[name] = rows.map((row) => Object.fromEntries(columns.map((column, at) => [column, row[at]])));
+    }
+  }
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const picker = document.getElementById("layer");
   const views = [];

@@ -244,7 +244,7 @@ def render(answers: Sequence[Answers]) -> str:
     )
     apart = contrast_between(answers)
     drawn = sections(answers, apart)
-    specs = [figure.spec for section in drawn for figure in section.figures]
+    specs = [_packed(figure.spec) for section in drawn for figure in section.figures]
     data = {"specs": specs, "themes": {"light": charts.theme(), "dark": charts.theme(dark=True)}}
     vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     scripts = [vega, (folder / "report.js").read_text(encoding="utf-8")]
@@ -624,6 +624,15 @@ def _spec(chart: alt.Chart | alt.LayerChart) -> dict[str, Any]:
     spec: dict[str, Any] = chart.to_dict()
     spec.pop("config", None)  # the page puts in the theme for light or dark
     return spec
+
+
+def _packed(spec: dict[str, Any]) -> dict[str, Any]:
+    """A chart whose rows do not repeat their names: half of the page's size; its script unpacks them."""
+    datasets = {}
+    for name, rows in spec["datasets"].items():
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        datasets[name] = {"columns": columns, "rows": [[row.get(key) for key in columns] for row in rows]}
+    return {**spec, "datasets": datasets}
 
 
 def _inert_json(data: object) -> Markup:
