@@ -37,7 +37,7 @@ from analysis.repetition import Repetition
 from analysis.results import Runner, measure
 from analysis.scan import Reducer, accumulate, scan, sizes
 from analysis.tokens import TokenCounts, TopTokens
-from analysis.uncertainty import false_discovery
+from analysis.uncertainty import Thinned, false_discovery
 from analysis.vocabulary import SampledRoutes, vocabulary_of
 from store import Coverage, coverage, dataset_names
 from store.reader import open_covered
@@ -54,6 +54,7 @@ FORMS: Mapping[str, Callable[..., str | bytes]] = {
     "png": partial(vl_convert.vegalite_to_png, scale=3),
 }
 REPLICATES, REPLICATED = 999, 2**24  # of a contrast's bootstrap and shuffles; and numbers held for them (128 MiB)
+CACHED_TOKENS = 2**20  # about; simulating caches takes as long as all other counting (arbitrary)
 ROUTES_SAMPLED, NULL_DRAWS = 16_384, 50  # behind the null of specialization in words (arbitrary)
 SURE = 0.05  # largest share of false finds among what is told (Benjamini–Hochberg)
 TOKEN_SCORE = 6.0  # standard errors: of millions of independent tokens none would be told by chance (arbitrary)
@@ -101,7 +102,7 @@ def answer(
         "repetition": Repetition(),
         "confidence": Confidence(),
         "position": PositionLoad(),
-        "caches": Caches(policies=("lru", "belady")),
+        "caches": Thinned(Caches(policies=("lru", "belady")), min(1.0, CACHED_TOKENS / max(1, state.tokens_done))),
     }
     if size := window_layers(data):
         reducers["windows"] = Windows(size, WINDOWS_LISTED)

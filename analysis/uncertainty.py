@@ -129,6 +129,47 @@ class Resampled(Reducer):
         )
 
 
+class Thinned(Reducer):
+    """A reducer over a part of the documents, chosen by a hash of their ids: for what is slow to count.
+
+    Parameters
+    ----------
+    reducer : Reducer
+        One that counts tokens where `counted` says so.
+    share : float
+        Of the documents that are counted, on average; 1 is all.
+    """
+
+    def __init__(self, reducer: Reducer, share: float) -> None:
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share}: above 0, and at most 1")
+        if "code" in reducer.needs:
+            raise ValueError(f"{type(reducer).__name__} counts codes, whatever is `counted`: it cannot be thinned")
+        self.reducer, self.share = reducer, share
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What the reducer needs, and which document a row is of."""
+        return self.reducer.needs | {"document_id"}
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """The reducer's."""
+        return self.reducer.init(dataset)
+
+    def update(self, state: State, block: Block) -> None:
+        """Add the chosen rows of one shard."""
+        chosen = _uniform(block["document_id"], 1, seed=0)[0] < self.share
+        self.reducer.update(state, {**block, "counted": block["counted"] & chosen[:, None]})
+
+    def merge(self, state: State, other: State) -> State:
+        """The reducer's."""
+        return self.reducer.merge(state, other)
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """The reducer's result, whose `n` is what was counted."""
+        return self.reducer.finish(state, dataset).assign_attrs(share_of_documents=self.share)
+
+
 def interval(values: Any, level: float = 0.95) -> xr.Dataset:
     """An estimate with its interval, from its replicates.
 

@@ -14,7 +14,15 @@ from analysis.load import Load
 from analysis.repetition import Repetition
 from analysis.scan import Selection, scan
 from analysis.tokens import TokenExperts
-from analysis.uncertainty import Resampled, false_discovery, interval, p_value, poisson_weights, split_weights
+from analysis.uncertainty import (
+    Resampled,
+    Thinned,
+    false_discovery,
+    interval,
+    p_value,
+    poisson_weights,
+    split_weights,
+)
 
 
 def test_bootstrap_weights_are_poisson_of_mean_one_and_independent() -> None:
@@ -135,3 +143,29 @@ def test_what_has_no_value_has_no_p_value_either() -> None:
 def test_what_is_no_sum_cannot_be_resampled() -> None:
     with pytest.raises(ValueError, match="TokenExperts is no sum over rows"):
         Resampled(TokenExperts())
+
+
+def test_a_thinned_count_is_that_of_some_documents_whole_and_the_same_in_any_order() -> None:
+    capture = make_capture(documents=400, seed=4)
+    thinned = scan(capture, [Thinned(Load(), 0.25)])[0]
+    documents = np.unique(capture["document_id"].values)
+    alone = {
+        number: scan(capture.isel(doc=capture["document_id"].values == number), [Thinned(Load(), 0.25)])[0]
+        for number in documents[:40].tolist()
+    }
+    whole = {number: int((capture["document_id"].values == number).sum()) for number in alone}
+    assert {found.attrs["n"] > 0 for found in alone.values()} == {True, False}, whole
+    assert 0.15 < thinned.attrs["n"] / scan(capture, [Load()])[0].attrs["n"] < 0.35
+    for number, found in alone.items():  # all of a document, or nothing
+        own = capture.isel(doc=capture["document_id"].values == number)
+        assert found.attrs["n"] in (0, scan(own, [Load()])[0].attrs["n"])
+    backwards = capture.isel(doc=slice(None, None, -1)).chunk({"doc": 3})
+    assert scan(backwards, [Thinned(Load(), 0.25)])[0]["count"].equals(thinned["count"])
+    assert scan(capture, [Thinned(Load(), 1.0)])[0]["count"].equals(scan(capture, [Load()])[0]["count"])
+
+
+def test_what_cannot_be_thinned_is_refused() -> None:
+    with pytest.raises(ValueError, match="Choices counts codes"):
+        Thinned(Choices(), 0.5)
+    with pytest.raises(ValueError, match="share=0: above 0, and at most 1"):
+        Thinned(Load(), 0)
