@@ -22,6 +22,7 @@ STRONG_LINK = 0.5  # share of an expert's tokens at which a link is drawn in ful
 STRONG_LIFT = 8.0  # lift at which a token is coloured in full strength; arbitrary
 _SMALL_SPREAD = 0.25  # load deviations up to a quarter of the even share stay pale; arbitrary
 
+_QUIET = "#8a93a3"  # what chance gives: seen on both grounds, and no data set's colour
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 # Blue to orange through the page's own paper: told apart with any colour vision.
 _LIGHT: Mapping[str, Any] = {
@@ -58,7 +59,7 @@ def theme(dark: bool = False) -> dict[str, Any]:
         "font": _FONT,
         "background": "transparent",
         "view": {"stroke": None},
-        "padding": {"left": 0, "right": 4, "top": 4, "bottom": 0},
+        "padding": {"left": 0, "right": 4, "top": 4, "bottom": 6},
         "title": {
             "anchor": "start",
             "frame": "group",
@@ -408,7 +409,7 @@ def layer_lines(
         dashed = base.mark_line(strokeWidth=1.2, strokeDash=[4, 3], aria=False)
         drawn.append(dashed.encode(y=alt.Y("by_chance:Q", title=unit)))
     if null is not None:
-        rule = alt.Chart(alt.InlineData(values=[{"null": null}])).mark_rule(strokeDash=[4, 3], aria=False)
+        rule = alt.Chart(alt.InlineData(values=[{"null": null}])).mark_rule(strokeDash=[4, 3], color=_QUIET, aria=False)
         drawn.append(rule.encode(y=alt.Y("null:Q", title=unit)))
     chart = alt.layer(*drawn).properties(
         title=alt.Title(title, subtitle=list(subtitle)),

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from synthetic import HOSTILE, make_capture
 from test_report import contrasted
 
@@ -175,6 +176,23 @@ def test_a_phone_needs_no_sideways_scrolling(opened):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+@pytest.mark.parametrize(
+    "opened", [{"color_scheme": scheme, "bypass_csp": True} for scheme in ("light", "dark")], indirect=True
+)
+def test_axe_finds_nothing_that_keeps_somebody_out(opened):
+    page, _ = opened
+    found = Axe().run(page).response
+    assert len(found["passes"]) > 30
+    assert [(fault["id"], fault["nodes"][0]["html"]) for fault in found["violations"]] == []
+
+
+def test_on_paper_nothing_is_left_to_click(opened):
+    page, _ = opened
+    page.emulate_media(media="print")
+    assert not [one for one in page.query_selector_all(".save button, select") if one.is_visible()]
+    assert all(chart.is_visible() for chart in page.query_selector_all(".chart"))
+
+
 @pytest.mark.parametrize("opened", [{"color_scheme": "dark"}], indirect=True)
 def test_dark_is_dark_and_follows_the_reader(opened):
     page, heard = opened
@@ -193,4 +211,4 @@ def test_the_layer_and_every_table_are_reached_by_keyboard(opened):
     for _ in range(60):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
-    assert {"layer", "SUMMARY"} <= reached
+    assert {"layer", "SUMMARY", "BUTTON"} <= reached
