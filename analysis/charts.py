@@ -202,6 +202,12 @@ def path_chart(moves: xr.Dataset, load: xr.Dataset) -> alt.LayerChart:
     strong = max(2.0, STRONG_LINK / null)
     strength = alt.Scale(domain=[1, strong], range=[0.04, 0.95], clamp=True)
     width = alt.Scale(domain=[1, strong], range=[0.6, 3], clamp=True)
+    # Hovering an expert leaves the links that come to it or go from it.
+    hovered = alt.selection_point(name="hovered", on="pointerover", clear="pointerout", fields=["layer", "expert"])
+    touches = " || ".join(
+        f"(datum.{of}layer == hovered.layer[0] && datum.{of}expert == hovered.expert[0])" for of in ("", "next_")
+    )
+    lit = f"!isValid(hovered.layer) || {touches}"
     rules = (
         alt.Chart(alt.InlineData(values=links), name=LINKS)
         .mark_rule(strokeCap="round", aria=False)
@@ -210,7 +216,7 @@ def path_chart(moves: xr.Dataset, load: xr.Dataset) -> alt.LayerChart:
             x2="next_expert",
             y=y,
             y2="next_layer",
-            opacity=alt.Opacity("times_chance:Q", scale=strength, legend=None),
+            opacity=alt.condition(lit, "times_chance:Q", alt.value(0.02), scale=strength, legend=None),
             strokeWidth=alt.StrokeWidth("times_chance:Q", scale=width, legend=None),
             tooltip=[
                 alt.Tooltip("layer:O"),
@@ -237,6 +243,7 @@ def path_chart(moves: xr.Dataset, load: xr.Dataset) -> alt.LayerChart:
                 alt.Tooltip("first:Q", title="share of first choices, %"),
             ],
         )
+        .add_params(hovered)
     )
     chart = alt.layer(rules, points).properties(
         title=alt.Title(

@@ -355,7 +355,7 @@ def sections(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Secti
             title="Paths",
             reading="From each expert to the experts that the same tokens choose first at the next layer. Only links"
             " above chance are drawn, the stronger the further above; a circle is as large as its share of the first"
-            " choices.",
+            " choices. Hover over an expert to see its own links alone.",
             figures=paths,
         ),
         Section(

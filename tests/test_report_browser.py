@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from synthetic import HOSTILE, make_capture
-from test_report import contrasted
+from test_report import contrasted, specs_of
 
 from analysis import report
 
@@ -135,6 +135,24 @@ def test_each_chart_is_saved_as_numbers_and_as_a_picture(opened):
         assert [[cell.lstrip("'") for cell in row] for row in rows[1:]] == [
             ["" if cell == "–" else cell.lstrip("'") for cell in row] for row in shown
         ]
+    assert heard["console"] == []
+
+
+def test_hovering_an_expert_leaves_its_own_links(opened):
+    page, heard = opened
+    figure = page.query_selector("figure[data-kind=paths]")
+    rows = specs_of(page.content(), "paths")[0]["datasets"]
+    links = next(rows for rows in rows.values() if "next_expert" in rows[0])
+    circles = next(rows for rows in rows.values() if "next_expert" not in rows[0])
+    own = max(circles, key=lambda row: row["first"])
+    figure.query_selector_all(".experts_marks > *")[circles.index(own)].hover()
+    pale = "[...document.querySelector('figure[data-kind=paths]').querySelectorAll('.links_marks > *')]"
+    until(page, f"{pale}.filter((link) => link.getAttribute('opacity') === '0.02').length > 0")
+    shown = page.evaluate(f"{pale}.map((link) => link.getAttribute('opacity') !== '0.02')")
+    ends = [{(row["layer"], row["expert"]), (row["next_layer"], row["next_expert"])} for row in links]
+    assert shown == [(own["layer"], own["expert"]) in both for both in ends]
+    page.mouse.move(5, 5)
+    until(page, f"{pale}.every((link) => link.getAttribute('opacity') !== '0.02')")
     assert heard["console"] == []
 
 
