@@ -7,19 +7,33 @@ would not fit are refused, not sampled.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import xarray as xr
 
 from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
 
+ROUNDING_BITS = 1e-6  # a surprise below it is rounding
 MAX_WINDOWS = 2**24  # distinct windows counted at once: 128 MiB a thread; arbitrary
 
 
 class Windows(Reducer):
-    """Exact counts of first-choice n-grams through `n` consecutive layers; finishes with the `top` ones."""
+    """Exact counts of first-choice n-grams through `n` consecutive layers; finishes with the `top` ones.
 
-    def __init__(self, n: int = 3, top: int = 20) -> None:
-        self.n, self.top = n, top
+    Parameters
+    ----------
+    n, top : int
+        Layers in a window, and windows listed.
+    by : {"count", "surprise"}
+        Order: by how often a window occurs, or by what its count adds to the likelihood ratio of the windows to the
+        product of the transitions between their layers, count · log2(count / expected).
+    """
+
+    def __init__(self, n: int = 3, top: int = 20, by: Literal["count", "surprise"] = "count") -> None:
+        if by not in ("count", "surprise"):
+            raise ValueError(f"by={by!r}: windows are ordered by 'count' or by 'surprise'")
+        self.n, self.top, self.by = n, top, by
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: `count` (start layer, first expert, the other experts**(n-1)) and `tokens`."""
@@ -42,11 +56,15 @@ class Windows(Reducer):
         _add_windows(block["expert"], block["counted"], self.n, experts, count, state["tokens"])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The most frequent windows; ties go to the earlier layer, then to the lower experts."""
+        """The first windows in the order asked for; ties go to the earlier layer, then to the lower experts."""
         num_experts, layer, n = sizes(dataset)[2], dataset["layer"].values, self.n
-        count = state["count"].ravel()
-        order = np.argsort(-count, kind="stable")[: self.top]
-        order = order[count[order] > 0]
+        tables = state["count"].reshape(-1, *[num_experts] * n)
+        count, expected = tables.ravel(), np.stack([_expected(table) for table in tables]).ravel()
+        # What is rarer than expected, or as frequent, is no surprise.
+        times = np.divide(count, expected, out=np.ones_like(expected), where=(count > 0) & (expected > 0))
+        score = count if self.by == "count" else count * np.log2(times)
+        order = np.argsort(-score, kind="stable")[: self.top]
+        order = order[score[order] > ROUNDING_BITS]
         start, code = np.divmod(order, num_experts**n)
         steps = np.arange(n)
         tokens = int(state["tokens"][0])
@@ -56,6 +74,7 @@ class Windows(Reducer):
                 "expert": (("window", "step"), code[:, None] // num_experts ** (n - 1 - steps) % num_experts),
                 "count": ("window", count[order], {"units": "tokens"}),
                 "share": ("window", count[order] / max(tokens, 1), {"long_name": "share of all tokens"}),
+                "expected": ("window", expected[order], {"long_name": "by the transitions", "units": "tokens"}),
             },
             coords={"window": np.arange(1, order.size + 1)},
         )
@@ -63,13 +82,33 @@ class Windows(Reducer):
             n=tokens,
             estimator="maximum likelihood",
             null=float(num_experts) ** -n,
-            definition=f"share of tokens whose first choices at {n} captured layers in a row are this window",
+            definition=f"share of tokens whose first choices at {n} captured layers in a row are this window; expected:"
+            " tokens, if a choice depended on that of the layer before alone",
             source="PathMoE: routing paths as n-grams over layers",
         )
 
 
-def frequent_windows(dataset: xr.Dataset, n: int = 3, *, top: int = 20, threads: int | None = None) -> xr.Dataset:
-    """The most frequent sequences of first choices through `n` consecutive captured layers.
+def _expected(table: Array) -> Array:
+    """Of a table of n-grams, float64: how many there would be by their transitions, N · P(e1) · Π P(e(i+1) | e(i))."""
+    axes = range(table.ndim)
+    single = [table.sum(tuple(other for other in axes if other != axis)) for axis in axes]
+    expected: Array = single[0].astype(np.float64).reshape(-1, *[1] * (table.ndim - 1))
+    for axis in axes[1:]:
+        pair = table.sum(tuple(other for other in axes if other not in (axis - 1, axis))).astype(np.float64)
+        step = pair / np.maximum(single[axis - 1], 1)[:, None]
+        expected = expected * step.reshape(*[1] * (axis - 1), *step.shape, *[1] * (table.ndim - axis - 1))
+    return expected
+
+
+def frequent_windows(
+    dataset: xr.Dataset,
+    n: int = 3,
+    *,
+    top: int = 20,
+    by: Literal["count", "surprise"] = "count",
+    threads: int | None = None,
+) -> xr.Dataset:
+    """The most frequent or most surprising sequences of first choices through `n` consecutive captured layers.
 
     Parameters
     ----------
@@ -79,21 +118,23 @@ def frequent_windows(dataset: xr.Dataset, n: int = 3, *, top: int = 20, threads:
         Layers in a window.
     top : int
         Windows listed.
+    by : {"count", "surprise"}
+        See `Windows`. Of two layers nothing is a surprise: their transitions are all there is.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
 
     Returns
     -------
     xr.Dataset
-        `layer` and `expert` int64 (window, step), `count` int64 and `share` of all tokens float64 (window).
-        Null of `share`: E**-n.
+        `layer` and `expert` int64 (window, step), `count` int64, `share` of all tokens and `expected` count by the
+        transitions float64 (window). Null of `share`: E**-n.
 
     Raises
     ------
     ValueError
         When the capture has fewer than `n` layers or too many possible windows for an exact table.
     """
-    return scan(dataset, [Windows(n, top)], threads=threads)[0]
+    return scan(dataset, [Windows(n, top, by)], threads=threads)[0]
 
 
 def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:

@@ -71,6 +71,8 @@ class Answers:
     moves: xr.Dataset
     windows: xr.Dataset | None
     """None where the model has too few layers with experts."""
+    surprising: xr.Dataset | None
+    """The windows that their transitions predict worst."""
     tokens: xr.Dataset
     words: xr.Dataset
     """Vocabulary specialization."""
@@ -106,6 +108,7 @@ def answer(
     }
     if size := window_layers(data):
         reducers["windows"] = Windows(size, WINDOWS_LISTED)
+        reducers["surprising"] = Windows(size, WINDOWS_LISTED, by="surprise")
     if documents:
         layers, _, experts = sizes(data)
         fitting = REPLICATED // (layers * experts * (1 + len(documents)))
@@ -120,6 +123,7 @@ def answer(
         load=found["load"],
         moves=transitions_of(found["choices"]),
         windows=found.get("windows"),
+        surprising=found.get("surprising"),
         tokens=_top_tokens(table, data),
         words=vocabulary_of(table, routes, min_count=TOKEN_MIN_COUNT, draws=NULL_DRAWS),
         **{name: found[name] for name in ("repetition", "confidence", "position", "caches")},
@@ -255,6 +259,7 @@ def render(answers: Sequence[Answers]) -> str:
         layers=sorted({int(number) for each in answers for number in each.tokens["layer"].values}),
         sentences=sentences(answers, apart),
         windows=[_windows(each.windows) for each in answers],
+        surprising=[_windows(each.surprising) for each in answers],
         provenance=[json.dumps(dict(each.attrs), indent=1, default=str) for each in answers],
         data=_inert_json(data),
         scripts=[Markup(script) for script in scripts],
@@ -616,6 +621,7 @@ def _windows(windows: xr.Dataset | None) -> list[dict[str, Any]]:
             "tokens": int(each["count"]),
             "share": float(each["share"]),
             "times": float(each["share"]) / windows.attrs["null"],
+            "predicted": float(each["count"]) / float(each["expected"]),
         }
         for each in (windows.isel(window=index) for index in range(windows.sizes["window"]))
     ]

@@ -1,5 +1,6 @@
 """The analysis against plain Python: each metric equals a loop over every token, whatever the chunks."""
 
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -128,6 +129,23 @@ def test_transitions_and_windows_equal_a_loop_over_tokens(capture: xr.Dataset) -
     assert got == sorted(grams.items(), key=lambda item: (-item[1], item[0]))[:7]
     np.testing.assert_allclose(top["share"], [c / n for _, c in got])
     assert top.attrs["null"] == capture.attrs["num_experts"] ** -size
+
+    # By the transitions: each step's share of the tokens at the expert before it.
+    def by_transitions(at: tuple[int, ...], path: tuple[int, ...]) -> float:
+        steps = list(zip(at, path, strict=True))
+        here = [sum(c for (a, p), c in grams.items() if a == at and p[i] == e) for i, (_, e) in enumerate(steps)]
+        both = [
+            sum(c for (a, p), c in grams.items() if a == at and p[i : i + 2] == path[i : i + 2])
+            for i in range(len(path) - 1)
+        ]
+        return here[0] * math.prod(pair / one for pair, one in zip(both, here, strict=False))
+
+    np.testing.assert_allclose(top["expected"], [by_transitions(*gram) for gram, _ in got])
+    surprising = frequent_windows(capture, size, top=5, by="surprise")
+    bits = {gram: c * math.log2(c / by_transitions(*gram)) for gram, c in grams.items()}
+    wanted = sorted((value for value in bits.values() if value > 1e-6), reverse=True)[:5]
+    found = surprising["count"] * np.log2(surprising["count"] / surprising["expected"])
+    np.testing.assert_allclose(found, wanted, atol=1e-9)
 
 
 @few
@@ -260,6 +278,10 @@ def test_uniform_routes_give_the_nulls() -> None:
         (lambda capture: token_experts(capture, 40), r"layers \[40\] were not captured.*\[0, 1, 2\]"),
         (lambda capture: expert_tokens(capture, by="luck"), "'luck'.*'count' or by 'lift'"),
         (lambda capture: expert_tokens(capture, top=0), "top=0"),
+        (
+            lambda capture: frequent_windows(capture, by="luck"),
+            "'luck': windows are ordered by 'count' or by 'surprise'",
+        ),
         (lambda capture: frequent_windows(capture, 4), "n=4 layers, but the capture has 3; take 1 to 3"),
         (lambda capture: document_path(capture, 9), "document 9: the capture has documents 0 to 8"),
         (lambda capture: document_path(capture, "nobody"), "no document has the name 'nobody'"),
