@@ -10,7 +10,10 @@ import pytest
 from synthetic import HOSTILE, make_capture
 
 from analysis import report
+from analysis.answers import answer, contrast_between
+from analysis.answers import contrasted as contrasted_documents
 from analysis.scan import scan
+from analysis.sentences import sentences
 from store import Coverage
 from store.plan import Plan
 
@@ -37,15 +40,15 @@ def state_of(data, missing=()):
 def answers_of(label, **options):
     """The report's answers about a synthetic capture."""
     data = make_capture(dataset=label, **options).assign_attrs(model="m", quantization="nf4")
-    return report.answer(data, state_of(data, options.get("missing", ())), label)
+    return answer(data, state_of(data, options.get("missing", ())), label)
 
 
 def contrasted(missing=(), **captures):
     """The report's answers about captures that are compared with each other; the last one lacks some shards."""
     captures = {label: data.assign_attrs(model="m", quantization="nf4") for label, data in captures.items()}
-    documents, last = report.contrasted(captures), list(captures)[-1]
+    documents, last = contrasted_documents(captures), list(captures)[-1]
     return [
-        report.answer(
+        answer(
             data,
             state_of(data, missing if label == last else ()),
             label,
@@ -57,7 +60,7 @@ def contrasted(missing=(), **captures):
 
 def told(answers):
     """The page's sentences."""
-    return report.sentences(answers, report.contrast_between(answers))
+    return sentences(answers, contrast_between(answers))
 
 
 def specs_of(page, kind):
@@ -78,7 +81,7 @@ def page_data(page):
 
 def test_the_busiest_expert_named_is_the_one_that_numpy_finds():
     data = make_capture(seed=3, documents=40, special_token_ids=()).assign_attrs(model="m")
-    answers = report.answer(data, state_of(data), "a")
+    answers = answer(data, state_of(data), "a")
     expert, length = data["expert"].values, data["length"].values
     filled = np.arange(expert.shape[1]) < length[:, None]
     counts = np.array([np.bincount(expert[filled][:, at].ravel(), minlength=8) for at in range(expert.shape[2])])
@@ -135,7 +138,7 @@ def test_a_token_that_has_an_expert_of_its_own_is_told_as_numpy_counts_it():
     routes = data["expert"].compute().copy()
     routes.values[token == 7, 1] = [5, 2]  # always, at the second layer
     data = data.assign(expert=routes.chunk(data["expert"].chunksizes)).assign_attrs(model="m")
-    *_, sentence = told([report.answer(data, state_of(data), "a")])
+    *_, sentence = told([answer(data, state_of(data), "a")])
     pair = routes.values[:, :, 1][token >= 0]
     expert = int(re.search(r"go to expert (\d)", sentence)[1])
     assert expert in (2, 5)
@@ -146,7 +149,7 @@ def test_a_token_that_has_an_expert_of_its_own_is_told_as_numpy_counts_it():
 
 def test_data_sets_of_different_models_are_not_contrasted():
     one, other = (make_capture(seed=seed, documents=20, strength=0) for seed in (1, 2))
-    assert report.contrasted({"one": one.assign_attrs(model="m"), "other": other.assign_attrs(model="n")}) == {}
+    assert contrasted_documents({"one": one.assign_attrs(model="m"), "other": other.assign_attrs(model="n")}) == {}
     assert len(told([answers_of("one", seed=1, strength=0), answers_of("other", strength=0)])) == 2
 
 
@@ -267,7 +270,7 @@ def test_every_chart_is_written_for_papers_and_names_cannot_leave_the_folder(tmp
 def test_lines_hold_what_the_metrics_say_and_their_nulls():
     answers = contrasted(a=make_capture(seed=1, documents=40), b=make_capture(seed=2, documents=40))
     page = report.render(answers)
-    apart = report.contrast_between(answers)
+    apart = contrast_between(answers)
     words, data_sets, neighbours, effective, first, margin, position, caching = (
         next(rows for rows in spec["datasets"].values() if len(rows) > 1) for spec in specs_of(page, "lines")
     )
@@ -310,7 +313,7 @@ def test_each_chart_tells_its_definition_and_source():
 def test_data_sets_that_differ_are_contrasted_cell_by_cell():
     other = planted(make_capture(seed=2, documents=120, strength=0), layer=1, expert=6, share=0.5)
     answers = contrasted(one=make_capture(seed=1, documents=120, strength=0), other=other)
-    page, apart = report.render(answers), report.contrast_between(answers)
+    page, apart = report.render(answers), contrast_between(answers)
     for label, spec in zip(("one", "other"), specs_of(page, "domains"), strict=True):
         [rows] = spec["datasets"].values()
         for row in rows:

@@ -26,7 +26,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from analysis.report import answer  # noqa: E402
+from analysis.answers import answer  # noqa: E402
 from jobs.config import CaptureConfig  # noqa: E402
 from jobs.plan import Planner  # noqa: E402
 from jobs.prepare import Run  # noqa: E402
