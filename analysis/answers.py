@@ -17,7 +17,7 @@ from analysis.choices import Choices, transitions_of
 from analysis.confidence import Confidence
 from analysis.contrast import contrast_counts, contrast_of, count_documents
 from analysis.load import Load
-from analysis.paths import MAX_WINDOWS, Windows
+from analysis.paths import MAX_WINDOWS, WindowCounts, Windows
 from analysis.position import PositionLoad
 from analysis.repetition import Repetition
 from analysis.scan import Reducer, scan, sizes
@@ -82,8 +82,7 @@ def answer(
         "caches": Thinned(Caches(policies=("lru", "belady")), min(1.0, CACHED_TOKENS / max(1, state.tokens_done))),
     }
     if size := window_layers(data):
-        reducers["windows"] = Windows(size, WINDOWS_LISTED)
-        reducers["surprising"] = Windows(size, WINDOWS_LISTED, by="surprise")
+        reducers["windows"] = WindowCounts(size)
     if documents:
         layers, _, experts = sizes(data)
         fitting = REPLICATED // (layers * experts * (1 + len(documents)))
@@ -91,14 +90,19 @@ def answer(
     found = dict(zip(reducers, (ask or partial(scan, data))(list(reducers.values())), strict=True))
     table = found["token_counts"].assign_attrs(n=found["load"].attrs["n"])
     routes = found["routes"].sel(layer=table["layer"])
+    listed: dict[str, xr.Dataset] = {}
+    if size:
+        counted = {name: found["windows"][name].values for name in ("count", "tokens")}
+        listed["windows"] = Windows(size, WINDOWS_LISTED).finish(counted, data)
+        listed["surprising"] = Windows(size, WINDOWS_LISTED, by="surprise").finish(counted, data)
     return Answers(
         label=label,
         state=state,
         attrs=data.attrs,
         load=found["load"],
         moves=transitions_of(found["choices"]),
-        windows=found.get("windows"),
-        surprising=found.get("surprising"),
+        windows=listed.get("windows"),
+        surprising=listed.get("surprising"),
         tokens=_top_tokens(table, data),
         words=vocabulary_of(table, routes, min_count=TOKEN_MIN_COUNT, draws=NULL_DRAWS),
         **{name: found[name] for name in ("repetition", "confidence", "position", "caches")},

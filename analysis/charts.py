@@ -127,42 +127,20 @@ def load_heatmap(load: xr.Dataset, *, spread: float | None = None) -> alt.Chart:
         for e, expert in enumerate(load["expert"].values)
     ]
     domain = [100 * max(0.0, null - spread), 100 * null, 100 * (null + spread)]
-    colour = (
-        alt.Color("share:Q", title="share of choices, %")
-        .scale(
-            domain=domain,
-            range="diverging",
-            interpolate="rgb",  # the default goes through green and maroon, which would look like a third kind
-            clamp=True,
-        )
-        .legend(orient="bottom", format=".3~g", values=domain, gradientLength=180)
+    return _heat_map(
+        rows,
+        alt.Color("share:Q", title="share of choices, %"),
+        domain,
+        [
+            alt.Tooltip("share:Q", title="share of choices, %"),
+            alt.Tooltip("weight:Q", title="share of gate weight, %"),
+            alt.Tooltip("tokens:Q", format=","),
+        ],
+        load,
+        title="Load: share of choices, %",
+        subtitle=f"n = {n:,} tokens; even share {_number(100 * null)} % is neutral",
+        description=f"Heat map of the share of choices of each expert at each layer, {n} tokens.",
     )
-    chart: alt.Chart = (
-        alt.Chart(alt.InlineData(values=rows), name=CELLS)
-        .mark_rect(cornerRadius=2)
-        .encode(
-            x=_experts("expert", load.sizes["expert"]),
-            y=alt.Y("layer:O", title="layer").scale(paddingInner=0.08),
-            color=colour,
-            tooltip=[
-                alt.Tooltip("layer:O"),
-                alt.Tooltip("expert:O"),
-                alt.Tooltip("share:Q", title="share of choices, %"),
-                alt.Tooltip("weight:Q", title="share of gate weight, %"),
-                alt.Tooltip("tokens:Q", format=","),
-            ],
-        )
-        .properties(
-            title=alt.Title(
-                "Load: share of choices, %",
-                subtitle=[f"n = {n:,} tokens; even share {_number(100 * null)} % is neutral"],
-            ),
-            width="container",
-            height=_step(load.sizes["layer"]) * load.sizes["layer"],
-            description=f"Heat map of the share of choices of each expert at each layer, {n} tokens.",
-        )
-    )
-    return chart
 
 
 def load_spread(*loads: xr.Dataset) -> float:
@@ -454,38 +432,58 @@ def contrast_heatmap(apart: xr.Dataset, data_set: str, *, spread: float) -> alt.
         for e, expert in enumerate(own["expert"].values)
     ]
     domain = [-100 * spread, 0, 100 * spread]
-    colour = (
-        alt.Color("difference:Q", title="more than the others, points")
-        .scale(domain=domain, range="diverging", interpolate="rgb", clamp=True)
-        .legend(orient="bottom", format=".3~g", values=domain, gradientLength=180)
-    )
     n = apart.attrs["documents"][data_set]
+    chart = _heat_map(
+        rows,
+        alt.Color("difference:Q", title="more than the others, points"),
+        domain,
+        [
+            alt.Tooltip("share:Q", title="of its tokens, %"),
+            alt.Tooltip("difference:Q", title="more than the others, points"),
+            alt.Tooltip("difference_low:Q", title="95 % from"),
+            alt.Tooltip("difference_high:Q", title="to"),
+            alt.Tooltip("q:Q", title="q by shuffling"),
+        ],
+        own,
+        title="Tokens that reach the expert, difference in points",
+        subtitle=f"n = {n:,} documents; 0 is neutral, pale where q > 0.05",
+        description=f"Heat map of how many more tokens of {visible(data_set)} reach each expert.",
+    )
+    return chart.encode(opacity=alt.condition("datum.q <= 0.05", alt.value(1), alt.value(0.3)))
+
+
+def _heat_map(
+    rows: Sequence[Mapping[str, Any]],
+    colour: alt.Color,
+    domain: Sequence[float],
+    tooltip: Sequence[alt.Tooltip],
+    shape: xr.Dataset,
+    *,
+    title: str,
+    subtitle: str,
+    description: str,
+) -> alt.Chart:
+    """A cell for each layer and expert of `shape`; the middle of the domain is neutral."""
+    scaled = colour.scale(
+        domain=domain,
+        range="diverging",
+        interpolate="rgb",  # the default goes through green and maroon, which would look like a third kind
+        clamp=True,
+    )
     chart: alt.Chart = (
         alt.Chart(alt.InlineData(values=rows), name=CELLS)
         .mark_rect(cornerRadius=2)
         .encode(
-            x=_experts("expert", own.sizes["expert"]),
+            x=_experts("expert", shape.sizes["expert"]),
             y=alt.Y("layer:O", title="layer").scale(paddingInner=0.08),
-            color=colour,
-            opacity=alt.condition("datum.q <= 0.05", alt.value(1), alt.value(0.3)),
-            tooltip=[
-                alt.Tooltip("layer:O"),
-                alt.Tooltip("expert:O"),
-                alt.Tooltip("share:Q", title="of its tokens, %"),
-                alt.Tooltip("difference:Q", title="more than the others, points"),
-                alt.Tooltip("difference_low:Q", title="95 % from"),
-                alt.Tooltip("difference_high:Q", title="to"),
-                alt.Tooltip("q:Q", title="q by shuffling"),
-            ],
+            color=scaled.legend(orient="bottom", format=".3~g", values=domain, gradientLength=180),
+            tooltip=[alt.Tooltip("layer:O"), alt.Tooltip("expert:O"), *tooltip],
         )
         .properties(
-            title=alt.Title(
-                "Tokens that reach the expert, difference in points",
-                subtitle=[f"n = {n:,} documents; 0 is neutral, pale where q > 0.05"],
-            ),
+            title=alt.Title(title, subtitle=[subtitle]),
             width="container",
-            height=_step(own.sizes["layer"]) * own.sizes["layer"],
-            description=f"Heat map of how many more tokens of {visible(data_set)} reach each expert.",
+            height=_step(shape.sizes["layer"]) * shape.sizes["layer"],
+            description=description,
         )
     )
     return chart

@@ -88,6 +88,17 @@ class Windows(Reducer):
         )
 
 
+class WindowCounts(Windows):
+    """As `Windows`, but finishes with the counts alone, for `Windows.finish` in any order and the whole capture."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(n, top=1)
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """What was counted."""
+        return xr.Dataset({"count": (("start", "first", "rest"), state["count"]), "tokens": ("once", state["tokens"])})
+
+
 def _expected(table: Array) -> Array:
     """Of a table of n-grams, float64: how many there would be by their transitions, N · P(e1) · Π P(e(i+1) | e(i))."""
     axes = range(table.ndim)

@@ -168,7 +168,7 @@ def layer_devices(skeleton: nn.Module, devices: Sequence[torch.device]) -> dict[
     Raises
     ------
     ValueError
-        When the model has more than one stack of layers, or its routers are in none.
+        When the model's layers are not one stack of its own.
     """
     if len(devices) == 1:
         return {"": devices[0]}

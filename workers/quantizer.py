@@ -213,15 +213,18 @@ def four_bit_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
 
 
+def packed_in_four_bits(matrix: torch.Tensor, quantization: str) -> tuple[torch.Tensor, Any]:
+    """What nf4 and fp4 mean here: packed values, and bitsandbytes' QuantState that tells how they are scaled."""
+    packed, state = quantize_4bit(matrix, blocksize=BLOCK, compress_statistics=True, quant_type=quantization)
+    return packed, state
+
+
 def round_gates(routers: Iterable[nn.Module], quantization: str) -> None:
     """Give each matrix of the routers the values that it would have as a Linear4bit."""
     for router in routers:
         for parameter in router.parameters():
             if parameter.ndim == 2:
-                packed, state = quantize_4bit(
-                    parameter.data, blocksize=BLOCK, compress_statistics=True, quant_type=quantization
-                )
-                parameter.data = dequantize_4bit(packed, state)
+                parameter.data = dequantize_4bit(*packed_in_four_bits(parameter.data, quantization))
 
 
 def own_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:

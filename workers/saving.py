@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 
 from workers.checkpoint import INDEX, find_checkpoint, read_config, tensor_names, weight_files
 from workers.description import (
-    BLOCK,
     FOUR_BITS,
     compute_dtype,
     describe_checkpoint,
@@ -121,10 +120,9 @@ def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def in_four_bits(name: str, matrix: torch.Tensor, quantization: str, device: torch.device) -> dict[str, torch.Tensor]:
     """A matrix as bitsandbytes stores it: the packed values and, beside them, what they are scaled by."""
-    from bitsandbytes.functional import quantize_4bit  # takes seconds to import
+    from workers.quantizer import packed_in_four_bits  # bitsandbytes takes seconds to import
 
-    values = matrix.to(device, compute_dtype(device.type))
-    packed, state = quantize_4bit(values, blocksize=BLOCK, compress_statistics=True, quant_type=quantization)
+    packed, state = packed_in_four_bits(matrix.to(device, compute_dtype(device.type)), quantization)
     state.dtype = matrix.dtype
     parts = {name: packed} | {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
     return {part: value.cpu() for part, value in parts.items()}
