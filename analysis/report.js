@@ -69,7 +69,7 @@
       link.href = await view.toImageURL(form, form === "png" ? 3 : 1);
     }
     link.click();
-    URL.revokeObjectURL(link.href);
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // a busy browser fetches it later than the click
   };
 
   const draw = async (figure) => {
