@@ -100,7 +100,7 @@ def measure(
             raise ValueError(f"layers {unknown} were not captured; {dataset} has {capture['layer'].values.tolist()}")
         capture = capture.sel(layer=list(layers))
     identity = identity_hash(CaptureGroup(path, dataset).identity)
-    kept = open_objects(_beside(path), scratch=".scratch")
+    kept = open_objects(beside(path), scratch=".scratch")
     about = [VERSION, identity, state.digest, layers and list(layers), asdict(only)]
     keys = [f"{dataset}/{_hash([*about, *_question(reducer)])}.npz" for reducer in reducers]
     states = [_read(kept, key) for key in keys]
@@ -118,7 +118,8 @@ def measure(
     ]
 
 
-def _beside(path: Path | str) -> str:
+def beside(path: Path | str) -> str:
+    """Where what is derived from a store is kept."""
     return f"{str(path).rstrip('/')}.results"
 
 

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Block = dict[str, Array]
-"""The decoded arrays of one shard by variable name; `counted`, bool (doc, position): tokens to count; and where a
-reducer needs it `code`, uint8 (doc, layer, position): see `coded`."""
+"""The decoded arrays of one shard by variable name; `counted`, bool (doc, position): tokens to count; `row`, int64
+(doc): the rows' numbers; and where a reducer needs it `code`, uint8 (doc, layer, position): see `coded`."""
 State = dict[str, NDArray[Any]]
 """What a reducer accumulates: integer arrays by name, so that sums are exact in any order."""
 
@@ -161,7 +161,7 @@ def accumulate(
                 except IndexError:
                     return states
                 block = _decode(variables.isel(doc=rows), dataset, rows.start)
-                block["length"] = length[rows]
+                block["length"], block["row"] = length[rows], np.arange(rows.start, rows.stop)
                 _mark(block, dataset, rows.start, excluded, only, needs_code)
                 for reducer, state in zip(reducers, states, strict=True):
                     reducer.update(state, block)

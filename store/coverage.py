@@ -32,6 +32,8 @@ class Coverage:
     """Bytes of the committed `expert` and `weight` shards."""
     seconds: float
     """Sum of the seconds that workers spent on the committed shards."""
+    sums: dict[int, str]
+    """Of each committed shard, SHA-256 of what its record says of its tokens and objects: equal for equal bytes."""
     digest: str
     """SHA-256 of what is planned and committed, to the checksums of the shards' objects: equal for equal bytes."""
 
@@ -72,6 +74,11 @@ def coverage(path: Path | str, dataset: str) -> Coverage:
     valid, wrong = group.commits()
     plan, total = group.plan, group.num_shards
     done = [record for shard, record in valid.items() if shard < total]
+    sums = {
+        shard: _hash([record.get("token_crc32c"), record["expert"], record["weight"]])
+        for shard, record in valid.items()
+        if shard < total
+    }
     held = [[shard, valid[shard]["expert"], valid[shard]["weight"]] for shard in sorted(valid) if shard < total]
     return Coverage(
         dataset=dataset,
@@ -86,8 +93,13 @@ def coverage(path: Path | str, dataset: str) -> Coverage:
         tokens_done=sum(record["tokens"] for record in done),
         bytes_done=sum(record["expert"]["bytes"] + record["weight"]["bytes"] for record in done),
         seconds=sum(record.get("seconds", 0.0) for record in done),
-        digest=hashlib.sha256(json.dumps([asdict(plan), held], sort_keys=True).encode()).hexdigest(),
+        sums=sums,
+        digest=_hash([asdict(plan), held]),
     )
+
+
+def _hash(about: object) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _set_aside(quarantined: Mapping[int, Mapping[str, Any]]) -> str:

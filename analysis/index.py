@@ -1,0 +1,280 @@
+"""What the explorer looks up instead of reading a store: every token's places, and the sums behind the expert pages.
+
+A scan answers in seconds or minutes, and a person who explores waits a tenth of a second. So each shard is read once:
+its part (`analysis.occurrences`) is written, and what the pages show is summed up.
+
+Promises: a part is of the very bytes that were committed, for its name holds their checksum; what is committed later is
+added, and nothing is counted twice; a shard that was captured again with other bytes gets another part, and the sums
+begin anew. A killed process loses at most `PARTS_AT_ONCE` shards of its work. The index may be deleted at any time. It
+takes 8 bytes a token and one (two from 256 experts on) a choice: 72 bytes a token for Mixtral.
+
+Does not know what is shown: `analysis.explorer`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from analysis.choices import Choices
+from analysis.contexts import TopContexts
+from analysis.files import whole_file
+from analysis.load import Load
+from analysis.occurrences import Occurrences, Part
+from analysis.position import PositionLoad
+from analysis.results import VERSION, beside
+from analysis.scan import Reducer, State, accumulate, merge, sizes
+from analysis.tokens import TokenCounts
+from analysis.uncertainty import Resampled
+from store.coverage import Coverage, coverage
+from store.group import CaptureGroup
+from store.identity import identity_hash
+from store.reader import open_covered
+
+PARTS_AT_ONCE = 32  # shards between two savings of the sums (arbitrary)
+TABLE_BYTES = 2**29  # of counts by token, layer and expert: where all are more, some layers are counted (arbitrary)
+REPLICATES, REPLICATED = 200, 2**22  # of the load's bootstrap, and numbers held for it
+
+Sums = dict[str, State]
+"""What each of `reducers` has counted, by its name."""
+
+
+def reducers(capture: xr.Dataset) -> dict[str, Reducer]:
+    """What is summed up over the parts of a capture."""
+    layers, choices, experts = sizes(capture)
+    fitting = REPLICATED // (2 * layers * choices * experts)
+    return {
+        "load": Resampled(Load(), min(REPLICATES, max(99, fitting))),
+        "choices": Choices(),
+        "position": PositionLoad(),
+        "contexts": TopContexts(),
+        "tokens": TokenCounts(table_layers(capture)),
+    }
+
+
+def table_layers(capture: xr.Dataset) -> list[int]:
+    """The layers with a table of tokens and experts: all, or as many, evenly spread, as it has room for."""
+    layers, _, experts = sizes(capture)
+    room = max(1, TABLE_BYTES // (4 * capture.sizes["token_id"] * experts))
+    at = np.unique(np.linspace(0, layers - 1, min(room, layers)).round().astype(int))
+    return [int(number) for number in capture["layer"].values[at]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Indexed:
+    """As much of a capture as is indexed. It never changes: what comes later is another one."""
+
+    state: Coverage
+    """What is planned and committed."""
+    capture: xr.Dataset
+    parts: Mapping[str, Part]
+    """The indexed shards, by name, in their order."""
+    sums: Sums
+
+    def result(self, name: str) -> xr.Dataset:
+        """What one of `reducers` found in the parts."""
+        return reducers(self.capture)[name].finish(self.sums[name], self.capture)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were counted."""
+        return int(self.sums["choices"]["tokens"][0])
+
+    def occurrences(
+        self, token: int, layer: int | None = None, expert: int | None = None, *, skip: int = 0, limit: int = 20
+    ) -> tuple[int, list[tuple[Part, int]]]:
+        """How often a token went to an expert at a layer (by index), or occurs at all; and some of the places.
+
+        Returns
+        -------
+        number : int
+        found : list of (Part, int)
+            At most `limit` after the first `skip`, in the order of shards: indices into the part's `order`.
+        """
+        number, found = 0, list[tuple[Part, int]]()
+        for part in self.parts.values():
+            here = part.find(token, layer, expert)
+            first = max(0, skip - number)
+            found += [(part, int(index)) for index in here[first : first + limit - len(found)]]
+            number += len(here)
+        return number, found
+
+    def part_of(self, row: int) -> Part | None:
+        """The part that holds a row of the capture; None where it is not indexed."""
+        shard = row // int(self.capture.attrs["rows_per_shard"])
+        name = _part_name(shard, self.state.sums[shard]) if shard in self.state.sums else ""
+        return self.parts.get(name)
+
+
+class CaptureIndex:
+    """The index of one capture.
+
+    Parameters
+    ----------
+    path, dataset
+        The store, and the capture in it.
+    folder : Path, optional
+        Where indexes are kept; default beside the store, or in the user's cache for a store in a bucket.
+
+    Attributes
+    ----------
+    now : Indexed
+        What is indexed; at first what another process has left. Replaced as a whole by `refresh`.
+    """
+
+    def __init__(self, path: Path | str, dataset: str, folder: Path | None = None) -> None:
+        self.path, self.dataset = path, dataset
+        identity = identity_hash(CaptureGroup(path, dataset).identity)
+        root = index_folder(path) if folder is None else folder
+        self.folder = root / dataset / f"index-{_hash([VERSION, identity])[:16]}"
+        state, capture = self._open()
+        kept, sums = self._kept(capture)
+        if not kept <= set(_part_names(state).values()):  # of shards that were captured again
+            kept, sums = set(), _empty(capture)
+        self.now = self._indexed(state, capture, kept, sums, {})
+
+    def refresh(
+        self, *, threads: int | None = None, progress: Callable[[int, int], None] | None = None, most: int | None = None
+    ) -> int:
+        """Add what was committed and is not indexed yet.
+
+        Parameters
+        ----------
+        threads
+            Shards decoded at the same time; default one a processor.
+        progress
+            Called with (shards done, shards in all) after each shard, from any thread.
+        most
+            Shards to add at most.
+
+        Returns
+        -------
+        int
+            Shards that were added.
+
+        Raises
+        ------
+        OSError
+            When the index cannot be written; what is written is kept.
+        ValueError
+            When a shard cannot be decoded.
+        """
+        state, capture = self._open()
+        names = _part_names(state)
+        done, sums = set(self.now.parts), self.now.sums
+        if not done <= set(names.values()):
+            done, sums = set(), _empty(capture)
+        left = [shard for shard, name in names.items() if name not in done][:most]
+        counted = itertools.count(1)
+        for start in range(0, len(left), PARTS_AT_ONCE):
+            some = left[start : start + PARTS_AT_ONCE]
+            told = None if progress is None else lambda *_: progress(next(counted), len(left))
+            sums = self._add(capture, names, sums, some, threads, told)
+            done |= {names[shard] for shard in some}
+            self._keep(done, sums)
+            self.now = self._indexed(state, capture, done, sums, self.now.parts)
+        if not left:
+            self.now = self._indexed(state, capture, done, sums, self.now.parts)
+        self._drop_replaced(names)
+        return len(left)
+
+    def _open(self) -> tuple[Coverage, xr.Dataset]:
+        state = coverage(self.path, self.dataset)
+        return state, open_covered(self.path, state)
+
+    def _add(
+        self,
+        capture: xr.Dataset,
+        names: Mapping[int, str],
+        sums: Sums,
+        shards: list[int],
+        threads: int | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> Sums:
+        """Write the parts of some shards, and the sums with them."""
+        step, rows = int(capture.attrs["rows_per_shard"]), capture.sizes["doc"]
+        slices = [slice(shard * step, min(rows, (shard + 1) * step)) for shard in shards]
+        asked = reducers(capture)
+        writing = Occurrences(self.folder, {shard * step: names[shard] for shard in shards})
+        _, *states = accumulate(capture, [writing, *asked.values()], slices, threads=threads, progress=progress)
+        before = [{name: array.copy() for name, array in sums[key].items()} for key in asked]  # some add in place
+        return dict(zip(asked, merge(list(asked.values()), before, states), strict=True))
+
+    def _indexed(
+        self, state: Coverage, capture: xr.Dataset, done: set[str], sums: Sums, known: Mapping[str, Part]
+    ) -> Indexed:
+        """What is shown from now on."""
+        step = int(capture.attrs["rows_per_shard"])
+        parts = {
+            name: known.get(name) or Part(self.folder / name, shard * step)
+            for shard, name in _part_names(state).items()
+            if name in done
+        }
+        return Indexed(state=state, capture=capture, parts=parts, sums=sums)
+
+    def _drop_replaced(self, names: Mapping[int, str]) -> None:
+        """Remove the parts of shards that were captured again."""
+        for found in self.folder.iterdir() if self.folder.is_dir() else ():
+            shard = re.match(r"\d+(?=-)", found.name)
+            if shard and names.get(int(shard[0]), found.name) != found.name:
+                shutil.rmtree(found, ignore_errors=True)
+
+    def _keep(self, done: set[str], sums: Sums) -> None:
+        """Save the sums, with the parts that they are of."""
+        arrays = {f"{key}/{name}": array for key, state in sums.items() for name, array in state.items()}
+        with whole_file(self.folder / "sums.npz") as unfinished, unfinished.open("wb") as file:
+            np.savez(file, parts=np.array(sorted(done)), **arrays)  # type: ignore[arg-type]
+
+    def _kept(self, capture: xr.Dataset) -> tuple[set[str], Sums]:
+        """What was saved, or nothing where it is not there, or not whole."""
+        try:
+            with np.load(self.folder / "sums.npz", allow_pickle=False) as saved:
+                sums: Sums = {key: {} for key in reducers(capture)}
+                for place in saved.files:
+                    key, _, name = place.rpartition("/")
+                    if key:
+                        sums[key][name] = saved[place]
+                done = set(saved["parts"].tolist())
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return set(), _empty(capture)
+        whole = all((self.folder / name).is_dir() for name in done)
+        return (done, sums) if whole else (set(), _empty(capture))
+
+
+def index_folder(path: Path | str) -> Path:
+    """Where the indexes of a store are kept: beside it, or in the user's cache where it is in a bucket.
+
+    A part is mapped into memory: it must be a file.
+    """
+    if "://" not in str(path):
+        return Path(beside(path))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "expert-atlas" / _hash(str(path).rstrip("/"))[:16]
+
+
+def _empty(capture: xr.Dataset) -> Sums:
+    return {name: reducer.init(capture) for name, reducer in reducers(capture).items()}
+
+
+def _part_names(state: Coverage) -> dict[int, str]:
+    """The names of the committed shards' parts."""
+    return {shard: _part_name(shard, checksum) for shard, checksum in sorted(state.sums.items())}
+
+
+def _part_name(shard: int, checksum: str) -> str:
+    return f"{shard:06d}-{checksum[:16]}"
+
+
+def _hash(about: object) -> str:
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()

@@ -1,0 +1,231 @@
+// The explorer's pages: colours of experts, a text with its tokens' paths, and what has come since the page was drawn.
+// All text reaches the page as text, never as markup.
+"use strict";
+(() => {
+  const body = document.body.dataset;
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e6b000", "#56b4e9", "#8a6d5b", "#7b3294"];
+  const STRONGEST = 0.6; // of a colour behind text: it stays readable
+
+  const rgb = (expert, experts) => {
+    if (experts <= PALETTE.length) return [1, 3, 5].map((at) => parseInt(PALETTE[expert].slice(at, at + 2), 16));
+    const hue = (expert * 137.508) % 360, light = dark.matches ? 0.62 : 0.5; // the golden angle: neighbours differ
+    const part = (n) => {
+      const k = (n + hue / 30) % 12;
+      return Math.round(255 * (light - 0.65 * Math.min(light, 1 - light) * Math.max(-1, Math.min(k - 3, 9 - k, 1))));
+    };
+    return [part(0), part(8), part(4)];
+  };
+  const colour = (expert, experts, strength) => `rgb(${rgb(expert, experts).join(" ")} / ${(STRONGEST * strength).toFixed(3)})`;
+
+  const element = (tag, text, attributes = {}) => {
+    const node = document.createElement(tag);
+    if (text !== undefined) node.textContent = text;
+    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+    return node;
+  };
+  const drawn = (tag, attributes) => {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+    return node;
+  };
+
+  // Colours of what the server has written: chips, and the maps of layers and experts.
+  const paint = () => {
+    const experts = Number(body.experts);
+    for (const node of document.querySelectorAll(".chip")) node.style.backgroundColor = colour(Number(node.dataset.expert), experts, 0.9);
+    for (const node of document.querySelectorAll("[data-share]")) node.style.backgroundColor = colour(Number(node.dataset.expert), experts, Number(node.dataset.share));
+    for (const node of document.querySelectorAll("[data-load]")) {
+      const off = Math.max(-1, Math.min(1, Number(node.dataset.load) - 1)); // from none to twice the even share
+      node.style.backgroundColor = `rgb(${off < 0 ? "31 95 168" : "224 138 53"} / ${Math.abs(off * 0.6).toFixed(3)})`;
+    }
+  };
+
+  // A text with its routes.
+  const reader = (data) => {
+    const { layers, experts, choices, documents } = data;
+    const by = (id) => document.getElementById(id);
+    const text = by("text"), slider = by("layer"), path = by("path");
+    const asked = new URLSearchParams(location.search);
+    const state = { document: 0, layer: Math.max(0, layers.indexOf(Number(asked.get("layer") ?? layers[0]))), alone: null, token: null };
+    if (asked.has("expert")) state.alone = Number(asked.get("expert"));
+    if (asked.has("token")) state.token = Number(asked.get("token"));
+    let spans = [], routes;
+
+    const decoded = ({ expert, weight, scale, bytes }) => {
+      const raw = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+      const chosen = raw(expert), weights = new Uint16Array(raw(weight).buffer);
+      const at = (token, layer, k) => (token * layers.length + layer) * choices + k;
+      const wide = bytes === 1 ? chosen : new Uint16Array(chosen.buffer);
+      const missing = bytes === 1 ? 255 : 65535;
+      return {
+        expert: (token, layer, k) => (wide[at(token, layer, k)] === missing ? null : wide[at(token, layer, k)]),
+        weight: (token, layer, k) => weights[at(token, layer, k)] * scale,
+        most: Math.max(1e-9, scale * 65535),
+      };
+    };
+
+    const share = () => {
+      const url = new URL(location);
+      const set = (name, value) => (value === null ? url.searchParams.delete(name) : url.searchParams.set(name, value));
+      set("layer", layers[state.layer]);
+      set("expert", state.alone);
+      set("token", state.token);
+      if (documents.length > 1) set("document", state.document);
+      try { history.replaceState(null, "", url); } catch { /* a file's page may not change its address */ }
+    };
+
+    const rank = (token) => { // which choice is shown: the first, or the one to be seen alone
+      if (state.alone === null) return 0;
+      for (let k = 0; k < choices; k++) if (routes.expert(token, state.layer, k) === state.alone) return k;
+      return -1;
+    };
+
+    const colourText = () => {
+      const counts = new Array(experts).fill(0);
+      spans.forEach((span, token) => {
+        const first = routes.expert(token, state.layer, 0), k = rank(token);
+        if (first !== null) counts[first]++;
+        span.classList.toggle("missing", first === null);
+        span.style.backgroundColor = first === null || k < 0 ? "" : colour(routes.expert(token, state.layer, k), experts, routes.weight(token, state.layer, k) / routes.most);
+      });
+      const shown = [...counts.keys()].filter((e) => counts[e] || e === state.alone).sort((a, b) => (experts <= 16 ? a - b : counts[b] - counts[a])).slice(0, 16);
+      by("legend").replaceChildren(...shown.map((e) => {
+        const button = element("button", `${e} · ${Math.round((100 * counts[e]) / Math.max(1, spans.length))} %`, { type: "button", "aria-pressed": state.alone === e, "aria-label": `expert ${e}, first choice of ${counts[e]} tokens here` });
+        button.style.backgroundColor = colour(e, experts, 0.9);
+        button.onclick = () => { state.alone = state.alone === e ? null : e; change(); by("legend").querySelector(`[data-expert="${e}"]`)?.focus(); };
+        button.dataset.expert = e;
+        return button;
+      }));
+      slider.value = state.layer;
+      slider.setAttribute("aria-valuetext", `layer ${layers[state.layer]}`);
+      by("layer-number").textContent = layers[state.layer];
+    };
+
+    // Layers from left to right, experts from top to bottom, in the picture's own pixels: dots stay round.
+    const drawPath = (token) => {
+      const width = path.clientWidth || 300, height = path.clientHeight || 200, edge = 9, label = 14;
+      const X = (layer) => label + edge + ((width - label - 2 * edge) * (layer + 0.5)) / layers.length;
+      const Y = (expert) => edge + ((height - 2 * edge) * (expert + 0.5)) / experts;
+      const largest = Math.min(8, 0.45 * (X(1) - X(0)), Math.max(3, 0.45 * (Y(1) - Y(0))));
+      path.setAttribute("viewBox", `0 0 ${width} ${height}`);
+      const parts = [drawn("line", { class: "here", x1: X(state.layer), x2: X(state.layer), y1: 0, y2: height })];
+      for (const expert of experts <= 16 ? Array(experts).keys() : [0, experts - 1]) {
+        const number = drawn("text", { x: label, y: Y(expert) + 4 });
+        number.textContent = expert;
+        parts.push(number);
+      }
+      if (layers.length * experts <= 512) {
+        layers.forEach((_, l) => { for (let e = 0; e < experts; e++) parts.push(drawn("circle", { class: "grid", cx: X(l), cy: Y(e), r: 1.2 })); });
+      }
+      if (token !== null && routes.expert(token, 0, 0) !== null) {
+        parts.push(drawn("polyline", { points: layers.map((_, l) => `${X(l)},${Y(routes.expert(token, l, 0))}`).join(" ") }));
+        for (let k = choices - 1; k >= 0; k--) {
+          layers.forEach((number, l) => {
+            const expert = routes.expert(token, l, k), weight = routes.weight(token, l, k);
+            const dot = drawn("circle", { cx: X(l), cy: Y(expert), r: 1.5 + (largest - 1.5) * Math.sqrt(weight / routes.most), ...(k ? { class: "other" } : {}) });
+            if (!k) dot.style.fill = `rgb(${rgb(expert, experts).join(" ")})`;
+            const title = drawn("title", {});
+            title.textContent = `layer ${number}: choice ${k + 1} is expert ${expert}, weight ${weight.toFixed(3)}`;
+            dot.append(title);
+            parts.push(dot);
+          });
+        }
+      }
+      path.replaceChildren(...parts);
+    };
+
+    const show = (token) => {
+      const own = documents[state.document];
+      by("token").replaceChildren();
+      by("links").replaceChildren();
+      drawPath(token);
+      if (token === null) {
+        by("token").append(element("span", "Point at a token, or tap it, to see its experts at all layers. Up and down change the layer.", { class: "soft" }));
+        return;
+      }
+      const chosen = Array.from({ length: choices }, (_, k) => [routes.expert(token, state.layer, k), routes.weight(token, state.layer, k)]);
+      const words = chosen[0][0] === null ? "not captured yet" : chosen.map(([expert, weight]) => `expert ${expert} (${weight.toFixed(3)})`).join(", ");
+      by("token").append(element("span", own.texts[token].replaceAll("\n", "↵"), { class: "word" }), element("br"),
+        `token ${own.offset + token}${own.roles ? `, ${own.roles[token]}` : ""}; layer ${layers[state.layer]}: ${words}`);
+      if (body.dataset) {
+        const base = `/${encodeURIComponent(body.dataset)}`;
+        by("links").append(element("a", "this token everywhere", { href: `${base}/token/${own.ids[token]}` }));
+        for (const [expert] of chosen) if (expert !== null) by("links").append(" · ", element("a", `expert ${expert}`, { href: `${base}/expert/${layers[state.layer]}/${expert}` }));
+      }
+    };
+
+    const change = () => {
+      colourText();
+      spans.forEach((span, token) => span.classList.toggle("at", token === state.token));
+      show(state.token);
+      share();
+    };
+
+    const open = (number) => {
+      state.document = number;
+      const own = documents[number];
+      routes = decoded(own);
+      spans = own.texts.map((piece) => element("span", piece.replaceAll("\n", "↵\n")));
+      text.replaceChildren(...spans);
+      if (state.token !== null && !(state.token >= 0 && state.token < spans.length)) state.token = null;
+      change();
+      if (state.token !== null) spans[state.token].scrollIntoView({ block: "center" });
+    };
+
+    const tokenOf = (event) => { const at = spans.indexOf(event.target); return at < 0 ? null : at; };
+    text.addEventListener("pointerover", (event) => { const at = tokenOf(event); if (at !== null) show(at); });
+    text.addEventListener("pointerleave", () => show(state.token));
+    text.addEventListener("click", (event) => { const at = tokenOf(event); if (at !== null) { state.token = at === state.token ? null : at; change(); } });
+    text.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], layer = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+      if (step) state.token = Math.max(0, Math.min(spans.length - 1, (state.token ?? (step > 0 ? -1 : spans.length)) + step));
+      else if (layer) state.layer = Math.max(0, Math.min(layers.length - 1, state.layer + layer));
+      else if (event.key === "Escape") { state.token = null; state.alone = null; }
+      else return;
+      event.preventDefault();
+      change();
+      if (step) spans[state.token]?.scrollIntoView({ block: "nearest" });
+    });
+    slider.max = layers.length - 1;
+    slider.addEventListener("input", () => { state.layer = Number(slider.value); change(); });
+    by("first-layer").textContent = layers[0];
+    by("last-layer").textContent = layers.at(-1);
+    if (documents.length > 1) {
+      by("chooser").hidden = false;
+      by("document").append(...documents.map(({ name }, number) => element("option", name, { value: number })));
+      by("document").addEventListener("change", (event) => { state.token = null; open(Number(event.target.value)); });
+    }
+    dark.addEventListener("change", () => change());
+    window.addEventListener("resize", () => show(state.token));
+    by("reader").hidden = false;
+    const first = Number(asked.get("document") ?? 0);
+    open(documents[first] ? first : 0);
+    if (documents.length > 1) by("document").value = state.document;
+    document.body.dataset.drawn = "";
+  };
+
+  // How far a running capture is; the page stays as it is until its reader asks for more.
+  const follow = async () => {
+    const line = document.getElementById("state");
+    try {
+      const { sets } = await (await fetch("/state.json")).json();
+      const own = sets.filter(({ name }) => body.dataset === undefined || name === body.dataset);
+      const busy = own.filter(({ busy }) => busy);
+      line.textContent = own.map(({ note }) => note).filter(Boolean).join(" ");
+      if (body.digest !== undefined && own[0] && own[0].digest !== body.digest) {
+        line.append(" ", element("a", "There is more now: show it", { href: location.href }));
+      }
+      setTimeout(follow, busy.length ? 2000 : 15000);
+    } catch {
+      line.textContent = "The explorer was stopped. Start it again with the same command, and this page goes on.";
+      setTimeout(follow, 5000);
+    }
+  };
+
+  paint();
+  dark.addEventListener("change", paint);
+  const data = document.getElementById("data");
+  if (data) reader(JSON.parse(data.textContent));
+  if (document.getElementById("state")) follow();
+})();

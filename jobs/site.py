@@ -1,0 +1,208 @@
+"""The explorer's pages over HTTP: addresses, and which page answers them.
+
+Promises: everything is read, nothing written; a wrong address or number is answered with a page that says so; nothing
+but the explorer's own script and style runs or is asked for, whatever a token holds; a request under a name that is not
+this machine's is refused, so that no page elsewhere can read a store through the visitor's browser.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from analysis.explorer import Explorer, Shown
+from analysis.export import FOLDER, environment, export_page, reader_data
+from analysis.view import MIN_COUNT
+
+FEW = 16  # experts of a layer that fit beside each other; of more, so many are listed
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
+    " img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+
+
+def site(explorer: Explorer, hosts: Sequence[str]) -> Starlette:
+    """The explorer as an ASGI application, for requests to these host names."""
+    pages = Pages(explorer)
+    routes = [
+        Route("/", pages.home),
+        Route("/state.json", pages.state),
+        Route("/explorer.css", lambda _: FileResponse(FOLDER / "explorer.css", headers=HEADERS)),
+        Route("/explorer.js", lambda _: FileResponse(FOLDER / "explorer.js", headers=HEADERS)),
+        Route("/{name}", pages.dataset),
+        Route("/{name}/search", pages.search),
+        Route("/{name}/document/{document:int}", pages.document),
+        Route("/{name}/document/{document:int}/export", pages.export),
+        Route("/{name}/place", pages.place),
+        Route("/{name}/token/{token:int}", pages.token),
+        Route("/{name}/expert/{layer:int}/{expert:int}", pages.expert),
+    ]
+    answers = {HTTPException: pages.error, ValueError: pages.error}
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)]
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=answers)
+
+
+class Pages:
+    """One method a page; run by Starlette in threads."""
+
+    def __init__(self, explorer: Explorer) -> None:
+        self.explorer, self.templates = explorer, environment()
+
+    def home(self, request: Request) -> Response:
+        """The data sets."""
+        sets = [self.explorer.state(name) for name in self.explorer.shown]
+        return self._page("home", "What do the experts do?", sets=sets)
+
+    def state(self, request: Request) -> Response:
+        """How far all data sets are: what a page asks for again and again."""
+        return JSONResponse({"sets": [self.explorer.state(name) for name in self.explorer.shown]}, headers=HEADERS)
+
+    def dataset(self, request: Request) -> Response:
+        """A data set: its experts and its documents."""
+        shown, (page,) = self._shown(request), _numbers(request, page=0)
+        view, share = shown.view, shown.profiles.load["estimate"].values
+        listed = [_largest(loads) for loads in share] if view.experts > FEW else [range(view.experts)] * len(share)
+        loads = [
+            (layer, [(int(e), float(np.nan_to_num(share[at, e]))) for e in listed[at]])
+            for at, layer in enumerate(view.layers)
+        ]
+        found = view.documents(page=page or 0)
+        return self._page(
+            "dataset",
+            view.dataset,
+            shown,
+            map=loads,
+            few=view.experts > FEW,
+            state=str(view.now.state),
+            documents=found,
+        )
+
+    def search(self, request: Request) -> Response:
+        """Tokens and documents that contain a text."""
+        shown, (page,) = self._shown(request), _numbers(request, page=0)
+        asked = request.query_params.get("q", "")
+        if not asked:
+            raise HTTPException(400, "the search is for nothing: give a part of a token or of a document's name")
+        tokens, documents = shown.view.find_tokens(asked), shown.view.documents(asked, page or 0)
+        return self._page("search", asked, shown, asked=asked, tokens=tokens, documents=documents)
+
+    def document(self, request: Request) -> Response:
+        """A page of a document's text."""
+        shown, (page,) = self._shown(request), _numbers(request, page=0)
+        found = shown.view.document(request.path_params["document"], page or 0)
+        return self._page("document", found["name"], shown, document=found, data=reader_data(shown.view, [found]))
+
+    def export(self, request: Request) -> Response:
+        """A document as one file."""
+        view, document = self._shown(request).view, request.path_params["document"]
+        name = f"{view.dataset}-{document}.html"
+        headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
+        return HTMLResponse(export_page(view, [document]), headers=headers)
+
+    def place(self, request: Request) -> Response:
+        """To the page of a document where a row's position is."""
+        shown, (row, position, layer) = self._shown(request), _numbers(request, row=0, position=0, layer=None)
+        document, page, token = shown.view.page_at(row or 0, position or 0)
+        query = f"page={page}&token={token}" + (f"&layer={layer}" if layer is not None else "")
+        return RedirectResponse(f"/{shown.view.dataset}/document/{document}?{query}", headers=HEADERS)
+
+    def token(self, request: Request) -> Response:
+        """A token: where it goes, and its places."""
+        shown, (layer, expert, page) = self._shown(request), _numbers(request, layer=None, expert=None, page=0)
+        view = shown.view
+        token = view.token(request.path_params["token"])
+        if (layer is None) != (expert is None) or (layer is not None and layer not in view.layers):
+            raise HTTPException(400, f"name a layer of {view.layers[0]} to {view.layers[-1]} and an expert, or neither")
+        shares = [np.array(counts) / max(1, token["count"]) for counts in token["counts"]]
+        listed = [_largest(each) if view.experts > FEW else range(view.experts) for each in shares]
+        return self._page(
+            "token",
+            token["text"],
+            shown,
+            token=token,
+            few=view.experts > FEW,
+            map=[
+                (number, [(int(e), float(each[e])) for e in experts])
+                for number, each, experts in zip(token["layers"], shares, listed, strict=True)
+            ],
+            found=view.contexts(token["id"], layer, expert, page or 0),
+            chosen_layer=layer,
+            chosen_expert=expert,
+            query={} if layer is None else {"layer": layer, "expert": expert},
+        )
+
+    def expert(self, request: Request) -> Response:
+        """An expert's profile."""
+        shown = self._shown(request)
+        layer, expert = request.path_params["layer"], request.path_params["expert"]
+        found = shown.profiles.expert(layer, expert, self.explorer.alike(shown.view.dataset))
+        return self._page(
+            "expert",
+            f"Expert {expert} of layer {layer}",
+            shown,
+            expert=found,
+            table_layers=shown.view.table_layers,
+            min_count=MIN_COUNT,
+            length=shown.view.capture.sizes["position"],
+        )
+
+    def error(self, request: Request, error: Exception) -> Response:
+        """What went wrong, in the page's own words."""
+        status = error.status_code if isinstance(error, HTTPException) else 404
+        message = error.detail if isinstance(error, HTTPException) else str(error)
+        title = {404: "There is no such thing", 400: "That cannot be asked"}.get(status, "That went wrong")
+        return self._page("error", title, status=status, message=message)
+
+    def _shown(self, request: Request) -> Shown:
+        """The data set that an address names."""
+        name, shown = request.path_params["name"], self.explorer.shown
+        if name not in shown:
+            raise HTTPException(404, f"no data set {name!r}: here are {', '.join(shown)}")
+        return shown[name]
+
+    def _page(
+        self, template: str, title: str, shown: Shown | None = None, status: int = 200, **values: Any
+    ) -> HTMLResponse:
+        """A page with what all pages have."""
+        about: Mapping[str, Any] = {"name": None}
+        if shown is not None:
+            view = shown.view
+            about = {
+                "name": view.dataset,
+                "digest": shown.digest,
+                "experts": view.experts,
+                "choices": view.choices,
+                "layers": view.layers,
+            }
+        page = self.templates.get_template(f"{template}.html.jinja").render(
+            {"title": title, "names": list(self.explorer.shown), "asked": "", **about, **values}
+        )
+        return HTMLResponse(page, status, headers=HEADERS)
+
+
+def _largest(values: Any) -> list[int]:
+    """The experts with the largest values, as many as are listed."""
+    order = np.argsort(-np.nan_to_num(np.asarray(values)), kind="stable")
+    return [int(e) for e in order[:FEW]]
+
+
+def _numbers(request: Request, **defaults: int | None) -> list[int | None]:
+    """Whole numbers of an address's query, in this order."""
+    found: list[int | None] = []
+    for name, default in defaults.items():
+        text = request.query_params.get(name, "")
+        if text and not (text.isascii() and text.isdecimal() and len(text) < 16):
+            raise HTTPException(400, f"{name}={text} is no number from 0 on")
+        found.append(int(text) if text else default)
+    return found
