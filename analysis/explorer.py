@@ -115,11 +115,12 @@ class Explorer:
         """How far a data set is captured and indexed, and what there is to say of it."""
         shown = self.shown[name]
         state, indexed = shown.view.now.state, len(shown.view.now.parts)
-        done, total = self.progress.get(name, (0, 0))
+        behind = state.shards_done - indexed
         note = ""
         if name in self.problems:
             note = f"The index of {name} does not go on: {self.problems[name]}"
-        elif total:
+        elif behind:
+            done, total = self.progress.get(name, (0, behind))
             note = f"{name} is being indexed: {done:,} of {total:,} shards."
         elif not state.complete:
             note = f"{name} is incomplete: {state.shards_done:,} of {state.shards_total:,} shards are committed."
@@ -127,7 +128,7 @@ class Explorer:
             "name": name,
             "digest": shown.digest,
             "note": note,
-            "busy": bool(total) or not state.complete,
+            "busy": bool(behind) or not state.complete,
             "documents": state.plan.documents,
             "tokens": state.plan.tokens,
             "tokens_done": state.tokens_done,
@@ -146,6 +147,7 @@ class Explorer:
         shown = self.shown[name]
         profiles, view = shown.profiles, shown.view
         _ = view.document_tokens
+        view.now.occurrences(0, 0, 0)  # compiled
         for layer in view.table_layers:
             for by in profiles.orders:
                 view.top(layer, by)

@@ -104,10 +104,12 @@ class Indexed:
         """
         number, found = 0, list[tuple[Part, int]]()
         for part in self.parts.values():
-            here = part.find(token, layer, expert)
-            first = max(0, skip - number)
-            found += [(part, int(index)) for index in here[first : first + limit - len(found)]]
-            number += len(here)
+            here = part.count(token, layer, expert)
+            if skip < number + here and len(found) < limit:
+                first = max(0, skip - number)
+                places = part.find(token, layer, expert)[first : first + limit - len(found)]
+                found += [(part, int(index)) for index in places]
+            number += here
         return number, found
 
     def part_of(self, row: int) -> Part | None:
@@ -239,7 +241,7 @@ class CaptureIndex:
     def _kept(self, capture: xr.Dataset) -> tuple[set[str], Sums]:
         """What was saved, or nothing where it is not there, or not whole."""
         try:
-            with np.load(self.folder / "sums.npz", allow_pickle=False) as saved:
+            with (self.folder / "sums.npz").open("rb") as file, np.load(file, allow_pickle=False) as saved:
                 sums: Sums = {key: {} for key in reducers(capture)}
                 for place in saved.files:
                     key, _, name = place.rpartition("/")

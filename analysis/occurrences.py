@@ -56,13 +56,19 @@ class Part:
             setattr(self, name, np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")))
         self.first_row = first_row
 
+    def count(self, token: int, layer: int | None = None, expert: int | None = None) -> int:
+        """How often a token occurs, or went to an expert at a layer (by index)."""
+        low, high = int(self.bounds[token]), int(self.bounds[token + 1])
+        if layer is None or expert is None:
+            return high - low
+        return int(_count(self.expert[layer, low:high], expert))
+
     def find(self, token: int, layer: int | None = None, expert: int | None = None) -> Array:
-        """Where a token occurs, as indices into `order`: where it went to an expert at a layer (by index), or all."""
+        """Where, as indices into `order`."""
         low, high = int(self.bounds[token]), int(self.bounds[token + 1])
         if layer is None or expert is None:
             return np.arange(low, high)
-        found: Array = low + _chosen(self.expert[layer, low:high], expert)
-        return found
+        return low + np.flatnonzero((self.expert[layer, low:high] == expert).any(axis=1))
 
     def places(self, found: Array) -> tuple[Array, Array]:
         """Rows of the capture, and positions in them, of indices into `order`."""
@@ -158,14 +164,9 @@ def _by_layer(expert: Array, place: Array) -> Array:
 
 
 @kernel
-def _chosen(choices: Array, expert: int) -> Array:
-    """Indices of the occurrences (occurrence, k) that chose an expert."""
-    found = np.empty(len(choices), dtype=np.int64)
+def _count(choices: Array, expert: int) -> int:
+    """How many of the occurrences (occurrence, k) chose an expert; a token's choices are different ones."""
     number = 0
-    for index in range(len(choices)):
-        for k in range(choices.shape[1]):
-            if choices[index, k] == expert:
-                found[number] = index
-                number += 1
-                break
-    return found[:number]
+    for choice in choices.ravel():
+        number += choice == expert
+    return number

@@ -198,7 +198,16 @@ class View:
         return {"rows": rows, "number": number, "page": page, "pages": -(-number // CONTEXTS)}
 
     def page_at(self, row: int, position: int) -> tuple[int, int, int]:
-        """The document, its page, and the token on it, of a place."""
+        """The document, its page, and the token on it, of a place.
+
+        Raises
+        ------
+        ValueError
+            When there is no such place.
+        """
+        lengths = self.rows["length"]
+        if not (0 <= row < len(lengths) and 0 <= position < lengths[row]):
+            raise ValueError(f"{self.dataset} has no token in row {row} at position {position}")
         document = int(self.rows["document_id"][row])
         start = position // CHUNK_POSITIONS * CHUNK_POSITIONS
         return document, self.pages_of(document).index((row, start)), position - start

@@ -180,6 +180,7 @@ TYPOS = {
     "report": (["store.zarr", "--outptu", "x"], "--output"),
     "compare": (["s.zarr/a", "s.zarr/b", "--alow-incomplete"], "--allow-incomplete"),
     "query": (["s.zarr", "--tokne", "x"], "--token"),
+    "explore": (["s.zarr", "--prot", "1"], "--port"),
     "validate": (["m", "--gihtub", "x"], "--github"),
     "quantize": (["tiny", "out", "--quantisation", "nf4"], "--quantization"),
     "train_tiny": (["out", "--setps", "3"], "--steps"),

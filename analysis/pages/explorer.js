@@ -5,7 +5,7 @@
   const body = document.body.dataset;
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e6b000", "#56b4e9", "#8a6d5b", "#7b3294"];
-  const STRONGEST = 0.6; // of a colour behind text: it stays readable
+  const strongest = () => (dark.matches ? 0.45 : 0.6); // of a colour behind text: it stays readable
 
   const rgb = (expert, experts) => {
     if (experts <= PALETTE.length) return [1, 3, 5].map((at) => parseInt(PALETTE[expert].slice(at, at + 2), 16));
@@ -16,7 +16,7 @@
     };
     return [part(0), part(8), part(4)];
   };
-  const colour = (expert, experts, strength) => `rgb(${rgb(expert, experts).join(" ")} / ${(STRONGEST * strength).toFixed(3)})`;
+  const colour = (expert, experts, strength) => `rgb(${rgb(expert, experts).join(" ")} / ${(strongest() * strength).toFixed(3)})`;
 
   const element = (tag, text, attributes = {}) => {
     const node = document.createElement(tag);
