@@ -22,6 +22,7 @@ from jobs.dispatch import Dispatcher, Unit, WorkerState
 from jobs.planning import Planning
 from jobs.progress import Progress
 from jobs.terminal import Terminated, catch_sigterm, say
+from store.verify import verify_shard
 from workers.replica import Misplaced, Replica
 from workers.shard import DeviceLost
 
@@ -163,6 +164,9 @@ class _Dispatch:
         finally:
             for number in list(self._handles):
                 self._kill(number)
+        for unit in sorted(self.dispatcher.copied):  # two that computed otherwise, one with less memory, may have met
+            if reason := verify_shard(self.captures[unit.dataset].group, unit.shard):
+                say(f"{unit} was written by two workers, and does not hold: {reason}; the same command does it again")
 
     def _take_planned(self) -> None:
         complete = self.planning.complete  # asked first: what is planned after it is taken the next time
@@ -225,8 +229,8 @@ class _Dispatch:
 
     def _answered(self, worker: WorkerState, call: Call, value: Any, now: float) -> None:
         if isinstance(call, Unit):
-            self.dispatcher.finish(worker, call, now)
-            self.progress.finished(worker, call, value)
+            if self.dispatcher.finish(worker, call, now):
+                self.progress.finished(worker, call, value)
         elif call == "routed":
             self.dispatcher.routed(worker, value, now)
         elif call == "load":

@@ -12,9 +12,12 @@ It knows no Ray and no clock: it is told what happened and when, and says what t
   good, end the job with the reason;
 - a place where a worker was refused is not asked for again for ten minutes, and time in which the driver itself stood
   still makes no worker hung;
+- at the tail, what waits behind another shard, or takes twice as long as shards do, is given to an idle worker too: the
+  first commit wins, and one slow worker holds nobody up;
 - a worker for which there is nothing left to do is let go.
 """
 
+import statistics
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -26,6 +29,8 @@ BROKEN_IN_A_ROW = 3  # workers broken, each started after the one before, with n
 ERRORS_IN_A_ROW = (STRIKES - 1) * UNITS_A_WORKER  # a worker is taken for sick before its two shards have three strikes
 QUARANTINED_IN_A_ROW = 8  # shards given up with none finished between them: not the shards are at fault
 REFUSED_S = 600.0  # for which a place where a worker was refused is not asked for again (arbitrary)
+LATE = 2.0  # times the median seconds of a shard, after which one is given to another worker too (arbitrary)
+RECENT = 65  # finished shards whose seconds make the median (arbitrary)
 PAUSES_S = (0.0, 15.0)  # before a broken worker is replaced, by how many broke in a row (arbitrary)
 
 Stage = Literal["waiting", "loading", "ready"]
@@ -95,6 +100,8 @@ class Dispatcher:
         """Finished by this job."""
         self.quarantined: list[Unit] = []
         """Given up by this job."""
+        self.copied: set[Unit] = set()
+        """Given to a second worker at the tail."""
         self.retries = 0
         self.lost_workers = 0
         self.all_added = False
@@ -110,13 +117,16 @@ class Dispatcher:
         self._resume_at = 0.0
         self._refused: list[float] = []  # when workers were refused where they were placed
         self._numbers = 0
+        self._seconds: deque[float] = deque(maxlen=RECENT)  # of the last finished units
+        self._begun: dict[tuple[int, Unit], float] = {}  # when a worker came to a unit
 
     # What there is
 
     @property
     def outstanding(self) -> int:
         """Units that are known and neither finished nor given up."""
-        return len(self._queue) + len(self._suspects) + sum(len(w.units) for w in self.workers.values())
+        in_flight = {unit for worker in self.workers.values() for unit in worker.units}
+        return len(self._queue) + len(self._suspects) + len(in_flight)
 
     @property
     def finished(self) -> bool:
@@ -180,7 +190,36 @@ class Dispatcher:
             for worker in open_to:
                 if self._queue and len(worker.units) == place:
                     given.append((worker, self._give(worker, self._queue.popleft(), now)))
-        return given
+        return given + self._copies(ready, now)
+
+    def _copies(self, ready: list[WorkerState], now: float) -> list[tuple[WorkerState, Unit]]:
+        """What idle workers are to do again, at the tail."""
+        if not self._at_the_tail:
+            return []
+        idle = [worker for worker in ready if not worker.units]
+        held_up = [unit for worker, unit in self._single() if unit != worker.units[0] or self._is_late(worker, now)]
+        copies = list(zip(idle, held_up, strict=False))
+        self.copied.update(unit for _, unit in copies)
+        return [(worker, self._give(worker, unit, now)) for worker, unit in copies]
+
+    @property
+    def _at_the_tail(self) -> bool:
+        """Whether all that is left is in flight."""
+        return self.all_added and not self._queue and not self._suspects
+
+    def _single(self) -> list[tuple[WorkerState, Unit]]:
+        """What is in flight on one worker and may be given to another; not what has failed: that runs alone."""
+        return [
+            (worker, unit)
+            for worker in self.workers.values()
+            for unit in worker.units
+            if not worker.alone and unit not in self.copied and unit not in self._strikes
+        ]
+
+    def _is_late(self, worker: WorkerState, now: float) -> bool:
+        """Whether a worker takes much longer for its first unit than units do."""
+        begun = self._begun[worker.number, worker.units[0]]
+        return bool(self._seconds) and now - begun > LATE * statistics.median(self._seconds)
 
     def stalled(self, now: float) -> list[tuple[WorkerState, str]]:
         """Workers that are taken for hung or sick, and why; they are to be killed, then `died` told of them."""
@@ -197,12 +236,13 @@ class Dispatcher:
 
     def surplus(self) -> list[WorkerState]:
         """Workers for which nothing is left to do, forgotten here; they are to be killed."""
-        if not self.all_added or self._queue or self._suspects:
+        if not self._at_the_tail:
             return []
         idle = [worker for worker in self.workers.values() if not worker.units]
-        for worker in idle:
+        standby = len(self._single()) if self._seconds else 0  # for what may turn out to be late
+        for worker in idle[standby:]:
             del self.workers[worker.number]
-        return idle
+        return idle[standby:]
 
     # What happened
 
@@ -224,14 +264,21 @@ class Dispatcher:
         if tokens != worker.tokens:
             worker.tokens, worker.moved = tokens, now
 
-    def finish(self, worker: WorkerState, unit: Unit, now: float) -> None:
-        """The unit's commit stands."""
-        self._take(worker, unit, now)
+    def finish(self, worker: WorkerState, unit: Unit, now: float) -> bool:
+        """The unit's commit stands; tells whether that is news, and not that of a copy that was slower."""
         worker.errors = 0
+        if unit not in worker.units:
+            return False
+        if unit == worker.units[0]:
+            self._seconds.append(now - self._begun[worker.number, unit])
+        self._take(worker, unit, now)
         self._settle(unit)
+        return True
 
     def fail(self, worker: WorkerState, unit: Unit, reason: str, now: float) -> None:
         """The unit raised an error that is its own; the worker goes on."""
+        if unit not in worker.units:  # a copy of what is committed
+            return
         self._take(worker, unit, now)
         worker.errors += 1
         self._strike(worker, unit, reason)
@@ -255,6 +302,8 @@ class Dispatcher:
         for unit in reversed(worker.units):
             if self._committed(unit):
                 self._settle(unit)
+            elif self._is_held(unit):
+                continue
             elif worker.alone:
                 self.retries += 1
                 self._suspects.appendleft(unit)
@@ -281,16 +330,26 @@ class Dispatcher:
 
     def _give(self, worker: WorkerState, unit: Unit, now: float) -> Unit:
         if not worker.units:
-            worker.moved = now
+            worker.moved = self._begun[worker.number, unit] = now
         worker.units.append(unit)
         return unit
 
     def _take(self, worker: WorkerState, unit: Unit, now: float) -> None:
+        self._begun.pop((worker.number, unit), None)
         worker.units.remove(unit)
         worker.alone = False
         worker.moved = now
+        if worker.units:
+            self._begun.setdefault((worker.number, worker.units[0]), now)
+
+    def _is_held(self, unit: Unit) -> bool:
+        """Whether another worker has it in flight still."""
+        return any(unit in worker.units for worker in self.workers.values())
 
     def _settle(self, unit: Unit) -> None:
+        for worker in self.workers.values():
+            if unit in worker.units:  # a copy, which loses
+                self._take(worker, unit, worker.moved)
         self.done.add(unit)
         self._strikes.pop(unit, None)
         self.failures.clear()
@@ -304,6 +363,8 @@ class Dispatcher:
         strikes.append(reason)
         self._last_error = reason
         self._accused[unit] = worker.number
+        if self._is_held(unit):
+            return
         if len(strikes) >= STRIKES:
             self.quarantined.append(unit)
             self._given_up += 1

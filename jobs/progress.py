@@ -74,7 +74,7 @@ class Progress:
         planned = sum(capture.planner.plan.tokens for capture in self._captures)
         shards = sum(capture.planned_shards for capture in self._captures)
         run_s = time.monotonic() - (self._first or time.monotonic())
-        done = self._before_tokens + self._routed(dispatcher)
+        done = min(planned, self._before_tokens + self._routed(dispatcher))  # a shard may be in work twice
         rate = self._routed(dispatcher) / run_s if run_s > 0 else 0.0
         parts = [
             f"{self._before_shards + len(dispatcher.done):,} of {shards:,} shards",
@@ -89,6 +89,7 @@ class Progress:
         )
         parts += [f"{dispatcher.lost_workers:,} workers lost"] * bool(dispatcher.lost_workers)
         parts += [f"{dispatcher.retries:,} retries"] * bool(dispatcher.retries)
+        parts += [f"{len(dispatcher.copied):,} given twice"] * bool(dispatcher.copied)
         parts += [f"{len(dispatcher.quarantined):,} quarantined"] * bool(dispatcher.quarantined)
         return "; ".join(parts)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from store.group import CaptureGroup, object_sums, tokens_crc32c
+from store.group import COMMITS, CaptureGroup, object_sums, tokens_crc32c
 from store.layout import MISSING_ROLE
 from store.plan import Plan
 from store.planned import GROWING, ROUTES, parse_record
@@ -87,6 +87,18 @@ def verify(group: CaptureGroup, progress: Callable[[int], None] = lambda tokens:
 
 
 # The shards
+
+
+def verify_shard(group: CaptureGroup, shard: int) -> str | None:
+    """What is wrong with one committed shard, which is noted in the store; None where it holds, or is not committed."""
+    data = group.objects.get(f"{group.dataset}/{COMMITS}/{shard}.json")
+    if data is None:
+        return None
+    record = parse_record(data)
+    reason = _fault(group, shard, {shard: record})
+    if reason is not None:
+        group.note_fault(shard, record, reason)
+    return reason
 
 
 def _fault(group: CaptureGroup, shard: int, records: Records) -> str | None:

@@ -204,7 +204,7 @@ def test_a_place_where_a_worker_was_refused_is_asked_for_again_only_after_ten_mi
     job.refused(wrong, "Misplaced", 8)
     for second in range(9, 608):
         job.finish_one(others[0])
-        job.add([UNITS[39]])
+        job.add([Unit("more", second)])
         job.assign(second)
         assert job.start(second) == []
     assert len(job.start(608)) == 1
@@ -363,7 +363,6 @@ def test_no_more_workers_are_wanted_than_units_wait_or_are_in_work() -> None:
     job, (one, _) = at_work(4, 2)
     for _ in range(2):
         job.finish_one(one)
-    assert job.surplus() == [one]
     assert (job.outstanding, job.start(1)) == (2, []), "both are in work on the second worker"
 
 
@@ -376,12 +375,73 @@ def test_one_worker_loads_while_the_first_shard_is_planned() -> None:
 
 
 def test_a_unit_that_fails_after_the_others_were_let_go_gets_a_new_worker() -> None:
-    job, (_, two, three) = at_work(4, 3)
+    job, (one, two, three) = at_work(3, 3)
+    job.finish_one(one)
     job.finish_one(two)
-    assert job.surplus() == [two]
+    assert job.surplus() == [two], "one idle worker is kept for the shard in flight, should it be late"
+    job.lost(one)
     job.died(three, "killed", 1)
-    assert [worker.number for worker in job.up(1)] == [4], "beside the first one, which has two units"
+    assert [worker.number for worker in job.up(1)] == [4]
     assert job.give() == [(4, 2)]
+
+
+def test_at_the_tail_what_waits_behind_another_shard_is_given_to_an_idle_worker_and_the_first_commit_wins() -> None:
+    job, (one, two) = at_work(4, 2)  # 0 and 2 on the first worker, 1 and 3 on the second
+    for _ in range(2):
+        job.finish_one(one)
+    assert job.give() == [(1, 3)], "the second worker is still at shard 1"
+    assert (job.copied, job.outstanding, job.give()) == ({UNITS[3]}, 2, [])
+    assert job.finish(one, UNITS[3], 2)
+    assert two.units == [UNITS[1]], "it has one thing less to do"
+    assert not job.finish(two, UNITS[3], 3), "it had begun, and its commit came to nothing"
+    job.fail(two, UNITS[3], "RoutingError", 3)
+    assert (job.retries, job.given_up, job.lost_workers) == (0, {}, 0)
+    job.finish_one(two)
+    assert job.finished
+    assert job.done == set(UNITS[:4])
+
+
+def test_a_shard_that_takes_twice_as_long_as_shards_do_is_given_to_an_idle_worker() -> None:
+    job = Job(5, 3)
+    one, two, slow = job.up()
+    job.assign(0)  # the third worker has shard 2 alone
+    for now in (10, 20):
+        for worker in (one, two):
+            job.finish(worker, worker.units[0], now)
+    assert job.give(20) == []
+    assert job.surplus() == [two], "one is kept, for what is in flight"
+    assert job.give(20.1) == [(1, 2)], "shards take 10 s"
+    assert (job.surplus(), job.copied) == ([], {UNITS[2]})
+    job.finish(slow, UNITS[2], 41)
+    assert (job.finished, one.units) == (True, [])
+
+
+def test_of_two_copies_one_that_is_lost_is_no_loss_and_both_that_fail_are_two_strikes() -> None:
+    for end in ("lost", "died"):
+        job, (one, two) = at_work(4, 2)
+        for _ in range(2):
+            job.finish_one(one)
+        assert job.give() == [(1, 3)]
+        job.lost(one) if end == "lost" else job.died(one, "killed", 2)
+        assert (job.outstanding, job.retries) == (2, 0), "the other worker has it still"
+        job.fail(two, UNITS[3], "RoutingError", 3)
+        assert (job.outstanding, job.retries) == (2, 1)
+        job.finish_one(two)
+        for strike in range(2 if end == "lost" else 1):
+            assert not job.given_up
+            job.up(4)
+            [(number, shard)] = job.give(4)
+            assert shard == 3
+            job.fail(job.workers[number], UNITS[3], f"again {strike}", 5)
+        assert len(job.given_up[UNITS[3]]) == 3
+
+
+def test_what_has_failed_before_is_never_given_to_two() -> None:
+    job, (one, two) = at_work(2, 2)
+    job.fail(one, UNITS[0], "RoutingError", 1)
+    job.finish(two, UNITS[1], 10)
+    assert job.give(10) == [(2, 0)]
+    assert job.give(1000) == []
 
 
 class World:
@@ -410,7 +470,9 @@ class World:
         self.job.add(UNITS[self.planned : planned])
         self.planned, self.job.all_added = planned, planned == self.units
         self.started += len(self.job.start(self.now))
-        self.given.update(unit for _, unit in self.job.assign(self.now))
+        copied = set(self.job.copied)
+        for _, unit in self.job.assign(self.now):
+            self.given[unit] += unit in copied or unit not in self.job.copied  # a copy is listed apart
         self.job.surplus()
         for worker, reason in self.job.stalled(self.now):
             self.leave(worker, blame="failed on it" not in reason)
@@ -481,21 +543,25 @@ class World:
         self.account(worker.units, blame=blame)
 
     def account(self, units: list[Unit], *, blame: bool) -> None:
+        held = Counter(unit for worker in self.job.workers.values() for unit in worker.units)
         for unit in set(units) - self.job.commits:
-            self.in_vain[unit] += 1
+            self.in_vain[unit] += held[unit] == 1
             self.strikes[unit] += blame
 
     def check(self) -> None:
         """The laws that hold at any time."""
         job = self.job
         in_flight = Counter(unit for worker in job.workers.values() for unit in worker.units)
-        assert set(in_flight.values()) <= {1}, "two copies of one unit"
+        twice = {unit for unit, times in in_flight.items() if times > 1}
+        assert twice <= job.copied
+        assert set(in_flight.values()) <= {1, 2}
         assert not job.done.intersection(in_flight)
         assert job.done <= job.commits
         assert len(job.workers) <= self.workers
         for worker in job.workers.values():
             assert not worker.units or worker.stage == "ready"
-            assert len(worker.units) <= (1 if any(self.strikes[unit] for unit in worker.units) else 2)
+            struck = any(self.strikes[unit] for unit in worker.units if unit not in twice | job.copied)
+            assert len(worker.units) <= (1 if struck else 2)
         for unit, times in self.given.items():
             assert times <= 1 + self.in_vain[unit], f"{unit} was given again for no reason"
         assert self.started <= self.workers + self.gone + job.retries, "workers start for nothing"
