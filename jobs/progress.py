@@ -41,6 +41,7 @@ class Progress:
         self._console = Console(stderr=True)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._metrics = Metrics()
+        self._troubles: list[str] = []
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
@@ -51,7 +52,8 @@ class Progress:
         self._live.stop()
         if tokens := self._finished.total():
             seconds = time.monotonic() - (self._first or time.monotonic())
-            say(f"captured {tokens:,} tokens in {duration(seconds)}, {tokens / max(1e-9, seconds):,.0f} tokens/s")
+            rate = f"{tokens / max(1e-9, seconds):,.0f} tokens/s"
+            say("; ".join([f"captured {tokens:,} tokens in {duration(seconds)}, {rate}", *self._troubles]))
 
     def finished(self, worker: WorkerState, unit: Unit, facts: Mapping[str, Any]) -> None:
         """A worker says that it committed a shard."""
@@ -63,6 +65,7 @@ class Progress:
         if self._first is None and any(worker.stage == "ready" for worker in dispatcher.workers.values()):
             self._first = time.monotonic()
         self._metrics.show(dispatcher)
+        self._troubles = _troubles(dispatcher)
         if self._console.is_terminal:
             self._live.update(self._picture(dispatcher), refresh=True)
         elif time.monotonic() - self._logged >= LOG_EVERY_S:
@@ -87,11 +90,7 @@ class Progress:
         parts.append(
             "workers: " + (", ".join(f"{number} {stage}" for stage, number in sorted(stages.items())) or "none")
         )
-        parts += [f"{dispatcher.lost_workers:,} workers lost"] * bool(dispatcher.lost_workers)
-        parts += [f"{dispatcher.retries:,} retries"] * bool(dispatcher.retries)
-        parts += [f"{len(dispatcher.copied):,} given twice"] * bool(dispatcher.copied)
-        parts += [f"{len(dispatcher.quarantined):,} quarantined"] * bool(dispatcher.quarantined)
-        return "; ".join(parts)
+        return "; ".join([*parts, *_troubles(dispatcher)])
 
     def _routed(self, dispatcher: Dispatcher) -> int:
         """Tokens committed by this job, and those of shards in work."""
@@ -111,6 +110,17 @@ class Progress:
         if more > 0:
             table.add_row("", f"and {more} more")
         return Group(ProgressBar(total=max(1, planned), completed=done), escape(self.line(dispatcher)), table)
+
+
+def _troubles(dispatcher: Dispatcher) -> list[str]:
+    """What had to be done again, or was given up."""
+    counts = {
+        "workers lost": dispatcher.lost_workers,
+        "retries": dispatcher.retries,
+        "given twice": len(dispatcher.copied),
+        "quarantined": len(dispatcher.quarantined),
+    }
+    return [f"{number:,} {what}" for what, number in counts.items() if number]
 
 
 def _doing(worker: WorkerState) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -27,18 +28,20 @@ WORDS = {word_id(word): word for word in (f"w{number}" for number in range(20_00
 
 @dataclass(frozen=True)
 class Attempt:
-    """A shard that was begun, or a load, by a process under the raylet of its node."""
+    """A shard that was begun, or a load, by a process under the raylet of its node, at a time in seconds."""
 
     what: str
     process: int
     raylet: int
+    at: float
 
 
 class Script:
     """The folder.
 
     Acts are "raise" (as a router that cannot be believed), "storage" (a disk that is full), "device" (a GPU that is
-    gone), "die" (SIGKILL), and "hold", which stays the first line: it lasts until the script is another.
+    gone), "die" (SIGKILL), "slow" (for a load: its shards take ten times as long), and "hold", which stays the first
+    line: it lasts until the script is another.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,17 +58,18 @@ class Script:
         """What was begun, in order."""
         notes = self.folder / "attempts"
         lines = notes.read_text().splitlines() if notes.exists() else []
-        return [Attempt(what, int(process), int(raylet)) for what, process, raylet in map(str.split, lines)]
+        parts = (line.split() for line in lines)
+        return [Attempt(what, int(process), int(raylet), float(at)) for what, process, raylet, at in parts]
 
-    def begin(self, what: object) -> None:
-        """Note an attempt and do what stands first."""
+    def begin(self, what: object) -> str:
+        """Note an attempt and do what stands first, which is told."""
         with (self.folder / "attempts").open("a") as notes:
-            notes.write(f"{what} {os.getpid()} {os.getppid()}\n")
+            notes.write(f"{what} {os.getpid()} {os.getppid()} {time.time():.3f}\n")
         acts = self._acts(what)
         if acts[:1] == ["hold"]:
             while self._acts(what)[:1] == ["hold"]:
                 time.sleep(0.02)
-            return
+            return "hold"
         self.write(what, *acts[1:])
         match acts[:1]:
             case ["raise"]:
@@ -76,6 +80,7 @@ class Script:
                 raise DeviceLost("the device is gone")
             case ["die"]:
                 os.kill(os.getpid(), signal.SIGKILL)
+        return acts[0] if acts else ""
 
     def _acts(self, what: object) -> list[str]:
         file = self.folder / str(what)
@@ -90,18 +95,19 @@ class FaultyEngine(FakeEngine):
     folder
         Of the script.
     seconds
-        That each shard takes.
+        That each shard takes on average: half as long to one and a half times, by its number.
     """
 
     def __init__(self, folder: Path, seconds: float) -> None:
         super().__init__()
-        self.script, self.seconds = Script(folder), seconds
-        self.script.begin(LOAD)
+        self.script = Script(folder)
+        self.seconds = seconds * (10 if self.script.begin(LOAD) == "slow" else 1)
 
     def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
         """See `FakeEngine.route`; the batch is a whole shard."""
-        self.script.begin(int(token[0, 0]) - FIRST_ID)
-        time.sleep(self.seconds)
+        shard = int(token[0, 0]) - FIRST_ID
+        self.script.begin(shard)
+        time.sleep(self.seconds * Random(shard).uniform(0.5, 1.5))
         return super().route(token, length)
 
 
