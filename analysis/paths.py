@@ -170,7 +170,7 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
     ValueError
         When no document, or more than one, answers to `document`.
     """
-    number = _document_number(dataset, document)
+    number = document_number(dataset, document)
     rows = np.flatnonzero(dataset["document_id"].values == number)
     names = ("token", "length", "offset", "expert", "weight")
     own = xr.Dataset({name: dataset[name].variable for name in names}).isel(doc=rows).load()
@@ -208,7 +208,7 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
     )
 
 
-def _document_number(dataset: xr.Dataset, document: int | str) -> int:
+def document_number(dataset: xr.Dataset, document: int | str) -> int:
     """The id of a document given by id or name."""
     num_documents = dataset.sizes["document"]
     if not isinstance(document, str):
