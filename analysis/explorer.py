@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from analysis.index import CaptureIndex
+from analysis.index import PARTS_AT_ONCE, CaptureIndex
 from analysis.profile import Profiles
 from analysis.view import View
+from store.reader import dataset_names
 
 BUSY_S, QUIET_S = 2.0, 20.0  # between looks at a capture that runs, and at one that is complete
+SAY_S = 10.0  # between two lines about one index
 FIRST = 8  # shards after which the first numbers are shown (arbitrary)
 
 
@@ -30,6 +33,8 @@ class Shown:
     view: View
     digest: str
     """Another one when anything that is shown may be."""
+    identity: str
+    """Of the capture: its hash."""
 
     @cached_property
     def profiles(self) -> Profiles:
@@ -38,78 +43,122 @@ class Shown:
 
 
 class Explorer:
-    """All data sets of a store that are explored.
+    """The data sets of a store that are explored.
 
     Parameters
     ----------
     path
         The store.
     names
-        Its data sets.
+        Its data sets; None for all, also those that come later.
     folder : Path, optional
         Where indexes are kept: see `analysis.index.index_folder`.
     threads : int, optional
         For indexing; default one a processor.
+    say
+        Told, in one line, what happens meanwhile.
+
+    Raises
+    ------
+    ValueError
+        When none of them can be read.
     """
 
     def __init__(
-        self, path: str, names: Sequence[str], folder: Path | None = None, *, threads: int | None = None
+        self,
+        path: str,
+        names: Sequence[str] | None = None,
+        folder: Path | None = None,
+        *,
+        threads: int | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.path, self.threads = path, threads
-        self.indexes = {name: CaptureIndex(path, name, folder) for name in names}
-        self.shown = {name: self._show(name, None) for name in names}
+        self.path, self.names, self.folder, self.threads, self.say = path, names, folder, threads, say
+        self.indexes: dict[str, CaptureIndex] = {}
+        self.shown: dict[str, Shown] = {}
         self.problems: dict[str, str] = {}
-        """Why a data set's index does not go on."""
+        """Why a data set is not shown, or its index does not go on."""
         self.progress: dict[str, tuple[int, int]] = {}
         """Shards of it that were indexed, and that are to be, while it is at work."""
+        self.look()
+        if not self.shown:
+            raise ValueError("; ".join(self.problems.values()) or f"{path} holds no data set yet")
 
-    def alike(self, name: str) -> list[Profiles]:
+    def look(self) -> None:
+        """Show the data sets that are not shown yet, as far as they are indexed."""
+        for name in self.names or dataset_names(self.path):
+            if name not in self.shown:
+                with self._told(name):
+                    self.indexes[name] = CaptureIndex(self.path, name, self.folder)
+                    self.shown[name] = self._show(name)
+
+    def alike(self, own: Shown) -> list[Profiles]:
         """The profiles of the data sets whose experts can be compared with one's, itself included."""
-        own = self.shown[name].view
 
         def model(view: View) -> tuple[object, ...]:
             return view.capture.attrs.get("model"), view.experts, view.choices, *view.layers
 
-        return [shown.profiles for shown in self.shown.values() if model(shown.view) == model(own)]
+        each = [own if shown.view.dataset == own.view.dataset else shown for shown in [*self.shown.values()]]
+        return [shown.profiles for shown in each if model(shown.view) == model(own.view)]
 
-    def refresh(self, name: str, *, told: Callable[[str, int, int], None] | None = None) -> int:
-        """Index what was committed of a data set since, and show it.
+    def refresh(self, name: str, most: int | None = None) -> int:
+        """Index what was committed of a data set since, so many shards of it at most, and show it.
 
         Returns
         -------
         int
-            Shards that were added.
+            Shards that were added; 0 also where it does not go on: see `problems`.
         """
+        said = time.monotonic()
 
         def tell(done: int, total: int) -> None:
+            nonlocal said
             self.progress[name] = done, total
-            if told is not None:
-                told(name, done, total)
+            if done == total or time.monotonic() - said >= SAY_S:
+                said = time.monotonic()
+                self.say(f"{name}: {done:,} of {total:,} shards indexed")
 
         index, added = self.indexes[name], 0
         try:
-            for most in (FIRST, None):
-                added += index.refresh(threads=self.threads, progress=tell, most=most)
+            with self._told(name):
+                added = index.refresh(threads=self.threads, progress=tell, most=most)
                 if self.shown[name].digest != _digest(index):
-                    self.shown[name] = self._show(name, self.shown[name].view)
-                    self._warm(name)
-            self.problems.pop(name, None)
-        except (OSError, ValueError, RuntimeError) as error:
-            self.problems[name] = str(error) or repr(error)
+                    self.shown[name] = self._show(name)
         finally:
             self.progress.pop(name, None)
         return added
 
-    def follow(self, stop: threading.Event, told: Callable[[str, int, int], None] | None = None) -> None:
-        """Keep what is shown up to date until `stop` is set."""
-        due = dict.fromkeys(self.indexes, 0.0)
+    def follow(self, stop: threading.Event) -> None:
+        """Keep what is shown up to date until `stop` is set; a little of each data set first."""
+        due: dict[str, float] = {}
+        most: int | None = FIRST
         while not stop.is_set():
-            for name in [name for name, at in due.items() if time.monotonic() >= at and not stop.is_set()]:
+            with self._told(self.path):
+                self.look()
+            for name in self.indexes:
                 started = time.monotonic()
-                self.refresh(name, told=told)
+                if stop.is_set() or started < due.get(name, 0.0):
+                    continue
+                added = self.refresh(name, most)
+                took = time.monotonic() - started
                 quiet = self.shown[name].view.now.state.complete or name in self.problems
-                due[name] = time.monotonic() + max(QUIET_S if quiet else BUSY_S, 5 * (time.monotonic() - started))
+                due[name] = time.monotonic() + (0 if added else max(QUIET_S if quiet else BUSY_S, 5 * took))
+            most = PARTS_AT_ONCE
             stop.wait(0.2)
+
+    @contextmanager
+    def _told(self, name: str) -> Iterator[None]:
+        """Keep going whatever is raised: storage raises its own, and a thread that ends would end unseen."""
+        try:
+            yield
+            self.problems.pop(name, None)
+        except Exception as error:
+            reason = str(error) or repr(error)
+            if isinstance(error, OSError):
+                reason += "; give another folder for the index with --index"
+            if self.problems.get(name) != reason:
+                self.say(f"{name}: {reason}")
+            self.problems[name] = reason
 
     def state(self, name: str) -> dict[str, Any]:
         """How far a data set is captured and indexed, and what there is to say of it."""
@@ -118,7 +167,7 @@ class Explorer:
         behind = state.shards_done - indexed
         note = ""
         if name in self.problems:
-            note = f"The index of {name} does not go on: {self.problems[name]}"
+            note = f"The index of {name} does not go on: {self.problems[name]}."
         elif behind:
             done, total = self.progress.get(name, (0, behind))
             note = f"{name} is being indexed: {done:,} of {total:,} shards."
@@ -138,19 +187,16 @@ class Explorer:
             "model": str(shown.view.capture.attrs.get("model", "?")),
         }
 
-    def _show(self, name: str, before: View | None) -> Shown:
-        index = self.indexes[name]
-        return Shown(View(self.path, name, index.now, before), _digest(index))
-
-    def _warm(self, name: str) -> None:
-        """Compute what the first visitors of every page would wait for."""
-        shown = self.shown[name]
-        profiles, view = shown.profiles, shown.view
-        _ = view.document_tokens
-        view.now.occurrences(0, 0, 0)  # compiled
-        for layer in view.table_layers:
-            for by in profiles.orders:
-                view.top(layer, by)
+    def _show(self, name: str) -> Shown:
+        """A data set as it is indexed now; nobody waits for what takes a while to compute."""
+        index, before = self.indexes[name], self.shown.get(name)
+        same = before is not None and before.identity == index.identity
+        view = View(self.path, name, index.now, before.view if before and same else None)
+        shown = Shown(view, _digest(index), index.identity)
+        if index.now.parts:
+            _ = shown.profiles
+            view.warm()
+        return shown
 
 
 def _digest(index: CaptureIndex) -> str:

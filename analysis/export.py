@@ -17,7 +17,7 @@ from analysis.escaping import inert_json, policy_hash, visible
 from analysis.view import View
 
 FOLDER = Path(__file__).parent / "pages"
-MOST_TOKENS = 200_000  # of one file: about 35 MB for Mixtral, which browsers still draw (arbitrary)
+MOST_TOKENS = 100_000  # of one file: 27 MB for Mixtral (arbitrary)
 
 
 def environment() -> jinja2.Environment:
@@ -29,8 +29,14 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["inline"] = lambda text: visible(str(text).replace("\n", "↵"))
+    made.filters["inline"] = inline
     return made
+
+
+def inline(text: object) -> str:
+    """A text on one line, where everything can be seen: a line feed is ↵, and blanks alone are ␣."""
+    line = visible(str(text).replace("\n", "↵"))
+    return line if line.strip() else "␣" * len(line)
 
 
 def reader_data(view: View, documents: Sequence[dict[str, Any]]) -> Markup:
@@ -47,28 +53,34 @@ def export_page(view: View, documents: Sequence[int]) -> str:
     ValueError
         When there is no such document, or they are too long together.
     """
-    tokens = sum(int(view.document_tokens[0, document]) for document in documents if view.pages_of(document))
-    if tokens > MOST_TOKENS:
-        raise ValueError(f"{len(documents)} documents of {tokens:,} tokens: one file holds {MOST_TOKENS:,} at most")
-    pages = [view.document(number, page) for number in documents for page in range(max(1, len(view.pages_of(number))))]
-    for page in pages:
-        if page["pages"] > 1:
-            page["name"] = f"{page['name']}, from token {page['offset']}"
+    documents = list(dict.fromkeys(documents))
+    refuse_too_long(view, documents)
+    texts = [view.whole(document) for document in documents]
+    for text in texts:
+        text["name"] = inline(text["name"]) or "(no name)"
+    tokens = sum(len(text["ids"]) for text in texts)
     style, script = ((FOLDER / f"explorer.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     attrs = view.capture.attrs
     return (
         environment()
         .get_template("export.html.jinja")
         .render(
-            title=pages[0]["name"] or view.dataset
-            if len(documents) == 1
-            else f"{len(documents)} texts of {view.dataset}",
+            title=texts[0]["name"] if len(texts) == 1 else f"{len(texts)} texts of {view.dataset}",
             about=f"The experts that {attrs.get('model')} ({attrs.get('quantization')}) chose for each token of"
             f" {view.dataset}: {tokens:,} tokens, {len(view.layers)} layers of {view.experts} experts.",
             style=Markup(style),
             script=Markup(script),
             style_hash=policy_hash(style),
             script_hash=policy_hash(script),
-            data=reader_data(view, pages),
+            data=reader_data(view, texts),
         )
     )
+
+
+def refuse_too_long(view: View, documents: Sequence[int]) -> None:
+    """Raise a ValueError where documents do not fit into one file, or are not there."""
+    for document in documents:
+        view.pages_of(document)
+    tokens = int(view.document_tokens[0, list(documents)].sum())
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"{len(documents)} documents of {tokens:,} tokens: one file holds {MOST_TOKENS:,} at most")

@@ -5,20 +5,22 @@ its part (`analysis.occurrences`) is written, and what the pages show is summed 
 
 Promises: a part is of the very bytes that were committed, for its name holds their checksum; what is committed later is
 added, and nothing is counted twice; a shard that was captured again with other bytes gets another part, and the sums
-begin anew. A killed process loses at most `PARTS_AT_ONCE` shards of its work. The index may be deleted at any time. It
-takes 8 bytes a token and one (two from 256 experts on) a choice: 72 bytes a token for Mixtral.
+begin anew. A part that is gone, cut short or damaged is made again. A killed process loses at most `PARTS_AT_ONCE`
+shards of its work. The index may be deleted at any time. It takes 8 bytes a token and one (two from 256 experts on) a
+choice, and 4 a shard and token of the vocabulary: 73 bytes a token for Mixtral.
 
 Does not know what is shown: `analysis.explorer`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
-import shutil
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,11 +33,10 @@ from analysis.choices import Choices
 from analysis.contexts import TopContexts
 from analysis.files import whole_file
 from analysis.load import Load
-from analysis.occurrences import Occurrences, Part
+from analysis.occurrences import MARK, Occurrences, Part
 from analysis.position import PositionLoad
-from analysis.results import VERSION, beside
+from analysis.results import VERSION, beside, question
 from analysis.scan import Reducer, State, accumulate, merge, sizes
-from analysis.tokens import TokenCounts
 from analysis.uncertainty import Resampled
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
@@ -43,7 +44,7 @@ from store.identity import identity_hash
 from store.reader import open_covered
 
 PARTS_AT_ONCE = 32  # shards between two savings of the sums (arbitrary)
-TABLE_BYTES = 2**29  # of counts by token, layer and expert: where all are more, some layers are counted (arbitrary)
+ABANDONED_S = 86_400.0  # after which a file that was not finished is taken for a killed process's (arbitrary)
 REPLICATES, REPLICATED = 200, 2**22  # of the load's bootstrap, and numbers held for it
 
 Sums = dict[str, State]
@@ -59,16 +60,7 @@ def reducers(capture: xr.Dataset) -> dict[str, Reducer]:
         "choices": Choices(),
         "position": PositionLoad(),
         "contexts": TopContexts(),
-        "tokens": TokenCounts(table_layers(capture)),
     }
-
-
-def table_layers(capture: xr.Dataset) -> list[int]:
-    """The layers with a table of tokens and experts: all, or as many, evenly spread, as it has room for."""
-    layers, _, experts = sizes(capture)
-    room = max(1, TABLE_BYTES // (4 * capture.sizes["token_id"] * experts))
-    at = np.unique(np.linspace(0, layers - 1, min(room, layers)).round().astype(int))
-    return [int(number) for number in capture["layer"].values[at]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,14 +129,20 @@ class CaptureIndex:
 
     def __init__(self, path: Path | str, dataset: str, folder: Path | None = None) -> None:
         self.path, self.dataset = path, dataset
-        identity = identity_hash(CaptureGroup(path, dataset).identity)
-        root = index_folder(path) if folder is None else folder
-        self.folder = root / dataset / f"index-{_hash([VERSION, identity])[:16]}"
+        self.root = index_folder(path) if folder is None else folder
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin with what was saved of the capture that is there now."""
         state, capture = self._open()
+        self.identity = identity_hash(CaptureGroup(self.path, self.dataset).identity)
+        counted = [question(reducer) for reducer in reducers(capture).values()]
+        self.folder = self.root / self.dataset / f"index-{_hash([VERSION, MARK, self.identity, counted])[:16]}"
         kept, sums = self._kept(capture)
-        if not kept <= set(_part_names(state).values()):  # of shards that were captured again
-            kept, sums = set(), _empty(capture)
-        self.now = self._indexed(state, capture, kept, sums, {})
+        parts = self._parts(state, capture, kept, {})
+        if len(parts) < len(kept):  # some are of shards that were captured again, or gone, or damaged
+            parts, sums = {}, _empty(capture)
+        self.now = Indexed(state=state, capture=capture, parts=parts, sums=sums)
 
     def refresh(
         self, *, threads: int | None = None, progress: Callable[[int, int], None] | None = None, most: int | None = None
@@ -172,24 +170,24 @@ class CaptureIndex:
         ValueError
             When a shard cannot be decoded.
         """
+        if identity_hash(CaptureGroup(self.path, self.dataset).identity) != self.identity:
+            self._begin()  # another capture has taken its place
         state, capture = self._open()
-        names = _part_names(state)
-        done, sums = set(self.now.parts), self.now.sums
+        names, done, sums = _part_names(state), set(self.now.parts), self.now.sums
         if not done <= set(names.values()):
             done, sums = set(), _empty(capture)
-        left = [shard for shard, name in names.items() if name not in done][:most]
+        self.now = self._with(state, capture, done, sums)
+        left = [shard for shard, name in names.items() if name not in done]
         counted = itertools.count(1)
-        for start in range(0, len(left), PARTS_AT_ONCE):
-            some = left[start : start + PARTS_AT_ONCE]
-            told = None if progress is None else lambda *_: progress(next(counted), len(left))
+        told = None if progress is None else lambda *_: progress(next(counted), len(left))
+        for start in range(0, len(left[:most]), PARTS_AT_ONCE):
+            some = left[:most][start : start + PARTS_AT_ONCE]
             sums = self._add(capture, names, sums, some, threads, told)
             done |= {names[shard] for shard in some}
+            self.now = self._with(state, capture, done, sums)
             self._keep(done, sums)
-            self.now = self._indexed(state, capture, done, sums, self.now.parts)
-        if not left:
-            self.now = self._indexed(state, capture, done, sums, self.now.parts)
-        self._drop_replaced(names)
-        return len(left)
+        self._tidy(names)
+        return len(left[:most])
 
     def _open(self) -> tuple[Coverage, xr.Dataset]:
         state = coverage(self.path, self.dataset)
@@ -213,28 +211,42 @@ class CaptureIndex:
         before = [{name: array.copy() for name, array in sums[key].items()} for key in asked]  # some add in place
         return dict(zip(asked, merge(list(asked.values()), before, states), strict=True))
 
-    def _indexed(
-        self, state: Coverage, capture: xr.Dataset, done: set[str], sums: Sums, known: Mapping[str, Part]
-    ) -> Indexed:
-        """What is shown from now on."""
-        step = int(capture.attrs["rows_per_shard"])
-        parts = {
-            name: known.get(name) or Part(self.folder / name, shard * step)
-            for shard, name in _part_names(state).items()
-            if name in done
-        }
+    def _with(self, state: Coverage, capture: xr.Dataset, done: set[str], sums: Sums) -> Indexed:
+        """What is indexed from now on."""
+        parts = self._parts(state, capture, done, self.now.parts)
+        if len(parts) < len(done):
+            raise OSError(f"{len(done) - len(parts)} parts of the index are gone from {self.folder}: start this again")
         return Indexed(state=state, capture=capture, parts=parts, sums=sums)
 
-    def _drop_replaced(self, names: Mapping[int, str]) -> None:
-        """Remove the parts of shards that were captured again."""
+    def _parts(
+        self, state: Coverage, capture: xr.Dataset, done: set[str], known: Mapping[str, Part]
+    ) -> dict[str, Part]:
+        """The parts of committed shards that are done, as far as they are there and whole."""
+        step, parts = int(capture.attrs["rows_per_shard"]), {}
+        for shard, name in _part_names(state).items():
+            if name in done:
+                try:
+                    parts[name] = known.get(name) or Part(self.folder / name, shard * step)
+                except FileNotFoundError:
+                    continue
+                except ValueError:  # cut short, or damaged
+                    (self.folder / name).unlink(missing_ok=True)
+        return parts
+
+    def _tidy(self, names: Mapping[int, str]) -> None:
+        """Remove the parts of shards that were captured again, and what a killed process has left unfinished."""
         for found in self.folder.iterdir() if self.folder.is_dir() else ():
             shard = re.match(r"\d+(?=-)", found.name)
-            if shard and names.get(int(shard[0]), found.name) != found.name:
-                shutil.rmtree(found, ignore_errors=True)
+            replaced = shard is not None and names.get(int(shard[0]), found.name) != found.name
+            with contextlib.suppress(OSError):  # another process was faster
+                old = found.name.endswith(".partial") and time.time() - found.stat().st_mtime > ABANDONED_S
+                if replaced or old:
+                    found.unlink()
 
     def _keep(self, done: set[str], sums: Sums) -> None:
         """Save the sums, with the parts that they are of."""
         arrays = {f"{key}/{name}": array for key, state in sums.items() for name, array in state.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self.folder / "sums.npz") as unfinished, unfinished.open("wb") as file:
             np.savez(file, parts=np.array(sorted(done)), **arrays)  # type: ignore[arg-type]
 
@@ -250,8 +262,7 @@ class CaptureIndex:
                 done = set(saved["parts"].tolist())
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return set(), _empty(capture)
-        whole = all((self.folder / name).is_dir() for name in done)
-        return (done, sums) if whole else (set(), _empty(capture))
+        return done, sums
 
 
 def index_folder(path: Path | str) -> Path:

@@ -1,24 +1,26 @@
 """Where every token of a shard stands, and with which experts: one part of the explorer's index.
 
-A part is plain arrays mapped into memory, so that what is asked for is read and nothing else: the occurrences of the
-shard in the order of their tokens, with their experts, layer by layer. "Token 262 at layer 7" is one contiguous range.
+A part is one file, mapped into memory, so that what is asked for is read and nothing else: the occurrences of the shard
+in the order of their tokens, with their experts, layer by layer. "Token 262 at layer 7" is one contiguous range.
 
-Promises: a part is whole or absent. Does not know which shards there are: `analysis.index`.
+Promises: a part is whole or absent; one that was cut short or is of another kind is refused when it is opened. Does not
+know which shards there are: `analysis.index`.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
+from analysis.files import whole_file
 from analysis.scan import Array, Block, Reducer, State, kernel
+
+MARK = 0x31_5452_4150_4145  # "EAPART1" as a number: what these files begin with
+ALIGNED = 64  # bytes, at which each array begins
 
 
 class Part:
@@ -26,8 +28,8 @@ class Part:
 
     Parameters
     ----------
-    folder : Path
-        Where `Occurrences` has written it.
+    file : Path
+        That `Occurrences` has written.
     first_row : int
         Row of the capture that is the shard's first.
 
@@ -43,6 +45,11 @@ class Part:
         Where each token's occurrences begin in `order`.
     expert : array, shape (layers, occurrences, k), of the capture's type
         The choices there.
+
+    Raises
+    ------
+    ValueError
+        When the file is no whole part.
     """
 
     token: Array
@@ -51,10 +58,20 @@ class Part:
     bounds: Array
     expert: Array
 
-    def __init__(self, folder: Path, first_row: int) -> None:
-        for name in Part.__annotations__:
-            setattr(self, name, np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")))
+    def __init__(self, file: Path, first_row: int) -> None:
         self.first_row = first_row
+        data = np.asarray(np.memmap(file, np.uint8, "r"))
+        if data.size < ALIGNED or data[:8].view(np.int64)[0] != MARK:
+            raise ValueError(f"{file} is no part of an index")
+        at = ALIGNED
+        for name, (dtype, shape) in _layout(*data[8:ALIGNED].view(np.int64).tolist()).items():
+            size = prod(shape) * dtype.itemsize
+            if at + size > data.size:
+                raise ValueError(f"{file} is cut short: {data.size} bytes")
+            setattr(self, name, data[at : at + size].view(dtype).reshape(shape))
+            at += -(-size // ALIGNED) * ALIGNED
+        if self.bounds[-1] != len(self.order) or self.start[-1] != len(self.token):
+            raise ValueError(f"{file} is damaged: its bounds do not end where its arrays do")
 
     def count(self, token: int, layer: int | None = None, expert: int | None = None) -> int:
         """How often a token occurs, or went to an expert at a layer (by index)."""
@@ -69,6 +86,17 @@ class Part:
         if layer is None or expert is None:
             return np.arange(low, high)
         return low + np.flatnonzero((self.expert[layer, low:high] == expert).any(axis=1))
+
+    def add_table(self, layer: int, count: Array) -> None:
+        """Add to `count` (vocabulary, expert) how often each token went to each expert at a layer (by index)."""
+        _add_table(self.expert[layer], self.bounds, count)
+
+    def add_map(self, token: int, most: int, count: Array) -> int:
+        """Add to `count` (layer, expert) what the first `most` occurrences of a token chose, and tell how many."""
+        low, high = int(self.bounds[token]), int(self.bounds[token + 1])
+        high = min(high, low + most)
+        _add_map(self.expert[:, low:high], count)
+        return high - low
 
     def places(self, found: Array) -> tuple[Array, Array]:
         """Rows of the capture, and positions in them, of indices into `order`."""
@@ -104,12 +132,9 @@ class Occurrences(Reducer):
 
     def update(self, state: State, block: Block) -> None:
         """Write one shard's part."""
-        part = self.folder / self.names[int(block["row"][0])]
-        if part.is_dir():
-            return
-        with _whole_folder(part) as unfinished:
-            for name, values in _ordered(block, int(state["vocabulary"])).items():
-                np.save(unfinished / f"{name}.npy", values)
+        file = self.folder / self.names[int(block["row"][0])]
+        if not file.exists():
+            _write(file, _ordered(block, int(state["vocabulary"])))
 
     def merge(self, state: State, other: State) -> State:
         """Nothing to add."""
@@ -120,6 +145,19 @@ class Occurrences(Reducer):
         return xr.Dataset()
 
 
+def _layout(
+    rows: int, tokens: int, occurrences: int, vocabulary: int, layers: int, choices: int, expert_bytes: int
+) -> dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]:
+    """Types and shapes of a part's arrays, in their order."""
+    return {
+        "token": (np.dtype(np.int32), (tokens,)),
+        "start": (np.dtype(np.uint32), (rows + 1,)),
+        "order": (np.dtype(np.uint32), (occurrences,)),
+        "bounds": (np.dtype(np.uint32), (vocabulary + 1,)),
+        "expert": (np.dtype(f"u{expert_bytes}"), (layers, occurrences, choices)),
+    }
+
+
 def _ordered(block: Block, vocabulary: int) -> dict[str, Array]:
     """A part's arrays."""
     filled = np.arange(block["token"].shape[1]) < block["length"][:, None]
@@ -128,26 +166,24 @@ def _ordered(block: Block, vocabulary: int) -> dict[str, Array]:
     order = counted[np.argsort(token[counted], kind="stable")]
     return {
         "token": token,
-        "start": np.concatenate([[0], np.cumsum(block["length"])]).astype(np.uint32),
-        "order": order.astype(np.uint32),
-        "bounds": np.searchsorted(token[order], np.arange(vocabulary + 1)).astype(np.uint32),
+        "start": np.concatenate([[0], np.cumsum(block["length"])]),
+        "order": order,
+        "bounds": np.searchsorted(token[order], np.arange(vocabulary + 1)),
         "expert": _by_layer(block["expert"], np.flatnonzero(filled)[order]),
     }
 
 
-@contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """Where to write what appears as `path` when the block ends, and not at all if something is raised in it."""
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    except OSError:
-        if not path.is_dir():  # else another process was faster, and has written the same
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def _write(file: Path, arrays: Mapping[str, Array]) -> None:
+    """Write a part, whole or not at all."""
+    layers, occurrences, choices = arrays["expert"].shape
+    rows, vocabulary = len(arrays["start"]) - 1, len(arrays["bounds"]) - 1
+    sizes = (rows, len(arrays["token"]), occurrences, vocabulary, layers, choices, arrays["expert"].itemsize)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as unfinished, unfinished.open("wb") as stream:
+        stream.write(np.array([MARK, *sizes], np.int64).tobytes())
+        for name, (dtype, _) in _layout(*sizes).items():
+            data = arrays[name].astype(dtype, copy=False).tobytes()
+            stream.write(data + bytes(-len(data) % ALIGNED))
 
 
 @kernel
@@ -170,3 +206,19 @@ def _count(choices: Array, expert: int) -> int:
     for choice in choices.ravel():
         number += choice == expert
     return number
+
+
+@kernel
+def _add_table(choices: Array, bounds: Array, count: Array) -> None:
+    for token in range(len(bounds) - 1):
+        for index in range(bounds[token], bounds[token + 1]):
+            for k in range(choices.shape[1]):
+                count[token, choices[index, k]] += 1
+
+
+@kernel
+def _add_map(choices: Array, count: Array) -> None:
+    for layer in range(choices.shape[0]):
+        for index in range(choices.shape[1]):
+            for k in range(choices.shape[2]):
+                count[layer, choices[layer, index, k]] += 1

@@ -7,7 +7,7 @@ Does not know how it is shown.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -27,8 +27,6 @@ class Profiles:
     view : View
         The capture.
     """
-
-    orders: ClassVar[tuple[Order, ...]] = ("lift", "count")
 
     def __init__(self, view: View) -> None:
         self.view = view
@@ -77,15 +75,12 @@ class Profiles:
         own = self.load.sel(layer=layer, expert=expert)
         return {
             "dataset": self.view.dataset,
-            "tokens": self.view.now.tokens,
             **{name: _number(own[name]) for name in ("estimate", "low", "high")},
             "mass": _number(self.mass.sel(layer=layer, expert=expert)),
         }
 
-    def _tokens(self, layer: int, expert: int, by: Order) -> list[dict[str, Any]] | None:
-        """The first tokens; None where the layer has no table."""
-        if layer not in self.view.table_layers:
-            return None
+    def _tokens(self, layer: int, expert: int, by: Order) -> list[dict[str, Any]]:
+        """The first tokens."""
         found = self.view.top(layer, by).sel(expert=expert)
         columns = {name: found[name].values.tolist() for name in ("token_id", "count", "tokens", "share", "lift")}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -123,11 +118,12 @@ class Profiles:
         return found
 
     def _positions(self, layer: int, expert: int) -> list[dict[str, Any]]:
-        """Its share of the choices by range of positions."""
+        """Its share of the choices by range of positions, and of how many."""
         own = self.position["share"].sel(layer=layer, expert=expert)
+        choices = self.position["count"].sel(layer=layer).sum("expert").values.tolist()
         return [
-            {"start": int(start), "share": _number(share)}
-            for start, share in zip(own["start"].values, own.values, strict=True)
+            {"start": int(start), "share": _number(share), "choices": number}
+            for start, share, number in zip(own["start"].values, own.values, choices, strict=True)
         ]
 
 

@@ -17,7 +17,7 @@ _SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stan
 
 def readable(pieces: Sequence[str]) -> list[str]:
     """Each piece of a vocabulary as it reads: SentencePiece's, or those of byte-level BPE (Radford et al. 2019)."""
-    if any(piece.startswith("Ġ") for piece in pieces):
+    if any(piece.startswith("Ġ") for piece in pieces) and not any("▁" in piece for piece in pieces):
         alphabet = _alphabet()
         return [_shown(_of_bytes(piece, alphabet)) for piece in pieces]
     return [_shown(_of_byte(int(found[1], 16)) if (found := _BYTE.fullmatch(piece)) else piece.replace("▁", " "))

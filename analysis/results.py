@@ -14,8 +14,6 @@ import hashlib
 import io
 import json
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -102,8 +100,8 @@ def measure(
     identity = identity_hash(CaptureGroup(path, dataset).identity)
     kept = open_objects(beside(path), scratch=".scratch")
     about = [VERSION, identity, state.digest, layers and list(layers), asdict(only)]
-    keys = [f"{dataset}/{_hash([*about, *_question(reducer)])}.npz" for reducer in reducers]
-    states = [_read(kept, key) for key in keys]
+    keys = [f"{dataset}/{_hash([*about, *question(reducer)])}.npz" for reducer in reducers]
+    states = [_read(kept, key, reducer.init(capture)) for key, reducer in zip(keys, reducers, strict=True)]
     if asked := [index for index, found in enumerate(states) if found is None]:
         shards = shards_to_read(capture, only)
         wanted = [reducers[index] for index in asked]
@@ -123,7 +121,7 @@ def beside(path: Path | str) -> str:
     return f"{str(path).rstrip('/')}.results"
 
 
-def _question(reducer: Reducer) -> list[object]:
+def question(reducer: Reducer) -> list[object]:
     """What a reducer counts: its class and its parameters."""
     return [_name(type(reducer)), sorted((name, _told(value)) for name, value in vars(reducer).items())]
 
@@ -131,7 +129,7 @@ def _question(reducer: Reducer) -> list[object]:
 def _told(value: object) -> object:
     """A parameter in words that are the same in every process."""
     if isinstance(value, Reducer):
-        return _question(value)
+        return question(value)
     if isinstance(value, np.ndarray):
         return [value.dtype.str, value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
     if isinstance(value, partial):
@@ -152,16 +150,17 @@ def _hash(about: object) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _read(kept: Objects, key: str) -> State | None:
-    """What was counted, or None where it is not kept, or not whole."""
+def _read(kept: Objects, key: str, form: State) -> State | None:
+    """What was counted, or None where it is not kept, not whole, or not of that form."""
     data = kept.get(key)
     if data is None:
         return None
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+            found = {name: arrays[name] for name in arrays.files}
+    except Exception:  # zipfile and numpy raise whatever they run into
         return None
+    return found if found.keys() == form.keys() else None
 
 
 def _keep(kept: Objects, key: str, state: State) -> None:

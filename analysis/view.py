@@ -19,14 +19,20 @@ from analysis.index import Indexed
 from analysis.occurrences import Part
 from analysis.reading import readable
 from analysis.scan import Array, sizes
-from analysis.tables import at_layer
 from analysis.tokens import Order, TopTokens
 from store.group import CaptureGroup
 from store.layout import CHUNK_POSITIONS
 
 AROUND = 12  # tokens of context on each side
 CONTEXTS, DOCUMENTS, TOKENS = 20, 50, 50  # rows of a page's lists
+ORDERS: tuple[Order, ...] = ("lift", "count")
 TOP_TOKENS, MIN_COUNT = 20, 20  # of an expert by lift; a lift of a rarer token is mostly luck
+MAPPED = 2**25  # choices that a token's map is made of at most, where there are no tables: 50 ms (measured)
+TABLES_BYTES = 2**28  # of counts by token and expert, for as many layers as have room (arbitrary)
+
+
+class Unreadable(ValueError):
+    """What is committed cannot be read back."""
 
 
 class View:
@@ -49,6 +55,8 @@ class View:
         self.pieces: list[str] = before.pieces if before else [str(piece) for piece in self.capture["piece"].values]
         self.texts: list[str] = before.texts if before else readable(self.pieces)
         self.tops: dict[tuple[int, Order], xr.Dataset] = {}
+        self.tables: dict[int, Array] = {}
+        self._before = before if before and before.now.parts.keys() <= now.parts.keys() else None
         group = CaptureGroup(path, dataset)
         self.arrays: Any = zarr.open_group(group.objects.zarr_store(), path=dataset, mode="r", use_consolidated=False)
 
@@ -71,10 +79,22 @@ class View:
         count = [np.bincount(documents, part, len(self.names)) for part in (length, length * self.rows["captured"])]
         return np.rint(count).astype(np.int64)
 
+    @cached_property
+    def _folded(self) -> list[str]:
+        return [name.casefold() for name in self.names]
+
     def documents(self, containing: str = "", page: int = 0) -> dict[str, Any]:
-        """A page of the documents whose names contain a text, whatever its case."""
-        wanted = containing.casefold()
-        found = [number for number, name in enumerate(self.names) if wanted in name.casefold()]
+        """A page of the documents whose names contain a text, whatever its case.
+
+        Raises
+        ------
+        ValueError
+            When there is no such page.
+        """
+        wanted, found = containing.casefold(), list(range(len(self.names)))
+        if wanted:
+            found = [number for number, name in enumerate(self._folded) if wanted in name]
+        _refuse_page(page, len(found), DOCUMENTS)
         shown = found[page * DOCUMENTS : (page + 1) * DOCUMENTS]
         tokens, captured = self.document_tokens
         rows = [
@@ -92,7 +112,8 @@ class View:
             When there is no such document.
         """
         if not 0 <= document < len(self.names):
-            raise ValueError(f"document {document}: {self.dataset} has documents 0 to {len(self.names) - 1}")
+            there = f"has documents 0 to {len(self.names) - 1}" if self.names else "has no document yet"
+            raise ValueError(f"document {document}: {self.dataset} {there}")
         rows = np.flatnonzero(self.rows["document_id"] == document)
         rows = rows[np.argsort(self.rows["offset"][rows], kind="stable")]
         return [(int(row), at) for row in rows for at in range(0, int(self.rows["length"][row]), CHUNK_POSITIONS)]
@@ -126,20 +147,47 @@ class View:
         if not pages:
             return about | self._window(0, 0, 0) | {"row": 0, "start": 0, "offset": 0}
         row, at = pages[page]
-        stop = min(int(self.rows["length"][row]), at + CHUNK_POSITIONS)
-        place = {"row": row, "start": at, "offset": int(self.rows["offset"][row]) + at}
-        return about | self._window(row, at, stop) | place
+        length = self.rows["length"]
+        stop = min(int(length[row]), at + CHUNK_POSITIONS)
+        before = sum(int(length[other]) for other in {other for other, _ in pages[:page]} - {row})
+        return about | self._window(row, at, stop) | {"row": row, "start": at, "offset": before + at}
+
+    def whole(self, document: int) -> dict[str, Any]:
+        """A document as one page, however long.
+
+        Raises
+        ------
+        ValueError
+            As `document`.
+        """
+        pages = [self._arrays(row, 0, int(self.rows["length"][row])) for row in dict(self.pages_of(document))]
+        about = {"dataset": self.dataset, "document": document, "name": self.names[document], "offset": 0}
+        if not pages:
+            return about | self._window(0, 0, 0)
+        return about | self._coded(*(np.concatenate(parts) for parts in zip(*pages, strict=True)))
 
     def _window(self, row: int, start: int, stop: int) -> dict[str, Any]:
         """Tokens, experts and weights of some positions of a row, for `document`."""
-        token = self._read("token", row, start, stop)
-        expert, weight = self._read("expert", row, start, stop), self._read("weight", row, start, stop)
+        return self._coded(*self._arrays(row, start, stop))
+
+    def _arrays(self, row: int, start: int, stop: int) -> tuple[Array, Array, Array, Array]:
+        """Tokens, experts, weights and speakers of some positions of a row; fill where it is not captured."""
+        names = ("token", "expert", "weight", *(("role",) if "role" in self.capture else ()))
+        token, expert, weight, *role = (self._read(name, row, start, stop) for name in names)
+        missing = np.iinfo(expert.dtype).max
         if not self.rows["captured"][row : row + 1].all():  # what a killed worker left is not to be shown
-            expert = np.full_like(expert, np.iinfo(expert.dtype).max)
-            weight = np.zeros_like(weight)
+            expert, weight = np.full_like(expert, missing), np.zeros_like(weight)
+        elif (expert == missing).any():
+            raise self._unreadable(row, "experts are gone")
+        elif len(weight) and not weight.any():
+            raise self._unreadable(row, "weights are gone")
+        if (token < 0).any() or (token >= len(self.texts)).any():
+            raise self._unreadable(row, "tokens are gone")
+        return token, expert, weight, role[0] if role else np.empty(0, np.uint8)
+
+    def _coded(self, token: Array, expert: Array, weight: Array, role: Array) -> dict[str, Any]:
         scale = float(weight.max(initial=0)) or 1.0
         coded = np.rint(weight.astype(np.float64) * (65_535 / scale)).astype("<u2")
-        roles = self._roles(row, start, stop)
         return {
             "ids": token.tolist(),
             "texts": [self.texts[number] for number in token.tolist()],
@@ -147,25 +195,26 @@ class View:
             "weight": base64.b64encode(coded.tobytes()).decode(),
             "scale": scale / 65_535,
             "bytes": expert.dtype.itemsize,
-            "roles": roles,
+            "roles": self._speakers(role) if "role" in self.capture else None,
         }
 
-    def _roles(self, row: int, start: int, stop: int) -> list[str] | None:
+    def _speakers(self, role: Array) -> list[str]:
         """Who speaks each token of a conversation."""
-        if "role" not in self.capture:
-            return None
         names = self.capture["role"].attrs["flag_meanings"].split()
-        return [names[role] if role < len(names) else "" for role in self._read("role", row, start, stop).tolist()]
+        return [names[number] if number < len(names) else "" for number in role.tolist()]
 
     def _read(self, array: str, row: int, start: int, stop: int) -> Array:
         """Some positions of a row, straight from its chunk."""
         try:
             return np.asarray(self.arrays[array][row, start:stop])
         except Exception as error:  # codecs raise whatever they run into
-            raise ValueError(
-                f"row {row} of {self.dataset} cannot be decoded ({error}): python jobs/status.py {self.store} --verify"
-                " marks what is damaged, and the same capture again does those shards"
-            ) from error
+            raise self._unreadable(row, str(error)) from error
+
+    def _unreadable(self, row: int, reason: str) -> Unreadable:
+        return Unreadable(
+            f"row {row} of {self.dataset} cannot be decoded ({reason}): python jobs/status.py {self.store} --verify"
+            " marks what is damaged, and the same capture again does those shards"
+        )
 
     # Places
 
@@ -187,9 +236,20 @@ class View:
         }
 
     def contexts(self, token: int, layer: int | None, expert: int | None, page: int) -> dict[str, Any]:
-        """A page of the places of a token: all, or those where it went to an expert at a layer."""
+        """A page of the places of a token: all, or those where it went to an expert at a layer.
+
+        Raises
+        ------
+        ValueError
+            When there is no such layer, expert or page.
+        """
+        if (layer is None) != (expert is None) or not (layer is None or layer in self.layers):
+            raise ValueError(f"name a layer of {self.layers[0]} to {self.layers[-1]} and an expert, or neither")
+        if expert is not None and not 0 <= expert < self.experts:
+            raise ValueError(f"expert {expert}: {self.dataset} has experts 0 to {self.experts - 1}")
         at = None if layer is None else self.layers.index(layer)
         number, found = self.now.occurrences(token, at, expert, skip=page * CONTEXTS, limit=CONTEXTS)
+        _refuse_page(page, number, CONTEXTS)
         rows = []
         for part, index in found:
             [row], [position] = part.places(np.array([index]))
@@ -215,16 +275,23 @@ class View:
     # Tokens
 
     @cached_property
-    def token_counts(self) -> xr.Dataset:
-        """How often each token was counted, and at which experts, at the layers that have a table."""
-        return self.now.result("tokens")
+    def token_counts(self) -> Array:
+        """How often each token was counted, int64 (token_id)."""
+        before, known = (None, set()) if self._before is None else (self._before, self._before.now.parts.keys())
+        count = np.zeros(len(self.texts), np.int64) if before is None else before.token_counts.copy()
+        for name, part in self.now.parts.items():
+            if name not in known:
+                count += np.diff(part.bounds.astype(np.int64))
+        return count
 
     def find_tokens(self, text: str) -> dict[str, Any]:
-        """The tokens that contain a text, the same ones first, then the most frequent: at most `TOKENS`."""
-        wanted, count = text.casefold(), self.token_counts["tokens"].values
-        found = [number for number, own in enumerate(self.texts) if wanted in own.casefold()]
-        exactly = {text, f" {text}"}
-        found.sort(key=lambda number: (self.texts[number] not in exactly, -count[number], number))
+        """The tokens that contain a text, in their piece or as they read: the same ones first, then by frequency."""
+        text = text.replace("↵", "\n")
+        wanted, count = text.casefold(), self.token_counts
+        both = zip(self.pieces, self.texts, strict=True)
+        found = [at for at, names in enumerate(both) if any(wanted in name.casefold() for name in names)]
+        exactly = {text, f" {text}", f"▁{text}"}
+        found.sort(key=lambda at: (self.texts[at] not in exactly and self.pieces[at] not in exactly, -count[at], at))
         rows = [
             {"id": number, "text": self.texts[number], "piece": self.pieces[number], "count": int(count[number])}
             for number in found[:TOKENS]
@@ -232,7 +299,13 @@ class View:
         return {"rows": rows, "number": len(found)}
 
     def token(self, token: int) -> dict[str, Any]:
-        """A token's occurrences, and the share of them that goes to each expert, layer by layer.
+        """A token's occurrences, and how many of them chose each expert, layer by layer.
+
+        Returns
+        -------
+        dict
+            `count`: its occurrences; `of`: as many of them as `counts` [layer][expert] are of, the first ones where
+            it is too frequent for all.
 
         Raises
         ------
@@ -241,26 +314,69 @@ class View:
         """
         if not 0 <= token < len(self.texts):
             raise ValueError(f"token {token}: the vocabulary of {self.dataset} has tokens 0 to {len(self.texts) - 1}")
-        counts = self.token_counts
-        own = counts["count"].values[token].astype(np.int64)
+        of, counts = self._map(token)
         return {
             "id": token,
             "text": self.texts[token],
             "piece": self.pieces[token],
             "special": token in self.capture.attrs["special_token_ids"],
-            "count": int(counts["tokens"].values[token]),
-            "layers": [int(number) for number in counts["layer"].values],
-            "counts": own.tolist(),
+            "count": int(self.token_counts[token]),
+            "of": of,
+            "counts": counts.tolist(),
         }
+
+    def _map(self, token: int) -> tuple[int, Array]:
+        """How many occurrences were looked at, and their choices (layer, expert)."""
+        if len(self.tables) == len(self.layers):
+            return int(self.token_counts[token]), np.stack([self.tables[at][token] for at in range(len(self.layers))])
+        counts, of = np.zeros((len(self.layers), self.experts), np.int64), 0
+        most = max(1, MAPPED // (len(self.layers) * self.choices))
+        for part in self.now.parts.values():
+            if of < most:
+                of += part.add_map(token, most - of, counts)
+        return of, counts
 
     def top(self, layer: int, by: Order) -> xr.Dataset:
         """The first tokens of all experts of a layer; computed once."""
         if (layer, by) not in self.tops:
+            at = self.layers.index(layer)
+            state = {"count": self.table(at)[:, None], "tokens": self.token_counts, "index": np.array([at])}
             ranking = TopTokens([layer], top=TOP_TOKENS, by=by, min_count=MIN_COUNT if by == "lift" else 1)
-            self.tops[layer, by] = ranking.finish(at_layer(self.token_counts, layer), self.capture).isel(layer=0)
+            self.tops[layer, by] = ranking.finish(state, self.capture).isel(layer=0)
         return self.tops[layer, by]
 
-    @cached_property
-    def table_layers(self) -> list[int]:
-        """The layers that have a table of tokens."""
-        return [int(number) for number in self.token_counts["layer"].values]
+    def table(self, at: int) -> Array:
+        """How often each token went to each expert at a layer (by index), int64 (token_id, expert)."""
+        if at in self.tables:
+            return self.tables[at]
+        before = self._before if self._before is not None and at in self._before.tables else None
+        count = np.zeros((len(self.texts), self.experts), np.int64) if before is None else before.tables[at].copy()
+        known = set() if before is None else before.now.parts.keys()
+        for name, part in self.now.parts.items():
+            if name not in known:
+                part.add_table(at, count)
+        if self.has_room:
+            self.tables[at] = count
+        return count
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the tables of all layers may be kept."""
+        return 8 * len(self.layers) * len(self.texts) * self.experts <= TABLES_BYTES
+
+    def warm(self) -> None:
+        """Compute what the first visitors would wait for, and forget the view before."""
+        _ = self.document_tokens, self.token_counts
+        self.now.occurrences(0, 0, 0)  # compiled
+        if self.has_room:
+            for at, layer in enumerate(self.layers):
+                self.table(at)
+                for by in ORDERS:
+                    self.top(layer, by)
+        self._before = None
+
+
+def _refuse_page(page: int, number: int, rows: int) -> None:
+    pages = max(1, -(-number // rows))
+    if not 0 <= page < pages:
+        raise ValueError(f"page {page}: there are pages 0 to {pages - 1}")

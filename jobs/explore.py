@@ -1,10 +1,10 @@
 """Walk through a store in a browser: `python jobs/explore.py STORE`, a small web server on this machine."""
 
+import contextlib
+import ipaddress
 import socket
 import sys
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,12 +15,10 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 import tyro
 
 from jobs.places import captures_at
-from jobs.terminal import LOG_EVERY_S, run_job, say
+from jobs.terminal import run_job, say
 
 if TYPE_CHECKING:
     from analysis.explorer import Explorer
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +26,7 @@ class ExploreConfig:
     """Read a store's texts coloured by expert, look for tokens, walk from expert to expert; every view has a link.
 
     Prints the address to open, and answers until it is interrupted. What was committed is indexed once, beside the
-    store (72 bytes a token for Mixtral); texts can be read meanwhile, and what a running capture commits is added as it
+    store (73 bytes a token for Mixtral); texts can be read meanwhile, and what a running capture commits is added as it
     comes. With --export nothing is served: documents are written as one file, for a paper's web page. Exit status: 0
     stopped, or exported; 2 when there is no such store, document or address.
     """
@@ -56,6 +54,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError("--export FILE and --document ID go together: give both, or neither")
     if not 0 <= config.port < 65_536:
         raise ValueError(f"--port {config.port}: 0 to 65535")
+    if config.threads is not None and config.threads < 1:
+        raise ValueError(f"--threads {config.threads}: 1 or more")
     store, names = captures_at(config.store)
     if not names:
         raise ValueError(f"{store} holds no data set yet")
@@ -64,8 +64,9 @@ def main(arguments: list[str]) -> int:
 
     from analysis.explorer import Explorer  # numba takes a second: --help does not wait for it
 
-    explorer = Explorer(store, names, config.index, threads=config.threads)
-    return _serve(explorer, config)
+    _open_more_files()
+    named = None if config.store.rstrip("/") == store.rstrip("/") else names
+    return _serve(Explorer(store, named, config.index, threads=config.threads, say=say), config)
 
 
 def _export(store: str, names: list[str], config: ExploreConfig) -> int:
@@ -98,16 +99,17 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
 
     from jobs.site import site
 
-    everywhere = config.host in ("0.0.0.0", "::")
-    application = site(explorer, ["*"] if everywhere else [*LOOPBACK, config.host])
-    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=2))
     stop = threading.Event()
-    follower = threading.Thread(target=explorer.follow, args=(stop, _tell()), daemon=True)
+    follower = threading.Thread(target=explorer.follow, args=(stop,), daemon=True)
     with _listener(config.host, config.port) as listener:
-        if config.host not in LOOPBACK:
-            say(f"note: whoever reaches {config.host} can read this store: there is no password")
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        print(f"http://{host}:{listener.getsockname()[1]}/", flush=True)
+        where, port = listener.getsockname()[:2]
+        address = ipaddress.ip_address(where)
+        here = (socket.gethostname(), config.host)
+        server = uvicorn.Server(uvicorn.Config(site(explorer, here), log_level="warning", timeout_graceful_shutdown=2))
+        if not address.is_loopback:
+            say(f"note: whoever reaches {where}, port {port}, can read this store: there is no password")
+        name = socket.gethostname() if address.is_unspecified else f"[{where}]" if address.version == 6 else where
+        print(f"http://{name}:{port}/", flush=True)
         say("Ctrl-C stops it")
         follower.start()
         try:
@@ -117,6 +119,15 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
         finally:
             stop.set()
     return 0
+
+
+def _open_more_files() -> None:
+    """Each part of an index is an open file: a hundred million tokens have 400."""
+    import resource
+
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most if limit != resource.RLIM_INFINITY else limit, most))
 
 
 def _listener(host: str, port: int) -> socket.socket:
@@ -139,21 +150,6 @@ def _listener(host: str, port: int) -> socket.socket:
             f"cannot listen at {host}, port {port} ({error}): give another --port, or 0 for any"
         ) from error
     return listener
-
-
-def _tell() -> Callable[[str, int, int], None]:
-    """Says every ten seconds how far the index of a data set is, and when it is done."""
-    said = time.monotonic()
-    lock = threading.Lock()
-
-    def tell(name: str, done: int, total: int) -> None:
-        nonlocal said
-        with lock:
-            if done == total or time.monotonic() - said >= LOG_EVERY_S:
-                said = time.monotonic()
-                say(f"{name}: {done:,} of {total:,} shards indexed")
-
-    return tell
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The explorer's pages over HTTP: addresses, and which page answers them.
 
 Promises: everything is read, nothing written; a wrong address or number is answered with a page that says so; nothing
-but the explorer's own script and style runs or is asked for, whatever a token holds; a request under a name that is not
-this machine's is refused, so that no page elsewhere can read a store through the visitor's browser.
+but the explorer's own script and style runs or is asked for, whatever a token holds; a request under a name that may be
+anybody's is refused, so that no page elsewhere can read a store through the visitor's browser (DNS rebinding).
 """
 
+import ipaddress
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,14 +13,14 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from analysis.explorer import Explorer, Shown
-from analysis.export import FOLDER, environment, export_page, reader_data
-from analysis.view import MIN_COUNT
+from analysis.export import FOLDER, MOST_TOKENS, environment, export_page, reader_data, refuse_too_long
+from analysis.view import MIN_COUNT, Unreadable
 
 FEW = 16  # experts of a layer that fit beside each other; of more, so many are listed
 HEADERS = {
@@ -32,25 +33,43 @@ HEADERS = {
 }
 
 
-def site(explorer: Explorer, hosts: Sequence[str]) -> Starlette:
-    """The explorer as an ASGI application, for requests to these host names."""
+def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
+    """The explorer as an ASGI application, for requests by address, to localhost, and under these names of the host."""
     pages = Pages(explorer)
     routes = [
         Route("/", pages.home),
-        Route("/state.json", pages.state),
-        Route("/explorer.css", lambda _: FileResponse(FOLDER / "explorer.css", headers=HEADERS)),
-        Route("/explorer.js", lambda _: FileResponse(FOLDER / "explorer.js", headers=HEADERS)),
+        Route("/-/state.json", pages.state),
+        Route("/-/explorer.css", lambda _: FileResponse(FOLDER / "explorer.css", headers=HEADERS)),
+        Route("/-/explorer.js", lambda _: FileResponse(FOLDER / "explorer.js", headers=HEADERS)),
         Route("/{name}", pages.dataset),
         Route("/{name}/search", pages.search),
         Route("/{name}/document/{document:int}", pages.document),
         Route("/{name}/document/{document:int}/export", pages.export),
         Route("/{name}/place", pages.place),
         Route("/{name}/token/{token:int}", pages.token),
+        Route("/{name}/expert", pages.any_expert),
         Route("/{name}/expert/{layer:int}/{expert:int}", pages.expert),
     ]
+
+    async def by_name(request: Request, answer: RequestResponseEndpoint) -> Response:
+        host = request.url.hostname or ""
+        if host in ("localhost", *names) or _is_address(host):
+            return await answer(request)
+        return PlainTextResponse(f"{host} is no name of this machine's", 400, headers=HEADERS)
+
     answers = {HTTPException: pages.error, ValueError: pages.error}
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)]
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=answers)
+    return Starlette(
+        routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=by_name)], exception_handlers=answers
+    )
+
+
+def _is_address(host: str) -> bool:
+    """Whether it is a number, which no name service can have made up."""
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 class Pages:
@@ -61,22 +80,25 @@ class Pages:
 
     def home(self, request: Request) -> Response:
         """The data sets."""
-        sets = [self.explorer.state(name) for name in self.explorer.shown]
-        return self._page("home", "What do the experts do?", sets=sets)
+        sets = [self.explorer.state(name) for name in [*self.explorer.shown]]
+        problems = {name: why for name, why in self.explorer.problems.items() if name not in self.explorer.shown}
+        return self._page("home", "What do the experts do?", sets=sets, problems=problems)
 
     def state(self, request: Request) -> Response:
         """How far all data sets are: what a page asks for again and again."""
-        return JSONResponse({"sets": [self.explorer.state(name) for name in self.explorer.shown]}, headers=HEADERS)
+        return JSONResponse({"sets": [self.explorer.state(name) for name in [*self.explorer.shown]]}, headers=HEADERS)
 
     def dataset(self, request: Request) -> Response:
         """A data set: its experts and its documents."""
         shown, (page,) = self._shown(request), _numbers(request, page=0)
-        view, share = shown.view, shown.profiles.load["estimate"].values
-        listed = [_largest(loads) for loads in share] if view.experts > FEW else [range(view.experts)] * len(share)
-        loads = [
-            (layer, [(int(e), float(np.nan_to_num(share[at, e]))) for e in listed[at]])
-            for at, layer in enumerate(view.layers)
-        ]
+        view, loads = shown.view, []
+        if view.now.tokens:
+            share = shown.profiles.load["estimate"].values
+            listed = [_largest(each) if view.experts > FEW else range(view.experts) for each in share]
+            loads = [
+                (layer, [(int(e), float(np.nan_to_num(share[at, e]))) for e in listed[at]])
+                for at, layer in enumerate(view.layers)
+            ]
         found = view.documents(page=page or 0)
         return self._page(
             "dataset",
@@ -101,12 +123,19 @@ class Pages:
         """A page of a document's text."""
         shown, (page,) = self._shown(request), _numbers(request, page=0)
         found = shown.view.document(request.path_params["document"], page or 0)
-        return self._page("document", found["name"], shown, document=found, data=reader_data(shown.view, [found]))
+        title = found["name"] or f"document {found['document']}"
+        data = reader_data(shown.view, [found])
+        fits = found["tokens"] <= MOST_TOKENS
+        return self._page("document", title, shown, document=found, data=data, can_be_saved=fits)
 
     def export(self, request: Request) -> Response:
         """A document as one file."""
         view, document = self._shown(request).view, request.path_params["document"]
         name = f"{view.dataset}-{document}.html"
+        try:
+            refuse_too_long(view, [document])
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
         headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
         return HTMLResponse(export_page(view, [document]), headers=headers)
 
@@ -122,9 +151,7 @@ class Pages:
         shown, (layer, expert, page) = self._shown(request), _numbers(request, layer=None, expert=None, page=0)
         view = shown.view
         token = view.token(request.path_params["token"])
-        if (layer is None) != (expert is None) or (layer is not None and layer not in view.layers):
-            raise HTTPException(400, f"name a layer of {view.layers[0]} to {view.layers[-1]} and an expert, or neither")
-        shares = [np.array(counts) / max(1, token["count"]) for counts in token["counts"]]
+        shares = [np.array(counts) / max(1, token["of"]) for counts in token["counts"]]
         listed = [_largest(each) if view.experts > FEW else range(view.experts) for each in shares]
         return self._page(
             "token",
@@ -134,7 +161,7 @@ class Pages:
             few=view.experts > FEW,
             map=[
                 (number, [(int(e), float(each[e])) for e in experts])
-                for number, each, experts in zip(token["layers"], shares, listed, strict=True)
+                for number, each, experts in zip(view.layers, shares, listed, strict=True)
             ],
             found=view.contexts(token["id"], layer, expert, page or 0),
             chosen_layer=layer,
@@ -146,22 +173,38 @@ class Pages:
         """An expert's profile."""
         shown = self._shown(request)
         layer, expert = request.path_params["layer"], request.path_params["expert"]
-        found = shown.profiles.expert(layer, expert, self.explorer.alike(shown.view.dataset))
+        if not shown.view.now.tokens:
+            raise HTTPException(503, f"nothing of {shown.view.dataset} is indexed yet: its experts are known soon")
+        found = shown.profiles.expert(layer, expert, self.explorer.alike(shown))
         return self._page(
             "expert",
             f"Expert {expert} of layer {layer}",
             shown,
             expert=found,
-            table_layers=shown.view.table_layers,
             min_count=MIN_COUNT,
             length=shown.view.capture.sizes["position"],
         )
 
+    def any_expert(self, request: Request) -> Response:
+        """To the page of the expert that a form names."""
+        shown, (layer, expert) = self._shown(request), _numbers(request, layer=None, expert=None)
+        if layer is None or expert is None:
+            raise HTTPException(400, "name a layer and an expert")
+        return RedirectResponse(f"/{shown.view.dataset}/expert/{layer}/{expert}", headers=HEADERS)
+
     def error(self, request: Request, error: Exception) -> Response:
         """What went wrong, in the page's own words."""
-        status = error.status_code if isinstance(error, HTTPException) else 404
+        status = (
+            error.status_code if isinstance(error, HTTPException) else 500 if isinstance(error, Unreadable) else 404
+        )
         message = error.detail if isinstance(error, HTTPException) else str(error)
-        title = {404: "There is no such thing", 400: "That cannot be asked"}.get(status, "That went wrong")
+        titles = {
+            400: "That cannot be asked",
+            404: "There is no such thing",
+            500: "That cannot be read",
+            503: "That is not known yet",
+        }
+        title = titles.get(status, "That went wrong")
         return self._page("error", title, status=status, message=message)
 
     def _shown(self, request: Request) -> Shown:
@@ -175,18 +218,22 @@ class Pages:
         self, template: str, title: str, shown: Shown | None = None, status: int = 200, **values: Any
     ) -> HTMLResponse:
         """A page with what all pages have."""
-        about: Mapping[str, Any] = {"name": None}
+        about: Mapping[str, Any] = {"name": None, "behind": False}
         if shown is not None:
             view = shown.view
             about = {
                 "name": view.dataset,
-                "digest": shown.digest,
+                "indexed": view.now.tokens,
+                "behind": len(view.now.parts) < view.now.state.shards_done,
                 "experts": view.experts,
                 "choices": view.choices,
                 "layers": view.layers,
             }
+        names = [*self.explorer.shown]
+        sets = [shown] if shown is not None else [self.explorer.shown[name] for name in names]
+        digests = " ".join(each.digest for each in sets)
         page = self.templates.get_template(f"{template}.html.jinja").render(
-            {"title": title, "names": list(self.explorer.shown), "asked": "", **about, **values}
+            {"title": title, "names": names, "digests": digests, "asked": "", **about, **values}
         )
         return HTMLResponse(page, status, headers=HEADERS)
 

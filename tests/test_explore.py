@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import uvicorn
-from fake_model import fake_capture, words
+from fake_model import fake_capture, fake_layout, words
 
 from analysis.choices import coactivation, transitions
 from analysis.explorer import Explorer
@@ -40,7 +40,7 @@ TEXTS = [words(90, number) for number in range(5)] + ["", words(40, 1), words(40
 def serving(explorer: Explorer) -> Iterator[str]:
     """The address at which an explorer answers while the block runs."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(site(explorer, explore.LOOPBACK), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(site(explorer), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
@@ -106,7 +106,7 @@ def data_of(page: str) -> dict[str, Any]:
 
 
 def test_every_link_leads_somewhere_and_every_answer_has_its_policy(address: str) -> None:
-    to_see, seen = ["/"], set[str]()
+    to_see, seen = ["/", "/fake/document/0"], set[str]()
     while to_see and len(seen) < 250:
         place = to_see.pop(len(seen) * 7 % len(to_see))  # now deep, now wide
         if place in seen:
@@ -140,8 +140,13 @@ def test_every_link_leads_somewhere_and_every_answer_has_its_policy(address: str
         ("/fake/document/0?page=x", 400, "page=x is no number"),
         ("/fake/document/0?page=-1", 400, "page=-1 is no number"),
         ("/fake/token/1000", 404, "the vocabulary of fake has tokens 0 to 999"),
-        ("/fake/token/5?layer=1", 400, "name a layer of 0 to 2 and an expert, or neither"),
-        ("/fake/token/5?layer=7&expert=1", 400, "name a layer of 0 to 2"),
+        ("/fake/token/5?layer=1", 404, "name a layer of 0 to 2 and an expert, or neither"),
+        ("/fake/token/5?layer=7&expert=1", 404, "name a layer of 0 to 2"),
+        ("/fake/token/5?layer=1&expert=8", 404, "expert 8: fake has experts 0 to 7"),
+        ("/fake/token/5?page=999", 404, "page 999: there are pages 0 to"),
+        ("/fake?page=7", 404, "page 7: there are pages 0 to 0"),
+        ("/fake/expert?layer=1", 400, "name a layer and an expert"),
+        ("/state.json", 404, "no data set 'state.json'"),
         ("/fake/expert/9/1", 404, "fake has experts 0 to 7 at layers 0 to 2"),
         ("/fake/expert/1/8", 404, "fake has experts 0 to 7"),
         ("/fake/place?row=9999&position=0", 404, "fake has no token in row 9999"),
@@ -162,8 +167,9 @@ def test_what_cannot_be_shown_is_said_on_a_page(address: str, place: str, status
 
 def test_a_request_under_a_foreign_name_is_refused(address: str) -> None:
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
-    for host, status in (("evil.example", 400), ("127.0.0.1:1", 200), ("localhost", 200)):
-        connection.request("GET", "/state.json", headers={"Host": host})
+    hosts = {"evil.example": 400, "127.0.0.1.evil.example": 400, "127.0.0.1:1": 200, "localhost": 200, "[::1]:80": 200}
+    for host, status in hosts.items():
+        connection.request("GET", "/-/state.json", headers={"Host": host})
         answer = connection.getresponse()
         answer.read()
         assert answer.status == status, host
@@ -206,7 +212,7 @@ def test_what_is_not_captured_is_shown_without_routes(address: str, store: Path)
         expert = np.frombuffer(base64.b64decode(data_of(page)["documents"][0]["expert"]), np.uint8)
         assert (expert == 255).all() == (not captured)
         assert (expert == 255).any() == (not captured)
-    assert "some is incomplete: " in json.dumps(json.loads(asked(f"{address}/state.json")[2]))
+    assert "some is incomplete: " in json.dumps(json.loads(asked(f"{address}/-/state.json")[2]))
 
 
 def test_an_empty_document_is_a_page_that_says_so(address: str) -> None:
@@ -263,7 +269,7 @@ def test_what_a_running_capture_commits_is_shown_as_it_comes(tmp_path: Path) -> 
         with serving(explorer) as address:
 
             def state() -> dict[str, Any]:
-                [found] = json.loads(asked(f"{address}/state.json")[2])["sets"]
+                [found] = json.loads(asked(f"{address}/-/state.json")[2])["sets"]
                 return dict(found)
 
             until(lambda: state()["indexed"] == 2)
@@ -290,11 +296,17 @@ def until(condition: Any, seconds: float = 60) -> None:
 
 def test_an_index_that_cannot_be_written_is_said_and_texts_are_shown_all_the_same(store: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    explorer = Explorer(str(store), ["fake"], tmp_path / "file")
+    said: list[str] = []
+    explorer = Explorer(str(store), ["fake"], tmp_path / "file", say=said.append)
     assert explorer.refresh("fake") == 0
+    assert [line for line in said if "give another folder for the index with --index" in line] == said
     with serving(explorer) as address:
-        assert "The index of fake does not go on: " in asked(f"{address}/state.json")[2]
+        assert "The index of fake does not go on: " in asked(f"{address}/-/state.json")[2]
         assert data_of(asked(f"{address}/fake/document/0")[2])["documents"][0]["ids"]
+        assert "Nothing of it is indexed yet" in text_of(asked(f"{address}/fake")[2])
+        assert asked(f"{address}/fake/expert/0/0")[0] == 503, "not shown as measured zero"
+        assert explorer.refresh("fake") == 0
+    assert len(said) == 1, "said once"
 
 
 def test_a_damaged_shard_is_said_on_the_page_of_its_text(store: Path, tmp_path: Path) -> None:
@@ -307,7 +319,7 @@ def test_a_damaged_shard_is_said_on_the_page_of_its_text(store: Path, tmp_path: 
     shard.write_bytes(data)
     with serving(explorer) as address:
         found = [asked(f"{address}/fake/place?row={row}&position=0") for row in range(4)]
-        assert any(status == 404 and "--verify marks what is damaged" in text_of(page) for status, _, page in found)
+        assert any(status == 500 and "--verify marks what is damaged" in text_of(page) for status, _, page in found)
         explorer.refresh("fake")
         assert "--verify marks what is damaged" in explorer.problems["fake"]
 
@@ -326,7 +338,9 @@ def test_the_command_prints_its_address_and_ctrl_c_ends_it(store: Path, tmp_path
         assert status == 200
         assert "What do the experts do?" in page
         until(
-            lambda: all(s["indexed"] == s["shards_done"] for s in json.loads(asked(f"{address}state.json")[2])["sets"])
+            lambda: all(
+                s["indexed"] == s["shards_done"] for s in json.loads(asked(f"{address}-/state.json")[2])["sets"]
+            )
         )
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
@@ -380,10 +394,117 @@ def test_documents_are_exported_by_id_or_name_as_one_file(command: Any, store: P
 
 
 def test_what_does_not_fit_one_file_is_refused(command: Any, store: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("analysis.export.MOST_TOKENS", 100)
+    for module in ("analysis.export", "jobs.site"):
+        monkeypatch.setattr(f"{module}.MOST_TOKENS", 100)
     ran = command(
         f"{store}/fake", "--export", tmp_path / "p.html", "--document", "0", "--document", "1", main=explore.main
     )
     assert ran.status == 2
     assert "2 documents of 180 tokens: one file holds 100 at most" in ran.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_of_more_shards_than_files_may_be_open_is_explored(store: Path, tmp_path: Path) -> None:
+    code = f"import sys; sys.argv[1:] = [{str(store)!r}, '--port', '0', '--index', {str(tmp_path)!r}]"
+    code += "; from jobs import explore; from jobs.terminal import run_job; run_job(explore.main)"
+    process = subprocess.Popen(
+        ["bash", "-c", 'ulimit -Sn 40 && exec "$@"', "bash", sys.executable, "-c", code],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        sets = lambda: json.loads(asked(f"{address}-/state.json")[2])["sets"]
+        until(lambda: all(each["indexed"] == each["shards_done"] for each in sets()))
+        assert sum(each["indexed"] for each in sets()) >= 25, "beside which a server needs more than 15"
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert "Too many open files" not in said
+
+
+def test_one_data_set_that_cannot_be_read_leaves_the_others(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "s.zarr"
+    shutil.copytree(store, copy)
+    (copy / "some" / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    explorer = Explorer(str(copy))
+    assert list(explorer.shown) == ["fake"]
+    with serving(explorer) as address:
+        assert "some cannot be shown: " in text_of(asked(f"{address}/")[2])
+    shutil.rmtree(copy / "fake")
+    with pytest.raises(ValueError, match="is no capture that this version reads"):
+        Explorer(str(copy))
+
+
+def test_a_data_set_that_begins_later_is_shown_and_one_that_is_captured_anew_is_another(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    fake_capture(path, TEXTS[:2], name="first")
+    explorer, stop = Explorer(str(path)), threading.Event()
+    following = threading.Thread(target=explorer.follow, args=(stop,), daemon=True)
+    following.start()
+    try:
+        until(lambda: explorer.state("first")["indexed"] > 0)
+        fake_capture(path, TEXTS[:1], name="second")
+        until(lambda: "second" in explorer.shown and not explorer.state("second")["busy"])
+    finally:
+        stop.set()
+        following.join(20)
+    shutil.rmtree(path / "first")
+    fake_capture(path, [words(20, 77)], name="first", layout=fake_layout(vocab_size=1500), identity={"other": 1})
+    explorer.refresh("first")
+    view = explorer.shown["first"].view
+    assert (len(view.texts), view.now.tokens, view.names) == (1500, 20, ["document 0"])
+
+
+def test_an_unexpected_error_does_not_end_the_following(store: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    said: list[str] = []
+    explorer = Explorer(str(store), ["fake"], tmp_path, say=said.append)
+    monkeypatch.setattr(explorer.indexes["fake"], "refresh", lambda **_: 1 / 0)
+    assert explorer.refresh("fake") == 0
+    assert said == ["fake: division by zero"]
+    assert "division by zero" in explorer.state("fake")["note"]
+    monkeypatch.undo()
+    assert explorer.refresh("fake") > 0
+    assert explorer.problems == {}
+
+
+def test_where_tables_have_no_room_tokens_are_counted_in_their_places(
+    store: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    kept = Explorer(str(store), ["fake"], tmp_path)
+    kept.refresh("fake")
+    monkeypatch.setattr("analysis.view.TABLES_BYTES", 0)
+    bare = Explorer(str(store), ["fake"], tmp_path)
+    one, other = (each.shown["fake"].view for each in (kept, bare))
+    assert (len(one.tables), len(other.tables)) == (3, 0)
+    for token in np.flatnonzero(one.token_counts).tolist():
+        assert one.token(token) == other.token(token)
+    for layer in (0, 1, 2):
+        for by in ("lift", "count"):
+            assert one.top(layer, by).equals(other.top(layer, by))
+    monkeypatch.setattr("analysis.view.MAPPED", 6 * 3)  # of three occurrences
+    frequent = int(one.token_counts.argmax())
+    found = other.token(frequent)
+    assert (found["of"], found["count"]) == (3, int(one.token_counts[frequent]))
+    assert [sum(each) for each in found["counts"]] == [6, 6, 6]
+
+
+def test_tokens_are_numbered_through_a_document_whatever_stands_before_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    fake_capture(path, [words(20, 1)], bos="row")
+    view = Explorer(str(path)).shown["fake"].view
+    pages = [view.document(0, page) for page in range(len(view.pages_of(0)))]
+    assert [page["offset"] for page in pages] == [0, 8, 16]
+    assert [number for page in pages for number in page["ids"]] == view.whole(0)["ids"]
+
+
+@pytest.mark.parametrize("array", ["token", "expert", "weight"])
+def test_an_object_that_is_gone_is_not_shown_as_text_or_zero(store: Path, tmp_path: Path, array: str) -> None:
+    copy = tmp_path / "s.zarr"
+    shutil.copytree(store, copy)
+    explorer = Explorer(str(copy), ["fake"], tmp_path / "index")
+    shutil.rmtree(copy / "fake" / array / "c")
+    with serving(explorer) as address:
+        status, _, page = asked(f"{address}/fake/document/0")
+    assert status == 500
+    assert "cannot be decoded" in text_of(page)

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from fake_model import fake_capture, words
+from fake_model import ROLES, fake_capture, fake_layout, words
 from synthetic import HOSTILE
 from test_explore import serving
 from test_report_browser import browser, until
@@ -49,7 +50,7 @@ def address(explorer: Explorer) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def token(explorer: Explorer) -> int:
     """The most frequent token."""
-    return int(explorer.shown["fake"].view.token_counts["tokens"].values.argmax())
+    return int(explorer.shown["fake"].view.token_counts.argmax())
 
 
 @pytest.fixture
@@ -142,14 +143,22 @@ def test_the_colour_is_the_first_expert_s_and_its_strength_the_weight(opened: An
         ".map((b) => [b.dataset.expert, b.style.backgroundColor]))"
     )
     bare = {expert: re.match(r"rgba?\((\d+, \d+, \d+)", colour)[1] for expert, colour in legend.items()}  # type: ignore[index]
-    for number in range(5):
-        page.hover(f"#text span:nth-child({number + 1})")
-        [expert, weight] = re.search(r": expert (\d) \((\d\.\d{3})\)", shown(page)).groups()  # type: ignore[union-attr]
-        red, alpha = re.match(r"rgba?\((\d+, \d+, \d+)(?:, ([\d.]+))?\)", spans[number]).groups()  # type: ignore[union-attr]
-        assert red == bare[expert]
-        strongest = max(float(re.search(r"([\d.]+)\)$", colour)[1]) for colour in spans)  # type: ignore[index]
-        assert float(alpha) <= strongest
-        assert float(weight) <= 2
+    largest = page.evaluate("JSON.parse(document.getElementById('data').textContent).documents[0].scale * 65535")
+    assert largest > 1
+    for number, said in enumerate(every_token(page, len(spans))):
+        [expert, weight] = re.search(r": expert (\d) \((\d\.\d{3})\)", said).groups()  # type: ignore[union-attr]
+        rgb, alpha = re.match(r"rgba?\((\d+, \d+, \d+)(?:, ([\d.]+))?\)", spans[number]).groups()  # type: ignore[union-attr]
+        assert rgb == bare[expert]
+        assert float(alpha) == pytest.approx(0.6 * float(weight) / largest, abs=0.01)
+
+
+def every_token(page: Any, number: int) -> list[str]:
+    """What the panel says of the first tokens."""
+    said = []
+    for token in range(number):
+        page.hover(f"#text span:nth-child({token + 1})")
+        said.append(shown(page))
+    return said
 
 
 def test_the_keyboard_alone_walks_tokens_layers_and_pages(opened: Any, address: str, token: int) -> None:
@@ -212,14 +221,17 @@ def test_more_that_was_committed_is_offered_and_not_forced(opened: Any, explorer
     page, _ = opened
     go(page, f"{address}/some")
     page.wait_for_selector("#state:has-text('some is incomplete')")
-    page.evaluate("document.body.dataset.digest = 'of an older view'")
-    page.reload()
-    page.wait_for_selector("#state:has-text('some is incomplete')")
-    assert page.locator("#state a").count() == 0, "the page is up to date"
+    assert page.locator("#state button").count() == 0, "the page is up to date"
     old = explorer.shown["some"]
-    explorer.shown["some"] = type(old)(old.view, "another")
+    explorer.shown["some"] = replace(old, digest="another")
     try:
-        page.wait_for_selector("#state a:has-text('There is more now')", timeout=20_000)
+        page.wait_for_selector("#state button:has-text('There is more now')", timeout=20_000)
+        page.focus("#state button")
+        page.wait_for_timeout(2500)
+        assert page.evaluate("document.activeElement.textContent") == "There is more now: show it", "kept over a poll"
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#state:has-text('some is incomplete')")
+        assert page.locator("#state button").count() == 0
     finally:
         explorer.shown["some"] = old
 
@@ -234,7 +246,7 @@ def test_an_exported_file_works_alone(opened: Any, explorer: Explorer, tmp_path:
     page.click("#text span:nth-child(3)")
     assert "token 2; layer 0" in shown(page)
     options = page.locator("#document option").all_inner_texts()
-    assert len(options) > 2
+    assert len(options) == 2, "each document whole"
     page.hover("h1")
     page.select_option("#document", str(len(options) - 1))
     assert "Point at a token" in shown(page)
@@ -244,3 +256,64 @@ def test_an_exported_file_works_alone(opened: Any, explorer: Explorer, tmp_path:
     assert not Axe().run(page).response["violations"]
     assert heard["console"] == []
     assert not heard["dialogs"]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A capture of 128 experts, eight a token, of conversations, with blank tokens and documents."""
+    path = tmp_path_factory.mktemp("many") / "s.zarr"
+    layout = fake_layout(num_experts=128, experts_per_token=8, roles=ROLES, layers=(3, 5))
+    talks = [[{"role": role, "content": words(9, number)} for role in ("user", "assistant")] for number in range(4)]
+    fake_capture(path, talks, layout=layout)
+    explorer = Explorer(str(path))
+    explorer.refresh("fake")
+    view = explorer.shown["fake"].view
+    view.names[:] = ["   ", "", "\u202eevil", "plain"]
+    view.texts[:] = ["   " if number % 3 else f" {number}" for number in range(len(view.texts))]
+    with serving(explorer) as address:
+        yield address
+
+
+@pytest.mark.parametrize("opened", [{}, PHONE, {"color_scheme": "dark"}], indirect=True, ids=["desk", "phone", "dark"])
+def test_many_experts_blank_tokens_and_speakers_can_be_read_by_everybody(opened: Any, many: str) -> None:
+    page, heard = opened
+    for place in ("/fake", "/fake/document/0", "/fake/document/1", "/fake/expert/3/77", "/fake/search?q=+"):
+        go(page, many + place)
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), place
+        found = Axe().run(page)
+        assert not found.response["violations"], f"{place}: {found.generate_report()}"
+    go(page, f"{many}/fake/document/3?expert=77&token=2")
+    assert page.locator("#text .speaker").all_inner_texts() == ["user"]
+    assert page.locator("#legend button[aria-pressed=true]").count() == 1
+    assert page.locator("#path circle:not(.grid)").count() == 2 * 8
+    go(page, f"{many}/fake/document/3?expert=999&token=1.5")
+    assert page.locator("#legend button[aria-pressed=true]").count() == 0
+    go(page, f"{many}/fake")
+    page.fill("input[name=layer]", "5")
+    page.fill("input[name=expert]", "99")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/fake/expert/5/99")
+    assert [line for line in heard["console"] if "404" not in line] == []
+
+
+@pytest.mark.parametrize(
+    "opened", [PHONE, {"viewport": {"width": 844, "height": 390}}], indirect=True, ids=["phone", "flat"]
+)
+def test_the_chosen_token_is_never_under_the_panel(opened: Any, address: str) -> None:
+    page, _ = opened
+    go(page, f"{address}/fake/document/0")
+    page.focus("#text")
+    last = page.locator("#text span").count()
+    for _ in range(last):
+        page.keyboard.press("ArrowRight")
+    token, panel = page.locator("#text .at").bounding_box(), page.locator("#panel").bounding_box()
+    assert token["y"] + token["height"] <= panel["y"] or token["y"] >= panel["y"] + panel["height"]
+
+
+def test_an_empty_document_takes_any_key(opened: Any, address: str) -> None:
+    page, heard = opened
+    go(page, f"{address}/fake/document/7")
+    page.focus("#text")
+    for key in ("ArrowRight", "ArrowLeft", "ArrowUp", "Escape"):
+        page.keyboard.press(key)
+    assert heard["console"] == []

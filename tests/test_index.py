@@ -1,5 +1,6 @@
 """The explorer's index: every occurrence found again, every sum that of a scan, whatever happens in between."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from analysis.scan import accumulate, merge, scan, shards_to_read
 from store import CaptureGroup, open_capture
 
 TEXTS = [words(90, number) for number in range(5)] + [words(40, 1)] * 2
+
+
+HARMS = ("sums cut short", "sums gone", "a part gone", "a part cut short", "a part empty", "a part zeroed", "all gone")
 
 
 @pytest.fixture
@@ -149,17 +153,23 @@ def test_a_shard_that_is_captured_again_with_other_bytes_replaces_its_part(store
         assert len(list(other.folder.glob("000001-*"))) == 1
 
 
-@pytest.mark.parametrize("harm", ["sums cut short", "sums gone", "a part gone", "all gone"])
+@pytest.mark.parametrize("harm", HARMS)
 def test_an_index_that_was_damaged_is_made_again(store: Path, harm: str) -> None:
     index = CaptureIndex(store, "fake")
     index.refresh()
-    sums = index.folder / "sums.npz"
+    sums, part = index.folder / "sums.npz", next(index.folder.glob("000001-*"))
     if harm == "sums cut short":
         sums.write_bytes(sums.read_bytes()[:-100])
     elif harm == "sums gone":
         sums.unlink()
     elif harm == "a part gone":
-        shutil.rmtree(next(index.folder.glob("000001-*")))
+        part.unlink()
+    elif harm == "a part cut short":
+        part.write_bytes(part.read_bytes()[:-64])
+    elif harm == "a part empty":
+        part.write_bytes(b"")
+    elif harm == "a part zeroed":
+        part.write_bytes(part.read_bytes()[:64] + bytes(part.stat().st_size - 64))
     else:
         shutil.rmtree(index_folder(store))
     again = CaptureIndex(store, "fake")
@@ -183,9 +193,32 @@ def test_a_process_that_dies_while_it_indexes_loses_one_batch_at_most(
     again = CaptureIndex(store, "fake")
     assert len(again.now.parts) == 2
     assert_sums_are_a_scan_of(again, 2)
+    left = [again.folder / f".000009-x.{age}.partial" for age in ("old", "new")]
+    for file in left:
+        file.write_bytes(b"of a process that was killed")
+    os.utime(left[0], (0, 0))
     again.refresh()
     assert_sums_are_a_scan_s(again)
-    assert not list(again.folder.glob("*.partial"))
+    assert list(again.folder.glob(".*.partial")) == left[1:], "what is new may be another process's"
+
+
+def test_other_reducers_are_another_index(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = CaptureIndex(store, "fake")
+    monkeypatch.setattr(index_module, "REPLICATES", 100)
+    assert CaptureIndex(store, "fake").folder != one.folder
+
+
+def test_what_was_counted_is_shown_also_when_it_cannot_be_kept(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = CaptureIndex(store, "fake")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(index, "_keep", full)
+    with pytest.raises(OSError, match="No space left"):
+        index.refresh()
+    assert len(index.now.parts) == index.now.state.shards_done
+    assert_sums_are_a_scan_s(index)
 
 
 def assert_sums_are_a_scan_of(index: CaptureIndex, shards: int) -> None:
@@ -194,13 +227,6 @@ def assert_sums_are_a_scan_of(index: CaptureIndex, shards: int) -> None:
     states = accumulate(capture, list(asked.values()), shards_to_read(capture)[:shards])
     for (name, reducer), state in zip(asked.items(), states, strict=True):
         xr.testing.assert_identical(index.now.result(name), reducer.finish(state, capture))
-
-
-def test_where_a_table_of_all_layers_has_no_room_some_are_counted(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "TABLE_BYTES", 4 * 1000 * 8 * 2)  # of two layers
-    index = CaptureIndex(store, "fake")
-    index.refresh()
-    assert index.now.result("tokens")["layer"].values.tolist() == [0, 2]
 
 
 def test_a_bucket_s_index_lies_in_the_user_s_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -55,3 +55,7 @@ def test_the_tiny_mixtral_s_vocabulary_reads_as_text() -> None:
     texts = readable(list(vocabulary))
     assert len(texts) == len(vocabulary)
     assert all(character.isprintable() or character == "\n" for text in texts for character in text)
+
+
+def test_a_letter_of_malta_makes_no_vocabulary_byte_level() -> None:
+    assert readable(["Ġ", "▁the", "<0x0A>", "és"]) == ["Ġ", " the", "\n", "és"], "Llama's has all of these"

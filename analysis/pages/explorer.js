@@ -5,7 +5,7 @@
   const body = document.body.dataset;
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e6b000", "#56b4e9", "#8a6d5b", "#7b3294"];
-  const strongest = () => (dark.matches ? 0.45 : 0.6); // of a colour behind text: it stays readable
+  const strongest = (experts) => (!dark.matches ? 0.6 : experts <= PALETTE.length ? 0.45 : 0.35); // behind text: it stays readable
 
   const rgb = (expert, experts) => {
     if (experts <= PALETTE.length) return [1, 3, 5].map((at) => parseInt(PALETTE[expert].slice(at, at + 2), 16));
@@ -16,7 +16,7 @@
     };
     return [part(0), part(8), part(4)];
   };
-  const colour = (expert, experts, strength) => `rgb(${rgb(expert, experts).join(" ")} / ${(strongest() * strength).toFixed(3)})`;
+  const colour = (expert, experts, strength) => `rgb(${rgb(expert, experts).join(" ")} / ${(strongest(experts) * strength).toFixed(3)})`;
 
   const element = (tag, text, attributes = {}) => {
     const node = document.createElement(tag);
@@ -48,8 +48,9 @@
     const text = by("text"), slider = by("layer"), path = by("path");
     const asked = new URLSearchParams(location.search);
     const state = { document: 0, layer: Math.max(0, layers.indexOf(Number(asked.get("layer") ?? layers[0]))), alone: null, token: null };
-    if (asked.has("expert")) state.alone = Number(asked.get("expert"));
-    if (asked.has("token")) state.token = Number(asked.get("token"));
+    const whole = (name, below) => (/^\d+$/.test(asked.get(name) ?? "") && Number(asked.get(name)) < below ? Number(asked.get(name)) : null);
+    state.alone = whole("expert", experts);
+    state.token = whole("token", Infinity);
     let spans = [], routes;
 
     const decoded = ({ expert, weight, scale, bytes }) => {
@@ -61,7 +62,7 @@
       return {
         expert: (token, layer, k) => (wide[at(token, layer, k)] === missing ? null : wide[at(token, layer, k)]),
         weight: (token, layer, k) => weights[at(token, layer, k)] * scale,
-        most: Math.max(1e-9, scale * 65535),
+        most: Math.max(1, scale * 65535), // full strength: 1, so that pages can be compared; more where weights are
       };
     };
 
@@ -89,7 +90,7 @@
         span.classList.toggle("missing", first === null);
         span.style.backgroundColor = first === null || k < 0 ? "" : colour(routes.expert(token, state.layer, k), experts, routes.weight(token, state.layer, k) / routes.most);
       });
-      const shown = [...counts.keys()].filter((e) => counts[e] || e === state.alone).sort((a, b) => (experts <= 16 ? a - b : counts[b] - counts[a])).slice(0, 16);
+      const shown = [...counts.keys()].filter((e) => counts[e] || e === state.alone).sort((a, b) => (experts <= 16 ? a - b : (b === state.alone) - (a === state.alone) || counts[b] - counts[a])).slice(0, 16);
       by("legend").replaceChildren(...shown.map((e) => {
         const button = element("button", `${e} · ${Math.round((100 * counts[e]) / Math.max(1, spans.length))} %`, { type: "button", "aria-pressed": state.alone === e, "aria-label": `expert ${e}, first choice of ${counts[e]} tokens here` });
         button.style.backgroundColor = colour(e, experts, 0.9);
@@ -104,7 +105,7 @@
 
     // Layers from left to right, experts from top to bottom, in the picture's own pixels: dots stay round.
     const drawPath = (token) => {
-      const width = path.clientWidth || 300, height = path.clientHeight || 200, edge = 9, label = 14;
+      const width = path.clientWidth || 300, height = path.clientHeight || 200, edge = 9, label = 7 * String(experts - 1).length + 6;
       const X = (layer) => label + edge + ((width - label - 2 * edge) * (layer + 0.5)) / layers.length;
       const Y = (expert) => edge + ((height - 2 * edge) * (expert + 0.5)) / experts;
       const largest = Math.min(8, 0.45 * (X(1) - X(0)), Math.max(3, 0.45 * (Y(1) - Y(0))));
@@ -137,6 +138,7 @@
 
     const show = (token) => {
       const own = documents[state.document];
+      by("panel").toggleAttribute("data-empty", token === null);
       by("token").replaceChildren();
       by("links").replaceChildren();
       drawPath(token);
@@ -146,8 +148,8 @@
       }
       const chosen = Array.from({ length: choices }, (_, k) => [routes.expert(token, state.layer, k), routes.weight(token, state.layer, k)]);
       const words = chosen[0][0] === null ? "not captured yet" : chosen.map(([expert, weight]) => `expert ${expert} (${weight.toFixed(3)})`).join(", ");
-      by("token").append(element("span", own.texts[token].replaceAll("\n", "↵"), { class: "word" }), element("br"),
-        `token ${own.offset + token}${own.roles ? `, ${own.roles[token]}` : ""}; layer ${layers[state.layer]}: ${words}`);
+      by("token").append(element("span", own.texts[token].replaceAll("\n", "↵") || "(no text)", { class: "word" }), element("br"),
+        `token ${own.offset + token}${own.roles?.[token] ? `, ${own.roles[token]}` : ""}; layer ${layers[state.layer]}: ${words}`);
       if (body.dataset) {
         const base = `/${encodeURIComponent(body.dataset)}`;
         by("links").append(element("a", "this token everywhere", { href: `${base}/token/${own.ids[token]}` }));
@@ -167,7 +169,10 @@
       const own = documents[number];
       routes = decoded(own);
       spans = own.texts.map((piece) => element("span", piece.replaceAll("\n", "↵\n")));
-      text.replaceChildren(...spans);
+      text.replaceChildren(...spans.flatMap((span, at) => {
+        const speaker = own.roles?.[at], before = own.roles?.[at - 1];
+        return speaker && speaker !== before ? [element("b", speaker, { class: "speaker" }), span] : [span];
+      }));
       if (state.token !== null && !(state.token >= 0 && state.token < spans.length)) state.token = null;
       change();
       if (state.token !== null) spans[state.token].scrollIntoView({ block: "center" });
@@ -178,6 +183,7 @@
     text.addEventListener("pointerleave", () => show(state.token));
     text.addEventListener("click", (event) => { const at = tokenOf(event); if (at !== null) { state.token = at === state.token ? null : at; change(); } });
     text.addEventListener("keydown", (event) => {
+      if (!spans.length) return;
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], layer = { ArrowUp: 1, ArrowDown: -1 }[event.key];
       if (step) state.token = Math.max(0, Math.min(spans.length - 1, (state.token ?? (step > 0 ? -1 : spans.length)) + step));
       else if (layer) state.layer = Math.max(0, Math.min(layers.length - 1, state.layer + layer));
@@ -193,7 +199,7 @@
     by("last-layer").textContent = layers.at(-1);
     if (documents.length > 1) {
       by("chooser").hidden = false;
-      by("document").append(...documents.map(({ name }, number) => element("option", name, { value: number })));
+      by("document").append(...documents.map(({ name }, number) => element("option", `${number + 1}. ${name}`, { value: number })));
       by("document").addEventListener("change", (event) => { state.token = null; open(Number(event.target.value)); });
     }
     dark.addEventListener("change", () => change());
@@ -208,19 +214,26 @@
   // How far a running capture is; the page stays as it is until its reader asks for more.
   const follow = async () => {
     const line = document.getElementById("state");
+    let said = "", more = false, wait = 5000;
     try {
-      const { sets } = await (await fetch("/state.json")).json();
+      const { sets } = await (await fetch("/-/state.json")).json();
       const own = sets.filter(({ name }) => body.dataset === undefined || name === body.dataset);
-      const busy = own.filter(({ busy }) => busy);
-      line.textContent = own.map(({ note }) => note).filter(Boolean).join(" ");
-      if (body.digest !== undefined && own[0] && own[0].digest !== body.digest) {
-        line.append(" ", element("a", "There is more now: show it", { href: location.href }));
-      }
-      setTimeout(follow, busy.length ? 2000 : 15000);
+      said = own.map(({ note }) => note).filter(Boolean).join(" ");
+      more = own.map(({ digest }) => digest).join(" ") !== body.digests;
+      wait = own.some(({ busy }) => busy) ? 2000 : 15000;
     } catch {
-      line.textContent = "The explorer was stopped. Start it again with the same command, and this page goes on.";
-      setTimeout(follow, 5000);
+      said = "The explorer was stopped. Start it again with the same command, and this page goes on.";
     }
+    if (line.dataset.said !== `${said}${more}`) { // else a focus in it would be lost
+      line.dataset.said = `${said}${more}`;
+      line.textContent = said;
+      if (more) {
+        const button = element("button", "There is more now: show it", { type: "button" });
+        button.onclick = () => location.reload();
+        line.append(" ", button);
+      }
+    }
+    setTimeout(follow, wait);
   };
 
   paint();
