@@ -7,23 +7,24 @@ the documents, and says of how many tokens. Does not know what is said or drawn 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
 from analysis.caching import Caches
-from analysis.choices import Choices, transitions_of
-from analysis.confidence import Confidence
-from analysis.contrast import contrast_counts, contrast_of, count_documents
+from analysis.choices import Choices
+from analysis.contrast import ExpertCounts, contrast_counts, contrast_of, count_documents
 from analysis.load import Load
 from analysis.paths import MAX_WINDOWS, WindowCounts, Windows
 from analysis.position import PositionLoad
 from analysis.repetition import Repetition
 from analysis.scan import Reducer, scan, sizes
+from analysis.token_paths import TokenPaths, frequent_ids, telling
 from analysis.tokens import TokenCounts, TopTokens
-from analysis.uncertainty import Thinned
+from analysis.uncertainty import Resampled, Thinned
 from analysis.vocabulary import SampledRoutes, vocabulary_of
+from analysis.weights import MeanWeights
 from store import Coverage
 
 WINDOW_LAYERS = 3
@@ -32,6 +33,10 @@ TOKENS_LISTED = 8
 TOKEN_ROWS = 4_096  # tokens listed for a data set: twice Mixtral's 32 layers of 8 experts (arbitrary)
 TOKEN_MIN_COUNT = 20  # a lift of a rarer token is mostly luck (arbitrary)
 REPLICATES, REPLICATED = 999, 2**24  # of a contrast's bootstrap and shuffles; and numbers held for them (128 MiB)
+BAND_REPLICATES = 199  # behind other bands: ends that hold 95 % within 1.1 points (arbitrary)
+LAGS = tuple(2**power for power in range(8))  # distances at which tokens are compared, as far as rows are so long
+PATHS_CANDIDATES, PATHS_LISTED = 128, 16  # frequent tokens whose paths are counted, and that are shown (arbitrary)
+PATHS_HELD = 2**24  # numbers held for candidates: 64 MiB a thread, and fewer candidates where there are many experts
 CACHED_TOKENS = 2**20  # about; simulating caches takes as long as all other counting (arbitrary)
 ROUTES_SAMPLED, NULL_DRAWS = 16_384, 50  # behind the null of specialization in words (arbitrary)
 
@@ -46,7 +51,11 @@ class Answers:
     state: Coverage
     attrs: Mapping[str, Any]
     load: xr.Dataset
-    moves: xr.Dataset
+    resampled: xr.Dataset
+    """Choices by layer and expert, over resampled documents (`replicate`)."""
+    choices: xr.Dataset
+    paths: xr.Dataset
+    """The first choices and transitions of some tokens by themselves."""
     windows: xr.Dataset | None
     """None where the model has too few layers with experts."""
     surprising: xr.Dataset | None
@@ -55,7 +64,9 @@ class Answers:
     words: xr.Dataset
     """Vocabulary specialization."""
     repetition: xr.Dataset
-    confidence: xr.Dataset
+    """At several lags, over resampled documents."""
+    weights: xr.Dataset
+    """Mean weights and margins, over resampled documents."""
     position: xr.Dataset
     caches: xr.Dataset
     counts: xr.Dataset | None
@@ -71,44 +82,61 @@ def answer(
 
     `documents` of each data set that this one, by its label, is contrasted with, itself included.
     """
-    reducers: dict[str, Reducer] = {
-        "load": Load(),
-        "choices": Choices(),
-        "token_counts": TokenCounts(token_layers(data)),
-        "routes": SampledRoutes(ROUTES_SAMPLED),
-        "repetition": Repetition(),
-        "confidence": Confidence(),
-        "position": PositionLoad(),
-        "caches": Thinned(Caches(policies=("lru", "belady")), min(1.0, CACHED_TOKENS / max(1, state.tokens_done))),
-    }
-    if size := window_layers(data):
-        reducers["windows"] = WindowCounts(size)
-    if documents:
-        layers, _, experts = sizes(data)
-        fitting = REPLICATED // (layers * experts * (1 + len(documents)))
-        reducers["counts"] = contrast_counts(documents, label, min(REPLICATES, max(99, fitting)))
+    reducers = questions(data, state, label, documents)
     found = dict(zip(reducers, (ask or partial(scan, data))(list(reducers.values())), strict=True))
     table = found["token_counts"].assign_attrs(n=found["load"].attrs["n"])
-    routes = found["routes"].sel(layer=table["layer"])
-    listed: dict[str, xr.Dataset] = {}
-    if size:
-        counted = {name: found["windows"][name].values for name in ("count", "tokens")}
-        listed["windows"] = Windows(size, WINDOWS_LISTED).finish(counted, data)
-        listed["surprising"] = Windows(size, WINDOWS_LISTED, by="surprise").finish(counted, data)
+    replicates = (found["counts"].sizes["replicate"] - 1) // (1 + len(documents or ()))
     return Answers(
         label=label,
         state=state,
         attrs=data.attrs,
         load=found["load"],
-        moves=transitions_of(found["choices"]),
-        windows=listed.get("windows"),
-        surprising=listed.get("surprising"),
+        resampled=found["counts"].isel(replicate=slice(0, replicates + 1)),
+        choices=found["choices"],
+        paths=telling(found["paths"], found["load"], PATHS_LISTED, min_count=TOKEN_MIN_COUNT),
+        windows=_top_windows(found.get("windows"), data, "count"),
+        surprising=_top_windows(found.get("windows"), data, "surprise"),
         tokens=_top_tokens(table, data),
-        words=vocabulary_of(table, routes, min_count=TOKEN_MIN_COUNT, draws=NULL_DRAWS),
-        **{name: found[name] for name in ("repetition", "confidence", "position", "caches")},
-        counts=found.get("counts"),
+        words=vocabulary_of(
+            table, found["routes"].sel(layer=table["layer"]), min_count=TOKEN_MIN_COUNT, draws=NULL_DRAWS
+        ),
+        **{name: found[name] for name in ("repetition", "weights", "position", "caches")},
+        counts=found["counts"] if documents else None,
         documents=count_documents(data),
     )
+
+
+def questions(data: xr.Dataset, state: Coverage, label: str, documents: Mapping[str, int] | None) -> dict[str, Reducer]:
+    """What one scan counts; parameters as those of `answer`."""
+    layers, _, experts = sizes(data)
+    candidates = min(PATHS_CANDIDATES, PATHS_HELD // (layers * experts**2))
+    replicates = REPLICATED // (layers * experts * (1 + len(documents or ())))
+    replicates = min(REPLICATES, max(99, replicates))
+    asked: dict[str, Reducer] = {
+        "load": Load(),
+        "choices": Choices(),
+        "token_counts": TokenCounts(token_layers(data)),
+        "paths": TokenPaths(frequent_ids(data, candidates)),
+        "routes": SampledRoutes(ROUTES_SAMPLED),
+        "repetition": Resampled(Repetition(lags(data), joint=False), BAND_REPLICATES),
+        "weights": Resampled(MeanWeights(), BAND_REPLICATES),
+        "position": PositionLoad("doubling"),
+        "caches": Thinned(Caches(policies=("lru", "belady")), min(1.0, CACHED_TOKENS / max(1, state.tokens_done))),
+        "counts": Resampled(ExpertCounts(), replicates),
+    }
+    if documents:
+        asked["counts"] = contrast_counts(documents, label, replicates)
+    if size := window_layers(data):
+        asked["windows"] = WindowCounts(size)
+    return asked
+
+
+def _top_windows(counts: xr.Dataset | None, data: xr.Dataset, by: Literal["count", "surprise"]) -> xr.Dataset | None:
+    """The first windows in that order; None where there are too few layers for any."""
+    if counts is None:
+        return None
+    counted = {name: counts[name].values for name in ("count", "tokens")}
+    return Windows(window_layers(data), WINDOWS_LISTED, by).finish(counted, data)
 
 
 def _top_tokens(counts: xr.Dataset, data: xr.Dataset) -> xr.Dataset:
@@ -123,6 +151,11 @@ def window_layers(data: xr.Dataset) -> int:
     layers, _, experts = sizes(data)
     fitting = (n for n in range(min(WINDOW_LAYERS, layers), 1, -1) if (layers - n + 1) * experts**n <= MAX_WINDOWS)
     return next(fitting, 0)
+
+
+def lags(data: xr.Dataset) -> tuple[int, ...]:
+    """Distances at which tokens are compared: the next one, and further ones that a row is long enough for."""
+    return tuple(lag for lag in LAGS if lag == 1 or lag < data.sizes["position"])
 
 
 def token_layers(data: xr.Dataset) -> list[int]:

@@ -1,9 +1,12 @@
-"""Does an expert's load depend on where in its row a token stands? Load by position, in bins.
+"""Does an expert's load depend on where in its row a token stands? Load by position, in ranges.
 
 Promises exact counts. Position is that in the row: a document that was cut into windows begins again in each.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -11,41 +14,46 @@ import xarray as xr
 from analysis.information import association
 from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
 
+Bins = int | Literal["doubling"]
+
 
 class PositionLoad(Reducer):
     """Counts of choices by position.
 
     Parameters
     ----------
-    bins : int
-        Ranges of positions of equal length; the last may be shorter.
+    bins : int or "doubling"
+        How many ranges of positions of equal length, the last of which may be shorter; or ranges that double, 0, 1,
+        2–3, 4–7 and so on, which show what is special about a row's first tokens.
     """
 
-    def __init__(self, bins: int = 32) -> None:
-        if bins < 1:
+    def __init__(self, bins: Bins = 32) -> None:
+        if bins != "doubling" and bins < 1:
             raise ValueError(f"bins={bins}: at least 1")
         self.bins = bins
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Zeros: `count` (bin, layer, expert)."""
+        """Zeros: `count` (range, layer, expert)."""
         layers, _, experts = sizes(dataset)
-        width = self._width(dataset)
-        return {"count": np.zeros((-(-dataset.sizes["position"] // width), layers, experts), dtype=np.int64)}
+        return {"count": np.zeros((len(self._starts(dataset.sizes["position"])), layers, experts), dtype=np.int64)}
 
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
-        width = -(-block["counted"].shape[1] // self.bins)
-        add_by_position(block["expert"], block["counted"], width, state["count"])
+        expert, counted = block["expert"], block["counted"]
+        starts = self._starts(counted.shape[1])
+        for index, (start, stop) in enumerate(pairwise([*starts, counted.shape[1]])):
+            own = state["count"][index : index + 1]
+            add_by_position(expert[:, start:stop], counted[:, start:stop], stop - start, own)
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """Load by range of positions, and what the position tells of the expert."""
         _, choices, experts = sizes(dataset)
-        width, bias = self._width(dataset), (experts - choices) / (experts - 1)
+        starts, bias = self._starts(dataset.sizes["position"]), (experts - choices) / (experts - 1)
         count = xr.DataArray(
             state["count"],
             dims=("start", "layer", "expert"),
             coords={
-                "start": width * np.arange(len(state["count"])),
+                "start": starts,
                 "layer": dataset["layer"].values,
                 "expert": np.arange(experts),
             },
@@ -61,24 +69,27 @@ class PositionLoad(Reducer):
             n=int(state["count"][:, :1].sum()) // choices,
             estimator="maximum likelihood; mutual information by Miller–Madow",
             null=1 / experts,
-            positions_a_bin=width,
+            ranges="of doubling length" if self.bins == "doubling" else "of equal length",
             definition="share of the choices of tokens in a range of positions; mutual information of range and expert",
             source="OpenMoE (Xue et al. 2024)",
         )
 
-    def _width(self, dataset: xr.Dataset) -> int:
-        return int(-(-dataset.sizes["position"] // self.bins))
+    def _starts(self, positions: int) -> list[int]:
+        """The first position of each range."""
+        if self.bins == "doubling":
+            return [start for start in (0, *(2**power for power in range(32))) if start < positions]
+        return list(range(0, positions, -(-positions // self.bins)))
 
 
-def position_load(dataset: xr.Dataset, *, bins: int = 32, threads: int | None = None) -> xr.Dataset:
+def position_load(dataset: xr.Dataset, *, bins: Bins = 32, threads: int | None = None) -> xr.Dataset:
     """Load by position in the row.
 
     Parameters
     ----------
     dataset : xr.Dataset
         A capture.
-    bins : int
-        Ranges of positions of equal length.
+    bins : int or "doubling"
+        See `PositionLoad`.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
 
@@ -89,6 +100,53 @@ def position_load(dataset: xr.Dataset, *, bins: int = 32, threads: int | None = 
         `mutual_information` (layer) in bits, corrected, null 0. NaN where nothing was counted.
     """
     return scan(dataset, [PositionLoad(bins)], threads=threads)[0]
+
+
+def dependent_experts(load: xr.Dataset, top: int = 6) -> xr.Dataset:
+    """The experts whose load depends on the position most.
+
+    Parameters
+    ----------
+    load : xr.Dataset
+        From `position_load`.
+    top : int
+        Experts listed, of all layers together.
+
+    Returns
+    -------
+    xr.Dataset
+        Over `rank`: `layer` and `expert`; `information` float64, what they contribute to their layer's mutual
+        information, in bits. Over (rank, start): `times` float64, the expert's share of the choices at these positions
+        over its share at all, null 1; `tokens` int64 (rank, start), the tokens there. NaN where nothing was counted.
+    """
+    count = load["count"].transpose("layer", "expert", "start")
+    choices = count.sum("expert")
+    of_expert = count.sum("start")
+    share = of_expert / of_expert.sum("expert").where(choices.sum("start") > 0)
+    times = count / choices.where(choices > 0) / share.where(share > 0)
+    surprise = np.log2(times.where(times > 0))
+    information = (count * surprise).sum("start") / choices.sum("start").where(choices.sum("start") > 0)
+    flat = information.fillna(0.0).values.ravel()
+    order = np.argsort(-flat, kind="stable")[:top]
+    layer, expert = np.unravel_index(order, information.shape)
+    k = count.sum() / max(1, load.attrs["n"]) / load.sizes["layer"]
+    return xr.Dataset(
+        {
+            "layer": ("rank", load["layer"].values[layer]),
+            "expert": ("rank", load["expert"].values[expert]),
+            "information": ("rank", flat[order], {"units": "bits"}),
+            "times": (("rank", "start"), times.values[layer, expert], {"null": 1.0}),
+            "tokens": (("rank", "start"), np.rint(choices.values[layer] / max(1.0, float(k))).astype(np.int64)),
+        },
+        coords={"rank": np.arange(1, len(order) + 1), "start": load["start"].values},
+    ).assign_attrs(
+        n=load.attrs["n"],
+        estimator="maximum likelihood",
+        null=1.0,
+        definition="times = P(expert | range of positions) / P(expert); information = Σ over ranges of P(range, expert)"
+        " · log2(times), by which experts are chosen",
+        source="OpenMoE (Xue et al. 2024)",
+    )
 
 
 @kernel

@@ -7,12 +7,12 @@ attributes. Promises exact counts. Does not know the layers' order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import xarray as xr
 
-from analysis.choices import add_joint, in_common, overlap_summary, random_overlap, shared_experts
+from analysis.choices import add_joint, overlap_summary, random_overlap, shared_experts
 from analysis.scan import Array, Block, Reducer, State, coded, kernel, labelled, scan, sizes
 
 
@@ -61,8 +61,8 @@ class Repetition(Reducer):
             state["pairs"][index] += np.count_nonzero(counted[:, lag:] & counted[:, :-lag])
             if "joint" in state:
                 add_joint(block["code"], block["code"], block["length"], lag, state["joint"][index])
-            else:
-                _add_one_by_one(block["expert"], counted, lag, state["count"][index])
+        if "count" in state:
+            _add_sets(block["expert"], counted, np.array(self.lags), state["count"])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """Shares of the pairs; NaN where there is no pair."""
@@ -118,6 +118,26 @@ def repetition(dataset: xr.Dataset, *, lags: Sequence[int] = (1,), threads: int 
     return scan(dataset, [Repetition(lags)], threads=threads)[0]
 
 
+def first_repeated_by_load(load: xr.Dataset) -> xr.DataArray:
+    """How often two tokens that have nothing to do with each other have the same first choice, given the load.
+
+    Parameters
+    ----------
+    load : xr.Dataset
+        From `analysis.load.expert_load`.
+
+    Returns
+    -------
+    xr.DataArray
+        float64 (layer): Σ over experts of the squared share of first choices, what two independent draws give; at
+        least 1/E, which is the null of an even load. NaN where nothing was counted. Of whole sets of experts the load
+        does not tell as much.
+    """
+    first = load["count"].isel(k=0, drop=True)
+    tokens = first.sum("expert")
+    return ((first / tokens.where(tokens > 0)) ** 2).sum("expert", skipna=False)
+
+
 def _unfold(joint: Array, experts: int, choices: int) -> Array:
     """Pairs by shared experts and same first choice, from pairs by codes (lag, layer, code, code)."""
     code, counted = np.arange(experts**choices), joint[..., :-1, :-1]
@@ -141,12 +161,65 @@ def _lost(dataset: xr.Dataset, lags: Sequence[int]) -> list[int]:
 
 
 @kernel
-def _add_one_by_one(expert: Array, counted: Array, lag: int, count: Array) -> None:
-    rows, positions, layers, _ = expert.shape
+def _add_sets(expert: Array, counted: Array, lags: Array, count: Array) -> None:
+    """Count pairs, from each token's experts as a set of bits.
+
+    64 experts and several layers are compared at once: less than a tenth of the time that one by one takes, for k = 2
+    of 8 and for k = 8 of 128 (measured).
+    """
+    (rows, positions, layers, _), bins = expert.shape, 2 * count.shape[2]
+    flat = count.reshape(len(lags), layers * bins)  # a view
+    members = np.zeros((_largest(expert, counted) // 64 + 1, positions, layers), np.uint64)
+    at = np.empty(layers, np.int64)
     for row in range(rows):
-        for position in range(lag, positions):
-            if not (counted[row, position] and counted[row, position - lag]):
-                continue
+        _set_members(expert[row], counted[row], members)
+        for index in range(len(lags)):
+            for position in range(lags[index], positions):
+                before = position - lags[index]
+                if not (counted[row, position] and counted[row, before]):
+                    continue
+                for layer in range(layers):
+                    same_first = expert[row, before, layer, 0] == expert[row, position, layer, 0]
+                    at[layer] = bins * layer + (1 if same_first else 0)
+                for word in range(len(members)):
+                    one, other = members[word, before], members[word, position]
+                    for layer in range(layers):
+                        at[layer] += 2 * _bits(one[layer] & other[layer])
+                for layer in range(layers):
+                    flat[index, at[layer]] += 1
+
+
+@kernel
+def _largest(expert: Array, counted: Array) -> int:
+    """The largest expert of tokens that count; 0 where there is none."""
+    rows, positions, layers, choices = expert.shape
+    largest = 0
+    for row in range(rows):
+        for position in range(positions):
+            if counted[row, position]:
+                for layer in range(layers):
+                    for k in range(choices):
+                        largest = max(largest, expert[row, position, layer, k])
+    return largest
+
+
+@kernel
+def _set_members(expert: Array, counted: Array, members: Array) -> None:
+    """Experts of a row's tokens as bits (word, position, layer); none where a token does not count."""
+    positions, layers, choices = expert.shape
+    members[:] = 0
+    for position in range(positions):
+        if counted[position]:
             for layer in range(layers):
-                before, here = expert[row, position - lag, layer], expert[row, position, layer]
-                count[layer, in_common(before, here), 1 if before[0] == here[0] else 0] += 1
+                for k in range(choices):
+                    chosen = np.uint64(expert[position, layer, k])
+                    members[chosen >> np.uint64(6), position, layer] |= np.uint64(1) << (chosen & np.uint64(63))
+
+
+@kernel
+def _bits(word: Any) -> Any:
+    """How many of 64 bits are set (Warren, Hacker's Delight, section 5-1)."""
+    word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
+    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))

@@ -1,21 +1,58 @@
 // Draws the charts of a report and their tables; all text reaches the page as text, never as markup.
 "use strict";
 (() => {
-  const { specs, themes } = JSON.parse(document.getElementById("data").textContent);
-  for (const { datasets } of specs) {
-    for (const [name, { columns, rows }] of Object.entries(datasets)) {
-      datasets[name] = rows.map((row) => Object.fromEntries(columns.map((column, at) => [column, row[at]])));
+  const { figures, themes } = JSON.parse(document.getElementById("data").textContent);
+
+  // Columns as `analysis.report` packs them: as they are, texts that are told once, or runs of equal steps.
+  const column = (packed) => {
+    if (Array.isArray(packed)) return packed;
+    if ("texts" in packed) return column(packed.places).map((place) => packed.texts[place]);
+    let value = 0;
+    return packed.steps.flatMap(([step, count]) => Array.from({ length: count }, () => (value += step)));
+  };
+  for (const { tables } of figures) {
+    for (const [name, packed] of Object.entries(tables)) {
+      const columns = Object.entries(packed).map(([key, values]) => [key, column(values)]);
+      const count = columns.length ? columns[0][1].length : 0;
+      tables[name] = Array.from({ length: count }, (_, at) => Object.fromEntries(columns.map(([key, values]) => [key, values[at]])));
     }
   }
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const picker = document.getElementById("layer");
-  const views = [];
+  const drawn = new Map(); // figure to what Vega made of it
 
-  // The marks that carry a chart's numbers: its own, or those of its first layer.
-  const rowsOf = (kind, spec) => {
-    const { name } = spec.data ?? spec.layer[0].data;
-    const rows = spec.datasets[name];
-    return kind === "tokens" ? rows.filter((row) => row.layer === Number(picker.value)) : rows;
+  // What is chosen of a figure's rows: the value of its field `by`.
+  const chosen = (figure) => (figure.dataset.kind === "tokens" ? Number(picker.value) : Number(figure.dataset.value ?? 0));
+
+  const chosenRows = ({ by }, value, rows) => {
+    if (by === null) return rows;
+    return rows.filter((row) => row[by] === undefined || row[by] === value).map(({ [by]: _, ...rest }) => rest);
+  };
+
+  // Lines of at most so many characters; one word that is longer stays whole.
+  const wrapped = (lines, most) => [lines].flat().flatMap((line) =>
+    line.split(" ").reduce((made, word) => {
+      const longer = made.length ? `${made.at(-1)} ${word}` : word;
+      return made.length && longer.length <= most ? [...made.slice(0, -1), longer] : [...made, word];
+    }, []));
+
+  // The chart with the rows that are chosen, as `analysis.figures.Figure.shown` makes it, and titles that fit.
+  const shown = (figure) => {
+    const { spec, tables, by, choices } = figures[figure.dataset.number];
+    const value = chosen(figure);
+    const named = Object.entries(tables).map(([name, rows]) => [name, chosenRows({ by }, value, rows)]);
+    const room = figure.querySelector(".chart").clientWidth - 50; // pixels; what follows are those of a character
+    const text = wrapped(spec.title.text, room / 7.7);
+    const subtitle = wrapped(choices[value]?.subtitle ?? spec.title.subtitle, room / 6.3);
+    return { ...spec, title: { ...spec.title, text, subtitle }, datasets: Object.fromEntries(named) };
+  };
+
+  // The numbers of the marks that carry them: the first table.
+  const rowsOf = (figure) => {
+    const { tables, by, choices } = figures[figure.dataset.number];
+    const value = chosen(figure);
+    const rows = chosenRows({ by }, value, Object.values(tables)[0]);
+    return by === null ? rows : rows.map((row) => ({ ...choices[value]?.row, ...row }));
   };
 
   const element = (tag, text) => {
@@ -45,8 +82,7 @@
 
   // The count of a chart's rows, and its table while that is open.
   const showNumbers = (figure) => {
-    const { kind, number } = figure.dataset;
-    const rows = rowsOf(kind, specs[number]);
+    const rows = rowsOf(figure);
     figure.querySelector(".numbers summary").textContent = `The numbers (${rows.length} rows)`;
     if (figure.querySelector(".numbers").open) fillTable(figure, rows);
   };
@@ -57,53 +93,78 @@
     return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
 
-  const save = async (figure, form, view) => {
-    const { kind, number } = figure.dataset;
-    const rows = rowsOf(kind, specs[number]);
+  const csv = (rows) => {
+    const lines = [Object.keys(rows[0] ?? {}), ...rows.map(Object.values)];
+    return new Blob([lines.map((line) => `${line.map(csvValue).join(",")}\n`).join("")], { type: "text/csv" });
+  };
+
+  const save = async (figure, form) => {
+    const { by, choices } = figures[figure.dataset.number];
+    const name = [figure.dataset.name, ...(by === null ? [] : [choices[chosen(figure)]?.name ?? ""])].join("-");
     const link = element("a");
-    link.download = `${figure.dataset.name.replaceAll(/[^A-Za-z0-9._-]+/g, "-")}.${form}`;
-    if (form === "csv") {
-      const lines = [Object.keys(rows[0] ?? {}), ...rows.map(Object.values)].map((line) => line.map(csvValue).join(","));
-      link.href = URL.createObjectURL(new Blob([lines.join("\n") + "\n"], { type: "text/csv" }));
-    } else {
-      link.href = await view.toImageURL(form, form === "png" ? 3 : 1);
-    }
+    link.download = `${name.replaceAll(/[^A-Za-z0-9._-]+/g, "-")}.${form}`;
+    if (form === "csv") link.href = URL.createObjectURL(csv(rowsOf(figure)));
+    else link.href = await drawn.get(figure).view.toImageURL(form, form === "png" ? 3 : 1);
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // a busy browser fetches it later than the click
   };
 
   const draw = async (figure) => {
-    const { kind, number } = figure.dataset;
-    const spec = specs[number];
     const options = {
       ast: true, // expressions are interpreted: the page's policy allows no code from text
       renderer: "svg",
       config: themes[dark.matches ? "dark" : "light"],
       actions: false, // each figure has buttons
     };
-    const { view } = await vegaEmbed(figure.querySelector(".chart"), spec, options);
-    if (kind === "tokens") {
-      views.push(view);
-      await view.signal("layer", Number(picker.value)).runAsync();
-    }
-    for (const button of figure.querySelectorAll("[data-save]")) {
-      button.onclick = async () => save(figure, button.dataset.save, view);
-    }
-    figure.querySelector(".numbers").ontoggle = () => showNumbers(figure);
+    drawn.get(figure)?.finalize();
+    drawn.set(figure, await vegaEmbed(figure.querySelector(".chart"), shown(figure), options));
     showNumbers(figure);
     figure.dataset.drawn = "";
   };
 
-  const drawAll = async () => {
-    for (const view of views.splice(0)) view.finalize();
-    for (const figure of document.querySelectorAll("figure[data-kind]")) await draw(figure);
-    document.body.dataset.drawn = "";
+  // One after the other, so that the first are seen while the last are drawn.
+  const drawEach = async (some) => {
+    for (const figure of some) await draw(figure);
   };
 
-  picker.addEventListener("change", async () => {
-    await Promise.all(views.map((view) => view.signal("layer", Number(picker.value)).runAsync()));
-    document.querySelectorAll("figure[data-kind=tokens]").forEach(showNumbers);
+  // A figure that has choices of its own: groups, and the choices of a group that hold what is typed.
+  const wire = (figure) => {
+    const { choices } = figures[figure.dataset.number];
+    const [group, typed, list] = ["group", "typed", "value"].map((part) => figure.querySelector(`[data-choose=${part}]`));
+    const options = [...list.options];
+    const narrow = () => {
+      const text = typed.value.toLowerCase();
+      const own = options.filter((option) => option.dataset.group === group.value);
+      list.replaceChildren(...own.filter((option, at) => at === 0 || option.textContent.toLowerCase().includes(text)));
+    };
+    const show = async (value) => {
+      figure.dataset.value = list.value = value;
+      figure.querySelector("figcaption").textContent = choices[value].caption;
+      await draw(figure);
+    };
+    group.addEventListener("change", async () => {
+      typed.value = "";
+      narrow();
+      await show(list.options[0].value);
+    });
+    typed.addEventListener("input", narrow);
+    typed.addEventListener("keydown", async ({ key }) => {
+      if (key === "Enter" && list.options.length > 1) await show(list.options[1].value); // the first that fits
+    });
+    list.addEventListener("change", async () => show(list.value));
+    narrow();
+    list.selectedIndex = 0;
+  };
+
+  const all = [...document.querySelectorAll("figure[data-kind]")];
+  for (const figure of all) {
+    for (const button of figure.querySelectorAll("[data-save]")) button.onclick = async () => save(figure, button.dataset.save);
+    figure.querySelector(".numbers").ontoggle = () => showNumbers(figure);
+    if (figure.querySelector("[data-choose]")) wire(figure);
+  }
+  picker.addEventListener("change", async () => drawEach(all.filter((figure) => figure.dataset.kind === "tokens")));
+  dark.addEventListener("change", async () => drawEach(all));
+  drawEach(all).then(() => {
+    document.body.dataset.drawn = "";
   });
-  dark.addEventListener("change", drawAll);
-  drawAll();
 })();

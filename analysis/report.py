@@ -7,26 +7,30 @@ anything. The charts' own numbers are the tables', made from the same data in th
 Does not know what is asked, said or drawn: `analysis.answers`, `analysis.sentences`, `analysis.sections`.
 """
 
-import base64
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import vl_convert
 import xarray as xr
 from markupsafe import Markup
 
-from analysis import charts
 from analysis.answers import Answers, answer, contrast_between, contrasted
+from analysis.charts import theme
+from analysis.escaping import inert_json, policy_hash, visible
+from analysis.figures import Choice, Figure
 from analysis.files import whole_file
+from analysis.reproduction import made
 from analysis.results import Runner, measure
 from analysis.scan import accumulate
-from analysis.sections import sections
+from analysis.sections import Section, sections
 from analysis.sentences import sentences
 from store import Coverage, coverage, dataset_names
 from store.reader import open_covered
@@ -39,13 +43,34 @@ FORMS: Mapping[str, Callable[..., str | bytes]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a page shows and papers take: all that is drawn, made once."""
+
+    answers: Sequence[Answers]
+    apart: xr.Dataset | None
+    """How the data sets differ; None where there is nothing to compare."""
+    sections: Sequence[Section]
+
+    @property
+    def figures(self) -> list[Figure]:
+        """All charts, in the page's order."""
+        return [figure for section in self.sections for figure in section.figures]
+
+
+def report_of(answers: Sequence[Answers]) -> Report:
+    """Draw the charts."""
+    apart = contrast_between(answers)
+    return Report(answers=answers, apart=apart, sections=sections(answers, apart))
+
+
 def write_report(
     paths: Sequence[Path],
     output: Path,
     *,
     progress: Callable[[str, int, int], None] | None = None,
     runner_of: Callable[[Path, Coverage], Runner] = lambda path, state: accumulate,
-) -> list[Answers]:
+) -> Report:
     """Draw every data set of some stores on one page.
 
     Parameters
@@ -61,8 +86,8 @@ def write_report(
 
     Returns
     -------
-    list of Answers
-        What the page shows, in its order.
+    Report
+        What the page shows.
 
     Raises
     ------
@@ -84,41 +109,46 @@ def write_report(
         told = None if progress is None else lambda done, total, label=label: progress(label, done, total)
         ask = partial(measure, path, state.dataset, state=state, progress=told, runner=runner_of(path, state))
         answers.append(answer(data, state, label, ask, documents if label in documents else None))
-    page = render(answers)
+    report = report_of(answers)
+    page = render(report)
     with whole_file(output) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
-    return answers
+    return report
 
 
-def render(answers: Sequence[Answers]) -> str:
+def render(report: Report) -> str:
     """The page as one HTML text."""
+    answers = report.answers
     folder = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    apart = contrast_between(answers)
-    drawn = sections(answers, apart)
-    specs = [_packed(figure.spec) for section in drawn for figure in section.figures]
-    data = {"specs": specs, "themes": {"light": charts.theme(), "dark": charts.theme(dark=True)}}
+    data = {
+        "figures": [_packed(figure) for figure in report.figures],
+        "themes": {"light": theme(), "dark": theme(dark=True)},
+    }
     vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     scripts = [vega, (folder / "report.js").read_text(encoding="utf-8")]
     return environment.get_template("report.html.jinja").render(
         answers=answers,
-        sections=drawn,
+        sections=report.sections,
         layers=sorted({int(number) for each in answers for number in each.tokens["layer"].values}),
-        sentences=sentences(answers, apart),
+        sentences=sentences(answers, report.apart),
         windows=[_windows(each.windows) for each in answers],
         surprising=[_windows(each.surprising) for each in answers],
+        made=made({visible(each.label): each.attrs for each in answers}),
         provenance=[json.dumps(dict(each.attrs), indent=1, default=str) for each in answers],
-        data=_inert_json(data),
+        data=inert_json(data),
         scripts=[Markup(script) for script in scripts],
-        hashes=[_hash(script) for script in scripts],
-        visible=charts.visible,
+        hashes=[policy_hash(script) for script in scripts],
+        visible=visible,
     )
 
 
-def write_figures(answers: Sequence[Answers], folder: Path) -> list[Path]:
-    """Write every chart as SVG, PDF and PNG, for papers; tokens once for each layer. Files that are there are replaced.
+def write_figures(report: Report, folder: Path) -> list[Path]:
+    """Write every chart as SVG, PDF and PNG, for papers: tokens once for each layer, paths once for each data set.
+
+    Files that are there are replaced.
 
     Returns
     -------
@@ -126,27 +156,20 @@ def write_figures(answers: Sequence[Answers], folder: Path) -> list[Path]:
         The files, in the page's order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    figures = [figure for section in sections(answers, contrast_between(answers)) for figure in section.figures]
+    paper = theme() | {"background": "white"}  # on a transparent ground vl-convert gives pale colours another hue
     written = []
-    for number, figure in enumerate(figures):
-        spec = {**figure.spec, "width": FIGURE_WIDTH}
-        versions = {"": spec}
-        if figure.kind == "tokens":
-            layers = sorted({row["layer"] for rows in spec["datasets"].values() for row in rows})
-            versions = {f"-layer-{layer}": {**spec, "params": _chosen(spec["params"], layer)} for layer in layers}
-        for suffix, version in versions.items():
+    for number, figure in enumerate(report.figures):
+        choices: list[Choice | None] = [choice for choice in figure.choices if choice.for_papers]
+        for choice in choices or [None]:
+            suffix = "" if choice is None else f"-{choice.name}"
             name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{number:02d}-{figure.name}{suffix}")
+            spec = {**figure.shown(choice), "width": FIGURE_WIDTH}
             for form, convert in FORMS.items():
-                drawn = convert(version, config=charts.theme(), allowed_base_urls=[])
+                drawn = convert(spec, config=paper, allowed_base_urls=[])
                 with whole_file(folder / f"{name}.{form}") as unfinished:
                     unfinished.write_bytes(drawn.encode() if isinstance(drawn, str) else drawn)
                 written.append(folder / f"{name}.{form}")
     return written
-
-
-def _chosen(params: Sequence[Mapping[str, Any]], layer: int) -> list[dict[str, Any]]:
-    """A chart's parameters with another layer."""
-    return [{**param, "value": layer} if param["name"] == "layer" else dict(param) for param in params]
 
 
 def _windows(windows: xr.Dataset | None) -> list[dict[str, Any]]:
@@ -166,23 +189,26 @@ def _windows(windows: xr.Dataset | None) -> list[dict[str, Any]]:
     ]
 
 
-def _packed(spec: dict[str, Any]) -> dict[str, Any]:
-    """A chart whose rows do not repeat their names: half of the page's size; its script unpacks them."""
-    datasets = {}
-    for name, rows in spec["datasets"].items():
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        datasets[name] = {"columns": columns, "rows": [[row.get(key) for key in columns] for row in rows]}
-    return {**spec, "datasets": datasets}
+def _packed(figure: Figure) -> dict[str, Any]:
+    """A figure for the page's script, which unpacks it: its tables by column, a third of the size."""
+    tables = {
+        name: {column: _column([row[column] for row in rows]) for column in (rows[0] if rows else ())}
+        for name, rows in figure.spec["datasets"].items()
+    }
+    choices = {
+        choice.value: {"row": choice.row, "subtitle": choice.subtitle, "caption": choice.caption, "name": choice.name}
+        for choice in figure.choices
+    }
+    return {"spec": {**figure.spec, "datasets": {}}, "tables": tables, "by": figure.by, "choices": choices}
 
 
-def _inert_json(data: object) -> Markup:
-    """JSON that is inert inside a script element, whatever the text in it: no `<`, `>`, `&`, no U+2028."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)  # ASCII only: U+2028 and bidi marks are escaped
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
-
-
-def _hash(script: str) -> str:
-    digest = hashlib.sha256(script.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+def _column(values: list[Any]) -> Any:
+    """A column as it is, or shorter: texts once, and whole numbers as runs of equal steps (step, count)."""
+    if values and all(isinstance(value, str) for value in values):
+        place = {text: index for index, text in enumerate(dict.fromkeys(values))}
+        return {"texts": list(place), "places": _column([place[text] for text in values])}
+    if all(isinstance(value, int) for value in values):
+        steps = [[step, len(list(same))] for step, same in groupby(np.diff(values, prepend=0).tolist())]
+        if 2 * len(steps) < len(values):
+            return {"steps": steps}
+    return values

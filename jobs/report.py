@@ -31,7 +31,8 @@ class ReportConfig:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The file to write; one that is there is replaced."""
     figures: Path | None = None
-    """A folder, made where it is missing: every chart goes there as SVG, PDF and PNG, for papers."""
+    """A folder, made where it is missing: every chart goes there as SVG, PDF and PNG, for papers. The paths of a token
+    by itself are saved in the page."""
     cluster: bool = False
     """Read the stores on the Ray cluster of $RAY_ADDRESS, which must see them, or on one that is started here."""
 
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> int:
             stack.enter_context(connection())
             where["runner_of"] = ClusterRunner
         drawn = write_report(config.stores, config.output, progress=_tell(), **where)
-    for answers in drawn:
+    for answers in drawn.answers:
         if not answers.state.complete:
             say(f"note: {answers.state}")
     print(config.output.absolute())

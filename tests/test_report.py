@@ -3,8 +3,10 @@
 import html
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
+import altair as alt
 import numpy as np
 import pytest
 from synthetic import HOSTILE, make_capture
@@ -12,8 +14,10 @@ from synthetic import HOSTILE, make_capture
 from analysis import report
 from analysis.answers import answer, contrast_between
 from analysis.answers import contrasted as contrasted_documents
+from analysis.path_charts import MAX_TOKEN_LINKS
 from analysis.scan import scan
 from analysis.sentences import sentences
+from analysis.uncertainty import poisson_weights
 from store import Coverage
 from store.plan import Plan
 
@@ -33,6 +37,7 @@ def state_of(data, missing=()):
         tokens_done=tokens,
         bytes_done=0,
         seconds=0.0,
+        sums={},
         digest="synthetic",
     )
 
@@ -63,20 +68,47 @@ def told(answers):
     return sentences(answers, contrast_between(answers))
 
 
-def specs_of(page, kind):
-    """The charts of one kind, in the page's order."""
+def page_of(*answers):
+    """The page about some data sets."""
+    return report.render(report.report_of(answers))
+
+
+def figures_of(page, kind):
+    """The charts of one kind, in the page's order, with their tables by name."""
     numbers = re.findall(rf'data-kind="{kind}" data-number="(\d+)"', page)
-    return [page_data(page)["specs"][int(number)] for number in numbers]
+    return [page_data(page)["figures"][int(number)] for number in numbers]
+
+
+def lines_of(page):
+    """The rows of all line charts, by the names of their files."""
+    names = re.findall(r'data-kind="lines" data-number="\d+" data-name="([^"]*)"', page)
+    return dict(zip(names, (figure["tables"]["points"] for figure in figures_of(page, "lines")), strict=True))
 
 
 def page_data(page):
-    """What the page's script reads."""
+    """What the page's script reads, its tables as rows."""
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
     data = json.loads(found[1])
-    for spec in data["specs"]:
-        for name, packed in spec["datasets"].items():
-            spec["datasets"][name] = [dict(zip(packed["columns"], row, strict=True)) for row in packed["rows"]]
+    for figure in data["figures"]:
+        for name, packed in figure["tables"].items():
+            columns = {key: unpacked(values) for key, values in packed.items()}
+            figure["tables"][name] = [
+                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+            ]
     return data
+
+
+def unpacked(column):
+    """A column as the page's script has it, one value after the other."""
+    if isinstance(column, list):
+        return column
+    if "texts" in column:
+        return [column["texts"][place] for place in unpacked(column["places"])]
+    values = [0]
+    for step, count in column["steps"]:
+        for _ in range(count):
+            values.append(values[-1] + step)
+    return values[1:]
 
 
 def test_the_busiest_expert_named_is_the_one_that_numpy_finds():
@@ -154,47 +186,44 @@ def test_data_sets_of_different_models_are_not_contrasted():
 
 
 def test_an_incomplete_capture_says_so_and_which_shards_are_missing():
-    page = report.render([answers_of("part", documents=30, missing=(1,))])
+    page = page_of(answers_of("part", documents=30, missing=(1,)))
     assert "Incomplete." in page
     assert "missing shards: 1" in page
-    assert "Incomplete." not in report.render([answers_of("whole")])
+    assert "Incomplete." not in page_of(answers_of("whole"))
 
 
 def test_a_capture_without_a_token_is_reported_as_such():
     answers = answers_of("none", documents=4, missing=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9))
     assert told([answers]) == ["none: no token is captured yet."]
-    assert "no token is captured yet" in report.render([answers])
+    assert "no token is captured yet" in page_of(answers)
 
 
 def test_hostile_pieces_stay_inside_the_data_and_come_back_whole():
     pieces = [*HOSTILE, *(f"w{index}" for index in range(40 - len(HOSTILE)))]
     answers = answers_of("<b>label</b>", documents=60, pieces=pieces, vocabulary=40)
-    page = report.render([answers])
+    page = page_of(answers)
     assert "<b>label</b>" not in page
     assert "&lt;b&gt;label&lt;/b&gt;" in page
     assert page.count("</script>") == 3  # the data's own and the two scripts'
     assert "\u2028" not in page
     assert "\u202e" not in page
-    tokens = specs_of(page, "tokens")[0]["datasets"]
-    shown = {row["piece"] for rows in tokens.values() for row in rows}
+    shown = {row["piece"] for row in figures_of(page, "tokens")[0]["tables"]["tokens"]}
     assert shown & set(HOSTILE)
 
 
 def test_each_chart_holds_what_the_metrics_say():
     answers = answers_of("a", documents=40, layers=(1, 3, 4))
-    page = report.render([answers])
-    [cells] = specs_of(page, "load")[0]["datasets"].values()
+    page = page_of(answers)
+    cells = figures_of(page, "load")[0]["tables"]["cells"]
     assert len(cells) == 3 * 8
     for row in cells:
         share = float(answers.load["share"].sel(layer=row["layer"], expert=row["expert"]))
         assert row["share"] == pytest.approx(100 * share, rel=1e-3)
-    links = next(rows for rows in specs_of(page, "paths")[0]["datasets"].values() if "next_expert" in rows[0])
-    above = (answers.moves["probability"] > answers.moves.attrs["null"]).sum()
-    assert len(links) == int(above)
+        assert row["low"] <= row["share"] <= row["high"]
 
 
 def test_the_policy_allows_the_page_s_own_scripts_only():
-    page = report.render([answers_of("a")])
+    page = page_of(answers_of("a"))
     policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1])
     assert "default-src 'none'" in policy
     assert "unsafe-eval" not in policy
@@ -205,8 +234,18 @@ def test_the_policy_allows_the_page_s_own_scripts_only():
 @pytest.mark.parametrize(("layers", "experts", "k", "sets"), [(32, 8, 2, 4), (48, 128, 8, 2)])
 def test_pages_of_large_models_stay_under_three_megabytes(layers, experts, k, sets):
     shape = {"layers": range(layers), "num_experts": experts, "experts_per_token": k, "documents": 30}
-    answers = contrasted(**{str(seed): make_capture(seed=seed, **shape) for seed in range(sets)})
-    assert len(report.render(answers).encode()) < 3_000_000
+    captures = {}
+    for seed in range(sets):
+        data = make_capture(seed=seed, rows_per_shard=64, **shape)
+        often = np.tile(np.arange(data.sizes["doc"]), 8)  # so that links are sure, and lists are full
+        captures[str(seed)] = data.isel(doc=often).chunk({"doc": 64})
+    answers = contrasted(**captures)
+    page = page_of(*answers)
+    assert len(page.encode()) < 3_000_000
+    [figure] = figures_of(page, "paths")
+    assert len(figure["choices"]) == sets * 17
+    links = Counter(row["way"] for row in figure["tables"]["links"])
+    assert sum(links.values()) > sets * (MAX_TOKEN_LINKS * 16 + 500) / 2  # the pictures are not empty
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
@@ -232,26 +271,26 @@ def test_many_experts_are_reported_with_shorter_windows_and_fewer_layers_of_toke
     answers = answers_of("many", layers=range(12), num_experts=128, experts_per_token=4, documents=20)
     assert answers.windows.sizes["step"] == 2  # 128**3 windows at ten layers would not fit an exact count
     assert answers.tokens["layer"].values.tolist() == [0, 4, 7, 11]
-    page = report.render([answers])
+    page = page_of(answers)
     assert "at 4 of 12 layers" in page
     assert len(page.encode()) < 3_000_000
 
 
 def test_the_layers_of_every_data_set_can_be_chosen():
-    page = report.render([answers_of("low", layers=(0, 1)), answers_of("high", layers=(3, 4))])
+    page = page_of(answers_of("low", layers=(0, 1)), answers_of("high", layers=(3, 4)))
     assert re.findall(r"<option>(\d+)</option>", page) == ["0", "1", "3", "4"]
 
 
 def test_a_model_with_one_layer_of_experts_has_a_page_without_windows():
     answers = answers_of("one", layers=(5,), documents=30)
     assert answers.windows is None
-    assert "Most frequent windows" not in report.render([answers])
+    assert "Most frequent windows" not in page_of(answers)
 
 
 def test_every_chart_is_written_for_papers_and_names_cannot_leave_the_folder(tmp_path):
     captures = {"../../evil": make_capture(seed=1, documents=40), "plain": make_capture(seed=2, documents=40)}
     answers = contrasted(**captures)
-    written = report.write_figures(answers, tmp_path / "in" / "figures")
+    written = report.write_figures(report.report_of(answers), tmp_path / "in" / "figures")
     assert sorted(written) == sorted((tmp_path / "in" / "figures").iterdir())
     assert len({path.stem for path in written}) == len(written) / 3
     begins = {".svg": b"<svg", ".pdf": b"%PDF", ".png": b"\x89PNG"}
@@ -264,58 +303,57 @@ def test_every_chart_is_written_for_papers_and_names_cannot_leave_the_folder(tmp
     assert [name[3:] for name in names[:4]] == ["words", "data-sets", "neighbours", "effective-experts"]
     texts = [(tmp_path / "in" / "figures" / f"07-tokens-plain-layer-{layer}.svg").read_text() for layer in (0, 2)]
     assert texts[0] != texts[1]
+    assert all('fill="white"' in text for text in texts), "a ground that is no hole in a paper's page"
     assert "Neighbours: share with the same first expert" in (tmp_path / "in/figures/02-neighbours.svg").read_text()
 
 
 def test_lines_hold_what_the_metrics_say_and_their_nulls():
     answers = contrasted(a=make_capture(seed=1, documents=40), b=make_capture(seed=2, documents=40))
-    page = report.render(answers)
+    lines = lines_of(page_of(*answers))
     apart = contrast_between(answers)
-    words, data_sets, neighbours, effective, first, margin, position, caching = (
-        next(rows for rows in spec["datasets"].values() if len(rows) > 1) for spec in specs_of(page, "lines")
-    )
     by_name = {each.label: each for each in answers}
-    for row in words:
+    for row in lines["words"]:
         of = by_name[row["data_set"]].words.sel(layer=row["layer"])
         assert (row["value"], row["by_chance"]) == pytest.approx(
             (of["specialization"].item(), of["null"].item()), rel=1e-3
         )
-    for row in data_sets:
+    for row in lines["data-sets"]:
         of = apart.sel(layer=row["layer"])
         wanted = [of[f"divergence_{name}"].item() for name in ("corrected", "low", "high")]
         assert [row[name] for name in ("value", "low", "high")] == pytest.approx(wanted, rel=1e-3)
-    for rows, result, name in (
-        (neighbours, "repetition", "first_repeated"),
-        (first, "confidence", "mean_first"),
-        (margin, "confidence", "mean_margin"),
-        (position, "position", "mutual_information"),
+    for chart, result, name, at in (
+        ("neighbours", "repetition", "first_repeated", {"replicate": 0, "lag": 1}),
+        ("first-weight", "weights", "mean_first", {"replicate": 0}),
+        ("margin", "weights", "mean_margin", {"replicate": 0}),
+        ("position", "position", "mutual_information", {}),
     ):
-        for row in rows:
-            of = getattr(by_name[row["data_set"]], result)[name].sel(layer=row["layer"])
+        for row in lines[chart]:
+            of = getattr(by_name[row["data_set"]], result)[name].sel(layer=row["layer"], **at)
             assert row["value"] == pytest.approx(of.item(), rel=1e-3)
-    for row in effective:
+    for row in lines["effective-experts"]:
         load = by_name[row["data_set"]].load["share"].sel(layer=row["layer"]).values
         assert row["value"] == pytest.approx(2 ** -(load * np.log2(load)).sum(), rel=1e-3)
-    for row in caching:
+    for row in lines["caching"]:
         of = by_name[row["data_set"]].caches.sel(policy=row["policy"], cache_size=row["cache_size"])
         assert row["hit_rate"] == pytest.approx(100 * of["hit_rate"].mean().item(), rel=1e-3)
 
 
 def test_each_chart_tells_its_definition_and_source():
-    page = report.render([answers_of("a", documents=40)])
+    page = page_of(answers_of("a", documents=40))
     told = [html.unescape(text) for text in re.findall(r"Definition and source</summary><p>(.*?)</p>", page)]
-    assert len(told) == len(page_data(page)["specs"])
+    assert len(told) == len(page_data(page)["figures"])
     for text in told:
         assert text.startswith("Definition: ")
+        assert re.search(r"Interval: (95 %, |none)", text)
     assert sum("Source: " in text for text in told) > len(told) / 2
 
 
 def test_data_sets_that_differ_are_contrasted_cell_by_cell():
     other = planted(make_capture(seed=2, documents=120, strength=0), layer=1, expert=6, share=0.5)
     answers = contrasted(one=make_capture(seed=1, documents=120, strength=0), other=other)
-    page, apart = report.render(answers), contrast_between(answers)
-    for label, spec in zip(("one", "other"), specs_of(page, "domains"), strict=True):
-        [rows] = spec["datasets"].values()
+    page, apart = page_of(*answers), contrast_between(answers)
+    for label, figure in zip(("one", "other"), figures_of(page, "domains"), strict=True):
+        rows = figure["tables"]["cells"]
         for row in rows:
             cell = apart.sel(data_set=label, layer=row["layer"], expert=row["expert"])
             assert row["difference"] == pytest.approx(100 * cell["difference"].item(), rel=1e-3)
@@ -323,3 +361,173 @@ def test_data_sets_that_differ_are_contrasted_cell_by_cell():
         sure = [(row["layer"], row["expert"]) for row in rows if row["q"] <= 0.05]
         assert (1, 6) in sure
         assert sum(layer != 1 for layer, _ in sure) <= 1  # one in twenty may be chance
+
+
+def pairs_of(data, lag):
+    """Of each row, whether its pairs of tokens at that distance share an expert, and the first one: (pair, layer)."""
+    data = data.compute()
+    expert, length, token = (data[name].values for name in ("expert", "length", "token"))
+    for row in range(len(length)):
+        both = [
+            p
+            for p in range(length[row] - lag)
+            if not {int(token[row, p]), int(token[row, p + lag])} & set(data.attrs["special_token_ids"])
+        ]
+        one, other = expert[row, both], expert[row, [p + lag for p in both]]
+        yield (one[..., :, None] == other[..., None, :]).any((2, 3)), one[..., 0] == other[..., 0]
+
+
+def test_repetition_by_lag_has_its_nulls_and_the_band_of_resampled_documents():
+    data = make_capture(seed=4, documents=60, layers=(0, 3)).assign_attrs(model="m")
+    answers = answer(data, state_of(data), "a")
+    page = page_of(answers)
+    lines, heat = lines_of(page), figures_of(page, "repetition")[0]["tables"]["cells"]
+    times = poisson_weights(data["document_id"].values, 199)  # (replicate, row)
+    first = answers.load["count"].isel(k=0).values / answers.load.attrs["n"]
+    for at, lag in enumerate((1, 2, 4, 8)):
+        of_rows = [(shared.sum(0), same.sum(0), len(shared)) for shared, same in pairs_of(data, lag)]
+        pairs = np.array([count for _, _, count in of_rows])
+        for which, chart in enumerate(("shared-by-lag", "first-by-lag")):
+            found = np.array([row[which] for row in of_rows])
+            drawn = (times @ found) / (times @ pairs)[:, None]  # (replicate, layer)
+            row = lines[chart][at]
+            assert (row["lag"], row["n"]) == (lag, pairs.sum())
+            assert row["value"] == pytest.approx(drawn[0].mean(), rel=1e-3)
+            band = np.quantile(drawn[1:].mean(1), [0.025, 0.975])
+            assert [row["low"], row["high"]] == pytest.approx(band.tolist(), rel=1e-3)
+            if which:
+                assert row["by_chance"] == pytest.approx((first**2).sum(1).mean(), rel=1e-3)
+                continue
+            for layer in range(2):
+                [cell] = [c for c in heat if (c["layer"], c["lag"]) == ((0, 3)[layer], lag)]
+                assert cell["share"] == pytest.approx(100 * drawn[0, layer], rel=1e-3)
+                band = 100 * np.quantile(drawn[1:, layer], [0.025, 0.975])
+                assert [cell["low"], cell["high"]] == pytest.approx(band.tolist(), rel=1e-3)
+                assert cell["pairs"] == pairs.sum()
+    nulls = [figure["tables"].get("null") for figure in figures_of(page, "lines")]
+    assert [{"null": 13 / 28}] in nulls
+    assert [{"null": 1 / 8}] in nulls
+
+
+def test_bands_of_load_and_effective_experts_are_those_of_resampled_documents():
+    data = make_capture(seed=4, documents=60, layers=(0, 3)).assign_attrs(model="m")
+    page = page_of(answer(data, state_of(data), "a"))
+    expert, token = data["expert"].values, data["token"].values
+    counted = (token >= 0) & (token != 1)  # 1 is special
+    chosen = [expert[row, counted[row]] for row in range(len(token))]
+    of_rows = np.array([[np.bincount(row[:, at].ravel(), minlength=8) for at in range(2)] for row in chosen])
+    times = poisson_weights(data["document_id"].values, 999)
+    count = np.einsum("rd,dle->rle", times, of_rows)
+    share = count / count.sum(-1, keepdims=True)
+    for cell in figures_of(page, "load")[0]["tables"]["cells"]:
+        drawn = 100 * share[:, (0, 3).index(cell["layer"]), cell["expert"]]
+        assert cell["share"] == pytest.approx(drawn[0], rel=1e-3)
+        assert [cell["low"], cell["high"]] == pytest.approx(np.quantile(drawn[1:], [0.025, 0.975]).tolist(), rel=1e-3)
+    effective = np.prod(share**-share, axis=-1)
+    for row, drawn in zip(lines_of(page)["effective-experts"], effective.T, strict=True):
+        band = np.quantile(drawn[1:], [0.025, 0.975]) - (drawn[1:].mean() - drawn[0])
+        assert [row["value"], row["low"], row["high"]] == pytest.approx([drawn[0], *band], rel=1e-3)
+        assert row["low"] < row["value"] < row["high"]
+
+
+def test_the_path_of_a_listed_token_is_what_a_loop_counts():
+    answers = contrasted(
+        a=make_capture(seed=1, documents=150, layers=(0, 4, 9)), b=make_capture(seed=2, documents=150, layers=(0, 4, 9))
+    )
+    [figure] = figures_of(page_of(*answers), "paths")
+    assert figure["by"] == "way"
+    data = make_capture(seed=2, documents=150, layers=(0, 4, 9)).compute()
+    listed = [int(key) for key, choice in figure["choices"].items() if choice["row"]["data_set"] == "b"]
+    assert figure["choices"][str(listed[0])]["row"]["token"] == "all tokens"
+    assert len(listed) == 1 + 16
+    pieces = data["piece"].values.tolist()
+    for way in listed:
+        name = figure["choices"][str(way)]["row"]["token"]
+        token = data["token"].values
+        mine = (token >= 0) & (token != 1) if name == "all tokens" else token == pieces.index(name)
+        first = data["expert"].values[..., 0][mine]
+        assert f"n = {len(first):,} " in figure["choices"][str(way)]["subtitle"][0]
+        rows = [row for row in figure["tables"]["links"] if row["way"] == way]
+        assert rows
+        for row in rows:
+            at = (0, 4, 9).index(row["layer"])
+            assert row["next_layer"] == (0, 4, 9)[at + 1]
+            here = first[:, at] == row["expert"]
+            moved = here & (first[:, at + 1] == row["next_expert"])
+            assert row["tokens"] == moved.sum()
+            assert row["share"] == pytest.approx(100 * moved.sum() / here.sum(), rel=1e-3)
+            assert row["times_chance"] == pytest.approx(8 * moved.sum() / here.sum(), rel=1e-3)
+        for row in figure["tables"]["circles"]:
+            if row["way"] == way:
+                share = (first[:, (0, 4, 9).index(row["layer"])] == row["expert"]).mean()
+                assert row["first"] == pytest.approx(100 * share, rel=1e-3)
+
+
+def test_a_token_s_links_are_few_where_its_choices_are_even():
+    answers = answers_of("even", documents=300, strength=0, layers=range(8))
+    [figure] = figures_of(page_of(answers), "paths")
+    assert len(figure["choices"]) == 17
+    assert len(figure["tables"]["links"]) <= 17 * 7 * 64 / 2**10  # what luck gives at most, on average
+
+
+def test_models_of_other_shapes_have_pictures_and_nulls_of_their_own():
+    answers = [answers_of("small", layers=(0, 1)), answers_of("large", layers=(0, 1), num_experts=16)]
+    page = page_of(*answers)
+    small, large = figures_of(page, "paths")
+    assert {choice["row"]["data_set"] for choice in small["choices"].values()} == {"small"}
+    assert {choice["row"]["data_set"] for choice in large["choices"].values()} == {"large"}
+    for row in lines_of(page)["neighbours"]:
+        assert row["by_chance"] == {"small": 1 / 8, "large": 1 / 16}[row["data_set"]]
+    for row in lines_of(page)["effective-experts"]:
+        assert row["by_chance"] == {"small": 8, "large": 16}[row["data_set"]]
+
+
+def test_load_by_position_is_drawn_against_the_expert_s_own_mean():
+    answers = answers_of("a", documents=60)
+    rows = lines_of(page_of(answers))["position-a"]
+    assert [row["start"] for row in rows[:5]] == [0, 1, 2, 4, 8]
+    assert len({row["expert"] for row in rows}) == 6
+    for row in rows:
+        layer, expert = map(int, re.fullmatch(r"layer (\d+), expert (\d+)", row["expert"]).groups())
+        count = answers.position["count"].sel(layer=layer)
+        usual = count.sel(expert=expert).sum() / count.sum()
+        here = count.sel(start=row["start"])
+        assert row["value"] == pytest.approx(float(here.sel(expert=expert) / here.sum() / usual), rel=1e-3)
+        assert row["n"] == int(here.sum()) / 2
+
+
+def test_a_choice_shows_its_own_rows_and_says_so_under_the_title():
+    figure = next(one for one in report.report_of([answers_of("a", documents=90)]).figures if one.kind == "paths")
+    all_rows = figure.spec["datasets"]["links"]
+    for choice in figure.choices:
+        shown = figure.shown(choice)
+        wanted = [{k: v for k, v in row.items() if k != "way"} for row in all_rows if row["way"] == choice.value]
+        assert shown["datasets"]["links"] == wanted
+        assert shown["title"]["subtitle"] == choice.subtitle
+    assert figure.shown(None) == figure.spec
+
+
+def test_a_page_and_its_figures_are_made_of_one_drawing(tmp_path, monkeypatch):
+    made = []
+    for name in ("sections", "contrast_between", "answer"):
+        whole = getattr(report, name)
+        monkeypatch.setattr(report, name, lambda *a, n=name, f=whole, **k: made.append(n) or f(*a, **k))
+    data = make_capture(documents=20)
+    monkeypatch.setattr(report, "dataset_names", lambda path: ["a"])
+    monkeypatch.setattr(report, "open_covered", lambda path, state: data)
+    monkeypatch.setattr(report, "coverage", lambda path, name: state_of(data))
+    monkeypatch.setattr(report, "measure", lambda path, name, reducers, **_: scan(data, reducers))
+    monkeypatch.setattr(report, "FORMS", {"svg": report.FORMS["svg"]})
+    drawn = report.write_report([tmp_path], tmp_path / "report.html")
+    assert report.write_figures(drawn, tmp_path / "figures")
+    assert made == ["answer", "contrast_between", "sections"]
+
+
+def test_every_chart_is_valid_vega_lite_and_packed_tables_come_back_whole():
+    answers = contrasted(a=make_capture(seed=1, documents=60), b=make_capture(seed=2, documents=60))
+    figures = report.report_of(answers).figures
+    packed = page_data(page_of(*answers))["figures"]
+    for figure, page in zip(figures, packed, strict=True):
+        chart = alt.Chart.from_dict({**figure.spec, "datasets": {}})  # checks the schema
+        assert chart.to_dict()["title"]["text"]
+        assert page["tables"] == json.loads(json.dumps(figure.spec["datasets"]))
