@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes, special_tokens
 
 ROUNDING_BITS = 1e-6  # a surprise below it is rounding
 MAX_WINDOWS = 2**24  # distinct windows counted at once: 128 MiB a thread; arbitrary
@@ -178,7 +178,7 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
     own, rows = own.isel(doc=order), rows[order]
     token = own["token"].values
     inside = np.arange(token.shape[1]) < own["length"].values[:, None]
-    is_text = inside & ~np.isin(token, dataset.attrs["special_token_ids"])
+    is_text = inside & ~np.isin(token, special_tokens(dataset))
     expert = own["expert"].transpose("doc", "position", "layer", "k").values
     kept = is_text & (expert[:, :, 0, 0] != np.iinfo(expert.dtype).max)
     if "captured" in dataset:

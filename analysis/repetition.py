@@ -169,22 +169,22 @@ def _add_sets(expert: Array, counted: Array, lags: Array, count: Array) -> None:
     """
     (rows, positions, layers, _), bins = expert.shape, 2 * count.shape[2]
     flat = count.reshape(len(lags), layers * bins)  # a view
-    members = np.zeros((_largest(expert, counted) // 64 + 1, positions, layers), np.uint64)
-    at = np.empty(layers, np.int64)
+    members = np.zeros((positions, _largest(expert, counted) // 64 + 1, layers), np.uint64)
+    first, at = np.zeros((positions, layers), expert.dtype), np.empty(layers, np.int64)
     for row in range(rows):
-        _set_members(expert[row], counted[row], members)
+        _set_members(expert[row], counted[row], members, first)
         for index in range(len(lags)):
             for position in range(lags[index], positions):
                 before = position - lags[index]
                 if not (counted[row, position] and counted[row, before]):
                     continue
+                one, other = first[before], first[position]
                 for layer in range(layers):
-                    same_first = expert[row, before, layer, 0] == expert[row, position, layer, 0]
-                    at[layer] = bins * layer + (1 if same_first else 0)
-                for word in range(len(members)):
-                    one, other = members[word, before], members[word, position]
+                    at[layer] = bins * layer + (1 if one[layer] == other[layer] else 0)
+                for word in range(members.shape[1]):
+                    mine, others = members[before, word], members[position, word]
                     for layer in range(layers):
-                        at[layer] += 2 * _bits(one[layer] & other[layer])
+                        at[layer] += 2 * _bits(mine[layer] & others[layer])
                 for layer in range(layers):
                     flat[index, at[layer]] += 1
 
@@ -204,16 +204,17 @@ def _largest(expert: Array, counted: Array) -> int:
 
 
 @kernel
-def _set_members(expert: Array, counted: Array, members: Array) -> None:
-    """Experts of a row's tokens as bits (word, position, layer); none where a token does not count."""
+def _set_members(expert: Array, counted: Array, members: Array, first: Array) -> None:
+    """A row's experts as bits (position, word, layer), and its first choices; no bit where a token does not count."""
     positions, layers, choices = expert.shape
-    members[:] = 0
     for position in range(positions):
+        members[position] = 0
         if counted[position]:
             for layer in range(layers):
+                first[position, layer] = expert[position, layer, 0]
                 for k in range(choices):
                     chosen = np.uint64(expert[position, layer, k])
-                    members[chosen >> np.uint64(6), position, layer] |= np.uint64(1) << (chosen & np.uint64(63))
+                    members[position, chosen >> np.uint64(6), layer] |= np.uint64(1) << (chosen & np.uint64(63))
 
 
 @kernel

@@ -228,11 +228,24 @@ def _wanted_rows(dataset: xr.Dataset, only: Selection) -> Array:
     return np.asarray(wanted)
 
 
+def special_tokens(dataset: xr.Dataset) -> list[int]:
+    """Token ids that stand for no text.
+
+    Raises
+    ------
+    ValueError
+        When the capture's attributes do not say which these are: they would be counted as text.
+    """
+    if "special_token_ids" not in dataset.attrs:
+        raise ValueError("the capture's attributes lack special_token_ids: it is not known which tokens are no text")
+    return list(dataset.attrs["special_token_ids"])
+
+
 def _excluded_tokens(dataset: xr.Dataset, only: Selection) -> Array:
     """Token ids that are not counted; bool (token_id)."""
     vocabulary = dataset.sizes["token_id"]
     if only.tokens is None:
-        return np.isin(np.arange(vocabulary), dataset.attrs["special_token_ids"])
+        return np.isin(np.arange(vocabulary), special_tokens(dataset))
     if unknown := [token for token in only.tokens if not 0 <= token < vocabulary]:
         raise ValueError(f"token {unknown[0]}: the vocabulary has tokens 0 to {vocabulary - 1}")
     return ~np.isin(np.arange(vocabulary), only.tokens)

@@ -85,7 +85,8 @@ def exit_status(states: Sequence[Coverage]) -> int:
     """0 when all is complete, 3 when all that is missing is in quarantine, else 1."""
     if all(state.complete for state in states):
         return 0
-    return 3 if all(set(state.missing) == set(state.quarantined) and state.plan.complete for state in states) else 1
+    given_up = [set(state.missing) == set(state.quarantined) and not state.lost for state in states]
+    return 3 if all(given_up) and all(state.plan.complete for state in states) else 1
 
 
 def _reached(captures: Sequence[Capture]) -> list[Coverage]:
@@ -111,12 +112,14 @@ def _opened(run: "Run", name: str, source: Source) -> Iterator[Capture]:
 
 def _healed(group: CaptureGroup, *, retry_quarantined: bool) -> Coverage:
     """What is there, after what does not hold was taken back."""
+    group.settle()
     state = coverage(group.path, group.dataset)
     if state.lost:
         raise ValueError(f"{group.path}: {state}")
     for shard, reason in state.wrong.items():
         say(f"{group.dataset}: shard {shard} is captured again: {reason}")
         group.discard(shard)
+    group.drop_void()
     for shard in state.quarantined:
         if retry_quarantined:
             say(f"{group.dataset}: shard {shard} is taken out of quarantine")

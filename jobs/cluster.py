@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from jobs.dispatch import Dispatcher, Unit, WorkerState
 from jobs.planning import Planning
 from jobs.progress import Progress
 from jobs.terminal import Terminated, catch_sigterm, say
+from store.secrets import without_secrets
 from store.verify import verify_shard
 from workers.replica import Misplaced, Replica
 from workers.shard import DeviceLost
@@ -52,6 +53,7 @@ def connection() -> Iterator[None]:
     _refuse_silence(os.environ.get("RAY_ADDRESS", ""))
     try:
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        _close_token()
     except (ConnectionError, RayError) as error:
         raise ValueError(
             f"no Ray cluster: {error}. If one runs there, it refuses this process's token: set RAY_AUTH_MODE=token, and"
@@ -65,6 +67,12 @@ def connection() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _close_token() -> None:
+    """Ray leaves the token that it makes to be read by every user of the machine, and who has it runs code here."""
+    with suppress(OSError, RuntimeError):  # no token, another user's, or nobody's home
+        (Path.home() / ".ray" / "auth_token").chmod(0o600)
 
 
 @contextmanager
@@ -272,7 +280,7 @@ class _Dispatch:
     def _quarantine(self, unit: Unit, errors: list[str]) -> None:
         group = self.captures[unit.dataset].group
         names = group.document_names(unit.shard)
-        group.quarantine(unit.shard, {"errors": errors, "documents": names})
+        group.quarantine(unit.shard, {"errors": list(map(without_secrets, errors)), "documents": names})
         say(f"{unit} is given up after {len(errors)} failures, the last one: {errors[-1]}; documents: {_few(names)}")
 
     def _say_waiting(self, now: float) -> None:

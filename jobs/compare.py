@@ -1,6 +1,7 @@
 """Do two captures of the same text agree? `python jobs/compare.py A B`, each STORE/DATASET."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +10,23 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from jobs.places import capture_at
+from jobs.screen import Column, Row, print_line, print_table, stdout_console
 from jobs.terminal import reporting, run_job
 
 PROVENANCE = ("model", "quantization", "environment")
+MEASURES = ("same_set", "overlap", "same_first", "first_difference", "margin", "margin_at_flips")
+
+
+def _number(measure: str) -> Callable[[Row], str]:
+    return lambda row: "" if row[measure] is None else f"{row[measure]:.4f}"
+
+
+COLUMNS = (
+    Column(name="layer", text=lambda row: row["layer"]),
+    *(Column(name=name.replace("_", " "), text=_number(name), spare=at) for at, name in enumerate(MEASURES)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,24 +58,19 @@ def main(arguments: list[str]) -> int:
         captures.append(open_capture(*capture_at(place), allow_incomplete=config.allow_incomplete))
     with reporting("compare", unit="shards") as report:
         found = scan(paired(*captures), [Agreement()], progress=lambda done, total: report.to(done))[0]
-    table = Table()
-    table.add_column("layer", justify="right")
-    columns = ("same_set", "overlap", "same_first", "first_difference", "margin", "margin_at_flips")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    for number in found["layer"].values.tolist():
-        values = [float(found[column].sel(layer=number)) for column in columns]
-        table.add_row(str(number), *(f"{value:.4f}" for value in values))
-    nulls = [found[column].attrs["null"] for column in columns]
-    table.add_section()
-    table.add_row("by chance", *("" if null is None else f"{null:.4f}" for null in nulls))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    rows: list[Row] = [
+        {"layer": str(number), **{column: float(found[column].sel(layer=number)) for column in MEASURES}}
+        for number in found["layer"].values.tolist()
+    ]
+    rows.append({"layer": "by chance", **{column: found[column].attrs["null"] for column in MEASURES}})
+    console = stdout_console()
+    print_table(console, COLUMNS, rows)
     for name in PROVENANCE:
         one, other = (capture.attrs.get(name) for capture in captures)
         if one != other:
-            print(f"{name}: {one} and {other}")
+            print_line(console, f"{name}: {one} and {other}")
     n, different = found.attrs["n"], found.attrs["any_difference"]
-    print(f"{n:,} tokens in both; {different:.2%} of them differ in some layer's experts")
+    print_line(console, f"{n:,} tokens in both; {different:.2%} of them differ in some layer's experts")
     return 0
 
 

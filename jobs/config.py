@@ -1,7 +1,9 @@
-"""What a capture is asked to do, and how it is read from a command line and a YAML file."""
+"""What a capture is asked to do, and how it is read from a preset, a YAML file and a command line."""
 
 import argparse
+import math
 import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -10,10 +12,13 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
+from jobs.wikitext import CONFIGS, REPOSITORY
+from store.secrets import without_secrets
+
 MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
 JOB_COPIES = "working_dir_files"  # the folder in which Ray keeps the code of `ray job submit --working-dir`
 VARIABLES = {"store": "EXPERT_ATLAS_STORE", "device": "EXPERT_ATLAS_DEVICE", "workers": "EXPERT_ATLAS_WORKERS"}
-NOT_IN_FILES = ("config", "print_config", "dry_run", "rate")
+NOT_IN_FILES = ("preset", "config", "print_config", "dry_run", "rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +30,12 @@ class CaptureConfig:
     3 only shards in quarantine are missing (--retry_quarantined), 130 or 143 interrupted.
     """
 
+    preset: Literal["notebook"] | None = None
+    """Begin with the options of a known experiment; whatever else is given goes before them, and --print_config shows
+    what comes of it. notebook: the one that this project grew from. Mixtral 8x7B Instruct in FP4, its routers too,
+    computing in float16, without special tokens, on the first 128 tokens of each of the first 8 rows of WikiText-2's
+    test split (rows as the hub has them, a line each, some empty; the alias wikitext-2 gives articles). Another
+    --dataset replaces that one and its split; all else is kept."""
     dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Data set to capture, once for each: an alias (wikitext-2, wikitext-103, demo:prose, demo:code, demo:legal,
     demo:maths), a file, folder or glob (text, jsonl, parquet, arrow), or a hub id org/name[:config]."""
@@ -62,6 +73,8 @@ class CaptureConfig:
     """Commit, tag or branch of a hub data set."""
     limit_documents: int | None = None
     """Capture the first so many documents only."""
+    limit_tokens: int | None = None
+    """Capture the first so many tokens of each document only; a BOS is not counted."""
     sequence_length: int | None = None
     """Tokens in a row at most; longer documents are cut into several rows. Default: the smallest power of two that
     holds the longest of the first 1,000 documents, at most 2048."""
@@ -91,6 +104,7 @@ class CaptureConfig:
     def __post_init__(self) -> None:
         for name in (
             "limit_documents",
+            "limit_tokens",
             "sequence_length",
             "rows_per_shard",
             "batch_tokens",
@@ -101,7 +115,7 @@ class CaptureConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name} is {value}, and must be more than 0")
-        if min(self.gpus_per_worker, self.cpus_per_worker) < 0:
+        if not all(0 <= value < math.inf for value in (self.gpus_per_worker, self.cpus_per_worker)):
             raise ValueError("--gpus_per_worker and --cpus_per_worker must be 0 or more")
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             raise ValueError(f"--gpus_per_worker {self.gpus_per_worker}: above 1 it must be a whole number")
@@ -136,21 +150,47 @@ class CaptureConfig:
     def as_options(self) -> dict[str, Any]:
         """The options as plain values, without those that only say how to run."""
         options = {name: value for name, value in asdict(self).items() if name not in NOT_IN_FILES}
-        return {
-            name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-            for name, value in options.items()
-        }
+        return {name: _plain(value) for name, value in options.items()}
 
     def as_yaml(self) -> str:
         """The options as a file for `--config`."""
         return yaml.safe_dump(self.as_options(), sort_keys=False, allow_unicode=True)
 
 
+def _plain(value: Any) -> Any:
+    """A value for a file, without secrets."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return without_secrets(str(value)) if isinstance(value, str | Path) else value
+
+
 _FIELDS = {field.name: field for field in fields(CaptureConfig)}
+
+PRESETS = {
+    "notebook": CaptureConfig(
+        model=MIXTRAL,
+        quantization="fp4",
+        dtype="float16",
+        quantize_gates=True,
+        bos="none",
+        dataset=(f"{REPOSITORY}:{CONFIGS['wikitext-2']}",),
+        split="test",
+        limit_documents=8,
+        limit_tokens=128,
+        sequence_length=128,
+    ),
+}
+"""What `--preset` begins with.
+
+Of the notebook these are all the settings that are known. Not known, and so not here: the revisions of its model and
+data set; whether it kept empty rows (here they are documents without a token); whether 128 tokens were taken of each
+row, as here, or of all together; how it batched and padded. Nor is its code run: routers are rounded to the values that
+transformers 4 computed with (docs/0005-four-bits.md), and then the installed versions compute, with a forward of ours.
+"""
 
 
 def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
-    """Read a command line, and the file that its `--config` names.
+    """Read a command line, the file that its `--config` names, and the preset that both go before.
 
     Raises
     ------
@@ -163,11 +203,17 @@ def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
     early.add_argument("--config", type=Path)
     for repeated in ("--dataset", "--name"):
         early.add_argument(repeated, action="append")
+    early.add_argument("--preset")
     known, _ = early.parse_known_args(arguments)
+    if isinstance(known.config, list):  # argparse takes `--config=--` for one without a value
+        raise ValueError("--config needs a file, and -- is none")
+    file = [] if known.config is None else _as_arguments(_read(known.config), known.config)
+    base = PRESETS.get(known.preset, CaptureConfig())
+    if early.parse_known_args([*file, *arguments])[0].dataset:
+        base = replace(base, dataset=(), split=None)  # a preset's split is its data set's
     given = {name: os.environ[variable] for name, variable in VARIABLES.items() if os.environ.get(variable)}
-    base = _parse([f"--{name}={value}" for name, value in given.items()], CaptureConfig())
-    if known.config is not None:
-        base = _parse(_as_arguments(_read(known.config), known.config), base)
+    base = _parse([f"--{name}={value}" for name, value in given.items()], base)
+    base = _parse(file, base)
     # What is given on the command line goes in place of the file's list, not after it.
     if known.dataset:
         base = replace(base, dataset=(), name=())
@@ -190,6 +236,8 @@ def _read(path: Path) -> dict[str, Any]:
         options = yaml.load(text, Loader=yaml.BaseLoader)  # every value as it is written: 0123456 is a commit
         tree = yaml.compose(text)
         names = [str(key.value) for key, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
+    except RecursionError as error:
+        raise ValueError(f"--config {path} is nested too deeply to be options") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(options, dict):
@@ -213,7 +261,7 @@ def _as_arguments(options: dict[str, Any], path: Path) -> list[str]:
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items) or (isinstance(value, list) and name not in lists):
             kind = "one value or a list of them" if name in lists else "one value"
-            raise ValueError(f"--config {path}: {name} holds {value!r}, and must hold {kind}")
+            raise ValueError(f"--config {path}: {name} holds {reprlib.repr(value)}, and must hold {kind}")
         if name in switches and value not in ("true", "false"):
             raise ValueError(f"--config {path}: {name} is {value!r}, and must be true or false")
         if name in switches:

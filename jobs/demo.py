@@ -6,13 +6,23 @@ held out when the model was trained.
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs import capture, report
+from rich.console import Console
+
+from jobs import capture
+from jobs.screen import Bars, Column, Row, print_line, print_table, stdout_console
 from jobs.terminal import run_job
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from analysis.answers import Answers
 
 ROOT = Path(__file__).resolve().parent.parent
 STORE, REPORT = ROOT / "demo.zarr", ROOT / "demo.html"
@@ -22,7 +32,10 @@ MODEL = "--local --model tiny --quantization none --device cpu --sequence_length
 
 
 def main(arguments: list[str]) -> int:
-    """Capture and report; the status of the first job that fails, else 0."""
+    """Capture, report, and say what was found; the status of the first capture that fails, else 0.
+
+    The last line is the report's path.
+    """
     if arguments:
         raise ValueError(f"the demo has no options, and {arguments[0]!r} was given: python jobs/capture.py has them")
     started = time.monotonic()
@@ -30,18 +43,53 @@ def main(arguments: list[str]) -> int:
         options = ["--dataset", text, "--limit_documents", str(documents), "--store", str(STORE)]
         if status := capture.main([*options, *MODEL.split()]):
             return status
-    if status := report.main([str(STORE), "-o", str(REPORT)]):
-        return status
+
+    from analysis.report import write_report  # takes seconds to load, and a capture needs none of it
+
+    report = write_report([STORE], REPORT)
+    print_found(stdout_console(), report.answers, report.apart)
     python = Path(sys.executable)
     python = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
     print(f"""
-The demo took {time.monotonic() - started:.0f} s. The report: {REPORT}
 What to type next:
   {python} jobs/status.py demo.zarr
   {python} jobs/query.py demo.zarr/demo-code --token "▁return" --layer 2
   {python} -c "import store; print(store.open_capture('demo.zarr', 'demo-code'))"
-  {python} jobs/capture.py --local --model tiny --dataset README.md --store demo.zarr""")
+  {python} jobs/capture.py --local --model tiny --dataset README.md --store demo.zarr
+
+The demo took {time.monotonic() - started:.0f} s. Its report:
+{REPORT}""")
     return 0
+
+
+def print_found(console: Console, answers: "Sequence[Answers]", apart: "xr.Dataset | None") -> None:
+    """What the report says in words, and each data set's busiest expert, as LAYER:EXPERT."""
+    from analysis.sentences import sentences
+
+    print_line(console, "")
+    for sentence in sentences(answers, apart):
+        print_line(console, f"- {sentence}")
+    print_line(console, "")
+    rows = [_busiest(each) for each in answers if each.load.attrs["n"]]
+    print_table(console, COLUMNS, rows, note="LAYER:EXPERT; a full bar is all choices of the layer")
+
+
+def _busiest(each: "Answers") -> Row:
+    """A data set, and the expert with the largest share of its layer's choices."""
+    share = each.load["share"].fillna(0)
+    top = share.isel(share.argmax(("layer", "expert")))
+    place: dict[str, Any] = {name: int(top[name]) for name in ("layer", "expert")}
+    return {"data_set": each.label, **each.load.attrs, "share": float(top), **place}
+
+
+COLUMNS = (
+    Column(name="data set", text=lambda row: row["data_set"], left=True, elastic=True),
+    Column(name="tokens", text=lambda row: f"{row['n']:,}", spare=3),
+    Column(name="busiest", text=lambda row: f"{row['layer']}:{row['expert']}"),
+    Column(name="choices", text=lambda row: f"{row['share']:.1%}"),
+    Bars(part=lambda row: row["share"]),
+    Column(name="even", text=lambda row: f"{row['null']:.1%}", spare=2),
+)
 
 
 if __name__ == "__main__":

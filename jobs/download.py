@@ -5,6 +5,7 @@ what is in it.
 """
 
 import hashlib
+import re
 from http.client import HTTPException
 from pathlib import Path
 from urllib import request
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 from analysis.files import whole_file
 from jobs.sources import usable
 from jobs.terminal import say
+from store.secrets import without_secrets
 
 MAX_BYTES = 1 << 28  # of a file (arbitrary: a hundred times the texts that it is meant for)
 BLOCK_BYTES = 1 << 20
@@ -35,11 +37,14 @@ def is_url(spec: str) -> bool:
     Raises
     ------
     ValueError
-        When it is one of another kind than http and https.
+        When it is one of another kind than http and https, or holds a user's name: urllib takes that for the host.
     """
-    scheme, separator, _ = spec.partition("://")
+    scheme, separator, rest = spec.partition("://")
+    told = without_secrets(spec)
     if separator and scheme not in ("http", "https"):
-        raise ValueError(f"{spec} begins with {scheme}://, and must begin with http:// or https://, or be a path")
+        raise ValueError(f"{told} begins with {scheme}://, and must begin with http:// or https://, or be a path")
+    if separator and "@" in re.split("[/?#]", rest)[0]:
+        raise ValueError(f"{told} holds a user's name or password: download the file, and give its path")
     return bool(separator)
 
 
@@ -66,7 +71,7 @@ def fetch(url: str, folder: Path) -> Path:
     name = usable(urlsplit(url).path.rpartition("/")[2]) or "text"
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     if path.exists():
-        say(f"{url} was fetched before: {path}")
+        say(f"{without_secrets(url)} was fetched before: {path}")
         return path
     folder.mkdir(parents=True, exist_ok=True)
     opener = request.OpenerDirector()
@@ -86,8 +91,9 @@ def fetch(url: str, folder: Path) -> Path:
                 file.write(block)
             _check_whole(received, response.headers["Content-Length"], response.headers["Transfer-Encoding"])
     except (OSError, HTTPException, ValueError) as error:  # urllib's errors are OSErrors
+        why = without_secrets(str(error)) or type(error).__name__
         raise ValueError(
-            f"cannot fetch {url}: {error or type(error).__name__}. Try again, or download it and give its path"
+            f"cannot fetch {without_secrets(url)}: {why}. Try again, or download it and give its path"
         ) from error
     return path
 

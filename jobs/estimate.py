@@ -15,6 +15,7 @@ from jobs.plan import encode
 from jobs.prepare import Prepared, Run
 from jobs.terminal import duration
 from workers.loading import estimate_bytes
+from workers.tokenizer import load_tokenizer
 
 SAMPLE_DOCUMENTS = 500
 BYTES_A_CHOICE = (25 + 82) / 64  # experts and weights of real Mixtral routes, compressed (measured: 32 layers × 2)
@@ -44,7 +45,8 @@ def estimate_tokens(run: Run, source: Source, sequence_length: int) -> TokenEsti
     Notes
     -----
     The ratio estimator of a total under simple random sampling without replacement (Cochran, Sampling Techniques,
-    3rd ed., section 6.4): tokens = characters × Σt/Σc, with the variance of the residuals t - (Σt/Σc)·c.
+    3rd ed., section 6.4): tokens = characters × Σt/Σc, with the variance of the residuals t - (Σt/Σc)·c. Under
+    --limit_tokens t is at most that, and c as many characters as hold so many tokens on average.
     """
     characters, sample = [], []
     chooser = random.Random(0)  # the same sample every time
@@ -56,9 +58,13 @@ def estimate_tokens(run: Run, source: Source, sequence_length: int) -> TokenEsti
             sample.append((document, size))
         elif slot < SAMPLE_DOCUMENTS:
             sample[slot] = (document, size)
-    tokens = np.array([len(ids) for _, ids, _ in encode([document for document, _ in sample], run.tokenizer)], float)
+    tokenizer = load_tokenizer(run.model, run.model_commit)  # which has no limit
+    tokens = np.array([len(ids) for _, ids, _ in encode([document for document, _ in sample], tokenizer)], float)
     sizes = np.array([size for _, size in sample], float)
     counts = np.array(characters, float)
+    if (limit := run.config.limit_tokens) is not None:
+        reach = limit * sizes.sum() / max(1.0, tokens.sum())
+        tokens, sizes, counts = np.minimum(tokens, limit), np.minimum(sizes, reach), np.minimum(counts, reach)
     ratio = tokens.sum() / max(1.0, sizes.sum())
     n, total = len(sample), len(counts)
     variance = ((tokens - ratio * sizes) ** 2).sum() / max(1, n - 1)

@@ -168,6 +168,8 @@ class Planner:
             pairs_cut=self.plan.pairs_cut + sum(row.cut for row in rows),
             rows_of_next_document=begun,
         )
+        if self.group.plan != self.plan:
+            raise self.group.overtaken()
         self.group.publish(self._arrays(rows), [item.name for item in seen], plan)
         self.plan = plan
 

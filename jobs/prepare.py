@@ -83,8 +83,8 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
-        """The model's tokenizer."""
-        return load_tokenizer(self.model, self.model_commit)
+        """The model's tokenizer, which gives as much of a text as is asked for."""
+        return load_tokenizer(self.model, self.model_commit, limit_tokens=self.config.limit_tokens)
 
     @property
     def _anywhere(self) -> str:
@@ -187,6 +187,7 @@ class Run:
             "bos_id": None if config.bos == "none" else self.tokenizer.bos_id,
             "batch_tokens": self.batch_tokens,
             "limit_documents": config.limit_documents,
+            "limit_tokens": config.limit_tokens,
             "schema_version": SCHEMA_VERSION,
         }
         return Prepared(name=name, source=source, layout=layout, identity=identity)
@@ -208,20 +209,22 @@ class Run:
         ValueError
             When the group holds another capture.
         """
+        config = self.config
+        limit = "" if config.limit_tokens is None else f"; of each document its first {config.limit_tokens} tokens only"
         attrs = {
             "title": f"routes of {self.described['model']} on {prepared.name}",
             "model": self.described["model"],
             "quantization": self.described["quantization"],
-            "window_rule": "documents are cut into rows of at most sequence_length tokens; none share a row",
-            "bos": self.config.bos,
+            "window_rule": f"documents are cut into rows of at most sequence_length tokens; none share a row{limit}",
+            "bos": config.bos,
             "special_token_ids": self.tokenizer.special_ids,
             "environment": {name: value for name, value in environment("cpu").items() if name != "device"},
             "git_commit": _git_commit(),
-            "configuration": self.config.as_options(),
+            "configuration": config.as_options(),
             "convention": "k = 0 is the largest weight; ties by lower expert id; expert = missing_expert is no choice",
         }
         return CaptureGroup.create(
-            self.config.store_path,
+            config.store_path,
             prepared.name,
             layout=prepared.layout,
             identity=prepared.identity,

@@ -1,33 +1,31 @@
 """One question to a store, or its tables as Parquet: `python jobs/query.py STORE --token "▁the" --layer 15`."""
 
-import colorsys
 import difflib
 import re
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import tyro
-from rich.cells import cell_len, set_cell_size
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from jobs.places import captures_at
-from jobs.terminal import reporting, run_job, say
+from jobs.questions import Answer, Listed, document_answer, expert_answer, token_answer
+from jobs.screen import print_json, stdout_console
+from jobs.terminal import reporting, run_job, say, shown
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from analysis.tokens import Order, TopTokens
+    from analysis.tokens import Order
+    from store import Coverage
 
 ORDERS: "tuple[Order, ...]" = ("count", "lift")
-PIECE_CELLS = 16  # of a terminal's line, for the piece beside a path; arbitrary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,150 +58,92 @@ class QueryConfig:
     """With --expert: tokens listed."""
     min_count: int = 1
     """With --expert: leave out tokens that occur less often; the lift of a rare token is mostly luck."""
+    json: bool = False
+    """For scripts: one JSON document on standard output instead of tables, with the keys store, data_set, complete
+    (whether the capture is), shards_done, shards_total, and answers. Each answer has rows, what it is about, and the
+    attributes of the measurement: n (tokens counted), null (a share by chance), null_lift, estimator, definition,
+    source. To --token, one answer: token_id, piece, tokens (its occurrences); rows of layer, expert, count, share,
+    lift, without experts that got none. To --expert two, by count and by lift: layer, expert, order, min_count; rows of
+    rank, token_id, piece, count, tokens, share, lift. To --document one for each: document, name, n, tokens_missing,
+    layers; rows of position, token_id, piece, expert and weight, the last two as lists, by layer, of its choices. What
+    is no number is null."""
 
 
 def main(arguments: list[str]) -> int:
     """Answer."""
     config = tyro.cli(QueryConfig, prog="python jobs/query.py", args=arguments, use_underscores=True)
-    question = _question(config)
+    _check(config)
     store, names = captures_at(config.store)
     if not names:
         raise ValueError(f"{store} holds no data set yet")
     documents = [int(document) if document.isdecimal() else document for document in config.document]
-
-    from analysis.tables import write_tables  # numba takes a second: --help does not wait for it
-
     if config.parquet is not None:
-        with reporting("tables", unit="shards") as report:
-            told = lambda name, done, total: report.add(1)
-            states = write_tables(store, config.parquet, datasets=names, documents=documents, progress=told)
-        for state in states:
-            if not state.complete:
-                say(f"note: {state}")
-        print(Path(config.parquet).absolute())
-        return 0
+        return _write_tables(store, names, config.parquet, documents)
     if len(names) > 1:
         raise ValueError(f"{store} holds {', '.join(names)}: say which, as {store.rstrip('/')}/{names[0]}")
 
-    from analysis.results import measure
-    from analysis.tokens import TokenCounts, TopTokens
+    return _answer(config, store, names[0], documents)
+
+
+def _answer(config: QueryConfig, store: str, name: str, documents: list[int | str]) -> int:
+    """Show the answers; none of them when one of the questions is a mistake."""
     from store import coverage
     from store.reader import open_covered
 
-    state = coverage(store, names[0])
+    state = coverage(store, name)
     capture = open_covered(store, state)
     layers = _layers(capture, config.layer)
     if not state.complete:
-        say(f"note: {state}")
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    if question == "document":
-        for document in documents:
-            draw_document(console, capture, document, layers)
+        say(shown(f"note: {state}"))
+    answers: Sequence[Answer] = [document_answer(capture, document, layers) for document in documents]
+    answers = answers or _counted(config, store, state, capture, layers)
+    if config.json:
+        known = {"complete": state.complete, "shards_done": state.shards_done, "shards_total": state.shards_total}
+        answered = [answer.as_json() for answer in answers]
+        print_json({"store": store, "data_set": name, **known, "answers": answered})
         return 0
-    if question == "expert":
-        layer, expert = _expert(capture, config.expert or "")
-        rankings = [TopTokens([layer], top=config.top, by=by, min_count=config.min_count) for by in ORDERS]
-    else:
-        token = _token(capture, config.token, config.token_id)
-    with reporting(names[0], unit="shards") as report:
-        ask = partial(measure, state=state, progress=lambda done, total: report.to(done))
-        counts = ask(store, names[0], [TokenCounts()])[0]
-    if question == "expert":
-        print_expert(console, counts, capture, expert, rankings)
-    else:
-        print_token(console, counts, capture, token, layers)
+    console = stdout_console()
+    for answer in answers:
+        answer.draw(console)
     return 0
 
 
-def shown(text: str) -> str:
-    """A piece or a title as one line without control characters, which could command a terminal: as Python escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+def _write_tables(store: str, names: list[str], folder: str, documents: list[int | str]) -> int:
+    """Write the files, and print their folder."""
+    from analysis.tables import write_tables  # numba takes a second: --help does not wait for it
+
+    with reporting("tables", unit="shards", transient=True) as report:
+        told = lambda name, done, total: report.add(1)
+        states = write_tables(store, folder, datasets=names, documents=documents, progress=told)
+    for state in states:
+        if not state.complete:
+            say(shown(f"note: {state}"))
+    print(Path(folder).absolute())
+    return 0
 
 
-def print_token(console: Console, counts: "xr.Dataset", capture: "xr.Dataset", token: int, layers: list[int]) -> None:
-    """The experts of a token, layer by layer, the most frequent first."""
-    from analysis.tables import at_layer
-    from analysis.tokens import TokenExperts
+def _counted(
+    config: QueryConfig, store: str, state: "Coverage", capture: "xr.Dataset", layers: list[int]
+) -> "list[Listed]":
+    """The answers to what is counted over all tokens; a mistake is told before."""
+    from analysis.results import measure
+    from analysis.tokens import TokenCounts, TopTokens
 
-    occurrences, piece = int(counts["tokens"][token]), shown(str(capture["piece"][token].values))
-    chance = capture.sizes["k"] / int(capture.attrs["num_experts"])
-    about = f"{piece} (id {token}) in {capture.attrs['dataset']}: {occurrences:,} occurrences"
-    _print(console, f"{about}; by chance a share is {chance:.4f}, a lift 1")
-    if not occurrences:
-        return
-    table = _table(("layer", "expert", "count", "share", "lift"))
-    for layer in layers:
-        found = TokenExperts().finish(at_layer(counts, layer), capture).isel(layer=0).sel(token_id=token)
-        for index in (-found["count"]).argsort(kind="stable").values.tolist():
-            row = found.isel(expert=index)
-            if count := int(row["count"]):
-                values = (
-                    f"{layer}",
-                    f"{index}",
-                    f"{count:,}",
-                    f"{float(row['share']):.4f}",
-                    f"{float(row['lift']):.2f}",
-                )
-                table.add_row(*values)
-        table.add_section()
-    console.print(table)
+    answers: list[Callable[[xr.Dataset], Listed]]
+    if config.expert is not None:
+        layer, expert = _expert(capture, config.expert)
+        rankings = [TopTokens([layer], top=config.top, by=by, min_count=config.min_count) for by in ORDERS]
+        answers = [partial(expert_answer, capture, expert, ranking) for ranking in rankings]
+    else:
+        answers = [partial(token_answer, capture, _token(capture, config.token, config.token_id), layers)]
+    with reporting(state.dataset, unit="shards", transient=True) as report:
+        progress = lambda done, total: report.to(done)
+        counts = measure(store, state.dataset, [TokenCounts()], state=state, progress=progress)[0]
+    return [answer(counts) for answer in answers]
 
 
-def print_expert(
-    console: Console, counts: "xr.Dataset", capture: "xr.Dataset", expert: int, rankings: "list[TopTokens]"
-) -> None:
-    """The first tokens of an expert, in each order of rankings of one layer."""
-    from analysis.tables import at_layer
-
-    for ranking in rankings:
-        [layer] = ranking.layers or ()
-        found = ranking.finish(at_layer(counts, layer), capture).isel(layer=0).sel(expert=expert)
-        least = f"; tokens that occur less than {ranking.min_count} times are left out" * (ranking.min_count > 1)
-        about = f"expert {expert} of layer {layer} in {capture.attrs['dataset']}, by {ranking.by}"
-        _print(console, f"{about}; by chance a lift is 1{least}")
-        table = _table(("", "token", "id", "count", "of", "share", "lift"), left=1)
-        for index in range(found.sizes["rank"]):
-            row = {name: found[name].values[index] for name in found.data_vars}
-            if row["token_id"] >= 0:
-                values = (f"{row['token_id']}", f"{row['count']:,}", f"{row['tokens']:,}", f"{row['share']:.4f}")
-                table.add_row(f"{index + 1}", Text(shown(row["piece"])), *values, f"{row['lift']:.2f}")
-        console.print(table)
-
-
-def draw_document(console: Console, capture: "xr.Dataset", document: int | str, layers: list[int]) -> None:
-    """Tokens as rows, layers as columns, each number on its expert's colour; a narrow terminal gets layers in turns."""
-    from analysis.paths import document_path
-
-    path = document_path(capture, document).sel(layer=layers)
-    missing, experts = path.attrs["tokens_missing"], int(capture.attrs["num_experts"])
-    about = f"document {path.attrs['document']}, {shown(path.attrs['name'])}, in {capture.attrs['dataset']}"
-    left_out = f", {missing:,} not captured yet" if missing else ""
-    _print(console, f"{about}: {path.attrs['n']:,} tokens{left_out}; a token's experts, the first choice first")
-    if not path.sizes["position"]:
-        return
-    colors = [_color(expert, experts) for expert in range(experts)]
-    pieces = [shown(piece) for piece in path["piece"].values]
-    positions, chosen = path["position"].values.tolist(), path["expert"].transpose("position", "layer", "k").values
-    digits, number = len(str(experts - 1)), max(5, len(str(positions[-1])))
-    wide = max(map(cell_len, (*pieces, "piece")))
-    wide = min(wide, PIECE_CELLS) if console.is_terminal else wide
-    cell = max(chosen.shape[2] * (digits + 1) - 1, *(len(str(layer)) for layer in layers))
-    step = max(1, (console.width - number - wide - 1) // (cell + 1)) if console.is_terminal else len(layers)
-    for start in range(0, len(layers), step):
-        turn = slice(start, start + step)
-        head = "".join(f" {layer:>{cell}}" for layer in layers[turn])
-        _print(console, f"{'layer':>{number}} {'piece':<{wide}}{head}", style="bold")
-        for position, piece, routes in zip(positions, pieces, chosen[:, turn], strict=True):
-            line = Text(f"{position:>{number}} {set_cell_size(piece, wide)}")
-            for choices in routes.tolist():
-                line.append(" " * (cell + 2 - len(choices) * (digits + 1)))
-                for k, expert in enumerate(choices):
-                    line.append("," * (k > 0)).append(f"{expert:>{digits}}", style=colors[expert])
-            _print(console, line)
-
-
-def _question(config: QueryConfig) -> str:
-    """What is asked, by its option's name."""
+def _check(config: QueryConfig) -> None:
+    """Refuse what is no one question, and options that do not go with it."""
     given = {
         "token": config.token is not None,
         "token_id": config.token_id is not None,
@@ -215,14 +155,18 @@ def _question(config: QueryConfig) -> str:
     if len(asked) != 1:
         got = " and ".join(f"--{name}" for name in asked) or "none"
         raise ValueError(f"ask one of --token, --token_id, --expert, --document or --parquet; got {got}")
-    limits = {"layer": ("token", "token_id", "document"), "top": ("expert",), "min_count": ("expert",)}
+    limits = {
+        "layer": ("token", "token_id", "document"),
+        "top": ("expert",),
+        "min_count": ("expert",),
+        "json": ("token", "token_id", "expert", "document"),
+    }
     for option, questions in limits.items():
         if getattr(config, option) != getattr(QueryConfig, option) and asked[0] not in questions:
             goes_with = ", ".join(f"--{name}" for name in questions)
             raise ValueError(f"--{option} goes with {goes_with}, not with --{asked[0]}")
     if config.parquet is not None and "://" in config.parquet:
         raise ValueError(f"--parquet {config.parquet}: give a folder of this machine")
-    return asked[0]
 
 
 def _layers(capture: "xr.Dataset", wanted: tuple[int, ...]) -> list[int]:
@@ -246,6 +190,8 @@ def _expert(capture: "xr.Dataset", place: str) -> tuple[int, int]:
 
 def _token(capture: "xr.Dataset", piece: str | None, token_id: int | None) -> int:
     """A token's id, from either; special tokens, which are not counted, are refused."""
+    from analysis.scan import special_tokens
+
     pieces: list[str] = capture["piece"].values.tolist()
     if token_id is None:
         found = [number for number, other in enumerate(pieces) if other == piece]
@@ -254,7 +200,7 @@ def _token(capture: "xr.Dataset", piece: str | None, token_id: int | None) -> in
         token_id = found[0]
     if not 0 <= token_id < len(pieces):
         raise ValueError(f"--token_id {token_id}: the vocabulary has tokens 0 to {len(pieces) - 1}")
-    if token_id in capture.attrs["special_token_ids"]:
+    if token_id in special_tokens(capture):
         raise ValueError(f"token {token_id}, {shown(pieces[token_id])}, is a special one: they are not counted")
     return token_id
 
@@ -274,25 +220,6 @@ def _which(piece: str, pieces: list[str], found: list[int]) -> str:
 
 def _plain(piece: str) -> str:
     return piece.replace("▁", " ").replace("Ġ", " ").strip().casefold()
-
-
-def _color(expert: int, experts: int) -> str:
-    """Black on a light colour of an expert's own."""
-    red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(expert / experts, 0.72, 0.75))
-    return f"black on rgb({red},{green},{blue})"
-
-
-def _table(columns: tuple[str, ...], left: int | None = None) -> Table:
-    """Columns to the right, but one."""
-    table = Table()
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == left else "right", overflow="fold")
-    return table
-
-
-def _print(console: Console, line: str | Text, **style: Any) -> None:
-    """One line, however long."""
-    console.print(line, soft_wrap=True, markup=False, **style)
 
 
 if __name__ == "__main__":

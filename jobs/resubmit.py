@@ -6,6 +6,7 @@ breaks on the way to the head, a job is looked for before it is submitted once m
 attempt came any further: the number of attempts is what ends it.
 """
 
+import os
 import shlex
 import sys
 import time
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> int:
 
 def connect(address: str) -> "JobSubmissionClient":
     """A client of the head at an address."""
-    from ray.exceptions import AuthenticationError  # Ray takes a second: --help does not wait for it
+    from ray.exceptions import AuthenticationError, RayError  # Ray takes a second: --help does not wait for it
     from ray.job_submission import JobSubmissionClient
 
     try:
@@ -92,6 +93,8 @@ def connect(address: str) -> "JobSubmissionClient":
             f"{address} refuses this machine's token ({str(error).splitlines()[0]}): set RAY_AUTH_MODE=token, and have"
             " the cluster's token in ~/.ray/auth_token"
         ) from error
+    except RayError as error:  # of an address without http://, such as that of $RAY_ADDRESS
+        raise ConnectionError(f"no head at {os.environ.get('RAY_ADDRESS') or address}: {error}") from error
 
 
 def run(config: ResubmitConfig, client: "JobSubmissionClient", job: str, entrypoint: str) -> "JobDetails | None":

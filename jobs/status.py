@@ -1,23 +1,24 @@
 """How far captures are, and whether they still hold: `python jobs/status.py STORE [--verify]`; works while they run."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from jobs.terminal import reporting, run_job, say
+from jobs.screen import Bars, Column, Row, print_json, print_line, print_table, stdout_console
+from jobs.terminal import reporting, run_job, say, shown
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.lease import lease_holder
 from store.reader import dataset_names
-from store.verify import verify
+from store.verify import Findings, verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,82 +36,188 @@ class StatusConfig:
     verify: bool = False
     """Read everything back and compare it with the commit records. What is wrong is noted in the store, and captured
     again by the next capture."""
+    json: bool = False
+    """For scripts: one JSON document on standard output instead of the table, with the keys store, whole (whether the
+    exit status is 0), and data_sets. Each of these has data_set; state, as in the table; complete; holds (whether all
+    that is committed was read back as it was committed; null without --verify); plan_complete (whether the text is
+    planned to its end: before, all counts are of what is planned so far); shards_total, shards_done, missing (shards);
+    rows, documents, documents_empty, documents_repaired, tokens_planned, tokens_done, bytes_done, seconds (of workers);
+    digest (SHA-256 of what is planned and committed); wrong (shard and reason, of shards that do not hold); quarantined
+    (shard, documents and errors); lost (objects of the plan that are gone); plan_faults (what is damaged in the plan;
+    null without --verify); not_noted (why what is wrong could not be noted in the store, else null); captured_by (who
+    captures it now, else null); error (why it cannot be read, else null: then what is not known is null)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    """What was found out about one data set."""
+
+    data_set: str
+    state: Coverage | None = None
+    """None where it cannot be read."""
+    found: Findings | None = None
+    """By --verify."""
+    holder: str | None = None
+    error: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is missing, and nothing was found to be wrong."""
+        return self.state is not None and self.state.complete and self.holds is not False
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether all that is committed could be read back as it was committed; None where nobody looked."""
+        return None if self.found is None else not (self.found.shards or self.found.plan)
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table; 0 when every data set is complete."""
+    """Print what was found; 0 when every data set is complete."""
     config = tyro.cli(StatusConfig, prog="python jobs/status.py", args=arguments, use_underscores=True)
     names = list(config.dataset) or dataset_names(config.store)
     if not names:
         raise ValueError(f"{config.store} holds no data set yet")
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    whole, states = True, []
-    for name in names:
-        try:
-            group = CaptureGroup(config.store, name)
-            whole &= not config.verify or _verified(group)
-            states.append(coverage(config.store, name))
-        except ValueError as error:
-            whole = False
-            say(f"error: {error}")
-            continue
-        if holder := lease_holder(group):
-            say(f"{name}: being captured by {holder}")
-    console.print(status_table(states))
-    for state in states:
-        if not state.complete:
-            console.print(str(state), highlight=False, markup=False)
-        for shard, reason in state.wrong.items():
-            console.print(f"{state.dataset}: shard {shard} does not hold: {reason}", highlight=False, markup=False)
-    return 0 if whole and all(state.complete for state in states) else 1
+    looked = [_look(config.store, name, deep=config.verify) for name in names]
+    whole = all(one.whole for one in looked)
+    if config.json:
+        print_json({"store": config.store, "whole": whole, "data_sets": [facts(one) for one in looked]})
+    else:
+        print_status(stdout_console(), looked)
+    return 0 if whole else 1
 
 
-def _verified(group: CaptureGroup) -> bool:
-    """Whether all that is committed could be read back as it was committed; says what is wrong with the plan.
+def _look(store: str, name: str, *, deep: bool) -> Looked:
+    """What there is to know of one data set; what is not in its coverage is said at once."""
+    found = None
+    try:
+        group = CaptureGroup(store, name)
+        if deep:
+            found = _verified(group)
+        state = coverage(store, name)
+    except ValueError as error:
+        say(shown(f"error: {error}"))
+        return Looked(data_set=name, found=found, error=str(error))
+    if holder := lease_holder(group):
+        say(shown(f"{name}: being captured by {holder}"))
+    return Looked(data_set=name, state=state, found=found, holder=holder)
+
+
+def _verified(group: CaptureGroup) -> Findings:
+    """Read everything back, and say what is wrong with the plan.
 
     Shards that are wrong are noted in the store, and told with what is missing.
     """
     tokens = coverage(group.path, group.dataset).tokens_done
-    with reporting(f"verify {group.dataset}", total=tokens) as report:
+    with reporting(f"verify {group.dataset}", total=tokens, transient=True) as report:
         found = verify(group, report.add)
     for fault in found.plan:
-        say(f"{group.dataset}: the plan is damaged: {fault}; {group.remedy}")
+        say(shown(f"{group.dataset}: the plan is damaged: {fault}; {group.remedy}"))
     if found.unnoted:
         for shard, reason in found.shards.items():
-            say(f"{group.dataset}: shard {shard} does not hold: {reason}")
-        say(f"error: the store cannot be written, so that the next capture will not know: {found.unnoted}")
-    return not found.shards and not found.plan
+            say(shown(f"{group.dataset}: shard {shard} does not hold: {reason}"))
+        say(shown(f"error: the store cannot be written, so that the next capture will not know: {found.unnoted}"))
+    return found
 
 
-def status_table(states: list[Coverage]) -> Table:
-    """One line a data set."""
-    table = Table()
-    table.add_column("data set")
-    for column in (
-        "shards",
-        "missing",
-        "documents",
-        "tokens",
-        "of planned",
-        "bytes",
-        "bytes/token",
-        "tokens/s a worker",
-    ):
-        table.add_column(column, justify="right")
-    for state in states:
-        tokens = state.tokens_done
-        table.add_row(
-            state.dataset,
-            f"{state.shards_done:,}/{state.shards_total:,}{'' if state.plan.complete else '+'}",
-            f"{len(state.missing):,}",
-            f"{state.plan.documents:,}",
-            f"{tokens:,}",
-            f"{tokens / state.plan.tokens:.1%}" if state.plan.tokens else "-",
-            f"{state.bytes_done:,}",
-            f"{state.bytes_done / tokens:.1f}" if tokens else "-",
-            f"{tokens / state.seconds:,.0f}" if state.seconds else "-",
-        )
-    return table
+def facts(one: Looked) -> dict[str, Any]:
+    """A data set's row, of the table and of --json; see `StatusConfig.json`."""
+    state, found = one.state, one.found
+    wrong = {**(state.wrong if state else {}), **(found.shards if found else {})}
+    row = {
+        "data_set": one.data_set,
+        "complete": state is not None and state.complete,
+        "holds": one.holds,
+        **{key: None if state is None else fact(state) for key, fact in KNOWN.items()},
+        "wrong": [{"shard": shard, "reason": reason} for shard, reason in sorted(wrong.items())],
+        "plan_faults": None if found is None else found.plan,
+        "not_noted": None if found is None else found.unnoted,
+        "captured_by": one.holder,
+        "error": one.error,
+    }
+    return {**row, "state": _in_a_word(row)}
+
+
+KNOWN: dict[str, Callable[[Coverage], Any]] = {
+    "plan_complete": lambda state: state.plan.complete,
+    "shards_total": lambda state: state.shards_total,
+    "shards_done": lambda state: state.shards_done,
+    "missing": lambda state: state.missing,
+    "rows": lambda state: state.plan.rows,
+    "documents": lambda state: state.plan.documents,
+    "documents_empty": lambda state: state.plan.documents_empty,
+    "documents_repaired": lambda state: state.plan.documents_repaired,
+    "tokens_planned": lambda state: state.plan.tokens,
+    "tokens_done": lambda state: state.tokens_done,
+    "bytes_done": lambda state: state.bytes_done,
+    "seconds": lambda state: state.seconds,
+    "digest": lambda state: state.digest,
+    "quarantined": lambda state: [
+        {"shard": shard, "documents": record.get("documents"), "errors": record.get("errors")}
+        for shard, record in state.quarantined.items()
+    ],
+    "lost": lambda state: state.lost,
+}
+
+
+def _in_a_word(row: Row) -> str:
+    """A data set's state: what is worst about it."""
+    if row["error"] is not None:
+        return "cannot be read"
+    if row["lost"] or row["plan_faults"]:
+        return "plan damaged"
+    missing, quarantined = len(row["missing"]), len(row["quarantined"])
+    if row["wrong"]:
+        return f"damaged {len(row['wrong']):,}"
+    if missing > quarantined:
+        return f"missing {missing:,}"
+    if quarantined:
+        return f"quarantined {quarantined:,}"
+    return "complete" if row["plan_complete"] else "plan unfinished"
+
+
+def print_status(console: Console, looked: list[Looked]) -> None:
+    """A line a data set, and in full what is missing or damaged."""
+    print_table(console, COLUMNS, [facts(one) for one in looked])
+    for state in (one.state for one in looked if one.state is not None):
+        if not state.complete:
+            print_line(console, str(state))
+        for shard, reason in state.wrong.items():
+            print_line(console, f"{state.dataset}: shard {shard} does not hold: {reason}")
+
+
+def _count(key: str) -> Callable[[Row], str]:
+    return lambda row: "-" if row[key] is None else f"{row[key]:,}"
+
+
+def _ratio(over: str, under: str, form: str) -> Callable[[Row], str]:
+    return lambda row: format(row[over] / row[under], form) if row[under] else "-"
+
+
+def _shards(row: Row) -> str:
+    if row["error"] is not None:
+        return "-"
+    return f"{row['shards_done']:,}/{row['shards_total']:,}{'' if row['plan_complete'] else '+'}"
+
+
+def _colour(row: Row) -> str:
+    if row["state"] == "complete":
+        return "green"
+    return "red" if row["error"] is not None or row["wrong"] or row["lost"] or row["plan_faults"] else "yellow"
+
+
+COLUMNS = (
+    Column(name="data set", text=lambda row: row["data_set"], left=True, elastic=True),
+    Column(name="shards", text=_shards),
+    Column(name="missing", text=lambda row: "-" if row["missing"] is None else f"{len(row['missing']):,}", spare=8),
+    Column(name="documents", text=_count("documents"), spare=3),
+    Column(name="tokens", text=_count("tokens_done"), spare=2),
+    Column(name="of planned", text=_ratio("tokens_done", "tokens_planned", ".1%"), spare=5),
+    Bars(part=lambda row: row["tokens_done"] / row["tokens_planned"] if row["tokens_planned"] else None, style=_colour),
+    Column(name="bytes", text=_count("bytes_done"), spare=4),
+    Column(name="bytes/token", text=_ratio("bytes_done", "tokens_done", ".1f"), spare=7),
+    Column(name="tokens/s a worker", text=_ratio("tokens_done", "seconds", ",.0f"), spare=6),
+    Column(name="state", text=lambda row: row["state"], left=True, style=_colour),
+)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def json_rows(files: Mapping[str, Path], start: int, columns: Sequence[str] = ()
     skipped = 0
     for name, path in files.items():
         for number, line in enumerate(lines(path), 1):
-            if line.isspace():
+            if not line.strip():  # blank, or nothing but a byte order mark
                 continue
             if skipped < start:
                 skipped += 1
@@ -221,11 +221,13 @@ def parquet_table(files: Mapping[str, Path]) -> Table:
 
 
 def parquet_file(path: Path) -> pq.ParquetFile:
-    """Open a parquet file."""
+    """Open a parquet file, the names of whose columns can be read."""
     try:
-        return pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
+        file = pq.ParquetFile(path)
+        _ = file.schema_arrow.names
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path} as parquet: {error}") from error
+    return file
 
 
 def parquet_rows(files: Mapping[str, Path], start: int, columns: Sequence[str]) -> Iterator[Row]:

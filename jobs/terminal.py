@@ -1,5 +1,6 @@
 """How a job speaks to a person: one line for an error, a bar in a terminal, plain lines in a log."""
 
+import io
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from store.plan import Plan
+from store.secrets import without_secrets
 
 LOG_EVERY_S = 10.0
 AFTER = "what was finished is kept, and the same command goes on from there"
@@ -35,6 +37,8 @@ def run_job(main: Callable[[list[str]], int], after: str = AFTER) -> NoReturn:
 
     Terminated.came = False
     catch_sigterm()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what is no character
     try:
         status = main(sys.argv[1:])
     except BrokenPipeError:
@@ -63,8 +67,16 @@ def _fail(status: int, message: str) -> int:
 
 
 def say(line: str) -> None:
-    """Print a line to the error stream, where it does not mix with a command's result."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line to the error stream, where it does not mix with a command's result.
+
+    What an error quotes, of a file, a library or a server, commands no terminal and gives no secret away.
+    """
+    print("\n".join(map(shown, without_secrets(line).split("\n"))), file=sys.stderr, flush=True)
+
+
+def shown(text: str) -> str:
+    """A text as one line without control characters, which could command a terminal: as Python escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def planned(plan: Plan, published: int | None) -> str:
@@ -88,7 +100,7 @@ def duration(seconds: float) -> str:
 class Reporter:
     """Progress of one stage, counted in tokens or in another unit."""
 
-    def __init__(self, label: str, total: int | None, done: int, unit: str) -> None:
+    def __init__(self, label: str, total: int | None, done: int, unit: str, transient: bool) -> None:
         self.console = Console(stderr=True)
         self.label, self.total, self.start_done, self.unit = label, total, done, unit
         self.done, self.started, self.logged = done, time.monotonic(), time.monotonic()
@@ -98,7 +110,13 @@ class Reporter:
             TaskProgressColumn(),
             TextColumn("{task.fields[rate]}"),
         )
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal)
+        self.bar = Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=transient,
+            disable=not self.console.is_terminal,
+        )
         self.task = self.bar.add_task(label, total=total, completed=done, rate="")
 
     def to(self, done: int, note: str = "") -> None:
@@ -123,8 +141,10 @@ class Reporter:
 
 
 @contextmanager
-def reporting(label: str, total: int | None = None, done: int = 0, unit: str = "tokens") -> Iterator[Reporter]:
-    """Show the progress of a stage while the block runs."""
-    reporter = Reporter(label, total, done, unit)
+def reporting(
+    label: str, total: int | None = None, done: int = 0, unit: str = "tokens", *, transient: bool = False
+) -> Iterator[Reporter]:
+    """Show the progress of a stage while the block runs; a transient bar is gone when it has ended."""
+    reporter = Reporter(label, total, done, unit, transient)
     with reporter.bar:
         yield reporter

@@ -8,8 +8,10 @@ Readers use `store.open_capture`. Nothing here keeps two jobs apart: `store.leas
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +29,7 @@ __all__ = ["CaptureGroup", "valid_name"]
 
 COMMITS, FAULTS, QUARANTINE = "expert/commits", "expert/faults", "expert/quarantine"
 ENVIRONMENT = "expert/environment.json"
+TOLD = ("errors", "documents")  # of a record of quarantine
 _RECORD = re.compile(r"[0-9]+\.json")
 
 
@@ -72,13 +75,14 @@ class CaptureGroup(PlannedGroup):
             if name not in layout.arrays():
                 group.objects.clear(group._key(name))
         contents = {"piece": np.array(pieces, dtype=object), "layer": np.array(layout.layers, dtype="int32")}
+        changes = {}
         for name, spec in layout.arrays().items():
             values = contents.get(name, np.empty(0))
-            group.objects.put(group._key(f"{name}/zarr.json"), spec.metadata(len(values)))
+            changes[f"{name}/zarr.json"] = spec.metadata(len(values))
             for start in range(0, len(values), spec.step):
-                chunk = values[start : start + spec.step]
-                group.objects.put(group._key(f"{name}/{spec.key(start // spec.step)}"), spec.encode(chunk))
-        group.objects.put(group._key("token/plan.json"), as_json(asdict(Plan())))
+                changes[f"{name}/{spec.key(start // spec.step)}"] = spec.encode(values[start : start + spec.step])
+        changes["token/plan.json"] = as_json(asdict(Plan()))
+        group._change(changes, still=lambda: group.objects.get(group._key("zarr.json")) is None)
         facts = asdict(layout) | {"schema_version": SCHEMA_VERSION, "identity": identity}
         metadata = group_metadata({**attrs, **facts})
         # A put whose answer was lost is tried again by the store's client, and then finds its own object.
@@ -170,9 +174,10 @@ class CaptureGroup(PlannedGroup):
             if record["identity"] != self._identity_hash:
                 return record, f"is of identity {record['identity'][:12]}"
             if record["shard"] != shard or not record["tokens"] > 0:
-                return record, f"is of shard {record['shard']}, with {record['tokens']} tokens"
-            [record[name]["bytes"] for name in ROUTES]
-        except (ValueError, KeyError, TypeError) as error:
+                return record, f"is of shard {record['shard']!r:.40}, with {record['tokens']!r:.40} tokens"
+            if odd := _odd(record):
+                return record, f"says {odd}, which it cannot be"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             return record, f"cannot be read ({error!r})"
         return record, None
 
@@ -199,13 +204,16 @@ class CaptureGroup(PlannedGroup):
         self.objects.put(self._key(f"{QUARANTINE}/{shard}.json"), as_json(record))
 
     def quarantined(self) -> dict[int, dict[str, Any]]:
-        """Records of the shards that were set aside; empty for one that cannot be read."""
-        records = {}
+        """Records of the shards that were set aside; without what cannot be read.
+
+        `errors` and `documents` are lists of texts where they are there.
+        """
+        records: dict[int, dict[str, Any]] = {}
         for shard, data in self._numbered(QUARANTINE).items():
-            try:
-                records[shard] = parse_record(data)
-            except ValueError:
-                records[shard] = {}
+            records[shard] = {}
+            with suppress(ValueError):
+                told = parse_record(data)
+                records[shard] = {key: told[key] for key in told if key not in TOLD or _are_texts(told[key])}
         return records
 
     def release(self, shard: int) -> None:
@@ -222,6 +230,24 @@ class CaptureGroup(PlannedGroup):
             note = {"reason": reason, "commit_crc32c": google_crc32c.value(data)}
             self.objects.put(self._key(f"{FAULTS}/{shard}.json"), as_json(note))
 
+    def settle(self) -> None:
+        """Make what stands durable: who wrote the last record of it may have died just before that."""
+        for folder in (COMMITS, "token", ""):
+            self.objects.settle(self._key(folder))
+
+    def drop_void(self) -> None:
+        """Remove the notes of faults, and the records of quarantine, that say nothing about what stands now.
+
+        What a healing leaves that was killed, and a writer who was taken for dead; only for who holds the lease.
+        """
+        for shard, note in self._numbered(FAULTS).items():
+            commit = self.objects.get(self._key(f"{COMMITS}/{shard}.json"))
+            if commit is None or _noted(commit, note) is None:
+                self.objects.delete(self._key(f"{FAULTS}/{shard}.json"))
+        for shard in self._numbered(QUARANTINE):
+            if self.committed(shard):
+                self.release(shard)
+
     def _numbered(self, folder: str) -> dict[int, bytes]:
         """The records of a folder by shard."""
         # A network file system leaves other names of removed files.
@@ -229,6 +255,22 @@ class CaptureGroup(PlannedGroup):
         found = self.objects.get_many([self._key(f"{folder}/{name}") for name in names])
         shards = {int(Path(key).stem): data for key, data in found.items()}
         return dict(sorted(shards.items()))
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _odd(record: Mapping[str, Any]) -> str | None:
+    """A fact of a commit record that no writer writes."""
+    counts = {"tokens": record["tokens"], **{f"bytes of {name}": record[name]["bytes"] for name in ROUTES}}
+    texts = {f"sha256 of {name}": record[name].get("sha256", "") for name in ROUTES}
+    odd = [f"{name} {value!r:.40}" for name, value in counts.items() if type(value) is not int or value < 0]
+    odd += [f"{name} {value!r:.40}" for name, value in texts.items() if not isinstance(value, str)]
+    seconds = record.get("seconds", 0.0)
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        odd.append(f"seconds {seconds!r:.40}")
+    return odd[0] if odd else None
 
 
 def _misfit(record: Mapping[str, Any], have: Sequence[int | None]) -> str | None:

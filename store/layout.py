@@ -26,6 +26,7 @@ CHUNK_ROWS, CHUNK_POSITIONS = (
     64,
     512,
 )  # inner chunk; all layers in it: full scans ran 5 times faster (measured)
+SHARD_CHOICES = 2**31  # in a shard at most: 4.3 GB of weights; S3 takes 5 GB in a put, and a worker holds two shards
 CHUNK_CHOICES = 2**21  # choices in an inner chunk at most: 2 MB of experts, 4 MB of weights
 
 MISSING_TOKEN = -1
@@ -132,12 +133,22 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "rows_per_shard", "num_experts", "experts_per_token", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, and must be 1 or more")
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, and must be 1 or more, and an int32")
         if not self.layers:
             raise ValueError("the model has no layer with experts")
+        if not all(type(layer) is int and 0 <= layer < 2**31 for layer in self.layers):
+            raise ValueError(f"layers is {self.layers!r:.80}, and must hold numbers from 0 on")
+        if not all(isinstance(role, str) for role in self.roles):
+            raise ValueError(f"roles is {self.roles!r:.80}, and must hold names")
         if self.num_experts >= 65_535:
             raise ValueError(f"num_experts is {self.num_experts}; the store can name 65,534 at most")
+        choices = self.rows_per_shard * self.sequence_length * len(self.layers) * self.experts_per_token
+        if choices > SHARD_CHOICES:
+            raise ValueError(
+                f"a shard of {self.rows_per_shard} rows would hold {choices:,} choices, and {SHARD_CHOICES:,} are the"
+                " most: give fewer --rows_per_shard"
+            )
         rows = self.inner_chunk[0]
         object.__setattr__(self, "rows_per_shard", self.rows_per_shard // rows * rows)
 
@@ -207,6 +218,11 @@ class Layout:
 def default_rows_per_shard(sequence_length: int) -> int:
     """S for a row of P positions: a shard of about `SHARD_TOKENS` positions, one row at least."""
     return max(1, SHARD_TOKENS // sequence_length)
+
+
+def _is_count(value: object) -> bool:
+    """Whether it is a whole number from 1 on that an int32 holds."""
+    return type(value) is int and 1 <= value < 2**31
 
 
 def _row(dtype: str, attrs: Mapping[str, Any]) -> ArraySpec:

@@ -56,8 +56,9 @@ def lease(group: CaptureGroup) -> Iterator[Lease]:
     finally:
         done.set()
         renewer.join()
-        if _is(_read(group), mine):
-            group.objects.delete(key)
+        with contextlib.suppress(OSError):  # who comes next sees that this process is gone; what failed is told already
+            if _is(_read(group), mine):
+                group.objects.delete(key)
 
 
 def lease_token(group: CaptureGroup) -> str | None:
@@ -135,7 +136,8 @@ def _parse(data: bytes | None) -> dict[str, Any] | None:
         holder = json.loads(data or b"null")
     except ValueError:
         return None
-    return holder if isinstance(holder, dict) and holder.keys() >= _holder().keys() else None
+    known = isinstance(holder, dict) and holder.keys() >= _holder().keys()
+    return holder if known and type(holder["process"]) is int and type(holder["renewed"]) in (int, float) else None
 
 
 def _is(holder: dict[str, Any] | None, mine: dict[str, Any]) -> bool:

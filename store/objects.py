@@ -19,6 +19,7 @@ from typing import Protocol
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
+MOST_NAMED = 1000  # folders remembered (arbitrary): a shard's own are used once, and forgetting costs a sync
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.*)", re.DOTALL | re.IGNORECASE)  # a Path has made one slash of two
 
 
@@ -68,6 +69,9 @@ class Objects(Protocol):
     def clear(self, prefix: str) -> None:
         """Remove everything under `prefix`; only for the one who holds the lease."""
 
+    def settle(self, prefix: str) -> None:
+        """Make durable what was put or removed directly under `prefix` by others, who may have died before it was."""
+
     def zarr_store(self) -> Store:
         """The same objects for Zarr, to be read only."""
 
@@ -85,8 +89,9 @@ def open_objects(path: Path | str, scratch: str) -> Objects:
     Raises
     ------
     ValueError
-        For a URL of another kind, or without a bucket.
+        For a URL of another kind, or without a bucket, and for what cannot be a path.
     """
+    _refuse_no_path(str(path))
     url = _URL.fullmatch(str(path))
     if url is None:
         return LocalObjects(Path(path), scratch)
@@ -95,6 +100,16 @@ def open_objects(path: Path | str, scratch: str) -> Objects:
     from store.s3 import S3Objects  # who reads a folder need not have its packages
 
     return S3Objects(url[2], scratch)
+
+
+def _refuse_no_path(path: str) -> None:
+    """What Python says of such a path names neither it nor what is wrong with it."""
+    try:
+        named = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise ValueError(f"the store {path!r} cannot be one: no path holds a NUL, or half of a character")
 
 
 class LocalObjects:
@@ -111,6 +126,8 @@ class LocalObjects:
     def __init__(self, root: Path, scratch: str) -> None:
         self.root = root
         self.scratch = scratch
+        self._named: set[Path] = set()
+        """Folders whose names, and those of all above them in the store, are known to be durable."""
 
     def get(self, key: str) -> bytes | None:
         """See `Objects`; so for the others."""
@@ -145,6 +162,7 @@ class LocalObjects:
         try:
             os.link(partial, target)
         except FileExistsError:
+            _sync_folder(target.parent)  # who put it may have died before this
             return False
         finally:
             partial.unlink(missing_ok=True)
@@ -159,10 +177,8 @@ class LocalObjects:
         return True
 
     def delete(self, key: str) -> None:
-        target = self.root / key
-        with contextlib.suppress(FileNotFoundError):
-            target.unlink()
-            _sync_folder(target.parent)
+        (self.root / key).unlink(missing_ok=True)
+        self.settle(str(Path(key).parent))
 
     def list(self, prefix: str) -> list[str]:
         return list(self._names(prefix, folders=False))
@@ -172,6 +188,10 @@ class LocalObjects:
 
     def clear(self, prefix: str) -> None:
         shutil.rmtree(self.root / prefix, ignore_errors=True)
+
+    def settle(self, prefix: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            _sync_folder(self.root / prefix)
 
     def zarr_store(self) -> Store:
         return LocalStore(self.root, read_only=True)
@@ -189,22 +209,31 @@ class LocalObjects:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:  # a full disk, a signal: leave nothing behind
+        except BaseException as error:  # a full disk, a signal: leave nothing behind
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(partial)  # else it would not say where
             partial.unlink(missing_ok=True)
             raise
         return partial
 
     def _parent_made(self, key: str) -> Path:
+        """Where an object belongs, in a folder that is there and whose name is durable."""
         target = self.root / key
-        missing = []
-        folder = target.parent
-        while not folder.is_dir():
-            missing.append(folder)
+        folder, unknown = target.parent, []
+        while not folder.is_dir() or (folder not in self._named and self._is_ours(folder)):
+            unknown.append(folder)
             folder = folder.parent
         target.parent.mkdir(parents=True, exist_ok=True)
-        for made in missing:  # a new folder's name is durable only once its parent is synced
-            _sync_folder(made.parent)
+        for each in unknown:  # a name is durable once its folder is synced, and who made it may have died before
+            _sync_folder(each.parent)
+        if len(self._named) > MOST_NAMED:
+            self._named.clear()
+        self._named.update(unknown)
         return target
+
+    def _is_ours(self, folder: Path) -> bool:
+        """Whether it is the store or lies in it; what holds the store cannot be synced where it may not be read."""
+        return folder.is_relative_to(self.root) and os.access(folder.parent, os.R_OK)
 
 
 def _sync_folder(folder: Path) -> None:

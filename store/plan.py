@@ -1,13 +1,21 @@
 """What planning leaves behind: rows of tokens, and one record of how far the text has become rows."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
+
+MOST = 2**40  # of anything; a record that was damaged must not have millions of millions of shards looked for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How far the text has become rows; every number counts what is durable."""
+    """How far the text has become rows; every number counts what is durable.
+
+    Raises
+    ------
+    ValueError
+        When no text can have become that.
+    """
 
     complete: bool = False
     rows: int = 0
@@ -20,6 +28,17 @@ class Plan:
     """Neighbouring token pairs that lie in two rows because their document was cut into windows."""
     rows_of_next_document: int = 0
     """Rows of document number `documents` that are planned already: a document may end in a later shard."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            whole = type(value) is int and 0 <= value <= MOST
+            if not (type(value) is bool if name == "complete" else whole):
+                raise ValueError(f"says {name} {value!r:.80}, which it cannot be")
+        if not (self.rows <= self.tokens and self.documents - self.documents_empty <= self.rows):
+            raise ValueError(
+                f"says {self.documents} documents, {self.documents_empty} of them empty, {self.rows} rows and"
+                f" {self.tokens} tokens, which do not go together"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ shard, perhaps over a network. Making a group and committing shards is `store.gr
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from store.plan import Plan, Rows
 
 GROWING = ("token", "length", "document_id", "offset", "name", "expert", "weight", "role")
 ROUTES = ("expert", "weight")
+MOST_SHARDS = 2**22  # of the default size, a million million tokens (arbitrary)
 _NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,127}")
 
 
@@ -64,29 +65,45 @@ class PlannedGroup:
         if data is None:
             raise FileNotFoundError(f"no data set {self.dataset!r} in the store {self.path}")
         try:
-            attrs: dict[str, Any] = json.loads(data).get("attributes", {})
+            attrs = parse_record(data).get("attributes", {})
         except ValueError as error:
-            raise ValueError(f"{self.path}/{self._key('zarr.json')} is not JSON: {error}") from error
-        version = attrs.get("schema_version")
+            raise ValueError(f"{self.path}/{self._key('zarr.json')} {error}") from error
+        version = attrs.get("schema_version") if isinstance(attrs, dict) else None
         if version != SCHEMA_VERSION:
             raise ValueError(
                 f"{self.path}/{self.dataset} is no capture that this version reads: its schema_version is {version!r},"
                 f" and {SCHEMA_VERSION} is known here"
             )
-        return attrs
+        return dict(attrs)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What was hashed before tokenizing began."""
-        identity: dict[str, Any] = self.attrs["identity"]
+        """What was hashed before tokenizing began.
+
+        Raises
+        ------
+        ValueError
+            When the group's attributes hold none.
+        """
+        identity = self.attrs.get("identity")
+        if not isinstance(identity, dict):
+            raise ValueError(f"{self.path}/{self._key('zarr.json')} holds no identity, but {identity!r:.80}")
         return identity
 
     @cached_property
     def layout(self) -> Layout:
-        """The grid of the group's arrays."""
-        attrs = self.attrs
-        fields = {name: attrs[name] for name in Layout.__dataclass_fields__}
-        return Layout(**{**fields, "layers": tuple(fields["layers"]), "roles": tuple(fields["roles"])})
+        """The grid of the group's arrays.
+
+        Raises
+        ------
+        ValueError
+            When the group's attributes describe none.
+        """
+        fields = {name: value for name, value in self.attrs.items() if name in Layout.__dataclass_fields__}
+        try:
+            return Layout(**{**fields, "layers": tuple(fields["layers"]), "roles": tuple(fields["roles"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}/{self._key('zarr.json')} describes no capture: {error}") from error
 
     @property
     def plan(self) -> Plan:
@@ -94,12 +111,27 @@ class PlannedGroup:
         record = self._record("token/plan.json") or {}
         if unknown := record.keys() - Plan.__dataclass_fields__.keys():
             raise ValueError(f"{self.path}/{self._key('token/plan.json')} holds what no plan has: {sorted(unknown)}")
-        return Plan(**record)
+        try:
+            return Plan(**record)
+        except ValueError as error:
+            raise ValueError(f"{self.path}/{self._key('token/plan.json')} {error}; {self.remedy}") from error
 
     @property
     def num_shards(self) -> int:
-        """Shards planned so far."""
-        return -(-self.plan.rows // self.layout.rows_per_shard)
+        """Shards planned so far.
+
+        Raises
+        ------
+        ValueError
+            When they are more than a store has: each has files of its own.
+        """
+        shards = -(-self.plan.rows // self.layout.rows_per_shard)
+        if shards > MOST_SHARDS:
+            raise ValueError(
+                f"{self.path}/{self._key('token/plan.json')} says {self.plan.rows} rows, which are {shards:,} shards of"
+                f" {self.layout.rows_per_shard}: a capture has {MOST_SHARDS:,} at most; {self.remedy}"
+            )
+        return shards
 
     # Planning
 
@@ -127,26 +159,62 @@ class PlannedGroup:
                 shard = (before.rows + start) // layout.rows_per_shard
                 data = arrays[name].encode(values[start : start + layout.rows_per_shard])
                 self.objects.put(self._key(f"{name}/{arrays[name].key(shard)}"), data)
+        changes: dict[str, bytes] = {}
         for name in ("length", "document_id", "offset"):
-            self._append(name, arrays[name], before.rows, getattr(rows, name))
-        self._append("name", arrays["name"], before.documents, np.array(names, dtype=object))
+            changes |= self._appended(name, arrays[name], before.rows, getattr(rows, name))
+        changes |= self._appended("name", arrays["name"], before.documents, np.array(names, dtype=object))
         for name in GROWING:
             if name in arrays:
-                size = plan.documents if name == "name" else plan.rows
-                self.objects.put(self._key(f"{name}/zarr.json"), arrays[name].metadata(size))
+                changes[f"{name}/zarr.json"] = arrays[name].metadata(plan.documents if name == "name" else plan.rows)
         if plan.complete:
             counts = {k: v for k, v in asdict(plan).items() if k not in ("complete", "rows_of_next_document")}
-            self.objects.put(self._key("zarr.json"), group_metadata({**self.attrs, **counts}))
-        self.objects.put(self._key("token/plan.json"), as_json(asdict(plan)))
+            changes["zarr.json"] = group_metadata({**self.attrs, **counts})
+        self._change(changes | {"token/plan.json": as_json(asdict(plan))}, still=lambda: self.plan == before)
 
-    def _append(self, name: str, spec: ArraySpec, size: int, values: np.ndarray) -> None:
+    def _appended(self, name: str, spec: ArraySpec, size: int, values: np.ndarray) -> dict[str, bytes]:
+        """The objects of an array of `size` entries that change when these values follow."""
         if not len(values):
-            return
+            return {}
         start = size // ROW_CHUNK * ROW_CHUNK
-        values = np.concatenate([self.values(name, start, size), values]) if size > start else values
-        for index in range(0, len(values), ROW_CHUNK):
-            key = spec.key((start + index) // ROW_CHUNK)
-            self.objects.put(self._key(f"{name}/{key}"), spec.encode(values[index : index + ROW_CHUNK]))
+        if size > start:
+            try:
+                values = np.concatenate([self.values(name, start, size), values])
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.path}/{self.dataset}: what was planned before is gone or damaged: {error}; {self.remedy}"
+                ) from error
+        steps = range(0, len(values), ROW_CHUNK)
+        return {
+            f"{name}/{spec.key((start + index) // ROW_CHUNK)}": spec.encode(values[index : index + ROW_CHUNK])
+            for index in steps
+        }
+
+    def _change(self, changes: Mapping[str, bytes], still: Callable[[], bool]) -> None:
+        """Put objects that also other jobs put, one after the other, where nobody has changed them meanwhile.
+
+        A job that stood still and was taken for dead thus undoes nothing of the one that followed it. On a disk
+        `put_over` is not atomic, and only the lease keeps the two apart between its look and its put.
+
+        Parameters
+        ----------
+        still
+            Whether there is still to do what these changes do; asked after a look at what they are to replace.
+        """
+        standing = self.objects.get_many([self._key(name) for name in changes])
+        if not still():
+            raise self.overtaken()
+        for key, data in ((self._key(name), data) for name, data in changes.items()):
+            old = standing.get(key, data)
+            put = self.objects.put_new(key, data) if old == data else self.objects.put_over(key, old, data)
+            if not put and self.objects.get(key) != data:
+                raise self.overtaken()
+
+    def overtaken(self) -> RuntimeError:
+        """What ends a job that finds another one's work where it was about to put its own."""
+        return RuntimeError(
+            f"{self.path}/{self.dataset} is not as this job left it: another job that took this one for dead writes it,"
+            " or its folder was removed; when nobody else works on it, run this command again"
+        )
 
     # What is planned
 
@@ -159,6 +227,11 @@ class PlannedGroup:
             When they are gone or damaged; no capture can heal them.
         """
         span = self.span(shard, self.plan)
+        if span[0] >= span[1]:
+            raise ValueError(
+                f"{self.path}/{self.dataset}: shard {shard} is not planned: its plan was removed meanwhile, or is"
+                " another one; run this command again"
+            )
         try:
             rows = Rows(token=self.values("token", *span), length=self.values("length", *span))
         except ValueError as error:
@@ -180,12 +253,18 @@ class PlannedGroup:
         return [str(names[number - first]) for number in dict.fromkeys(document.tolist())]
 
     def lost(self) -> list[str]:
-        """Keys of objects that the plan counts and that are gone or empty: what they held would read as fill."""
+        """Keys of objects that the plan counts and that are gone or empty: what they held would read as fill.
+
+        Also of the arrays' own descriptions, without which nothing can be read.
+        """
         lost = []
         for name, size in self.plan_sizes().items():
-            keys = self._keys(name, range(-(-size // self.layout.arrays()[name].step)))
-            sizes = self.objects.sizes(self._key(f"{name}/c"), keys)
+            objects = range(-(-size // self.layout.arrays()[name].step))
+            keys = [self._key(f"{name}/zarr.json"), *self._keys(name, objects)]
+            sizes = self.objects.sizes(self._key(name), keys)
             lost += [key for key, size_bytes in zip(keys, sizes, strict=True) if not size_bytes]
+        described = [self._key(f"{name}/zarr.json") for name in ROUTES]
+        lost += [key for key in described if not self.objects.size_bytes(key)]
         return [key.removeprefix(f"{self.dataset}/") for key in lost]
 
     def plan_sizes(self) -> dict[str, int]:

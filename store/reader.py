@@ -17,6 +17,7 @@ from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.objects import open_objects
 from store.plan import Plan
+from store.verify import metadata_faults
 
 
 def dataset_names(path: Path | str) -> list[str]:
@@ -88,20 +89,33 @@ def open_covered(path: Path | str, state: Coverage) -> xr.Dataset:
     Raises
     ------
     ValueError
-        When objects of the plan are lost.
+        When objects of the plan are lost, or an array's description is not the layout's: it would be read otherwise.
     """
     if state.lost:
         raise ValueError(f"{path}: {state}")
     group = CaptureGroup(path, state.dataset)
-    arrays = zarr.open_group(group.objects.zarr_store(), path=state.dataset, mode="r", use_consolidated=False)
-    variables = {
-        name: _variable(arrays[name], state.plan, group.layout.rows_per_shard) for name in group.layout.arrays()
-    }
+    if faults := metadata_faults(group, state.plan, shapes=False):
+        raise ValueError(f"{path}/{state.dataset}: the plan is damaged: {faults[0]}; {group.remedy}")
+    try:
+        arrays = zarr.open_group(group.objects.zarr_store(), path=state.dataset, mode="r", use_consolidated=False)
+        variables = {
+            name: _variable(arrays[name], state.plan, group.layout.rows_per_shard) for name in group.layout.arrays()
+        }
+    except OSError:  # a storage out of reach is no damage
+        raise
+    except Exception as error:  # Zarr raises whatever it runs into
+        raise ValueError(f"{path}/{state.dataset} cannot be opened: {error}; {group.remedy}") from error
     captured = ~np.isin(np.arange(state.plan.rows) // group.layout.rows_per_shard, state.missing)
     variables["captured"] = xr.Variable("doc", captured, {"long_name": "whether the row's shard is committed"})
     attrs = group.attrs
+    if not _are_numbers(special := attrs.get("special_token_ids", [])):
+        raise ValueError(f"{path}/{state.dataset}/zarr.json holds {special!r:.80} for special_token_ids, not numbers")
     attrs["environment"] = group.environment or attrs.get("environment")  # of the workers; as planned before the first
     return xr.Dataset(variables, attrs={**attrs, "dataset": state.dataset})
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(number) is int for number in value)
 
 
 def _variable(array: Any, plan: Plan, rows: int) -> xr.Variable:

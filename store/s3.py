@@ -23,6 +23,8 @@ from obstore.store import S3Store
 from zarr.abc.store import Store
 from zarr.storage import ObjectStore
 
+from store.secrets import without_secrets
+
 CONNECT_S, REQUEST_S = 5, 60  # arbitrary; a shard of 20 MB in a minute is 0.3 MB/s
 RETRIES, RETRY_S = 8, 45
 AT_ONCE = 32  # arbitrary: requests for small objects in flight
@@ -132,6 +134,9 @@ class S3Objects:
             with self._told():
                 obstore.delete(self._store, keys)
 
+    def settle(self, prefix: str) -> None:
+        """A put was durable before anybody saw it."""
+
     def zarr_store(self) -> Store:
         return ObjectStore(self._store, read_only=True)
 
@@ -149,7 +154,7 @@ class S3Objects:
             raise self._explained(error) from error
 
     def _explained(self, error: Exception) -> OSError:
-        told, where = str(error), os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+        told, where = map(without_secrets, (str(error), os.environ.get("AWS_ENDPOINT_URL") or "AWS"))
         code, message = (re.search(rf"<{tag}>([^<]*)</{tag}>", told) for tag in ("Code", "Message"))
         reason = f"{code[1]}: {message[1]}" if code and message else told.partition("\n")[0]
         if "NoSuchBucket" in told:

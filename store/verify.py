@@ -66,7 +66,7 @@ def verify(group: CaptureGroup, progress: Callable[[int], None] = lambda tokens:
     """
     plan = group.plan
     records, wrong = group.commits()
-    found = Findings(shards=wrong, plan=_metadata_faults(group, plan))
+    found = Findings(shards=wrong, plan=metadata_faults(group, plan))
     with _threads() as pool:
         found.plan += filter(None, pool.map(lambda part: _plan_fault(group, *part), _plan_parts(group)))
         chunks = range(0, plan.rows, group.layout.arrays()["length"].step)
@@ -109,7 +109,22 @@ def _fault(group: CaptureGroup, shard: int, records: Records) -> str | None:
         found = None if data is None else object_sums(data)
         if found != committed:
             return f"its {name} shard {_difference(name, found, committed, records)}"
-    return None
+    return _miscount(group, shard, records[shard])
+
+
+def _miscount(group: CaptureGroup, shard: int, record: Mapping[str, Any]) -> str | None:
+    """What is wrong with the counts of a commit record, which nothing else in it guards."""
+    start, stop = group.span(shard, group.plan)
+    try:
+        token = group.values("token", start, stop)
+    except ValueError:  # it is told of the plan
+        return None
+    said = record.get("rows"), record["tokens"]
+    if said == (len(token), (token >= 0).sum()) or record.get("token_crc32c") != tokens_crc32c(token):
+        return None
+    return (
+        f"its record counts {said[0]} rows and {said[1]} tokens, and {len(token)} and {(token >= 0).sum()} are planned"
+    )
 
 
 def _difference(name: str, found: Mapping[str, Any] | None, committed: Mapping[str, Any], records: Records) -> str:
@@ -127,8 +142,8 @@ def _difference(name: str, found: Mapping[str, Any] | None, committed: Mapping[s
 # The plan: its arrays' descriptions
 
 
-def _metadata_faults(group: CaptureGroup, plan: Plan) -> list[str]:
-    """What is wrong with the arrays' own descriptions."""
+def metadata_faults(group: CaptureGroup, plan: Plan, *, shapes: bool = True) -> list[str]:
+    """What is wrong with the arrays' own descriptions, by which others read them; with or without their shapes."""
     faults, sizes = [], group.plan_sizes()
     for name, spec in group.layout.arrays().items():
         key, size = f"{name}/zarr.json", sizes.get(name, sizes["token"])
@@ -137,14 +152,15 @@ def _metadata_faults(group: CaptureGroup, plan: Plan) -> list[str]:
             found, wanted = parse_record(data or b""), json.loads(spec.metadata(size))
             # An array grows before the plan counts its new rows.
             grown = not plan.complete and name in GROWING and found["shape"][0] >= size
-            if found["shape"] != wanted["shape"] and not (grown and found["shape"][1:] == wanted["shape"][1:]):
+            fits = found["shape"] == wanted["shape"] or (grown and found["shape"][1:] == wanted["shape"][1:])
+            if shapes and not fits:
                 faults.append(f"{key} says {found['shape']}, {wanted['shape']} are planned")
             faults += [
                 f"{key} says {field} {found[field]}, and the layout {wanted[field]}"
                 for field in DESCRIBED
                 if _as_read(found[field]) != _as_read(wanted[field])
             ]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             faults.append(f"{key} {'is gone' if data is None else f'cannot be read ({error!r})'}")
     return faults
 

@@ -1,15 +1,19 @@
 """The command line of a capture, from text to store, with the tiny model."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from fake_hub import COMMIT, TOKEN, FakeHub
@@ -17,7 +21,7 @@ from fake_model import store_files
 
 import store
 from jobs import status
-from jobs.config import MIXTRAL, parse_capture
+from jobs.config import MIXTRAL, PRESETS, CaptureConfig, parse_capture
 from store.lease import lease
 from workers import engine, environment
 from workers.tiny import tiny_checkpoint
@@ -133,9 +137,62 @@ def test_what_print_config_prints_config_takes_and_the_command_line_goes_before_
         assert said in refused.err
 
 
+NOTEBOOK: dict[str, Any] = {
+    "model": "mistralai/Mixtral-8x7B-Instruct-v0.1",
+    "quantization": "fp4",
+    "dtype": "float16",
+    "quantize_gates": True,
+    "bos": "none",
+    "dataset": ("Salesforce/wikitext:wikitext-2-raw-v1",),
+    "split": "test",
+    "limit_documents": 8,
+    "limit_tokens": 128,
+    "sequence_length": 128,
+}
+
+
+def test_a_preset_is_its_table_and_nothing_else(command: Command, tmp_path: Path) -> None:
+    (names,) = (arms for arms in get_args(get_type_hints(CaptureConfig)["preset"]) if arms is not type(None))
+    assert set(get_args(names)) == PRESETS.keys()
+    assert parse_capture(["--preset", "notebook"]) == CaptureConfig(preset="notebook", **NOTEBOOK)
+    printed = command("--preset", "notebook", "--print_config")
+    (tmp_path / "notebook.yaml").write_text(printed.out)
+    from_file = parse_capture(["--config", str(tmp_path / "notebook.yaml")])
+    assert replace(from_file, config=None) == CaptureConfig(**NOTEBOOK), "a file holds what a preset comes to"
+    unknown = command("--preset", "paper")
+    assert unknown.status == 2
+    assert "'notebook'" in unknown.err
+    (tmp_path / "preset.yaml").write_text("preset: notebook")
+    assert "unknown preset" in command("--config", tmp_path / "preset.yaml").err
+    shown = " ".join(command("--help").out.replace("│", " ").split())
+    for said in ("--preset {None,notebook}", "FP4", "first 128 tokens of each of the first 8 rows of", "WikiText-2"):
+        assert said in shown
+
+
+def test_whatever_is_given_goes_before_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(*arguments: str) -> CaptureConfig:
+        return parse_capture(["--preset", "notebook", *arguments])
+
+    notebook = CaptureConfig(preset="notebook", **NOTEBOOK)
+    assert given("--model", "tiny", "--no-quantize-gates", "--limit_tokens", "64") == replace(
+        notebook, model="tiny", quantize_gates=False, limit_tokens=64
+    )
+    assert given("--name", "x", "--split", "train") == replace(notebook, name=("x",), split="train")
+    other = replace(notebook, dataset=("demo:prose",), split=None)
+    assert given("--dataset", "demo:prose") == given("--dataset=demo:prose") == other, "a split belongs to a data set"
+    assert given("--dataset", "demo:prose", "--split", "train") == replace(other, split="train")
+    file = tmp_path / "options.yaml"
+    file.write_text("dataset: [a, b]\nquantization: nf4\nlimit_documents: null")
+    both = replace(notebook, dataset=("a", "b"), split=None, quantization="nf4", config=file)
+    assert given("--config", str(file)) == both
+    assert given("--config", str(file), "--dataset", "c") == replace(both, dataset=("c",))
+    monkeypatch.setenv("EXPERT_ATLAS_STORE", "/elsewhere")
+    assert given() == replace(notebook, store="/elsewhere")
+
+
 def test_what_is_no_capture_is_refused_with_what_to_give(command: Command, texts: Path) -> None:
     assert "give at least one --dataset" in command("--local").err
-    for option in ("--sequence_length", "--rows_per_shard", "--batch_tokens", "--limit_documents"):
+    for option in ("--sequence_length", "--rows_per_shard", "--batch_tokens", "--limit_documents", "--limit_tokens"):
         refused = command("--dataset", texts, "--local", option, 0)
         assert refused.status == 2
         assert f"{option} is 0, and must be more than 0" in refused.err
@@ -195,6 +252,15 @@ def test_a_dry_run_of_every_document_is_exact_and_warns_of_empty_rows(
     assert "rows are mostly empty" in dry.out
 
 
+def test_a_dry_run_counts_no_more_tokens_of_a_document_than_are_captured(
+    command: Command, options: tuple[str, ...], texts: Path
+) -> None:
+    dry = command("--dataset", texts, *options, "--limit_tokens", 40, "--dry_run")
+    counts = [min(40, len(ids)) for ids in load_tokenizer(tiny_checkpoint()).encode_batch(list(TEXTS.values()))]
+    assert said(dry.out, "tokens") == f"{sum(counts):,} ± 0 (95 %, from 4 documents tokenized)"
+    assert said(dry.out, "rows") == f"about {sum(-(-count // 32) for count in counts)} of 32 positions"
+
+
 # --- A capture, again and otherwise -----------------------------------------------------------------------
 
 
@@ -225,6 +291,30 @@ def test_a_capture_holds_the_text_and_the_same_command_again_does_nothing(
     assert store_files(tmp_path / "s.zarr") == before
 
 
+def test_of_each_document_only_the_first_tokens_are_captured_and_the_rest_is_no_row(
+    command: Command, options: tuple[str, ...], texts: Path, tmp_path: Path
+) -> None:
+    chat = [{"role": "user", "content": "What routes tokens? " * 9}, {"role": "assistant", "content": "A gate."}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}))
+    arguments = ("--dataset", texts, "--dataset", tmp_path / "chat.jsonl", *options)
+    assert command(*arguments).status == 0
+    limited = command(*arguments, "--name", "few", "--name", "chat-few", "--limit_tokens", 40)
+    assert limited.status == 0, limited.err
+    for whole, few in (("texts", "few"), ("chat", "chat-few")):
+        all_of_it, first = (store.open_capture(tmp_path / "s.zarr", name).load() for name in (whole, few))
+        kept = all_of_it["offset"].values < 40
+        for name in ("document_id", "offset", "name"):
+            np.testing.assert_array_equal(first[name], all_of_it[name].values[kept if name != "name" else ...])
+        inside = np.arange(32) + all_of_it["offset"].values[kept, None] < 40
+        for name in ("token", "expert", "role") if whole == "chat" else ("token", "expert"):
+            fill = {"token": -1}.get(name, 255)
+            wanted = all_of_it[name].values[kept]
+            shape = inside.reshape(inside.shape + (1,) * (wanted.ndim - 2))
+            np.testing.assert_array_equal(first[name], np.where(shape, wanted, fill))
+        assert first.attrs["tokens"] == int(first["length"].sum()) < all_of_it.attrs["tokens"]
+        assert first.attrs["window_rule"].endswith("of each document its first 40 tokens only")
+
+
 def test_two_runs_in_different_folders_give_equal_bytes(
     command: Command, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +332,7 @@ def test_two_runs_in_different_folders_give_equal_bytes(
     [
         (("--sequence_length", "16"), "sequence_length", "32", "16"),
         (("--limit_documents", "2"), "limit_documents", "None", "2"),
+        (("--limit_tokens", "9"), "limit_tokens", "None", "9"),
         (("--quantization", "nf4"), "quantization", "'none'", "'nf4'"),
         (("--batch_tokens", "64"), "batch_tokens", "8192", "64"),
         (("--bos", "row"), "bos", "'none'", "'row'"),
@@ -303,7 +394,7 @@ def test_status_tells_complete_from_incomplete_also_while_a_job_runs(
     state = store.coverage(path, "texts")
     assert done.status == 0
     row = next(line for line in done.out.splitlines() if "texts" in line)
-    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    cells = re.split(" {2,}", row)
     total = state.shards_total
     assert total >= 3
     wanted = ["texts", f"{total}/{total}", "0", "4", f"{state.tokens_done:,}", "100.0%", f"{state.bytes_done:,}"]
@@ -365,7 +456,8 @@ def test_conversations_have_a_role_for_every_token(command: Command, options: tu
 IDENTITY = {
     *("model", "model_revision", "quantization", "compute_dtype", "gate_precision", "expert_backend", "attention"),
     *("tokenizer", "text_sha256", "text_split", "text_field", "sequence_length", "rows_per_shard", "bos"),
-    *("batch_tokens", "limit_documents", "schema_version", "layers", "num_experts", "experts_per_token"),
+    *("batch_tokens", "limit_documents", "limit_tokens", "schema_version", "layers", "num_experts"),
+    "experts_per_token",
 }
 PROVENANCE = {
     *("schema_version", "identity", "model", "quantization", "sequence_length", "rows_per_shard", "window_rule"),
@@ -427,6 +519,40 @@ def test_model_and_data_set_come_from_a_hub_with_the_token_of_a_env_file_and_aga
     tree = store.open_tree(work / "s.zarr")
     np.testing.assert_array_equal(tree["words"]["expert"], tree["again"]["expert"])
     assert not [name for name, content in store_files(work / "s.zarr").items() if TOKEN.encode() in content]
+
+
+WIKITEXT_ROWS = ["", " = Robert = \n", "", " words " * 200, " one two \n", "", " = = Career = = \n", "", " ninth \n"]
+WIKITEXT_CARD = """---
+configs:
+- config_name: wikitext-2-raw-v1
+  data_files:
+  - split: test
+    path: wikitext-2-raw-v1/test-*
+---
+"""
+
+
+def test_the_notebooks_rows_are_the_hubs_first_ones_cut_at_128_tokens(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"text": WIKITEXT_ROWS}), stream)
+    files = {"README.md": WIKITEXT_CARD.encode(), "wikitext-2-raw-v1/test-0.parquet": stream.getvalue()}
+    command = [sys.executable, "-W", "error", str(ROOT / "jobs" / "capture.py"), "--preset", "notebook"]
+    command += ["--local", "--model", "tiny", "--device", "cpu", "--store", str(tmp_path / "s.zarr")]
+    with FakeHub({"datasets/Salesforce/wikitext": files}) as hub:
+        ran = subprocess.run(command, env=hub.environment(tmp_path), capture_output=True, text=True, timeout=150)
+    assert ran.returncode == 0, ran.stderr
+    assert "8 documents, 4 of them empty, 4 rows" in ran.stderr
+    data = store.open_capture(tmp_path / "s.zarr", "wikitext-wikitext-2-raw-v1").load()
+    ids = load_tokenizer(tiny_checkpoint()).encode_batch(WIKITEXT_ROWS[:8])
+    assert data["name"].values.tolist() == [f"test:{row}" for row in range(1, 9)]
+    assert data["document_id"].values.tolist() == [1, 3, 4, 6]
+    assert data.sizes["position"] == 128 < len(ids[3])
+    for row, document in enumerate(data["document_id"].values.tolist()):
+        assert data["token"].values[row, : data["length"].values[row]].tolist() == ids[document][:128].tolist()
+    identity = data.attrs["identity"]
+    wanted = {"quantization": "fp4", "compute_dtype": "float16", "gate_precision": "fp4", "bos": "none"}
+    wanted |= {"text_split": "test", "text_document": "row", "limit_documents": 8, "limit_tokens": 128}
+    assert identity.items() >= wanted.items()
 
 
 # --- What a review found --------------------------------------------------------------------------------------------

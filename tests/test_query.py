@@ -19,7 +19,8 @@ from synthetic import HOSTILE, make_capture
 from analysis.paths import document_path
 from analysis.tables import SCHEMAS
 from analysis.tokens import expert_tokens, token_experts
-from jobs import query
+from jobs import query, screen
+from jobs.questions import document_answer, expert_color
 from store import CaptureGroup, open_capture
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ def ask(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 def cells(out: str) -> list[list[str]]:
     """The rows of all tables that were printed."""
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
+    return [re.split(" {2,}", line.strip()) for line in out.splitlines() if re.match(r" *\d+  ", line)]
 
 
 # --- Answers ------------------------------------------------------------------------------------------------------
@@ -140,9 +141,10 @@ def test_a_terminal_gets_colours_and_layers_in_turns_and_digits_all_the_same() -
         shown = io.StringIO()
         system: Any = color
         console = Console(file=shown, width=width, force_terminal=True, color_system=system)
-        query.draw_document(console, capture, number, list(range(32)))
+        document_answer(capture, number, list(range(32))).draw(console)
         plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue())
-        lines = plain.splitlines()[1:]
+        lines = plain.splitlines()
+        lines = lines[next(index for index, line in enumerate(lines) if line.startswith("layer")) :]
         assert max(len(line) + line.count("界") for line in lines) <= width
         turns = [line.split()[1:] for line in lines if line.startswith("layer")]
         assert [layer for turn in turns for layer in turn if layer != "piece"] == [str(layer) for layer in range(32)]
@@ -154,9 +156,9 @@ def test_a_terminal_gets_colours_and_layers_in_turns_and_digits_all_the_same() -
             assert found == path["expert"].values[index].tolist()
         if color:
             first = int(path["expert"].values[0, 0, 0])
-            red, green, blue = map(int, re.findall(r"\d+", query._color(first, 12)))
+            red, green, blue = map(int, re.findall(r"\d+", expert_color(first, 12)))
             assert f"48;2;{red};{green};{blue}m{first:>2}" in shown.getvalue()
-    assert len({query._color(expert, 12) for expert in range(12)}) == 12
+    assert len({expert_color(expert, 12) for expert in range(12)}) == 12
 
 
 def test_what_a_text_holds_commands_no_terminal() -> None:
@@ -165,11 +167,11 @@ def test_what_a_text_holds_commands_no_terminal() -> None:
     shown = io.StringIO()
     console = Console(file=shown, width=160)
     for document in range(9):
-        query.draw_document(console, capture, document, [0])
+        document_answer(capture, document, [0]).draw(console)
     out = shown.getvalue()
     assert all(c.isprintable() or c == "\n" for c in out)
     assert "[bold red]x[/]" in out
-    assert query.shown("\ud800") == r"\ud800"
+    assert screen.shown("\ud800") == r"\ud800"
     assert r"\u202eevil" in out
 
 

@@ -185,6 +185,20 @@ def test_truncation_and_padding_in_a_published_file_are_ignored(tmp_path: Path) 
     assert [each.tolist() for each in ids] == [SENTENCEPIECE.encode("one two three four"), []]
 
 
+@pytest.mark.parametrize("limit", [1, 5, 10_000])
+def test_so_many_ids_as_were_asked_for_are_the_first_of_all(tokenizer: TextTokenizer, limit: int) -> None:
+    few = load_tokenizer(tiny_checkpoint(), limit_tokens=limit)
+    for ids, first in zip(tokenizer.encode_batch(HARD, 50), few.encode_batch(HARD, 50), strict=True):
+        assert first.tolist() == ids[:limit].tolist()
+        assert first.base is None, "the rest of a long text does not stay in memory"
+    messages = [{"role": "user", "content": "What routes tokens?"}, {"role": "assistant", "content": "A gate."}]
+    whole, part = tokenizer.chat(messages), few.chat(messages)
+    for all_of_it, first in zip(whole, part, strict=True):
+        assert first.tolist() == all_of_it[:limit].tolist()
+    assert few.sha256 == tokenizer.sha256
+    assert few.pieces() == tokenizer.pieces()
+
+
 def test_a_folder_without_a_tokenizer_is_named_with_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*looked for tokenizer\.json and tokenizer\.model"):
         load_tokenizer(tmp_path)

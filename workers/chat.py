@@ -112,12 +112,10 @@ class ChatTemplate:
         return self._encode_parts(parts, mark)
 
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        from jinja2 import TemplateError
-
         conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
         try:
             return str(self._renderer.apply_chat_template(conversation, chat_template=self._template, tokenize=False))
-        except TemplateError as error:
+        except Exception as error:  # templates are programs: in Jinja's sandbox they raise whatever they run into
             raise ValueError(f"the chat template of {self._name} refuses the messages: {error}") from error
 
     @cached_property

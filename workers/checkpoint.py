@@ -9,6 +9,7 @@ Does not know what a model is: no torch, no transformers. `workers.loading` buil
 
 import hashlib
 import json
+import operator
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is no checkpoint: it has no config.json (there: {_listing(folder)})")
     try:
         config = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} must hold a JSON object, not a {type(config).__name__}")
@@ -124,8 +125,10 @@ def weight_files(folder: Path) -> list[Path]:
         )
     try:
         names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX} has no readable weight_map: {error!r}") from error
+    if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name or "\0" in name]:
+        raise ValueError(f"{folder / INDEX} names {odd[0]!r:.80}, and must name files that lie beside it")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -187,9 +190,11 @@ def _tensors(folder: Path) -> dict[str, _Tensor]:
                 entries.pop("__metadata__", None)
                 base = 8 + header_bytes
                 for name, entry in entries.items():
-                    start, stop = (base + offset for offset in entry["data_offsets"])
+                    start, stop = (base + operator.index(offset) for offset in entry["data_offsets"])
+                    if not base <= start <= stop:
+                        raise ValueError(f"{name} ends before it begins")
                     found[name] = _Tensor(file, entry["dtype"], entry["shape"], start, stop)
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{file} is no safetensors file: its header is unreadable ({error!r})") from error
         end = max((tensor.stop for tensor in found.values() if tensor.file == file), default=base)
         if end != size_bytes:

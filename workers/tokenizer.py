@@ -3,7 +3,8 @@ Text to token ids, with the model's own tokenizer and on all cores.
 
 Promises: the ids are those of the published `tokenizer.json`, or of sentencepiece itself where a folder
 has only `tokenizer.model`; no special token is added, and text that looks like one (`<s>`) stays text;
-long texts are cut so that memory is bounded, and the ids are those of the uncut text.
+long texts are cut so that memory is bounded, and the ids are those of the uncut text, or the first of
+them where so many were asked for.
 
 `transformers.AutoTokenizer` is not used for text. Without `tokenizer.json` it derives other merges; with
 it, the class LlamaTokenizer builds the normalizer anew, and a leading space is lost (transformers 5.23).
@@ -40,7 +41,9 @@ _CUT = re.compile(rf"[^\s{_SPACE}] (?=.)", re.DOTALL)
 _CROSSES_CUT = re.compile(rf"[^\s{_SPACE}][ {_SPACE}]")
 
 
-def load_tokenizer(model: str | Path, revision: str | None = None) -> "TextTokenizer":
+def load_tokenizer(
+    model: str | Path, revision: str | None = None, *, limit_tokens: int | None = None
+) -> "TextTokenizer":
     """
     Load the tokenizer of a model from a local folder or from the hub.
 
@@ -50,22 +53,26 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> "TextToken
         A folder that holds `tokenizer.json` (used first) or `tokenizer.model`, or a hub id (`org/name`).
     revision
         Commit, tag or branch on the hub; not used for a folder.
+    limit_tokens
+        Give the first so many ids of a text or conversation only.
 
     Raises
     ------
     FileNotFoundError
         The folder has no tokenizer, or the hub cannot give one (offline, unknown, gated).
+    ValueError
+        A file of it cannot be read; it names the file.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
         folder = _fetch(str(model), revision)
     settings: dict[str, Any] = {}
     if (folder / "tokenizer_config.json").is_file():
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = _settings(folder / "tokenizer_config.json")
     if (folder / "chat_template.jinja").is_file():
         settings["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "tokenizer.json").is_file():
-        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        backend = _backend(folder / "tokenizer.json")
     elif (folder / "tokenizer.model").is_file():
         backend = sentencepiece_tokenizer(folder / "tokenizer.model")
         settings = {"bos_token": "<s>", "eos_token": "</s>"} | settings  # sentencepiece's names
@@ -74,7 +81,26 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> "TextToken
             f"no tokenizer in {folder}: looked for {' and '.join(_FILES)}. Copy the model's tokenizer files "
             "into the folder, or name a folder that has them."
         )
-    return TextTokenizer(backend, settings, str(model))
+    return TextTokenizer(backend, settings, str(model), limit_tokens)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A `tokenizer_config.json`."""
+    try:
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; fetch it again") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds {type(settings).__name__}, and must hold a JSON object; fetch it again")
+    return settings
+
+
+def _backend(path: Path) -> Tokenizer:
+    """A `tokenizer.json`."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer that is known here: {error}; fetch it again") from error
 
 
 def _fetch(model: str, revision: str | None) -> Path:
@@ -160,7 +186,9 @@ class TextTokenizer:
         Of the serialized backend: vocabulary, merges, normalizer, added tokens; not the chat template.
     """
 
-    def __init__(self, backend: Tokenizer, settings: Mapping[str, Any], name: str) -> None:
+    def __init__(
+        self, backend: Tokenizer, settings: Mapping[str, Any], name: str, limit_tokens: int | None = None
+    ) -> None:
         backend.no_truncation()  # both may be baked into a published tokenizer.json
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -168,6 +196,7 @@ class TextTokenizer:
         self._backend = backend
         self._settings = settings
         self._name = name
+        self._limit_tokens = limit_tokens
         self._byte_level = "ByteLevel" in json.dumps(json.loads(serialized)["decoder"])
         self._added = backend.get_added_tokens_decoder()
         self.sha256 = hashlib.sha256(serialized.encode()).hexdigest()
@@ -198,7 +227,10 @@ class TextTokenizer:
             encodings = self._backend.encode_batch_fast([part for _, part in group], add_special_tokens=False)
             for (n, _), encoding in zip(group, encodings, strict=True):
                 parts[n].append(np.array(encoding.ids, dtype=np.int32))
-        return [np.concatenate(each) if each else np.empty(0, np.int32) for each in parts]
+        ids = [np.concatenate(each) if each else np.empty(0, np.int32) for each in parts]
+        if self._limit_tokens is None:
+            return ids
+        return [each[: self._limit_tokens].copy() for each in ids]  # a view would keep all of them in memory
 
     def _cut(self, text: str, limit: int) -> Iterator[str]:
         """Cut a text before spaces that follow a non-space, each part but the last at least `limit` long."""
@@ -251,7 +283,8 @@ class TextTokenizer:
         ValueError
             There is no chat template, or it cannot take the messages.
         """
-        return self._chat_template.encode(messages)
+        ids, roles = self._chat_template.encode(messages)
+        return ids[: self._limit_tokens], roles[: self._limit_tokens]
 
     @property
     def chat_template_sha256(self) -> str:
