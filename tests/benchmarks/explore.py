@@ -94,7 +94,7 @@ def measured(store: Path) -> dict[str, Any]:
             listening = time.monotonic() - started
             while state["busy"]:
                 time.sleep(0.5)
-                with urllib.request.urlopen(f"{base}state.json", timeout=60) as answer:
+                with urllib.request.urlopen(f"{base}-/state.json", timeout=60) as answer:
                     [state] = json.load(answer)["sets"]
             indexed = time.monotonic() - started
             time.sleep(1)
