@@ -1,7 +1,7 @@
 """Bad input by the hundred: always a clear error or a right result; never a hang, a bare traceback or a wrong store.
 
 Each test draws damaged input and holds the outcome against an oracle that does not use the code it tests. A hang is
-stopped by the suite's timeout. `FUZZ=50` draws fifty times as many examples (`make chaos`), and other ones each time.
+stopped by the suite's timeout. `FUZZ=50` draws fifty times as many examples, and other ones each time.
 """
 
 import contextlib
