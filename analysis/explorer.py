@@ -20,6 +20,7 @@ from analysis.index import PARTS_AT_ONCE, CaptureIndex
 from analysis.profile import Profiles
 from analysis.view import View
 from store.reader import dataset_names
+from store.secrets import without_secrets
 
 BUSY_S, QUIET_S = 2.0, 20.0  # between looks at a capture that runs, and at one that is complete
 SAY_S = 10.0  # between two lines about one index
@@ -153,7 +154,7 @@ class Explorer:
             yield
             self.problems.pop(name, None)
         except Exception as error:
-            reason = str(error) or repr(error)
+            reason = without_secrets(str(error) or repr(error))
             if isinstance(error, OSError):
                 reason += "; give another folder for the index with --index"
             if self.problems.get(name) != reason:

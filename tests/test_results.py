@@ -167,8 +167,8 @@ def test_a_scan_on_a_cluster_equals_one_in_this_process(store: Path, tmp_path: P
 def test_arrays_among_the_parameters_are_told_apart_and_what_has_no_name_is_refused(store: Path) -> None:
     tables = [np.zeros((2, 2, 32, 8), np.int64) for _ in range(2)]
     tables[1][0, 0, 5, 5] = 1
-    questions = [results._question(DocumentScores(table, poisson_weights)) for table in tables]
+    questions = [results.question(DocumentScores(table, poisson_weights)) for table in tables]
     assert results._hash(questions[0]) != results._hash(questions[1])
-    assert results._hash(questions[0]) == results._hash(results._question(DocumentScores(tables[0], poisson_weights)))
+    assert results._hash(questions[0]) == results._hash(results.question(DocumentScores(tables[0], poisson_weights)))
     with pytest.raises(ValueError, match="<lambda> has no name by which its answer can be kept"):
         measure(store, "fake", [Resampled(Load(), 3, weights=lambda *asked: poisson_weights(*asked))])
