@@ -226,9 +226,10 @@ class CaptureGroup(PlannedGroup):
         The note is about the bytes of this record: another commit of the shard makes it void.
         """
         data = self.objects.get(self._key(f"{COMMITS}/{shard}.json"))
-        if data is not None and parse_record(data) == record:  # else it is healed already
-            note = {"reason": reason, "commit_crc32c": google_crc32c.value(data)}
-            self.objects.put(self._key(f"{FAULTS}/{shard}.json"), as_json(note))
+        with suppress(ValueError):  # the record itself was damaged meanwhile, and says so
+            if data is not None and parse_record(data) == record:  # else it is healed already
+                note = {"reason": reason, "commit_crc32c": google_crc32c.value(data)}
+                self.objects.put(self._key(f"{FAULTS}/{shard}.json"), as_json(note))
 
     def settle(self) -> None:
         """Make what stands durable: who wrote the last record of it may have died just before that."""

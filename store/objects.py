@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -205,13 +205,11 @@ class LocalObjects:
     def _write_partial(self, data: bytes) -> Path:
         partial = self._parent_made(f"{self.scratch}/{uuid.uuid4().hex}")
         try:
-            with partial.open("xb") as file:
+            with _naming(partial), partial.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException as error:  # a full disk, a signal: leave nothing behind
-            if isinstance(error, OSError):
-                error.filename = error.filename or str(partial)  # else it would not say where
+        except BaseException:  # a full disk, a signal: leave nothing behind
             partial.unlink(missing_ok=True)
             raise
         return partial
@@ -239,6 +237,17 @@ class LocalObjects:
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with _naming(folder):
+            os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What the kernel says of an open file does not name it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

@@ -1,7 +1,8 @@
 """Whole objects by key in an S3 bucket, or in another storage that speaks its protocol.
 
 A put is one request, durable when it returns; what must not be there yet is put with If-None-Match, what must not have
-changed with If-Match. A failure that may pass is tried again for three quarters of a minute, then said in one sentence.
+changed with If-Match. A failure that may pass is tried again for three quarters of a minute, and what takes more than a
+minute three times, then said in one sentence.
 
 Address and credentials come from the standard variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...), else
 from the machine's role. Not known here: versions of objects, encryption, storage classes; the bucket's defaults hold.
@@ -12,10 +13,11 @@ tests/benchmarks/s3.py).
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
@@ -26,8 +28,11 @@ from zarr.storage import ObjectStore
 from store.secrets import without_secrets
 
 CONNECT_S, REQUEST_S = 5, 60  # arbitrary; a shard of 20 MB in a minute is 0.3 MB/s
-RETRIES, RETRY_S = 8, 45
+RETRIES, RETRY_S = 100, 45  # as many as there is time for
+BACK_OFF_S, LONGEST_BACK_OFF_S, BACK_OFF_BASE = 0.1, 5, 3  # a pause is random, up to so many times the one before
+PAUSES_S = (1.0, 4.0)  # arbitrary: before what the client does not try again by itself is
 AT_ONCE = 32  # arbitrary: requests for small objects in flight
+T = TypeVar("T")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -65,16 +70,26 @@ class S3Objects:
                 "connect_timeout": timedelta(seconds=CONNECT_S),
                 "timeout": timedelta(seconds=REQUEST_S),
             },
-            retry_config={"max_retries": RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)},
+            retry_config={
+                "max_retries": RETRIES,
+                "retry_timeout": timedelta(seconds=RETRY_S),
+                "backoff": {
+                    "init_backoff": timedelta(seconds=BACK_OFF_S),
+                    "max_backoff": timedelta(seconds=LONGEST_BACK_OFF_S),
+                    "base": BACK_OFF_BASE,
+                },
+            },
         )
 
     def get(self, key: str) -> bytes | None:
-        with self._told():
+        def get() -> bytes | None:
             try:
                 return obstore.get(self._store, key).bytes().to_bytes()
             except FileNotFoundError as error:
                 _refuse_no_bucket(error)
                 return None
+
+        return self._answer(get)
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -82,12 +97,14 @@ class S3Objects:
             return {key: data for key, data in found if data is not None}
 
     def size_bytes(self, key: str) -> int | None:
-        with self._told():
+        def head() -> int | None:
             try:
                 return obstore.head(self._store, key)["size"]
             except FileNotFoundError as error:
                 _refuse_no_bucket(error)
                 return None
+
+        return self._answer(head)
 
     def sizes(self, prefix: str, keys: Sequence[str]) -> Sequence[int | None]:
         """One request for a thousand objects."""
@@ -95,19 +112,20 @@ class S3Objects:
         return [found.get(key) for key in keys]
 
     def put(self, key: str, data: bytes) -> None:
-        with self._told():
-            obstore.put(self._store, key, data, use_multipart=False)
+        self._answer(lambda: obstore.put(self._store, key, data, use_multipart=False))
 
     def put_new(self, key: str, data: bytes) -> bool:
-        with self._told():
+        def put() -> bool:
             try:
                 obstore.put(self._store, key, data, mode="create", use_multipart=False)
             except AlreadyExistsError:
                 return False
-        return True
+            return True
+
+        return self._answer(put)
 
     def put_over(self, key: str, old: bytes, data: bytes) -> bool:
-        with self._told():
+        def put() -> bool:
             try:
                 standing = obstore.get(self._store, key)
                 if standing.bytes().to_bytes() != old:
@@ -115,24 +133,24 @@ class S3Objects:
                 obstore.put(self._store, key, data, mode={"e_tag": standing.meta["e_tag"]}, use_multipart=False)
             except (FileNotFoundError, PreconditionError):
                 return False
-        return True
+            return True
+
+        return self._answer(put)
 
     def delete(self, key: str) -> None:
-        with self._told():
-            obstore.delete(self._store, key)
+        self._answer(lambda: obstore.delete(self._store, key))
 
     def list(self, prefix: str) -> list[str]:
-        with self._told():
-            return sorted(_name(entry["path"]) for entry in obstore.list_with_delimiter(self._store, prefix)["objects"])
+        found = self._answer(lambda: obstore.list_with_delimiter(self._store, prefix))
+        return sorted(_name(entry["path"]) for entry in found["objects"])
 
     def folders(self, prefix: str) -> Sequence[str]:
-        with self._told():
-            return sorted(_name(path) for path in obstore.list_with_delimiter(self._store, prefix)["common_prefixes"])
+        found = self._answer(lambda: obstore.list_with_delimiter(self._store, prefix))
+        return sorted(_name(path) for path in found["common_prefixes"])
 
     def clear(self, prefix: str) -> None:
         if keys := sorted(self._all(prefix)):
-            with self._told():
-                obstore.delete(self._store, keys)
+            self._answer(lambda: obstore.delete(self._store, keys))
 
     def settle(self, prefix: str) -> None:
         """A put was durable before anybody saw it."""
@@ -141,17 +159,26 @@ class S3Objects:
         return ObjectStore(self._store, read_only=True)
 
     def _all(self, prefix: str) -> dict[str, int]:
-        with self._told():
+        def everything() -> dict[str, int]:
             pages = obstore.list(self._store, prefix, chunk_size=1000)
             return {entry["path"]: entry["size"] for page in pages for entry in page}
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """A failure, in one sentence that names the store and what to do."""
-        try:
-            yield
-        except (BaseError, FileNotFoundError) as error:
-            raise self._explained(error) from error
+        return self._answer(everything)
+
+    def _answer(self, request: Callable[[], T]) -> T:
+        """What a request gives; a failure, in one sentence that names the store and what to do.
+
+        Whatever is asked for here may be done twice.
+        """
+        pauses_s = iter(PAUSES_S)
+        while True:
+            try:
+                return request()
+            except (BaseError, FileNotFoundError) as error:
+                pause_s = next(pauses_s, None) if _was_tried_once(error) else None
+                if pause_s is None:
+                    raise self._explained(error) from error
+            time.sleep(pause_s)
 
     def _explained(self, error: Exception) -> OSError:
         told, where = map(without_secrets, (str(error), os.environ.get("AWS_ENDPOINT_URL") or "AWS"))
@@ -184,6 +211,16 @@ def _refuse_no_bucket(error: FileNotFoundError) -> None:
     """Raise the error again where it is not the object that is not there, but the bucket."""
     if "NoSuchBucket" in str(error):
         raise error
+
+
+def _was_tried_once(error: Exception) -> bool:
+    """Whether the client has not tried again by itself, though it may pass.
+
+    It does not when a conditional put or a removal takes too long, or anything longer than `RETRY_S`, and when the
+    answer to a listing breaks off.
+    """
+    told = str(error)
+    return "HTTP error" in told and "retries, max_retries" not in told
 
 
 def _name(path: str) -> str:

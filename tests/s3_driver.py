@@ -1,4 +1,4 @@
-"""Captures on S3 that die: reads [store, number of objects written when it is killed, or null], prints the status.
+"""Captures on S3 that die: reads [store, the write before which it is killed, or null], prints the exit status.
 
 Each capture is a fork, made before anything speaks to the server: threads and connections do not survive a fork.
 """
@@ -21,31 +21,29 @@ TEXTS = [words(5, 1), "", words(70, 2), words(8, 3), " \n ", words(9, 4), words(
 """17 rows of 8 positions, five shards of four rows."""
 
 
-def die_at(step: int) -> None:
-    """Make this process die before it writes its object number `step`, counted from 0."""
-    written = []
+def die_before(write: str) -> None:
+    """Make this process die before it does `write`, as "put_new fake/zarr.json"."""
 
-    def counted(method: Any) -> Any:
+    def deadly(name: str, method: Any) -> Any:
         def call(self: S3Objects, key: str, *data: bytes) -> Any:
-            if len(written) == step:
+            if f"{name} {key}" == write:
                 os.kill(os.getpid(), signal.SIGKILL)
-            written.append(key)
             return method(self, key, *data)
 
         return call
 
-    for name in ("put", "put_new", "delete"):
-        setattr(S3Objects, name, counted(getattr(S3Objects, name)))
+    for name in ("put", "put_new", "put_over", "delete"):
+        setattr(S3Objects, name, deadly(name, getattr(S3Objects, name)))
 
 
-def run(store: str, step: int | None) -> int:
+def run(store: str, death: str | None) -> int:
     """Capture in a fork; the exit status, negative for the signal that ended it."""
     child = os.fork()
     if child == 0:
         status = 99
         try:
-            if step is not None:
-                die_at(step)
+            if death is not None:
+                die_before(death)
             status = 0 if fake_capture(store, TEXTS).complete else 1
         finally:
             sys.excepthook(*sys.exc_info()) if sys.exc_info()[0] else None

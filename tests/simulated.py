@@ -208,7 +208,8 @@ def simulation(make: Callable[[str], Objects]) -> Iterator[None]:
         return real_holder() | {"process": number}
 
     def is_gone(number: int) -> bool:
-        return number not in processes or processes[number].seems_dead
+        process = processes.get(number)
+        return process is None or process.seems_dead
 
     real_holder = lease._holder
     with pytest.MonkeyPatch.context() as patch:

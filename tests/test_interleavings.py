@@ -5,8 +5,7 @@ another each time, and says with which seed. What it found is kept here, by name
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +69,163 @@ def test_every_interleaving_leaves_the_clean_store_or_says_what_is_missing_in_a_
     in_memory: Callable[[], Interleavings],
 ) -> None:
     search(in_memory, 50)
+
+
+@pytest.fixture
+def on_disk(clean: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Interleavings]:
+    """Makes machines over folders; what is lost with the power is asked in `test_power_loss.py`."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    numbers = iter(range(10**6))
+
+    def make() -> Interleavings:
+        root = tmp_path / f"{next(numbers)}.zarr"
+        snapshot = lambda: store_files(root) if root.exists() else {}
+        return Interleavings(lambda scratch: LocalObjects(root, scratch), snapshot, clean)
+
+    return make
+
+
+@pytest.fixture
+def on_s3(clean: Files, s3: str) -> Callable[[], Interleavings]:
+    """Makes machines over a server that speaks S3's protocol."""
+    numbers = iter(range(10**6))
+
+    def make() -> Interleavings:
+        url = f"{s3}{next(numbers)}"
+        return Interleavings(
+            lambda scratch: S3Objects(url.removeprefix("s3://"), scratch), lambda: bucket_files(url), clean
+        )
+
+    return make
+
+
+@pytest.mark.slow
+def test_so_it_does_on_a_disk(on_disk: Callable[[], Interleavings]) -> None:
+    search(on_disk, 12)
+
+
+@pytest.mark.slow
+def test_so_it_does_on_s3(on_s3: Callable[[], Interleavings]) -> None:
+    search(on_s3, 3)
+
+
+# --- What was found, and is kept --------------------------------------------------------------------------------
+
+Machine = Interleavings
+
+
+def overtaken(machine: Machine, stops_at: int) -> None:
+    """A process stands still and is taken for dead; another one does everything; then the first one goes on."""
+    machine.stand_still(stops_at=stops_at, shards=None, verifies=False)
+    machine.be_taken_for_dead(0)
+    machine.capture(dies_at=None, retry=False)
+    machine.go_on(0, steps=None, acts=None)
+    machine.the_store_equals_the_clean_run_or_says_what_is_missing()
+
+
+def overtaken_for_one_act(machine: Machine, stops_at: int) -> None:
+    """As before, but it dies after one more act: a maker left arrays of no rows behind a complete plan."""
+    machine.stand_still(stops_at=stops_at, shards=None, verifies=False)
+    machine.be_taken_for_dead(0)
+    machine.capture(dies_at=None, retry=False)
+    machine.go_on(0, steps=None, acts=1)
+    machine.the_store_equals_the_clean_run_or_says_what_is_missing()
+
+
+def healing_killed(machine: Machine, dies_at: int) -> None:
+    """A healing dies, and the next one: the note of a fault stayed where its commit was gone."""
+    machine.capture(dies_at=None, retry=False)
+    machine.damage_a_shard(shard=2, of="weight", how="a bit flipped", at=77)
+    machine.verify(dies_at=None)
+    machine.capture(dies_at=dies_at, retry=False)
+    machine.capture(dies_at=None, retry=False)
+    machine.law.equals(machine.law.snapshot())
+
+
+def given_up_and_committed(machine: Machine, stops_at: int) -> None:
+    """A shard is given up while a process stands still that then commits it: its quarantine stayed for ever."""
+    machine.stand_still(stops_at=stops_at, shards=None, verifies=False)
+    machine.be_taken_for_dead(0)
+    machine.capture_some(shards=[0], dies_at=None)
+    machine.give_up(shard=4)
+    machine.go_on(0, steps=None, acts=None)
+    machine.capture(dies_at=None, retry=False)
+    machine.capture(dies_at=None, retry=True)
+    machine.law.equals(machine.law.snapshot())
+
+
+def removed(machine: Machine, stops_at: int) -> None:
+    """The folder is removed under a process, as one does with a plan that is damaged, and another one begins anew."""
+    machine.capture(dies_at=STEPS // 3, retry=False)
+    machine.stand_still(stops_at=stops_at, shards=None, verifies=False)
+    machine.be_taken_for_dead(0)
+    machine.law.plan_hurt = True
+    machine.begin_anew()
+    machine.capture(dies_at=None, retry=False)
+    machine.go_on(0, steps=None, acts=None)
+    machine.the_store_equals_the_clean_run_or_says_what_is_missing()
+
+
+KEPT: dict[Callable[[Machine, int], None], range] = {
+    overtaken: range(1, STEPS, 6),
+    overtaken_for_one_act: range(2, STEPS, 6),
+    healing_killed: range(20),
+    given_up_and_committed: range(110, STEPS, 9),
+    removed: range(1, 90, 9),
+}
+
+
+def ends_well(make: Callable[[], Machine], steps: Callable[[Machine, int], None], at: int) -> None:
+    """Take the steps, and then those that end every example."""
+    machine = make()
+    try:
+        steps(machine, at)
+    finally:
+        machine.teardown()
+
+
+@pytest.mark.parametrize(("steps", "points"), KEPT.items(), ids=lambda of: getattr(of, "__name__", ""))
+def test_it_holds_wherever_it_happens(
+    in_memory: Callable[[], Machine], steps: Callable[[Machine, int], None], points: range
+) -> None:
+    for at in points:
+        ends_well(in_memory, steps, at)
+
+
+# --- That it can fail --------------------------------------------------------------------------------------------
+
+
+def _put_whatever_stands(group: PlannedGroup, changes: Mapping[str, bytes], still: Callable[[], bool]) -> None:
+    for name, data in changes.items():
+        group.objects.put(f"{group.dataset}/{name}", data)
+
+
+FAULTS: list[tuple[Any, str, Any, Callable[[Machine, int], None] | None]] = [
+    (PlannedGroup, "_change", _put_whatever_stands, overtaken_for_one_act),
+    (CaptureGroup, "drop_void", lambda group: None, healing_killed),
+    (CaptureGroup, "drop_void", lambda group: None, given_up_and_committed),
+    (store.group, "_noted", lambda commit, note: None, healing_killed),
+    (CaptureGroup, "discard", lambda group, shard: None, healing_killed),
+    (store.group, "_misfit", lambda record, have: None, None),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "fault", "steps"), FAULTS, ids=[f"{fault[1]}" for fault in FAULTS])
+def test_a_fault_of_the_store_is_found(
+    in_memory: Callable[[], Machine],
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    fault: Any,
+    steps: Callable[[Machine, int], None] | None,
+) -> None:
+    monkeypatch.setattr(owner, name, fault)
+
+    def look() -> None:
+        if steps is None:
+            search(in_memory, 200, shrink=False)
+        else:
+            test_it_holds_wherever_it_happens(in_memory, steps, KEPT[steps])
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        look()

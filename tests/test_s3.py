@@ -17,6 +17,7 @@ from typing import Any
 import obstore
 import pytest
 import xarray as xr
+from bucket import Bucket
 from fake_model import FakeEngine, fake_capture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -65,23 +66,24 @@ OPERATIONS = st.lists(
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(operations=OPERATIONS)
-def test_a_bucket_answers_and_holds_what_a_folder_does(
+def test_a_bucket_and_the_one_in_memory_answer_and_hold_what_a_folder_does(
     s3: str,
     tmp_path_factory: pytest.TempPathFactory,
     operations: list[tuple[Any, ...]],
 ) -> None:
     folder = tmp_path_factory.mktemp("objects")
-    both: list[Objects] = [LocalObjects(folder, "scratch"), S3Objects(f"{s3}/{folder.name}"[5:], "scratch")]
+    files: dict[str, bytes] = {}
+    disk, s3_objects = LocalObjects(folder, "scratch"), S3Objects(f"{s3}/{folder.name}"[5:], "scratch")
+    kinds: list[Objects] = [disk, s3_objects, Bucket("scratch", files)]
     for name, *arguments in operations:
-        ours, theirs = (getattr(objects, name)(*arguments) for objects in both)
-        assert ours == theirs, (name, arguments)
-    for objects in both:
+        ours, *theirs = (getattr(objects, name)(*arguments) for objects in kinds)
+        assert theirs == [ours, ours], (name, arguments)
+    for objects in kinds:
         objects.delete("scratch/none")
-    there = [key for key in KEYS if both[0].get(key) is not None]
-    assert both[0].get_many(KEYS) == both[1].get_many(KEYS)
-    assert list(both[1].get_many(KEYS)) == there
-    assert both[0].sizes("", KEYS) == both[1].sizes("", KEYS)
-    assert any_files(f"{s3}/{folder.name}") == any_files(folder)
+        assert list(objects.get_many(KEYS)) == [key for key in KEYS if disk.get(key) is not None]
+        assert objects.get_many(KEYS) == disk.get_many(KEYS)
+        assert objects.sizes("", KEYS) == disk.sizes("", KEYS)
+    assert any_files(f"{s3}/{folder.name}") == any_files(folder) == files
 
 
 def test_an_object_is_put_over_one_with_the_bytes_that_were_read_and_over_no_other(s3: str, tmp_path: Path) -> None:
@@ -153,14 +155,27 @@ def test_plain_xarray_reads_a_store_on_s3_where_none_of_our_packages_is_there(ca
     assert done.stdout == f"{int(data['expert'].astype('int64').sum())} {data['name'].values.tolist()}\n"
 
 
-DEATHS = (0, 12, 25, 19, 22, 3, 5, 7)
-"""Before the lease, in the making of the group, twice in planning, then between the objects of shards."""
+DEATHS = (
+    "put_new fake/token/lease.json",
+    "put_new fake/name/zarr.json",
+    "put_new fake/zarr.json",
+    "put fake/token/c/3/0",
+    "put_new fake/document_id/c/0",
+    "put_over fake/length/zarr.json",
+    "put_over fake/zarr.json",
+    "put_over fake/token/plan.json",
+    "put_new fake/expert/c/0/0/0/0",
+    "put_new fake/expert/commits/1.json",
+    "put_new fake/weight/c/3/0/0/0",
+    "delete fake/token/lease.json",
+)
+"""In the making of the group, in planning, between the objects of shards, and when all is done."""
 
 
 def test_a_capture_killed_again_and_again_leaves_the_bytes_of_an_undisturbed_one(s3: str, tmp_path: Path) -> None:
     fake_capture(tmp_path / "truth.zarr", TEXTS)
     command = [sys.executable, "-W", "error", str(ROOT / "tests" / "s3_driver.py")]
-    runs = "\n".join(json.dumps([s3, step]) for step in (*DEATHS, None))
+    runs = "\n".join(json.dumps([s3, death]) for death in (*DEATHS, None))
     done = subprocess.run(command, input=runs, capture_output=True, text=True, cwd="/")
     assert done.stdout.split() == [str(-signal.SIGKILL)] * len(DEATHS) + ["0"], done.stderr
     assert comparable(s3) == comparable(tmp_path / "truth.zarr")
@@ -462,9 +477,8 @@ def test_a_server_that_is_not_there_is_told_in_seconds(at: Callable[[str], None]
 
 
 def test_a_server_that_is_not_there_is_given_up_within_a_minute() -> None:
-    """The pauses before the tries: a tenth of a second, doubled each time."""
-    assert sum(0.1 * 2**n for n in range(s3_module.RETRIES)) < 60
-    assert s3_module.RETRY_S + s3_module.CONNECT_S <= 60
+    """No try begins later; see `test_s3_faults.py`."""
+    assert s3_module.RETRY_S + s3_module.LONGEST_BACK_OFF_S + s3_module.CONNECT_S <= 60
 
 
 def test_missing_credentials_are_told(at: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,153 @@
+"""A proxy before an S3 server on loopback that breaks requests as networks and storages do, and counts them.
+
+Each request that is to be broken has one fault, and the next try of it goes through, unless faults are left:
+
+- "503", "500": refused before the server has seen it;
+- "reset": the connection is closed in the middle of the request, which the server never sees;
+- "lost": the server does it, and the answer is lost with the connection;
+- "stall": the server does it, and the answer comes too late;
+- "cut": the answer's body ends too early.
+"""
+
+import contextlib
+import http.client
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+FAULTS = ("503", "500", "reset", "lost", "stall", "cut")
+STALL_S = 3.0
+Fault = Callable[[str, str], str | None]
+"""From method and key of a request to the fault that it has, if any."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A request."""
+
+    at: float
+    method: str
+    key: str
+    """Below the store; empty for a listing and a removal."""
+    condition: str | None
+    """What must be there, or must not be ("*"), for a put to be done."""
+    fault: str | None
+
+
+class Proxy(ThreadingHTTPServer):
+    """The proxy; requests go through untouched until `fault` is set.
+
+    Parameters
+    ----------
+    address : str
+        The server's.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, address: str) -> None:
+        self.server, self.fault = urlsplit(address), _no_fault
+        self.seen: list[Seen] = []
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    @property
+    def address(self) -> str:
+        """What AWS_ENDPOINT_URL must say."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that gave up is no news."""
+
+    def requests(self) -> list[str]:
+        """ "GET fake/zarr.json" for each request."""
+        return [f"{one.method} {one.key}" for one in self.seen]
+
+    def forward(
+        self, method: str, path: str, headers: dict[str, str], body: bytes
+    ) -> tuple[int, dict[str, str], bytes]:
+        """What the server answers."""
+        connection = http.client.HTTPConnection(str(self.server.hostname), self.server.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def answer(self) -> None:
+        key = unquote(urlsplit(self.path).path).partition("/routes.zarr")[2].lstrip("/")
+        fault = self.server.fault(self.command, key)
+        condition = self.headers.get("If-None-Match") or self.headers.get("If-Match")
+        self.server.seen.append(Seen(time.monotonic(), self.command, key, condition, fault))
+        length = int(self.headers.get("Content-Length", 0))
+        if fault == "reset":
+            self.rfile.read(length // 2)
+            return self.hang_up()
+        body = self.rfile.read(length)
+        if fault in ("500", "503"):
+            return self.send(int(fault), {}, b"<Error><Code>SlowDown</Code><Message>Reduce your rate</Message></Error>")
+        status, headers, data = self.server.forward(self.command, self.path, dict(self.headers), body)
+        if fault == "lost":
+            return self.hang_up()
+        if fault == "stall":
+            time.sleep(STALL_S)
+        self.send(status, headers, data, cut=fault == "cut" and len(data) > 1)
+        return None
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
+
+    def send(self, status: int, headers: dict[str, str], data: bytes, cut: bool = False) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "connection", "transfer-encoding", "date", "server"):
+                self.send_header(name, value)
+        size = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", size)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _no_fault(method: str, key: str) -> str | None:
+    return None
+
+
+def once_each(faults: Iterable[str | None]) -> Fault:
+    """Each of these faults once, on the requests that come next."""
+    left, lock = deque(faults), threading.Lock()
+
+    def fault(method: str, key: str) -> str | None:
+        with lock:
+            return left.popleft() if left else None
+
+    return fault
+
+
+@contextlib.contextmanager
+def proxy(address: str) -> Iterator[Proxy]:
+    """A proxy that runs while the block does."""
+    server = Proxy(address)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
