@@ -1,16 +1,20 @@
 # Expert Atlas: two commands do all the work, on a machine with Python 3.11+ and make.
 #   make demo   captures real text with a tiny Mixtral on the CPU and draws the report
 #   make test   runs the whole suite
+#   make chaos  breaks everything that can break, at length, and prints a table of it
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench lock clean
+.PHONY: demo test chaos check bench lock clean
 
 demo: .venv/ready
 	$(BIN)/python jobs/demo.py
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+chaos: .venv/ready
+	$(BIN)/python tests/chaos.py
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ Rows = Sequence[Mapping[str, Any]]
 # Names of the marks that carry a chart's numbers.
 CELLS, LINKS, TOKENS, POINTS = "cells", "links", "tokens", "points"
 
+_NOTEBOOK_WIDTH = 520  # arbitrary: pixels
 QUIET = "#8a93a3"  # what chance gives: seen on both grounds, and no data set's colour
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 # Blue to orange through the page's own paper: told apart with any colour vision.
@@ -113,6 +114,11 @@ class Drawing:
         spec: dict[str, Any] = self.chart.to_dict()
         spec.pop("config", None)
         return {**spec, "datasets": {name: list(rows) for name, rows in self.rows.items()}}
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
+        """What Jupyter shows, as `alt.renderers` says: on white, for a dark one too."""
+        paper = {"width": _NOTEBOOK_WIDTH, "background": "white", "padding": 12}
+        return alt.Chart.from_dict(self.spec | paper)._repr_mimebundle_(include, exclude)
 
 
 def layered(*layers: alt.Chart | alt.LayerChart, **properties: Any) -> alt.LayerChart:

@@ -22,6 +22,7 @@ from analysis.scan import Array, sizes
 from analysis.tokens import Order, TopTokens
 from store.group import CaptureGroup
 from store.layout import CHUNK_POSITIONS
+from store.secrets import without_secrets
 
 AROUND = 12  # tokens of context on each side
 CONTEXTS, DOCUMENTS, TOKENS = 20, 50, 50  # rows of a page's lists
@@ -83,8 +84,8 @@ class View:
     def _folded(self) -> list[str]:
         return [name.casefold() for name in self.names]
 
-    def documents(self, containing: str = "", page: int = 0) -> dict[str, Any]:
-        """A page of the documents whose names contain a text, whatever its case.
+    def documents(self, containing: str = "", page: int = 1) -> dict[str, Any]:
+        """A page, from 1 on, of the documents whose names contain a text, whatever its case.
 
         Raises
         ------
@@ -95,7 +96,7 @@ class View:
         if wanted:
             found = [number for number, name in enumerate(self._folded) if wanted in name]
         _refuse_page(page, len(found), DOCUMENTS)
-        shown = found[page * DOCUMENTS : (page + 1) * DOCUMENTS]
+        shown = found[(page - 1) * DOCUMENTS : page * DOCUMENTS]
         tokens, captured = self.document_tokens
         rows = [
             {"id": number, "name": self.names[number], "tokens": int(tokens[number]), "captured": int(captured[number])}
@@ -118,8 +119,8 @@ class View:
         rows = rows[np.argsort(self.rows["offset"][rows], kind="stable")]
         return [(int(row), at) for row in rows for at in range(0, int(self.rows["length"][row]), CHUNK_POSITIONS)]
 
-    def document(self, document: int, page: int = 0) -> dict[str, Any]:
-        """One page of a document: its tokens, and what they chose.
+    def document(self, document: int, page: int = 1) -> dict[str, Any]:
+        """One page of a document, from 1 on: its tokens, and what they chose.
 
         Returns
         -------
@@ -134,8 +135,8 @@ class View:
             When there is no such document or page, or its shard cannot be decoded.
         """
         pages = self.pages_of(document)
-        if not 0 <= page < max(1, len(pages)):
-            raise ValueError(f"page {page} of document {document}: it has pages 0 to {max(0, len(pages) - 1)}")
+        if not 1 <= page <= max(1, len(pages)):
+            raise ValueError(f"page {page} of document {document}: it has pages 1 to {max(1, len(pages))}")
         about = {
             "dataset": self.dataset,
             "document": document,
@@ -146,10 +147,10 @@ class View:
         }
         if not pages:
             return about | self._window(0, 0, 0) | {"row": 0, "start": 0, "offset": 0}
-        row, at = pages[page]
+        row, at = pages[page - 1]
         length = self.rows["length"]
         stop = min(int(length[row]), at + CHUNK_POSITIONS)
-        before = sum(int(length[other]) for other in {other for other, _ in pages[:page]} - {row})
+        before = sum(int(length[other]) for other in {other for other, _ in pages[: page - 1]} - {row})
         return about | self._window(row, at, stop) | {"row": row, "start": at, "offset": before + at}
 
     def whole(self, document: int) -> dict[str, Any]:
@@ -208,7 +209,7 @@ class View:
         try:
             return np.asarray(self.arrays[array][row, start:stop])
         except Exception as error:  # codecs raise whatever they run into
-            raise self._unreadable(row, str(error)) from error
+            raise self._unreadable(row, without_secrets(str(error))) from error
 
     def _unreadable(self, row: int, reason: str) -> Unreadable:
         return Unreadable(
@@ -236,7 +237,7 @@ class View:
         }
 
     def contexts(self, token: int, layer: int | None, expert: int | None, page: int) -> dict[str, Any]:
-        """A page of the places of a token: all, or those where it went to an expert at a layer.
+        """A page, from 1 on, of the places of a token: all, or those where it went to an expert at a layer.
 
         Raises
         ------
@@ -248,7 +249,7 @@ class View:
         if expert is not None and not 0 <= expert < self.experts:
             raise ValueError(f"expert {expert}: {self.dataset} has experts 0 to {self.experts - 1}")
         at = None if layer is None else self.layers.index(layer)
-        number, found = self.now.occurrences(token, at, expert, skip=page * CONTEXTS, limit=CONTEXTS)
+        number, found = self.now.occurrences(token, at, expert, skip=max(0, page - 1) * CONTEXTS, limit=CONTEXTS)
         _refuse_page(page, number, CONTEXTS)
         rows = []
         for part, index in found:
@@ -270,7 +271,7 @@ class View:
             raise ValueError(f"{self.dataset} has no token in row {row} at position {position}")
         document = int(self.rows["document_id"][row])
         start = position // CHUNK_POSITIONS * CHUNK_POSITIONS
-        return document, self.pages_of(document).index((row, start)), position - start
+        return document, self.pages_of(document).index((row, start)) + 1, position - start
 
     # Tokens
 
@@ -378,5 +379,5 @@ class View:
 
 def _refuse_page(page: int, number: int, rows: int) -> None:
     pages = max(1, -(-number // rows))
-    if not 0 <= page < pages:
-        raise ValueError(f"page {page}: there are pages 0 to {pages - 1}")
+    if not 1 <= page <= pages:
+        raise ValueError(f"page {page}: there are pages 1 to {pages}")

@@ -90,7 +90,7 @@ class Pages:
 
     def dataset(self, request: Request) -> Response:
         """A data set: its experts and its documents."""
-        shown, (page,) = self._shown(request), _numbers(request, page=0)
+        shown, (page,) = self._shown(request), _numbers(request, page=1)
         view, loads = shown.view, []
         if view.now.tokens:
             share = shown.profiles.load["estimate"].values
@@ -99,7 +99,7 @@ class Pages:
                 (layer, [(int(e), float(np.nan_to_num(share[at, e]))) for e in listed[at]])
                 for at, layer in enumerate(view.layers)
             ]
-        found = view.documents(page=page or 0)
+        found = view.documents(page=page)
         return self._page(
             "dataset",
             view.dataset,
@@ -112,17 +112,17 @@ class Pages:
 
     def search(self, request: Request) -> Response:
         """Tokens and documents that contain a text."""
-        shown, (page,) = self._shown(request), _numbers(request, page=0)
+        shown, (page,) = self._shown(request), _numbers(request, page=1)
         asked = request.query_params.get("q", "")
         if not asked:
             raise HTTPException(400, "the search is for nothing: give a part of a token or of a document's name")
-        tokens, documents = shown.view.find_tokens(asked), shown.view.documents(asked, page or 0)
+        tokens, documents = shown.view.find_tokens(asked), shown.view.documents(asked, page)
         return self._page("search", asked, shown, asked=asked, tokens=tokens, documents=documents)
 
     def document(self, request: Request) -> Response:
         """A page of a document's text."""
-        shown, (page,) = self._shown(request), _numbers(request, page=0)
-        found = shown.view.document(request.path_params["document"], page or 0)
+        shown, (page,) = self._shown(request), _numbers(request, page=1)
+        found = shown.view.document(request.path_params["document"], page)
         title = found["name"] or f"document {found['document']}"
         data = reader_data(shown.view, [found])
         fits = found["tokens"] <= MOST_TOKENS
@@ -142,13 +142,13 @@ class Pages:
     def place(self, request: Request) -> Response:
         """To the page of a document where a row's position is."""
         shown, (row, position, layer) = self._shown(request), _numbers(request, row=0, position=0, layer=None)
-        document, page, token = shown.view.page_at(row or 0, position or 0)
+        document, page, token = shown.view.page_at(row, position)
         query = f"page={page}&token={token}" + (f"&layer={layer}" if layer is not None else "")
         return RedirectResponse(f"/{shown.view.dataset}/document/{document}?{query}", headers=HEADERS)
 
     def token(self, request: Request) -> Response:
         """A token: where it goes, and its places."""
-        shown, (layer, expert, page) = self._shown(request), _numbers(request, layer=None, expert=None, page=0)
+        shown, (layer, expert, page) = self._shown(request), _numbers(request, layer=None, expert=None, page=1)
         view = shown.view
         token = view.token(request.path_params["token"])
         shares = [np.array(counts) / max(1, token["of"]) for counts in token["counts"]]
@@ -163,7 +163,7 @@ class Pages:
                 (number, [(int(e), float(each[e])) for e in experts])
                 for number, each, experts in zip(view.layers, shares, listed, strict=True)
             ],
-            found=view.contexts(token["id"], layer, expert, page or 0),
+            found=view.contexts(token["id"], layer, expert, page),
             chosen_layer=layer,
             chosen_expert=expert,
             query={} if layer is None else {"layer": layer, "expert": expert},
@@ -244,9 +244,9 @@ def _largest(values: Any) -> list[int]:
     return [int(e) for e in order[:FEW]]
 
 
-def _numbers(request: Request, **defaults: int | None) -> list[int | None]:
+def _numbers(request: Request, **defaults: int | None) -> list[Any]:
     """Whole numbers of an address's query, in this order."""
-    found: list[int | None] = []
+    found = []
     for name, default in defaults.items():
         text = request.query_params.get(name, "")
         if text and not (text.isascii() and text.isdecimal() and len(text) < 16):

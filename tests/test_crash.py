@@ -16,6 +16,7 @@ from crash_driver import TEXTS
 from fake_model import fake_capture, fake_layout, store_files, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from more import MORE
 
 from store import coverage, dataset_names, open_capture
 
@@ -156,7 +157,7 @@ def test_killed_before_between_and_after_the_arrays_of_a_shard_and_its_commit(
         assert_killed_and_resumed(driver, truth, tmp_path / f"{step}.zarr", step)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12 * MORE, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.integers(0, 300), min_size=2, max_size=5))
 def test_killed_again_and_again(driver: Driver, truth: Truth, tmp_path: Path, steps: list[int]) -> None:
     assert_killed_and_resumed(driver, truth, tmp_path / "again.zarr", *steps)

@@ -136,15 +136,18 @@ def test_every_link_leads_somewhere_and_every_answer_has_its_policy(address: str
     [
         ("/nothing", 404, "no data set 'nothing': here are fake, some"),
         ("/fake/document/99", 404, "document 99: fake has documents 0 to 7"),
-        ("/fake/document/0?page=99", 404, "page 99 of document 0: it has pages 0 to"),
+        ("/fake/document/0?page=99", 404, "page 99 of document 0: it has pages 1 to"),
         ("/fake/document/0?page=x", 400, "page=x is no number"),
         ("/fake/document/0?page=-1", 400, "page=-1 is no number"),
         ("/fake/token/1000", 404, "the vocabulary of fake has tokens 0 to 999"),
         ("/fake/token/5?layer=1", 404, "name a layer of 0 to 2 and an expert, or neither"),
         ("/fake/token/5?layer=7&expert=1", 404, "name a layer of 0 to 2"),
         ("/fake/token/5?layer=1&expert=8", 404, "expert 8: fake has experts 0 to 7"),
-        ("/fake/token/5?page=999", 404, "page 999: there are pages 0 to"),
-        ("/fake?page=7", 404, "page 7: there are pages 0 to 0"),
+        ("/fake/token/5?page=999", 404, "page 999: there are pages 1 to"),
+        ("/fake?page=7", 404, "page 7: there are pages 1 to 1"),
+        ("/fake?page=0", 404, "page 0: there are pages 1 to 1"),
+        ("/fake/token/5?page=0", 404, "page 0: there are pages 1 to"),
+        ("/fake/document/0?page=0", 404, "page 0 of document 0: it has pages 1 to"),
         ("/fake/expert?layer=1", 400, "name a layer and an expert"),
         ("/state.json", 404, "no data set 'state.json'"),
         ("/fake/expert/9/1", 404, "fake has experts 0 to 7 at layers 0 to 2"),
@@ -191,7 +194,7 @@ def test_a_page_of_text_holds_the_document_s_routes(address: str, store: Path) -
     for document in (0, 3, 6):
         rows = np.flatnonzero(capture["document_id"].values == document)
         rows = rows[np.argsort(capture["offset"].values[rows])]
-        for page, row in enumerate(rows):
+        for page, row in enumerate(rows, 1):
             shown = data_of(asked(f"{address}/fake/document/{document}?page={page}")[2])
             [own] = shown["documents"]
             length = int(capture["length"].values[row])
@@ -493,7 +496,7 @@ def test_tokens_are_numbered_through_a_document_whatever_stands_before_its_rows(
     path = tmp_path / "s.zarr"
     fake_capture(path, [words(20, 1)], bos="row")
     view = Explorer(str(path)).shown["fake"].view
-    pages = [view.document(0, page) for page in range(len(view.pages_of(0)))]
+    pages = [view.document(0, page + 1) for page in range(len(view.pages_of(0)))]
     assert [page["offset"] for page in pages] == [0, 8, 16]
     assert [number for page in pages for number in page["ids"]] == view.whole(0)["ids"]
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from fake_model import ROLES, fake_capture, fake_layout, words
@@ -13,6 +14,7 @@ from synthetic import HOSTILE
 from test_explore import serving
 from test_report_browser import browser, until
 
+import analysis.view
 from analysis.explorer import Explorer
 from analysis.export import export_page
 from store import CaptureGroup
@@ -189,6 +191,22 @@ def test_the_keyboard_alone_walks_tokens_layers_and_pages(opened: Any, address: 
     page.keyboard.type("3")
     page.keyboard.press("Enter")
     page.wait_for_url("**/fake/search?q=3")
+
+
+def test_a_page_s_number_can_be_typed_and_what_was_asked_is_kept(
+    opened: Any, explorer: Explorer, address: str, token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(analysis.view, "CONTEXTS", 2)
+    counts = explorer.shown["fake"].view.token(token)["counts"][0]
+    page, _ = opened
+    for place, asked in (("document/0", ""), (f"token/{token}", f"layer=0&expert={int(np.argmax(counts))}&")):
+        go(page, f"{address}/fake/{place}?{asked}")
+        number = page.locator("input[name=page] >> nth=0")
+        assert number.input_value() == "1"
+        number.fill("2")
+        number.press("Enter")
+        page.wait_for_url(f"**/fake/{place}?{asked}page=2")
+        assert page.locator("input[name=page] >> nth=0").input_value() == "2"
 
 
 def test_from_a_token_to_its_expert_to_its_contexts_and_back_to_the_text(opened: Any, address: str, token: int) -> None:

@@ -1,7 +1,7 @@
 """Bad input by the hundred: always a clear error or a right result; never a hang, a bare traceback or a wrong store.
 
 Each test draws damaged input and holds the outcome against an oracle that does not use the code it tests. A hang is
-stopped by the suite's timeout. `FUZZ=50` draws fifty times as many examples, and other ones each time.
+stopped by the suite's timeout. `EXAMPLES=50` draws fifty times as many, and other ones each time.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ import yaml
 from fake_model import fake_capture, fake_layout, words
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
+from more import MORE
 
 from analysis.choices import Choices
 from analysis.explorer import Explorer
@@ -51,7 +52,6 @@ from workers.tiny import tiny_checkpoint
 from workers.tokenizer import TextTokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-MORE = int(os.environ.get("FUZZ", "1"))
 pytestmark = [pytest.mark.timeout(180 * MORE), pytest.mark.filterwarnings("default")]
 
 CLEAR = (ValueError, OSError, RuntimeError)  # what `jobs.terminal.run_job` makes one line of

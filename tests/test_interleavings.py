@@ -1,7 +1,7 @@
 """Whatever happens in whatever order, the store equals a clean serial run, byte for byte, or says what is missing.
 
-`interleavings` is the machine. `make test` runs the same short search every time; `make chaos` a long one that is
-another each time, and says with which seed. What it found is kept here, by name.
+`interleavings` is the machine. `make test` runs the same short search every time, `make chaos` a long one that is
+another each time, and prints the steps that break it. What it found is kept here, by name.
 """
 
 import os
@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from bucket import Bucket
 from fake_model import store_files
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from interleavings import Interleavings
 from law import Files
+from more import MORE
 from s3_server import bucket_files, new_store, server_address  # noqa: F401
 from simulated import Process, capture, simulation
 
@@ -51,14 +52,13 @@ def in_memory(clean: Files) -> Callable[[], Interleavings]:
     return make
 
 
-def search(make: Callable[[], Interleavings], examples: int, number: int | None = None, shrink: bool = True) -> None:
-    """Run so many examples; the same ones every time, or those of a seed."""
+def search(make: Callable[[], Interleavings], examples: int, shrink: bool = True) -> None:
+    """Run so many examples, the same ones every time; or more, and others."""
     phases = [Phase.generate] + [Phase.shrink] * shrink
-    machine = make if number is None else seed(number)(make)
     run_state_machine_as_test(
-        machine,
+        make,
         settings=settings(
-            max_examples=examples, stateful_step_count=20, phases=phases, derandomize=number is None, database=None,
+            max_examples=examples * MORE, stateful_step_count=20, phases=phases, derandomize=MORE == 1, database=None,
             deadline=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
         ),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from fake_model import store_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from law import Files, Law
+from more import MORE
 from power import Choose, Disk
 from simulated import STORE, Killed, Process, capture, simulation
 
@@ -131,7 +132,7 @@ def survive(machine: Machine, lives: Sequence[tuple[int, bool]], choose: Choose)
     machine.ends_clean()
 
 
-@settings(max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30 * MORE, derandomize=MORE == 1, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lives=LIVES, data=st.data())
 def test_whatever_is_lost_at_any_point_no_commit_stands_without_its_data_and_resuming_ends_clean(
     machines: Callable[[], Machine], lives: list[tuple[int, bool]], data: st.DataObject

@@ -40,7 +40,7 @@ def addresses(documents: int) -> dict[str, list[str]]:
     any_token = [draw.randrange(VOCABULARY) for _ in range(ASKED)]
     place = lambda: f"layer={draw.randrange(LAYERS)}&expert={draw.randrange(EXPERTS)}"
     return {
-        "page of text": [f"document/{draw.randrange(documents)}?page={draw.randrange(12)}" for _ in range(ASKED)],
+        "page of text": [f"document/{draw.randrange(documents)}?page={draw.randint(1, 12)}" for _ in range(ASKED)],
         "token, as frequent as in text": [f"token/{token}" for token in frequent],
         "token at an expert, as frequent as in text": [f"token/{token}?{place()}" for token in frequent],
         "token at an expert, any": [f"token/{token}?{place()}" for token in any_token],

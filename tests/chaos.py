@@ -1,0 +1,182 @@
+"""Everything that may break, at its length: `make chaos`, half an hour on two cores; `make test` has a short form.
+
+A capture through all that a cluster does, the tests of faults with many more examples, other ones each time, and tens
+of thousands of shards. One table of it all is printed last and kept; the exit status is 1 if anything did not survive.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+RESULT = HERE / "benchmarks" / "results" / "chaos.json"
+TESTS: Mapping[str, Sequence[str]] = {
+    "every interleaving": ["test_interleavings.py"],
+    "power lost": ["test_power_loss.py"],
+    "killed at each write": ["test_crash.py"],
+    "disks full, read-only, forbidden, removed": ["test_storage_faults.py"],
+    "S3, and a network that breaks": ["test_s3.py", "test_s3_faults.py"],
+    "workers come, go and break": ["test_cluster.py", "test_dispatch.py"],
+    "stores of older versions": ["test_schema.py"],
+    "nobody gets in": ["test_security.py"],
+    "bad input": ["test_fuzz.py", "test_hostile.py"],
+}
+COLUMNS = ("what", "times", "survived", "computed again", "seconds")
+TIMEOUT_S = 7200
+Row = dict[str, Any]
+
+
+def cluster(options: argparse.Namespace) -> Iterator[Row]:
+    """One capture of 240 shards through all that a cluster does; seconds are those until a shard is begun again."""
+    from chaos_cluster import chaos
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield from chaos(Path(folder))
+
+
+class Cases:
+    """Counts what tests try: the examples that one draws, or itself."""
+
+    def __init__(self) -> None:
+        self.tried: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self.failed: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Called by pytest, for the beginning, the middle and the end of each test."""
+        name = report.nodeid
+        self.seconds[name] = self.seconds.get(name, 0) + report.duration
+        if report.failed:
+            self.failed.add(name)
+        if report.when == "call" and not report.skipped:
+            self.tried.setdefault(name, 1)
+        if drawn := re.findall(r"(\d+) passing", report.__dict__.get("_hypothesis_stats", "")):
+            self.tried[name] = max(1, sum(map(int, drawn)))
+
+
+def tests(options: argparse.Namespace) -> Iterator[Row]:
+    """The tests of faults; of one that draws examples, each is a time."""
+    os.environ["EXAMPLES"] = str(options.examples)
+    cases = Cases()
+    files = [str(HERE / file) for part in TESTS.values() for file in part]
+    how = ["-n", str(os.cpu_count()), "--dist", "worksteal", "-o", f"timeout={TIMEOUT_S}", "-p", "no:cacheprovider"]
+    pytest.main([*how, "-q", "--rootdir", str(HERE.parent), *files], plugins=[cases])
+    for what, part in TESTS.items():
+        names = [name for name in cases.seconds if Path(name.partition("::")[0]).name in part]
+        failed = sorted(cases.failed.intersection(names))
+        yield {
+            "what": f"{what}: {sum(name in cases.tried for name in names)} tests",
+            "times": sum(cases.tried.get(name, 0) for name in names),
+            "survived": sum(cases.tried.get(name, 0) for name in names if name not in failed),
+            "seconds": round(sum(cases.seconds[name] for name in names), 1),
+            **({"failed": failed} if failed or not names else {}),
+        }
+
+
+def scale(options: argparse.Namespace) -> Iterator[Row]:
+    """So many shards, and the driver's speed; seconds are those that it takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scale.json"
+        sizes = ["--sizes", str(options.shards), "--actors", "1", "8"]
+        command = [sys.executable, HERE / "benchmarks" / "scale.py", "-o", path, *sizes]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        found = json.loads(path.read_text())
+    for what, measured in found["shards"][str(options.shards)].items():
+        yield {
+            "what": f"{what.replace('_', ' ')}, {measured['peak_gib']} GiB",
+            "times": options.shards,
+            "survived": options.shards if measured["peak_gib"] < 1 else 0,
+            "seconds": measured["seconds"],
+        }
+    needed = found["needed"]
+    for actors, measured in found["dispatch"].items():
+        given, enough = measured["shards_per_s"], needed["shards_per_s"]
+        yield {
+            "what": f"given to {actors} idle workers: {given:,} shards/s; {needed['gpus']} GPUs take {enough}",
+            "times": 1,
+            "survived": int(given > enough),
+        }
+
+
+PARTS: Mapping[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+    "cluster": cluster,
+    "tests": tests,
+    "scale": scale,
+}
+
+
+def run(name: str, options: argparse.Namespace) -> list[Row]:
+    """A part's rows; where it ends in an error, one that says so, and the others go on."""
+    rows: list[Row] = []
+    try:
+        rows.extend(PARTS[name](options))
+    except Exception as error:
+        traceback.print_exc()
+        rows.append({"what": f"{name} ended: {type(error).__name__}", "times": 1, "survived": 0})
+    return rows
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """All rows, part by part."""
+    drawn = Table(title=f"chaos, {result['date']}, {result['hardware']}, {result['seconds']:.0f} s")
+    for column in COLUMNS:
+        drawn.add_column(column, justify="left" if column == "what" else "right", overflow="fold")
+    for name, rows in result["parts"].items():
+        drawn.add_section()
+        drawn.add_row(f"[bold]{name}[/]: {(PARTS[name].__doc__ or '').rstrip('.')}")
+        for row in rows:
+            mark = "" if row["survived"] == row["times"] else "[red]"
+            drawn.add_row(*(mark + _shown(row.get(column)) for column in COLUMNS))
+            for test in row.get("failed", []):
+                drawn.add_row(f"[red]  {test}")
+    return drawn
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+def main() -> int:
+    """Run all parts, keep what they tell after each, and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--examples", type=int, default=20, help="so many times as many as in make test (20)")
+    parser.add_argument("--shards", type=int, default=38_000, help="of the part on scale (38000)")
+    parser.add_argument("-o", "--output", type=Path, default=RESULT, help=f"{RESULT.relative_to(HERE.parent)}")
+    options = parser.parse_args()
+    started = time.monotonic()
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "versions": {name: version(name) for name in ("ray", "zarr", "obstore", "hypothesis")},
+        "command": f"python tests/chaos.py --examples {options.examples} --shards {options.shards}",
+        "parts": {},
+    }
+    for name in options.parts:
+        result["parts"][name] = run(name, options)
+        result["seconds"] = round(time.monotonic() - started)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    Console(width=None if sys.stdout.isatty() else 120).print(table(result))
+    rows = [row for part in result["parts"].values() for row in part]
+    return int(any(row["survived"] != row["times"] or row.get("failed") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(HERE.parent), str(HERE)]
+    sys.exit(main())
