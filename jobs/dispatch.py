@@ -7,7 +7,7 @@ It knows no Ray and no clock: it is told what happened and when, and says what t
 - whoever may have broken a worker, or raised an error, is a suspect: it runs alone, so that nobody else pays for it
   and the blame is certain. Three strikes put it into quarantine;
 - a worker that is lost with its node, or whose storage fails, or that fails with everything, gives what it has in
-  flight no strike;
+  flight no strike; only a shard that was in flight on many nodes that were lost is a suspect too;
 - workers that break again and again without a shard between them, and shards of which one after the other fails for
   good, end the job with the reason;
 - a place where a worker was refused is not asked for again for ten minutes, and time in which the driver itself stood
@@ -18,12 +18,13 @@ It knows no Ray and no clock: it is told what happened and when, and says what t
 """
 
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 STRIKES = 3
+LOSSES = 8  # with their nodes: by chance none has so many, whatever spot machines do (arbitrary)
 UNITS_A_WORKER = 2
 BROKEN_IN_A_ROW = 3  # workers broken, each started after the one before, with no shard finished between them
 ERRORS_IN_A_ROW = (STRIKES - 1) * UNITS_A_WORKER  # a worker is taken for sick before its two shards have three strikes
@@ -113,6 +114,7 @@ class Dispatcher:
         self._strikes: dict[Unit, list[str]] = {}
         self._given_up = 0  # units, since one was last finished
         self._last_error = ""
+        self._losses: Counter[Unit] = Counter()  # with nodes
         self._accused: dict[Unit, int] = {}  # the worker that last failed with it
         self._resume_at = 0.0
         self._refused: list[float] = []  # when workers were refused where they were placed
@@ -293,32 +295,42 @@ class Dispatcher:
         if len(self.failures) <= worker.after:  # else others that were started with it broke too: that is one time
             self.failures.append(reason)
         self._resume_at = now + PAUSES_S[min(len(self.failures), len(PAUSES_S)) - 1]
-        self.lost(worker)
+        self._forget(worker)
 
     def lost(self, worker: WorkerState) -> None:
-        """The worker is gone with its node, or was out of reach: its units are done again, and nobody is blamed."""
+        """The worker is gone with its node, or was out of reach: its units are done again, and nobody is blamed.
+
+        A unit that this happens to `LOSSES` times is done alone, and each time more is a strike.
+        """
+        self._losses.update(worker.units)
+        if worker.alone and self._losses[worker.units[0]] > LOSSES:
+            self._blame(worker, f"its node was lost while it ran alone, as {LOSSES} or more were before")
+        else:
+            self._forget(worker)
+
+    def died(self, worker: WorkerState, reason: str, now: float) -> None:
+        """The worker's process ended or hung on a node that lives: whatever it had in flight may have done it."""
+        if worker.errors >= ERRORS_IN_A_ROW:  # it is sick, and not what it has in flight
+            self._forget(worker)
+        elif worker.units:
+            self._blame(worker, reason)
+        else:
+            self.broke(worker, reason, now)
+
+    def _forget(self, worker: WorkerState) -> None:
+        """The worker is no more, and what it had in flight is done again."""
         del self.workers[worker.number]
         self.lost_workers += 1
         for unit in reversed(worker.units):
             if self._committed(unit):
                 self._settle(unit)
-            elif self._is_held(unit):
-                continue
-            elif worker.alone:
+            elif not self._is_held(unit):
                 self.retries += 1
-                self._suspects.appendleft(unit)
-            else:
-                self.retries += 1
-                self._queue.appendleft(unit)
+                again = self._suspects if worker.alone or self._losses[unit] >= LOSSES else self._queue
+                again.appendleft(unit)
 
-    def died(self, worker: WorkerState, reason: str, now: float) -> None:
-        """The worker's process ended or hung on a node that lives: whatever it had in flight may have done it."""
-        if worker.errors >= ERRORS_IN_A_ROW:  # it is sick, and not what it has in flight
-            self.lost(worker)
-            return
-        if not worker.units:
-            self.broke(worker, reason, now)
-            return
+    def _blame(self, worker: WorkerState, reason: str) -> None:
+        """The worker is no more, and what it had in flight may be why."""
         del self.workers[worker.number]
         self.lost_workers += 1
         for unit in worker.units:
@@ -352,6 +364,7 @@ class Dispatcher:
                 self._take(worker, unit, worker.moved)
         self.done.add(unit)
         self._strikes.pop(unit, None)
+        self._losses.pop(unit, None)
         self.failures.clear()
         self._given_up = 0
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.dispatch import Dispatcher, Unit, WorkerState
+from jobs.dispatch import LOSSES, Dispatcher, Unit, WorkerState
 
 UNITS = [Unit("prose", shard) for shard in range(40)]
 STALL_S, LOAD_STALL_S = 30.0, 100.0
@@ -154,17 +154,38 @@ def test_three_strikes_put_a_unit_into_quarantine_and_who_died_beside_it_is_clea
     assert (job.retries, job.lost_workers) == (3, 3)
 
 
-@pytest.mark.parametrize("way", ["is lost with its node", "loses its storage"])
-def test_nobody_is_blamed_however_often_a_worker(way: str) -> None:
+@pytest.mark.parametrize(("way", "times"), [("is lost with its node", LOSSES - 1), ("loses its storage", 20)])
+def test_nobody_is_blamed_however_often_a_worker(way: str, times: int) -> None:
     job, (worker,) = at_work(3, 1)
-    for time in range(20):
+    for time in range(times):
         WAYS_TO_GO[way](job, worker)
         assert job.workers == {}
         if way == "loses its storage":
             job.failures.clear()  # as a shard finished elsewhere does
         (worker,) = job.up(1)
         assert job.give() == [(time + 2, 0), (time + 2, 1)], "side by side, in their order"
-    assert (job.given_up, job.lost_workers, job.retries) == ({}, 20, 40)
+    assert (job.given_up, job.lost_workers, job.retries) == ({}, times, 2 * times)
+
+
+def test_a_shard_that_always_takes_its_node_with_it_is_done_alone_in_the_end_and_given_up() -> None:
+    job, (worker,) = at_work(4, 1)
+
+    def after_the_node_is_lost() -> list[int]:
+        nonlocal worker
+        job.lost(worker)
+        (worker,) = job.up(1)
+        return [shard for _, shard in job.give()]
+
+    assert [after_the_node_is_lost() for _ in range(LOSSES - 1)] == [[0, 1]] * (LOSSES - 1)
+    assert after_the_node_is_lost() == [0]
+    assert after_the_node_is_lost() == [1], "which was always beside it, and is well"
+    job.finish_one(worker)
+    assert job.give() == [(worker.number, 0)]
+    assert after_the_node_is_lost() == [0]
+    assert after_the_node_is_lost() == [2, 3]
+    [errors] = job.given_up.values()
+    assert [error.partition(",")[0] for error in errors] == ["its node was lost while it ran alone"] * 3
+    assert (job.quarantined, job.done) == ([UNITS[0]], {UNITS[1]})
 
 
 def test_a_suspect_that_is_lost_with_its_node_is_next_again_and_alone() -> None:
@@ -460,6 +481,7 @@ class World:
         self.given: Counter[Unit] = Counter()
         self.in_vain: Counter[Unit] = Counter()
         self.strikes: Counter[Unit] = Counter()
+        self.losses: Counter[Unit] = Counter()
         self.unlucky: set[Unit] = set()
         self.hung: set[int] = set()
         self.late: list[Unit] = []  # in work on workers that were taken for lost, and are not
@@ -506,6 +528,8 @@ class World:
                 self.fail(worker, unit)
             case "hangs":
                 self.hung.add(worker.number)
+            case "takes its node":
+                self.lose_node(worker)
             case _:
                 self.job.commits.add(unit)
                 self.job.finish(worker, unit, self.now)
@@ -516,8 +540,7 @@ class World:
         may_end = may_strike if worker.units else may_break
         if kind == "node":
             self.late += healthy[: self.chance.randrange(3)]
-            self.leave(worker)
-            self.job.lost(worker)
+            self.lose_node(worker)
         elif kind == "storage" and may_break:
             self.leave(worker)
             self.job.broke(worker, "OSError", self.now)
@@ -533,6 +556,11 @@ class World:
             self.fail(worker, healthy[-1])
         elif kind == "silence":  # the answer is late, or never comes
             self.job.commits.update(healthy[:1])
+
+    def lose_node(self, worker: WorkerState) -> None:
+        self.losses.update(worker.units)
+        self.leave(worker, blame=worker.alone and self.losses[worker.units[0]] > LOSSES)
+        self.job.lost(worker)
 
     def fail(self, worker: WorkerState, unit: Unit) -> None:
         self.account([unit], blame=True)
@@ -574,7 +602,9 @@ class World:
     seed=st.integers(0, 2**32),
     units=st.integers(1, 40),
     workers=st.integers(1, 6),
-    poison=st.dictionaries(st.sampled_from(UNITS), st.sampled_from(["kills", "raises", "hangs"]), max_size=7),
+    poison=st.dictionaries(
+        st.sampled_from(UNITS), st.sampled_from(["kills", "raises", "hangs", "takes its node"]), max_size=7
+    ),
     faults=st.integers(0, 30),
 )
 def test_whatever_breaks_all_that_is_healthy_is_done_and_nothing_else_given_up(
