@@ -5,8 +5,9 @@ from collections.abc import Callable
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from more import MORE
 
 from jobs.dispatch import LOSSES, Dispatcher, Unit, WorkerState
 
@@ -598,6 +599,7 @@ class World:
         assert not job.hopeless
 
 
+@settings(max_examples=100 * MORE)
 @given(
     seed=st.integers(0, 2**32),
     units=st.integers(1, 40),
