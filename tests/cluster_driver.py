@@ -1,7 +1,8 @@
 """A capture of the faulty model on the cluster of $RAY_ADDRESS: the driver's process, which a test may kill.
 
 Its argument is JSON: `store`, `script`, `shards`, `seconds` that a shard takes, `device`, and options of the capture.
-Exit status and messages are those of `jobs/capture.py`. With `stay`, it keeps its connection until its input ends.
+Exit status and messages are those of `jobs/capture.py`. With `stay`, it keeps its connection until its input ends;
+`placeless_s` are the seconds without a GPU after which it says so.
 """
 
 import json
@@ -15,6 +16,7 @@ if __name__ == "__main__":
 from fake_model import text_source
 from faulty_model import faulty_run, numbered_texts
 
+from jobs import cluster as clusters
 from jobs import dispatch, plan
 from jobs.captures import capture_datasets, exit_status
 from jobs.cluster import connected
@@ -31,6 +33,7 @@ def main(arguments: list[str]) -> int:
     """Capture; 0 when complete."""
     given: dict[str, Any] = json.loads(arguments[0])
     store, script, stay = given.pop("store"), Path(given.pop("script")), given.pop("stay", False)
+    clusters.PLACELESS_S = given.pop("placeless_s", clusters.PLACELESS_S)
     source, seconds = text_source(numbered_texts(given.pop("shards"))), given.pop("seconds")
     config = CaptureConfig(store=store, **given)
     run: Any = faulty_run(store, script, seconds=seconds, retry_quarantined=config.retry_quarantined)

@@ -273,6 +273,24 @@ def test_a_store_that_no_node_sees_ends_the_job_with_the_reason_and_one_that_see
     assert comparable(job.store) == quiet(tmp_path, 8)
 
 
+def test_a_job_without_a_gpu_says_so_and_waits_until_there_is_one(nodes: Nodes, tmp_path: Path) -> None:
+    script, second, held = Script(tmp_path / "script"), tmp_path / "second", range(6)
+    second.mkdir()
+    for shard in held:
+        script.write(shard, "hold")
+    with Job(nodes, tmp_path, shards=12) as first:
+        at_work = lambda: {one.process for shard in held for one in first.attempts(shard)}
+        first.until(lambda: len(at_work()) == 3, "its workers have all GPUs")
+        with Job(nodes, second, placeless_s=2) as other:
+            other.until(lambda: "no worker has a place: each needs 1 GPUs" in other.said, "it says that it waits")
+            assert "the cluster has 3 GPUs" in other.said
+            assert other.attempts(LOAD) == []
+            for shard in held:
+                script.write(shard)
+            assert (first.status(), other.status()) == (0, 0)
+    assert coverage(other.store, "fake").complete
+
+
 def test_at_the_tail_idle_workers_are_let_go_and_the_lease_keeps_a_second_job_out_until_it_is_taken_over(
     nodes: Nodes, tmp_path: Path
 ) -> None:
