@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bucket import Bucket
 from fake_model import FakeRun, fake_layout, text_source, words
 
 import workers.replica
@@ -269,3 +270,12 @@ def capture(fill: Fill = local.capture_here, **options: Any) -> Coverage:
     """Capture the texts, or go on: what a process's work is."""
     run: Any = FakeRun(STORE, fake_layout(vocab_size=12), **options)
     return capture_datasets(run, [(NAME, text_source(TEXTS))], fill)[0]
+
+
+def undisturbed() -> tuple[dict[str, bytes], Process]:
+    """The store of an undisturbed run, in a bucket in memory, and the process that made it."""
+    files: dict[str, bytes] = {}
+    with simulation(lambda scratch: Bucket(scratch, files)):
+        process = Process()
+        assert process.run(capture) is None
+    return files, process

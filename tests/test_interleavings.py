@@ -18,7 +18,7 @@ from interleavings import Interleavings
 from law import Files
 from more import MORE
 from s3_server import bucket_files, new_store, server_address  # noqa: F401
-from simulated import Process, capture, simulation
+from simulated import undisturbed
 
 import store.group
 from store import CaptureGroup
@@ -33,10 +33,7 @@ STEPS = 165
 @pytest.fixture(scope="module")
 def clean() -> Files:
     """The store of a clean serial run."""
-    files: dict[str, bytes] = {}
-    with simulation(lambda scratch: Bucket(scratch, files)):
-        process = Process()
-        assert process.run(capture) is None
+    files, process = undisturbed()
     assert 0.9 * STEPS < process.steps < 1.1 * STEPS
     return files
 

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bucket import Bucket
 from fake_model import store_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from law import Files, Law
 from more import MORE
 from power import Choose, Disk
-from simulated import STORE, Killed, Process, capture, simulation
+from simulated import STORE, Killed, Process, capture, simulation, undisturbed
 
 from store import objects
 from store.objects import LocalObjects
@@ -54,9 +53,7 @@ class Machine:
 @pytest.fixture(scope="module")
 def clean() -> Files:
     """The store of an undisturbed run."""
-    files: dict[str, bytes] = {}
-    with simulation(lambda scratch: Bucket(scratch, files)):
-        assert Process().run(capture) is None
+    files, _ = undisturbed()
     return files
 
 

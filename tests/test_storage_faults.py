@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bucket import Bucket
 from fake_model import store_files
 from law import Files, Law, differing
-from simulated import NAME, STORE, Process, capture, simulation
+from simulated import NAME, STORE, capture, simulation, undisturbed
 
 from jobs.captures import exit_status
 from store.objects import LocalObjects
@@ -107,9 +106,7 @@ def only_error(err: str) -> str:
 @pytest.fixture(scope="module")
 def clean() -> Files:
     """The store of an undisturbed run."""
-    files: dict[str, bytes] = {}
-    with simulation(lambda scratch: Bucket(scratch, files)):
-        assert Process().run(capture) is None
+    files, _ = undisturbed()
     return files
 
 
