@@ -5,7 +5,6 @@ names documents are read. It does not know how files were found, nor what a hub 
 """
 
 import gzip
-import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.documents import Document, decode, without_surrogates
+from store.records import parse_json
 
 NAME_COLUMNS = ("id", "title", "name", "url", "path")
 """Columns that name a document, the best first."""
@@ -164,8 +164,8 @@ def lines(path: Path) -> Iterator[bytes]:
 def json_object(text: str, path: Path, number: int) -> dict[str, Any]:
     """Parse one line, which must hold one JSON object."""
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path}, line {number}: not JSON ({error}); one object a line is expected") from error
     if not isinstance(values, dict):
         kind = type(values).__name__

@@ -23,7 +23,8 @@ import numpy as np
 from store.identity import Identity, identity_hash, refuse_other_identity
 from store.layout import SCHEMA_VERSION, Layout
 from store.plan import Plan, Rows
-from store.planned import GROWING, ROUTES, PlannedGroup, as_json, group_metadata, parse_record, valid_name
+from store.planned import GROWING, ROUTES, PlannedGroup, group_metadata, valid_name
+from store.records import as_json, parse_record
 
 __all__ = ["CaptureGroup", "valid_name"]
 
@@ -100,8 +101,9 @@ class CaptureGroup(PlannedGroup):
         """Make one shard's choices durable, then its commit record.
 
         An object that is there without a commit is kept when its bytes are the same and replaced when they are not:
-        it is what a killed writer left. A shard that is committed is left as it is; between the last look for its
-        record and the replacement lies one put, which only a lease keeps another writer out of.
+        it is what a killed writer left. A shard that is committed is left as it is, and a record that is damaged so
+        that it is none is replaced; between the last look for it and a replacement of an object lies one put, which
+        only a lease keeps another writer out of.
 
         Parameters
         ----------
@@ -114,8 +116,9 @@ class CaptureGroup(PlannedGroup):
         bool
             False when the shard had a commit already: nothing was written.
         """
-        record_key = f"{COMMITS}/{shard}.json"
-        if self._record(record_key) is not None:
+        record_key = self._key(f"{COMMITS}/{shard}.json")
+        before = self.objects.get(record_key)
+        if _is_record(before):
             return False
         arrays = self.layout.arrays()
         record = {"identity": self._identity_hash, "shard": shard, **facts}
@@ -128,12 +131,16 @@ class CaptureGroup(PlannedGroup):
             data = arrays[name].encode(values)
             key = self._key(f"{name}/{arrays[name].key(shard)}")
             if not self.objects.put_new(key, data) and self.objects.get(key) != data:
-                if self._record(record_key) is not None:
+                if _is_record(self.objects.get(record_key)):
                     return False
                 self.objects.put(key, data)
             record[name] = object_sums(data)
-        data, key = as_json(record), self._key(record_key)
-        return self.objects.put_new(key, data) or self.objects.get(key) == data
+        data = as_json(record)
+        if before is None:
+            committed = self.objects.put_new(record_key, data)
+        else:
+            committed = self.objects.put_over(record_key, before, data)
+        return committed or self.objects.get(record_key) == data
 
     def committed(self, shard: int) -> bool:
         """Whether a commit record of this capture stands; what it names is not looked at."""
@@ -272,6 +279,13 @@ def _odd(record: Mapping[str, Any]) -> str | None:
     if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
         odd.append(f"seconds {seconds!r:.40}")
     return odd[0] if odd else None
+
+
+def _is_record(data: bytes | None) -> bool:
+    """Whether something says that a shard is committed, rightly or not."""
+    with suppress(ValueError):
+        return data is not None and parse_record(data) is not None
+    return False
 
 
 def _misfit(record: Mapping[str, Any], have: Sequence[int | None]) -> str | None:

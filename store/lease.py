@@ -6,7 +6,6 @@ doing the first one's work again, and gives exactly one of them the right to rem
 
 import contextlib
 import getpass
-import json
 import os
 import socket
 import threading
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from store.group import CaptureGroup
-from store.planned import as_json
+from store.records import as_json, parse_json
 
 RENEW_S = 20.0
 STALE_S = 120.0  # arbitrary: six renewals missed; a holder on this host that is gone is stale at once
@@ -133,7 +132,7 @@ def _read(group: CaptureGroup) -> dict[str, Any] | None:
 
 def _parse(data: bytes | None) -> dict[str, Any] | None:
     try:
-        holder = json.loads(data or b"null")
+        holder = parse_json(data or b"null")
     except ValueError:
         return None
     known = isinstance(holder, dict) and holder.keys() >= _holder().keys()

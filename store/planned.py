@@ -5,7 +5,6 @@ group never grows. Arrays are read object by object, without asking for their me
 shard, perhaps over a network. Making a group and committing shards is `store.group`.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from zarr.storage import MemoryStore
 from store.layout import ROW_CHUNK, SCHEMA_VERSION, ArraySpec, Layout
 from store.objects import open_objects
 from store.plan import Plan, Rows
+from store.records import as_json, parse_record
 
 GROWING = ("token", "length", "document_id", "offset", "name", "expert", "weight", "role")
 ROUTES = ("expert", "weight")
@@ -343,25 +343,3 @@ def group_metadata(attrs: Mapping[str, Any]) -> bytes:
     objects: dict[str, Buffer] = {}
     zarr.create_group(MemoryStore(objects), attributes=dict(attrs))
     return objects["zarr.json"].to_bytes()
-
-
-def as_json(record: Mapping[str, Any]) -> bytes:
-    """A record as an object's bytes."""
-    return json.dumps(record, indent=1, sort_keys=True).encode()
-
-
-def parse_record(data: bytes) -> dict[str, Any]:
-    """A record from an object's bytes.
-
-    Raises
-    ------
-    ValueError
-        When they hold none; the message goes on from the object's name.
-    """
-    try:
-        record = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"holds {type(record).__name__}, not a record")
-    return record

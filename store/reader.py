@@ -4,7 +4,6 @@ The same store opens without this package: `xarray.open_zarr(path, group=name, c
 here is the check that nothing is missing, and dask chunks of one shard.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.objects import open_objects
 from store.plan import Plan
+from store.records import parse_json
 from store.verify import metadata_faults
 
 
@@ -38,7 +38,7 @@ def dataset_names(path: Path | str) -> list[str]:
 
 def _is_array(metadata: bytes) -> bool:
     try:
-        return bool(json.loads(metadata)["node_type"] == "array")
+        return bool(parse_json(metadata)["node_type"] == "array")
     except (ValueError, KeyError, TypeError):
         return False  # whoever opens it says what is wrong with it
 

@@ -28,7 +28,8 @@ import numpy as np
 from store.group import COMMITS, CaptureGroup, object_sums, tokens_crc32c
 from store.layout import MISSING_ROLE
 from store.plan import Plan
-from store.planned import GROWING, ROUTES, parse_record
+from store.planned import GROWING, ROUTES
+from store.records import parse_record
 
 THREADS = 8  # arbitrary: so many objects are held in memory at once
 DESCRIBED = ("data_type", "chunk_grid", "chunk_key_encoding", "codecs", "dimension_names", "fill_value")

@@ -14,8 +14,9 @@ from simulated import NAME, STORE
 
 from store import CaptureGroup, Coverage, coverage, dataset_names
 from store.plan import Plan
-from store.planned import ROUTES, parse_record
+from store.planned import ROUTES
 from store.reader import open_covered
+from store.records import parse_record
 
 Files = Mapping[str, bytes]
 LEASE, PARTIAL = f"{NAME}/token/lease.json", f"{NAME}/token/partial"

@@ -224,6 +224,7 @@ def json_documents(data: bytes) -> list[tuple[str, bool]] | None:
 @fuzzed(25)
 @given(LINES, st.sampled_from([b"\n", b"\r\n", b"\n\n"]), st.booleans(), st.booleans())
 @example([b""], b"\n", True, False)
+@example([deep(100_000).encode()], b"\n", False, False)
 @example([b'{"text": "a", "id": ' + deep(940).encode() + b"}"], b"\n", False, False)
 def test_of_any_lines_every_text_is_planned_or_the_line_refused_by_number(
     lines: list[bytes], end: bytes, mark: bool, packed: bool
@@ -371,7 +372,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=5,
 )
+DEEP = ("bytes", deep(100_000).encode())
 DAMAGE = st.one_of(
+    st.just(DEEP),
     st.tuples(st.just("bytes"), st.binary(max_size=40)),
     st.tuples(st.just("json"), JSON),
     st.tuples(st.just("field"), st.integers(0, 500), JSON),
@@ -467,6 +470,10 @@ def holds(store: Path, wanted: Path) -> None:
 @example("expert/commits/4.json", put("expert", "sha256", 2**32))
 @example("expert/commits/4.json", put("expert", [1]))
 @example("expert/quarantine/1.json", put("errors", 5))
+@example("expert/commits/4.json", DEEP)
+@example("expert/quarantine/1.json", DEEP)
+@example("token/plan.json", DEEP)
+@example("token/lease.json", DEEP)
 @example("token/lease.json", put("renewed", "x"))
 @example("token/lease.json", put("process", "../../etc/passwd"))
 def test_of_any_record_a_capture_is_healed_to_what_it_was_or_refused_in_words(
@@ -488,6 +495,8 @@ def test_of_any_record_a_capture_is_healed_to_what_it_was_or_refused_in_words(
 
 @costly(8)
 @given(st.sampled_from(["zarr.json", *(f"{name}/zarr.json" for name in ARRAYS)]), DAMAGE)
+@example("zarr.json", DEEP)
+@example("expert/zarr.json", DEEP)
 @example("zarr.json", ("json", 1))
 @example("zarr.json", put("attributes", "identity", 1))
 @example("zarr.json", put("attributes", "layers", 3.5))
@@ -515,6 +524,7 @@ def test_of_any_attributes_a_capture_reads_as_it_was_or_is_refused_in_words(
 
 @costly(4)
 @given(DAMAGE)
+@example(DEEP)
 def test_of_any_root_the_store_is_listed_or_refused_in_words(whole: Path, how: tuple[Any, ...]) -> None:
     with copied(whole) as store:
         (store / "zarr.json").write_bytes(damaged((store / "zarr.json").read_bytes(), how))

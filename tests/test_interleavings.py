@@ -163,12 +163,24 @@ def removed(machine: Machine, stops_at: int) -> None:
     machine.the_store_equals_the_clean_run_or_says_what_is_missing()
 
 
+def damaged_meanwhile(machine: Machine, stops_at: int) -> None:
+    """A commit is damaged, and another shard, while a process stands still that then does them again: it could not."""
+    machine.capture(dies_at=None, retry=False)
+    machine.stand_still(stops_at=stops_at, shards=None, verifies=False)
+    machine.damage_a_shard(shard=1, of="commit", how="a bit flipped", at=0)
+    machine.damage_a_shard(shard=0, of="expert", how="cut", at=0)
+    if machine.zombies:
+        machine.go_on(0, steps=None, acts=None)
+    machine.the_store_equals_the_clean_run_or_says_what_is_missing()
+
+
 KEPT: dict[Callable[[Machine, int], None], range] = {
     overtaken: range(1, STEPS, 6),
     overtaken_for_one_act: range(2, STEPS, 6),
     healing_killed: range(20),
     given_up_and_committed: range(110, STEPS, 9),
     removed: range(1, 90, 9),
+    damaged_meanwhile: range(1, 40),
 }
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from store.records import parse_json
+
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -107,8 +109,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{folder} is no checkpoint: it has no config.json (there: {_listing(folder)})")
     try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        config = parse_json(file.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} must hold a JSON object, not a {type(config).__name__}")
@@ -124,8 +126,8 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} has neither {_SINGLE} nor {INDEX} (there: {_listing(folder)}); only safetensors weights are read"
         )
     try:
-        names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        names = sorted(set(parse_json((folder / INDEX).read_bytes())["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX} has no readable weight_map: {error!r}") from error
     if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name or "\0" in name]:
         raise ValueError(f"{folder / INDEX} names {odd[0]!r:.80}, and must name files that lie beside it")
@@ -186,7 +188,7 @@ def _tensors(folder: Path) -> dict[str, _Tensor]:
                     f"{8 + header_bytes}, and it has {size_bytes} bytes; fetch it again"
                 )
             try:
-                entries = json.loads(stream.read(header_bytes))
+                entries = parse_json(stream.read(header_bytes))
                 entries.pop("__metadata__", None)
                 base = 8 + header_bytes
                 for name, entry in entries.items():
@@ -194,7 +196,7 @@ def _tensors(folder: Path) -> dict[str, _Tensor]:
                     if not base <= start <= stop:
                         raise ValueError(f"{name} ends before it begins")
                     found[name] = _Tensor(file, entry["dtype"], entry["shape"], start, stop)
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ValueError(f"{file} is no safetensors file: its header is unreadable ({error!r})") from error
         end = max((tensor.stop for tensor in found.values() if tensor.file == file), default=base)
         if end != size_bytes:

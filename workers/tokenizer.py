@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
+from store.records import parse_json
 from workers.chat import ROLES, ChatTemplate, named_tokens
 
 __all__ = ["ROLES", "TextTokenizer", "load_tokenizer", "sentencepiece_tokenizer"]
@@ -87,8 +88,8 @@ def load_tokenizer(
 def _settings(path: Path) -> dict[str, Any]:
     """A `tokenizer_config.json`."""
     try:
-        settings = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        settings = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}; fetch it again") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds {type(settings).__name__}, and must hold a JSON object; fetch it again")
