@@ -57,7 +57,7 @@ class Cases:
         if report.failed:
             self.failed.add(name)
         if report.when == "call" and not report.skipped:
-            self.tried.setdefault(name, 1)
+            self.tried[name] = int(dict(report.user_properties).get("examples", 1))
         if drawn := re.findall(r"(\d+) passing", report.__dict__.get("_hypothesis_stats", "")):
             self.tried[name] = max(1, sum(map(int, drawn)))
 
@@ -86,7 +86,9 @@ def cluster(options: argparse.Namespace) -> Iterator[Row]:
     from chaos_cluster import chaos
 
     with tempfile.TemporaryDirectory() as folder:
-        yield from chaos(Path(folder))
+        for row in chaos(Path(folder)):
+            lost_s = row.pop("seconds until begun again", None)
+            yield row if lost_s is None else {**row, "seconds": lost_s}
 
 
 def scale(options: argparse.Namespace) -> Iterator[Row]:

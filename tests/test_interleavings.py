@@ -4,6 +4,7 @@
 another each time, and prints the steps that break it. What it found is kept here, by name.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,23 +50,30 @@ def in_memory(clean: Files) -> Callable[[], Interleavings]:
     return make
 
 
-def search(make: Callable[[], Interleavings], examples: int, shrink: bool = True) -> None:
-    """Run so many examples, the same ones every time; or more, and others."""
+def search(make: Callable[[], Interleavings], examples: int, shrink: bool = True) -> int:
+    """Run so many examples, the same ones in every `make test`. Tells how many machines ran."""
+    made = itertools.count()
+
+    def counted() -> Interleavings:
+        next(made)
+        return make()
+
     phases = [Phase.generate] + [Phase.shrink] * shrink
     run_state_machine_as_test(
-        make,
+        counted,
         settings=settings(
-            max_examples=examples * MORE, stateful_step_count=20, phases=phases, derandomize=MORE == 1, database=None,
+            max_examples=examples, stateful_step_count=20, phases=phases, derandomize=MORE == 1, database=None,
             deadline=None, suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
         ),
     )  # fmt: skip
+    return next(made)
 
 
 @pytest.mark.slow
 def test_every_interleaving_leaves_the_clean_store_or_says_what_is_missing_in_a_bucket(
-    in_memory: Callable[[], Interleavings],
+    in_memory: Callable[[], Interleavings], record_property: Callable[[str, object], None]
 ) -> None:
-    search(in_memory, 50)
+    record_property("examples", search(in_memory, 50 * MORE))
 
 
 @pytest.fixture
@@ -97,13 +105,15 @@ def on_s3(clean: Files, s3: str) -> Callable[[], Interleavings]:
 
 
 @pytest.mark.slow
-def test_so_it_does_on_a_disk(on_disk: Callable[[], Interleavings]) -> None:
-    search(on_disk, 12)
+def test_so_it_does_on_a_disk(
+    on_disk: Callable[[], Interleavings], record_property: Callable[[str, object], None]
+) -> None:
+    record_property("examples", search(on_disk, 12 * MORE))
 
 
 @pytest.mark.slow
-def test_so_it_does_on_s3(on_s3: Callable[[], Interleavings]) -> None:
-    search(on_s3, 3)
+def test_so_it_does_on_s3(on_s3: Callable[[], Interleavings], record_property: Callable[[str, object], None]) -> None:
+    record_property("examples", search(on_s3, min(3 * MORE, 20)))  # ten seconds each
 
 
 # --- What was found, and is kept --------------------------------------------------------------------------------
