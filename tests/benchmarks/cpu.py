@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `jobs/report.py`, whose scan has threads of its own
+
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
