@@ -108,10 +108,14 @@ class PlannedGroup:
     @property
     def plan(self) -> Plan:
         """How far planning went."""
-        record = self._record("token/plan.json") or {}
-        if unknown := record.keys() - Plan.__dataclass_fields__.keys():
-            raise ValueError(f"{self.path}/{self._key('token/plan.json')} holds what no plan has: {sorted(unknown)}")
+        record = self._record("token/plan.json")
+        if record is None:
+            return Plan()
         try:
+            if unknown := record.keys() - Plan.__dataclass_fields__.keys():
+                raise ValueError(f"holds what no plan has: {sorted(unknown)}")
+            if missing := Plan.__dataclass_fields__.keys() - record.keys():
+                raise ValueError(f"lacks what a plan has: {sorted(missing)}")
             return Plan(**record)
         except ValueError as error:
             raise ValueError(f"{self.path}/{self._key('token/plan.json')} {error}; {self.remedy}") from error

@@ -161,6 +161,8 @@ def metadata_faults(group: CaptureGroup, plan: Plan, *, shapes: bool = True) -> 
                 for field in DESCRIBED
                 if _as_read(found[field]) != _as_read(wanted[field])
             ]
+            if not isinstance(attributes := found.get("attributes", {}), dict):
+                faults.append(f"{key} has attributes that are none: {attributes!r:.80}")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             faults.append(f"{key} {'is gone' if data is None else f'cannot be read ({error!r})'}")
     return faults

@@ -466,6 +466,7 @@ def holds(store: Path, wanted: Path) -> None:
 @example("token/plan.json", put("rows", 10**12))  # looked for a million million shards
 @example("token/plan.json", put("tokens", "../x"))
 @example("token/plan.json", put("documents", None))
+@example("token/plan.json", ("json", {}))  # was a plan of no rows
 @example("expert/commits/4.json", put("seconds", "x"))
 @example("expert/commits/4.json", put("expert", "sha256", 2**32))
 @example("expert/commits/4.json", put("expert", [1]))
@@ -506,6 +507,7 @@ def test_of_any_record_a_capture_is_healed_to_what_it_was_or_refused_in_words(
 @example("zarr.json", put("attributes", "special_token_ids", 2**32))
 @example("zarr.json", put("attributes", {"schema_version": 1}))
 @example("expert/zarr.json", put("chunk_grid", "configuration", "chunk_shape", [[1]]))
+@example("token/zarr.json", put("attributes", [True, 65_536]))  # "list index out of range"
 @example("token/zarr.json", put("data_type", "uint32"))  # was read as other tokens, without a word
 def test_of_any_attributes_a_capture_reads_as_it_was_or_is_refused_in_words(
     whole: Path, name: str, how: tuple[Any, ...]

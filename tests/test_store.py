@@ -1122,22 +1122,37 @@ def test_a_late_writer_leaves_a_committed_shard_as_it_is(tmp_path: Path, monkeyp
     group = planned_group(tmp_path / "s.zarr")
     rows, expert, weight = choices(group, 0)
     late = CaptureGroup(group.path, "fake")
-    real, looked = late._record, []
+    real, looked = late.objects.get, []
 
-    def record(key: str) -> Any:
+    def get(key: str) -> bytes | None:
         found = real(key)
-        if key.startswith("expert/commits") and not looked:
+        if "/commits/" in key and not looked:
             looked.append(key)
             group.commit(0, expert, weight, rows=rows, facts={"worker": "first"})
         return found
 
-    monkeypatch.setattr(late, "_record", record)
+    monkeypatch.setattr(late.objects, "get", get)
     assert not late.commit(0, (expert + 1) % 8, weight, rows=rows, facts={"worker": "late"})
     assert looked
     valid, wrong = group.commits()
     assert (list(valid), wrong) == ([0], {})
     data = open_capture(group.path, "fake", allow_incomplete=True)
     assert (data["expert"][: len(expert)].values == expert).all()
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[" * 100_000, b"\xff"])
+def test_a_commit_record_that_is_none_is_replaced_and_any_other_is_left(tmp_path: Path, damaged: bytes) -> None:
+    group = planned_group(tmp_path / "s.zarr")
+    rows, expert, weight = choices(group, 0)
+    record = tmp_path / "s.zarr" / "fake/expert/commits/0.json"
+    assert group.commit(0, expert, weight, rows=rows, facts={})
+    whole = record.read_bytes()
+    record.write_bytes(damaged)
+    assert group.commit(0, expert, weight, rows=rows, facts={})
+    assert record.read_bytes() == whole
+    record.write_bytes(b"{}")
+    assert not group.commit(0, expert, weight, rows=rows, facts={})
+    assert record.read_bytes() == b"{}"
 
 
 def test_two_makers_of_one_group_do_not_mix_their_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1162,7 +1177,9 @@ def test_a_creation_that_was_killed_leaves_no_array_that_the_next_capture_does_n
     assert "role" not in open_capture(group.path, "fake")
 
 
-@pytest.mark.parametrize(("content", "said"), [("", "is not JSON"), ("[1]", "holds list"), ('{"x": 1}', "no plan has")])
+@pytest.mark.parametrize(
+    ("content", "said"), [("", "is not JSON"), ("[1]", "holds list"), ('{"x": 1}', "no plan has"), ("{}", "lacks")]
+)
 def test_a_plan_record_that_is_none_is_named(copy: Path, content: str, said: str) -> None:
     (copy / "prose" / "token" / "plan.json").write_text(content)
     with pytest.raises(ValueError, match=rf"prose/token/plan\.json.*{said}"):
