@@ -94,7 +94,7 @@ def open_covered(path: Path | str, state: Coverage) -> xr.Dataset:
     if state.lost:
         raise ValueError(f"{path}: {state}")
     group = CaptureGroup(path, state.dataset)
-    if faults := metadata_faults(group, state.plan, shapes=False):
+    if faults := metadata_faults(group, state.plan):
         raise ValueError(f"{path}/{state.dataset}: the plan is damaged: {faults[0]}; {group.remedy}")
     try:
         arrays = zarr.open_group(group.objects.zarr_store(), path=state.dataset, mode="r", use_consolidated=False)

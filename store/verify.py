@@ -143,8 +143,8 @@ def _difference(name: str, found: Mapping[str, Any] | None, committed: Mapping[s
 # The plan: its arrays' descriptions
 
 
-def metadata_faults(group: CaptureGroup, plan: Plan, *, shapes: bool = True) -> list[str]:
-    """What is wrong with the arrays' own descriptions, by which others read them; with or without their shapes."""
+def metadata_faults(group: CaptureGroup, plan: Plan) -> list[str]:
+    """What is wrong with the arrays' own descriptions, by which others read them."""
     faults, sizes = [], group.plan_sizes()
     for name, spec in group.layout.arrays().items():
         key, size = f"{name}/zarr.json", sizes.get(name, sizes["token"])
@@ -154,7 +154,7 @@ def metadata_faults(group: CaptureGroup, plan: Plan, *, shapes: bool = True) -> 
             # An array grows before the plan counts its new rows.
             grown = not plan.complete and name in GROWING and found["shape"][0] >= size
             fits = found["shape"] == wanted["shape"] or (grown and found["shape"][1:] == wanted["shape"][1:])
-            if shapes and not fits:
+            if not fits:
                 faults.append(f"{key} says {found['shape']}, {wanted['shape']} are planned")
             faults += [
                 f"{key} says {field} {found[field]}, and the layout {wanted[field]}"

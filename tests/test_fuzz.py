@@ -508,6 +508,9 @@ def test_of_any_record_a_capture_is_healed_to_what_it_was_or_refused_in_words(
 @example("zarr.json", put("attributes", {"schema_version": 1}))
 @example("expert/zarr.json", put("chunk_grid", "configuration", "chunk_shape", [[1]]))
 @example("token/zarr.json", put("attributes", [True, 65_536]))  # "list index out of range"
+@example("piece/zarr.json", put("shape", [136]))  # tokens had no piece
+@example("layer/zarr.json", put("shape", [2]))
+@example("name/zarr.json", put("shape", [5]))
 @example("token/zarr.json", put("data_type", "uint32"))  # was read as other tokens, without a word
 def test_of_any_attributes_a_capture_reads_as_it_was_or_is_refused_in_words(
     whole: Path, name: str, how: tuple[Any, ...]
