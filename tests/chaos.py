@@ -122,26 +122,35 @@ PARTS: Mapping[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 }
 
 
-def run(name: str, options: argparse.Namespace) -> list[Row]:
-    """A part's rows; where it ends in an error, one that says so, and the others go on."""
+def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A part: its rows, and when and where; where it ends in an error, a row says so, and the others go on."""
     rows: list[Row] = []
+    started = time.monotonic()
     try:
         rows.extend(PARTS[name](options))
     except Exception as error:
         traceback.print_exc()
         rows.append({"what": f"{name} ended: {type(error).__name__}", "times": 1, "survived": 0})
-    return rows
+    return {
+        "command": f"python tests/chaos.py --parts {name} --examples {options.examples} --shards {options.shards}",
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "versions": {package: version(package) for package in ("ray", "zarr", "obstore", "hypothesis")},
+        "seconds": round(time.monotonic() - started),
+        "rows": rows,
+    }
 
 
-def table(result: Mapping[str, Any]) -> Table:
+def table(parts: Mapping[str, dict[str, Any]]) -> Table:
     """All rows, part by part."""
-    drawn = Table(title=f"chaos, {result['date']}, {result['hardware']}, {result['seconds']:.0f} s")
+    drawn = Table(title="chaos")
     for column in COLUMNS:
         drawn.add_column(column, justify="left" if column == "what" else "right", overflow="fold")
-    for name, rows in result["parts"].items():
+    for name, part in parts.items():
         drawn.add_section()
-        drawn.add_row(f"[bold]{name}[/]: {(PARTS[name].__doc__ or '').rstrip('.')}")
-        for row in rows:
+        drawn.add_row(f"[bold]{name}[/]: {PARTS[name].__doc__}")
+        drawn.add_row(f"{part['date']}, {part['hardware']}", "", "", "", f"{part['seconds']:,}")
+        for row in part["rows"]:
             mark = "" if row["survived"] == row["times"] else "[red]"
             drawn.add_row(*(mark + _shown(row.get(column)) for column in COLUMNS))
             for test in row.get("failed", []):
@@ -154,27 +163,22 @@ def _shown(value: Any) -> str:
 
 
 def main() -> int:
-    """Run all parts, keep what they tell after each, and print it."""
+    """Run the parts, keep what each tells, and print it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument(
+        "--parts", nargs="*", choices=list(PARTS), default=list(PARTS), help="the file keeps the others"
+    )
     parser.add_argument("--examples", type=int, default=20, help="so many times as many as in make test (20)")
     parser.add_argument("--shards", type=int, default=38_000, help="of the part on scale (38000)")
     parser.add_argument("-o", "--output", type=Path, default=RESULT, help=f"{RESULT.relative_to(HERE.parent)}")
     options = parser.parse_args()
-    started = time.monotonic()
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {name: version(name) for name in ("ray", "zarr", "obstore", "hypothesis")},
-        "command": f"python tests/chaos.py --examples {options.examples} --shards {options.shards}",
-        "parts": {},
-    }
-    for name in sorted(options.parts, key=list(PARTS).index):
-        result["parts"][name] = run(name, options)
-        result["seconds"] = round(time.monotonic() - started)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-    Console(width=None if sys.stdout.isatty() else 120).print(table(result))
-    rows = [row for part in result["parts"].values() for row in part]
+    kept = json.loads(options.output.read_text()) if options.output.exists() else {}
+    for name in PARTS:
+        if name in options.parts:
+            kept[name] = run(name, options)
+            options.output.write_text(json.dumps(kept, indent=1) + "\n")
+    Console(width=None if sys.stdout.isatty() else 120).print(table(kept))
+    rows = [row for part in kept.values() for row in part["rows"]]
     return int(any(row["survived"] != row["times"] or row.get("failed") for row in rows))
 
 
