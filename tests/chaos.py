@@ -1,4 +1,4 @@
-"""Everything that may break, at its length: `make chaos`, half an hour on two cores; `make test` has a short form.
+"""Everything that may break, at its length: `make chaos`, 25 minutes on two cores; `make test` has a short form.
 
 The tests of faults with many more examples, other ones each time, a capture through all that a cluster does, and tens
 of thousands of shards. One table of it all is printed last and kept; the exit status is 1 if anything did not survive.
