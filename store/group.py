@@ -135,12 +135,7 @@ class CaptureGroup(PlannedGroup):
                     return False
                 self.objects.put(key, data)
             record[name] = object_sums(data)
-        data = as_json(record)
-        if before is None:
-            committed = self.objects.put_new(record_key, data)
-        else:
-            committed = self.objects.put_over(record_key, before, data)
-        return committed or self.objects.get(record_key) == data
+        return self._put_where(before, record_key, as_json(record))
 
     def committed(self, shard: int) -> bool:
         """Whether a commit record of this capture stands; what it names is not looked at."""
@@ -283,9 +278,11 @@ def _odd(record: Mapping[str, Any]) -> str | None:
 
 def _is_record(data: bytes | None) -> bool:
     """Whether something says that a shard is committed, rightly or not."""
-    with suppress(ValueError):
-        return data is not None and parse_record(data) is not None
-    return False
+    try:
+        parse_record(data or b"")
+    except ValueError:
+        return False
+    return True
 
 
 def _misfit(record: Mapping[str, Any], have: Sequence[int | None]) -> str | None:

@@ -208,10 +208,16 @@ class PlannedGroup:
         if not still():
             raise self.overtaken()
         for key, data in ((self._key(name), data) for name, data in changes.items()):
-            old = standing.get(key, data)
-            put = self.objects.put_new(key, data) if old == data else self.objects.put_over(key, old, data)
-            if not put and self.objects.get(key) != data:
+            if not self._put_where(standing.get(key), key, data):
                 raise self.overtaken()
+
+    def _put_where(self, seen: bytes | None, key: str, data: bytes) -> bool:
+        """Put an object where there is still what was seen, perhaps nothing; whether it stands, whoever put it."""
+        if seen is None or seen == data:
+            put = self.objects.put_new(key, data)
+        else:
+            put = self.objects.put_over(key, seen, data)
+        return put or self.objects.get(key) == data
 
     def overtaken(self) -> RuntimeError:
         """What ends a job that finds another one's work where it was about to put its own."""

@@ -82,14 +82,7 @@ class S3Objects:
         )
 
     def get(self, key: str) -> bytes | None:
-        def get() -> bytes | None:
-            try:
-                return obstore.get(self._store, key).bytes().to_bytes()
-            except FileNotFoundError as error:
-                _refuse_no_bucket(error)
-                return None
-
-        return self._answer(get)
+        return self._found(lambda: obstore.get(self._store, key).bytes().to_bytes())
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -97,14 +90,7 @@ class S3Objects:
             return {key: data for key, data in found if data is not None}
 
     def size_bytes(self, key: str) -> int | None:
-        def head() -> int | None:
-            try:
-                return obstore.head(self._store, key)["size"]
-            except FileNotFoundError as error:
-                _refuse_no_bucket(error)
-                return None
-
-        return self._answer(head)
+        return self._found(lambda: obstore.head(self._store, key)["size"])
 
     def sizes(self, prefix: str, keys: Sequence[str]) -> Sequence[int | None]:
         """One request for a thousand objects."""
@@ -164,6 +150,18 @@ class S3Objects:
             return {entry["path"]: entry["size"] for page in pages for entry in page}
 
         return self._answer(everything)
+
+    def _found(self, request: Callable[[], T]) -> T | None:
+        """What a request gives; None where its object is not there."""
+
+        def found() -> T | None:
+            try:
+                return request()
+            except FileNotFoundError as error:
+                _refuse_no_bucket(error)
+                return None
+
+        return self._answer(found)
 
     def _answer(self, request: Callable[[], T]) -> T:
         """What a request gives; a failure, in one sentence that names the store and what to do.

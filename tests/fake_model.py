@@ -210,6 +210,10 @@ def words(count: int, seed: int = 0) -> str:
     return " ".join(f"w{number}" for number in np.random.default_rng(seed).integers(0, 5000, count))
 
 
+TEXTS = [words(5, 1), "", words(70, 2), words(8, 3), " \n ", words(9, 4), words(30, 5)]
+"""17 rows of 8 positions, five shards of four rows; the third document goes through three shards."""
+
+
 def store_files(store: Path) -> dict[str, bytes]:
     """Every file of a store by its path in it."""
     return {path.relative_to(store).as_posix(): path.read_bytes() for path in store.rglob("*") if path.is_file()}

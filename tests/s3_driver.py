@@ -13,12 +13,9 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from fake_model import fake_capture, words
+from fake_model import TEXTS, fake_capture
 
 from store.s3 import S3Objects
-
-TEXTS = [words(5, 1), "", words(70, 2), words(8, 3), " \n ", words(9, 4), words(30, 5)]
-"""17 rows of 8 positions, five shards of four rows."""
 
 
 def die_before(write: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bucket import Bucket
-from fake_model import FakeRun, fake_layout, text_source, words
+from fake_model import TEXTS, FakeRun, fake_layout, text_source
 
 import workers.replica
 import workers.shard
@@ -33,8 +33,6 @@ from store.layout import ArraySpec
 from store.objects import LocalObjects, Objects
 from store.planned import PlannedGroup
 
-TEXTS = [words(5, 1), "", words(70, 2), words(8, 3), " \n ", words(9, 4), words(30, 5)]
-"""17 rows of 8 positions, five shards of four rows, planned in two goes of twelve and five rows."""
 STORE, NAME = "simulated.zarr", "fake"
 ACTS = ("put", "put_new", "put_over", "delete", "clear", "settle")
 LOOKS = ("get", "get_many", "size_bytes", "sizes", "list", "folders")

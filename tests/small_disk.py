@@ -16,14 +16,12 @@ from unittest import mock
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from fake_model import fake_capture, store_files, words
+from fake_model import TEXTS, fake_capture, store_files
 
 from jobs.captures import exit_status
 from jobs.terminal import run_job
 from store import coverage
 from store.objects import LocalObjects
-
-TEXTS = [words(5, 1), "", words(70, 2), words(8, 3), " \n ", words(9, 4), words(30, 5)]
 
 
 def mount(folder: Path, options: str) -> None:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_driver import TEXTS
-from fake_model import fake_capture, fake_layout, store_files, words
+from fake_model import TEXTS, fake_capture, fake_layout, store_files, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from more import MORE

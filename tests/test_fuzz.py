@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import pytest
 import uvicorn
 import yaml
-from fake_model import fake_capture, fake_layout, words
+from fake_model import TEXTS, fake_capture, fake_layout
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from more import MORE
@@ -327,7 +327,6 @@ def test_a_column_whose_name_is_no_text_is_refused_by_the_file_s_name(tmp_path: 
 
 # --- The store --------------------------------------------------------------------------------------------
 
-TEXTS = [words(5, 1), "", words(70, 2), words(8, 3), " \n ", words(9, 4), words(30, 5)]
 ARRAYS = ("expert", "weight", "token", "length", "document_id", "offset", "name", "piece", "layer")
 
 

@@ -23,9 +23,8 @@ from simulated import undisturbed
 
 import store.group
 from store import CaptureGroup
-from store.objects import LocalObjects
+from store.objects import LocalObjects, open_objects
 from store.planned import PlannedGroup
-from store.s3 import S3Objects
 
 STEPS = 165
 """Of an undisturbed capture: what it does to the store, and how often it looks."""
@@ -97,9 +96,7 @@ def on_s3(clean: Files, s3: str) -> Callable[[], Interleavings]:
 
     def make() -> Interleavings:
         url = f"{s3}{next(numbers)}"
-        return Interleavings(
-            lambda scratch: S3Objects(url.removeprefix("s3://"), scratch), lambda: bucket_files(url), clean
-        )
+        return Interleavings(lambda scratch: open_objects(url, scratch), lambda: bucket_files(url), clean)
 
     return make
 
@@ -121,22 +118,18 @@ def test_so_it_does_on_s3(on_s3: Callable[[], Interleavings], record_property: C
 Machine = Interleavings
 
 
-def overtaken(machine: Machine, stops_at: int) -> None:
+def overtaken(machine: Machine, stops_at: int, acts: int | None = None) -> None:
     """A process stands still and is taken for dead; another one does everything; then the first one goes on."""
     machine.stand_still(stops_at=stops_at, shards=None, verifies=False)
     machine.be_taken_for_dead(0)
     machine.capture(dies_at=None, retry=False)
-    machine.go_on(0, steps=None, acts=None)
+    machine.go_on(0, steps=None, acts=acts)
     machine.the_store_equals_the_clean_run_or_says_what_is_missing()
 
 
 def overtaken_for_one_act(machine: Machine, stops_at: int) -> None:
     """As before, but it dies after one more act: a maker left arrays of no rows behind a complete plan."""
-    machine.stand_still(stops_at=stops_at, shards=None, verifies=False)
-    machine.be_taken_for_dead(0)
-    machine.capture(dies_at=None, retry=False)
-    machine.go_on(0, steps=None, acts=1)
-    machine.the_store_equals_the_clean_run_or_says_what_is_missing()
+    overtaken(machine, stops_at, acts=1)
 
 
 def healing_killed(machine: Machine, dies_at: int) -> None:

@@ -18,10 +18,9 @@ import obstore
 import pytest
 import xarray as xr
 from bucket import Bucket
-from fake_model import FakeEngine, fake_capture
+from fake_model import TEXTS, FakeEngine, fake_capture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from s3_driver import TEXTS
 from s3_server import any_files, bucket_store, new_store, server_address, variables  # noqa: F401
 
 from store import CaptureGroup, coverage, dataset_names, lease, open_capture, open_tree

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import s3_proxy
-from fake_model import FakeEngine, fake_capture, words
-from s3_driver import TEXTS
+from fake_model import TEXTS, FakeEngine, fake_capture, words
 from s3_proxy import FAULTS, Proxy, once_each, proxy
 from s3_server import any_files, bucket_files, new_store, server_address, variables  # noqa: F401
 from test_s3 import comparable
@@ -16,20 +15,20 @@ from test_s3 import comparable
 from jobs.captures import exit_status
 from store import CaptureGroup, coverage, lease, open_capture
 from store import s3 as s3_module
-from store.s3 import S3Objects
+from store.objects import Objects, open_objects
 from workers.shard import capture_shard
 
 DONE_BUT_NOT_TOLD = ("lost", "stall")
 
 
 @pytest.fixture
-def direct(s3: str) -> S3Objects:
+def direct(s3: str) -> Objects:
     """What lies in the store, past the network."""
-    return S3Objects(s3.removeprefix("s3://"), "scratch")
+    return open_objects(s3, scratch="scratch")
 
 
 @pytest.fixture
-def network(direct: S3Objects, s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+def network(direct: Objects, s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """The way to the server, which is broken at will; a second is too long for a request."""
     monkeypatch.setattr(s3_module, "REQUEST_S", 1)
     monkeypatch.setattr(s3_module, "PAUSES_S", (0.1, 0.2))
@@ -41,14 +40,14 @@ def network(direct: S3Objects, s3_address: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def objects(s3: str, network: Proxy) -> S3Objects:
+def objects(s3: str, network: Proxy) -> Objects:
     """What lies in the store, through the network."""
-    return S3Objects(s3.removeprefix("s3://"), "scratch")
+    return open_objects(s3, scratch="scratch")
 
 
 # --- Tried again ------------------------------------------------------------------------------------------------
 
-OPERATIONS: list[tuple[str, Callable[[S3Objects], Any], Any]] = [
+OPERATIONS: list[tuple[str, Callable[[Objects], Any], Any]] = [
     ("put", lambda objects: objects.put("a", b"new"), None),
     ("put_new where there is one", lambda objects: objects.put_new("a", b"other"), False),
     ("put_new", lambda objects: objects.put_new("b", b"data"), True),
@@ -65,7 +64,7 @@ OPERATIONS: list[tuple[str, Callable[[S3Objects], Any], Any]] = [
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_request_that_fails_once_in_any_way_is_made_again(objects: S3Objects, network: Proxy, fault: str) -> None:
+def test_a_request_that_fails_once_in_any_way_is_made_again(objects: Objects, network: Proxy, fault: str) -> None:
     """A put that was done, and whose answer was lost, finds its own object there, which its callers know."""
     objects.put("under/c", b"")
     for name, operation, answer in OPERATIONS:
@@ -77,7 +76,7 @@ def test_a_request_that_fails_once_in_any_way_is_made_again(objects: S3Objects, 
     assert objects.folders("") == []
 
 
-def test_the_second_put_of_a_conditional_one_is_made_again_too(objects: S3Objects, network: Proxy) -> None:
+def test_the_second_put_of_a_conditional_one_is_made_again_too(objects: Objects, network: Proxy) -> None:
     objects.put("a", b"old")
     for fault in ("503", "reset"):
         network.fault = once_each([None, fault])  # after it was read
@@ -92,7 +91,7 @@ def test_what_a_server_refuses_for_now_is_asked_again_with_growing_pauses_for_as
 ) -> None:
     """Eight tries took between one and four seconds, and 45 were promised."""
     monkeypatch.setattr(s3_module, "RETRY_S", 4)
-    objects = S3Objects(s3.removeprefix("s3://"), "scratch")
+    objects = open_objects(s3, scratch="scratch")
     network.fault = lambda method, key: "503"
     started = time.monotonic()
     with pytest.raises(OSError, match="SlowDown: Reduce your rate"):
@@ -105,11 +104,11 @@ def test_what_a_server_refuses_for_now_is_asked_again_with_growing_pauses_for_as
 
 @pytest.mark.parametrize("operation", ["put_new", "get"])
 def test_a_server_that_takes_too_long_is_asked_three_times_and_told(
-    objects: S3Objects, network: Proxy, monkeypatch: pytest.MonkeyPatch, operation: str
+    objects: Objects, network: Proxy, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     """As where a request takes longer than all tries may."""
     monkeypatch.setattr(s3_module, "RETRY_S", 0.5)
-    objects = S3Objects(objects.root.removeprefix("s3://"), "scratch")
+    objects = open_objects(objects.root, scratch="scratch")
     network.fault = lambda method, key: "stall"
     with pytest.raises(ConnectionError, match="cannot be reached"):
         getattr(objects, operation)(*{"put_new": ("a", b"data"), "get": ("a",)}[operation])
@@ -120,7 +119,7 @@ def test_an_upload_that_breaks_off_leaves_nothing_to_be_seen(
     s3: str, network: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_module, "RETRY_S", 1)
-    objects = S3Objects(s3.removeprefix("s3://"), "scratch")
+    objects = open_objects(s3, scratch="scratch")
     network.fault = lambda method, key: "reset" if method == "PUT" else None
     for put in (objects.put, objects.put_new):
         with pytest.raises(ConnectionError, match="cannot be reached"):
@@ -154,7 +153,7 @@ def test_a_capture_over_a_network_that_breaks_every_eighth_request_has_the_bytes
 
 
 def test_whatever_is_visible_while_a_capture_runs_over_a_broken_network_is_whole(
-    s3: str, direct: S3Objects, network: Proxy, clean: dict[str, Any]
+    s3: str, direct: Objects, network: Proxy, clean: dict[str, Any]
 ) -> None:
     """Looked at past the network, before every fifth request; an array grows, and so do records of the plan."""
     final = [key for key in clean if "/expert/c/" in key or "/weight/c/" in key or "/token/c/" in key]

@@ -23,6 +23,7 @@ import pytest
 import xarray as xr
 import zarr
 from fake_model import (
+    TEXTS,
     FakeEngine,
     FakeRun,
     fake_capture,
@@ -47,7 +48,6 @@ from store.objects import LocalObjects
 from store.plan import Plan, Rows
 from workers.shard import capture_shard
 
-TEXTS = [words(5, 1), "", words(70, 2), words(8, 3), " \n ", words(9, 4), words(30, 5)]
 ROWS = [math.ceil(len(text.split()) / 8) for text in TEXTS]  # 17 in all: five shards of 4, the last one clipped
 CHUNK_BYTES = 2**21
 

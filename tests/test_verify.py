@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_model import fake_capture, fake_layout, words
+from fake_model import TEXTS, fake_capture, fake_layout, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from s3_driver import TEXTS
 from s3_server import any_files, new_store, server_address  # noqa: F401
 
 from jobs import plan as planning
