@@ -35,7 +35,8 @@ VERSION = 1
 
 
 class Runner(Protocol):
-    """Accumulates shards somewhere: `analysis.scan.accumulate` in this process, or `jobs.analyses` on a cluster."""
+    """Accumulates shards somewhere: `analysis.scan.accumulate` in this process, or `jobs.cluster.scans` on a
+    cluster."""
 
     def __call__(
         self,

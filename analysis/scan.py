@@ -4,7 +4,7 @@ Promises: every captured token is counted once and tokens that were not captured
 never; the result does not depend on chunks, threads, processes or their order, because accumulators hold integers
 only; memory is threads × (one decoded shard + the accumulators), whatever the size of the store.
 Does not know any metric: those are the reducers. `accumulate` does a part of the rows, for a runner that spreads them
-over machines (`jobs.analyses`); `scan` does all and finishes.
+over machines (`jobs.cluster.scans`); `scan` does all and finishes.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import os
 
 from dotenv import dotenv_values, find_dotenv
 
-from jobs.config import CaptureConfig, parse_capture
-from jobs.terminal import run_job
+from jobs.capturing.options import CaptureConfig, parse_capture
+from jobs.console.terminal import run_job
 
 
 def main(arguments: list[str]) -> int:
@@ -36,8 +36,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _estimate(config: CaptureConfig) -> int:
-    from jobs.estimate import print_estimate
-    from jobs.prepare import Run
+    from jobs.capturing.estimate import print_estimate
+    from jobs.capturing.run import Run
 
     run = Run(config)
     for name, source in run.sources():
@@ -46,18 +46,18 @@ def _estimate(config: CaptureConfig) -> int:
 
 
 def _capture_here(config: CaptureConfig) -> int:
-    from jobs.captures import capture_datasets, exit_status
-    from jobs.local import capture_here
-    from jobs.prepare import Run
+    from jobs.capturing.captures import capture_datasets, exit_status
+    from jobs.capturing.local import capture_here
+    from jobs.capturing.run import Run
 
     run = Run(config)
     return exit_status(capture_datasets(run, run.sources(), capture_here))
 
 
 def _capture_on_cluster(config: CaptureConfig) -> int:
-    from jobs.captures import capture_datasets, exit_status
-    from jobs.cluster import connected
-    from jobs.prepare import Run
+    from jobs.capturing.captures import capture_datasets, exit_status
+    from jobs.capturing.run import Run
+    from jobs.cluster.ray_workers import connected
 
     sources = Run(config).sources()  # first: a mistake is told before a cluster is waited for
     with connected(config) as cluster:

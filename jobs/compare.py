@@ -11,9 +11,9 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 import tyro
 
-from jobs.places import capture_at
-from jobs.screen import Column, Row, print_line, print_table, stdout_console
-from jobs.terminal import reporting, run_job
+from jobs.console.places import capture_at
+from jobs.console.tables import Column, Row, print_line, print_table, stdout_console
+from jobs.console.terminal import reporting, run_job
 
 PROVENANCE = ("model", "quantization", "environment")
 MEASURES = ("same_set", "overlap", "same_first", "first_difference", "margin", "margin_at_flips")
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     """Print the table."""
     config = tyro.cli(CompareConfig, prog="python jobs/compare.py", args=arguments, use_underscores=True)
 
-    from analysis.agreement import Agreement, paired  # numba takes a second: --help does not wait for it
+    from analysis.metrics.agreement import Agreement, paired  # numba takes a second: --help does not wait for it
     from analysis.scan import scan
     from store import open_capture
 

@@ -16,13 +16,13 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 from rich.console import Console
 
 from jobs import capture
-from jobs.screen import Bars, Column, Row, print_line, print_table, stdout_console
-from jobs.terminal import run_job
+from jobs.console.tables import Bars, Column, Row, print_line, print_table, stdout_console
+from jobs.console.terminal import run_job
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from analysis.answers import Answers
+    from analysis.report.section import Answers
 
 ROOT = Path(__file__).resolve().parent.parent
 STORE, REPORT = ROOT / "demo.zarr", ROOT / "demo.html"
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         if status := capture.main([*options, *MODEL.split()]):
             return status
 
-    from analysis.report import write_report  # takes seconds to load, and a capture needs none of it
+    from analysis.report.page import write_report  # takes seconds to load, and a capture needs none of it
 
     report = write_report([STORE], REPORT)
     print_found(stdout_console(), report.answers, report.apart)
@@ -64,22 +64,22 @@ The demo took {time.monotonic() - started:.0f} s. Its report:
 
 def print_found(console: Console, answers: "Sequence[Answers]", apart: "xr.Dataset | None") -> None:
     """What the report says in words, and each data set's busiest expert, as LAYER:EXPERT."""
-    from analysis.sentences import sentences
+    from analysis.report.headline import sentences
 
     print_line(console, "")
     for sentence in sentences(answers, apart):
         print_line(console, f"- {sentence}")
     print_line(console, "")
-    rows = [_busiest(each) for each in answers if each.load.attrs["n"]]
+    rows = [_busiest(each) for each in answers if each["load"].attrs["n"]]
     print_table(console, COLUMNS, rows, note="LAYER:EXPERT; a full bar is all choices of the layer")
 
 
 def _busiest(each: "Answers") -> Row:
     """A data set, and the expert with the largest share of its layer's choices."""
-    share = each.load["share"].fillna(0)
+    share = each["load"]["share"].fillna(0)
     top = share.isel(share.argmax(("layer", "expert")))
     place: dict[str, Any] = {name: int(top[name]) for name in ("layer", "expert")}
-    return {"data_set": each.label, **each.load.attrs, "share": float(top), **place}
+    return {"data_set": each.label, **each["load"].attrs, "share": float(top), **place}
 
 
 COLUMNS = (

@@ -14,11 +14,11 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 import tyro
 
-from jobs.places import captures_at
-from jobs.terminal import run_job, say
+from jobs.console.places import captures_at
+from jobs.console.terminal import run_job, say
 
 if TYPE_CHECKING:
-    from analysis.explorer import Explorer
+    from analysis.explorer.live import Explorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     if config.export is not None:
         return _export(store, names, config)
 
-    from analysis.explorer import Explorer  # numba takes a second: --help does not wait for it
+    from analysis.explorer.live import Explorer  # numba takes a second: --help does not wait for it
 
     _open_more_files()
     named = None if config.store.rstrip("/") == store.rstrip("/") else names
@@ -78,11 +78,11 @@ def _export(store: str, names: list[str], config: ExploreConfig) -> int:
     if not output.absolute().parent.is_dir() or output.is_dir():
         raise ValueError(f"--export {output}: its folder must exist, and it must not be a folder itself")
 
-    from analysis.export import export_page
-    from analysis.files import whole_file
-    from analysis.index import CaptureIndex
-    from analysis.paths import document_number
-    from analysis.view import View
+    from analysis.explorer.index import CaptureIndex
+    from analysis.explorer.one_file import export_page
+    from analysis.explorer.view import View
+    from analysis.metrics.paths import document_number
+    from store.files import whole_file
 
     view = View(store, names[0], CaptureIndex(store, names[0], config.index).now)
     asked = [int(document) if document.isdecimal() else document for document in config.document]
@@ -97,7 +97,7 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
     """Answer until interrupted, and index meanwhile."""
     import uvicorn
 
-    from jobs.site import site
+    from analysis.explorer.site import site
 
     stop = threading.Event()
     follower = threading.Thread(target=explorer.follow, args=(stop,), daemon=True)

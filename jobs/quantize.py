@@ -10,7 +10,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 import tyro
 
-from jobs.terminal import reporting, run_job, say
+from jobs.console.terminal import reporting, run_job, say
 
 MEGABYTE = 10**6
 
@@ -42,8 +42,8 @@ def main(arguments: list[str]) -> int:
 
     import torch  # takes seconds, and --help does not wait for it
 
-    from workers.checkpoint import find_checkpoint, weight_files
-    from workers.saving import quantize_checkpoint, refuse_existing
+    from workers.models.checkpoint import find_checkpoint, weight_files
+    from workers.models.saving import quantize_checkpoint, refuse_existing
     from workers.tiny import model_path
 
     here = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,15 +14,15 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 import tyro
 
-from jobs.places import captures_at
-from jobs.questions import Answer, Listed, document_answer, expert_answer, token_answer
-from jobs.screen import print_json, stdout_console
-from jobs.terminal import reporting, run_job, say, shown
+from jobs.console.places import captures_at
+from jobs.console.query_rows import Answer, Listed, document_answer, expert_answer, token_answer
+from jobs.console.tables import print_json, stdout_console
+from jobs.console.terminal import reporting, run_job, say, shown
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from analysis.tokens import Order
+    from analysis.metrics.tokens import Order
     from store import Coverage
 
 ORDERS: "tuple[Order, ...]" = ("count", "lift")
@@ -110,7 +110,7 @@ def _answer(config: QueryConfig, store: str, name: str, documents: list[int | st
 
 def _write_tables(store: str, names: list[str], folder: str, documents: list[int | str]) -> int:
     """Write the files, and print their folder."""
-    from analysis.tables import write_tables  # numba takes a second: --help does not wait for it
+    from analysis.exports.parquet import write_tables  # numba takes a second: --help does not wait for it
 
     with reporting("tables", unit="shards", transient=True) as report:
         told = lambda name, done, total: report.add(1)
@@ -126,8 +126,8 @@ def _counted(
     config: QueryConfig, store: str, state: "Coverage", capture: "xr.Dataset", layers: list[int]
 ) -> "list[Listed]":
     """The answers to what is counted over all tokens; a mistake is told before."""
+    from analysis.metrics.tokens import TokenCounts, TopTokens
     from analysis.results import measure
-    from analysis.tokens import TokenCounts, TopTokens
 
     answers: list[Callable[[xr.Dataset], Listed]]
     if config.expert is not None:

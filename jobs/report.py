@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 import tyro
 
-from jobs.terminal import LOG_EVERY_S, run_job, say
+from jobs.console.terminal import LOG_EVERY_S, run_job, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     if not config.output.absolute().parent.is_dir() or config.output.is_dir():
         raise ValueError(f"--output {config.output}: its folder must exist, and it must not be a folder itself")
     _give_memory_back()
-    from analysis.report import (  # the chart libraries take a second: --help does not wait for them
+    from analysis.report.page import (  # the chart libraries take a second: --help does not wait for them
         write_figures,
         write_report,
     )
@@ -58,8 +58,8 @@ def main(arguments: list[str]) -> int:
     with ExitStack() as stack:
         where: dict[str, Any] = {}
         if config.cluster:
-            from jobs.analyses import ClusterRunner
-            from jobs.cluster import connection
+            from jobs.cluster.connection import connection
+            from jobs.cluster.scans import ClusterRunner
 
             stack.enter_context(connection())
             where["runner_of"] = ClusterRunner
@@ -89,7 +89,7 @@ def _tell() -> Callable[[str, int, int], None]:
 def _give_memory_back() -> None:
     """Have freed arrays returned to the system at once: glibc otherwise learns to keep them, and the peak grows.
 
-    Measured with two threads and 32 layers, from one to five million tokens: see tests/test_memory.py.
+    Measured with two threads and 32 layers, from one to five million tokens: see tests/analysis/test_memory.py.
     """
     m_mmap_threshold = -3  # from malloc.h
     with contextlib.suppress(OSError, AttributeError):  # no glibc here: the allocator does as it does

@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 import tyro
 
-from jobs.terminal import run_job, say
+from jobs.console.terminal import run_job, say
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

@@ -12,8 +12,8 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 import tyro
 from rich.console import Console
 
-from jobs.screen import Bars, Column, Row, print_json, print_line, print_table, stdout_console
-from jobs.terminal import reporting, run_job, say, shown
+from jobs.console.tables import Bars, Column, Row, print_json, print_line, print_table, stdout_console
+from jobs.console.terminal import reporting, run_job, say, shown
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.lease import lease_holder

@@ -1,6 +1,6 @@
 """How `workers/tiny-mixtral` was made: `python jobs/train_tiny.py OUT`, seven minutes on one GPU.
 
-Data are the texts of `jobs.demo_texts`. A tenth of the documents is held out, which is what the demo captures, and
+Data are the texts of `jobs.sources.demo`. A tenth of the documents is held out, which is what the demo captures, and
 whatever nearly repeats one of them is left out (licences are copied from each other). The same packages, versions and
 GPU give the same bytes. The model card there says what came of it.
 """
@@ -25,8 +25,8 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from jobs.demo_texts import DEMO_TEXTS, demo_source, held_out
-from jobs.terminal import reporting, run_job, say
+from jobs.console.terminal import reporting, run_job, say
+from jobs.sources.demo import DEMO_TEXTS, demo_source, held_out
 
 SEED = 87
 ROW_TOKENS = 512
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
     import transformers
     from torch import nn
 
-    from workers.tokenizer import load_tokenizer
+    from workers.text.tokenizer import load_tokenizer
 
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
@@ -153,7 +153,7 @@ def main(arguments: list[str]) -> int:
 
 def write_tokenizer(folder: Path) -> None:
     """Make the folder, with Mixtral's own tokenizer from the package mistral-common."""
-    from workers.tokenizer import sentencepiece_tokenizer
+    from workers.text.tokenizer import sentencepiece_tokenizer
 
     package = importlib.util.find_spec("mistral_common")
     if package is None or package.origin is None:
@@ -180,7 +180,7 @@ def write_json(path: Path, content: object) -> None:
 
 def text_rows(name: str, tokenizer: Any) -> tuple[Rows, Rows]:
     """Rows of a demo text to train on, and rows that are held out; -1 fills up."""
-    from workers.rows import document_rows, padded
+    from workers.text.rows import document_rows, padded
 
     documents = list(demo_source(name).read(0))
     encoded = tokenizer.encode_batch([document.text for document in documents])

@@ -19,11 +19,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jobs.config import CaptureConfig
-from jobs.documents import Document, Source
-from jobs.download import fetch, is_url
-from jobs.sources import resolve_source
-from jobs.terminal import reporting, run_job, say
+from jobs.capturing.options import CaptureConfig
+from jobs.console.terminal import reporting, run_job, say
+from jobs.sources.documents import Document, Source
+from jobs.sources.resolve import resolve_source
+from jobs.sources.web import fetch, is_url
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -78,10 +78,10 @@ def main(arguments: list[str]) -> int:
     if "://" in config.store:
         raise ValueError(f"--store {config.store}: a validation runs on this machine, so name a folder")
 
-    from analysis.validation import BLOCK_TOKENS, published_counts, refuse_other_model, validation
-    from jobs.captures import capture_datasets  # torch takes seconds: --help does not wait for it
-    from jobs.local import capture_here
-    from jobs.prepare import Run
+    from analysis.metrics.published import BLOCK_TOKENS, published_counts, refuse_other_model, validation
+    from jobs.capturing.captures import capture_datasets  # torch takes seconds: --help does not wait for it
+    from jobs.capturing.local import capture_here
+    from jobs.capturing.run import Run
     from store import open_capture
 
     asked = CaptureConfig(

@@ -233,7 +233,7 @@ def _document_fault(group: CaptureGroup, first: int, document_id: np.ndarray, pl
 def _offset_fault(
     group: CaptureGroup, first: int, length: np.ndarray, document_id: np.ndarray, offset: np.ndarray
 ) -> str | None:
-    """Offsets count a document's tokens before the row, and a BOS is none: see `workers.rows.document_rows`."""
+    """Offsets count a document's tokens before the row, and a BOS is none: see `workers.text.rows.document_rows`."""
     rule = group.identity.get("bos")
     has_bos = (rule == "row") | ((rule == "document") & (offset == 0))
     wanted = np.where(np.diff(document_id) > 0, 0, (offset + length - has_bos)[:-1])

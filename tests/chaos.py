@@ -27,15 +27,15 @@ from rich.table import Table
 HERE = Path(__file__).parent
 RESULT = HERE / "benchmarks" / "results" / "chaos.json"
 TESTS: Mapping[str, Sequence[str]] = {
-    "every interleaving": ["test_interleavings.py"],
-    "power lost": ["test_power_loss.py"],
-    "killed at each write": ["test_crash.py"],
-    "disks full, read-only, forbidden, removed": ["test_storage_faults.py"],
-    "S3, and a network that breaks": ["test_s3.py", "test_s3_faults.py"],
-    "workers come, go and break": ["test_cluster.py", "test_dispatch.py"],
-    "stores of older versions": ["test_schema.py"],
+    "every interleaving": ["store/test_interleavings.py"],
+    "power lost": ["store/test_power_loss.py"],
+    "killed at each write": ["jobs/test_crash.py"],
+    "disks full, read-only, forbidden, removed": ["store/test_storage_faults.py"],
+    "S3, and a network that breaks": ["store/test_s3.py", "store/test_s3_faults.py"],
+    "workers come, go and break": ["jobs/test_ray_workers.py", "jobs/test_dispatch.py"],
+    "stores of older versions": ["store/test_schema.py"],
     "nobody gets in": ["test_security.py"],
-    "bad input": ["test_fuzz.py", "test_hostile.py"],
+    "bad input": ["test_fuzz.py", "jobs/test_hostile.py"],
 }
 COLUMNS = ("what", "times", "survived", "computed again", "seconds")
 TIMEOUT_S = 7200
@@ -73,7 +73,7 @@ def tests(options: argparse.Namespace) -> Iterator[Row]:
     if ended != pytest.ExitCode.OK and not cases.failed:  # a file that cannot be imported fails no test
         raise RuntimeError(f"pytest ended with {ended!r}, and no test failed")
     for what, part in TESTS.items():
-        names = [name for name in cases.seconds if Path(name.partition("::")[0]).name in part]
+        names = [name for name in cases.seconds if name.partition("::")[0].removeprefix("tests/") in part]
         failed = sorted(cases.failed.intersection(names))
         yield {
             "what": f"{what}: {sum(name in cases.tried for name in names)} tests",
@@ -186,5 +186,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(HERE.parent), str(HERE)]
+    sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "jobs")]
     sys.exit(main())

@@ -3,7 +3,7 @@
 240 shards on three nodes. A model that fails to load twice, workers ten times slower, a shard that raises once, one
 that always raises and one that always kills its process, workers killed in the middle of a shard, one that hangs, a
 node that is lost and one that is added, and the driver killed and started again. Then it is held against a quiet run,
-byte for byte. `tests/test_cluster.py` is the short form.
+byte for byte. `tests/jobs/test_ray_workers.py` is the short form.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 
 from faulty_model import LOAD, Script
 from ray_nodes import ray_nodes
-from test_cluster import Job, comparable, quiet
+from test_ray_workers import Job, comparable, quiet
 
 from store import coverage
 

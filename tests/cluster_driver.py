@@ -16,12 +16,13 @@ if __name__ == "__main__":
 from fake_model import text_source
 from faulty_model import faulty_run, numbered_texts
 
-from jobs import cluster as clusters
-from jobs import dispatch, plan
-from jobs.captures import capture_datasets, exit_status
-from jobs.cluster import connected
-from jobs.config import CaptureConfig
-from jobs.terminal import run_job
+from jobs.capturing import planner as plan
+from jobs.capturing.captures import capture_datasets, exit_status
+from jobs.capturing.options import CaptureConfig
+from jobs.cluster import dispatch
+from jobs.cluster import ray_workers as clusters
+from jobs.cluster.ray_workers import connected
+from jobs.console.terminal import run_job
 from store import lease
 
 plan.PUBLISH_POSITIONS = 16 * 32  # sixteen shards at a time: the first are captured while the last are planned

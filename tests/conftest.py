@@ -29,7 +29,7 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
 @pytest.fixture(scope="session", params=["none", "nf4"])
 def tiny_model(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     """The tiny Mixtral as `load_model` gives it, unquantized and in NF4; leave it as you find it."""
-    from workers.loading import load_model
+    from workers.models.loading import load_model
     from workers.tiny import tiny_checkpoint
 
     return load_model(tiny_checkpoint(), quantization=request.param, device="cpu")
@@ -58,7 +58,7 @@ class Ran:
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Runs `jobs/capture.py`, or another job, as its script does, but in this process."""
     from jobs import capture
-    from jobs.terminal import run_job
+    from jobs.console.terminal import run_job
 
     def run(*arguments: object, main: Callable[[list[str]], int] = capture.main) -> Ran:
         monkeypatch.setattr(sys, "argv", ["job", *map(str, arguments)])

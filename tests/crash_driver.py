@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from fake_model import TEXTS, fake_capture
 
-from jobs import plan
+from jobs.capturing import planner as plan
 from store.objects import LocalObjects
 
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from jobs.captures import capture_datasets
-from jobs.documents import Document, Source
-from jobs.local import capture_here
+from jobs.capturing.captures import capture_datasets
+from jobs.capturing.local import capture_here
+from jobs.sources.documents import Document, Source
 from store import CaptureGroup, Coverage, Layout
 from workers.replica import Order
-from workers.rows import BosRule
 from workers.shard import Engine, OutOfMemory, Routes
+from workers.text.rows import BosRule
 
 BOS_ID = 1
 VOCAB_SIZE = 1000
@@ -136,7 +136,7 @@ def text_source(texts: Sequence[str | list[dict[str, str]]]) -> Source:
 
 
 class FakeRun:
-    """What `jobs.captures.capture_datasets` needs of a `jobs.prepare.Run`, with the fake model behind it.
+    """What `capture_datasets` needs of a `jobs.capturing.run.Run`, with the fake model behind it.
 
     Parameters
     ----------

@@ -14,11 +14,11 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from jobs.captures import capture_datasets, exit_status
-from jobs.cluster import connected
-from jobs.config import CaptureConfig
-from jobs.prepare import Run
-from jobs.terminal import run_job
+from jobs.capturing.captures import capture_datasets, exit_status
+from jobs.capturing.options import CaptureConfig
+from jobs.capturing.run import Run
+from jobs.cluster.ray_workers import connected
+from jobs.console.terminal import run_job
 from workers.replica import Order
 
 MICRO_BATCHES = 3  # that go well
@@ -51,7 +51,7 @@ class BreakingRun(Run):
         self.happened = happened
 
     def order(self, leases: Mapping[str, str]) -> Order:
-        """See `jobs.prepare.Run.order`."""
+        """See `jobs.capturing.run.Run.order`."""
         order = super().order(leases)
         return replace(order, make_engine=partial(engine_of_a_gpu_that_breaks, order.make_engine, self.happened))
 

@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from law import LEASE, PARTIAL, Files, Law, committed, differing, held_record
 from simulated import NAME, STORE, Killed, Process, capture, simulation
 
-from jobs.captures import Capture, Fill
-from jobs.local import capture_here, fill_shards
+from jobs.capturing.captures import Capture, Fill
+from jobs.capturing.local import capture_here, fill_shards
 from store import CaptureGroup, coverage
 from store.objects import Objects
 from store.planned import ROUTES

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 import bitsandbytes
 import torch
 
-from workers import kernels
+from workers.models import kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -17,10 +17,10 @@ if __name__ == "__main__":
 import numpy as np
 from fake_model import FakeRun, FakeTokenizer, fake_layout
 
-from jobs.captures import capture_datasets
-from jobs.documents import Document, Source
-from jobs.local import capture_here
-from jobs.plan import Planner
+from jobs.capturing.captures import capture_datasets
+from jobs.capturing.local import capture_here
+from jobs.capturing.planner import Planner
+from jobs.sources.documents import Document, Source
 from store.layout import default_rows_per_shard
 from workers.shard import Routes
 

@@ -25,9 +25,9 @@ from fake_model import TEXTS, FakeRun, fake_layout, text_source
 
 import workers.replica
 import workers.shard
-from jobs import captures, local
-from jobs import plan as planning
-from jobs.captures import Fill, capture_datasets
+from jobs.capturing import captures, local
+from jobs.capturing import planner as planning
+from jobs.capturing.captures import Fill, capture_datasets
 from store import CaptureGroup, Coverage, Layout, layout, lease, planned, reader, verify
 from store.layout import ArraySpec
 from store.objects import LocalObjects, Objects

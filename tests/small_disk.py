@@ -18,8 +18,8 @@ if __name__ == "__main__":
 
 from fake_model import TEXTS, fake_capture, store_files
 
-from jobs.captures import exit_status
-from jobs.terminal import run_job
+from jobs.capturing.captures import exit_status
+from jobs.console.terminal import run_job
 from store import coverage
 from store.objects import LocalObjects
 

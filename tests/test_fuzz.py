@@ -35,26 +35,26 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from more import MORE
 
-from analysis.choices import Choices
-from analysis.explorer import Explorer
-from analysis.load import Load
+from analysis.explorer.live import Explorer
+from analysis.explorer.site import site
+from analysis.metrics.choices import Choices
+from analysis.metrics.load import Load
 from analysis.results import beside, measure
 from jobs import capture, compare, explore, quantize, query, report, resubmit, status, train_tiny, validate
-from jobs.config import CaptureConfig
-from jobs.plan import Planner
-from jobs.site import site
-from jobs.sources import resolve_source
-from jobs.terminal import run_job
+from jobs.capturing.options import CaptureConfig
+from jobs.capturing.planner import Planner
+from jobs.console.terminal import run_job
+from jobs.sources.resolve import resolve_source
 from store import CaptureGroup, coverage, open_capture
 from store import lease as leases
 from store.verify import verify
+from workers.text.tokenizer import TextTokenizer, load_tokenizer
 from workers.tiny import tiny_checkpoint
-from workers.tokenizer import TextTokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.timeout(180 * MORE), pytest.mark.filterwarnings("default")]
 
-CLEAR = (ValueError, OSError, RuntimeError)  # what `jobs.terminal.run_job` makes one line of
+CLEAR = (ValueError, OSError, RuntimeError)  # what `jobs.console.terminal.run_job` makes one line of
 UNCLEAR = (RecursionError, NotImplementedError, UnicodeError)  # though they are of those classes
 VAGUE = ("embedded null byte", "could not convert", "invalid literal", "out of range", "maximum recursion")
 """What Python says of a value without saying of which."""
@@ -283,7 +283,7 @@ import faulthandler, json, random, sys, warnings
 from pathlib import Path
 faulthandler.enable()
 warnings.simplefilter("error")
-from jobs.sources import resolve_source
+from jobs.sources.resolve import resolve_source
 good, place, seed, number = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 chooser, refused = random.Random(seed), 0
 for _ in range(number):
@@ -713,7 +713,7 @@ def place(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         "huggingface_hub.HfApi.dataset_info": {"side_effect": ConnectionError("no hub here")},
         "huggingface_hub.snapshot_download": {"side_effect": OSError("no hub here")},
         "uvicorn.Server.run": {},
-        "jobs.cluster.connection": {"side_effect": ValueError("no Ray cluster here")},
+        "jobs.cluster.connection.connection": {"side_effect": ValueError("no Ray cluster here")},
         "jobs.resubmit.connect": {"side_effect": ValueError("no head here")},
         "jobs.train_tiny.text_rows": {"side_effect": ValueError("no training here")},
     }

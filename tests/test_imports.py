@@ -21,11 +21,11 @@ MAY_IMPORT = {
 HEAVY = ("torch", "transformers", "ray", "bitsandbytes", "accelerate", "datasets")
 LOAD_MODELS = {
     "jobs/train_tiny.py",
-    "workers/chat.py",
-    "workers/checkpoint.py",
-    "workers/description.py",
-    "workers/loading.py",
-    "workers/quantizer.py",
+    "workers/text/chat.py",
+    "workers/models/checkpoint.py",
+    "workers/models/description.py",
+    "workers/models/loading.py",
+    "workers/models/quantizer.py",
 }
 """The modules that may name transformers: those that describe, load, quantize and train a model, and chat templates."""
 SCRIPTS = sorted(
@@ -120,7 +120,7 @@ def test_a_reader_loads_neither_torch_nor_transformers_nor_ray(package: str, tmp
 def test_the_stores_side_of_a_worker_and_the_planner_load_no_torch_and_nothing_that_only_readers_need(
     tmp_path: Path,
 ) -> None:
-    modules = "workers, workers.replica, workers.rows, jobs.plan, jobs.local, jobs.capture"
+    modules = "workers, workers.replica, workers.text.rows, jobs.capturing.planner, jobs.capturing.local, jobs.capture"
     loaded = {name.partition(".")[0] for name in fresh(f"import sys, {modules}\nprint(*sys.modules)", tmp_path).split()}
     assert {"workers", "jobs", "store"} <= loaded
     assert loaded.isdisjoint({"torch", "transformers", "ray", "xarray", "dask"})

@@ -31,24 +31,24 @@ from packaging.utils import canonicalize_name
 from ray_head import ray_head
 from s3_server import bucket_files, new_store, server_address  # noqa: F401
 
-from analysis.export import export_page
-from analysis.index import CaptureIndex
-from analysis.report import write_report
-from analysis.view import View
+from analysis.explorer.index import CaptureIndex
+from analysis.explorer.one_file import export_page
+from analysis.explorer.site import HEADERS
+from analysis.explorer.view import View
+from analysis.report.page import write_report
 from jobs import report, status
-from jobs.config import CaptureConfig
-from jobs.download import fetch, is_url
-from jobs.prepare import Run
-from jobs.site import HEADERS
-from jobs.sources import Document, Source, group_name, resolve_source
+from jobs.capturing.options import CaptureConfig
+from jobs.capturing.run import Run
+from jobs.sources.resolve import Document, Source, group_name, resolve_source
+from jobs.sources.web import fetch, is_url
 from store import CaptureGroup
 from store.group import valid_name
 from store.secrets import without_secrets
-from workers.checkpoint import weight_files
-from workers.loading import describe_model, load_model
+from workers.models.checkpoint import weight_files
+from workers.models.loading import describe_model, load_model
 from workers.replica import Order
+from workers.text.tokenizer import load_tokenizer
 from workers.tiny import tiny_checkpoint
-from workers.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("store", "workers", "jobs", "analysis")
@@ -263,7 +263,9 @@ def test_a_pickle_in_the_type_of_a_column_is_not_loaded(tmp_path: Path, kind: st
 
 
 def test_a_driver_on_a_cluster_knows_no_type_that_unpickles(tmp_path: Path) -> None:
-    script = "import jobs.cluster, sys; print([name for name in sys.modules if name.startswith('ray.data')])"
+    script = (
+        "import jobs.cluster.ray_workers, sys; print([name for name in sys.modules if name.startswith('ray.data')])"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
@@ -271,7 +273,8 @@ def test_a_driver_on_a_cluster_knows_no_type_that_unpickles(tmp_path: Path) -> N
 def test_a_script_among_a_hub_s_data_is_refused_and_not_run(tmp_path: Path) -> None:
     assert int(datasets.__version__.partition(".")[0]) >= 4, "before, scripts could be run"
     files = {"data.jsonl": b'{"text": "one"}\n', "words.py": f"open({str(tmp_path / 'touched')!r}, 'w')".encode()}
-    read = "from jobs.sources import resolve_source; print([d.text for d in resolve_source('org/words').documents()])"
+    read = "from jobs.sources.resolve import resolve_source\n"
+    read += "print([d.text for d in resolve_source('org/words').documents()])"
     with FakeHub({"datasets/org/words": files}) as hub:
         environment = hub.environment(tmp_path / "home")
         command = [sys.executable, "-c", read]
@@ -352,7 +355,7 @@ def test_what_an_error_quotes_commands_no_terminal(command: Command) -> None:
 
 
 def test_a_path_that_is_no_text_is_printed_all_the_same() -> None:
-    script = "import jobs.terminal; jobs.terminal.run_job(lambda arguments: print(arguments[0]) or 0)"
+    script = "import jobs.console.terminal; jobs.console.terminal.run_job(lambda arguments: print(arguments[0]) or 0)"
     done = subprocess.run([sys.executable, "-c", script, b"a\xff"], cwd=ROOT, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, b"a\\udcff\n"), done.stderr
 
@@ -504,7 +507,7 @@ def test_a_report_holds_no_secret_of_the_environment(captured: Path, secrets: No
 OWN = """
 import json, os, ray, urllib.error, urllib.request
 from pathlib import Path
-from jobs.cluster import connection
+from jobs.cluster.connection import connection
 with connection():
     dashboard = ray._private.worker._global_node.webui_url
     try:

@@ -7,14 +7,14 @@ neither torch nor transformers: the store's side of a worker runs without them.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from workers.texts import capture_texts
+    from workers.notebook import capture_texts
 
 __all__ = ["capture_texts"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "capture_texts":
-        from workers.texts import capture_texts
+        from workers.notebook import capture_texts
 
         return capture_texts
     raise AttributeError(f"module 'workers' has no attribute {name!r}")

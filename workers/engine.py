@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from workers.description import SORTED
-from workers.forward import Forward
-from workers.loading import LoadedModel, load_model
-from workers.routes import ILLEGAL, RouteRecorder, on_device
+from workers.models.description import SORTED
+from workers.models.loading import LoadedModel, load_model
+from workers.models.mixtral import Forward
+from workers.recorder import ILLEGAL, RouteRecorder, on_device
 from workers.shard import DeviceLost, OutOfMemory, Routes, RoutingError
 from workers.tiny import model_path
 
@@ -35,7 +35,7 @@ class ModelEngine:
     Parameters
     ----------
     loaded
-        From `workers.loading.load_model`.
+        From `workers.models.loading.load_model`.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -110,7 +110,7 @@ class ModelEngine:
 
 
 def load_engine(model: str | Path, *, device: str, **options: Any) -> ModelEngine:
-    """Load a model as an engine; the arguments are those of `workers.loading.load_model`, or the model is "tiny".
+    """Load a model as an engine; the arguments are those of `load_model`, or the model is "tiny".
 
     What no router needs is not kept: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
     """

@@ -2,7 +2,7 @@
 
 It promises not to compute a single shard before it has proved that it sees the driver's store, that its packages and
 device are those that the captures were begun with, and that its model is the one that their identities name. It does
-not know who calls it: `jobs.local` does in this process, `jobs.cluster` over Ray.
+not know who calls it: `jobs.capturing.local` does in this process, `jobs.cluster.ray_workers` over Ray.
 """
 
 import os

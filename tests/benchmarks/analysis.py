@@ -34,11 +34,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import store  # noqa: E402
-from analysis.choices import Choices  # noqa: E402
-from analysis.repetition import Repetition  # noqa: E402
+from analysis.metrics.choices import Choices  # noqa: E402
+from analysis.metrics.repetition import Repetition  # noqa: E402
+from analysis.metrics.tokens import TokenExperts  # noqa: E402
 from analysis.scan import Reducer, scan  # noqa: E402
-from analysis.tokens import TokenExperts  # noqa: E402
-from analysis.uncertainty import Resampled  # noqa: E402
+from analysis.statistics.resampling import Resampled  # noqa: E402
 
 SETS: dict[str, Callable[[], list[Reducer]]] = {
     "first set": lambda: [Choices(), Repetition()],

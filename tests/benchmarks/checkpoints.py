@@ -8,8 +8,8 @@ import transformers
 from full_size import full_size_config, random_matrix
 from safetensors.torch import save_file
 
-from workers.description import quantization_config
-from workers.saving import in_four_bits
+from workers.models.description import quantization_config
+from workers.models.saving import in_four_bits
 from workers.tiny import tiny_checkpoint
 
 HIDDEN, INNER, KEY_VALUE, VOCABULARY = 4096, 14336, 1024, 32000

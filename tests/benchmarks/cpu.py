@@ -28,10 +28,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from analysis.answers import answer  # noqa: E402
-from jobs.config import CaptureConfig  # noqa: E402
-from jobs.plan import Planner  # noqa: E402
-from jobs.prepare import Run  # noqa: E402
+from analysis.report.answers import answer  # noqa: E402
+from jobs.capturing.options import CaptureConfig  # noqa: E402
+from jobs.capturing.planner import Planner  # noqa: E402
+from jobs.capturing.run import Run  # noqa: E402
 from store import CaptureGroup, Layout, coverage, open_capture  # noqa: E402
 from store.lease import lease  # noqa: E402
 from store.plan import Plan, Rows  # noqa: E402

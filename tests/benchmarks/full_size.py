@@ -7,9 +7,9 @@ import torch
 import transformers
 from torch import nn
 
-from workers.description import find_routers, quantization_config
-from workers.loading import LoadedModel
-from workers.quantizer import quantize_skeleton
+from workers.models.description import find_routers, quantization_config
+from workers.models.loading import LoadedModel
+from workers.models.quantizer import quantize_skeleton
 
 WIDTH = {
     "hidden_size": 4096,

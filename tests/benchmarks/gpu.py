@@ -35,16 +35,16 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from full_size import WIDTH, as_loaded, full_size_model, random_matrix  # noqa: E402
 
-from jobs.local import fill_shards  # noqa: E402
+from jobs.capturing.local import fill_shards  # noqa: E402
 from store.group import CaptureGroup  # noqa: E402
 from store.layout import Layout  # noqa: E402
 from store.lease import lease  # noqa: E402
 from store.plan import Plan, Rows  # noqa: E402
-from workers.description import find_routers  # noqa: E402
 from workers.engine import ModelEngine, drop_last_experts  # noqa: E402
-from workers.forward import Forward  # noqa: E402
+from workers.models.description import find_routers  # noqa: E402
+from workers.models.mixtral import Forward  # noqa: E402
+from workers.recorder import RouteRecorder, _LastRouterDone  # noqa: E402
 from workers.replica import Order, Replica  # noqa: E402
-from workers.routes import RouteRecorder, _LastRouterDone  # noqa: E402
 
 HIDDEN, INNER = WIDTH["hidden_size"], WIDTH["intermediate_size"]
 QKV = HIDDEN + 2 * HIDDEN // 4

@@ -29,10 +29,11 @@ import xarray as xr
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
-from analysis.contrast import ExpertCounts, contrast  # noqa: E402
-from analysis.repetition import Repetition  # noqa: E402
+from analysis.metrics.contrast import contrast  # noqa: E402
+from analysis.metrics.load import ExpertCounts  # noqa: E402
+from analysis.metrics.repetition import Repetition  # noqa: E402
 from analysis.scan import scan  # noqa: E402
-from analysis.uncertainty import Resampled, interval  # noqa: E402
+from analysis.statistics.resampling import Resampled, interval  # noqa: E402
 
 EXPERTS, POSITIONS, EXPERT, REPLICATES = 8, 48, 3, 400
 AFRESH = 1 - 15 / 28  # C(6, 2) / C(8, 2): nothing in common

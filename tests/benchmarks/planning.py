@@ -23,12 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from jobs.documents import Document, Source  # noqa: E402
-from jobs.plan import Planner  # noqa: E402
-from jobs.sources import resolve_source  # noqa: E402
+from jobs.capturing.planner import Planner  # noqa: E402
+from jobs.sources.documents import Document, Source  # noqa: E402
+from jobs.sources.resolve import resolve_source  # noqa: E402
 from store import CaptureGroup, Layout  # noqa: E402
+from workers.text.tokenizer import load_tokenizer  # noqa: E402
 from workers.tiny import tiny_checkpoint  # noqa: E402
-from workers.tokenizer import load_tokenizer  # noqa: E402
 
 GPU_TOKENS_PER_S, POSITIONS = 24_000, 2048
 

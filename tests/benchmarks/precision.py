@@ -28,13 +28,13 @@ import xarray as xr
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
-from analysis.agreement import Agreement, agreement, paired  # noqa: E402
+from analysis.metrics.agreement import Agreement, agreement, paired  # noqa: E402
 from analysis.scan import scan  # noqa: E402
-from analysis.uncertainty import Resampled, interval  # noqa: E402
+from analysis.statistics.resampling import Resampled, interval  # noqa: E402
 from jobs.demo import TEXTS  # noqa: E402
-from jobs.demo_texts import demo_source  # noqa: E402
+from jobs.sources.demo import demo_source  # noqa: E402
 from workers import capture_texts  # noqa: E402
-from workers.loading import load_model  # noqa: E402
+from workers.models.loading import load_model  # noqa: E402
 from workers.tiny import tiny_checkpoint  # noqa: E402
 
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -103,7 +103,7 @@ def draw(result: dict[str, Any], output: Path) -> None:
     """By layer and by margin, as SVG."""
     import altair as alt
 
-    import analysis.charts  # noqa: F401  (the reports' colours)
+    import analysis.charts.theme  # noqa: F401  (the reports' colours)
 
     layers, margins = [], []
     for pair, found in result["pairs"].items():

@@ -32,9 +32,9 @@ import numpy as np  # noqa: E402
 from fake_model import FakeRun, FakeTokenizer, fake_layout  # noqa: E402
 
 from jobs import cluster  # noqa: E402
-from jobs.captures import Capture, capture_datasets  # noqa: E402
-from jobs.config import CaptureConfig  # noqa: E402
-from jobs.documents import Document, Source  # noqa: E402
+from jobs.capturing.captures import Capture, capture_datasets  # noqa: E402
+from jobs.capturing.options import CaptureConfig  # noqa: E402
+from jobs.sources.documents import Document, Source  # noqa: E402
 from store import dataset_names, objects, open_capture  # noqa: E402
 
 POSITIONS, ROWS = 64, 16
@@ -89,13 +89,13 @@ def run_of(store: Path) -> Any:
 
 
 def plan_only(run: Any, captures: Sequence[Capture]) -> None:
-    """A `jobs.captures.Fill` that fills nothing."""
+    """A `jobs.capturing.captures.Fill` that fills nothing."""
     for capture in captures:
         capture.planner.run()
 
 
 def on_workers(number: int) -> Callable[[Any, Sequence[Capture]], None]:
-    """A `jobs.captures.Fill` on so many workers of Ray, on CPUs."""
+    """A `jobs.capturing.captures.Fill` on so many workers of Ray, on CPUs."""
 
     def fill(run: Any, captures: Sequence[Capture]) -> None:
         config = CaptureConfig(store="unused", device="cpu", workers=number, cpus_per_worker=0.1)

@@ -25,15 +25,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from ngrams import NGrams  # noqa: E402
 
-from analysis.contrast import contrast  # noqa: E402
-from analysis.load import balance_of, expert_load, share_of_experts  # noqa: E402
-from analysis.vocabulary import vocabulary_specialization  # noqa: E402
-from jobs.demo_texts import DEMO_TEXTS, demo_source, held_out  # noqa: E402
+from analysis.metrics.contrast import contrast  # noqa: E402
+from analysis.metrics.load import balance_of, expert_load, share_of_experts  # noqa: E402
+from analysis.metrics.vocabulary import vocabulary_specialization  # noqa: E402
+from jobs.sources.demo import DEMO_TEXTS, demo_source, held_out  # noqa: E402
 from jobs.train_tiny import ROW_TOKENS, Rows, text_rows  # noqa: E402
 from workers import capture_texts  # noqa: E402
-from workers.loading import load_model  # noqa: E402
+from workers.models.loading import load_model  # noqa: E402
+from workers.text.tokenizer import load_tokenizer  # noqa: E402
 from workers.tiny import tiny_checkpoint  # noqa: E402
-from workers.tokenizer import load_tokenizer  # noqa: E402
 
 VOCABULARY, BATCH = 32_000, 8
 REPLICATES, SHUFFLES = 999, 19

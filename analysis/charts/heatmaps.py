@@ -1,0 +1,203 @@
+"""Heat maps over layers: load, how data sets differ, repetition in time. The middle of the colours is the null."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import altair as alt
+import numpy as np
+import xarray as xr
+
+from analysis.charts.theme import CELLS, Drawing, Rows, expert_axis, layer_step, number, percent, rounded, visible
+
+_SMALL_SPREAD = 0.25  # load deviations up to a quarter of the even share stay pale; arbitrary
+
+
+def load_heatmap(load: xr.Dataset, ends: xr.Dataset, *, spread: float | None = None) -> Drawing:
+    """Share of choices by layer and expert, coloured by its distance from the even share.
+
+    Parameters
+    ----------
+    load : xr.Dataset
+        From `analysis.metrics.load.expert_load`.
+    ends : xr.Dataset
+        `low` and `high` of the shares (layer, expert), from `analysis.statistics.resampling.interval`.
+    spread : float, optional
+        Distance from the even share (in the unit of `share`) that has the full colour; give one value for
+        charts that lie side by side. Default: this load's own, see `load_spread`.
+    """
+    null, n = load.attrs["null"], load.attrs["n"]
+    spread = load_spread(load) if spread is None else spread
+    tokens = load["count"].sum("k").transpose("layer", "expert").values
+    share, weight = (load[name].transpose("layer", "expert").values for name in ("share", "mass_share"))
+    low, high = (ends[name].transpose("layer", "expert").values for name in ("low", "high"))
+    rows = [
+        {
+            "layer": int(layer),
+            "expert": int(expert),
+            "tokens": int(tokens[at, e]),
+            "share": percent(share[at, e]),
+            "low": percent(low[at, e]),
+            "high": percent(high[at, e]),
+            "weight": percent(weight[at, e]),
+        }
+        for at, layer in enumerate(load["layer"].values)
+        for e, expert in enumerate(load["expert"].values)
+    ]
+    return _heat_map(
+        rows,
+        expert_axis("expert", load.sizes["expert"]),
+        alt.Color("share:Q", title="share of choices, %"),
+        [100 * max(0.0, null - spread), 100 * null, 100 * (null + spread)],
+        [
+            alt.Tooltip("expert:O"),
+            alt.Tooltip("share:Q", title="share of choices, %"),
+            alt.Tooltip("low:Q", title="95 % from"),
+            alt.Tooltip("high:Q", title="to"),
+            alt.Tooltip("weight:Q", title="share of gate weight, %"),
+            alt.Tooltip("tokens:Q", format=","),
+        ],
+        load.sizes["layer"],
+        title="Load: share of choices, %",
+        subtitle=f"n = {n:,} tokens; even share {number(100 * null)} % is neutral",
+        description=f"Heat map of the share of choices of each expert at each layer, {n} tokens.",
+    )
+
+
+def load_spread(*loads: xr.Dataset) -> float:
+    """A common colour range for loads: their largest distance from the even share, a quarter of it at least."""
+    spreads: list[float] = [_SMALL_SPREAD * load.attrs["null"] for load in loads]
+    for load in loads:
+        distance = abs(load["share"] - load.attrs["null"]).values
+        spreads.append(float(np.nanmax(distance, initial=0.0)))
+    return max(spreads)
+
+
+def contrast_heatmap(apart: xr.Dataset, data_set: str, *, spread: float) -> Drawing:
+    """By how much more of a data set's tokens reach each expert than of the others'; pale where that may be chance.
+
+    Parameters
+    ----------
+    apart : xr.Dataset
+        From `analysis.metrics.contrast.contrast`.
+    data_set : str
+        One of its data sets.
+    spread : float
+        Difference of full colour, as a share of tokens.
+    """
+    own = apart.sel(data_set=data_set).drop_dims("other_data_set").transpose("layer", "expert")
+    names = ("share", "difference", "difference_low", "difference_high")
+    values = {name: own[name].values for name in names} | {"q": own["difference_q"].values}
+    rows = [
+        {
+            "layer": int(layer),
+            "expert": int(expert),
+            **{name: percent(values[name][at, e]) for name in names},
+            "q": rounded(values["q"][at, e]),
+        }
+        for at, layer in enumerate(own["layer"].values)
+        for e, expert in enumerate(own["expert"].values)
+    ]
+    drawing = _heat_map(
+        rows,
+        expert_axis("expert", own.sizes["expert"]),
+        alt.Color("difference:Q", title="more than the others, points"),
+        [-100 * spread, 0, 100 * spread],
+        [
+            alt.Tooltip("expert:O"),
+            alt.Tooltip("share:Q", title="of its tokens, %"),
+            alt.Tooltip("difference:Q", title="more than the others, points"),
+            alt.Tooltip("difference_low:Q", title="95 % from"),
+            alt.Tooltip("difference_high:Q", title="to"),
+            alt.Tooltip("q:Q", title="q by shuffling"),
+        ],
+        own.sizes["layer"],
+        title="Tokens that reach the expert, difference in points",
+        subtitle=f"n = {apart.attrs['documents'][data_set]:,} documents; 0 is neutral, pale where q > 0.05",
+        description=f"Heat map of how many more tokens of {visible(data_set)} reach each expert.",
+    )
+    pale = alt.condition("datum.q <= 0.05", alt.value(1), alt.value(0.3))
+    return Drawing(drawing.chart.encode(opacity=pale), drawing.rows)
+
+
+def repetition_heatmap(repeated: xr.Dataset, pairs: Sequence[int], *, spread: float) -> Drawing:
+    """Share of pairs of tokens with an expert in common, by layer and distance.
+
+    Parameters
+    ----------
+    repeated : xr.Dataset
+        `estimate`, `low` and `high` of `any_shared` (lag, layer), from `analysis.statistics.resampling.interval`; its
+        attribute `null` is the share by chance.
+    pairs : sequence of int
+        Of each lag.
+    spread : float
+        Distance from the null that has the full colour, as a share of pairs.
+    """
+    null, values = repeated.attrs["null"], repeated.transpose("layer", "lag")
+    rows = [
+        {
+            "layer": int(layer),
+            "lag": int(lag),
+            "share": percent(values["estimate"].values[at, index]),
+            "low": percent(values["low"].values[at, index]),
+            "high": percent(values["high"].values[at, index]),
+            "pairs": int(pairs[index]),
+        }
+        for at, layer in enumerate(values["layer"].values)
+        for index, lag in enumerate(values["lag"].values)
+    ]
+    return _heat_map(
+        rows,
+        alt.X("lag:O", title="lag, tokens", axis=alt.Axis(labelAngle=0, orient="top")).scale(paddingInner=0.04),
+        alt.Color("share:Q", title="pairs that share an expert, %"),
+        [100 * max(0.0, null - spread), 100 * null, 100 * min(1.0, null + spread)],
+        [
+            alt.Tooltip("lag:O"),
+            alt.Tooltip("share:Q", title="pairs that share an expert, %"),
+            alt.Tooltip("low:Q", title="95 % from"),
+            alt.Tooltip("high:Q", title="to"),
+            alt.Tooltip("pairs:Q", format=","),
+        ],
+        values.sizes["layer"],
+        title="Repetition: pairs that share an expert, %",
+        subtitle=f"n = {pairs[0]:,} pairs of neighbours; {number(100 * null)} % by chance is neutral",
+        description="Heat map of how often two tokens at a distance share an expert, by layer.",
+    )
+
+
+def _heat_map(
+    rows: Rows,
+    x: alt.X,
+    colour: alt.Color,
+    domain: Sequence[float],
+    tooltip: Sequence[alt.Tooltip],
+    num_layers: int,
+    *,
+    title: str,
+    subtitle: str,
+    description: str,
+) -> Drawing:
+    """A cell for each layer and place on `x`; the middle of the domain is neutral."""
+    scaled = colour.scale(
+        domain=domain,
+        range="diverging",
+        interpolate="rgb",  # the default goes through green and maroon, which would look like a third kind
+        clamp=True,
+    )
+    chart: alt.Chart = (
+        alt.Chart(alt.NamedData(name=CELLS), name=CELLS)
+        .mark_rect(cornerRadius=2)
+        .encode(
+            x=x,
+            y=alt.Y("layer:O", title="layer").scale(paddingInner=0.08),
+            color=scaled.legend(orient="bottom", format=".3~g", values=domain, gradientLength=180),
+            tooltip=[alt.Tooltip("layer:O"), *tooltip],
+        )
+        .properties(
+            title=alt.Title(title, subtitle=[subtitle]),
+            width="container",
+            height=layer_step(num_layers) * num_layers,
+            description=description,
+        )
+    )
+    return Drawing(chart, {CELLS: rows})

@@ -1,0 +1,147 @@
+"""Line charts: one number by layer, distance or position, a line for each data set; hit rates by cache size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import xarray as xr
+
+from analysis.charts.theme import POINTS, QUIET, Drawing, layered, percent, rounded, visible
+
+_DASHES = [4, 3]  # pixels drawn, and left out
+
+
+def lines(
+    values: Mapping[str, xr.DataArray],
+    *,
+    title: str,
+    subtitle: Sequence[str],
+    unit: str,
+    over: str = "layer",
+    axis: str | None = None,
+    each: str = "data_set",
+    null: float | None = None,
+    by_chance: Mapping[str, xr.DataArray] | None = None,
+    interval: Mapping[str, tuple[xr.DataArray, xr.DataArray]] | None = None,
+    counted: Mapping[str, xr.DataArray] | None = None,
+) -> Drawing:
+    """One number by place, a line for each data set.
+
+    Parameters
+    ----------
+    values : mapping of str to xr.DataArray
+        Over `over`, by data set.
+    title, subtitle, unit : str
+        What the number is; n and the null; the unit on the axis.
+    over, axis : str
+        The dimension from left to right, and its title; default its name.
+    each : str
+        What there is a line for.
+    null : float, optional
+        What there would be by chance, at every place: a dashed rule.
+    by_chance : mapping of str to xr.DataArray, optional
+        The same by place and line: dashed lines.
+    interval : mapping of str to pair of xr.DataArray, optional
+        Ends by place and line: bands.
+    counted : mapping of str to xr.DataArray, optional
+        How many tokens or pairs a number is of, where that differs from place to place.
+    """
+    rows: list[dict[str, Any]] = []
+    for label, series in values.items():
+        for at, place in enumerate(series[over].values):
+            row = {each: visible(label), over: int(place), "value": rounded(series.values[at])}
+            if by_chance is not None:
+                row["by_chance"] = rounded(by_chance[label].values[at])
+            if interval is not None:
+                ends = zip(("low", "high"), interval[label], strict=True)
+                row |= {end: rounded(of.values[at]) for end, of in ends}
+            if counted is not None:
+                row["n"] = int(counted[label].values[at])
+            rows.append(row)
+    places = sorted({row[over] for row in rows})
+    x = (
+        alt.X(f"{over}:O", title=over if axis is None else axis)
+        .scale(domain=places, type="point", padding=0.5)
+        .axis(labelAngle=0, values=places[:: -(-len(places) // 16)])
+    )
+    legend = alt.Legend(orient="bottom", title=None, columns=2, symbolOpacity=1) if len(values) > 1 else None
+    order = [visible(label) for label in values]
+    colour = alt.Color(f"{each}:N", sort=order, scale=alt.Scale(range="category"), legend=legend)
+    told = {"value": unit, "by_chance": "by chance", "low": "95 % from", "high": "to", "n": "n"}
+    tooltip = [alt.Tooltip(f"{each}:N", title=each.replace("_", " ")), alt.Tooltip(f"{over}:O")]
+    tooltip += [
+        alt.Tooltip(f"{name}:Q", title=told[name], format="," if name == "n" else alt.Undefined)
+        for name in told
+        if any(name in row for row in rows)
+    ]
+    base = alt.Chart(alt.NamedData(name=POINTS)).encode(x=x, color=colour)
+    y = alt.Y("value:Q", title=unit).scale(zero=False)
+    drawn = [base.mark_circle(size=45).encode(y=y, tooltip=tooltip).properties(name=POINTS)]
+    drawn.append(base.mark_line(strokeWidth=1.8, aria=False).encode(y=y))
+    tables: dict[str, Any] = {POINTS: rows}
+    if interval is not None:
+        drawn.append(base.mark_area(opacity=0.15, aria=False).encode(y=alt.Y("low:Q", title=unit), y2="high:Q"))
+    if by_chance is not None:
+        drawn.append(
+            base.mark_line(strokeWidth=1.2, strokeDash=_DASHES, aria=False).encode(y=alt.Y("by_chance:Q", title=unit))
+        )
+    if null is not None:
+        rule = alt.Chart(alt.NamedData(name="null")).mark_rule(strokeDash=_DASHES, color=QUIET, aria=False)
+        drawn.append(rule.encode(y=alt.Y("null:Q", title=unit)))
+        tables["null"] = [{"null": null}]
+    chart = layered(
+        *drawn,
+        title=alt.Title(title, subtitle=list(subtitle)),
+        width="container",
+        height=210,
+        description=f"{title}, by {over}.",
+    )
+    return Drawing(chart, tables)
+
+
+def cache_chart(caches: Mapping[str, xr.Dataset]) -> Drawing:
+    """Hit rate by cache size, mean over layers.
+
+    Parameters
+    ----------
+    caches : mapping of str to xr.Dataset
+        From `analysis.metrics.caching.cache_hits`, by data set.
+    """
+    rows = [
+        {
+            "data_set": visible(label),
+            "policy": str(policy),
+            "cache_size": int(size),
+            "hit_rate": percent(found["hit_rate"].sel(policy=policy, cache_size=size).mean()),
+            "by_chance": percent(found["null"].sel(policy=policy, cache_size=size)),
+        }
+        for label, found in caches.items()
+        for policy in found["policy"].values
+        for size in found["cache_size"].values
+    ]
+    colour = alt.Color("data_set:N", sort=[visible(label) for label in caches], scale=alt.Scale(range="category"))
+    base = alt.Chart(alt.NamedData(name=POINTS)).encode(
+        x=alt.X("cache_size:O", title="experts of a layer that the cache holds").axis(labelAngle=0),
+        color=colour.legend(orient="bottom", title=None),
+    )
+    y = alt.Y("hit_rate:Q", title="hit rate, %")
+    shape = alt.Shape("policy:N").legend(orient="bottom", title="policy")
+    tooltip = ["data_set:N", "policy:N", "cache_size:O", "hit_rate:Q", "by_chance:Q"]
+    points = base.mark_point(size=60, filled=True).encode(y=y, shape=shape, tooltip=tooltip).properties(name=POINTS)
+    drawn = base.mark_line(strokeWidth=1.6, aria=False).encode(y=y, detail="policy:N")
+    chance = base.mark_line(strokeWidth=1.2, strokeDash=_DASHES, aria=False).encode(
+        y=alt.Y("by_chance:Q", title="hit rate, %"), detail="policy:N"
+    )
+    told = [f"n = {sum(found.attrs['n'] for found in caches.values()):,} tokens; dashed: uniform independent routing"]
+    chart = layered(
+        points,
+        drawn,
+        chance,
+        title=alt.Title("Expert cache: hit rate, %", subtitle=told),
+        width="container",
+        height=240,
+        description="Hit rate of expert caches by size, mean over layers.",
+    )
+    return Drawing(chart, {POINTS: rows})

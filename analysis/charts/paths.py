@@ -1,0 +1,200 @@
+"""All layers and experts as circles, and the first choices that follow each other as links.
+
+A picture holds the ways of many: all tokens of each data set, and some tokens by themselves. Its rows are of all of
+them, and it shows those of one (`way`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+import numpy as np
+import xarray as xr
+
+from analysis.charts.theme import LINKS, Drawing, expert_axis, layer_step, layered, number, percent, rounded
+from analysis.scan import Array
+
+CIRCLES = "circles"
+MAX_LINKS, MAX_TOKEN_LINKS = 2_000, 150  # drawn links of all tokens, and of one: the page stays small; arbitrary
+SURE_BITS = 10.0  # of evidence that a link is above chance: by luck at most one in 2**10 is (a Chernoff bound)
+STRONG_LINK = 0.5  # share of an expert's tokens at which a link is drawn in full strength; arbitrary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """First choices of some tokens, and how they follow each other."""
+
+    counted: str
+    """What it is of, in words: "tokens"."""
+    n: int
+    first: xr.DataArray
+    """Counts (layer, expert)."""
+    followed: xr.DataArray
+    """Counts (lower layer, expert, next_expert)."""
+    whole: bool = True
+    """Of all tokens: all circles are drawn, and many links. Else only circles that links touch."""
+
+
+def path_chart(ways: Sequence[Way]) -> tuple[Drawing, list[list[str]]]:
+    """The picture of some ways through the layers of one model, and the subtitle of each.
+
+    Parameters
+    ----------
+    ways : sequence of Way
+        Over the same layers and experts; the subtitle that is there is the first one's.
+
+    Returns
+    -------
+    Drawing
+        Links and circles, which name their way by its place in `ways`.
+    list of list of str
+        The lines under the title when that way is shown.
+    """
+    layers = [int(layer) for layer in ways[0].first["layer"].values]
+    experts, links, circles, told = ways[0].first.sizes["expert"], [], [], []
+    for index, way in enumerate(ways):
+        own, sure = link_rows(way, MAX_LINKS if way.whole else MAX_TOKEN_LINKS)
+        links += [{"way": index, **row} for row in own]
+        circles += [{"way": index, **row} for row in circle_rows(way, own)]
+        told.append(
+            [
+                f"n = {way.n:,} {way.counted}, first choices; chance is {number(100 / experts)} %",
+                f"{len(own):,} of {sure:,} links surely above chance; full ink from {_strong(experts):g}×",
+            ]
+        )
+    chart = layered(
+        _links(experts, layers),
+        _circles(experts, layers),
+        title=alt.Title("Paths: share of tokens, times chance", subtitle=told[0]),
+        width="container",
+        height=1.6 * layer_step(len(layers)) * len(layers),
+        description="Transitions of first choices between neighbouring layers.",
+    )
+    return Drawing(chart, {LINKS: links, CIRCLES: circles}), told
+
+
+def link_rows(way: Way, most: int) -> tuple[list[dict[str, Any]], int]:
+    """The surest links above chance, and how many are surely above chance in all; drawn from the last on."""
+    count = way.followed.transpose(..., "expert", "next_expert").values
+    experts, layers = count.shape[-1], way.first["layer"].values
+    bits = evidence(count)
+    order = np.argsort(-bits, axis=None, kind="stable")  # equals by place
+    order = order[bits.ravel()[order] >= SURE_BITS]
+    share = count / np.maximum(count.sum(-1, keepdims=True), 1)
+    places = zip(*np.unravel_index(order[:most][::-1], count.shape), strict=True)
+    rows = [
+        {
+            "layer": int(layers[at]),
+            "expert": int(here),
+            "next_layer": int(layers[at + 1]),
+            "next_expert": int(there),
+            "tokens": int(count[at, here, there]),
+            "share": percent(share[at, here, there]),
+            "times_chance": rounded(experts * share[at, here, there]),
+        }
+        for at, here, there in places
+    ]
+    return rows, int(order.size)
+
+
+def evidence(count: Array) -> Array:
+    """How sure it is that a transition is above chance, in bits; 0 for what is not.
+
+    Of n tokens at an expert x go on to another one, of E. Were their choices even and independent, the chance of x or
+    more would be at most 2 ** -(n · KL(x/n, 1/E)), which is Chernoff's bound; what is returned is its exponent.
+
+    Parameters
+    ----------
+    count : array, shape (..., expert, next_expert)
+    """
+    n, chance = count.sum(-1, keepdims=True).astype(float), 1 / count.shape[-1]
+    share = count / np.maximum(n, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bits = [
+            np.where(part > 0, part * np.log2(part / expected), 0.0)
+            for part, expected in ((share, chance), (1 - share, 1 - chance))
+        ]
+    above: Array = np.where(share > chance, n * sum(bits), 0.0)
+    return above
+
+
+def circle_rows(way: Way, links: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The share of the first choices of each expert, or of those alone that links touch."""
+    first, layers = way.first.transpose("layer", "expert").values, way.first["layer"].values
+    touched = {(row[f"{end}layer"], row[f"{end}expert"]) for row in links for end in ("", "next_")}
+    return [
+        {"layer": int(layer), "expert": expert, "first": percent(tokens / max(way.n, 1))}
+        for at, layer in enumerate(layers)
+        for expert, tokens in enumerate(first[at])
+        if way.whole or (int(layer), expert) in touched
+    ]
+
+
+def _strong(experts: int) -> float:
+    """Times chance at which a link is drawn in full strength."""
+    return max(2.0, STRONG_LINK * experts)
+
+
+def _layer_axis(layers: Sequence[int]) -> alt.Y:
+    return alt.Y("layer:O", title="layer").scale(domain=list(layers), type="point", padding=0.5)
+
+
+def _links(experts: int, layers: Sequence[int]) -> alt.Chart:
+    """A rule for each link: ink for how far above chance it is, width for how many tokens take it.
+
+    Hovering an expert leaves the links that come to it or go from it.
+    """
+    touches = " || ".join(
+        f"(datum.{of}layer == hovered.layer[0] && datum.{of}expert == hovered.expert[0])" for of in ("", "next_")
+    )
+    lit = f"!isValid(hovered.layer) || {touches}"
+    ink = alt.Scale(domain=[1, _strong(experts)], range=[0.06, 0.95], clamp=True)
+    chart: alt.Chart = (
+        alt.Chart(alt.NamedData(name=LINKS), name=LINKS)
+        .mark_rule(strokeCap="round", aria=False)
+        .encode(
+            x=expert_axis("expert", experts),
+            x2="next_expert",
+            y=_layer_axis(layers),
+            y2="next_layer",
+            opacity=alt.condition(lit, "times_chance:Q", alt.value(0.02), scale=ink, legend=None),
+            strokeWidth=alt.StrokeWidth("tokens:Q", legend=None).scale(domainMin=0, range=[0.5, 5]),
+            tooltip=[
+                alt.Tooltip("layer:O"),
+                alt.Tooltip("expert:O"),
+                alt.Tooltip("next_layer:O", title="next layer"),
+                alt.Tooltip("next_expert:O", title="next expert"),
+                alt.Tooltip("share:Q", title="share of the expert's tokens, %"),
+                alt.Tooltip("times_chance:Q", title="times chance"),
+                alt.Tooltip("tokens:Q", format=","),
+            ],
+        )
+    )
+    return chart
+
+
+def _circles(experts: int, layers: Sequence[int]) -> alt.Chart:
+    """A circle for each expert, as large as its share of the first choices, up to eight times the even one."""
+    hovered = alt.selection_point(name="hovered", on="pointerover", clear="pointerout", fields=["layer", "expert"])
+    size = alt.Size("first:Q", legend=None).scale(
+        domain=[0, 800 / experts], range=[4, 480 if experts <= 16 else 80], clamp=True
+    )
+    chart: alt.Chart = (
+        alt.Chart(alt.NamedData(name=CIRCLES), name="experts")
+        .mark_circle()
+        .encode(
+            x=expert_axis("expert", experts),
+            y=_layer_axis(layers),
+            size=size,
+            tooltip=[
+                alt.Tooltip("layer:O"),
+                alt.Tooltip("expert:O"),
+                alt.Tooltip("first:Q", title="share of first choices, %"),
+            ],
+        )
+        .add_params(hovered)
+    )
+    return chart

@@ -1,0 +1,66 @@
+"""The tokens of each expert, as words on tiles."""
+
+from __future__ import annotations
+
+import altair as alt
+import numpy as np
+import xarray as xr
+
+from analysis.charts.theme import TOKENS, Drawing, layered, percent, rounded, visible
+
+STRONG_LIFT = 8.0  # lift at which a token is coloured in full strength; arbitrary
+
+
+def token_chart(tokens: xr.Dataset) -> Drawing:
+    """The first tokens of each expert, coloured by lift; its rows are of all layers, and it shows those of one.
+
+    Parameters
+    ----------
+    tokens : xr.Dataset
+        From `analysis.metrics.tokens.expert_tokens`, with a `layer` dimension of at least one.
+    """
+    names = ("token_id", "piece", "tokens", "share", "lift")
+    values = {name: tokens[name].transpose("layer", "expert", "rank").values for name in names}
+    rows = [
+        {
+            "layer": int(tokens["layer"].values[at]),
+            "expert": int(expert),
+            "rank": int(rank) + 1,
+            "piece": visible(str(values["piece"][at, expert, rank])),
+            "tokens": int(values["tokens"][at, expert, rank]),
+            "share": percent(values["share"][at, expert, rank]),
+            "lift": rounded(values["lift"][at, expert, rank]),
+        }
+        for at, expert, rank in np.argwhere(values["token_id"] >= 0)  # in the order layer, expert, rank
+    ]
+    base = alt.Chart(alt.NamedData(name=TOKENS)).encode(
+        x=alt.X("rank:O", title="rank").axis(labelAngle=0).scale(paddingInner=0.04),
+        y=alt.Y("expert:O", title="expert").scale(paddingInner=0.1),
+        tooltip=[
+            alt.Tooltip("piece:N", title="token"),
+            alt.Tooltip("layer:O"),
+            alt.Tooltip("expert:O"),
+            alt.Tooltip("share:Q", title="share of its occurrences, %"),
+            alt.Tooltip("lift:Q", title="times chance"),
+            alt.Tooltip("tokens:Q", title="occurrences", format=","),
+        ],
+    )
+    scaled = alt.Color("lift:Q", title="times as often as the average token").scale(
+        type="log", domain=[1, STRONG_LIFT], range="ramp", interpolate="rgb", clamp=True
+    )
+    colour = scaled.legend(orient="bottom", values=[1, 2, 4, 8], gradientLength=180)
+    tiles = base.mark_rect(cornerRadius=3, aria=False).encode(color=colour)
+    words = base.mark_text(limit=66, fontSize=11).encode(text="piece:N").properties(name=TOKENS)
+    order, least = tokens.attrs["order"], tokens.attrs["min_count"]
+    chart = layered(
+        tiles,
+        words,
+        title=alt.Title(
+            "Tokens: lift, times the average",
+            subtitle=[f"n = {tokens.attrs['n']:,} tokens", f"ordered by {order}, of those seen {least}+ times"],
+        ),
+        width="container",
+        height=24 * tokens.sizes["expert"],
+        description="The first tokens of each expert at one layer.",
+    )
+    return Drawing(chart, {TOKENS: rows})

@@ -1,0 +1,1 @@
+"""The explorer: what is looked up, the pages, and one file for offline reading."""

@@ -1,0 +1,293 @@
+"""What the explorer looks up instead of reading a store: every token's places, and the sums behind the expert pages.
+
+A scan answers in seconds or minutes, and a person who explores waits a tenth of a second. So each shard is read once:
+its part (`analysis.explorer.parts`) is written, and what the pages show is summed up.
+
+Promises: a part is of the very bytes that were committed, for its name holds their checksum; what is committed later is
+added, and nothing is counted twice; a shard that was captured again with other bytes gets another part, and the sums
+begin anew. A part that is gone, cut short or damaged is made again. A killed process loses at most `PARTS_AT_ONCE`
+shards of its work. The index may be deleted at any time. It takes 8 bytes a token and one (two from 256 experts on) a
+choice, and 4 a shard and token of the vocabulary: 73 bytes a token for Mixtral.
+
+Does not know what is shown: `analysis.explorer.live`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import re
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from analysis.explorer.parts import MARK, Occurrences, Part
+from analysis.metrics.choices import Choices
+from analysis.metrics.contexts import TopContexts
+from analysis.metrics.load import Load
+from analysis.metrics.position import PositionLoad
+from analysis.results import VERSION, beside, question
+from analysis.scan import Reducer, State, accumulate, merge, sizes
+from analysis.statistics.resampling import Resampled
+from store.coverage import Coverage, coverage
+from store.files import whole_file
+from store.group import CaptureGroup
+from store.identity import identity_hash
+from store.reader import open_covered
+
+PARTS_AT_ONCE = 32  # shards between two savings of the sums (arbitrary)
+ABANDONED_S = 86_400.0  # after which a file that was not finished is taken for a killed process's (arbitrary)
+REPLICATES, REPLICATED = 200, 2**22  # of the load's bootstrap, and numbers held for it
+
+Sums = dict[str, State]
+"""What each of `reducers` has counted, by its name."""
+
+
+def reducers(capture: xr.Dataset) -> dict[str, Reducer]:
+    """What is summed up over the parts of a capture."""
+    layers, choices, experts = sizes(capture)
+    fitting = REPLICATED // (2 * layers * choices * experts)
+    return {
+        "load": Resampled(Load(), min(REPLICATES, max(99, fitting))),
+        "choices": Choices(),
+        "position": PositionLoad(),
+        "contexts": TopContexts(),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Indexed:
+    """As much of a capture as is indexed. It never changes: what comes later is another one."""
+
+    state: Coverage
+    """What is planned and committed."""
+    capture: xr.Dataset
+    parts: Mapping[str, Part]
+    """The indexed shards, by name, in their order."""
+    sums: Sums
+
+    def result(self, name: str) -> xr.Dataset:
+        """What one of `reducers` found in the parts."""
+        return reducers(self.capture)[name].finish(self.sums[name], self.capture)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were counted."""
+        return int(self.sums["choices"]["tokens"][0])
+
+    def occurrences(
+        self, token: int, layer: int | None = None, expert: int | None = None, *, skip: int = 0, limit: int = 20
+    ) -> tuple[int, list[tuple[Part, int]]]:
+        """How often a token went to an expert at a layer (by index), or occurs at all; and some of the places.
+
+        Returns
+        -------
+        number : int
+        found : list of (Part, int)
+            At most `limit` after the first `skip`, in the order of shards: indices into the part's `order`.
+        """
+        number, found = 0, list[tuple[Part, int]]()
+        for part in self.parts.values():
+            here = part.count(token, layer, expert)
+            if skip < number + here and len(found) < limit:
+                first = max(0, skip - number)
+                places = part.find(token, layer, expert)[first : first + limit - len(found)]
+                found += [(part, int(index)) for index in places]
+            number += here
+        return number, found
+
+    def part_of(self, row: int) -> Part | None:
+        """The part that holds a row of the capture; None where it is not indexed."""
+        shard = row // int(self.capture.attrs["rows_per_shard"])
+        name = _part_name(shard, self.state.sums[shard]) if shard in self.state.sums else ""
+        return self.parts.get(name)
+
+
+class CaptureIndex:
+    """The index of one capture.
+
+    Parameters
+    ----------
+    path, dataset
+        The store, and the capture in it.
+    folder : Path, optional
+        Where indexes are kept; default beside the store, or in the user's cache for a store in a bucket.
+
+    Attributes
+    ----------
+    now : Indexed
+        What is indexed; at first what another process has left. Replaced as a whole by `refresh`.
+    """
+
+    def __init__(self, path: Path | str, dataset: str, folder: Path | None = None) -> None:
+        self.path, self.dataset = path, dataset
+        self.root = index_folder(path) if folder is None else folder
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin with what was saved of the capture that is there now."""
+        state, capture = self._open()
+        self.identity = identity_hash(CaptureGroup(self.path, self.dataset).identity)
+        counted = [question(reducer) for reducer in reducers(capture).values()]
+        self.folder = self.root / self.dataset / f"index-{_hash([VERSION, MARK, self.identity, counted])[:16]}"
+        kept, sums = self._kept(capture)
+        parts = self._parts(state, capture, kept, {})
+        if len(parts) < len(kept):  # some are of shards that were captured again, or gone, or damaged
+            parts, sums = {}, _empty(capture)
+        self.now = Indexed(state=state, capture=capture, parts=parts, sums=sums)
+
+    def refresh(
+        self, *, threads: int | None = None, progress: Callable[[int, int], None] | None = None, most: int | None = None
+    ) -> int:
+        """Add what was committed and is not indexed yet.
+
+        Parameters
+        ----------
+        threads
+            Shards decoded at the same time; default one a processor.
+        progress
+            Called with (shards done, shards in all) after each shard, from any thread.
+        most
+            Shards to add at most.
+
+        Returns
+        -------
+        int
+            Shards that were added.
+
+        Raises
+        ------
+        OSError
+            When the index cannot be written; what is written is kept.
+        ValueError
+            When a shard cannot be decoded.
+        """
+        if identity_hash(CaptureGroup(self.path, self.dataset).identity) != self.identity:
+            self._begin()  # another capture has taken its place
+        state, capture = self._open()
+        names, done, sums = _part_names(state), set(self.now.parts), self.now.sums
+        if not done <= set(names.values()):
+            done, sums = set(), _empty(capture)
+        self.now = self._with(state, capture, done, sums)
+        left = [shard for shard, name in names.items() if name not in done]
+        counted = itertools.count(1)
+        told = None if progress is None else lambda *_: progress(next(counted), len(left))
+        for start in range(0, len(left[:most]), PARTS_AT_ONCE):
+            some = left[:most][start : start + PARTS_AT_ONCE]
+            sums = self._add(capture, names, sums, some, threads, told)
+            done |= {names[shard] for shard in some}
+            self.now = self._with(state, capture, done, sums)
+            self._keep(done, sums)
+        self._tidy(names)
+        return len(left[:most])
+
+    def _open(self) -> tuple[Coverage, xr.Dataset]:
+        state = coverage(self.path, self.dataset)
+        return state, open_covered(self.path, state)
+
+    def _add(
+        self,
+        capture: xr.Dataset,
+        names: Mapping[int, str],
+        sums: Sums,
+        shards: list[int],
+        threads: int | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> Sums:
+        """Write the parts of some shards, and the sums with them."""
+        step, rows = int(capture.attrs["rows_per_shard"]), capture.sizes["doc"]
+        slices = [slice(shard * step, min(rows, (shard + 1) * step)) for shard in shards]
+        asked = reducers(capture)
+        writing = Occurrences(self.folder, {shard * step: names[shard] for shard in shards})
+        _, *states = accumulate(capture, [writing, *asked.values()], slices, threads=threads, progress=progress)
+        before = [{name: array.copy() for name, array in sums[key].items()} for key in asked]  # some add in place
+        return dict(zip(asked, merge(list(asked.values()), before, states), strict=True))
+
+    def _with(self, state: Coverage, capture: xr.Dataset, done: set[str], sums: Sums) -> Indexed:
+        """What is indexed from now on."""
+        parts = self._parts(state, capture, done, self.now.parts)
+        if len(parts) < len(done):
+            raise OSError(f"{len(done) - len(parts)} parts of the index are gone from {self.folder}: start this again")
+        return Indexed(state=state, capture=capture, parts=parts, sums=sums)
+
+    def _parts(
+        self, state: Coverage, capture: xr.Dataset, done: set[str], known: Mapping[str, Part]
+    ) -> dict[str, Part]:
+        """The parts of committed shards that are done, as far as they are there and whole."""
+        step, parts = int(capture.attrs["rows_per_shard"]), {}
+        for shard, name in _part_names(state).items():
+            if name in done:
+                try:
+                    parts[name] = known.get(name) or Part(self.folder / name, shard * step)
+                except FileNotFoundError:
+                    continue
+                except ValueError:  # cut short, or damaged
+                    (self.folder / name).unlink(missing_ok=True)
+        return parts
+
+    def _tidy(self, names: Mapping[int, str]) -> None:
+        """Remove the parts of shards that were captured again, and what a killed process has left unfinished."""
+        for found in self.folder.iterdir() if self.folder.is_dir() else ():
+            shard = re.match(r"\d+(?=-)", found.name)
+            replaced = shard is not None and names.get(int(shard[0]), found.name) != found.name
+            with contextlib.suppress(OSError):  # another process was faster
+                old = found.name.endswith(".partial") and time.time() - found.stat().st_mtime > ABANDONED_S
+                if replaced or old:
+                    found.unlink()
+
+    def _keep(self, done: set[str], sums: Sums) -> None:
+        """Save the sums, with the parts that they are of."""
+        arrays = {f"{key}/{name}": array for key, state in sums.items() for name, array in state.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.folder / "sums.npz") as unfinished, unfinished.open("wb") as file:
+            np.savez(file, parts=np.array(sorted(done)), **arrays)  # type: ignore[arg-type]
+
+    def _kept(self, capture: xr.Dataset) -> tuple[set[str], Sums]:
+        """What was saved, or nothing where it is not there, or not whole."""
+        try:
+            with (self.folder / "sums.npz").open("rb") as file, np.load(file, allow_pickle=False) as saved:
+                sums: Sums = {key: {} for key in reducers(capture)}
+                for place in saved.files:
+                    key, _, name = place.rpartition("/")
+                    if key:
+                        sums[key][name] = saved[place]
+                done = set(saved["parts"].tolist())
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return set(), _empty(capture)
+        return done, sums
+
+
+def index_folder(path: Path | str) -> Path:
+    """Where the indexes of a store are kept: beside it, or in the user's cache where it is in a bucket.
+
+    A part is mapped into memory: it must be a file.
+    """
+    if "://" not in str(path):
+        return Path(beside(path))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "expert-atlas" / _hash(str(path).rstrip("/"))[:16]
+
+
+def _empty(capture: xr.Dataset) -> Sums:
+    return {name: reducer.init(capture) for name, reducer in reducers(capture).items()}
+
+
+def _part_names(state: Coverage) -> dict[int, str]:
+    """The names of the committed shards' parts."""
+    return {shard: _part_name(shard, checksum) for shard, checksum in sorted(state.sums.items())}
+
+
+def _part_name(shard: int, checksum: str) -> str:
+    return f"{shard:06d}-{checksum[:16]}"
+
+
+def _hash(about: object) -> str:
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()

@@ -1,0 +1,205 @@
+"""What the explorer holds: for each data set of a store its index, a view of it, and its experts' profiles.
+
+Promises: a request sees one state of a data set; a newer one takes its place as a whole, also while a capture runs.
+Reading and indexing never wait for each other. Does not know HTTP: `analysis.explorer.site`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from analysis.explorer.expert import Profiles
+from analysis.explorer.index import PARTS_AT_ONCE, CaptureIndex
+from analysis.explorer.view import View
+from store.reader import dataset_names
+from store.secrets import without_secrets
+
+BUSY_S, QUIET_S = 2.0, 20.0  # between looks at a capture that runs, and at one that is complete
+SAY_S = 10.0  # between two lines about one index
+FIRST = 8  # shards after which the first numbers are shown (arbitrary)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A data set at one moment."""
+
+    view: View
+    digest: str
+    """Another one when anything that is shown may be."""
+    identity: str
+    """Of the capture: its hash."""
+
+    @cached_property
+    def profiles(self) -> Profiles:
+        """Of its experts; computed when the first is asked for."""
+        return Profiles(self.view)
+
+
+class Explorer:
+    """The data sets of a store that are explored.
+
+    Parameters
+    ----------
+    path
+        The store.
+    names
+        Its data sets; None for all, also those that come later.
+    folder : Path, optional
+        Where indexes are kept: see `analysis.explorer.index.index_folder`.
+    threads : int, optional
+        For indexing; default one a processor.
+    say
+        Told, in one line, what happens meanwhile.
+
+    Raises
+    ------
+    ValueError
+        When none of them can be read.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        names: Sequence[str] | None = None,
+        folder: Path | None = None,
+        *,
+        threads: int | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.path, self.names, self.folder, self.threads, self.say = path, names, folder, threads, say
+        self.indexes: dict[str, CaptureIndex] = {}
+        self.shown: dict[str, Shown] = {}
+        self.problems: dict[str, str] = {}
+        """Why a data set is not shown, or its index does not go on."""
+        self.progress: dict[str, tuple[int, int]] = {}
+        """Shards of it that were indexed, and that are to be, while it is at work."""
+        self.look()
+        if not self.shown:
+            raise ValueError("; ".join(self.problems.values()) or f"{path} holds no data set yet")
+
+    def look(self) -> None:
+        """Show the data sets that are not shown yet, as far as they are indexed."""
+        for name in self.names or dataset_names(self.path):
+            if name not in self.shown:
+                with self._told(name):
+                    self.indexes[name] = CaptureIndex(self.path, name, self.folder)
+                    self.shown[name] = self._show(name)
+
+    def alike(self, own: Shown) -> list[Profiles]:
+        """The profiles of the data sets whose experts can be compared with one's, itself included."""
+
+        def model(view: View) -> tuple[object, ...]:
+            return view.capture.attrs.get("model"), view.experts, view.choices, *view.layers
+
+        each = [own if shown.view.dataset == own.view.dataset else shown for shown in [*self.shown.values()]]
+        return [shown.profiles for shown in each if model(shown.view) == model(own.view)]
+
+    def refresh(self, name: str, most: int | None = None) -> int:
+        """Index what was committed of a data set since, so many shards of it at most, and show it.
+
+        Returns
+        -------
+        int
+            Shards that were added; 0 also where it does not go on: see `problems`.
+        """
+        said = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal said
+            self.progress[name] = done, total
+            if done == total or time.monotonic() - said >= SAY_S:
+                said = time.monotonic()
+                self.say(f"{name}: {done:,} of {total:,} shards indexed")
+
+        index, added = self.indexes[name], 0
+        try:
+            with self._told(name):
+                added = index.refresh(threads=self.threads, progress=tell, most=most)
+                if self.shown[name].digest != _digest(index):
+                    self.shown[name] = self._show(name)
+        finally:
+            self.progress.pop(name, None)
+        return added
+
+    def follow(self, stop: threading.Event) -> None:
+        """Keep what is shown up to date until `stop` is set; a little of each data set first."""
+        due: dict[str, float] = {}
+        most: int | None = FIRST
+        while not stop.is_set():
+            with self._told(self.path):
+                self.look()
+            for name in self.indexes:
+                started = time.monotonic()
+                if stop.is_set() or started < due.get(name, 0.0):
+                    continue
+                added = self.refresh(name, most)
+                took = time.monotonic() - started
+                quiet = self.shown[name].view.now.state.complete or name in self.problems
+                due[name] = time.monotonic() + (0 if added else max(QUIET_S if quiet else BUSY_S, 5 * took))
+            most = PARTS_AT_ONCE
+            stop.wait(0.2)
+
+    @contextmanager
+    def _told(self, name: str) -> Iterator[None]:
+        """Keep going whatever is raised: storage raises its own, and a thread that ends would end unseen."""
+        try:
+            yield
+            self.problems.pop(name, None)
+        except Exception as error:
+            reason = without_secrets(str(error) or repr(error))
+            if isinstance(error, OSError):
+                reason += "; give another folder for the index with --index"
+            if self.problems.get(name) != reason:
+                self.say(f"{name}: {reason}")
+            self.problems[name] = reason
+
+    def state(self, name: str) -> dict[str, Any]:
+        """How far a data set is captured and indexed, and what there is to say of it."""
+        shown = self.shown[name]
+        state, indexed = shown.view.now.state, len(shown.view.now.parts)
+        behind = state.shards_done - indexed
+        note = ""
+        if name in self.problems:
+            note = f"The index of {name} does not go on: {self.problems[name]}."
+        elif behind:
+            done, total = self.progress.get(name, (0, behind))
+            note = f"{name} is being indexed: {done:,} of {total:,} shards."
+        elif not state.complete:
+            note = f"{name} is incomplete: {state.shards_done:,} of {state.shards_total:,} shards are committed."
+        return {
+            "name": name,
+            "digest": shown.digest,
+            "note": note,
+            "busy": bool(behind) or not state.complete,
+            "documents": state.plan.documents,
+            "tokens": state.plan.tokens,
+            "tokens_done": state.tokens_done,
+            "shards": state.shards_total,
+            "shards_done": state.shards_done,
+            "indexed": indexed,
+            "model": str(shown.view.capture.attrs.get("model", "?")),
+        }
+
+    def _show(self, name: str) -> Shown:
+        """A data set as it is indexed now; nobody waits for what takes a while to compute."""
+        index, before = self.indexes[name], self.shown.get(name)
+        same = before is not None and before.identity == index.identity
+        view = View(self.path, name, index.now, before.view if before and same else None)
+        shown = Shown(view, _digest(index), index.identity)
+        if index.now.parts:
+            _ = shown.profiles
+            view.warm()
+        return shown
+
+
+def _digest(index: CaptureIndex) -> str:
+    now = index.now
+    return hashlib.sha256(f"{now.state.digest} {sorted(now.parts)}".encode()).hexdigest()[:16]

@@ -1,0 +1,224 @@
+"""Where every token of a shard stands, and with which experts: one part of the explorer's index.
+
+A part is one file, mapped into memory, so that what is asked for is read and nothing else: the occurrences of the shard
+in the order of their tokens, with their experts, layer by layer. "Token 262 at layer 7" is one contiguous range.
+
+Promises: a part is whole or absent; one that was cut short or is of another kind is refused when it is opened. Does not
+know which shards there are: `analysis.explorer.index`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from analysis.scan import Array, Block, Reducer, State, kernel
+from store.files import whole_file
+
+MARK = 0x31_5452_4150_4145  # "EAPART1" as a number: what these files begin with
+ALIGNED = 64  # bytes, at which each array begins
+
+
+class Part:
+    """One shard, laid out for looking up.
+
+    Parameters
+    ----------
+    file : Path
+        That `Occurrences` has written.
+    first_row : int
+        Row of the capture that is the shard's first.
+
+    Attributes
+    ----------
+    token : array, shape (tokens,), int32
+        The shard's text: the token ids of all rows, one row after the other.
+    start : array, shape (rows + 1,), uint32
+        Where each row begins in it.
+    order : array, shape (occurrences,), uint32
+        Places in `token`, ordered by token id and then by place; special tokens and what is not captured are left out.
+    bounds : array, shape (vocabulary + 1,), uint32
+        Where each token's occurrences begin in `order`.
+    expert : array, shape (layers, occurrences, k), of the capture's type
+        The choices there.
+
+    Raises
+    ------
+    ValueError
+        When the file is no whole part.
+    """
+
+    token: Array
+    start: Array
+    order: Array
+    bounds: Array
+    expert: Array
+
+    def __init__(self, file: Path, first_row: int) -> None:
+        self.first_row = first_row
+        data = np.asarray(np.memmap(file, np.uint8, "r"))
+        if data.size < ALIGNED or data[:8].view(np.int64)[0] != MARK:
+            raise ValueError(f"{file} is no part of an index")
+        at = ALIGNED
+        for name, (dtype, shape) in _layout(*data[8:ALIGNED].view(np.int64).tolist()).items():
+            size = prod(shape) * dtype.itemsize
+            if at + size > data.size:
+                raise ValueError(f"{file} is cut short: {data.size} bytes")
+            setattr(self, name, data[at : at + size].view(dtype).reshape(shape))
+            at += -(-size // ALIGNED) * ALIGNED
+        if self.bounds[-1] != len(self.order) or self.start[-1] != len(self.token):
+            raise ValueError(f"{file} is damaged: its bounds do not end where its arrays do")
+
+    def count(self, token: int, layer: int | None = None, expert: int | None = None) -> int:
+        """How often a token occurs, or went to an expert at a layer (by index)."""
+        low, high = int(self.bounds[token]), int(self.bounds[token + 1])
+        if layer is None or expert is None:
+            return high - low
+        return int(_count(self.expert[layer, low:high], expert))
+
+    def find(self, token: int, layer: int | None = None, expert: int | None = None) -> Array:
+        """Where, as indices into `order`."""
+        low, high = int(self.bounds[token]), int(self.bounds[token + 1])
+        if layer is None or expert is None:
+            return np.arange(low, high)
+        return low + np.flatnonzero((self.expert[layer, low:high] == expert).any(axis=1))
+
+    def add_table(self, layer: int, count: Array) -> None:
+        """Add to `count` (vocabulary, expert) how often each token went to each expert at a layer (by index)."""
+        _add_table(self.expert[layer], self.bounds, count)
+
+    def add_map(self, token: int, most: int, count: Array) -> int:
+        """Add to `count` (layer, expert) what the first `most` occurrences of a token chose, and tell how many."""
+        low, high = int(self.bounds[token]), int(self.bounds[token + 1])
+        high = min(high, low + most)
+        _add_map(self.expert[:, low:high], count)
+        return high - low
+
+    def places(self, found: Array) -> tuple[Array, Array]:
+        """Rows of the capture, and positions in them, of indices into `order`."""
+        place = self.order[found].astype(np.int64)
+        row = np.searchsorted(self.start, place, side="right") - 1
+        return self.first_row + row, place - self.start[row]
+
+    def around(self, row: int, position: int, tokens: int) -> tuple[Array, int]:
+        """Token ids of a row, up to so many on both sides of a position, and the position's index among them."""
+        low, high = (int(self.start[row - self.first_row + step]) for step in (0, 1))
+        here = low + position
+        first = max(low, here - tokens)
+        return self.token[first : min(high, here + tokens + 1)], here - first
+
+
+class Occurrences(Reducer):
+    """Writes the part of each shard that it sees, unless it is there; counts nothing.
+
+    Parameters
+    ----------
+    folder : Path
+        Where parts go.
+    names : mapping
+        The name of a shard's part by the number of its first row.
+    """
+
+    def __init__(self, folder: Path, names: Mapping[int, str]) -> None:
+        self.folder, self.names = folder, names
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """The size of the vocabulary, which a block does not tell."""
+        return {"vocabulary": np.array(dataset.sizes["token_id"])}
+
+    def update(self, state: State, block: Block) -> None:
+        """Write one shard's part."""
+        file = self.folder / self.names[int(block["row"][0])]
+        if not file.exists():
+            _write(file, _ordered(block, int(state["vocabulary"])))
+
+    def merge(self, state: State, other: State) -> State:
+        """Nothing to add."""
+        return state
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """Nothing: the parts are the result."""
+        return xr.Dataset()
+
+
+def _layout(
+    rows: int, tokens: int, occurrences: int, vocabulary: int, layers: int, choices: int, expert_bytes: int
+) -> dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]:
+    """Types and shapes of a part's arrays, in their order."""
+    return {
+        "token": (np.dtype(np.int32), (tokens,)),
+        "start": (np.dtype(np.uint32), (rows + 1,)),
+        "order": (np.dtype(np.uint32), (occurrences,)),
+        "bounds": (np.dtype(np.uint32), (vocabulary + 1,)),
+        "expert": (np.dtype(f"u{expert_bytes}"), (layers, occurrences, choices)),
+    }
+
+
+def _ordered(block: Block, vocabulary: int) -> dict[str, Array]:
+    """A part's arrays."""
+    filled = np.arange(block["token"].shape[1]) < block["length"][:, None]
+    token = block["token"][filled]
+    counted = np.flatnonzero(block["counted"][filled])
+    order = counted[np.argsort(token[counted], kind="stable")]
+    return {
+        "token": token,
+        "start": np.concatenate([[0], np.cumsum(block["length"])]),
+        "order": order,
+        "bounds": np.searchsorted(token[order], np.arange(vocabulary + 1)),
+        "expert": _by_layer(block["expert"], np.flatnonzero(filled)[order]),
+    }
+
+
+def _write(file: Path, arrays: Mapping[str, Array]) -> None:
+    """Write a part, whole or not at all."""
+    layers, occurrences, choices = arrays["expert"].shape
+    rows, vocabulary = len(arrays["start"]) - 1, len(arrays["bounds"]) - 1
+    sizes = (rows, len(arrays["token"]), occurrences, vocabulary, layers, choices, arrays["expert"].itemsize)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as unfinished, unfinished.open("wb") as stream:
+        stream.write(np.array([MARK, *sizes], np.int64).tobytes())
+        for name, (dtype, _) in _layout(*sizes).items():
+            data = arrays[name].astype(dtype, copy=False).tobytes()
+            stream.write(data + bytes(-len(data) % ALIGNED))
+
+
+@kernel
+def _by_layer(expert: Array, place: Array) -> Array:
+    """The experts at some places of a shard, (layer, place, k)."""
+    rows, positions, layers, choices = expert.shape
+    flat = expert.reshape(rows * positions, layers, choices)
+    ordered = np.empty((layers, place.size, choices), dtype=expert.dtype)
+    for index in range(place.size):
+        for layer in range(layers):
+            for k in range(choices):
+                ordered[layer, index, k] = flat[place[index], layer, k]
+    return ordered
+
+
+@kernel
+def _count(choices: Array, expert: int) -> int:
+    """How many of the occurrences (occurrence, k) chose an expert; a token's choices are different ones."""
+    number = 0
+    for choice in choices.ravel():
+        number += choice == expert
+    return number
+
+
+@kernel
+def _add_table(choices: Array, bounds: Array, count: Array) -> None:
+    for token in range(len(bounds) - 1):
+        for index in range(bounds[token], bounds[token + 1]):
+            for k in range(choices.shape[1]):
+                count[token, choices[index, k]] += 1
+
+
+@kernel
+def _add_map(choices: Array, count: Array) -> None:
+    for layer in range(choices.shape[0]):
+        for index in range(choices.shape[1]):
+            for k in range(choices.shape[2]):
+                count[layer, choices[layer, index, k]] += 1

@@ -1,0 +1,255 @@
+"""The explorer's pages over HTTP: addresses, and which page answers them.
+
+Promises: everything is read, nothing written; a wrong address or number is answered with a page that says so; nothing
+but the explorer's own script and style runs or is asked for, whatever a token holds; a request under a name that may be
+anybody's is refused, so that no page elsewhere can read a store through the visitor's browser (DNS rebinding).
+"""
+
+import ipaddress
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from analysis.explorer.live import Explorer, Shown
+from analysis.explorer.one_file import FOLDER, MOST_TOKENS, environment, export_page, reader_data, refuse_too_long
+from analysis.explorer.view import MIN_COUNT, Unreadable
+
+FEW = 16  # experts of a layer that fit beside each other; of more, so many are listed
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
+    " img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+
+
+def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
+    """The explorer as an ASGI application, for requests by address, to localhost, and under these names of the host."""
+    pages = Pages(explorer)
+    routes = [
+        Route("/", pages.home),
+        Route("/-/state.json", pages.state),
+        Route("/-/explorer.css", lambda _: FileResponse(FOLDER / "explorer.css", headers=HEADERS)),
+        Route("/-/explorer.js", lambda _: FileResponse(FOLDER / "explorer.js", headers=HEADERS)),
+        Route("/{name}", pages.dataset),
+        Route("/{name}/search", pages.search),
+        Route("/{name}/document/{document:int}", pages.document),
+        Route("/{name}/document/{document:int}/export", pages.export),
+        Route("/{name}/place", pages.place),
+        Route("/{name}/token/{token:int}", pages.token),
+        Route("/{name}/expert", pages.any_expert),
+        Route("/{name}/expert/{layer:int}/{expert:int}", pages.expert),
+    ]
+
+    async def by_name(request: Request, answer: RequestResponseEndpoint) -> Response:
+        host = request.url.hostname or ""
+        if host in ("localhost", *names) or _is_address(host):
+            return await answer(request)
+        return PlainTextResponse(f"{host} is no name of this machine's", 400, headers=HEADERS)
+
+    answers = {HTTPException: pages.error, ValueError: pages.error}
+    return Starlette(
+        routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=by_name)], exception_handlers=answers
+    )
+
+
+def _is_address(host: str) -> bool:
+    """Whether it is a number, which no name service can have made up."""
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+class Pages:
+    """One method a page; run by Starlette in threads."""
+
+    def __init__(self, explorer: Explorer) -> None:
+        self.explorer, self.templates = explorer, environment()
+
+    def home(self, request: Request) -> Response:
+        """The data sets."""
+        sets = [self.explorer.state(name) for name in [*self.explorer.shown]]
+        problems = {name: why for name, why in self.explorer.problems.items() if name not in self.explorer.shown}
+        return self._page("home", "What do the experts do?", sets=sets, problems=problems)
+
+    def state(self, request: Request) -> Response:
+        """How far all data sets are: what a page asks for again and again."""
+        return JSONResponse({"sets": [self.explorer.state(name) for name in [*self.explorer.shown]]}, headers=HEADERS)
+
+    def dataset(self, request: Request) -> Response:
+        """A data set: its experts and its documents."""
+        shown, (page,) = self._shown(request), _numbers(request, page=1)
+        view, loads = shown.view, []
+        if view.now.tokens:
+            share = shown.profiles.load["estimate"].values
+            listed = [_largest(each) if view.experts > FEW else range(view.experts) for each in share]
+            loads = [
+                (layer, [(int(e), float(np.nan_to_num(share[at, e]))) for e in listed[at]])
+                for at, layer in enumerate(view.layers)
+            ]
+        found = view.documents(page=page)
+        return self._page(
+            "dataset",
+            view.dataset,
+            shown,
+            map=loads,
+            few=view.experts > FEW,
+            state=str(view.now.state),
+            documents=found,
+        )
+
+    def search(self, request: Request) -> Response:
+        """Tokens and documents that contain a text."""
+        shown, (page,) = self._shown(request), _numbers(request, page=1)
+        asked = request.query_params.get("q", "")
+        if not asked:
+            raise HTTPException(400, "the search is for nothing: give a part of a token or of a document's name")
+        tokens, documents = shown.view.find_tokens(asked), shown.view.documents(asked, page)
+        return self._page("search", asked, shown, asked=asked, tokens=tokens, documents=documents)
+
+    def document(self, request: Request) -> Response:
+        """A page of a document's text."""
+        shown, (page,) = self._shown(request), _numbers(request, page=1)
+        found = shown.view.document(request.path_params["document"], page)
+        title = found["name"] or f"document {found['document']}"
+        data = reader_data(shown.view, [found])
+        fits = found["tokens"] <= MOST_TOKENS
+        return self._page("document", title, shown, document=found, data=data, can_be_saved=fits)
+
+    def export(self, request: Request) -> Response:
+        """A document as one file."""
+        view, document = self._shown(request).view, request.path_params["document"]
+        name = f"{view.dataset}-{document}.html"
+        try:
+            refuse_too_long(view, [document])
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
+        return HTMLResponse(export_page(view, [document]), headers=headers)
+
+    def place(self, request: Request) -> Response:
+        """To the page of a document where a row's position is."""
+        shown, (row, position, layer) = self._shown(request), _numbers(request, row=0, position=0, layer=None)
+        document, page, token = shown.view.page_at(row, position)
+        query = f"page={page}&token={token}" + (f"&layer={layer}" if layer is not None else "")
+        return RedirectResponse(f"/{shown.view.dataset}/document/{document}?{query}", headers=HEADERS)
+
+    def token(self, request: Request) -> Response:
+        """A token: where it goes, and its places."""
+        shown, (layer, expert, page) = self._shown(request), _numbers(request, layer=None, expert=None, page=1)
+        view = shown.view
+        token = view.token(request.path_params["token"])
+        shares = [np.array(counts) / max(1, token["of"]) for counts in token["counts"]]
+        listed = [_largest(each) if view.experts > FEW else range(view.experts) for each in shares]
+        return self._page(
+            "token",
+            token["text"],
+            shown,
+            token=token,
+            few=view.experts > FEW,
+            map=[
+                (number, [(int(e), float(each[e])) for e in experts])
+                for number, each, experts in zip(view.layers, shares, listed, strict=True)
+            ],
+            found=view.contexts(token["id"], layer, expert, page),
+            chosen_layer=layer,
+            chosen_expert=expert,
+            query={} if layer is None else {"layer": layer, "expert": expert},
+        )
+
+    def expert(self, request: Request) -> Response:
+        """An expert's profile."""
+        shown = self._shown(request)
+        layer, expert = request.path_params["layer"], request.path_params["expert"]
+        if not shown.view.now.tokens:
+            raise HTTPException(503, f"nothing of {shown.view.dataset} is indexed yet: its experts are known soon")
+        found = shown.profiles.expert(layer, expert, self.explorer.alike(shown))
+        return self._page(
+            "expert",
+            f"Expert {expert} of layer {layer}",
+            shown,
+            expert=found,
+            min_count=MIN_COUNT,
+            length=shown.view.capture.sizes["position"],
+        )
+
+    def any_expert(self, request: Request) -> Response:
+        """To the page of the expert that a form names."""
+        shown, (layer, expert) = self._shown(request), _numbers(request, layer=None, expert=None)
+        if layer is None or expert is None:
+            raise HTTPException(400, "name a layer and an expert")
+        return RedirectResponse(f"/{shown.view.dataset}/expert/{layer}/{expert}", headers=HEADERS)
+
+    def error(self, request: Request, error: Exception) -> Response:
+        """What went wrong, in the page's own words."""
+        status = (
+            error.status_code if isinstance(error, HTTPException) else 500 if isinstance(error, Unreadable) else 404
+        )
+        message = error.detail if isinstance(error, HTTPException) else str(error)
+        titles = {
+            400: "That cannot be asked",
+            404: "There is no such thing",
+            500: "That cannot be read",
+            503: "That is not known yet",
+        }
+        title = titles.get(status, "That went wrong")
+        return self._page("error", title, status=status, message=message)
+
+    def _shown(self, request: Request) -> Shown:
+        """The data set that an address names."""
+        name, shown = request.path_params["name"], self.explorer.shown
+        if name not in shown:
+            raise HTTPException(404, f"no data set {name!r}: here are {', '.join(shown)}")
+        return shown[name]
+
+    def _page(
+        self, template: str, title: str, shown: Shown | None = None, status: int = 200, **values: Any
+    ) -> HTMLResponse:
+        """A page with what all pages have."""
+        about: Mapping[str, Any] = {"name": None, "behind": False}
+        if shown is not None:
+            view = shown.view
+            about = {
+                "name": view.dataset,
+                "indexed": view.now.tokens,
+                "behind": len(view.now.parts) < view.now.state.shards_done,
+                "experts": view.experts,
+                "choices": view.choices,
+                "layers": view.layers,
+            }
+        names = [*self.explorer.shown]
+        sets = [shown] if shown is not None else [self.explorer.shown[name] for name in names]
+        digests = " ".join(each.digest for each in sets)
+        page = self.templates.get_template(f"{template}.html.jinja").render(
+            {"title": title, "names": names, "digests": digests, "asked": "", **about, **values}
+        )
+        return HTMLResponse(page, status, headers=HEADERS)
+
+
+def _largest(values: Any) -> list[int]:
+    """The experts with the largest values, as many as are listed."""
+    order = np.argsort(-np.nan_to_num(np.asarray(values)), kind="stable")
+    return [int(e) for e in order[:FEW]]
+
+
+def _numbers(request: Request, **defaults: int | None) -> list[Any]:
+    """Whole numbers of an address's query, in this order."""
+    found = []
+    for name, default in defaults.items():
+        text = request.query_params.get(name, "")
+        if text and not (text.isascii() and text.isdecimal() and len(text) < 16):
+            raise HTTPException(400, f"{name}={text} is no number from 0 on")
+        found.append(int(text) if text else default)
+    return found

@@ -1,0 +1,1 @@
+"""Counts and routes in other tools' forms: Parquet, trainers, load balancers."""

@@ -1,0 +1,269 @@
+"""Would a cache of C experts a layer hold what the next token needs? Expert offloading, simulated on a capture.
+
+One convention for every policy. A token looks up its k experts all at once, in the cache as it was before the token.
+Then those that are missing are loaded in the order of their rank, and each evicts one expert that the token does not
+need: the k experts of a token are in memory together, so that C is k at least. Caches are empty at a row's start. The
+rate counts tokens whose left neighbour counts too: a row's first token is left out, and so is one after a special
+token (which passes the caches by). Hence at C = k every policy's rate is the mean overlap of neighbours over k, on any
+data. Promises exact counts, and that no policy finds more than Belady's over all tokens. Does not know time: how long
+a load takes, or whether it could have been made ahead. The cache that knows a segment of the future is in
+`analysis.metrics.segments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+from typing import Literal, get_args
+
+import numpy as np
+import xarray as xr
+
+from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+
+Policy = Literal["lru", "lfu", "belady"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+LRU, LFU, BELADY, SEGMENT = range(4)  # rules, as the kernel knows them; the first three in the order of POLICIES
+CONVENTION = (
+    "hit_rate: experts found in a cache of cache_size experts over all k that each token needs, all k looked up before"
+    " any is loaded, caches empty at a row's start and its first token left out; hit_rate_preloaded: over all tokens,"
+    " where an expert that finds a free place counts as found"
+)
+
+
+class Caches(Reducer):
+    """Hits of several caches of several sizes, layer by layer.
+
+    Parameters
+    ----------
+    cache_sizes : sequence of int, optional
+        Experts a layer that a cache holds, k to E; default k, 2k and 4k, as far as there are as many experts.
+    policies : sequence of {"lru", "lfu", "belady"}
+        Which expert is evicted: the least recently used; the least often used since the row's start, also while it
+        was not in the cache; the one whose next use is farthest. Ties evict the least recently used; of one token's
+        experts the last by rank counts as the most recent.
+    """
+
+    dim = "policy"
+
+    def __init__(self, cache_sizes: Sequence[int] | None = None, policies: Sequence[Policy] = POLICIES) -> None:
+        if unknown := set(policies) - set(POLICIES):
+            raise ValueError(f"policies {sorted(unknown)}: there are {', '.join(POLICIES)}")
+        self.cache_sizes = None if cache_sizes is None else tuple(map(int, cache_sizes))
+        self.labels: tuple[str, ...] | tuple[int, ...] = tuple(policies)
+        self.rules = tuple((POLICIES.index(policy), 0) for policy in policies)
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Zeros: `hits` and `others` (policy, cache_size, layer), `scored` by tokens before in the row, `tokens`."""
+        layers, capacities = dataset.sizes["layer"], _capacities(dataset, self.cache_sizes)
+        shape = (len(self.rules), len(capacities), layers)
+        return {
+            "hits": np.zeros(shape, dtype=np.int64),
+            "others": np.zeros(shape, dtype=np.int64),
+            "scored": np.zeros(dataset.sizes["position"], dtype=np.int64),
+            "tokens": np.zeros(1, dtype=np.int64),
+            "capacities": capacities,
+            "experts": np.array([sizes(dataset)[2]], dtype=np.int64),
+        }
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard."""
+        arrays = (state[name] for name in ("capacities", "experts", "hits", "others", "scored"))
+        rules = np.array(self.rules, dtype=np.int64).reshape(-1, 2)
+        _add_hits(block["expert"], block["counted"], rules, *arrays)
+        state["tokens"] += np.count_nonzero(block["counted"])
+
+    def merge(self, state: State, other: State) -> State:
+        """Sums, but of what both have."""
+        return super().merge(state, other) | {name: state[name] for name in ("capacities", "experts")}
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """Rates; NaN where nothing was counted."""
+        _, choices, experts = sizes(dataset)
+        dims = (self.dim, "cache_size", "layer")
+        hits, others = (xr.DataArray(state[name], dims=dims) for name in ("hits", "others"))
+        n, tokens = int(state["scored"].sum()), int(state["tokens"][0])
+        null = _random_hit_rate(state["scored"], state["capacities"], choices, experts)
+        blind = np.array([[rule in (LRU, LFU)] for rule, _ in self.rules])  # policies that do not look ahead
+        return xr.Dataset(
+            {
+                "hits": hits.assign_attrs(long_name="experts found in the cache", units="choices"),
+                "hit_rate": hits / (choices * n if n else np.nan),
+                "hit_rate_preloaded": (hits + others) / (choices * tokens if tokens else np.nan),
+                "null": ((self.dim, "cache_size"), np.where(blind, null, np.nan)),
+            },
+            coords={self.dim: list(self.labels), "cache_size": state["capacities"], "layer": dataset["layer"].values},
+            attrs={
+                "n": n,
+                "tokens": tokens,
+                "estimator": "simulation of every row, caches empty at its start",
+                "null": "variable `null`: hit_rate if every token chose independently and uniformly, whatever the"
+                " layer; NaN for a policy that looks ahead",
+                "definition": CONVENTION,
+                "source": "Belady 1966; hit_rate_preloaded counts as ljcleo/moe-lrc, src/50_chr_calc.py (Liang et al.,"
+                " arXiv 2505.16056)",
+            },
+        )
+
+
+def cache_hits(
+    dataset: xr.Dataset,
+    cache_sizes: Sequence[int] | None = None,
+    policies: Sequence[Policy] = POLICIES,
+    *,
+    threads: int | None = None,
+) -> xr.Dataset:
+    """Hit rates of LRU, LFU and Belady caches of some sizes, all in one scan.
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture.
+    cache_sizes : sequence of int, optional
+        Experts a layer, k to E; default k, 2k and 4k, as far as there are as many experts.
+    policies : sequence of {"lru", "lfu", "belady"}
+        See `Caches`.
+    threads : int, optional
+        Shards decoded at the same time; default one a processor.
+
+    Returns
+    -------
+    xr.Dataset
+        Over (policy, cache_size, layer): `hits` int64, in choices; `hit_rate` float64; and `hit_rate_preloaded`, as the
+        paper's code counts: over all tokens, where an expert that finds a free place counts as found. `null`
+        (policy, cache_size) is the exact expectation of `hit_rate` for independent uniform routing in rows as long
+        as these, NaN for Belady. NaN when nothing was counted. Attribute `n`: the tokens in `hit_rate`.
+
+    Raises
+    ------
+    ValueError
+        When a size is below k (a token's experts would not fit) or above E.
+    """
+    return scan(dataset, [Caches(cache_sizes, policies)], threads=threads)[0]
+
+
+def _capacities(dataset: xr.Dataset, cache_sizes: Sequence[int] | None) -> Array:
+    _, choices, experts = sizes(dataset)
+    if cache_sizes is None:
+        cache_sizes = [size for size in (choices, 2 * choices, 4 * choices) if size <= experts]
+    if wrong := [size for size in cache_sizes if not choices <= size <= experts]:
+        raise ValueError(
+            f"a cache of {wrong[0]} experts: it must hold the {choices} that a token needs at once, and the layer has"
+            f" {experts}"
+        )
+    return np.array(sorted(set(cache_sizes)), dtype=np.int64)
+
+
+def _random_hit_rate(scored: Array, capacities: Array, choices: int, experts: int) -> Array:
+    """Expected hit rate (cache_size) of a policy that does not look ahead, were each token's set uniform on its own.
+
+    After t tokens D experts were seen, a cache holds min(C, D) of them, and each choice is one of these with the
+    chance min(C, D) / E. D is a Markov chain: j of k experts are new with hypergeometric chance.
+    """
+    step = np.zeros((experts + 1, experts + 1))
+    for seen in range(experts + 1):
+        for new in range(min(choices, experts - seen) + 1):
+            step[seen, seen + new] = comb(experts - seen, new) * comb(seen, choices - new) / comb(experts, choices)
+    seen_by, expected = np.eye(experts + 1)[0], np.zeros(len(capacities))
+    held = np.minimum(np.arange(experts + 1)[:, None], capacities) / experts
+    for count in scored[: np.max(np.flatnonzero(scored), initial=-1) + 1]:
+        expected += count * (seen_by @ held)
+        seen_by = seen_by @ step
+    return np.asarray(expected / scored.sum() if scored.any() else np.full(len(capacities), np.nan))
+
+
+@kernel
+def _add_hits(
+    expert: Array,
+    counted: Array,
+    rules: Array,
+    capacities: Array,
+    experts: Array,
+    hits: Array,
+    others: Array,
+    scored: Array,
+) -> None:
+    (rows, positions, layers, choices), num_experts = expert.shape, experts[0]
+    chosen, next_use = np.empty((positions, choices), np.int64), np.empty((positions, choices), np.int64)
+    where, follows, upcoming = (
+        np.empty(positions, np.int64),
+        np.empty(positions, np.bool_),
+        np.empty(num_experts, np.int64),
+    )
+    for row in range(rows):
+        tokens = 0
+        for position in range(positions):
+            if counted[row, position]:
+                where[tokens], follows[tokens] = position, tokens > 0 and where[tokens - 1] == position - 1
+                scored[tokens] += follows[tokens]
+                tokens += 1
+        for layer in range(layers):
+            upcoming[:] = positions  # never again
+            for token in range(tokens - 1, -1, -1):
+                for k in range(choices):
+                    chosen[token, k] = expert[row, where[token], layer, k]
+                    next_use[token, k] = upcoming[chosen[token, k]]
+                    upcoming[chosen[token, k]] = token
+            for rule in range(len(rules)):
+                for size in range(len(capacities)):
+                    found, other = _simulate(
+                        chosen[:tokens],
+                        next_use,
+                        follows,
+                        rules[rule, 0],
+                        rules[rule, 1],
+                        capacities[size],
+                        num_experts,
+                    )
+                    hits[rule, size, layer] += found
+                    others[rule, size, layer] += other
+
+
+@kernel
+def _simulate(
+    chosen: Array, next_use: Array, follows: Array, rule: int, ahead: int, capacity: int, num_experts: int
+) -> tuple[int, int]:
+    """One cache over one row: hits of tokens that follow a neighbour, and the others with the loads to free places."""
+    tokens, choices = chosen.shape
+    held, value = np.zeros(num_experts, np.bool_), np.zeros(num_experts, np.int64)  # the lowest value is evicted
+    places, last_use = np.empty(capacity, np.int64), np.full(num_experts, -1, np.int64)
+    full, hits, others, known = 0, 0, 0, 0
+    for token in range(tokens):
+        while rule == SEGMENT and known < min(token + ahead, tokens):
+            for k in range(choices):
+                value[chosen[known, k]] += 1
+            known += 1
+        for k in range(choices):
+            needed = chosen[token, k]
+            if held[needed] and follows[token]:
+                hits += 1
+            elif held[needed]:
+                others += 1
+            last_use[needed] = token * choices + k
+            if rule == LFU:
+                value[needed] += 1
+            elif rule == BELADY:
+                value[needed] = -next_use[token, k]
+            elif rule == SEGMENT:
+                value[needed] -= 1
+        for k in range(choices):
+            needed = chosen[token, k]
+            if held[needed]:
+                continue
+            held[needed] = True
+            if full < capacity:
+                places[full] = needed
+                full += 1
+                others += 1
+                continue
+            evicted = -1
+            for place in range(capacity):
+                other = places[place]
+                if last_use[other] >= token * choices:
+                    continue  # needed by this token
+                worth = value[other] - value[places[evicted]] if evicted >= 0 else -1
+                if worth < 0 or (worth == 0 and last_use[other] < last_use[places[evicted]]):
+                    evicted = place
+            held[places[evicted]] = False
+            places[evicted] = needed
+    return hits, others

@@ -1,0 +1,205 @@
+"""How much work each expert has: its share of the choices and of the gate's weight, layer by layer.
+
+Promises: exact counts, and weights summed exactly in any order. Does not know about tokens or neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import xarray as xr
+
+from analysis.scan import Array, Block, Reducer, State, kernel, labelled, scan, sizes
+
+WEIGHT_UNIT = 2.0**-24  # every finite float16 is a whole multiple of its smallest subnormal
+
+
+class Load(Reducer):
+    """Counts of choices and sums of weights, by layer, choice and expert."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"weight"})
+    stacks = True
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Zeros: `count` and `mass` (layer, k, expert)."""
+        layers, choices, experts = sizes(dataset)
+        return {name: np.zeros((layers, choices, experts), dtype=np.int64) for name in ("count", "mass")}
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard."""
+        bits = block["weight"].view(np.uint16)
+        if not _add_choices(block["expert"], bits, block["counted"], state["count"], state["mass"]):
+            raise ValueError("a weight is not a finite number: the shard is damaged")
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """Shares of choices and of weight; NaN where nothing was counted."""
+        layers, _, experts = sizes(dataset)
+        count = labelled(state["count"], "layer", "k", "expert")
+        mass = labelled(state["mass"].sum(axis=-2) * WEIGHT_UNIT, "layer", "expert")
+        tokens = int(state["count"].reshape(-1, *state["count"].shape[-3:])[0, 0, 0].sum()) if layers else 0
+        per_expert = count.sum("k")
+        result = xr.Dataset(
+            {
+                "count": count.assign_attrs(long_name="times chosen, by rank of the choice", units="tokens"),
+                "share": share_of_experts(per_expert).assign_attrs(long_name="share of choices"),
+                "mass_share": share_of_experts(mass).assign_attrs(long_name="share of gate weight"),
+            },
+            coords={"layer": dataset["layer"].values, "expert": np.arange(experts)},
+        )
+        return result.assign_attrs(
+            n=tokens,
+            estimator="maximum likelihood",
+            null=1 / experts,
+            definition="share = N_e / (k T): choices of expert e over all choices of T tokens at a layer; "
+            "mass_share = sum of e's weights / sum of all weights",
+            source="OLMoE (Muennighoff et al. 2024), section 5; Switch Transformers (Fedus et al. 2022)",
+        )
+
+
+class ExpertCounts(Reducer):
+    """Choices by layer and expert, whatever the rank; nothing else."""
+
+    stacks = True
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Zeros: `count` (layer, expert)."""
+        layers, _, experts = sizes(dataset)
+        return {"count": np.zeros((layers, experts), dtype=np.int64)}
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard."""
+        count_experts(block["expert"], block["counted"], state["count"])
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """The counts, labelled."""
+        coords = {"layer": dataset["layer"].values, "expert": np.arange(sizes(dataset)[2])}
+        return xr.Dataset({"count": labelled(state["count"], "layer", "expert", **coords)})
+
+
+def expert_load(dataset: xr.Dataset, *, threads: int | None = None) -> xr.Dataset:
+    """Share of the choices, and of the gate's weight, that each expert takes at each layer.
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture; `weight` is read too.
+    threads : int, optional
+        Shards decoded at the same time; default one a processor.
+
+    Returns
+    -------
+    xr.Dataset
+        `count` int64 (layer, k, expert) in tokens, `share` and `mass_share` float64 (layer, expert), both
+        summing to 1 over experts and NaN when no token was counted. Attribute `n`: tokens counted; `null`:
+        the even share 1/E.
+    """
+    return scan(dataset, [Load()], threads=threads)[0]
+
+
+def balance_of(load: xr.Dataset) -> xr.Dataset:
+    """How even the load of each layer is, from what `expert_load` gives, or one of its replicates.
+
+    Returns
+    -------
+    xr.Dataset
+        Over layer, float64, NaN where nothing was counted; the value of an even load of E experts in brackets:
+        `max_violation` max·E − 1 (0), `variation` standard deviation over mean (0), `entropy` in bits (log2 E) and
+        `relative_entropy` of it (1), `effective_experts` 2^H (E), `gini` (0), `jain` (Σf)²/(E Σf²) (1), and
+        `balancedness` mean over maximum (1).
+    """
+    share, experts = load["share"], load.sizes["expert"]
+    known = share.notnull().all("expert")
+    positive = share.where(share > 0)
+    bits = -(share * np.log2(positive)).sum("expert").where(known)
+    dims: dict[str, Any] = {"input_core_dims": [["expert"]], "output_core_dims": [["expert"]]}
+    ranked = xr.apply_ufunc(np.sort, share, **dims)
+    weight = xr.DataArray(
+        2 * np.arange(1, experts + 1) - experts - 1, dims="expert", coords={"expert": share["expert"]}
+    )
+    values = {
+        "max_violation": share.max("expert") * experts - 1,
+        "variation": share.std("expert") * experts,
+        "entropy": bits,
+        "relative_entropy": bits / np.log2(experts) if experts > 1 else bits * np.nan,
+        "effective_experts": 2.0**bits,
+        "gini": (ranked * weight).sum("expert") / experts,
+        "jain": 1 / (experts * (share**2).sum("expert")),
+        "balancedness": 1 / (experts * share.max("expert")),
+    }
+    null = dict.fromkeys(("max_violation", "variation", "gini"), 0.0)
+    null |= {"entropy": float(np.log2(experts)), "effective_experts": float(experts)}
+    return xr.Dataset(
+        {name: value.where(known).assign_attrs(null=null.get(name, 1.0)) for name, value in values.items()}
+    ).assign_attrs(
+        n=load.attrs["n"],
+        estimator="plug-in",
+        null="of an even load: by variable",
+        definition="summaries of the shares f_e of a layer's choices",
+        source="MaxVio: Wang et al. 2024 (loss-free balancing); balancedness: SGLang; Jain et al. 1984; Gini 1912",
+    )
+
+
+def domain_specialization(load: xr.Dataset) -> xr.Dataset:
+    """Share of a data set's tokens that reach each expert (OLMoE, section 5), from what `expert_load` gives.
+
+    Returns
+    -------
+    xr.Dataset
+        Over (layer, expert), float64: `any_choice` N_e / T, which sums to k, null k/E; `first_choice`, by the first
+        choice alone, which sums to 1, null 1/E.
+    """
+    choices, experts = load.sizes["k"], load.sizes["expert"]
+    first = load["count"].isel(k=0, drop=True)
+    tokens = first.sum("expert")
+    return xr.Dataset(
+        {
+            "any_choice": (load["share"] * choices).assign_attrs(null=choices / experts),
+            "first_choice": (first / tokens.where(tokens > 0)).assign_attrs(null=1 / experts),
+        }
+    ).assign_attrs(
+        n=load.attrs["n"],
+        estimator="maximum likelihood",
+        null=choices / experts,
+        definition="share of the data set's tokens of which the expert is one of k choices, or the first",
+        source="OLMoE (Muennighoff et al. 2024), section 5; Mixtral of Experts (Jiang et al. 2024), figure 7",
+    )
+
+
+def share_of_experts(amount: xr.DataArray) -> xr.DataArray:
+    """What part of a total over `expert` each expert has; NaN where that is nothing."""
+    total = amount.sum("expert")
+    return amount / total.where(total > 0)
+
+
+@kernel
+def _add_choices(expert: Array, weight_bits: Array, counted: Array, count: Array, mass: Array) -> bool:
+    """Add choices and weights (float16 bits, read as multiples of 2**-24); False at NaN or infinity."""
+    rows, positions, layers, choices = expert.shape
+    for row in range(rows):
+        for position in range(positions):
+            if not counted[row, position]:
+                continue
+            for layer in range(layers):
+                for k in range(choices):
+                    bits = np.int64(weight_bits[row, position, layer, k])
+                    exponent, fraction = (bits >> 10) & 31, bits & 1023
+                    if exponent == 31:
+                        return False
+                    units = fraction if exponent == 0 else (fraction + 1024) << (exponent - 1)
+                    chosen = expert[row, position, layer, k]
+                    count[layer, k, chosen] += 1
+                    mass[layer, k, chosen] += -units if bits >> 15 else units
+    return True
+
+
+@kernel
+def count_experts(expert: Array, counted: Array, count: Array) -> None:
+    """Add choices by (layer, expert), whatever the rank."""
+    rows, positions, layers, choices = expert.shape
+    for row in range(rows):
+        for position in range(positions):
+            if counted[row, position]:
+                for layer in range(layers):
+                    for k in range(choices):
+                        count[layer, expert[row, position, layer, k]] += 1

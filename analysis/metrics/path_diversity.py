@@ -1,0 +1,302 @@
+"""How many ways tokens take: the diversity of windows of layers, and of whole paths through all of them.
+
+A path is the sequence of a token's first choices, as in `analysis.metrics.paths`. Windows are counted in dense tables.
+Whole paths are too many for that (8**32), and mostly different: of a large capture the frequent ones are counted
+exactly and the others in a sample of all possible paths, chosen by a hash, so that what is said of them is an unbiased
+estimate.
+
+Promises: bounded memory, and the same result in any order and any chunking; whether a number is exact is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analysis.metrics.paths import Windows
+from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.statistics.information import entropy
+from analysis.statistics.resampling import mixed
+
+TOPS = (10, 100, 1_000, 10_000)
+BUCKETS = 2**22  # in which paths are counted first, to find the frequent ones: 32 MB (arbitrary)
+
+
+class WindowDiversity(Windows):
+    """As `Windows`, but finishes with entropies and coverages, not with the windows."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(n, top=1)
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """Of the windows from each layer on."""
+        starts, experts = state["count"].shape[0], sizes(dataset)[2]
+        count = xr.DataArray(state["count"].reshape(starts, -1), dims=("layer", "window"))
+        told = entropy(count, "window")
+        ordered = -np.sort(-count.values, axis=1)
+        covered = np.cumsum(ordered, axis=1)[:, [min(top, ordered.shape[1]) - 1 for top in TOPS]]
+        n = told["n"].where(told["n"] > 0)
+        return xr.Dataset(
+            {
+                "distinct": (count > 0).sum("window"),
+                "entropy": told["entropy"].assign_attrs(units="bits"),
+                "corrected": told["corrected"].assign_attrs(units="bits", estimator="Miller–Madow"),
+                "coverage": xr.DataArray(covered, dims=("layer", "top")) / n,
+            },
+            coords={"layer": dataset["layer"].values[:starts], "top": list(TOPS)},
+        ).assign_attrs(n=int(state["tokens"][0]), null=float(np.log2(experts)) * self.n)
+
+
+def window_diversity(
+    dataset: xr.Dataset,
+    lengths: Sequence[int] | None = None,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """Entropy and coverage of first-choice n-grams over consecutive captured layers.
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture.
+    lengths : sequence of int, optional
+        Numbers of layers in a window; default 1 to 4, or to as many as there are.
+    threads, progress
+        See `analysis.scan.scan`.
+
+    Returns
+    -------
+    xr.Dataset
+        Over (length, layer), where layer is a window's first one and NaN stands where a window would reach beyond the
+        last one: `distinct` windows seen; `entropy` and, by Miller–Madow, `corrected` in bits; `rate`, entropy a layer,
+        null log2(E); `conditional`, what the last layer of a window adds to the entropy of those before it, where the
+        next smaller length was asked too. `coverage` (length, layer, top): share of tokens that take one of the most
+        frequent 10, 100, 1,000, 10,000 windows. float64.
+
+    Raises
+    ------
+    ValueError
+        See `analysis.metrics.paths.frequent_windows`.
+    """
+    lengths = list(range(1, min(4, dataset.sizes["layer"]) + 1)) if lengths is None else list(lengths)
+    found = scan(dataset, [WindowDiversity(n) for n in lengths], threads=threads, progress=progress)
+    length = xr.DataArray(lengths, dims="length", name="length")
+    joined = xr.concat(found, length, join="outer", combine_attrs="drop")
+    before = joined["entropy"].reindex(length=[n - 1 for n in lengths]).assign_coords(length=length)
+    return joined.assign(
+        rate=joined["entropy"] / length, conditional=joined["entropy"] - before.where(length > 1, 0)
+    ).assign_attrs(
+        n=found[0].attrs["n"],
+        null=float(np.log2(sizes(dataset)[2])),
+        estimator="maximum likelihood",
+        definition="H_n of the first choices at n captured layers in a row; rate = H_n / n; conditional = H_n - H_n-1",
+        source="PathMoE: routing paths as n-grams over layers",
+    )
+
+
+class PathBuckets(Reducer):
+    """Tokens by the hash of their path, in few buckets: no path is more frequent than its bucket."""
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Zeros: `count` (bucket)."""
+        return {"count": np.zeros(BUCKETS, np.int64)}
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard."""
+        _add_buckets(path_keys(block), state["count"])
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """The counts."""
+        return xr.Dataset({"count": ("bucket", state["count"])})
+
+
+class Paths(Reducer):
+    """Whole paths with their exact counts: all of them, or those of some buckets and a sample of the others.
+
+    Parameters
+    ----------
+    halvings : int
+        The sample is of a 2**-halvings part of all possible paths.
+    kept : bool array, shape (BUCKETS,), optional
+        Whose paths are all kept.
+    """
+
+    def __init__(self, halvings: int = 0, kept: Array | None = None) -> None:
+        self.halvings, self.kept = halvings, kept
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Nothing: `key` uint64, `count` and `expert` of paths, in no order, and how many of them are `merged`."""
+        layers, _, _ = sizes(dataset)
+        expert = np.zeros((0, layers), dataset["expert"].dtype)
+        return {
+            "key": np.zeros(0, np.uint64),
+            "count": np.zeros(0, np.int64),
+            "expert": expert,
+            "merged": np.zeros(1, int),
+        }
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard; paths are merged when they have doubled."""
+        row, position = np.nonzero(block["counted"])
+        key = path_keys(block)
+        wanted = self.sampled(key)
+        if self.kept is not None:
+            wanted |= self.kept[key % np.uint64(BUCKETS)]
+        chosen = np.flatnonzero(wanted)
+        own, first, count = np.unique(key[chosen], return_index=True, return_counts=True)
+        first = chosen[first]
+        added = {"key": own, "count": count, "expert": block["expert"][row[first], position[first], :, 0]}
+        for name, values in added.items():
+            state[name] = np.concatenate([state[name], values])
+        if len(state["key"]) > 2 * state["merged"][0] + 65_536:
+            state.update(_merged(state))
+
+    def merge(self, state: State, other: State) -> State:
+        """The paths of both, each once."""
+        return _merged({name: np.concatenate([state[name], other[name]]) for name in ("key", "count", "expert")})
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """The paths, most frequent first; ties go to the lower experts."""
+        paths = _merged(state)
+        order = np.lexsort((*paths["expert"].T[::-1], -paths["count"]))
+        return xr.Dataset(
+            {
+                "expert": (("path", "layer"), paths["expert"][order]),
+                "count": ("path", paths["count"][order]),
+                "key": ("path", paths["key"][order]),
+            },
+            coords={"layer": dataset["layer"].values},
+        )
+
+    def sampled(self, key: Array) -> Array:
+        """Whether paths are of the sample."""
+        return np.asarray(key >> np.uint64(64 - self.halvings) == 0) if self.halvings else np.full(len(key), True)
+
+
+def whole_paths(
+    dataset: xr.Dataset,
+    *,
+    top: int = 20,
+    kept: int = 2**20,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """The paths that tokens take through all captured layers.
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture. More than `kept` tokens are read twice.
+    top : int
+        Paths listed.
+    kept : int
+        About as many different paths are held in each thread, 16 + L bytes each; everything is exact up to so many
+        tokens.
+    threads, progress
+        See `analysis.scan.scan`.
+
+    Returns
+    -------
+    xr.Dataset
+        `expert` (path, layer), `count` int64 and `share` of all tokens (path): the most frequent ones. `coverage`
+        (top): share of tokens that take one of the 10, 100, 1,000, 10,000 most frequent paths, and `proven`, whether it
+        is exact; else it is a lower bound. `distinct`, the number of different paths, with `distinct_sd`, `once`, those
+        seen once, and `unseen`, the share of tokens to come that would take a new one (Good 1953); `entropy`, and by
+        Miller–Madow `corrected`, in bits, and `rate`, the entropy a layer: exact where `distinct_sd` is 0. Where most
+        paths are seen once an entropy says more of the number of tokens than of the model.
+
+    Raises
+    ------
+    ValueError
+        When the numbers are senseless, or nothing was captured.
+    """
+    if top < 1 or kept < 1:
+        raise ValueError(f"top={top}, kept={kept}: both must be at least 1")
+    layers, _, experts = sizes(dataset)
+    halvings = max(0, int(np.ceil(np.log2(max(1, int(dataset["length"].sum())) / kept))))
+    frequent, most_elsewhere = None, 0
+    if halvings:
+        bucket = scan(dataset, [PathBuckets()], threads=threads, progress=progress)[0]["count"].values
+        many = min(BUCKETS >> halvings, kept)
+        most_elsewhere = int(np.partition(bucket, -many - 1)[-many - 1])
+        frequent = bucket > most_elsewhere
+        n = int(bucket.sum())
+    wanted = Paths(halvings, frequent)
+    paths = scan(dataset, [wanted], threads=threads, progress=progress)[0]
+    count = paths["count"].values
+    if not halvings:
+        n = int(count.sum())
+    if not n:
+        raise ValueError("no token is captured: there are no paths")
+    of_sample = (
+        ~frequent[paths["key"].values % np.uint64(BUCKETS)] if frequent is not None else np.full(len(count), False)
+    )
+    stands_for = np.where(of_sample, 2.0**halvings, 1.0)
+    plain = float(-(stands_for * (count / n) * np.log2(count / n)).sum())
+    distinct = float(stands_for.sum())
+    covered, room = np.cumsum(count), min(top, len(count))
+    tops = [min(number, len(count)) for number in TOPS]
+    proven = [not halvings or (number <= len(count) and int(count[number - 1]) >= most_elsewhere) for number in TOPS]
+    once = float(stands_for[count == 1].sum())
+    listed: dict[str, Any] = {
+        "expert": paths["expert"][:room].variable,
+        "count": ("path", count[:room], {"units": "tokens"}),
+        "share": ("path", count[:room] / n),
+        "coverage": ("top", covered[np.array(tops) - 1] / n),
+        "proven": ("top", proven),
+        "distinct": distinct,
+        "distinct_sd": float(np.sqrt(2.0**halvings * (2.0**halvings - 1) * of_sample.sum())),
+        "once": once,
+        "unseen": once / n,
+        "entropy": plain,
+        "corrected": plain + (distinct - 1) / (2 * np.log(2) * n),
+        "rate": plain / layers,
+    }
+    coords = {"layer": paths["layer"].values, "path": np.arange(1, room + 1), "top": list(TOPS)}
+    return xr.Dataset(listed, coords).assign_attrs(
+        n=n,
+        null=float(experts) ** -layers,
+        estimator="exact" if not halvings else f"frequent paths exact, of the others one in {2**halvings} by hash",
+        definition="a token's path: its first choices at all captured layers; rate = entropy / layers",
+        source="PathMoE: routing paths; Good 1953; Horvitz & Thompson 1952",
+    )
+
+
+def path_keys(block: Block) -> Array:
+    """A hash of the path of each token that counts, in reading order; uint64. Two of 10**8 collide with 3 in 10,000."""
+    with np.errstate(over="ignore"):
+        return mixed(_digits(block["expert"], block["counted"]))
+
+
+def _merged(paths: State) -> State:
+    """Each path once."""
+    key, first, inverse = np.unique(paths["key"], return_index=True, return_inverse=True)
+    count = np.zeros(len(key), np.int64)
+    np.add.at(count, inverse, paths["count"])
+    return {"key": key, "count": count, "expert": paths["expert"][first], "merged": np.array([len(key)])}
+
+
+@kernel
+def _digits(expert: Array, counted: Array) -> Array:
+    rows, positions, layers, _ = expert.shape
+    key = np.zeros(counted.sum(), np.uint64)
+    token = 0
+    for row in range(rows):
+        for position in range(positions):
+            if counted[row, position]:
+                digits = np.uint64(0)
+                for layer in range(layers):
+                    digits = digits * np.uint64(0x2545F4914F6CDD1D) + np.uint64(expert[row, position, layer, 0] + 1)
+                key[token] = digits
+                token += 1
+    return key
+
+
+@kernel
+def _add_buckets(key: Array, count: Array) -> None:
+    for token in range(key.size):
+        count[key[token] % np.uint64(count.size)] += 1

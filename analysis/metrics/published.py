@@ -1,0 +1,172 @@
+"""Are these the routes of the real Mixtral? How far captured shares are from the counts that OLMoE's makers published.
+
+`mixtral_published.json` holds how often Mixtral-8x7B-v0.1 chose each expert at layers 0, 7 and 15, on 102 blocks of
+2,048 tokens of C4 and of GitHub, by the first choice alone and by both. A distance says little by itself: beside it
+stand how far apart the published domains are from each other, and what two samples of one domain would differ by.
+
+Promises: exact counts, the same result in any order. Does not know where the texts come from, nor how far quantization
+may move a share: that is what the distance shows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from analysis.metrics.load import Load, share_of_experts
+from analysis.scan import scan
+from analysis.statistics.resampling import Resampled
+
+BLOCK_TOKENS = 2048
+"""Tokens of a published block: the concatenated text, cut."""
+CHOICES = 2
+"""Of Mixtral, and of the published counts."""
+FORMS = {"first": "expert_counts_top1", "first or second": "expert_counts_top2"}
+"""Which choices are counted, and where the published file keeps that."""
+
+
+def published_counts() -> xr.Dataset:
+    """The published counts.
+
+    Returns
+    -------
+    xr.Dataset
+        `count` int64 (choice, domain, layer, expert), in choices: of the first alone, and of the first or second.
+        Attributes `n`, tokens of a domain, `model` and `source`.
+    """
+    held = json.loads((Path(__file__).parent / "mixtral_published.json").read_text(encoding="utf-8"))
+    domains, layers = sorted(held[FORMS["first"]]), held["layers"]
+    counts = np.array([[[held[key][d][str(layer)] for layer in layers] for d in domains] for key in FORMS.values()])
+    return xr.Dataset(
+        {"count": (("choice", "domain", "layer", "expert"), counts)},
+        {"choice": list(FORMS), "domain": domains, "layer": layers, "expert": np.arange(counts.shape[-1])},
+        {"n": int(counts[0, 0, 0].sum()), "model": held["model"], "source": held["source"]},
+    )
+
+
+def total_variation(count: xr.DataArray, other: xr.DataArray) -> xr.DataArray:
+    """Half the sum of absolute differences of two shares over `expert`, from counts; NaN where nothing is counted."""
+    return abs(share_of_experts(count) - share_of_experts(other)).sum("expert", skipna=False) / 2
+
+
+def refuse_other_model(layers: Sequence[int], experts: int, choices: int) -> None:
+    """Raise a ValueError when a model cannot be the one of the published counts."""
+    known = published_counts()
+    wanted, missing = known.sizes["expert"], sorted(set(known["layer"].values.tolist()) - set(layers))
+    if missing or (experts, choices) != (wanted, CHOICES):
+        raise ValueError(
+            f"the published counts are of layers {known['layer'].values.tolist()}, {wanted} experts and {CHOICES}"
+            f" choices, and this model has layers {list(layers)}, {experts} experts and {choices} choices: give"
+            " Mixtral 8x7B"
+        )
+
+
+def validation(
+    captures: Mapping[str, xr.Dataset],
+    *,
+    replicates: int = 200,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """How far captures of the published domains' texts are from the published shares.
+
+    Parameters
+    ----------
+    captures : mapping of str to xr.Dataset
+        By the published name of the domain: each a capture of its text as one document, in rows of `BLOCK_TOKENS`. As
+        many rows as were published are counted, the first ones; a beginning-of-sequence token, one of the published
+        208,896, is not.
+    replicates : int
+        Of the bootstrap.
+    threads, progress
+        See `analysis.scan.scan`; progress is that of one capture after the other.
+
+    Returns
+    -------
+    xr.Dataset
+        See `compared`; `tokens` int64 (domain), those that were counted.
+
+    Raises
+    ------
+    ValueError
+        When a capture is of another model, or a domain has no published counts.
+    """
+    known = published_counts()
+    counts, tokens = {}, []
+    for name, capture in captures.items():
+        refuse_other_model(capture["layer"].values.tolist(), int(capture.attrs["num_experts"]), capture.sizes["k"])
+        blocks = capture.sel(layer=known["layer"].values).isel(doc=slice(known.attrs["n"] // BLOCK_TOKENS))
+        # A text is one document: what is resampled are its blocks.
+        blocks = blocks.assign(document_id=("doc", np.arange(blocks.sizes["doc"])))
+        [load] = scan(blocks, [Resampled(Load(), replicates)], threads=threads, progress=progress)
+        by_rank = load["count"]
+        choice = xr.DataArray(list(FORMS), dims="choice", name="choice")
+        counts[name] = xr.concat([by_rank.isel(k=0, drop=True), by_rank.sum("k")], choice)
+        tokens.append(int(by_rank.isel(replicate=0, k=0, layer=0).sum()))
+        if not tokens[-1]:
+            raise ValueError(f"no token of {name} is captured: there is nothing to compare")
+    return compared(counts, known).assign(tokens=("domain", tokens))
+
+
+def compared(counts: Mapping[str, xr.DataArray], known: xr.Dataset) -> xr.Dataset:
+    """Distances and verdicts, from what was counted.
+
+    Parameters
+    ----------
+    counts : mapping of str to xr.DataArray
+        For each domain (replicate, choice, layer, expert), in choices; replicate 0 is the data's own.
+    known : xr.Dataset
+        From `published_counts`.
+
+    Returns
+    -------
+    xr.Dataset
+        float64: `distance` (choice, domain, published, layer), the total variation to each published domain; and over
+        (choice, domain, layer) `own`, that to its own, `scale`, that of the published domain to the nearest other
+        published one, `sampling`, below which 95 % of the distances of two samples of this size and kind lie (NaN
+        where a replicate is empty, as of one block some are; too small of a few blocks); and
+        `nearest`, the name of the nearest published domain, `confirmed`, bool, and `verdict` in words.
+
+        Confirmed is a domain at a layer that is nearest to its own published shares, and nearer than the published
+        domains are to each other: the second alone refuses a model that is far from all and happens to lie on one
+        side. `sampling` decides nothing, for on the published text itself there is no sampling.
+    """
+    if unknown := sorted(set(counts) - set(known["domain"].values.tolist())):
+        raise ValueError(f"no counts are published for {unknown}; they are for {known['domain'].values.tolist()}")
+    names = xr.DataArray(list(counts), dims="domain", name="domain")
+    drawn = xr.concat(list(counts.values()), names)
+    own, others = drawn.isel(replicate=0, drop=True), known["count"].rename(domain="published")
+    distance = total_variation(own, others)
+    between = total_variation(known["count"], others)
+    between = between.where(between["domain"] != between["published"]).min("published").sel(domain=list(counts))
+    # A replicate differs from the data as the data do from what they are a sample of. Two samples differ by √2 as much.
+    spread = total_variation(drawn.isel(replicate=slice(1, None)), own) * np.sqrt(2)
+    nearest = others["published"].isel(published=distance.argmin("published")).drop_vars("published")
+    to_own = xr.concat([distance.sel(domain=name, published=name, drop=True) for name in counts], names)
+    near, right = to_own < between, nearest == names
+    return xr.Dataset(
+        {
+            "distance": distance,
+            "own": to_own,
+            "scale": between,
+            "sampling": spread.quantile(0.95, "replicate", skipna=False).drop_vars("quantile"),
+            "nearest": nearest,
+            "confirmed": near & right,
+            "verdict": xr.apply_ufunc(_words, near, right, nearest, vectorize=True, output_dtypes=[object]),
+        }
+    ).assign_attrs(
+        n=known.attrs["n"],
+        null="sampling",
+        definition="total variation: half the sum over experts of the absolute differences of two shares of choices",
+        source=known.attrs["source"],
+    )
+
+
+def _words(near: bool, right: bool, nearest: str) -> str:
+    if near and right:
+        return "its own"
+    return f"nearer to {nearest}" if not right else "far from all"

@@ -1,0 +1,247 @@
+"""Do experts stay active for a while? Two measures of local routing consistency, SRP and SCH.
+
+Both are from Liang et al., "Not All Models Suit Expert Offloading" (arXiv 2505.16056; code: ljcleo/moe-lrc). SRP: how
+well one fixed group of experts serves a segment. A segment is m neighbouring positions of one row whose tokens all
+count; every position that can begin one does. SCH: the hit rate of a cache that knows a segment of the future, under
+the convention of `analysis.metrics.caching`. Promises exact counts for several lengths in one scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from analysis.metrics.caching import CONVENTION, SEGMENT, Caches
+from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+
+SEGMENT_LENGTHS = (4, 16, 64, 256)  # those of the paper
+
+
+class SegmentRouting(Reducer):
+    """In how many segments an expert is active f times, for each f, expert, layer and length.
+
+    Parameters
+    ----------
+    segment_lengths : sequence of int
+        m, in tokens.
+    """
+
+    def __init__(self, segment_lengths: Sequence[int] = SEGMENT_LENGTHS) -> None:
+        self.lengths = _lengths(segment_lengths)
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Zeros: `segments` (segment_length, layer, expert, times active), and `tokens`."""
+        layers, _, experts = sizes(dataset)
+        shape = (len(self.lengths), layers, experts, self.lengths[-1] + 1)
+        return {"segments": np.zeros(shape, dtype=np.int64), "tokens": np.zeros(1, dtype=np.int64)}
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard."""
+        _add_segments(block["expert"], block["counted"], np.array(self.lengths), state["segments"])
+        state["tokens"] += np.count_nonzero(block["counted"])
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """The best F1 of a segment router, and what it activates; NaN where there is no segment."""
+        layers, choices, experts = sizes(dataset)
+        of_layer, of_expert = ("segment_length", "layer"), ("segment_length", "layer", "expert")
+        names = {"performance": of_layer, "size_ratio": of_layer, "expert_performance": of_expert}
+        shape = {"segment_length": len(self.lengths), "layer": layers, "expert": experts}
+        found = {name: np.full([shape[dim] for dim in dims], np.nan) for name, dims in names.items()}
+        nulls = np.empty((2, len(self.lengths)))
+        for index, length in enumerate(self.lengths):
+            segments = state["segments"][index, :, :, : length + 1]
+            found["performance"][index], found["size_ratio"][index] = _best(segments.sum(1))
+            found["expert_performance"][index] = _best(segments)[0]
+            nulls[:, index] = _best(_binomial(length, choices / experts))
+        return xr.Dataset(
+            {
+                **{name: (dims, found[name]) for name, dims in names.items()},
+                "segments": ("segment_length", state["segments"][:, :1, 0].sum((1, 2))),
+                "null": ("segment_length", nulls[0]),
+                "null_size_ratio": ("segment_length", nulls[1]),
+            },
+            coords={
+                "segment_length": list(self.lengths),
+                "layer": dataset["layer"].values,
+                "expert": np.arange(experts),
+            },
+            attrs={
+                "n": int(state["tokens"][0]),
+                "estimator": "maximum over thresholds, on all segments",
+                "null": "variables `null` and `null_size_ratio`: performance and size_ratio of endless independent"
+                " uniform routing",
+                "definition": "SRP(m) = max over a of 2 Σ_{f ≥ a} f / Σ (m [f ≥ a] + f), where f is how often an expert"
+                " is active in a segment of m tokens, over all segments and the layer's experts (performance) or one"
+                " expert's (expert_performance); size_ratio = m |{f ≥ a}| / Σ f at that a",
+                "source": "SRP of Liang et al., arXiv 2505.16056, appendix C.1; ljcleo/moe-lrc, src/30_srp_calc.py",
+            },
+        )
+
+
+class SegmentCaches(Caches):
+    """Hits of caches that evict the expert least used in the next tokens.
+
+    Parameters
+    ----------
+    cache_sizes : sequence of int, optional
+        As for `analysis.metrics.caching.Caches`.
+    segment_lengths : sequence of int
+        m: the tokens that are known, from the one that is being served on.
+    """
+
+    dim = "segment_length"
+
+    def __init__(
+        self, cache_sizes: Sequence[int] | None = None, segment_lengths: Sequence[int] = SEGMENT_LENGTHS
+    ) -> None:
+        super().__init__(cache_sizes, ())
+        lengths = _lengths(segment_lengths)
+        self.labels, self.rules = lengths, tuple((SEGMENT, length) for length in lengths)
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """Rates; NaN where nothing was counted."""
+        result = super().finish(state, dataset).drop_vars("null")
+        return result.assign_attrs(
+            null=np.nan,
+            definition=f"evicted: the expert with the fewest uses in the next segment_length tokens; {CONVENTION}",
+            source="SCH of Liang et al., arXiv 2505.16056, section 2.3; ljcleo/moe-lrc, src/41_sch_calc.py",
+        )
+
+
+def segment_routing(
+    dataset: xr.Dataset, segment_lengths: Sequence[int] = SEGMENT_LENGTHS, *, threads: int | None = None
+) -> xr.Dataset:
+    """Segment routing best performance, SRP: the best F1 that routing by segments can reach against the real routing.
+
+    A segment router activates an expert for all m tokens of a segment or for none. Its F1 is highest when it
+    activates those that are active at least α times: SRP = max over α of 2 Σ_{f ≥ α} f / Σ (m [f ≥ α] + f), where f
+    is how often the expert is active in the segment, the sums go over all segments (every position that can begin
+    one), and for a layer also over its experts, with one α (Liang et al., arXiv 2505.16056, equations 4 and 6).
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture.
+    segment_lengths : sequence of int
+        m, in tokens; a row that is shorter has no such segment.
+    threads : int, optional
+        Shards decoded at the same time; default one a processor. Each keeps 8 (m + 1) bytes for every layer, expert
+        and length, with the longest m.
+
+    Returns
+    -------
+    xr.Dataset
+        float64: `performance` and `size_ratio` (segment_length, layer), the latter the experts that the best router
+        activates over the k that are chosen, the paper's ρ̂; `expert_performance` (segment_length, layer, expert), 0
+        for an expert that is never chosen. `segments` int64 (segment_length). NaN where there is no segment. `null`
+        and `null_size_ratio` (segment_length): the same for independent uniform routing.
+    """
+    return scan(dataset, [SegmentRouting(segment_lengths)], threads=threads)[0]
+
+
+def segment_cache_hits(
+    dataset: xr.Dataset,
+    cache_sizes: Sequence[int] | None = None,
+    segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
+    *,
+    threads: int | None = None,
+) -> xr.Dataset:
+    """Segment cache best hit rate, SCH: a cache that knows how often each expert is used in the next m tokens.
+
+    For each token the experts that are missing are loaded, and for each of them the unused expert is evicted whose
+    uses in the next m tokens are fewest (Liang et al., arXiv 2505.16056, section 2.3). As in the authors' code, the m
+    tokens begin with the one being served, and ties evict the least recently used; unlike there, and as in their text,
+    an expert that the same token needs is never evicted. m = 1 is LRU. (The paper's first version called another
+    number SCH: the share of a segment's choices that its C most frequent experts cover.)
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture.
+    cache_sizes : sequence of int, optional
+        Experts a layer, k to E; default k, 2k and 4k, as far as there are as many experts.
+    segment_lengths : sequence of int
+        m, in tokens.
+    threads : int, optional
+        Shards decoded at the same time; default one a processor.
+
+    Returns
+    -------
+    xr.Dataset
+        As `analysis.metrics.caching.cache_hits`, over (segment_length, cache_size, layer), without a null. The paper's
+        figure is `hit_rate_preloaded`; `hit_rate` is the one to put beside those of `cache_hits`.
+
+    Raises
+    ------
+    ValueError
+        When a size is below k or above E, or a length below 1.
+    """
+    return scan(dataset, [SegmentCaches(cache_sizes, segment_lengths)], threads=threads)[0]
+
+
+def _lengths(segment_lengths: Sequence[int]) -> tuple[int, ...]:
+    lengths = tuple(sorted(set(map(int, segment_lengths))))
+    if not lengths or lengths[0] < 1:
+        raise ValueError(f"segment_lengths {tuple(segment_lengths)}: one or more of at least 1 token")
+    return lengths
+
+
+def _best(segments: Array) -> tuple[Array, Array]:
+    """The best F1 and the size ratio at it (...), from the number of segments by times active (..., m + 1).
+
+    Of thresholds that are equally good the lowest is taken, as the paper's equation 4 does.
+    """
+    times = np.arange(segments.shape[-1])
+    right = np.flip(np.flip(segments * times, -1).cumsum(-1), -1)
+    activated = np.flip(np.flip(segments, -1).cumsum(-1), -1) * times[-1]
+    active = right[..., :1]
+    with np.errstate(invalid="ignore"):
+        f1 = 2 * right / (activated + active)
+        ratio = activated / np.where(active > 0, active, np.nan)
+    best = np.where(np.isnan(f1), -1, f1).argmax(-1, keepdims=True)
+    return np.take_along_axis(f1, best, -1)[..., 0], np.take_along_axis(ratio, best, -1)[..., 0]
+
+
+def _binomial(length: int, chance: float) -> Array:
+    """The share of segments (length + 1) in which an expert with this chance at each token is active f times."""
+    share = np.array([1.0])
+    for _ in range(length):
+        share = np.append(share * (1 - chance), 0) + np.append(0, share * chance)
+    return share
+
+
+@kernel
+def _add_segments(expert: Array, counted: Array, lengths: Array, segments: Array) -> None:
+    """Slide a window over each run of neighbouring tokens; an expert's segments are added when its count changes."""
+    rows, positions, layers, choices = expert.shape
+    num_experts = segments.shape[2]
+    times, since = np.empty(num_experts, np.int64), np.empty(num_experts, np.int64)
+    for row in range(rows):
+        stop = 0
+        while stop < positions:
+            start = stop
+            while stop < positions and counted[row, stop]:
+                stop += 1
+            for index in range(lengths.size):
+                length = lengths[index]
+                for layer in range(layers if stop - start >= length else 0):
+                    table = segments[index, layer]
+                    times[:] = 0
+                    since[:] = start + length - 1  # where the first window is complete
+                    for position in range(start, stop):
+                        for k in range(choices if position - length >= start else 0):
+                            leaving = expert[row, position - length, layer, k]
+                            table[leaving, times[leaving]] += position - since[leaving]
+                            times[leaving] -= 1
+                            since[leaving] = position
+                        for k in range(choices):
+                            entering = expert[row, position, layer, k]
+                            if position > since[entering]:
+                                table[entering, times[entering]] += position - since[entering]
+                                since[entering] = position
+                            times[entering] += 1
+                    for number in range(num_experts):
+                        table[number, times[number]] += stop - since[number]
+            stop += 1

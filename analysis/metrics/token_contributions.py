@@ -1,0 +1,108 @@
+"""Which tokens carry a difference between two data sets, and which data set a document looks like.
+
+A difference in an expert's load has two causes: one data set has other tokens, or the same tokens go elsewhere. Each
+token's share of a difference is split into the two, exactly (Kitagawa 1955; the same split is Oaxaca's and Blinder's).
+
+Whether a document looks like its own data set is asked of tables that were counted on other documents: documents are
+halved by a hash of their ids, and each half is scored by what the other half showed.
+
+Promises: constant memory but for one number for each document and data set; the same result in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import xarray as xr
+
+from analysis.metrics.contrast import refuse_incomparable
+from analysis.metrics.tokens import TokenCounts
+from analysis.scan import Array, scan
+
+
+def token_contributions(
+    one: xr.Dataset,
+    other: xr.Dataset,
+    layers: Sequence[int] | None = None,
+    *,
+    top: int = 20,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """The tokens that make an expert's load differ between two data sets.
+
+    Parameters
+    ----------
+    one, other : xr.Dataset
+        Captures of one model.
+    layers : sequence of int, optional
+        The model's layer numbers; default all.
+    top : int
+        Tokens listed for each expert.
+    threads, progress
+        See `analysis.scan.scan`.
+
+    Returns
+    -------
+    xr.Dataset
+        Over (layer, expert), float64: `difference`, the share of `one`'s tokens that reach the expert less that of
+        `other`'s, and its parts `usage`, from how often tokens occur, and `routing`, from where the same tokens go.
+        Over (layer, expert, rank), largest first whatever the sign: `token_id` int64 (-1 where there is none), `piece`,
+        and the token's `contribution`, `token_usage` and `token_routing`, which over all tokens add up to the above.
+        A token that only one data set has is a matter of usage.
+
+    Raises
+    ------
+    ValueError
+        When they are not of one model and tokenizer, or a layer was not captured.
+    """
+    refuse_incomparable({"one": one, "other": other})
+    if not np.array_equal(one["piece"].values, other["piece"].values):
+        raise ValueError("the captures have other tokenizers: their pieces differ")
+    tables = [scan(capture, [TokenCounts(layers)], threads=threads, progress=progress)[0] for capture in (one, other)]
+    n = [int(table["tokens"].sum()) for table in tables]
+    if not all(n):
+        raise ValueError(
+            f"no token of the {'other' if n[0] else 'first'} capture is there: there is nothing to compare"
+        )
+    pieces = one["piece"].values.astype(object)
+    parts = [
+        _contributions(tables[0].isel(layer=index), tables[1].isel(layer=index), pieces, top)
+        for index in range(tables[0].sizes["layer"])
+    ]
+    return xr.concat(parts, xr.DataArray(tables[0]["layer"].values, dims="layer", name="layer")).assign_attrs(
+        n=n,
+        null=0.0,
+        estimator="plug-in",
+        definition="contribution of token x = P1(x) P1(e given x) - P2(x) P2(e given x); usage = (P1(x) - P2(x)) times"
+        " the mean of P(e given x); routing = the mean of P(x) times (P1(e given x) - P2(e given x))",
+        source="Kitagawa 1955",
+    )
+
+
+def _contributions(one: xr.Dataset, other: xr.Dataset, pieces: Array, top: int) -> xr.Dataset:
+    """Of one layer, from the counts of both sides by token."""
+    seen = np.flatnonzero(one["tokens"].values + other["tokens"].values)
+    share, goes = [], []
+    for side in (one, other):
+        tokens, count = side["tokens"].values[seen, None], side["count"].values[seen]
+        share.append(tokens / tokens.sum())
+        goes.append(np.divide(count, tokens, out=np.full(count.shape, np.nan), where=tokens > 0))
+    goes = [np.where(np.isnan(mine), its, mine) for mine, its in (goes, goes[::-1])]
+    usage = (share[0] - share[1]) * (goes[0] + goes[1]) / 2
+    routing = (share[0] + share[1]) / 2 * (goes[0] - goes[1])
+    values = [part.T for part in (usage + routing, usage, routing)]  # (expert, token)
+    order = np.argsort(-abs(values[0]), axis=-1, kind="stable")[:, :top]
+    listed = [np.take_along_axis(part, order, -1) for part in values]
+    none, ids = listed[0] == 0, seen[order]
+    names, sums = ("contribution", "token_usage", "token_routing"), ("difference", "usage", "routing")
+    return xr.Dataset(
+        {
+            **{name: ("expert", part.sum(-1)) for name, part in zip(sums, values, strict=True)},
+            "token_id": (("expert", "rank"), np.where(none, -1, ids)),
+            "piece": (("expert", "rank"), np.where(none, "", pieces[ids])),
+            **{name: (("expert", "rank"), part) for name, part in zip(names, listed, strict=True)},
+        },
+        coords={"expert": np.arange(len(values[0])), "rank": np.arange(1, order.shape[1] + 1)},
+    )

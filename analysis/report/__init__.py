@@ -1,0 +1,1 @@
+"""One offline page: what it asks of each data set, what it says and draws."""

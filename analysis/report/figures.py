@@ -1,0 +1,143 @@
+"""A chart as the page and papers need it: its specification, what of its rows can be chosen, whence its numbers come.
+
+Promises: every definition says which interval is drawn, or why there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xarray as xr
+
+from analysis.charts.lines import lines
+from analysis.charts.theme import Drawing
+from analysis.statistics.resampling import interval
+
+ALL = "all data sets"
+NO_INTERVAL = "none: it is counted once, over all tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """Some rows of a figure: those with one value of its field `by`."""
+
+    value: int
+    name: str
+    """What files of it are called, after the figure's own name."""
+    row: Mapping[str, str | int]
+    """What its rows have in tables in place of that field."""
+    group: str = ""
+    """What is chosen first: a data set."""
+    label: str = ""
+    """How it is named beside the others of its group."""
+    caption: str = ""
+    subtitle: Sequence[str] | None = None
+    """Lines under the chart's title; None where they are the same for all."""
+    for_papers: bool = True
+    """Whether it gets files of its own; those of tokens' paths are saved in the page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One chart of the page."""
+
+    kind: str
+    """What the page's script and style must know: "tokens" are of the layer that is chosen, "paths" have controls."""
+    name: str
+    """What files of it are called."""
+    caption: str
+    spec: dict[str, Any]
+    """Vega-Lite, with all rows."""
+    about: str
+    """Definition, estimator, null, source and interval."""
+    by: str | None = None
+    """The field of the rows that is chosen by; None where all rows are shown."""
+    options: Sequence[Option] = ()
+
+    def shown(self, option: Option | None) -> dict[str, Any]:
+        """The specification with the rows of one option only, as the page's script makes it too."""
+        if option is None or self.by is None:
+            return self.spec
+        by, value = self.by, option.value
+        named = {
+            name: [{key: cell for key, cell in row.items() if key != by} for row in rows if row.get(by, value) == value]
+            for name, rows in self.spec["datasets"].items()
+        }
+        title = self.spec["title"] | ({} if option.subtitle is None else {"subtitle": list(option.subtitle)})
+        return {**self.spec, "title": title, "datasets": named}
+
+
+def figure(kind: str, name: str, caption: str, drawing: Drawing, about: str, **chosen: Any) -> Figure:
+    """A drawing as a figure; `by` and `options` as of `Figure`."""
+    return Figure(kind=kind, name=name, caption=caption, spec=drawing.spec, about=about, **chosen)
+
+
+def about(result: xr.Dataset, spread: str) -> str:
+    """Definition, estimator, null and source, as a result carries them, and which interval is drawn, in words."""
+    told = {name: result.attrs.get(name) for name in ("definition", "estimator", "null", "source")}
+    told["interval"] = spread
+    return " ".join(f"{name.capitalize()}: {text}." for name, text in told.items() if text not in (None, "-"))
+
+
+def band(values: xr.DataArray, *, centred: bool = False) -> tuple[xr.DataArray, xr.DataArray]:
+    """The ends of an interval, from replicates.
+
+    Parameters
+    ----------
+    values : xr.DataArray
+        With dimension `replicate`, of which 0 are the data.
+    centred : bool
+        Take off the bias that resampling adds: for what is no mean, such as entropies, which samples of samples make
+        smaller once more.
+    """
+    found = interval(values)
+    bias: Any = 0.0
+    if centred:
+        bias = values.isel(replicate=slice(1, None)).mean("replicate", skipna=False) - found["estimate"]
+    return found["low"] - bias, found["high"] - bias
+
+
+def resampled(values: xr.DataArray | xr.Dataset) -> str:
+    """Which interval `band` gives, in words."""
+    return f"95 %, percentiles of {values.sizes['replicate'] - 1} resamples of whole documents (Poisson bootstrap)"
+
+
+def line_figure(
+    name: str,
+    values: Mapping[str, xr.DataArray],
+    title: str,
+    unit: str,
+    results: Sequence[xr.Dataset],
+    counted_in: str,
+    spread: str,
+    *,
+    nulls: Sequence[float] = (),
+    by_chance: Mapping[str, xr.DataArray] | None = None,
+    interval: Mapping[str, tuple[xr.DataArray, xr.DataArray]] | None = None,
+    **where: Any,
+) -> Figure:
+    """One number by place for all data sets, what it comes from, what was counted for it, and its interval in words.
+
+    `nulls` are those of the data sets: one dashed rule where they agree, else, of different models, dashed lines.
+    """
+    null = nulls[0] if len(set(nulls)) == 1 else None
+    if null is None and by_chance is None and nulls:
+        by_chance = {label: xr.full_like(values[label], each) for label, each in zip(values, nulls, strict=True)}
+    told = [f"n = {sum(result.attrs['n'] for result in results):,} {counted_in}"]
+    dashed = [] if null is None else [f"{null:.3g}, by chance or even"]
+    if by_chance is not None:
+        dashed.append("in colour, by chance with that load" if dashed else "by chance")
+    told += [f"dashed: {'; '.join(dashed)}"] if dashed else []
+    drawn = lines(
+        values,
+        title=title,
+        subtitle=told,
+        unit=unit,
+        null=null,
+        by_chance=by_chance,
+        interval=interval,
+        **where,
+    )
+    return figure("lines", name, ALL, drawn, about(results[0], spread))

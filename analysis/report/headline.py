@@ -1,0 +1,85 @@
+"""What a report says, in words computed from the data.
+
+Promises: a specialist is named only where shuffling documents between the data sets shows that the layer differs, with
+its shares and their interval; where nothing is beyond chance, that is what is said.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from analysis.report.section import Answers
+from analysis.statistics.resampling import false_discovery
+
+SURE = 0.05  # largest share of false finds among what is told (Benjamini–Hochberg)
+TOKEN_SCORE = 6.0  # standard errors: of millions of independent tokens none would be told by chance (arbitrary)
+
+
+def sentences(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[str]:
+    """What was measured, in words computed from the data."""
+    captured = [each for each in answers if each["load"].attrs["n"]]
+    compared = [] if apart is None else [each for each in captured if each.label in apart["data_set"].values]
+    said = []
+    for each in answers:
+        if each not in captured:
+            said.append(f"{each.label}: no token is captured yet.")
+        elif apart is not None and each in compared:
+            said.append(_specialist(each, apart))
+        else:
+            said.append(f"{each.label}: {each['load'].attrs['n']:,} tokens. {_busiest([each])}")
+    if apart is not None:
+        said.append(_busiest(compared))
+    return said + [sentence for sentence in [_token(captured)] if sentence]
+
+
+def _specialist(each: Answers, apart: xr.Dataset) -> str:
+    """The expert that a data set uses more than the others do, by the lower end of the interval."""
+    head = f"{each.label}: {each['load'].attrs['n']:,} tokens."
+    q, own = false_discovery(apart["p"]), apart.sel(data_set=each.label)
+    least = own["difference_low"].where(q <= SURE).fillna(0.0)
+    if float(least.max()) <= 0:
+        return (
+            f"{head} No expert gets more of them than of the other data sets' tokens beyond chance (smallest q over the"
+            f" layers {float(q.min()):.2f}, {apart.attrs['replicates']} shuffles of documents)."
+        )
+    cell = own.isel(least.argmax(("layer", "expert")))
+    reach, difference = float(cell["share"]), float(cell["difference"])
+    low, high = (100 * float(cell[f"difference_{end}"]) for end in ("low", "high"))
+    even = each["load"].attrs["null"] * each["load"].sizes["k"]
+    return (
+        f"{head} Its specialist is expert {int(cell['expert'])} at layer {int(cell['layer'])}: {reach:.0%} of them"
+        f" reach it, and {reach - difference:.0%} in the other data sets ({low:.0f} to {high:.0f} points apart, 95 %"
+        f" interval over documents; {even:.0%} would be even)."
+    )
+
+
+def _busiest(answers: Sequence[Answers]) -> str:
+    """The largest share of a layer's choices that one expert has."""
+    found = max(answers, key=lambda each: float(each["load"]["share"].max()))
+    share = found["load"]["share"].fillna(0)
+    top = share.isel(share.argmax(("layer", "expert")))
+    where = f" on {found.label}" if len(answers) > 1 else ""
+    return (
+        f"The busiest expert is {int(top['expert'])} at layer {int(top['layer'])}{where}, with {float(top):.1%} of that"
+        f" layer's choices ({found['load'].attrs['null']:.1%} would be even)."
+    )
+
+
+def _token(answers: Sequence[Answers]) -> str | None:
+    """The token of which it is least likely that its expert got so much of it by chance."""
+    best, said = TOKEN_SCORE, None
+    for each in answers:
+        listed = each["tokens"]
+        usual = (listed["share"] / listed["lift"]).clip(0, 1)  # the expert's share of all tokens
+        score = (listed["share"] - usual) / np.sqrt(usual * (1 - usual) / listed["tokens"])
+        score = score.where((listed["token_id"] >= 0) & (usual < 1)).fillna(0.0)
+        if score.size and float(score.max()) > best:
+            best = float(score.max())
+            cell, all_tokens = (data.isel(score.argmax(score.dims)) for data in (listed, usual))
+            said = (
+                f"Tokens have their experts: at layer {int(cell['layer'])}, {float(cell['share']):.0%} of the"
+                f" {int(cell['tokens']):,} “{cell['piece'].item()}” in {each.label} go to expert"
+                f" {int(cell['expert'])}, which gets {float(all_tokens):.0%} of all tokens."
+            )
+    return said

@@ -1,0 +1,232 @@
+"""One offline page about one or more stores: what was captured, and what the experts did.
+
+Promises: every number comes from one scan of each data set, as much of it as is committed, and the page says how much
+that is; all text from data sets and tokenizers is escaped, in HTML and in the charts' data; the page asks no host for
+anything. The charts' own numbers are the tables', made from the same data in the page.
+
+Does not know what is asked, said or drawn: `analysis.report.answers`, `analysis.report.headline`,
+`analysis.report.sections.all`.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import vl_convert
+import xarray as xr
+from markupsafe import Markup
+
+from analysis.charts.theme import theme
+from analysis.escaping import inert_json, policy_hash, visible
+from analysis.report.answers import answer
+from analysis.report.command import made
+from analysis.report.figures import Figure, Option
+from analysis.report.headline import sentences
+from analysis.report.section import Answers, Section
+from analysis.report.sections.all import SECTIONS
+from analysis.report.sections.contrast import contrast_between, contrasted
+from analysis.results import Runner, measure
+from analysis.scan import accumulate
+from store import Coverage, coverage, dataset_names
+from store.files import whole_file
+from store.reader import open_covered
+
+FIGURE_WIDTH = 420  # pixels of a chart outside the page (arbitrary)
+FORMS: Mapping[str, Callable[..., str | bytes]] = {
+    "svg": vl_convert.vegalite_to_svg,
+    "pdf": vl_convert.vegalite_to_pdf,
+    "png": partial(vl_convert.vegalite_to_png, scale=3),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A section as it is on the page."""
+
+    id: str
+    title: str
+    reading: str
+    figures: Sequence[Figure]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a page shows and papers take: all that is drawn, made once."""
+
+    answers: Sequence[Answers]
+    apart: xr.Dataset | None
+    """How the data sets differ; None where there is nothing to compare."""
+    sections: Sequence[Drawn]
+
+    @property
+    def figures(self) -> list[Figure]:
+        """All charts, in the page's order."""
+        return [figure for section in self.sections for figure in section.figures]
+
+
+def report_of(answers: Sequence[Answers], sections: Sequence[Section] = SECTIONS) -> Report:
+    """Draw the charts; sections without any are left out."""
+    apart = contrast_between(answers)
+    drawn = []
+    for section in sections:
+        reading = section.reading if isinstance(section.reading, str) else section.reading(answers)
+        figures = list(section.draw(answers, apart))
+        drawn.append(Drawn(id=section.id, title=section.title, reading=reading, figures=figures))
+    return Report(answers=answers, apart=apart, sections=[section for section in drawn if section.figures])
+
+
+def write_report(
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+    runner_of: Callable[[Path, Coverage], Runner] = lambda path, state: accumulate,
+) -> Report:
+    """Draw every data set of some stores on one page.
+
+    Parameters
+    ----------
+    paths
+        Stores; they may be incomplete, which the page says.
+    output
+        The HTML file; it is replaced whole or not at all.
+    progress
+        Called with a data set's label, shards read and shards in all.
+    runner_of
+        Who reads the shards of a store, in so far as the answers are not kept already; default this process.
+
+    Returns
+    -------
+    Report
+        What the page shows.
+
+    Raises
+    ------
+    FileNotFoundError
+        When a path is no store.
+    ValueError
+        When the stores hold no data set.
+    """
+    found = [(path, name) for path in paths for name in dataset_names(path)]
+    if not found:
+        raise ValueError(f"no data set in {', '.join(map(str, paths))}: nothing to report")
+    opened = {}
+    for path, name in found:
+        state = coverage(path, name)
+        opened[name if len(paths) == 1 else f"{path}/{name}"] = path, state, open_covered(path, state)
+    documents = contrasted({label: data for label, (_, _, data) in opened.items()})
+    answers = []
+    for label, (path, state, data) in opened.items():
+        told = None if progress is None else lambda done, total, label=label: progress(label, done, total)
+        ask = partial(measure, path, state.dataset, state=state, progress=told, runner=runner_of(path, state))
+        answers.append(answer(data, state, label, ask, documents if label in documents else None))
+    report = report_of(answers)
+    page = render(report)
+    with whole_file(output) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
+    return report
+
+
+def render(report: Report) -> str:
+    """The page as one HTML text."""
+    answers = report.answers
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    data = {
+        "figures": [_packed(figure) for figure in report.figures],
+        "themes": {"light": theme(), "dark": theme(dark=True)},
+    }
+    vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    scripts = [vega, (folder / "page.js").read_text(encoding="utf-8")]
+    return environment.get_template("page.html.jinja").render(
+        answers=answers,
+        sections=report.sections,
+        layers=sorted({int(number) for each in answers for number in each["tokens"]["layer"].values}),
+        sentences=sentences(answers, report.apart),
+        windows=[_windows(each.get("windows")) for each in answers],
+        surprising=[_windows(each.get("surprising")) for each in answers],
+        made=made({visible(each.label): each.attrs for each in answers}),
+        provenance=[json.dumps(dict(each.attrs), indent=1, default=str) for each in answers],
+        data=inert_json(data),
+        scripts=[Markup(script) for script in scripts],
+        hashes=[policy_hash(script) for script in scripts],
+        visible=visible,
+    )
+
+
+def write_figures(report: Report, folder: Path) -> list[Path]:
+    """Write every chart as SVG, PDF and PNG, for papers: tokens once for each layer, paths once for each data set.
+
+    Files that are there are replaced.
+
+    Returns
+    -------
+    list of Path
+        The files, in the page's order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paper = theme() | {"background": "white"}  # on a transparent ground vl-convert gives pale colours another hue
+    written = []
+    for number, figure in enumerate(report.figures):
+        options: list[Option | None] = [option for option in figure.options if option.for_papers]
+        for option in options or [None]:
+            suffix = "" if option is None else f"-{option.name}"
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{number:02d}-{figure.name}{suffix}")
+            spec = {**figure.shown(option), "width": FIGURE_WIDTH}
+            for form, convert in FORMS.items():
+                drawn = convert(spec, config=paper, allowed_base_urls=[])
+                with whole_file(folder / f"{name}.{form}") as unfinished:
+                    unfinished.write_bytes(drawn.encode() if isinstance(drawn, str) else drawn)
+                written.append(folder / f"{name}.{form}")
+    return written
+
+
+def _windows(windows: xr.Dataset | None) -> list[dict[str, Any]]:
+    """Rows of the table of frequent windows; none where there are too few layers."""
+    if windows is None:
+        return []
+    return [
+        {
+            "layers": f"{int(each['layer'][0])}–{int(each['layer'][-1])}",
+            "experts": " → ".join(str(int(expert)) for expert in each["expert"].values),
+            "tokens": int(each["count"]),
+            "share": float(each["share"]),
+            "times": float(each["share"]) / windows.attrs["null"],
+            "predicted": float(each["count"]) / float(each["expected"]),
+        }
+        for each in (windows.isel(window=index) for index in range(windows.sizes["window"]))
+    ]
+
+
+def _packed(figure: Figure) -> dict[str, Any]:
+    """A figure for the page's script, which unpacks it: its tables by column, a third of the size."""
+    tables = {
+        name: {column: _column([row[column] for row in rows]) for column in (rows[0] if rows else ())}
+        for name, rows in figure.spec["datasets"].items()
+    }
+    options = {
+        option.value: {"row": option.row, "subtitle": option.subtitle, "caption": option.caption, "name": option.name}
+        for option in figure.options
+    }
+    return {"spec": {**figure.spec, "datasets": {}}, "tables": tables, "by": figure.by, "options": options}
+
+
+def _column(values: list[Any]) -> Any:
+    """A column as it is, or shorter: texts once, and whole numbers as runs of equal steps (step, count)."""
+    if values and all(isinstance(value, str) for value in values):
+        place = {text: index for index, text in enumerate(dict.fromkeys(values))}
+        return {"texts": list(place), "places": _column([place[text] for text in values])}
+    if all(isinstance(value, int) for value in values):
+        steps = [[step, len(list(same))] for step, same in groupby(np.diff(values, prepend=0).tolist())]
+        if 2 * len(steps) < len(values):
+            return {"steps": steps}
+    return values

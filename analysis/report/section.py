@@ -1,0 +1,69 @@
+"""What a section of the report is: what it asks of each data set, how to read it, what it draws.
+
+A section is one file in `analysis/report/sections/` and one line in `sections/all.py`. Sections may ask for the same
+thing under the same name: it is counted once.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import xarray as xr
+
+from analysis.report.figures import Figure
+from analysis.scan import Reducer
+from store import Coverage
+
+TOKEN_MIN_COUNT = 20  # a lift of a rarer token is mostly luck (arbitrary)
+BAND_REPLICATES = 199  # behind the bands of lines: ends that hold 95 % within 1.1 points (arbitrary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One data set, as a section sees it when it asks."""
+
+    data: xr.Dataset
+    state: Coverage
+    label: str
+    documents: Mapping[str, int] = field(default_factory=dict)
+    """Documents of each data set that this one is contrasted with, by label, itself included; empty without any."""
+
+
+Found = Mapping[str, xr.Dataset]
+"""Results by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What is known of one data set; `answers["load"]` is a result by its name."""
+
+    label: str
+    state: Coverage
+    attrs: Mapping[str, Any]
+    documents: int
+    """That have a row."""
+    found: Found
+
+    def __getitem__(self, name: str) -> xr.Dataset:
+        return self.found[name]
+
+    def get(self, name: str) -> xr.Dataset | None:
+        """A result; None where the data set has none of this name."""
+        return self.found.get(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Charts under one heading."""
+
+    id: str
+    title: str
+    reading: str | Callable[[Sequence[Answers]], str]
+    """How to read them."""
+    draw: Callable[[Sequence[Answers], xr.Dataset | None], Iterable[Figure]]
+    """The charts, from the answers of all data sets and how the data sets differ; none where there is nothing to
+    say."""
+    ask: Callable[[Asked], Mapping[str, Reducer]]
+    """What one scan counts, by name."""
+    answer: Callable[[Found, Asked], Found] | None = None
+    """Results made of the counts, by name; None where what was asked is drawn as it was counted."""

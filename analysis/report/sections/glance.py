@@ -1,0 +1,103 @@
+"""The first screen: what words, data sets, neighbours and load tell, one number a layer."""
+
+from collections.abc import Mapping, Sequence
+
+import xarray as xr
+
+from analysis.metrics.load import balance_of, share_of_experts
+from analysis.metrics.vocabulary import SampledRoutes, vocabulary_of
+from analysis.report.figures import Figure, band, line_figure, resampled
+from analysis.report.section import TOKEN_MIN_COUNT, Answers, Asked, Found, Section
+from analysis.report.sections import load, repetition, tokens
+from analysis.report.sections.repetition import repeated
+from analysis.scan import Reducer
+
+ROUTES_SAMPLED, NULL_DRAWS = 16_384, 50  # behind the null of specialization in words (arbitrary)
+
+
+def ask(asked: Asked) -> Mapping[str, Reducer]:
+    """Load, repetition, the counts of all tokens, and routes for their null."""
+    counts = {**load.ask(asked), **repetition.ask(asked), **tokens.ask(asked)}
+    return {**counts, "routes": SampledRoutes(ROUTES_SAMPLED)}
+
+
+def answer(found: Found, asked: Asked) -> Found:
+    """`words`: vocabulary specialization."""
+    table = found["token_counts"].assign_attrs(n=found["load"].attrs["n"])
+    routes = found["routes"].sel(layer=table["layer"])
+    return {"words": vocabulary_of(table, routes, min_count=TOKEN_MIN_COUNT, draws=NULL_DRAWS)}
+
+
+def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:
+    """The first screen: words, data sets, neighbours, load."""
+    figures = [
+        line_figure(
+            "words",
+            {each.label: each["words"]["specialization"] for each in answers},
+            "Words: share of a token that its main expert gets",
+            "mean over tokens",
+            [each["words"] for each in answers],
+            "occurrences of tokens seen 20 times or more",
+            "none: the table of all tokens is too large to resample; what shuffled identities give is drawn instead",
+            by_chance={each.label: each["words"]["null"] for each in answers},
+        )
+    ]
+    if apart is not None:
+        both = "between data sets"
+        figures.append(
+            line_figure(
+                "data-sets",
+                {both: apart["divergence_corrected"]},
+                "Data sets: how far apart their loads are, in bits",
+                "bits",
+                [apart.assign_attrs(n=sum(apart.attrs["documents"].values()))],
+                "documents",
+                f"95 %, {apart.attrs['replicates']} resamples of whole documents, less the bias that resampling adds",
+                nulls=[0.0],
+                interval={both: (apart["divergence_low"], apart["divergence_high"])},
+            )
+        )
+    neighbours = {each.label: each["repetition"]["first_repeated"].sel(lag=1) for each in answers}
+    balances = {each.label: _effective_experts(each) for each in answers}
+    return [
+        *figures,
+        line_figure(
+            "neighbours",
+            {label: values.isel(replicate=0) for label, values in neighbours.items()},
+            "Neighbours: share with the same first expert",
+            "share of pairs",
+            [repeated(each, "first_repeated") for each in answers],
+            "pairs of neighbours",
+            resampled(answers[0]["repetition"]),
+            nulls=[each["repetition"]["first_repeated"].attrs["null"] for each in answers],
+            interval={label: band(values) for label, values in neighbours.items()},
+        ),
+        line_figure(
+            "effective-experts",
+            {label: values.isel(replicate=0) for label, values in balances.items()},
+            "Load: experts in effective use, of each layer",
+            "experts",
+            [balance_of(each["load"]) for each in answers],
+            "tokens",
+            f"{resampled(answers[0]['resampled'])}, less the bias that resampling adds",
+            nulls=[float(each["load"].sizes["expert"]) for each in answers],
+            interval={label: band(values, centred=True) for label, values in balances.items()},
+        ),
+    ]
+
+
+def _effective_experts(each: Answers) -> xr.DataArray:
+    """Over replicates."""
+    share = share_of_experts(each["resampled"]["count"])
+    return balance_of(xr.Dataset({"share": share}, attrs=each["load"].attrs))["effective_experts"]
+
+
+SECTION = Section(
+    id="glance",
+    title="At a glance",
+    reading="One number a layer, a line for each data set; dashed is what chance gives, bands are 95 % intervals over"
+    " documents.",
+    ask=ask,
+    answer=answer,
+    draw=draw,
+)

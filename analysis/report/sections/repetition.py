@@ -1,0 +1,98 @@
+"""Repetition in time: tokens that share experts with those before them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import xarray as xr
+
+from analysis.charts.heatmaps import repetition_heatmap
+from analysis.metrics.repetition import Repetition, first_repeated_by_load
+from analysis.report.figures import Figure, about, band, figure, line_figure, resampled
+from analysis.report.section import BAND_REPLICATES, Answers, Asked, Section
+from analysis.scan import Reducer
+from analysis.statistics.resampling import Resampled, interval
+
+LAGS = tuple(2**power for power in range(8))  # distances at which tokens are compared, as far as rows are so long
+
+
+def ask(asked: Asked) -> Mapping[str, Reducer]:
+    """Repetition at several lags, over resampled documents."""
+    return {"repetition": Resampled(Repetition(lags(asked.data), joint=False), BAND_REPLICATES)}
+
+
+def lags(data: xr.Dataset) -> tuple[int, ...]:
+    """Distances at which tokens are compared: the next one, and further ones that a row is long enough for."""
+    return tuple(lag for lag in LAGS if lag == 1 or lag < data.sizes["position"])
+
+
+def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
+    """By lag, all data sets together; by lag and layer, each by itself."""
+    yield from repetition_by_lag(answers)
+    yield from repetition_by_layer(answers)
+
+
+def repetition_by_lag(answers: Sequence[Answers]) -> Iterator[Figure]:
+    """Repetition at each distance, mean over layers."""
+    for name, variable, title in (
+        ("shared-by-lag", "any_shared", "Repetition: pairs that share an expert, mean over layers"),
+        ("first-by-lag", "first_repeated", "Repetition: pairs with the same first expert, mean over layers"),
+    ):
+        means = {each.label: each["repetition"][variable].mean("layer") for each in answers}
+        by_load = {label: _by_load(each, means[label]) for label, each in zip(means, answers, strict=True)}
+        yield line_figure(
+            name,
+            {label: values.isel(replicate=0) for label, values in means.items()},
+            title,
+            "share of pairs",
+            [repeated(each, variable) for each in answers],
+            "pairs of neighbours",
+            resampled(answers[0]["repetition"]),
+            over="lag",
+            axis="lag, tokens",
+            nulls=[each["repetition"][variable].attrs["null"] for each in answers],
+            by_chance=by_load if variable == "first_repeated" else None,
+            interval={label: band(values) for label, values in means.items()},
+            counted={each.label: pairs_by_lag(each) for each in answers},
+        )
+
+
+def repetition_by_layer(answers: Sequence[Answers]) -> Iterator[Figure]:
+    """Repetition at each layer and distance, a heat map for each data set."""
+    found, spread = {}, 0.05
+    for each in answers:
+        null = each["repetition"]["any_shared"].attrs["null"]
+        found[each.label] = interval(each["repetition"]["any_shared"]).assign_attrs(null=null)
+        spread = max(spread, float(abs(found[each.label]["estimate"] - null).max()))
+    for each in answers:
+        drawn = repetition_heatmap(found[each.label], each["repetition"].attrs["pairs_by_lag"], spread=spread)
+        told = about(repeated(each, "any_shared"), resampled(each["repetition"]))
+        yield figure("repetition", f"repetition-{each.label}", each.label, drawn, told)
+
+
+def repeated(each: Answers, variable: str) -> xr.Dataset:
+    """Repetition, with the null of one of its variables."""
+    null = f"{each['repetition'][variable].attrs['null']:.4g}, for independent and even choices"
+    if variable == "first_repeated":
+        null += "; with the load as it is, the sum of the squared shares of the first choices"
+    return each["repetition"].assign_attrs(null=null)
+
+
+def _by_load(each: Answers, like: xr.DataArray) -> xr.DataArray:
+    """What independent first choices with this load give, mean over layers: the same at every lag."""
+    by_load = first_repeated_by_load(each["load"]).mean("layer")
+    return xr.full_like(like.isel(replicate=0), float(by_load))
+
+
+def pairs_by_lag(each: Answers) -> xr.DataArray:
+    """How many pairs of tokens there are at each lag."""
+    return xr.DataArray(each["repetition"].attrs["pairs_by_lag"], {"lag": each["repetition"]["lag"].values}, "lag")
+
+
+SECTION = Section(
+    id="repetition",
+    title="Repetition in time",
+    reading="How often a token has an expert in common with the one so many places before it, and the same first"
+    " expert. A line that falls to the dashed one as the lag grows is about neighbours; what stays above it belongs to"
+    " the document, or to an uneven load.",
+    ask=ask,
+    draw=draw,
+)

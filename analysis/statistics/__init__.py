@@ -1,0 +1,1 @@
+"""Resampling, information measures and growth: what any metric may use."""

@@ -1,0 +1,101 @@
+"""How many tokens are enough? Any metric of ever larger parts of a capture, from one scan.
+
+Parts are nested: each holds about half of the documents of the next larger one, chosen by a hash of their ids, so that
+a part is a sample of the data set and not its beginning. Promises: the same parts in any order. Does not know any
+metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analysis.scan import Block, Reducer, State, labelled, scan
+from analysis.statistics.resampling import Resampled, nested_weights
+
+
+class Tokens(Reducer):
+    """The number of tokens that count, and nothing else."""
+
+    stacks = True
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Zero: `tokens`, shape (1,)."""
+        return {"tokens": np.zeros(1, np.int64)}
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard."""
+        state["tokens"] += np.count_nonzero(block["counted"])
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """The number."""
+        return xr.Dataset({"tokens": labelled(state["tokens"][..., 0]).assign_attrs(units="tokens")})
+
+
+def growth(
+    dataset: xr.Dataset,
+    reducer: Reducer,
+    *,
+    halvings: int = 8,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """What a reducer gives for the whole capture, about half of its documents, a quarter, and so on.
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture.
+    reducer : Reducer
+        One whose accumulators are sums and small, such as `Load()` or `Choices(joint=False)`.
+    halvings : int
+        Parts beside the whole.
+    threads, progress
+        See `analysis.scan.scan`.
+
+    Returns
+    -------
+    xr.Dataset
+        The reducer's result along `part`, 0 the whole, with the coordinate `tokens` int64 (part). Functions of counts,
+        such as `analysis.metrics.load.balance_of`, take it as it is.
+    """
+    if halvings < 1:
+        raise ValueError(f"halvings={halvings}: at least 1")
+    found, counted = scan(
+        dataset,
+        [Resampled(each, halvings, weights=nested_weights) for each in (reducer, Tokens())],
+        threads=threads,
+        progress=progress,
+    )
+    found = found.rename(replicate="part").drop_attrs(deep=False)
+    tokens = counted["tokens"].rename(replicate="part")
+    return found.assign_coords(tokens=tokens).assign_attrs(
+        n=int(tokens[0]),
+        null="that of the metric",
+        estimator="the metric's, of each part",
+        definition="part p: documents whose hash, a number in [0, 1), is below 2**-p",
+        source="-",
+    )
+
+
+def enough(values: Any, tolerance: float) -> Any:
+    """The fewest tokens from which on a metric stays near what the whole capture gives.
+
+    Parameters
+    ----------
+    values : xr.DataArray
+        A metric along `part`, with the coordinate `tokens`, made of what `growth` gives.
+    tolerance : float
+        How far from the whole's value, in the metric's own units, is near.
+
+    Returns
+    -------
+    xr.DataArray
+        Tokens, float64, without `part`: of the smallest part that is near with all larger ones; that of the whole
+        where not even half of the documents are, and NaN where the whole has no value.
+    """
+    near = (abs(values - values.isel(part=0)) <= tolerance).cumprod("part").astype(bool)
+    return values["tokens"].where(near).min("part").assign_attrs(units="tokens", tolerance=tolerance)

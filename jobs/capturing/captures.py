@@ -1,0 +1,140 @@
+"""Data sets opened for writing: group, lease and planner; what is there, what is left, and what was reached.
+
+What `--local` and a cluster share. Neither who plans nor who fills the shards is known here.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jobs.capturing.planner import Planner
+from jobs.console.terminal import planned, say
+from jobs.sources.documents import Source
+from store.coverage import Coverage, coverage
+from store.group import CaptureGroup
+from store.lease import Lease, lease
+
+if TYPE_CHECKING:
+    from jobs.capturing.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """One data set, opened for writing under its lease."""
+
+    name: str
+    source: Source
+    group: CaptureGroup
+    lease: Lease
+    planner: Planner
+    before: Coverage
+    """What was there when it was opened, with what did not hold taken back."""
+
+    @property
+    def planned_shards(self) -> int:
+        """Shards whose rows are durable; a last one that is not whole counts once the plan is complete."""
+        return -(-self.planner.plan.rows // self.group.layout.rows_per_shard)
+
+    def missing(self, start: int, stop: int) -> list[int]:
+        """Shards to fill, of those that are planned from `start` to `stop`: not committed before, nor in quarantine."""
+        known = self.before.shards_total
+        old = [shard for shard in self.before.missing if shard not in self.before.quarantined]
+        return [shard for shard in [*old, *range(known, stop)] if start <= shard < stop]
+
+    def say_planned(self) -> None:
+        """Say what the complete plan holds."""
+        say(f"{self.name}: {planned(self.planner.plan, self.source.published_documents)}")
+
+    def check_lease(self) -> None:
+        """Raise a RuntimeError when another job has taken the group over."""
+        if self.lease.lost:
+            raise RuntimeError(
+                f"{self.group.path}/{self.name} was taken over by another job while this one stood still: this one ends"
+            )
+
+
+Fill = Callable[["Run", Sequence[Capture]], None]
+"""Plans captures to their end and commits their missing shards, as far as that is possible."""
+
+
+def capture_datasets(run: "Run", sources: Sequence[tuple[str, Source]], fill: Fill) -> list[Coverage]:
+    """Plan data sets and fill their shards, as far as that is not done yet; says what was reached.
+
+    Raises
+    ------
+    ValueError
+        When a data set or its group cannot be captured as asked; nothing is captured then.
+    RuntimeError
+        When another job holds a group, or the capture itself failed, also for want of storage.
+    """
+    with ExitStack() as stack:
+        captures = [stack.enter_context(_opened(run, name, source)) for name, source in sources]
+        try:
+            fill(run, captures)
+        except BaseException as error:
+            with suppress(OSError):  # storage that fails again must not hide what happened
+                _reached(captures)
+            if isinstance(error, OSError):
+                raise RuntimeError(f"the capture ended early, and can go on when this is put right: {error}") from error
+            raise
+        return _reached(captures)
+
+
+def exit_status(states: Sequence[Coverage]) -> int:
+    """0 when all is complete, 3 when all that is missing is in quarantine, else 1."""
+    if all(state.complete for state in states):
+        return 0
+    given_up = [set(state.missing) == set(state.quarantined) and not state.lost for state in states]
+    return 3 if all(given_up) and all(state.plan.complete for state in states) else 1
+
+
+def _reached(captures: Sequence[Capture]) -> list[Coverage]:
+    states = [coverage(capture.group.path, capture.name) for capture in captures]
+    for capture, state in zip(captures, states, strict=True):
+        _say_reached(capture, state)
+    return states
+
+
+@contextmanager
+def _opened(run: "Run", name: str, source: Source) -> Iterator[Capture]:
+    prepared = run.prepare(name, source)
+    if source.note:
+        say(f"{name}: {source.note}")
+    config = run.config
+    # Held before the group is made: two makers would mix layouts.
+    with lease(CaptureGroup(config.store_path, name)) as held:
+        group = run.open_group(prepared)
+        before = _healed(group, retry_quarantined=config.retry_quarantined)
+        planner = Planner(group, source, run.tokenizer, bos=config.bos, limit_documents=config.limit_documents)
+        yield Capture(name=name, source=source, group=group, lease=held, planner=planner, before=before)
+
+
+def _healed(group: CaptureGroup, *, retry_quarantined: bool) -> Coverage:
+    """What is there, after what does not hold was taken back."""
+    group.settle()
+    state = coverage(group.path, group.dataset)
+    if state.lost:
+        raise ValueError(f"{group.path}: {state}")
+    for shard, reason in state.wrong.items():
+        say(f"{group.dataset}: shard {shard} is captured again: {reason}")
+        group.discard(shard)
+    group.drop_void()
+    for shard in state.quarantined:
+        if retry_quarantined:
+            say(f"{group.dataset}: shard {shard} is taken out of quarantine")
+            group.release(shard)
+    return coverage(group.path, group.dataset) if state.wrong or state.quarantined else state
+
+
+def _say_reached(capture: Capture, state: Coverage) -> None:
+    before = capture.before
+    if before.complete:
+        say(f"{state}; nothing to do")
+        return
+    failed = len(state.quarantined)
+    left = len(state.missing) - failed
+    parts = [f"{state.shards_done - before.shards_done:,} shards done"]
+    parts += [f"{before.shards_done:,} skipped, committed before"] * bool(before.shards_done)
+    parts += [f"{failed:,} failed"] * bool(failed) + [f"{left:,} not done"] * bool(left)
+    say(f"{state}, {state.bytes_done:,} bytes ({'; '.join(parts)}) in {capture.group.path}")

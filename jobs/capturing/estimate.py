@@ -1,0 +1,111 @@
+"""What a capture will cost, from a sample: `--dry_run`. Every text is read, a sample of them is tokenized."""
+
+import math
+import random
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jobs.capturing.planner import encode
+from jobs.capturing.run import Prepared, Run
+from jobs.console.terminal import duration
+from jobs.sources.documents import Source
+from workers.models.footprint import estimate_bytes
+from workers.text.tokenizer import load_tokenizer
+
+SAMPLE_DOCUMENTS = 500
+BYTES_A_CHOICE = (25 + 82) / 64  # experts and weights of real Mixtral routes, compressed (measured: 32 layers × 2)
+BYTES_A_TOKEN = 2.0  # the token itself, compressed (measured)
+FILLED_WARNING = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEstimate:
+    """Tokens and rows of a data set, by the ratio of tokens to characters in a sample of its documents."""
+
+    documents: int
+    sampled: int
+    tokens: float
+    spread: float
+    """Half of a 95 % interval of `tokens`; 0 where every document was tokenized."""
+    rows: int
+
+    def filled_share(self, sequence_length: int) -> float:
+        """Share of the rows' positions that hold a token."""
+        return self.tokens / (self.rows * sequence_length) if self.rows else 0.0
+
+
+def estimate_tokens(run: Run, source: Source, sequence_length: int) -> TokenEstimate:
+    """Read all documents and tokenize a sample.
+
+    Notes
+    -----
+    The ratio estimator of a total under simple random sampling without replacement (Cochran, Sampling Techniques,
+    3rd ed., section 6.4): tokens = characters × Σt/Σc, with the variance of the residuals t - (Σt/Σc)·c. Under
+    --limit_tokens t is at most that, and c as many characters as hold so many tokens on average.
+    """
+    characters, sample = [], []
+    chooser = random.Random(0)  # the same sample every time
+    for index, document in enumerate(islice(source.documents(), run.config.limit_documents)):
+        size = document.characters
+        characters.append(size)
+        slot = index if index < SAMPLE_DOCUMENTS else chooser.randrange(index + 1)
+        if index < SAMPLE_DOCUMENTS:
+            sample.append((document, size))
+        elif slot < SAMPLE_DOCUMENTS:
+            sample[slot] = (document, size)
+    tokenizer = load_tokenizer(run.model, run.model_commit)  # which has no limit
+    tokens = np.array([len(ids) for _, ids, _ in encode([document for document, _ in sample], tokenizer)], float)
+    sizes = np.array([size for _, size in sample], float)
+    counts = np.array(characters, float)
+    if (limit := run.config.limit_tokens) is not None:
+        reach = limit * sizes.sum() / max(1.0, tokens.sum())
+        tokens, sizes, counts = np.minimum(tokens, limit), np.minimum(sizes, reach), np.minimum(counts, reach)
+    ratio = tokens.sum() / max(1.0, sizes.sum())
+    n, total = len(sample), len(counts)
+    variance = ((tokens - ratio * sizes) ** 2).sum() / max(1, n - 1)
+    spread = 1.96 * total * math.sqrt((1 - n / total) * variance / n) if n else 0.0
+    rows = int(np.ceil(counts * ratio / sequence_length).sum())
+    return TokenEstimate(documents=total, sampled=n, tokens=counts.sum() * ratio, spread=spread, rows=rows)
+
+
+def print_estimate(run: Run, name: str, source: Source) -> None:
+    """Print what capturing one data set would take; nothing is written and no weights are loaded."""
+    prepared = run.prepare(name, source)
+    layout, config = prepared.layout, run.config
+    text = estimate_tokens(run, source, layout.sequence_length)
+    choices = len(layout.layers) * layout.experts_per_token
+    filled = text.filled_share(layout.sequence_length)
+    published = "" if source.published_documents is None else f" ({source.published_documents:,} published)"
+    time = "unknown (give --rate TOKENS_PER_SECOND)" if config.rate is None else duration(text.tokens / config.rate)
+    weight_bytes = estimate_bytes(run.model, config.model_revision, config.quantization, run.device, dtype=config.dtype)
+    lines = {
+        "documents": f"{text.documents:,}{published}",
+        "tokens": f"{text.tokens:,.0f} ± {text.spread:,.0f} (95 %, from {text.sampled:,} documents tokenized)",
+        "rows": f"about {text.rows:,} of {layout.sequence_length:,} positions",
+        "shards": f"about {math.ceil(text.rows / layout.rows_per_shard):,} of {layout.rows_per_shard:,} rows",
+        "filled": f"{filled:.1%} of the positions hold a token",
+        "store": f"about {text.tokens * (choices * BYTES_A_CHOICE + BYTES_A_TOKEN):,.0f} bytes in {config.store_path}",
+        "device memory": f"{weight_bytes:,} bytes of weights on {run.device}, {run.batch_tokens:,} tokens at a time",
+        "host memory": f"about {_host_bytes(prepared):,} bytes for the shards in flight",
+        "time": time,
+    }
+    table = Table(title=f"{name}: dry run, nothing is written", show_header=False, title_justify="left")
+    for label, value in lines.items():
+        table.add_row(label, escape(value))
+    console = Console()
+    Console(width=None if console.is_terminal else 160).print(table)
+    if text.rows and filled < FILLED_WARNING:
+        longest = layout.sequence_length
+        print(f"note: rows are mostly empty; a --sequence_length under {longest} makes scans of the store faster")
+
+
+def _host_bytes(prepared: Prepared) -> int:
+    layout = prepared.layout
+    positions = layout.rows_per_shard * layout.sequence_length
+    choice_bytes = len(layout.layers) * layout.experts_per_token * (3 if layout.num_experts <= 255 else 4)
+    return 2 * positions * (choice_bytes + 4)  # one shard computed while one is written

@@ -1,0 +1,271 @@
+"""What a capture is asked to do, and how it is read from a preset, a YAML file and a command line."""
+
+import argparse
+import math
+import os
+import reprlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from jobs.sources.wikitext import CONFIGS, REPOSITORY
+from store.secrets import without_secrets
+
+MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
+JOB_COPIES = "working_dir_files"  # the folder in which Ray keeps the code of `ray job submit --working-dir`
+VARIABLES = {"store": "EXPERT_ATLAS_STORE", "device": "EXPERT_ATLAS_DEVICE", "workers": "EXPERT_ATLAS_WORKERS"}
+NOT_IN_FILES = ("preset", "config", "print_config", "dry_run", "rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureConfig:
+    """Capture which experts a mixture-of-experts model chooses, for every token of one or more data sets.
+
+    Each data set becomes a group of the store. A capture that was stopped, however it was stopped, goes on when the
+    same command is given again. Exit status: 0 complete, 1 something is missing, 2 the command cannot be carried out,
+    3 only shards in quarantine are missing (--retry_quarantined), 130 or 143 interrupted.
+    """
+
+    preset: Literal["notebook"] | None = None
+    """Begin with the options of a known experiment; whatever else is given goes before them, and --print_config shows
+    what comes of it. notebook: the one that this project grew from. Mixtral 8x7B Instruct in FP4, its routers too,
+    computing in float16, without special tokens, on the first 128 tokens of each of the first 8 rows of WikiText-2's
+    test split (rows as the hub has them, a line each, some empty; the alias wikitext-2 gives articles). Another
+    --dataset replaces that one and its split; all else is kept."""
+    dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Data set to capture, once for each: an alias (wikitext-2, wikitext-103, demo:prose, demo:code, demo:legal,
+    demo:maths), a file, folder or glob (text, jsonl, parquet, arrow), or a hub id org/name[:config]."""
+    local: bool = False
+    """Capture in this process, on one device, without Ray. Default: with Ray, on the cluster of $RAY_ADDRESS or the
+    one that was started on this machine, else on this machine alone."""
+    workers: int | None = None
+    """Copies of the model on a cluster. Default: $EXPERT_ATLAS_WORKERS, else one on every GPU, also on those that
+    join later; without GPUs one."""
+    gpus_per_worker: float = 1.0
+    """GPUs of a worker, or of --local: 0.25 puts four workers on one GPU, 2 spreads the model's layers over two."""
+    cpus_per_worker: float = 1.0
+    """CPUs that a worker reserves."""
+    model: str = MIXTRAL
+    """Checkpoint: a hub id, a folder, or "tiny" for the small Mixtral that comes with this package."""
+    model_revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """Precision of the weights; nf4 is NF4 with double quantization. Routers are left as they are."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the model computes in. Default: bfloat16 on a GPU, float32 on a CPU."""
+    quantize_gates: bool = False
+    """Round the routers to 4 bits too, as transformers 4 does unless told otherwise. For comparison: it changes about
+    as many choices as rounding all the rest (docs/0005-four-bits.md)."""
+    store: str | None = None
+    """Where the captures go: a folder, on a cluster one that all nodes see, or s3://bucket/prefix.
+    Default: $EXPERT_ATLAS_STORE, else ~/expert-atlas/routes.zarr."""
+    name: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Name of the group, once for each --dataset and in the same order. Default: made from the data set's name."""
+    split: str | None = None
+    """Split of hub data sets and saved data sets. Default: train."""
+    text_field: str | None = None
+    """Column that holds the text. Default: the only string column, or "text"."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set."""
+    limit_documents: int | None = None
+    """Capture the first so many documents only."""
+    limit_tokens: int | None = None
+    """Capture the first so many tokens of each document only; a BOS is not counted."""
+    sequence_length: int | None = None
+    """Tokens in a row at most; longer documents are cut into several rows. Default: the smallest power of two that
+    holds the longest of the first 1,000 documents, at most 2048."""
+    rows_per_shard: int | None = None
+    """Rows in a shard, the unit of work. Default: 262144 // sequence_length."""
+    batch_tokens: int | None = None
+    """Padded tokens in a micro-batch at most. Default: 32768 on a GPU, 8192 on a CPU."""
+    bos: Literal["none", "document", "row"] = "none"
+    """Where a beginning-of-sequence token is put."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Device of the model. auto: $EXPERT_ATLAS_DEVICE, else a GPU if this machine, or the cluster now, has one."""
+    retry_quarantined: bool = False
+    """Try again the shards that were given up after three failures."""
+    stall_minutes: float = 10.0
+    """A cluster's worker that routes no token for so long is taken for hung: killed, replaced, its shards retried."""
+    allow_mixed: bool = False
+    """Go on with a capture that was begun with other package versions or on another device type."""
+    dry_run: bool = False
+    """Estimate rows, shards, tokens, bytes and memory; write nothing, load no weights."""
+    rate: float | None = None
+    """Tokens per second, from which --dry_run tells the time."""
+    config: Path | None = None
+    """YAML file with any of these options; the command line goes before it."""
+    print_config: bool = False
+    """Print the options as a YAML file that --config takes, and stop."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "limit_documents",
+            "limit_tokens",
+            "sequence_length",
+            "rows_per_shard",
+            "batch_tokens",
+            "rate",
+            "workers",
+            "stall_minutes",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name} is {value}, and must be more than 0")
+        if not all(0 <= value < math.inf for value in (self.gpus_per_worker, self.cpus_per_worker)):
+            raise ValueError("--gpus_per_worker and --cpus_per_worker must be 0 or more")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(f"--gpus_per_worker {self.gpus_per_worker}: above 1 it must be a whole number")
+        if self.name and len(self.name) != len(self.dataset):
+            raise ValueError(
+                f"--name is given {len(self.name)} times and --dataset {len(self.dataset)} times: each data set"
+                " needs one name, or none is given"
+            )
+
+    @property
+    def store_path(self) -> str:
+        """The store: an absolute path, or an s3:// URL.
+
+        Raises
+        ------
+        ValueError
+            When it is empty, or lies in the copy of the code that a cluster makes for a job and removes after it.
+        """
+        place = "~/expert-atlas/routes.zarr" if self.store is None else self.store
+        if Path(place) == Path():
+            raise ValueError("--store is empty, or the current folder: name a folder of its own, such as routes.zarr")
+        if "://" in place:
+            return place
+        path = Path(place).expanduser().absolute()
+        if JOB_COPIES in path.parts:
+            raise ValueError(
+                f"--store {place} would lie in {path.parent}, a copy that is removed after the job: give an absolute"
+                " path on a file system that all nodes see, or s3://bucket/prefix"
+            )
+        return str(path)
+
+    def as_options(self) -> dict[str, Any]:
+        """The options as plain values, without those that only say how to run."""
+        options = {name: value for name, value in asdict(self).items() if name not in NOT_IN_FILES}
+        return {name: _plain(value) for name, value in options.items()}
+
+    def as_yaml(self) -> str:
+        """The options as a file for `--config`."""
+        return yaml.safe_dump(self.as_options(), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """A value for a file, without secrets."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return without_secrets(str(value)) if isinstance(value, str | Path) else value
+
+
+_FIELDS = {field.name: field for field in fields(CaptureConfig)}
+
+PRESETS = {
+    "notebook": CaptureConfig(
+        model=MIXTRAL,
+        quantization="fp4",
+        dtype="float16",
+        quantize_gates=True,
+        bos="none",
+        dataset=(f"{REPOSITORY}:{CONFIGS['wikitext-2']}",),
+        split="test",
+        limit_documents=8,
+        limit_tokens=128,
+        sequence_length=128,
+    ),
+}
+"""What `--preset` begins with.
+
+Of the notebook these are all the settings that are known. Not known, and so not here: the revisions of its model and
+data set; whether it kept empty rows (here they are documents without a token); whether 128 tokens were taken of each
+row, as here, or of all together; how it batched and padded. Nor is its code run: routers are rounded to the values that
+transformers 4 computed with (docs/0005-four-bits.md), and then the installed versions compute, with a forward of ours.
+"""
+
+
+def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
+    """Read a command line, the file that its `--config` names, and the preset that both go before.
+
+    Raises
+    ------
+    ValueError, OSError
+        When the file cannot be read or holds an unknown key.
+    SystemExit
+        From `--help` and from unknown or malformed options.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    for repeated in ("--dataset", "--name"):
+        early.add_argument(repeated, action="append")
+    early.add_argument("--preset")
+    known, _ = early.parse_known_args(arguments)
+    if isinstance(known.config, list):  # argparse takes `--config=--` for one without a value
+        raise ValueError("--config needs a file, and -- is none")
+    file = [] if known.config is None else _as_arguments(_read(known.config), known.config)
+    base = PRESETS.get(known.preset, CaptureConfig())
+    if early.parse_known_args([*file, *arguments])[0].dataset:
+        base = replace(base, dataset=(), split=None)  # a preset's split is its data set's
+    given = {name: os.environ[variable] for name, variable in VARIABLES.items() if os.environ.get(variable)}
+    base = _parse([f"--{name}={value}" for name, value in given.items()], base)
+    base = _parse(file, base)
+    # What is given on the command line goes in place of the file's list, not after it.
+    if known.dataset:
+        base = replace(base, dataset=(), name=())
+    return _parse(arguments, base)
+
+
+def _parse(arguments: Sequence[str], default: CaptureConfig) -> CaptureConfig:
+    return tyro.cli(
+        CaptureConfig,
+        prog="python jobs/capture.py",
+        args=list(arguments),
+        default=default,
+        use_underscores=True,
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        options = yaml.load(text, Loader=yaml.BaseLoader)  # every value as it is written: 0123456 is a commit
+        tree = yaml.compose(text)
+        names = [str(key.value) for key, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
+    except RecursionError as error:
+        raise ValueError(f"--config {path} is nested too deeply to be options") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--config {path} holds {type(options).__name__}, and must hold option: value lines")
+    names = [name.replace("-", "_") for name in names]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--config {path} gives {', '.join(twice)} more than once")
+    options = dict(zip(names, options.values(), strict=True))
+    known = _FIELDS.keys() - set(NOT_IN_FILES)
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(f"--config {path}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return options
+
+
+def _as_arguments(options: dict[str, Any], path: Path) -> list[str]:
+    """The options of a file as a command line; `null`, `~` and nothing leave an option at its default."""
+    arguments = []
+    lists = {name for name, field in _FIELDS.items() if field.default == ()}
+    switches = {name for name, field in _FIELDS.items() if isinstance(field.default, bool)}
+    for name, value in options.items():
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items) or (isinstance(value, list) and name not in lists):
+            kind = "one value or a list of them" if name in lists else "one value"
+            raise ValueError(f"--config {path}: {name} holds {reprlib.repr(value)}, and must hold {kind}")
+        if name in switches and value not in ("true", "false"):
+            raise ValueError(f"--config {path}: {name} is {value!r}, and must be true or false")
+        if name in switches:
+            arguments.append(f"--{name}" if value == "true" else f"--no_{name}")
+        else:
+            arguments += [f"--{name}={item}" for item in items if item not in ("", "~", "null")]
+    return arguments

@@ -1,0 +1,247 @@
+"""From options to a group that can be planned and captured: sources, tokenizer, model facts, identity.
+
+What makes two captures the same is complete here before a single document is tokenized, except that the default
+sequence length is taken from the first 1,000 documents.
+"""
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.capturing.options import CaptureConfig
+from jobs.capturing.planner import default_sequence_length
+from jobs.sources.documents import Source
+from jobs.sources.resolve import resolve_source
+from store.group import CaptureGroup, valid_name
+from store.layout import SCHEMA_VERSION, Layout, default_rows_per_shard
+from workers.engine import load_engine
+from workers.environment import environment
+from workers.models.loading import ModelDescription, describe_model
+from workers.replica import Order
+from workers.text.tokenizer import ROLES, TextTokenizer, load_tokenizer
+from workers.tiny import model_path
+
+BATCH_TOKENS = {"cuda": 32_768, "cpu": 8_192}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """One data set, ready to be planned."""
+
+    name: str
+    source: Source
+    layout: Layout
+    identity: Mapping[str, Any]
+
+
+class Run:
+    """What all data sets of one command share: model, tokenizer and device.
+
+    Parameters
+    ----------
+    config
+        The options.
+    device
+        "cuda" or "cpu": that of the workers. Default: as configured, this machine's where that is "auto".
+    """
+
+    def __init__(self, config: CaptureConfig, device: str | None = None) -> None:
+        self.config = config
+        self.model = model_path(config.model)
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device or (here if config.device == "auto" else config.device)
+        self._refuse_foreign_folder()
+        self.batch_tokens = config.batch_tokens or BATCH_TOKENS[self.device]
+
+    def _refuse_foreign_folder(self) -> None:
+        """A folder that holds other things is no place for a store."""
+        path = Path(self.config.store_path)
+        if "://" in self.config.store_path or not path.is_dir() or (path / "zarr.json").exists():
+            return
+        foreign = [entry.name for entry in path.iterdir() if not (entry / "token").is_dir()]  # a creation cut short
+        if foreign:
+            raise ValueError(f"--store {path} is no store, and holds {foreign[0]!r}: name a new or an empty folder")
+
+    @cached_property
+    def described(self) -> ModelDescription:
+        """The model's facts, without its weights."""
+        config = self.config
+        return describe_model(
+            self.model,
+            config.model_revision,
+            config.quantization,
+            self.device,
+            dtype=config.dtype,
+            quantize_gates=config.quantize_gates,
+        )
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The model's tokenizer, which gives as much of a text as is asked for."""
+        return load_tokenizer(self.model, self.model_commit, limit_tokens=self.config.limit_tokens)
+
+    @property
+    def _anywhere(self) -> str:
+        """The model, for a process in another folder."""
+        return os.path.abspath(self.model) if Path(self.model).is_dir() else str(self.model)
+
+    @property
+    def model_commit(self) -> str | None:
+        """The commit that a hub model's revision stands for now; None for a folder, which has none."""
+        return None if Path(self.model).is_dir() else self.described["model_revision"]
+
+    def order(self, leases: Mapping[str, str]) -> Order:
+        """What a replica is to do, wherever it runs.
+
+        Parameters
+        ----------
+        leases
+            Data set to the token of this job's lease on it.
+        """
+        config = self.config
+        token = os.environ.get("HF_TOKEN")
+        return Order(
+            store=str(config.store_path),
+            leases=leases,
+            make_engine=partial(
+                load_engine,
+                "tiny" if config.model == "tiny" else self._anywhere,
+                revision=self.model_commit,
+                quantization=config.quantization,
+                dtype=config.dtype,
+                quantize_gates=config.quantize_gates,
+                device=self.device,
+                gpus=max(1, int(config.gpus_per_worker)) if self.device == "cuda" else 1,
+            ),
+            device=self.device,
+            batch_tokens=self.batch_tokens,
+            allow_mixed=config.allow_mixed,
+            secrets={"HF_TOKEN": token} if token else {},
+        )
+
+    def sources(self) -> list[tuple[str, Source]]:
+        """Group names and data sets, in the order given.
+
+        Raises
+        ------
+        ValueError
+            When a data set is not found, or two would get the same name.
+        """
+        config = self.config
+        options = {"split": config.split, "text_field": config.text_field, "revision": config.revision}
+        found = [resolve_source(spec, **options) for spec in config.dataset]
+        names = [valid_name(name) for name in config.name] or [source.name for source in found]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{names.count(name)} data sets would be named {name!r}: tell them apart with --name")
+        return list(zip(names, found, strict=True))
+
+    def prepare(self, name: str, source: Source) -> Prepared:
+        """Settle the layout and the identity of one data set.
+
+        Raises
+        ------
+        ValueError
+            When the rows would be longer than the model's positions, or the data set has no document.
+        """
+        config, model = self.config, self.described
+        if next(iter(source.documents()), None) is None:
+            raise ValueError(f"{name}: the data set holds no document")
+        length = config.sequence_length or self._settled_length(name)
+        length = length or default_sequence_length(source, self.tokenizer, config.limit_documents)
+        if length > model["max_position_embeddings"]:
+            raise ValueError(
+                f"--sequence_length is {length}, and {model['model']} has {model['max_position_embeddings']} positions"
+            )
+        if self.tokenizer.vocab_size > model["vocab_size"]:
+            raise ValueError(
+                f"the tokenizer of {self.model} has {self.tokenizer.vocab_size} ids, and its model embeds"
+                f" {model['vocab_size']}: they do not belong together"
+            )
+        if source.conversations and config.bos != "none":
+            raise ValueError(f"--bos {config.bos}: conversations begin as the chat template says; use --bos none")
+        layout = Layout(
+            sequence_length=length,
+            rows_per_shard=config.rows_per_shard or default_rows_per_shard(length),
+            layers=tuple(model["layers"]),
+            num_experts=model["num_experts"],
+            experts_per_token=model["experts_per_token"],
+            vocab_size=self.tokenizer.vocab_size,
+            roles=ROLES if source.conversations else (),
+        )
+        text = {f"text_{field}": value for field, value in source.identity.items()}
+        identity = {
+            **{name: value for name, value in model.items() if name not in ("vocab_size", "max_position_embeddings")},
+            **text,
+            "tokenizer": self.tokenizer.sha256,
+            "chat_template": self.tokenizer.chat_template_sha256 if layout.roles else None,
+            "sequence_length": length,
+            "rows_per_shard": layout.rows_per_shard,
+            "bos": config.bos,
+            "bos_id": None if config.bos == "none" else self.tokenizer.bos_id,
+            "batch_tokens": self.batch_tokens,
+            "limit_documents": config.limit_documents,
+            "limit_tokens": config.limit_tokens,
+            "schema_version": SCHEMA_VERSION,
+        }
+        return Prepared(name=name, source=source, layout=layout, identity=identity)
+
+    def _settled_length(self, name: str) -> int | None:
+        """P of a capture that goes on, if it was left to the default then too: resuming tokenizes nothing again."""
+        group = CaptureGroup(self.config.store_path, name)
+        try:
+            by_default = group.attrs.get("configuration", {}).get("sequence_length") is None
+        except FileNotFoundError:
+            return None
+        return group.layout.sequence_length if by_default else None
+
+    def open_group(self, prepared: Prepared) -> CaptureGroup:
+        """Create the data set's group, or go on with the one that is there.
+
+        Raises
+        ------
+        ValueError
+            When the group holds another capture.
+        """
+        config = self.config
+        limit = "" if config.limit_tokens is None else f"; of each document its first {config.limit_tokens} tokens only"
+        attrs = {
+            "title": f"routes of {self.described['model']} on {prepared.name}",
+            "model": self.described["model"],
+            "quantization": self.described["quantization"],
+            "window_rule": f"documents are cut into rows of at most sequence_length tokens; none share a row{limit}",
+            "bos": config.bos,
+            "special_token_ids": self.tokenizer.special_ids,
+            "environment": {name: value for name, value in environment("cpu").items() if name != "device"},
+            "git_commit": _git_commit(),
+            "configuration": config.as_options(),
+            "convention": "k = 0 is the largest weight; ties by lower expert id; expert = missing_expert is no choice",
+        }
+        return CaptureGroup.create(
+            config.store_path,
+            prepared.name,
+            layout=prepared.layout,
+            identity=prepared.identity,
+            attrs=attrs,
+            pieces=self.tokenizer.pieces(),
+        )
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, with '+' where files were changed; None outside a repository."""
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + "+" * bool(changed.stdout.strip())

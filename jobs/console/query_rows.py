@@ -1,0 +1,179 @@
+"""The questions that `jobs/query.py` asks: where a token goes, which tokens an expert gets, a document's path.
+
+Promises: what is drawn and what a script gets are the same rows. Does not know how a question was put.
+"""
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.text import Text
+
+from jobs.console.tables import Bars, Column, Row, is_drawn, print_line, print_table
+from jobs.console.terminal import shown
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from analysis.metrics.tokens import TopTokens
+
+PIECE_CELLS = 16  # of a terminal's line, for the piece beside a path; arbitrary
+
+COUNT = Column(name="count", text=lambda row: f"{row['count']:,}")
+SHARE = (
+    Column(name="share", text=lambda row: f"{row['share']:.4f}"),
+    Bars(part=lambda row: row["share"]),
+    Column(name="lift", text=lambda row: f"{row['lift']:.2f}", spare=2),
+)
+EXPERTS = (
+    Column(name="layer", text=lambda row: f"{row['layer']}"),
+    Column(name="expert", text=lambda row: f"{row['expert']}"),
+    COUNT,
+    *SHARE,
+)
+TOKENS = (
+    Column(name="rank", text=lambda row: f"{row['rank']}"),
+    Column(name="token", text=lambda row: row["piece"], left=True, elastic=True),
+    Column(name="id", text=lambda row: f"{row['token_id']}", spare=3),
+    COUNT,
+    Column(name="of", text=lambda row: f"{row['tokens']:,}", spare=4),
+    *SHARE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A question's answer as rows."""
+
+    title: str
+    columns: Sequence[Column | Bars]
+    facts: Row
+    """What was asked, and the attributes of the answer."""
+    rows: Sequence[Row]
+    section: str = ""
+    """See `print_table`."""
+
+    def draw(self, console: Console) -> None:
+        """Print the title, and the rows where there are any."""
+        print_line(console, self.title)
+        if self.rows:
+            print_table(console, self.columns, self.rows, section=self.section, note="a full bar is a share of 1")
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for a script."""
+        return {**self.facts, "rows": self.rows}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentPath:
+    """A document's path, at some layers, as an answer."""
+
+    path: "xr.Dataset"
+    data_set: str
+    num_experts: int
+
+    def draw(self, console: Console) -> None:
+        """Tokens as rows, layers as columns, each number on its expert's colour; layers in turns if narrow."""
+        path = self.path
+        left_out = f", {path.attrs['tokens_missing']:,} not captured yet" if path.attrs["tokens_missing"] else ""
+        about = f"document {path.attrs['document']}, {path.attrs['name']}, in {self.data_set}"
+        print_line(console, f"{about}: {path.attrs['n']:,} tokens{left_out}; a token's experts, the first choice first")
+        if path.sizes["position"]:
+            self._draw_tokens(console)
+
+    def _draw_tokens(self, console: Console) -> None:
+        layers, positions = (self.path[name].values.tolist() for name in ("layer", "position"))
+        chosen = self.path["expert"].transpose("position", "layer", "k").values
+        colors = [expert_color(expert, self.num_experts) for expert in range(self.num_experts)]
+        pieces = [shown(piece) for piece in self.path["piece"].values]
+        digits, number = len(str(self.num_experts - 1)), max(5, len(str(positions[-1])))
+        wide = max(map(cell_len, (*pieces, "piece")))
+        wide = min(wide, PIECE_CELLS) if is_drawn(console) else wide
+        cell = max(chosen.shape[2] * (digits + 1) - 1, *(len(str(layer)) for layer in layers))
+        step = max(1, (console.width - number - wide - 1) // (cell + 1)) if is_drawn(console) else len(layers)
+        for start in range(0, len(layers), step):
+            turn = slice(start, start + step)
+            head = "".join(f" {layer:>{cell}}" for layer in layers[turn])
+            console.print(Text(f"{'layer':>{number}} {'piece':<{wide}}{head}", style="bold"), soft_wrap=True)
+            for position, piece, routes in zip(positions, pieces, chosen[:, turn], strict=True):
+                line = Text(f"{position:>{number}} {set_cell_size(piece, wide)}")
+                for choices in routes.tolist():
+                    line.append(" " * (cell + 2 - len(choices) * (digits + 1)))
+                    for k, expert in enumerate(choices):
+                        line.append("," * (k > 0)).append(f"{expert:>{digits}}", style=colors[expert])
+                console.print(line, soft_wrap=True)
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for a script, with the weights: a row a token, `expert` and `weight` as [layer][k]."""
+        names = {"position": "position", "token": "token_id", "piece": "piece", "expert": "expert", "weight": "weight"}
+        ordered = self.path.transpose("position", "layer", "k")
+        columns = {key: ordered[name].values.tolist() for name, key in names.items()}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return {**self.path.attrs, "layers": self.path["layer"].values.tolist(), "rows": rows}
+
+
+Answer = Listed | DocumentPath
+
+
+def document_answer(capture: "xr.Dataset", document: int | str, layers: list[int]) -> DocumentPath:
+    """A document's path, by its id or its name."""
+    from analysis.metrics.paths import document_path
+
+    return DocumentPath(
+        path=document_path(capture, document).sel(layer=layers),
+        data_set=capture.attrs["dataset"],
+        num_experts=int(capture.attrs["num_experts"]),
+    )
+
+
+def token_answer(capture: "xr.Dataset", token: int, layers: list[int], counts: "xr.Dataset") -> Listed:
+    """The experts of a token, layer by layer, the most frequent first; those that got none of it are left out."""
+    from analysis.metrics.tokens import TokenExperts, at_layer
+
+    occurrences, piece = int(counts["tokens"][token]), str(capture["piece"][token].values)
+    rows: list[Row] = []
+    for layer in layers if occurrences else layers[:1]:
+        table = TokenExperts().finish(at_layer(counts, layer), capture).isel(layer=0)
+        if occurrences:
+            found = table.sel(token_id=token)
+            order = (-found["count"]).argsort(kind="stable").values.tolist()
+            rows += [{"layer": layer, **_numbers(found, expert)} for expert in order if found["count"][expert]]
+    title = f"{piece} (id {token}) in {capture.attrs['dataset']}: {occurrences:,} occurrences; {_chance(table)}"
+    facts = {"token_id": token, "piece": piece, "tokens": occurrences, **table.attrs}
+    return Listed(title=title, columns=EXPERTS, facts=facts, rows=rows, section="layer")
+
+
+def _numbers(found: "xr.Dataset", expert: int) -> dict[str, Any]:
+    own = found.isel(expert=expert)
+    return {"expert": expert, **{name: own[name].item() for name in ("count", "share", "lift")}}
+
+
+def expert_answer(capture: "xr.Dataset", expert: int, ranking: "TopTokens", counts: "xr.Dataset") -> Listed:
+    """The first tokens of an expert, in the order of a ranking of one layer."""
+    from analysis.metrics.tokens import at_layer
+
+    [layer] = ranking.layers or ()
+    found = ranking.finish(at_layer(counts, layer), capture).isel(layer=0).sel(expert=expert)
+    values = {name: found[name].values.tolist() for name in ("rank", *found.data_vars)}
+    rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+    least = f"; tokens that occur less than {ranking.min_count} times are left out" * (ranking.min_count > 1)
+    about = f"expert {expert} of layer {layer} in {capture.attrs['dataset']}, by {ranking.by}"
+    return Listed(
+        title=f"{about}; {_chance(found)}{least}",
+        columns=TOKENS,
+        facts={"layer": layer, "expert": expert, **found.attrs},
+        rows=[row for row in rows if row["token_id"] >= 0],
+    )
+
+
+def _chance(found: "xr.Dataset") -> str:
+    return f"by chance a share is {found.attrs['null']:.4f}, a lift 1"
+
+
+def expert_color(expert: int, experts: int) -> str:
+    """Black on a light colour of an expert's own."""
+    red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(expert / experts, 0.72, 0.75))
+    return f"black on rgb({red},{green},{blue})"

@@ -1,0 +1,1 @@
+"""What `--dataset` names: text files, tables, hubs, installed demo texts, as documents in order."""

@@ -1,0 +1,186 @@
+"""Data sets that are files here: text, JSON lines, parquet, a saved arrow data set, a folder of them, a glob.
+
+It promises an order that depends on names alone (sorted by path), an identity that depends on names and
+bytes alone, and that nothing is left out without a note. Hidden files and links inside a folder are left
+out; files of different kinds are not mixed.
+"""
+
+import glob
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jobs.sources.columns import Table, dataset_table, json_table, parquet_table, table_documents, text_column
+from jobs.sources.documents import Document, Identity, Source, decode, without_surrogates
+
+JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
+TABLES: dict[str, Callable[[Mapping[str, Path]], Table]] = {
+    "JSON lines": json_table,
+    "parquet": parquet_table,
+}
+"""How each kind of file with columns is read; every other file is text."""
+SNIFFED_BYTES = 8192
+"""A NUL byte among this many first bytes marks a file as binary (git's rule, with git's number)."""
+BLOCK_BYTES = 1 << 20
+"""Read at once while hashing (arbitrary)."""
+SAVED_MARKS = ("state.json", "dataset_dict.json")
+"""What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave in a folder."""
+DEFAULT_SPLIT = "train"
+
+
+def is_glob(spec: str) -> bool:
+    """Whether a specification is a pattern and not a path of its own."""
+    return glob.has_magic(spec) and not os.path.lexists(spec)
+
+
+def local_source(spec: str, *, name: str, split: str | None, field: str | None) -> Source:
+    """Return the source for a path or a glob.
+
+    Raises
+    ------
+    ValueError
+        When nothing can be read there, kinds are mixed, or an option does not apply; it names the path.
+    """
+    path = Path(spec)
+    if any((path / mark).is_file() for mark in SAVED_MARKS):
+        return saved_source(path, name=name, split=split, field=field)
+    if split not in (None, DEFAULT_SPLIT):
+        raise ValueError(f"{spec} has no splits, so --split {split} does not apply; give the split's own file")
+    files, note = found(spec)
+    kinds = Counter(kind_of(file) for file in files.values())
+    if len(kinds) > 1:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        raise ValueError(f"{spec} mixes kinds of files ({counts}); choose one with a glob such as 'folder/**/*.txt'")
+    kind = next(iter(kinds))
+    for file in files.values():
+        check_readable(file)
+    if kind == "text":
+        if field is not None:
+            raise ValueError(f"{spec} is plain text without columns, so --text_field {field} does not apply")
+        return Source(name=name, read=partial(text_documents, files), identify=partial(identity, files), note=note)
+    table = TABLES[kind](files)
+    column = text_column(table, field, spec)
+    return Source(
+        name=name,
+        read=partial(table_documents, table, column),
+        conversations=table.columns[column] == "messages",
+        identify=partial(identity, files, field=column),
+        note=note,
+    )
+
+
+def found(spec: str) -> tuple[dict[str, Path], str | None]:
+    """Return the files a path or glob stands for, name → path in order, and a note of what was left out."""
+    if is_glob(spec):
+        return matched(spec), None
+    path = Path(spec)
+    return walked(path) if path.is_dir() else ({path.name: path}, None)
+
+
+def kind_of(path: Path) -> str:
+    """Return "JSON lines", "parquet" or "text", by the file's name."""
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return "JSON lines" if suffix in JSON_SUFFIXES else "parquet" if suffix == ".parquet" else "text"
+
+
+def check_readable(path: Path) -> None:
+    """Refuse what is no regular file or may not be read."""
+    if not path.is_file():
+        raise ValueError(f"{path} is neither a regular file nor a folder, nor a link to one")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; check its mode and owner") from error
+
+
+def walked(folder: Path) -> tuple[dict[str, Path], str | None]:
+    """Return the regular files below a folder, name → path by name, and a note of what was left out."""
+    files, left_out = dict[str, Path](), 0
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        entries = [Path(root, entry) for entry in folders + names]
+        out = {path for path in entries if path.name.startswith(".") or path.is_symlink()}
+        folders[:] = [entry for entry in folders if Path(root, entry) not in out]
+        left_out += len(out)
+        files |= {path.relative_to(folder).as_posix(): path for path in entries if path not in out and path.is_file()}
+    note = f"{left_out} hidden or linked entries of {folder} left out" if left_out else None
+    if not files:
+        raise ValueError(f"the folder {folder} holds no files to read" + (f" ({note})" if note else ""))
+    return dict(sorted(files.items())), note
+
+
+def matched(pattern: str) -> dict[str, Path]:
+    """Return the files that a glob names, name → path sorted; links are followed, for they were asked for."""
+    paths = [path for path in sorted(set(glob.glob(pattern, recursive=True))) if os.path.isfile(path)]
+    if not paths:
+        raise ValueError(f"no file matches {pattern!r} (from {os.getcwd()}); quote it, and use ** for subfolders")
+    top = os.path.commonpath([os.path.dirname(path) for path in paths]) or "."
+    return {Path(os.path.relpath(path, top)).as_posix(): Path(path) for path in paths}
+
+
+def identity(files: Mapping[str, Path], **also: str | int | None) -> Identity:
+    """Return what makes these texts the same: one SHA-256 over every name and all bytes, in order."""
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        digest.update(os.fsencode(name) + b"\0" + path.stat().st_size.to_bytes(8, "little"))
+        try:
+            with path.open("rb") as stream:
+                while block := stream.read(BLOCK_BYTES):
+                    digest.update(block)
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    return {"data": "files", "sha256": digest.hexdigest(), "split": None, "field": None} | also
+
+
+def text_documents(files: Mapping[str, Path], start: int) -> Iterator[Document]:
+    """Yield one document a file; files before `start` are not opened."""
+    for name, path in islice(files.items(), start, None):
+        text, repaired = read_text(path)
+        yield Document(name=without_surrogates(name)[0], text=text, repaired=repaired)
+
+
+def read_text(path: Path) -> tuple[str, bool]:
+    """Return a file's text without its byte order mark, and whether invalid UTF-8 was replaced."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    if b"\0" in data[:SNIFFED_BYTES]:
+        raise ValueError(f"{path} is a binary file (a NUL byte at {data.index(0)}), not text; leave it out with a glob")
+    return decode(data.removeprefix(b"\xef\xbb\xbf"))
+
+
+def saved_source(folder: Path, *, name: str, split: str | None, field: str | None) -> Source:
+    """Return the source for a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    import datasets  # takes a second, and only this needs it
+
+    try:
+        data: Any = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever a damaged folder makes the library raise
+        raise ValueError(f"cannot read {folder} as a saved data set: {error}") from error
+    if isinstance(data, datasets.DatasetDict):
+        split = split or DEFAULT_SPLIT
+        if split not in data:
+            raise ValueError(f"{folder} has no split {split!r}; choose with --split from: {', '.join(data)}")
+        data = data[split]
+    elif split not in (None, DEFAULT_SPLIT):
+        raise ValueError(f"{folder} was saved without splits, so --split {split} does not apply")
+    else:
+        split = None
+    files = {Path(file["filename"]).name: Path(file["filename"]) for file in data.cache_files}
+    table = dataset_table(data, split or folder.name)
+    column = text_column(table, field, str(folder))
+    return Source(
+        name=name,
+        read=partial(table_documents, table, column),
+        conversations=table.columns[column] == "messages",
+        identify=partial(identity, files, split=split, field=column),
+    )

@@ -1,0 +1,117 @@
+"""Data sets from a hub: resolved to a commit first, then downloaded whole and read from the arrow cache.
+
+It promises that the text is that of the commit it names, also where the library would fall back to another
+copy in its cache. Token and address come from the environment (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`).
+Nothing that a repository holds is executed.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jobs.sources.columns import Table, dataset_table, table_documents, text_column
+from jobs.sources.documents import Document, Identity, Source
+from jobs.sources.files import DEFAULT_SPLIT
+from jobs.sources.wikitext import CONFIGS, PUBLISHED_ARTICLES, REPOSITORY, articles
+
+COMMIT = re.compile("[0-9a-f]{40}")
+TIMEOUT_S = 30.0
+"""For the one small request that resolves a revision (arbitrary)."""
+
+
+def hub_source(
+    repository: str,
+    config: str | None,
+    *,
+    name: str,
+    split: str | None,
+    text_field: str | None,
+    revision: str | None,
+) -> Source:
+    """Return the source for a hub data set, one document a row."""
+    split = split or DEFAULT_SPLIT
+    table, commit = hub_table(repository, config, split, revision)
+    field = text_column(table, text_field, repository)
+    known: Identity = {
+        "data": repository,
+        "config": config,
+        "revision": commit,
+        "split": split,
+        "field": field,
+        "document": "row",
+    }
+    return Source(
+        name=name,
+        read=partial(table_documents, table, field),
+        identify=lambda: known,
+        conversations=table.columns[field] == "messages",
+    )
+
+
+def wikitext_source(alias: str, *, split: str | None, text_field: str | None, revision: str | None) -> Source:
+    """Return the source for one of WikiText's aliases, one document an article."""
+    split = split or DEFAULT_SPLIT
+    if (alias, split) not in PUBLISHED_ARTICLES:
+        raise ValueError(f"{alias} has no split {split!r}; its splits: train, validation, test")
+    if text_field not in (None, "text"):
+        raise ValueError(f"{alias} keeps its text in the column 'text', so --text_field {text_field} does not apply")
+    table, commit = hub_table(REPOSITORY, CONFIGS[alias], split, revision)
+    known: Identity = {
+        "data": REPOSITORY,
+        "config": CONFIGS[alias],
+        "revision": commit,
+        "split": split,
+        "field": "text",
+        "document": "article",
+    }
+
+    def read(start: int) -> Iterator[Document]:
+        rows = ((row.values["text"] or "", row.repaired) for row in table.rows(0, ["text"]))
+        return islice(articles(rows), start, None)
+
+    published = PUBLISHED_ARTICLES[alias, split]
+    return Source(name=alias, read=read, identify=lambda: known, published_documents=published)
+
+
+def hub_table(repository: str, config: str | None, split: str, revision: str | None) -> tuple[Table, str]:
+    """Download one split and return its rows and the commit they are of.
+
+    Raises
+    ------
+    ValueError
+        When the hub does not answer or does not have it; it says what was looked for and what to do instead.
+    """
+    import datasets  # takes a second, and only hub data sets need it
+    from huggingface_hub import HfApi
+
+    try:
+        commit = revision if revision and COMMIT.fullmatch(revision) else None
+        if commit is None:
+            commit = HfApi().dataset_info(repository, revision=revision, timeout=TIMEOUT_S).sha
+        data: Any = datasets.load_dataset(repository, config, split=split, revision=commit)
+    except Exception as error:  # connection, permission, names: the libraries raise some twenty classes
+        raise ValueError(
+            f"cannot get the data set {repository} (config {config or 'default'}, split {split}, revision "
+            f"{revision or 'main'}) from the hub: {type(error).__name__}: {error}\n"
+            "Nor is there a local path of that name. Without a network, give the path of a local text, "
+            "JSON-lines or parquet file instead; or, for a data set that is already in the cache, set "
+            "HF_HUB_OFFLINE=1 and give its commit as --revision. A private or gated data set needs a token "
+            "that may read it in HF_TOKEN."
+        ) from error
+    assert commit is not None
+    check_commit(data, repository, commit)
+    return dataset_table(data, split), commit
+
+
+def check_commit(data: Any, repository: str, commit: str) -> None:
+    """Refuse data of another commit: offline, the library takes the newest copy in its cache."""
+    for file in data.cache_files:
+        folder = Path(file["filename"]).parent.name
+        if folder != commit:
+            raise ValueError(
+                f"the cache holds {repository} at commit {folder}, but {commit} was asked for; "
+                f"give --revision {folder}, or fetch the other one with a network"
+            )

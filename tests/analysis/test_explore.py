@@ -1,0 +1,513 @@
+"""The explorer over HTTP: every page says what the store holds, every link leads somewhere, and nobody is let in."""
+
+import base64
+import http.client
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from fake_model import fake_capture, fake_layout, words
+
+from analysis.explorer.live import Explorer
+from analysis.explorer.site import site
+from analysis.metrics.choices import coactivation, transitions
+from analysis.metrics.load import expert_load
+from analysis.metrics.tokens import expert_tokens
+from jobs import explore
+from store import CaptureGroup, open_capture
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS = [words(90, number) for number in range(5)] + ["", words(40, 1), words(40, 1)]
+
+
+@contextmanager
+def serving(explorer: Explorer) -> Iterator[str]:
+    """The address at which an explorer answers while the block runs."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(site(explorer), log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two captures of a fake model; the second lacks shards."""
+    path = tmp_path_factory.mktemp("explore") / "s.zarr"
+    fake_capture(path, TEXTS)
+    fake_capture(path, TEXTS[:3], name="some")
+    for shard in (1, 2):
+        CaptureGroup(path, "some").discard(shard)
+    return path
+
+
+@pytest.fixture(scope="module")
+def explorer(store: Path) -> Explorer:
+    """Both, indexed."""
+    explorer = Explorer(str(store), ["fake", "some"])
+    for name in explorer.indexes:
+        explorer.refresh(name)
+    assert not explorer.problems
+    return explorer
+
+
+@pytest.fixture(scope="module")
+def address(explorer: Explorer) -> Iterator[str]:
+    """Where they are."""
+    with serving(explorer) as address:
+        yield address
+
+
+def asked(url: str) -> tuple[int, dict[str, str], str]:
+    """Status, headers and body of an answer, whatever it is; redirects are followed."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.status, dict(answer.headers), answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, dict(error.headers), error.read().decode()
+
+
+def text_of(page: str) -> str:
+    """What a page says, without its markup."""
+    found: list[str] = []
+    parser = HTMLParser()
+    parser.handle_data = found.append  # type: ignore[method-assign]
+    parser.feed(page)
+    return re.sub(r"\s+", " ", "".join(found))
+
+
+def data_of(page: str) -> dict[str, Any]:
+    """What the page's script draws from."""
+    [text] = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page)
+    data: dict[str, Any] = json.loads(text)
+    return data
+
+
+def test_every_link_leads_somewhere_and_every_answer_has_its_policy(address: str) -> None:
+    to_see, seen = ["/", "/fake/document/0"], set[str]()
+    while to_see and len(seen) < 250:
+        place = to_see.pop(len(seen) * 7 % len(to_see))  # now deep, now wide
+        if place in seen:
+            continue
+        seen.add(place)
+        status, headers, page = asked(address + place)
+        assert status == 200, place
+        assert "default-src 'none'" in headers["content-security-policy"], place
+        assert headers["x-content-type-options"] == "nosniff"
+        links = {link.replace("&amp;", "&").split("#")[0] for link in re.findall(r'(?:href|src)="(/[^"]*)"', page)}
+        to_see += sorted(links - seen)
+    kinds = {re.sub(r"\d+|\?.*", "", place) for place in seen}
+    wanted = {
+        "/",
+        "/fake",
+        "/fake/document/",
+        "/fake/document//export",
+        "/fake/token/",
+        "/fake/expert//",
+        "/fake/place",
+    }
+    assert wanted <= kinds
+
+
+@pytest.mark.parametrize(
+    ("place", "status", "said"),
+    [
+        ("/nothing", 404, "no data set 'nothing': here are fake, some"),
+        ("/fake/document/99", 404, "document 99: fake has documents 0 to 7"),
+        ("/fake/document/0?page=99", 404, "page 99 of document 0: it has pages 1 to"),
+        ("/fake/document/0?page=x", 400, "page=x is no number"),
+        ("/fake/document/0?page=-1", 400, "page=-1 is no number"),
+        ("/fake/token/1000", 404, "the vocabulary of fake has tokens 0 to 999"),
+        ("/fake/token/5?layer=1", 404, "name a layer of 0 to 2 and an expert, or neither"),
+        ("/fake/token/5?layer=7&expert=1", 404, "name a layer of 0 to 2"),
+        ("/fake/token/5?layer=1&expert=8", 404, "expert 8: fake has experts 0 to 7"),
+        ("/fake/token/5?page=999", 404, "page 999: there are pages 1 to"),
+        ("/fake?page=7", 404, "page 7: there are pages 1 to 1"),
+        ("/fake?page=0", 404, "page 0: there are pages 1 to 1"),
+        ("/fake/token/5?page=0", 404, "page 0: there are pages 1 to"),
+        ("/fake/document/0?page=0", 404, "page 0 of document 0: it has pages 1 to"),
+        ("/fake/expert?layer=1", 400, "name a layer and an expert"),
+        ("/state.json", 404, "no data set 'state.json'"),
+        ("/fake/expert/9/1", 404, "fake has experts 0 to 7 at layers 0 to 2"),
+        ("/fake/expert/1/8", 404, "fake has experts 0 to 7"),
+        ("/fake/place?row=9999&position=0", 404, "fake has no token in row 9999"),
+        ("/fake/search?q=", 400, "the search is for nothing"),
+        ("/fake/../../etc/passwd", 404, ""),
+        ("/%2e%2e/%2e%2e/etc/passwd", 404, ""),
+        ("/fake%00", 404, "no data set"),
+        ("/fake/document/0/export/x", 404, ""),
+    ],
+)
+def test_what_cannot_be_shown_is_said_on_a_page(address: str, place: str, status: int, said: str) -> None:
+    found, headers, page = asked(address + place)
+    assert found == status
+    assert said in text_of(page)
+    assert "Traceback" not in page
+    assert "default-src 'none'" in headers["content-security-policy"]
+
+
+def test_a_request_under_a_foreign_name_is_refused(address: str) -> None:
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+    hosts = {"evil.example": 400, "127.0.0.1.evil.example": 400, "127.0.0.1:1": 200, "localhost": 200, "[::1]:80": 200}
+    for host, status in hosts.items():
+        connection.request("GET", "/-/state.json", headers={"Host": host})
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.status == status, host
+    connection.close()
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+def test_nothing_can_be_written(address: str, method: str) -> None:
+    request = urllib.request.Request(address + "/fake", method=method, data=b"x")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    refused.value.close()
+    assert refused.value.code == 405
+
+
+def test_a_page_of_text_holds_the_document_s_routes(address: str, store: Path) -> None:
+    capture = open_capture(store, "fake").load()
+    pieces = capture["piece"].values
+    for document in (0, 3, 6):
+        rows = np.flatnonzero(capture["document_id"].values == document)
+        rows = rows[np.argsort(capture["offset"].values[rows])]
+        for page, row in enumerate(rows, 1):
+            shown = data_of(asked(f"{address}/fake/document/{document}?page={page}")[2])
+            [own] = shown["documents"]
+            length = int(capture["length"].values[row])
+            token = capture["token"].values[row, :length]
+            assert own["ids"] == token.tolist()
+            assert own["texts"] == [str(pieces[number]).replace("▁", " ") for number in token]
+            expert = np.frombuffer(base64.b64decode(own["expert"]), np.uint8).reshape(length, 3, 2)
+            np.testing.assert_array_equal(expert, capture["expert"].values[row, :length])
+            weight = np.frombuffer(base64.b64decode(own["weight"]), "<u2").reshape(length, 3, 2) * own["scale"]
+            np.testing.assert_allclose(weight, capture["weight"].values[row, :length], atol=2e-5)
+
+
+def test_what_is_not_captured_is_shown_without_routes(address: str, store: Path) -> None:
+    capture = open_capture(store, "some", allow_incomplete=True)
+    for row in range(capture.sizes["doc"]):
+        captured = bool(capture["captured"].values[row])
+        page = asked(f"{address}/some/place?row={row}&position=0")[2]
+        expert = np.frombuffer(base64.b64decode(data_of(page)["documents"][0]["expert"]), np.uint8)
+        assert (expert == 255).all() == (not captured)
+        assert (expert == 255).any() == (not captured)
+    assert "some is incomplete: " in json.dumps(json.loads(asked(f"{address}/-/state.json")[2]))
+
+
+def test_an_empty_document_is_a_page_that_says_so(address: str) -> None:
+    status, _, page = asked(f"{address}/fake/document/5")
+    assert status == 200
+    assert "0 tokens" in text_of(page)
+
+
+def test_a_token_s_places_are_as_many_as_its_map_says(address: str, store: Path) -> None:
+    capture = open_capture(store, "fake").load()
+    token, expert = capture["token"].values, capture["expert"].values
+    number = int(np.bincount(token[token > 1]).argmax())
+    at = token == number
+    for layer, e in ((0, 3), (2, 5), (1, 0)):
+        chose = int((expert[at][:, layer] == e).any(axis=1).sum())
+        page = text_of(asked(f"{address}/fake/token/{number}?layer={layer}&expert={e}")[2])
+        assert f"{chose:,} of {at.sum():,} chose expert {e} of layer {layer}" in page
+
+
+def test_an_expert_s_page_says_what_the_metrics_say(address: str, store: Path) -> None:
+    capture = open_capture(store, "fake")
+    share = expert_load(capture)["share"].sel(layer=1, expert=4)
+    top = expert_tokens(capture, layer=1, by="count").sel(expert=4, rank=1)
+    pair = coactivation(capture)["probability"].sel(layer=1, expert=4)
+    partner, moves = int(pair.fillna(0).values.argmax()), transitions(capture)["probability"].sel(layer=1, expert=4)
+    page = text_of(asked(f"{address}/fake/expert/1/4")[2])
+    assert f"fake{float(share):.1%}" in page.replace(" ", "")
+    assert f"{int(top['count']):,} {int(top['tokens']):,} {float(top['share']):.1%}" in page.replace("  ", " ") or (
+        f"{int(top['count']):,}{int(top['tokens']):,}{float(top['share']):.1%}" in page.replace(" ", "")
+    )
+    assert f"{partner}{float(pair.max()):.1%}" in page.replace(" ", "")
+    assert f"{int(moves.values.argmax())}{float(moves.max()):.1%}" in page.replace(" ", "")
+
+
+def test_a_search_finds_tokens_and_documents(address: str) -> None:
+    page = text_of(asked(f"{address}/fake/search?q=document+3")[2])
+    assert "document 3" in page
+    page = text_of(asked(f"{address}/fake/search?q=99")[2])
+    assert "▁99" in page
+    assert "No document's name contains it" in page
+
+
+def test_what_a_running_capture_commits_is_shown_as_it_comes(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    fake_capture(path, TEXTS)
+    commits = path / "fake" / "expert" / "commits"
+    kept = {file: file.read_bytes() for file in sorted(commits.glob("*.json"))[2:]}
+    for file in kept:
+        file.unlink()
+    explorer, stop = Explorer(str(path), ["fake"]), threading.Event()
+    following = threading.Thread(target=explorer.follow, args=(stop,), daemon=True)
+    following.start()
+    try:
+        with serving(explorer) as address:
+
+            def state() -> dict[str, Any]:
+                [found] = json.loads(asked(f"{address}/-/state.json")[2])["sets"]
+                return dict(found)
+
+            until(lambda: state()["indexed"] == 2)
+            before = state()
+            assert before["busy"]
+            for file, data in kept.items():
+                file.write_bytes(data)
+            until(lambda: state()["indexed"] == 2 + len(kept))
+            assert state()["digest"] != before["digest"]
+            assert not state()["busy"]
+            assert state()["note"] == ""
+    finally:
+        stop.set()
+        following.join(20)
+
+
+def until(condition: Any, seconds: float = 60) -> None:
+    """Wait for a condition."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.1)
+
+
+def test_an_index_that_cannot_be_written_is_said_and_texts_are_shown_all_the_same(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    said: list[str] = []
+    explorer = Explorer(str(store), ["fake"], tmp_path / "file", say=said.append)
+    assert explorer.refresh("fake") == 0
+    assert [line for line in said if "give another folder for the index with --index" in line] == said
+    with serving(explorer) as address:
+        assert "The index of fake does not go on: " in asked(f"{address}/-/state.json")[2]
+        assert data_of(asked(f"{address}/fake/document/0")[2])["documents"][0]["ids"]
+        assert "Nothing of it is indexed yet" in text_of(asked(f"{address}/fake")[2])
+        assert asked(f"{address}/fake/expert/0/0")[0] == 503, "not shown as measured zero"
+        assert explorer.refresh("fake") == 0
+    assert len(said) == 1, "said once"
+
+
+def test_a_damaged_shard_is_said_on_the_page_of_its_text(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "s.zarr"
+    shutil.copytree(store, copy)
+    explorer = Explorer(str(copy), ["fake"], tmp_path / "index")
+    shard = copy / "fake" / "expert" / "c" / "0" / "0" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 255
+    shard.write_bytes(data)
+    with serving(explorer) as address:
+        found = [asked(f"{address}/fake/place?row={row}&position=0") for row in range(4)]
+        assert any(status == 500 and "--verify marks what is damaged" in text_of(page) for status, _, page in found)
+        explorer.refresh("fake")
+        assert "--verify marks what is damaged" in explorer.problems["fake"]
+
+
+# The command
+
+
+def test_the_command_prints_its_address_and_ctrl_c_ends_it(store: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "explore.py"), str(store), "--port", "0", "--index", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
+        status, _, page = asked(address)
+        assert status == 200
+        assert "What do the experts do?" in page
+        until(
+            lambda: all(
+                s["indexed"] == s["shards_done"] for s in json.loads(asked(f"{address}-/state.json")[2])["sets"]
+            )
+        )
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 0
+        assert "shards indexed" in said
+        assert "Traceback" not in said
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--export", "page.html"], "--export FILE and --document ID go together"),
+        (["--document", "0"], "--export FILE and --document ID go together"),
+        (["--port", "70000"], "--port 70000: 0 to 65535"),
+        (["--host", "192.0.2.1", "--port", "0"], "cannot listen at 192.0.2.1"),
+        (["--export", "no/such/page.html", "--document", "0"], "its folder must exist"),
+        (["--prot", "1"], "--prot"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_clear_error(
+    command: Any, store: Path, arguments: list[str], said: str
+) -> None:
+    ran = command(f"{store}/fake", *arguments, main=explore.main)
+    assert ran.status == 2
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_a_taken_port_is_named(command: Any, store: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ran = command(store, "--port", port, "--index", tmp_path, main=explore.main)
+    assert ran.status == 2
+    assert f"cannot listen at 127.0.0.1, port {port}" in ran.err
+
+
+def test_documents_are_exported_by_id_or_name_as_one_file(command: Any, store: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    ran = command(f"{store}/fake", "--export", page, "--document", "0", "--document", "document 3", main=explore.main)
+    assert ran.status == 0
+    assert ran.out.strip() == str(page)
+    data = data_of(page.read_text())
+    assert {document["document"] for document in data["documents"]} == {0, 3}
+    capture = open_capture(store, "fake").load()
+    wanted = [capture["length"].values[capture["document_id"].values == number].sum() for number in (0, 3)]
+    assert sum(len(document["ids"]) for document in data["documents"]) == sum(wanted)
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page.read_text()), "nothing is asked for"
+
+
+def test_what_does_not_fit_one_file_is_refused(command: Any, store: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    for module in ("analysis.explorer.one_file", "analysis.explorer.site"):
+        monkeypatch.setattr(f"{module}.MOST_TOKENS", 100)
+    ran = command(
+        f"{store}/fake", "--export", tmp_path / "p.html", "--document", "0", "--document", "1", main=explore.main
+    )
+    assert ran.status == 2
+    assert "2 documents of 180 tokens: one file holds 100 at most" in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_of_more_shards_than_files_may_be_open_is_explored(store: Path, tmp_path: Path) -> None:
+    code = f"import sys; sys.argv[1:] = [{str(store)!r}, '--port', '0', '--index', {str(tmp_path)!r}]"
+    code += "; from jobs import explore; from jobs.console.terminal import run_job; run_job(explore.main)"
+    process = subprocess.Popen(
+        ["bash", "-c", 'ulimit -Sn 40 && exec "$@"', "bash", sys.executable, "-c", code],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        sets = lambda: json.loads(asked(f"{address}-/state.json")[2])["sets"]
+        until(lambda: all(each["indexed"] == each["shards_done"] for each in sets()))
+        assert sum(each["indexed"] for each in sets()) >= 25, "beside which a server needs more than 15"
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert "Too many open files" not in said
+
+
+def test_one_data_set_that_cannot_be_read_leaves_the_others(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "s.zarr"
+    shutil.copytree(store, copy)
+    (copy / "some" / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    explorer = Explorer(str(copy))
+    assert list(explorer.shown) == ["fake"]
+    with serving(explorer) as address:
+        assert "some cannot be shown: " in text_of(asked(f"{address}/")[2])
+    shutil.rmtree(copy / "fake")
+    with pytest.raises(ValueError, match="is no capture that this version reads"):
+        Explorer(str(copy))
+
+
+def test_a_data_set_that_begins_later_is_shown_and_one_that_is_captured_anew_is_another(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    fake_capture(path, TEXTS[:2], name="first")
+    explorer, stop = Explorer(str(path)), threading.Event()
+    following = threading.Thread(target=explorer.follow, args=(stop,), daemon=True)
+    following.start()
+    try:
+        until(lambda: explorer.state("first")["indexed"] > 0)
+        fake_capture(path, TEXTS[:1], name="second")
+        until(lambda: "second" in explorer.shown and not explorer.state("second")["busy"])
+    finally:
+        stop.set()
+        following.join(20)
+    shutil.rmtree(path / "first")
+    fake_capture(path, [words(20, 77)], name="first", layout=fake_layout(vocab_size=1500), identity={"other": 1})
+    explorer.refresh("first")
+    view = explorer.shown["first"].view
+    assert (len(view.texts), view.now.tokens, view.names) == (1500, 20, ["document 0"])
+
+
+def test_an_unexpected_error_does_not_end_the_following(store: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    said: list[str] = []
+    explorer = Explorer(str(store), ["fake"], tmp_path, say=said.append)
+    monkeypatch.setattr(explorer.indexes["fake"], "refresh", lambda **_: 1 / 0)
+    assert explorer.refresh("fake") == 0
+    assert said == ["fake: division by zero"]
+    assert "division by zero" in explorer.state("fake")["note"]
+    monkeypatch.undo()
+    assert explorer.refresh("fake") > 0
+    assert explorer.problems == {}
+
+
+def test_where_tables_have_no_room_tokens_are_counted_in_their_places(
+    store: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    kept = Explorer(str(store), ["fake"], tmp_path)
+    kept.refresh("fake")
+    monkeypatch.setattr("analysis.explorer.view.TABLES_BYTES", 0)
+    bare = Explorer(str(store), ["fake"], tmp_path)
+    one, other = (each.shown["fake"].view for each in (kept, bare))
+    assert (len(one.tables), len(other.tables)) == (3, 0)
+    for token in np.flatnonzero(one.token_counts).tolist():
+        assert one.token(token) == other.token(token)
+    for layer in (0, 1, 2):
+        for by in ("lift", "count"):
+            assert one.top(layer, by).equals(other.top(layer, by))
+    monkeypatch.setattr("analysis.explorer.view.MAPPED", 6 * 3)  # of three occurrences
+    frequent = int(one.token_counts.argmax())
+    found = other.token(frequent)
+    assert (found["of"], found["count"]) == (3, int(one.token_counts[frequent]))
+    assert [sum(each) for each in found["counts"]] == [6, 6, 6]
+
+
+def test_tokens_are_numbered_through_a_document_whatever_stands_before_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    fake_capture(path, [words(20, 1)], bos="row")
+    view = Explorer(str(path)).shown["fake"].view
+    pages = [view.document(0, page + 1) for page in range(len(view.pages_of(0)))]
+    assert [page["offset"] for page in pages] == [0, 8, 16]
+    assert [number for page in pages for number in page["ids"]] == view.whole(0)["ids"]
+
+
+@pytest.mark.parametrize("array", ["token", "expert", "weight"])
+def test_an_object_that_is_gone_is_not_shown_as_text_or_zero(store: Path, tmp_path: Path, array: str) -> None:
+    copy = tmp_path / "s.zarr"
+    shutil.copytree(store, copy)
+    explorer = Explorer(str(copy), ["fake"], tmp_path / "index")
+    shutil.rmtree(copy / "fake" / array / "c")
+    with serving(explorer) as address:
+        status, _, page = asked(f"{address}/fake/document/0")
+    assert status == 500
+    assert "cannot be decoded" in text_of(page)

@@ -1,0 +1,120 @@
+"""What the pages say is what the result files hold."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
+CARD = (ROOT / "workers" / "tiny-mixtral" / "README.md").read_text()
+FOUR_BITS = (ROOT / "docs" / "0005-four-bits.md").read_text()
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def rows(page: str, columns: int) -> list[list[str]]:
+    """Cells of all tables with so many columns, without their heads."""
+    found = [
+        [cell.strip(" *`") for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"
+    ]
+    return [row for row in found if len(row) == columns and re.match(r"[<\d]|two|one", row[-1])]
+
+
+def test_the_card_s_losses_are_those_of_the_result_and_well_under_the_n_grams() -> None:
+    measured = result("tiny.json")["nats_per_token"]
+    told = [row for row in rows(CARD, 5) if row[1][:1].isdigit()]
+    assert [row[0] for row in told] == list(measured)
+    for name, *values in told:
+        wanted = [measured[name][model] for model in list(measured[name])[:4]]
+        assert values == [f"{value:.2f}" for value in wanted]
+        assert wanted[3] < min(wanted[:3]) - 0.15
+        assert wanted[3] < wanted[1] - 0.35  # of all texts, as the model
+
+
+def test_the_card_tells_what_was_trained_on_as_the_script_recorded_it() -> None:
+    record = json.loads((ROOT / "workers" / "tiny-mixtral" / "training.json").read_text())
+    told = [row for row in rows(CARD, 5) if "," in row[3]]
+    assert {
+        name: (int(trained.replace(",", "")), int(held.replace(",", ""))) for name, _, _, trained, held in told
+    } == {name: (text["train_tokens"], text["held_out_tokens"]) for name, text in record["texts"].items()}
+    for text in record["texts"].values():
+        assert text["licence"] in CARD
+    for said in ("seed 87", "2,000 batches", f"{record['seconds']} seconds on one H100"):
+        assert said in " ".join(CARD.split())
+    assert record["steps"] == 2000
+
+
+def test_experts_tell_of_texts_and_tokens_beyond_chance_and_share_the_load() -> None:
+    found = result("tiny.json")
+    assert max(found["expert_and_data_set"]["p"]) <= 0.01
+    assert all(bits > 5 * null for bits, null in zip(*list(found["expert_and_data_set"].values())[1:3], strict=True))
+    texts = {name: told for name, told in found["expert_and_token"].items() if name != "what"}
+    assert len(texts) == 4
+    for told in texts.values():
+        assert all(bits > 10 * null for bits, null in zip(told["bits"], told["by_chance"], strict=True))
+    assert max(found["max_vio"]) < 0.5
+
+
+def test_the_card_s_table_by_layer_is_the_result_s() -> None:
+    found = result("tiny.json")
+    texts = [told["bits"] for name, told in found["expert_and_token"].items() if name != "what"]
+    means = [sum(bits) / len(texts) for bits in zip(*texts, strict=True)]
+    wanted = [found["expert_and_data_set"]["bits"], means, found["max_vio"]]
+    assert [row[1:] for row in rows(CARD, 9)[1:]] == [[f"{value:.2f}" for value in values] for values in wanted]
+
+
+def percent(share: float) -> str:
+    """As the page rounds: two significant digits below ten."""
+    value = 100 * share
+    return "0" if value == 0 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}" if value < 1 else f"{value:.1f}"
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ("float16", "float32 → float16"),
+        ("bfloat16", "float32 → bfloat16"),
+        ("int8, bfloat16", "float32 → int8"),
+        ("NF4, routers as they are, bfloat16** (the default)", "float32 → nf4"),
+        ("the same, computed in float32", "float32 → nf4, float32"),
+        ("NF4, routers too, bfloat16", "float32 → nf4, gates too"),
+        ("FP4, routers as they are, bfloat16", "float32 → fp4"),
+        ("FP4, routers too, float16 (the notebook's)", "float32 → fp4, gates too, float16"),
+    ],
+)
+def test_each_row_of_the_weights_table_is_the_result_s(row: str, pair: str) -> None:
+    found = result("precision.json")["pairs"][pair]
+    [told] = [values for name, *values in rows(FOUR_BITS, 7) if name == row]
+    differ = [1 - same for same in found["same_set"]]
+    first = 1 - sum(found["same_first"]) / 8
+    wanted = [differ[0], differ[3], differ[7], sum(differ) / 8, first, found["differ_somewhere"]]
+    assert told == [percent(round(value, 7)) for value in wanted]
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ("float32: batches of 64 rows → rows alone", "float32: 64 rows → rows alone"),
+        ("NF4, bfloat16: the same", "nf4: 64 rows → rows alone"),
+        ("float32: GPU → CPU", "float32: GPU → CPU"),
+        ("NF4, float32: GPU → CPU", "nf4, float32: GPU → CPU"),
+        ("bfloat16: GPU → CPU", "bfloat16: GPU → CPU"),
+        ("NF4, bfloat16: GPU → CPU", "nf4: GPU → CPU"),
+        ("bfloat16: grouped_mm → batched_mm", "bfloat16: grouped_mm → batched_mm"),
+        ("bfloat16: grouped_mm → eager", "bfloat16: grouped_mm → eager"),
+        ("NF4, bfloat16: sorted (ours) → unfused", "nf4: sorted → unfused"),
+    ],
+)
+def test_each_row_of_the_second_table_is_the_result_s(row: str, pair: str) -> None:
+    found = result("precision.json")["pairs"][pair]
+    [told] = [values for name, *values in rows(FOUR_BITS, 5) if name == row]
+    differ = [1 - same for same in found["same_set"]]
+    tokens = round(found["differ_somewhere"] * found["tokens"])
+    wanted = [percent(round(value, 7)) for value in (differ[0], differ[7], sum(differ) / 8, found["differ_somewhere"])]
+    assert told == (wanted if tokens != 2 else ["0", "0", "0", "two tokens"])
+    assert f"{found['tokens']:,} tokens" in FOUR_BITS

@@ -1,0 +1,537 @@
+"""The report's text: what it says is computed from the data, and nothing in the data can act."""
+
+import html
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import altair as alt
+import numpy as np
+import pytest
+from synthetic import HOSTILE, make_capture
+
+from analysis.charts.paths import MAX_TOKEN_LINKS
+from analysis.report import page as report
+from analysis.report.answers import answer
+from analysis.report.headline import sentences
+from analysis.report.sections.all import SECTIONS
+from analysis.report.sections.contrast import contrast_between
+from analysis.report.sections.contrast import contrasted as contrasted_documents
+from analysis.scan import scan
+from analysis.statistics.resampling import poisson_weights
+from store import Coverage
+from store.plan import Plan
+
+
+def state_of(data, missing=()):
+    """A coverage for a synthetic capture."""
+    tokens = int(data["length"].sum())
+    shards = -(-data.sizes["doc"] // data.attrs["rows_per_shard"])
+    return Coverage(
+        dataset=data.attrs["dataset"],
+        plan=Plan(complete=True, rows=data.sizes["doc"], tokens=tokens, documents=data.sizes["document"]),
+        shards_total=shards,
+        missing=list(missing),
+        wrong={},
+        quarantined={},
+        lost=[],
+        tokens_done=tokens,
+        bytes_done=0,
+        seconds=0.0,
+        sums={},
+        digest="synthetic",
+    )
+
+
+def answers_of(label, **options):
+    """The report's answers about a synthetic capture."""
+    data = make_capture(dataset=label, **options).assign_attrs(model="m", quantization="nf4")
+    return answer(data, state_of(data, options.get("missing", ())), label)
+
+
+def contrasted(missing=(), **captures):
+    """The report's answers about captures that are compared with each other; the last one lacks some shards."""
+    captures = {label: data.assign_attrs(model="m", quantization="nf4") for label, data in captures.items()}
+    documents, last = contrasted_documents(captures), list(captures)[-1]
+    return [
+        answer(
+            data,
+            state_of(data, missing if label == last else ()),
+            label,
+            documents=documents if label in documents else None,
+        )
+        for label, data in captures.items()
+    ]
+
+
+def told(answers):
+    """The page's sentences."""
+    return sentences(answers, contrast_between(answers))
+
+
+def page_of(*answers):
+    """The page about some data sets."""
+    return report.render(report.report_of(answers))
+
+
+def figures_of(page, kind):
+    """The charts of one kind, in the page's order, with their tables by name."""
+    numbers = re.findall(rf'data-kind="{kind}" data-number="(\d+)"', page)
+    return [page_data(page)["figures"][int(number)] for number in numbers]
+
+
+def lines_of(page):
+    """The rows of all line charts, by the names of their files."""
+    names = re.findall(r'data-kind="lines" data-number="\d+" data-name="([^"]*)"', page)
+    return dict(zip(names, (figure["tables"]["points"] for figure in figures_of(page, "lines")), strict=True))
+
+
+def page_data(page):
+    """What the page's script reads, its tables as rows."""
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    data = json.loads(found[1])
+    for figure in data["figures"]:
+        for name, packed in figure["tables"].items():
+            columns = {key: unpacked(values) for key, values in packed.items()}
+            figure["tables"][name] = [
+                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+            ]
+    return data
+
+
+def unpacked(column):
+    """A column as the page's script has it, one value after the other."""
+    if isinstance(column, list):
+        return column
+    if "texts" in column:
+        return [column["texts"][place] for place in unpacked(column["places"])]
+    values = [0]
+    for step, count in column["steps"]:
+        for _ in range(count):
+            values.append(values[-1] + step)
+    return values[1:]
+
+
+def test_the_busiest_expert_named_is_the_one_that_numpy_finds():
+    data = make_capture(seed=3, documents=40, special_token_ids=()).assign_attrs(model="m")
+    answers = answer(data, state_of(data), "a")
+    expert, length = data["expert"].values, data["length"].values
+    filled = np.arange(expert.shape[1]) < length[:, None]
+    counts = np.array([np.bincount(expert[filled][:, at].ravel(), minlength=8) for at in range(expert.shape[2])])
+    layer, busiest = np.unravel_index(counts.argmax(), counts.shape)
+    share = counts[layer, busiest] / counts[layer].sum()
+    sentence, *_ = told([answers])
+    number = int(data["layer"][layer])
+    assert f"busiest expert is {busiest} at layer {number}, with {share:.1%}" in sentence
+    assert f"{int(filled.sum()):,} tokens" in sentence
+
+
+def planted(data, layer, expert, share):
+    """A copy in which that share of the tokens reaches that expert, as their second choice where it was neither."""
+    routes = data["expert"].compute().copy()
+    pair = routes.sel(layer=layer).values
+    lacks = (np.random.default_rng(1).random(pair.shape[:2]) < share) & (pair != expert).all(-1) & (pair[..., 0] < 255)
+    pair[lacks, 1] = expert
+    routes.loc[{"layer": layer}] = pair
+    return data.assign(expert=routes.chunk(data["expert"].chunksizes))
+
+
+def test_a_planted_specialist_is_named_with_its_shares_and_swapping_the_data_sets_swaps_what_is_said():
+    one, other = (make_capture(seed=seed, documents=120, layers=(0, 4, 9), strength=0) for seed in (1, 2))
+    other = planted(other, layer=4, expert=6, share=0.5)
+    said = told(contrasted(one=one, other=other))
+    assert len(said) == 3
+    assert "other: " in said[1]
+    assert "Its specialist is expert 6 at layer 4: 6" in said[1]
+    numbers = re.search(r"(\d+)% of them reach it, and (\d+)% in .* \((\d+) to (\d+) points apart", said[1])
+    reach, usual, low, high = map(int, numbers.groups())
+    assert low < reach - usual < high
+    assert reach == pytest.approx(100 * (1 / 4 + 0.5 * 3 / 4), abs=3)
+    assert "25% would be even" in said[1]
+    assert "busiest expert is 6 at layer 4 on other" in said[2]
+    assert told(contrasted(other=other, one=one)) == [said[1], said[0], said[2]]
+
+
+def test_of_uniform_routes_no_more_than_chance_is_said():
+    finds = 0
+    for seed in range(0, 24, 2):
+        pair = {name: make_capture(seed=seed + at, documents=60, strength=0) for at, name in enumerate("ab")}
+        said = told(contrasted(**pair))
+        assert len(said) == 3  # and nothing of tokens
+        beyond = ["beyond chance (smallest q over the layers" in sentence for sentence in said[:2]]
+        assert beyond[0] == beyond[1]
+        assert not beyond[0] or "999 shuffles of documents" in said[0]
+        finds += not all(beyond)
+    assert finds <= 2  # of twelve, where one in twenty is expected
+
+
+def test_a_token_that_has_an_expert_of_its_own_is_told_as_numpy_counts_it():
+    data = make_capture(seed=5, documents=120, strength=0, special_token_ids=())
+    token = data["token"].values
+    routes = data["expert"].compute().copy()
+    routes.values[token == 7, 1] = [5, 2]  # always, at the second layer
+    data = data.assign(expert=routes.chunk(data["expert"].chunksizes)).assign_attrs(model="m")
+    *_, sentence = told([answer(data, state_of(data), "a")])
+    pair = routes.values[:, :, 1][token >= 0]
+    expert = int(re.search(r"go to expert (\d)", sentence)[1])
+    assert expert in (2, 5)
+    share = (pair == expert).any(-1).mean()
+    assert f"at layer 1, 100% of the {(token == 7).sum():,} " in sentence
+    assert f"gets {share:.0%} of all tokens" in sentence
+
+
+def test_data_sets_of_different_models_are_not_contrasted():
+    one, other = (make_capture(seed=seed, documents=20, strength=0) for seed in (1, 2))
+    assert contrasted_documents({"one": one.assign_attrs(model="m"), "other": other.assign_attrs(model="n")}) == {}
+    assert len(told([answers_of("one", seed=1, strength=0), answers_of("other", strength=0)])) == 2
+
+
+def test_an_incomplete_capture_says_so_and_which_shards_are_missing():
+    page = page_of(answers_of("part", documents=30, missing=(1,)))
+    assert "Incomplete." in page
+    assert "missing shards: 1" in page
+    assert "Incomplete." not in page_of(answers_of("whole"))
+
+
+def test_a_capture_without_a_token_is_reported_as_such():
+    answers = answers_of("none", documents=4, missing=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9))
+    assert told([answers]) == ["none: no token is captured yet."]
+    assert "no token is captured yet" in page_of(answers)
+
+
+def test_hostile_pieces_stay_inside_the_data_and_come_back_whole():
+    pieces = [*HOSTILE, *(f"w{index}" for index in range(40 - len(HOSTILE)))]
+    answers = answers_of("<b>label</b>", documents=60, pieces=pieces, vocabulary=40)
+    page = page_of(answers)
+    assert "<b>label</b>" not in page
+    assert "&lt;b&gt;label&lt;/b&gt;" in page
+    assert page.count("</script>") == 3  # the data's own and the two scripts'
+    assert "\u2028" not in page
+    assert "\u202e" not in page
+    shown = {row["piece"] for row in figures_of(page, "tokens")[0]["tables"]["tokens"]}
+    assert shown & set(HOSTILE)
+
+
+def test_each_chart_holds_what_the_metrics_say():
+    answers = answers_of("a", documents=40, layers=(1, 3, 4))
+    page = page_of(answers)
+    cells = figures_of(page, "load")[0]["tables"]["cells"]
+    assert len(cells) == 3 * 8
+    for row in cells:
+        share = float(answers["load"]["share"].sel(layer=row["layer"], expert=row["expert"]))
+        assert row["share"] == pytest.approx(100 * share, rel=1e-3)
+        assert row["low"] <= row["share"] <= row["high"]
+
+
+def test_the_policy_allows_the_page_s_own_scripts_only():
+    page = page_of(answers_of("a"))
+    policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1])
+    assert "default-src 'none'" in policy
+    assert "unsafe-eval" not in policy
+    assert len(re.findall("sha256-", policy)) == 2
+    assert "script-src 'sha256-" in policy
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # two minutes on a busy machine
+@pytest.mark.parametrize(("layers", "experts", "k", "sets"), [(32, 8, 2, 4), (48, 128, 8, 2)])
+def test_pages_of_large_models_stay_under_three_megabytes(layers, experts, k, sets):
+    shape = {"layers": range(layers), "num_experts": experts, "experts_per_token": k, "documents": 30}
+    captures = {}
+    for seed in range(sets):
+        data = make_capture(seed=seed, rows_per_shard=64, **shape)
+        often = np.tile(np.arange(data.sizes["doc"]), 8)  # so that links are sure, and lists are full
+        captures[str(seed)] = data.isel(doc=often).chunk({"doc": 64})
+    answers = contrasted(**captures)
+    page = page_of(*answers)
+    assert len(page.encode()) < 3_000_000
+    [figure] = figures_of(page, "paths")
+    assert len(figure["options"]) == sets * 17
+    links = Counter(row["way"] for row in figure["tables"]["links"])
+    assert sum(links.values()) > sets * (MAX_TOKEN_LINKS * 16 + 500) / 2  # the pictures are not empty
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    output = tmp_path / "report.html"
+    output.write_text("old")
+    monkeypatch.setattr(report, "dataset_names", lambda path: ["a"])
+    monkeypatch.setattr(report, "open_covered", lambda path, state: make_capture())
+    monkeypatch.setattr(report, "coverage", lambda path, name: state_of(make_capture()))
+    monkeypatch.setattr(report, "measure", lambda path, name, reducers, **_: scan(make_capture(), reducers))
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        report.write_report([tmp_path / "s.zarr"], output)
+    assert output.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_what_is_no_store_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no store at .*nothing\.zarr \(no such folder\)"):
+        report.write_report([tmp_path / "nothing.zarr"], tmp_path / "report.html")
+
+
+def test_many_experts_are_reported_with_shorter_windows_and_fewer_layers_of_tokens():
+    answers = answers_of("many", layers=range(12), num_experts=128, experts_per_token=4, documents=20)
+    assert answers["windows"].sizes["step"] == 2  # 128**3 windows at ten layers would not fit an exact count
+    assert answers["tokens"]["layer"].values.tolist() == [0, 4, 7, 11]
+    page = page_of(answers)
+    assert "at 4 of 12 layers" in page
+    assert len(page.encode()) < 3_000_000
+
+
+def test_the_layers_of_every_data_set_can_be_chosen():
+    page = page_of(answers_of("low", layers=(0, 1)), answers_of("high", layers=(3, 4)))
+    assert re.findall(r"<option>(\d+)</option>", page) == ["0", "1", "3", "4"]
+
+
+def test_a_model_with_one_layer_of_experts_has_a_page_without_windows():
+    answers = answers_of("one", layers=(5,), documents=30)
+    assert answers.get("windows") is None
+    assert "Most frequent windows" not in page_of(answers)
+
+
+def test_every_chart_is_written_for_papers_and_names_cannot_leave_the_folder(tmp_path):
+    captures = {"../../evil": make_capture(seed=1, documents=40), "plain": make_capture(seed=2, documents=40)}
+    answers = contrasted(**captures)
+    written = report.write_figures(report.report_of(answers), tmp_path / "in" / "figures")
+    assert sorted(written) == sorted((tmp_path / "in" / "figures").iterdir())
+    assert len({path.stem for path in written}) == len(written) / 3
+    begins = {".svg": b"<svg", ".pdf": b"%PDF", ".png": b"\x89PNG"}
+    for path in written:
+        assert path.read_bytes().startswith(begins[path.suffix])
+    names = [path.stem for path in written if path.suffix == ".svg"]
+    assert [name for name in names if "tokens-plain" in name] == [
+        f"07-tokens-plain-layer-{layer}" for layer in (0, 1, 2)
+    ]
+    assert [name[3:] for name in names[:4]] == ["words", "data-sets", "neighbours", "effective-experts"]
+    texts = [(tmp_path / "in" / "figures" / f"07-tokens-plain-layer-{layer}.svg").read_text() for layer in (0, 2)]
+    assert texts[0] != texts[1]
+    assert all('fill="white"' in text for text in texts), "a ground that is no hole in a paper's page"
+    assert "Neighbours: share with the same first expert" in (tmp_path / "in/figures/02-neighbours.svg").read_text()
+
+
+def test_lines_hold_what_the_metrics_say_and_their_nulls():
+    answers = contrasted(a=make_capture(seed=1, documents=40), b=make_capture(seed=2, documents=40))
+    lines = lines_of(page_of(*answers))
+    apart = contrast_between(answers)
+    by_name = {each.label: each for each in answers}
+    for row in lines["words"]:
+        of = by_name[row["data_set"]]["words"].sel(layer=row["layer"])
+        assert (row["value"], row["by_chance"]) == pytest.approx(
+            (of["specialization"].item(), of["null"].item()), rel=1e-3
+        )
+    for row in lines["data-sets"]:
+        of = apart.sel(layer=row["layer"])
+        wanted = [of[f"divergence_{name}"].item() for name in ("corrected", "low", "high")]
+        assert [row[name] for name in ("value", "low", "high")] == pytest.approx(wanted, rel=1e-3)
+    for chart, result, name, at in (
+        ("neighbours", "repetition", "first_repeated", {"replicate": 0, "lag": 1}),
+        ("first-weight", "weights", "mean_first", {"replicate": 0}),
+        ("margin", "weights", "mean_margin", {"replicate": 0}),
+        ("position", "position", "mutual_information", {}),
+    ):
+        for row in lines[chart]:
+            of = by_name[row["data_set"]][result][name].sel(layer=row["layer"], **at)
+            assert row["value"] == pytest.approx(of.item(), rel=1e-3)
+    for row in lines["effective-experts"]:
+        load = by_name[row["data_set"]]["load"]["share"].sel(layer=row["layer"]).values
+        assert row["value"] == pytest.approx(2 ** -(load * np.log2(load)).sum(), rel=1e-3)
+    for row in lines["caching"]:
+        of = by_name[row["data_set"]]["caches"].sel(policy=row["policy"], cache_size=row["cache_size"])
+        assert row["hit_rate"] == pytest.approx(100 * of["hit_rate"].mean().item(), rel=1e-3)
+
+
+def test_each_chart_tells_its_definition_and_source():
+    page = page_of(answers_of("a", documents=40))
+    told = [html.unescape(text) for text in re.findall(r"Definition and source</summary><p>(.*?)</p>", page)]
+    assert len(told) == len(page_data(page)["figures"])
+    for text in told:
+        assert text.startswith("Definition: ")
+        assert re.search(r"Interval: (95 %, |none)", text)
+    assert sum("Source: " in text for text in told) > len(told) / 2
+
+
+def test_data_sets_that_differ_are_contrasted_cell_by_cell():
+    other = planted(make_capture(seed=2, documents=120, strength=0), layer=1, expert=6, share=0.5)
+    answers = contrasted(one=make_capture(seed=1, documents=120, strength=0), other=other)
+    page, apart = page_of(*answers), contrast_between(answers)
+    for label, figure in zip(("one", "other"), figures_of(page, "domains"), strict=True):
+        rows = figure["tables"]["cells"]
+        for row in rows:
+            cell = apart.sel(data_set=label, layer=row["layer"], expert=row["expert"])
+            assert row["difference"] == pytest.approx(100 * cell["difference"].item(), rel=1e-3)
+            assert row["q"] == pytest.approx(cell["difference_q"].item(), rel=1e-3)
+        sure = [(row["layer"], row["expert"]) for row in rows if row["q"] <= 0.05]
+        assert (1, 6) in sure
+        assert sum(layer != 1 for layer, _ in sure) <= 1  # one in twenty may be chance
+
+
+def pairs_of(data, lag):
+    """Of each row, whether its pairs of tokens at that distance share an expert, and the first one: (pair, layer)."""
+    data = data.compute()
+    expert, length, token = (data[name].values for name in ("expert", "length", "token"))
+    for row in range(len(length)):
+        both = [
+            p
+            for p in range(length[row] - lag)
+            if not {int(token[row, p]), int(token[row, p + lag])} & set(data.attrs["special_token_ids"])
+        ]
+        one, other = expert[row, both], expert[row, [p + lag for p in both]]
+        yield (one[..., :, None] == other[..., None, :]).any((2, 3)), one[..., 0] == other[..., 0]
+
+
+def test_repetition_by_lag_has_its_nulls_and_the_band_of_resampled_documents():
+    data = make_capture(seed=4, documents=60, layers=(0, 3)).assign_attrs(model="m")
+    answers = answer(data, state_of(data), "a")
+    page = page_of(answers)
+    lines, heat = lines_of(page), figures_of(page, "repetition")[0]["tables"]["cells"]
+    times = poisson_weights(data["document_id"].values, 199)  # (replicate, row)
+    first = answers["load"]["count"].isel(k=0).values / answers["load"].attrs["n"]
+    for at, lag in enumerate((1, 2, 4, 8)):
+        of_rows = [(shared.sum(0), same.sum(0), len(shared)) for shared, same in pairs_of(data, lag)]
+        pairs = np.array([count for _, _, count in of_rows])
+        for which, chart in enumerate(("shared-by-lag", "first-by-lag")):
+            found = np.array([row[which] for row in of_rows])
+            drawn = (times @ found) / (times @ pairs)[:, None]  # (replicate, layer)
+            row = lines[chart][at]
+            assert (row["lag"], row["n"]) == (lag, pairs.sum())
+            assert row["value"] == pytest.approx(drawn[0].mean(), rel=1e-3)
+            band = np.quantile(drawn[1:].mean(1), [0.025, 0.975])
+            assert [row["low"], row["high"]] == pytest.approx(band.tolist(), rel=1e-3)
+            if which:
+                assert row["by_chance"] == pytest.approx((first**2).sum(1).mean(), rel=1e-3)
+                continue
+            for layer in range(2):
+                [cell] = [c for c in heat if (c["layer"], c["lag"]) == ((0, 3)[layer], lag)]
+                assert cell["share"] == pytest.approx(100 * drawn[0, layer], rel=1e-3)
+                band = 100 * np.quantile(drawn[1:, layer], [0.025, 0.975])
+                assert [cell["low"], cell["high"]] == pytest.approx(band.tolist(), rel=1e-3)
+                assert cell["pairs"] == pairs.sum()
+    nulls = [figure["tables"].get("null") for figure in figures_of(page, "lines")]
+    assert [{"null": 13 / 28}] in nulls
+    assert [{"null": 1 / 8}] in nulls
+
+
+def test_bands_of_load_and_effective_experts_are_those_of_resampled_documents():
+    data = make_capture(seed=4, documents=60, layers=(0, 3)).assign_attrs(model="m")
+    page = page_of(answer(data, state_of(data), "a"))
+    expert, token = data["expert"].values, data["token"].values
+    counted = (token >= 0) & (token != 1)  # 1 is special
+    chosen = [expert[row, counted[row]] for row in range(len(token))]
+    of_rows = np.array([[np.bincount(row[:, at].ravel(), minlength=8) for at in range(2)] for row in chosen])
+    times = poisson_weights(data["document_id"].values, 999)
+    count = np.einsum("rd,dle->rle", times, of_rows)
+    share = count / count.sum(-1, keepdims=True)
+    for cell in figures_of(page, "load")[0]["tables"]["cells"]:
+        drawn = 100 * share[:, (0, 3).index(cell["layer"]), cell["expert"]]
+        assert cell["share"] == pytest.approx(drawn[0], rel=1e-3)
+        assert [cell["low"], cell["high"]] == pytest.approx(np.quantile(drawn[1:], [0.025, 0.975]).tolist(), rel=1e-3)
+    effective = np.prod(share**-share, axis=-1)
+    for row, drawn in zip(lines_of(page)["effective-experts"], effective.T, strict=True):
+        band = np.quantile(drawn[1:], [0.025, 0.975]) - (drawn[1:].mean() - drawn[0])
+        assert [row["value"], row["low"], row["high"]] == pytest.approx([drawn[0], *band], rel=1e-3)
+        assert row["low"] < row["value"] < row["high"]
+
+
+def test_the_path_of_a_listed_token_is_what_a_loop_counts():
+    answers = contrasted(
+        a=make_capture(seed=1, documents=150, layers=(0, 4, 9)), b=make_capture(seed=2, documents=150, layers=(0, 4, 9))
+    )
+    [figure] = figures_of(page_of(*answers), "paths")
+    assert figure["by"] == "way"
+    data = make_capture(seed=2, documents=150, layers=(0, 4, 9)).compute()
+    listed = [int(key) for key, choice in figure["options"].items() if choice["row"]["data_set"] == "b"]
+    assert figure["options"][str(listed[0])]["row"]["token"] == "all tokens"
+    assert len(listed) == 1 + 16
+    pieces = data["piece"].values.tolist()
+    for way in listed:
+        name = figure["options"][str(way)]["row"]["token"]
+        token = data["token"].values
+        mine = (token >= 0) & (token != 1) if name == "all tokens" else token == pieces.index(name)
+        first = data["expert"].values[..., 0][mine]
+        assert f"n = {len(first):,} " in figure["options"][str(way)]["subtitle"][0]
+        rows = [row for row in figure["tables"]["links"] if row["way"] == way]
+        assert rows
+        for row in rows:
+            at = (0, 4, 9).index(row["layer"])
+            assert row["next_layer"] == (0, 4, 9)[at + 1]
+            here = first[:, at] == row["expert"]
+            moved = here & (first[:, at + 1] == row["next_expert"])
+            assert row["tokens"] == moved.sum()
+            assert row["share"] == pytest.approx(100 * moved.sum() / here.sum(), rel=1e-3)
+            assert row["times_chance"] == pytest.approx(8 * moved.sum() / here.sum(), rel=1e-3)
+        for row in figure["tables"]["circles"]:
+            if row["way"] == way:
+                share = (first[:, (0, 4, 9).index(row["layer"])] == row["expert"]).mean()
+                assert row["first"] == pytest.approx(100 * share, rel=1e-3)
+
+
+def test_a_token_s_links_are_few_where_its_choices_are_even():
+    answers = answers_of("even", documents=300, strength=0, layers=range(8))
+    [figure] = figures_of(page_of(answers), "paths")
+    assert len(figure["options"]) == 17
+    assert len(figure["tables"]["links"]) <= 17 * 7 * 64 / 2**10  # what luck gives at most, on average
+
+
+def test_models_of_other_shapes_have_pictures_and_nulls_of_their_own():
+    answers = [answers_of("small", layers=(0, 1)), answers_of("large", layers=(0, 1), num_experts=16)]
+    page = page_of(*answers)
+    small, large = figures_of(page, "paths")
+    assert {choice["row"]["data_set"] for choice in small["options"].values()} == {"small"}
+    assert {choice["row"]["data_set"] for choice in large["options"].values()} == {"large"}
+    for row in lines_of(page)["neighbours"]:
+        assert row["by_chance"] == {"small": 1 / 8, "large": 1 / 16}[row["data_set"]]
+    for row in lines_of(page)["effective-experts"]:
+        assert row["by_chance"] == {"small": 8, "large": 16}[row["data_set"]]
+
+
+def test_load_by_position_is_drawn_against_the_expert_s_own_mean():
+    answers = answers_of("a", documents=60)
+    rows = lines_of(page_of(answers))["position-a"]
+    assert [row["start"] for row in rows[:5]] == [0, 1, 2, 4, 8]
+    assert len({row["expert"] for row in rows}) == 6
+    for row in rows:
+        layer, expert = map(int, re.fullmatch(r"layer (\d+), expert (\d+)", row["expert"]).groups())
+        count = answers["position"]["count"].sel(layer=layer)
+        usual = count.sel(expert=expert).sum() / count.sum()
+        here = count.sel(start=row["start"])
+        assert row["value"] == pytest.approx(float(here.sel(expert=expert) / here.sum() / usual), rel=1e-3)
+        assert row["n"] == int(here.sum()) / 2
+
+
+def test_a_choice_shows_its_own_rows_and_says_so_under_the_title():
+    figure = next(one for one in report.report_of([answers_of("a", documents=90)]).figures if one.kind == "paths")
+    all_rows = figure.spec["datasets"]["links"]
+    for choice in figure.options:
+        shown = figure.shown(choice)
+        wanted = [{k: v for k, v in row.items() if k != "way"} for row in all_rows if row["way"] == choice.value]
+        assert shown["datasets"]["links"] == wanted
+        assert shown["title"]["subtitle"] == choice.subtitle
+    assert figure.shown(None) == figure.spec
+
+
+def test_a_page_and_its_figures_are_made_of_one_drawing(tmp_path, monkeypatch):
+    made = []
+    for name in ("Drawn", "contrast_between", "answer"):
+        whole = getattr(report, name)
+        monkeypatch.setattr(report, name, lambda *a, n=name, f=whole, **k: made.append(n) or f(*a, **k))
+    data = make_capture(documents=20)
+    monkeypatch.setattr(report, "dataset_names", lambda path: ["a"])
+    monkeypatch.setattr(report, "open_covered", lambda path, state: data)
+    monkeypatch.setattr(report, "coverage", lambda path, name: state_of(data))
+    monkeypatch.setattr(report, "measure", lambda path, name, reducers, **_: scan(data, reducers))
+    monkeypatch.setattr(report, "FORMS", {"svg": report.FORMS["svg"]})
+    drawn = report.write_report([tmp_path], tmp_path / "report.html")
+    assert report.write_figures(drawn, tmp_path / "figures")
+    assert made == ["answer", "contrast_between", *["Drawn"] * len(SECTIONS)]
+
+
+def test_every_chart_is_valid_vega_lite_and_packed_tables_come_back_whole():
+    answers = contrasted(a=make_capture(seed=1, documents=60), b=make_capture(seed=2, documents=60))
+    figures = report.report_of(answers).figures
+    packed = page_data(page_of(*answers))["figures"]
+    for figure, page in zip(figures, packed, strict=True):
+        chart = alt.Chart.from_dict({**figure.spec, "datasets": {}})  # checks the schema
+        assert chart.to_dict()["title"]["text"]
+        assert page["tables"] == json.loads(json.dumps(figure.spec["datasets"]))

@@ -1,0 +1,352 @@
+"""The report as people see it: in a real headless Chromium, offline, on a desk and on a phone."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from synthetic import HOSTILE, make_capture
+from test_report import contrasted
+
+from analysis.report import page as report
+
+pytestmark = pytest.mark.browser
+CHROMIUM = shutil.which("chromium")
+QUIET = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+MARKS = {
+    "load": "cells", "domains": "cells", "repetition": "cells", "paths": "links", "tokens": "tokens", "lines": "points",
+}  # fmt: skip
+KINDS = [
+    *["lines"] * 4,
+    *(kind for kind in ("load", "tokens", "domains") for _ in range(2)),
+    "paths",
+    *["lines"] * 2,
+    *["repetition"] * 2,
+    *["lines"] * 6,  # confidence, position, caching
+]
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    """A report of two data sets with hostile tokens, names and shards missing."""
+    pieces = [*HOSTILE, *(f"w{index}" for index in range(60 - len(HOSTILE)))]
+    common = {"documents": 80, "pieces": pieces, "vocabulary": 60, "layers": (0, 1, 2, 3)}
+    captures = {
+        "<img src=x onerror=alert(9)>": make_capture(seed=1, **common),
+        "plain": make_capture(seed=2, missing=(2,), **common),
+    }
+    return report.report_of(contrasted(missing=(2,), **captures))
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory, drawing):
+    """Its page."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(report.render(drawing), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium; without it the tests are skipped, unless they were asked for."""
+    if CHROMIUM is None:
+        assert os.environ.get("REQUIRE_BROWSER") != "1", "REQUIRE_BROWSER=1, and there is no chromium on the path"
+        pytest.skip("no chromium on the path; REQUIRE_BROWSER=1 makes this a failure")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, page_file, request):
+    """The page, drawn, and everything that it said, asked for or popped up."""
+    options = getattr(request, "param", {})
+    context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+    page = context.new_page()
+    heard = {"console": [], "requests": [], "dialogs": []}
+    page.on("console", lambda message: heard["console"].append((message.type, message.text)))
+    page.on("pageerror", lambda error: heard["console"].append(("error", str(error))))
+    page.on("request", lambda asked: heard["requests"].append(asked.url))
+    page.on("dialog", lambda dialog: (heard["dialogs"].append(dialog.message), dialog.dismiss()))
+    page.goto(page_file.as_uri())
+    page.wait_for_selector("body[data-drawn]", timeout=30_000)
+    yield page, heard
+    context.close()
+
+
+def until(page, condition):
+    """Wait for a condition; Playwright's own way needs `eval`, which the page's policy refuses."""
+    for _ in range(100):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never came true: {condition}")
+
+
+def table_of(figure):
+    """The open table of a chart: its head, and its rows, as they are read."""
+    return figure.evaluate(
+        "figure => [...figure.querySelectorAll('.numbers tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+    )
+
+
+def open_table(figure):
+    """Open a chart's table, if it is not."""
+    if not figure.evaluate("figure => figure.querySelector('.numbers').open"):
+        figure.query_selector(".numbers summary").click()
+        figure.wait_for_selector("tbody tr")
+
+
+def figures(page):
+    """Every chart: its kind, the marks drawn, and the rows of its table."""
+    for figure in page.query_selector_all("figure[data-kind]"):
+        kind = figure.get_attribute("data-kind")
+        open_table(figure)
+        marks = figure.evaluate(f"figure => figure.querySelectorAll('.{MARKS[kind]}_marks > *').length")
+        yield kind, marks, len(table_of(figure)) - 1
+
+
+def saved(page, figure, form):
+    """The name and the bytes of what a button saves."""
+    with page.expect_download() as download:
+        figure.query_selector(f"[data-save={form}]").click()
+    return download.value.suggested_filename, Path(download.value.path()).read_bytes()
+
+
+def drawn_links(page):
+    """Whether each link of the picture of paths is lit."""
+    links = "[...document.querySelectorAll('figure[data-kind=paths] .links_marks > *')]"
+    return page.evaluate(f"{links}.map((link) => link.getAttribute('opacity') !== '0.02')")
+
+
+def test_it_is_silent_and_asks_no_host_for_anything(opened, page_file):
+    page, heard = opened
+    list(figures(page))
+    page.mouse.move(400, 700)
+    assert heard == {"console": [], "requests": [page_file.as_uri()], "dialogs": []}
+
+
+def test_each_chart_holds_as_many_marks_as_its_table_has_rows(opened):
+    page, _ = opened
+    counted = list(figures(page))
+    assert [kind for kind, _, _ in counted] == KINDS
+    for kind, marks, rows in counted:
+        assert marks == rows > 0, kind
+    assert [rows for kind, _, rows in counted if kind == "load"] == [32, 32]
+
+
+def test_each_chart_is_saved_as_the_numbers_of_its_table(opened):
+    page, heard = opened
+    names = set()
+    for number, kind in enumerate(KINDS):
+        figure = page.query_selector(f"figure[data-number='{number}']")
+        name, data = saved(page, figure, "csv")
+        names.add(name)
+        assert name.endswith(".csv")
+        assert kind == "lines" or name.startswith(f"{kind}-")
+        assert not set("<>/ ") & set(name)
+        rows = list(csv.reader(data.decode().splitlines()))
+        open_table(figure)
+        head, *shown = table_of(figure)
+        assert rows[0] == [cell.replace(" ", "_") for cell in head]
+        assert [[cell.lstrip("'") for cell in row] for row in rows[1:]] == [
+            ["" if cell == "–" else cell.lstrip("'") for cell in row] for row in shown
+        ]
+    assert len(names) == len(KINDS)
+    assert heard["console"] == []
+
+
+@pytest.mark.parametrize("kind", sorted(MARKS))
+def test_a_chart_is_saved_as_a_picture(opened, kind):
+    page, heard = opened
+    figure = page.query_selector(f"figure[data-kind={kind}]")
+    for form, begins in (("svg", b"<svg"), ("png", b"\x89PNG")):
+        name, data = saved(page, figure, form)
+        assert name.endswith(f".{form}")
+        assert data.startswith(begins)
+    assert heard["console"] == []
+
+
+def test_hovering_an_expert_leaves_its_own_links(opened, drawing):
+    page, heard = opened
+    figure = page.query_selector("figure[data-kind=paths]")
+    [paths] = [one for one in drawing.figures if one.kind == "paths"]
+    links, circles = paths.shown(paths.options[0])["datasets"].values()
+    own = max(circles, key=lambda row: row["first"])
+    figure.query_selector_all(".experts_marks > *")[circles.index(own)].hover()
+    ends = [{(row["layer"], row["expert"]), (row["next_layer"], row["next_expert"])} for row in links]
+    lit = [(own["layer"], own["expert"]) in both for both in ends]
+    assert {True, False} == set(lit)
+    for _ in range(100):
+        if drawn_links(page) == lit:
+            break
+        page.wait_for_timeout(50)
+    assert drawn_links(page) == lit
+    page.mouse.move(5, 5)
+    until(page, "document.querySelectorAll('figure[data-kind=paths] .links_marks > [opacity=\"0.02\"]').length === 0")
+    assert heard["console"] == []
+
+
+def test_choosing_a_data_set_and_a_token_draws_its_own_path(opened, drawing):
+    page, heard = opened
+    [paths] = [one for one in drawing.figures if one.kind == "paths"]
+    figure = page.query_selector("figure[data-kind=paths]")
+    caption = "document.querySelector('figure[data-kind=paths] figcaption').textContent"
+    open_table(figure)
+    figure.query_selector("[data-choose=group]").select_option("plain")
+    until(page, f"{caption} === 'plain: all tokens'")
+    listed = [choice for choice in paths.options if choice.group == "plain"]
+    options = figure.query_selector_all("[data-choose=value] option")
+    assert [one.text_content() for one in options] == [choice.label for choice in listed]
+    assert len(listed) == 17
+    for choice in (listed[9], listed[0], listed[16]):
+        figure.query_selector("[data-choose=value]").select_option(str(choice.value))
+        until(page, f"{caption} === {json.dumps(choice.caption)}")
+        shown = paths.shown(choice)["datasets"]["links"]
+        head, *rows = table_of(figure)
+        assert head == ["data set", "token", *(name.replace("_", " ") for name in shown[0])]
+        told = [[*map(str, choice.row.values()), *(f"{value:g}" for value in row.values())] for row in shown]
+        assert rows == told
+        assert len(drawn_links(page)) == len(shown)
+        assert choice.subtitle[0] in page.evaluate(
+            "document.querySelector('figure[data-kind=paths] .role-title-subtitle').textContent"
+        )
+    name, data = saved(page, figure, "csv")
+    assert name.startswith("paths-plain-")
+    assert len(data.decode().splitlines()) == len(rows) + 1
+    assert heard == {"console": [], "dialogs": [], "requests": heard["requests"][:1]}
+
+
+def test_typing_narrows_the_tokens_and_enter_draws_the_first(opened, drawing):
+    page, _ = opened
+    [paths] = [one for one in drawing.figures if one.kind == "paths"]
+    figure = page.query_selector("figure[data-kind=paths]")
+    field, tokens = (figure.query_selector(f"[data-choose={part}]") for part in ("typed", "value"))
+    field.focus()
+    page.keyboard.type("SCRIPT")
+    left = [one.text_content() for one in tokens.query_selector_all("option")]
+    own = [choice for choice in paths.options if choice.group == paths.options[0].group]
+    assert left == ["all tokens", *(c.label for c in own[1:] if "script" in c.label.lower())]
+    assert len(left) > 1
+    page.keyboard.press("Enter")
+    [wanted] = [choice for choice in own if choice.label == left[1]]
+    caption = "document.querySelector('figure[data-kind=paths] figcaption').textContent"
+    until(page, f"{caption} === {json.dumps(wanted.caption)}")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowUp")
+    until(page, f"{caption}.endsWith(': all tokens')")
+    assert page.evaluate("document.activeElement.dataset.choose") == "value", "drawing does not take the focus away"
+
+
+@pytest.mark.parametrize("opened", [{"color_scheme": "dark"}], indirect=True)
+def test_what_is_chosen_stays_when_light_and_dark_change(opened, drawing):
+    page, heard = opened
+    figure = page.query_selector("figure[data-kind=paths]")
+    [paths] = [one for one in drawing.figures if one.kind == "paths"]
+    figure.query_selector("[data-choose=value]").select_option("3")
+    links = len(paths.shown(paths.options[3])["datasets"]["links"])
+    until(page, f"document.querySelectorAll('figure[data-kind=paths] .links_marks > *').length === {links}")
+    title = "getComputedStyle(document.querySelector('figure[data-kind=paths] .role-title-text text')).fill"
+    before = page.evaluate(title)
+    page.emulate_media(color_scheme="light")
+    until(page, f"{title} !== {before!r}")
+    assert len(drawn_links(page)) == links
+    assert heard["console"] == []
+
+
+def test_no_cell_of_a_saved_table_is_a_formula(opened):
+    page, _ = opened
+    figure = page.query_selector("figure[data-kind=tokens]")
+    with page.expect_download() as saved:
+        figure.query_selector("[data-save=csv]").click()
+    cells = [cell for row in csv.reader(Path(saved.value.path()).read_text().splitlines()) for cell in row]
+    assert any(cell.startswith("'") for cell in cells)
+    assert not [cell for cell in cells if cell[:1] in ("=", "+", "@") or (cell[:1] == "-" and not cell[1:2].isdigit())]
+
+
+def test_choosing_a_layer_changes_charts_and_tables_alike(opened, drawing):
+    page, _ = opened
+    list(figures(page))
+    page.select_option("#layer", "3")
+    until(page, "document.querySelectorAll('figure[data-kind=tokens] tbody tr')[0].cells[0].textContent === '3'")
+    until(
+        page, "document.querySelectorAll('figure[data-kind=tokens]')[1].querySelector('tbody td').textContent === '3'"
+    )
+    for kind, marks, rows in figures(page):
+        assert marks == rows, kind
+    for figure, one in zip(
+        page.query_selector_all("figure[data-kind=tokens]"),
+        [one for one in drawing.figures if one.kind == "tokens"],
+        strict=True,
+    ):
+        [choice] = [choice for choice in one.options if choice.value == 3]
+        wanted = one.shown(choice)["datasets"]["tokens"]
+        pieces = [row[3] for row in table_of(figure)[1:]]
+        assert pieces == [row["piece"] for row in wanted]
+        assert figure.evaluate("f => [...f.querySelectorAll('.tokens_marks text')].length") == len(wanted)
+
+
+def test_hostile_text_is_shown_and_does_nothing(opened):
+    page, heard = opened
+    page.wait_for_timeout(200)
+    assert page.query_selector("main img, header img") is None
+    assert page.evaluate("document.querySelectorAll('script').length") == 3
+    assert "<img src=x onerror=alert(9)>" in page.inner_text("header")
+    assert "missing shards: 2" in page.inner_text(".warning")
+    assert heard["dialogs"] == []
+
+
+@pytest.mark.parametrize("opened", [{"viewport": {"width": 390, "height": 844}}], indirect=True)
+def test_a_phone_needs_no_sideways_scrolling_and_shows_whole_titles(opened):
+    page, _ = opened
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    cut = """[...document.querySelectorAll('.role-title text')].filter((text) =>
+        text.getBoundingClientRect().right > text.closest('svg').getBoundingClientRect().right + 1)"""
+    assert page.evaluate(f"{cut}.map((text) => text.textContent)") == []
+
+
+@pytest.mark.parametrize(
+    "opened", [{"color_scheme": scheme, "bypass_csp": True} for scheme in ("light", "dark")], indirect=True
+)
+def test_axe_finds_nothing_that_keeps_somebody_out(opened):
+    page, _ = opened
+    found = Axe().run(page).response
+    assert len(found["passes"]) > 30
+    assert [(fault["id"], fault["nodes"][0]["html"]) for fault in found["violations"]] == []
+
+
+def test_on_paper_nothing_is_left_to_click(opened):
+    page, _ = opened
+    page.emulate_media(media="print")
+    assert not [one for one in page.query_selector_all(".save button, select, input") if one.is_visible()]
+    assert all(chart.is_visible() for chart in page.query_selector_all(".chart"))
+
+
+@pytest.mark.parametrize("opened", [{"color_scheme": "dark"}], indirect=True)
+def test_dark_is_dark_and_follows_the_reader(opened):
+    page, heard = opened
+    ground = "getComputedStyle(document.body).backgroundColor"
+    title = "getComputedStyle(document.querySelector('.role-title-text text')).fill"
+    dark = page.evaluate(ground), page.evaluate(title)
+    page.emulate_media(color_scheme="light")
+    until(page, f"{title} !== {dark[1]!r}")
+    assert page.evaluate(ground) != dark[0]
+    assert heard["console"] == []
+
+
+def test_the_layer_and_every_table_are_reached_by_keyboard(opened):
+    page, _ = opened
+    reached = set()
+    for _ in range(90):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("((e) => e.id || e.dataset.choose || e.tagName)(document.activeElement)"))
+    assert {"layer", "SUMMARY", "BUTTON", "group", "typed", "value"} <= reached

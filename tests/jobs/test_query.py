@@ -1,0 +1,283 @@
+"""The command that asks a store one question: its answers against a scan, and what it says when it cannot answer."""
+
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import Ran
+from fake_model import BOS_ID, fake_capture, fake_layout, word_id, words
+from rich.console import Console
+from synthetic import HOSTILE, make_capture
+
+from analysis.exports.parquet import SCHEMAS
+from analysis.metrics.paths import document_path
+from analysis.metrics.tokens import expert_tokens, token_experts
+from jobs import query
+from jobs.console import tables as screen
+from jobs.console.query_rows import document_answer, expert_color
+from store import CaptureGroup, open_capture
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [words(40, 0), words(30, 1), "", words(20, 2)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data sets a, of ten shards, with BOS, and b; leave it as you find it."""
+    path = tmp_path_factory.mktemp("query") / "s.zarr"
+    fake_capture(path, TEXTS, "a", bos="row")
+    fake_capture(path, TEXTS[:1], "b")
+    return path
+
+
+@pytest.fixture
+def ask(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs `jobs/query.py` as its script does, but in this process."""
+
+    def run(*arguments: object, place: str = "s.zarr/a") -> Ran:
+        monkeypatch.chdir(store.parent)
+        monkeypatch.setattr(sys, "argv", ["query", place, *map(str, arguments)])
+        monkeypatch.setattr("jobs.console.terminal.catch_sigterm", lambda: None)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            query.run_job(query.main)
+        captured = capsys.readouterr()
+        return Ran(status=int(ended.value.code or 0), out=captured.out, err=captured.err)
+
+    return run
+
+
+def cells(out: str) -> list[list[str]]:
+    """The rows of all tables that were printed."""
+    return [re.split(" {2,}", line.strip()) for line in out.splitlines() if re.match(r" *\d+  ", line)]
+
+
+# --- Answers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_s_experts_are_those_of_a_scan(store: Path, ask: Callable[..., Ran]) -> None:
+    token = word_id(TEXTS[0].split()[0])
+    table = token_experts(open_capture(store, "a")).sel(token_id=token)
+    for named in (["--token", f"▁{token}"], ["--token_id", token]):
+        for layers in ([0, 1, 2], [2], [2, 0]):
+            options = [] if len(layers) == 3 else [word for layer in layers for word in ("--layer", layer)]
+            done = ask(*named, *options)
+            assert (done.status, done.err) == (0, "")
+            assert f"▁{token} (id {token}) in a: {int(table['tokens'])} occurrences" in done.out
+            wanted = []
+            for layer in layers:
+                at = table.sel(layer=layer)
+                for expert in sorted(range(8), key=lambda e: (-int(at["count"][e]), e)):
+                    if int(at["count"][expert]):
+                        share, lift = float(at["share"][expert]), float(at["lift"][expert])
+                        count = int(at["count"][expert])
+                        wanted.append([f"{layer}", f"{expert}", f"{count}", f"{share:.4f}", f"{lift:.2f}"])
+            assert cells(done.out) == wanted
+
+
+def test_a_token_that_does_not_occur_is_an_answer(ask: Callable[..., Ran]) -> None:
+    absent = next(number for number in range(2, 1000) if number not in {word_id(w) for w in " ".join(TEXTS).split()})
+    done = ask("--token_id", absent)
+    assert (done.status, cells(done.out)) == (0, [])
+    assert ": 0 occurrences" in done.out
+
+
+def test_an_expert_s_tokens_are_those_of_a_scan(store: Path, ask: Callable[..., Ran]) -> None:
+    capture = open_capture(store, "a")
+    for options, top, least in (([], 20, 1), (["--top", 3, "--min_count", 2], 3, 2)):
+        done = ask("--expert", "2:5", *options)
+        assert (done.status, done.err) == (0, "")
+        wanted = []
+        for by in ("count", "lift"):
+            found = expert_tokens(capture, 2, by=by, top=top, min_count=least).sel(expert=5)  # type: ignore[arg-type]
+            for row in (found.isel(rank=index) for index in range(found.sizes["rank"])):
+                if int(row["token_id"]) >= 0:
+                    about = [f"{int(row['rank'])}", str(row["piece"].values), *(f"{int(row['token_id'])}",)]
+                    counts = [f"{int(row[name])}" for name in ("count", "tokens")]
+                    wanted.append([*about, *counts, f"{float(row['share']):.4f}", f"{float(row['lift']):.2f}"])
+        assert cells(done.out) == wanted
+        assert ("tokens that occur less than 2 times are left out" in done.out) == (least == 2)
+
+
+def drawn(out: str) -> list[list[str]]:
+    """Position, piece and choices of each line of paths."""
+    return [line.split() for line in out.splitlines() if re.match(r" *\d+ ", line)]
+
+
+def test_a_document_s_path_has_every_token_and_layer(store: Path, ask: Callable[..., Ran]) -> None:
+    capture = open_capture(store, "a")
+    for named, layers in ((0, [0, 1, 2]), ("document 1", [0, 1, 2]), (3, [2])):
+        options = ["--layer", 2] if layers == [2] else []
+        done = ask("--document", named, *options)
+        assert (done.status, done.err) == (0, "")
+        assert "\x1b" not in done.out
+        path = document_path(capture, named).sel(layer=layers)
+        assert f"document {path.attrs['document']}, document {path.attrs['document']}, in a:" in done.out
+        assert drawn(done.out) == [
+            [f"{position}", piece, *(",".join(map(str, choices)) for choices in routes)]
+            for position, piece, routes in zip(
+                path["position"].values.tolist(), path["piece"].values, path["expert"].values.tolist(), strict=True
+            )
+        ]
+        assert path.attrs["n"] == len(TEXTS[path.attrs["document"]].split()), "without BOS"
+    both = ask("--document", 0, "--document", 1)
+    assert len(drawn(both.out)) == 70
+    empty = ask("--document", 2)
+    assert (empty.status, drawn(empty.out)) == (0, [])
+    assert "in a: 0 tokens" in empty.out
+
+
+def test_a_terminal_gets_colours_and_layers_in_turns_and_digits_all_the_same() -> None:
+    capture = make_capture(layers=range(32), num_experts=12, experts_per_token=2, documents=3, pieces=["界" * 30] * 40)
+    number = int(np.argmax([document_path(capture, document).attrs["n"] for document in range(3)]))
+    path = document_path(capture, number)
+    for width, color in ((80, "truecolor"), (300, "truecolor"), (80, None)):
+        shown = io.StringIO()
+        system: Any = color
+        console = Console(file=shown, width=width, force_terminal=True, color_system=system)
+        document_answer(capture, number, list(range(32))).draw(console)
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue())
+        lines = plain.splitlines()
+        lines = lines[next(index for index, line in enumerate(lines) if line.startswith("layer")) :]
+        assert max(len(line) + line.count("界") for line in lines) <= width
+        turns = [line.split()[1:] for line in lines if line.startswith("layer")]
+        assert [layer for turn in turns for layer in turn if layer != "piece"] == [str(layer) for layer in range(32)]
+        assert (len(turns) > 1) == (width == 80)
+        tokens = path.sizes["position"]
+        for index in range(tokens):
+            rows = [re.findall(r"( \d|\d\d),( \d|\d\d)", line) for line in lines if not line.startswith("layer")]
+            found = [[int(e) for e in pair] for row in rows[index::tokens] for pair in row]
+            assert found == path["expert"].values[index].tolist()
+        if color:
+            first = int(path["expert"].values[0, 0, 0])
+            red, green, blue = map(int, re.findall(r"\d+", expert_color(first, 12)))
+            assert f"48;2;{red};{green};{blue}m{first:>2}" in shown.getvalue()
+    assert len({expert_color(expert, 12) for expert in range(12)}) == 12
+
+
+def test_what_a_text_holds_commands_no_terminal() -> None:
+    hostile = [*HOSTILE, "\x1b]0;title\x07", "\r\n", "\x9b31m", "[bold red]x[/]"]
+    capture = make_capture(pieces=hostile, names=[*hostile[-4:], *hostile[:5]], vocabulary=len(hostile))
+    shown = io.StringIO()
+    console = Console(file=shown, width=160)
+    for document in range(9):
+        document_answer(capture, document, [0]).draw(console)
+    out = shown.getvalue()
+    assert all(c.isprintable() or c == "\n" for c in out)
+    assert "[bold red]x[/]" in out
+    assert screen.shown("\ud800") == r"\ud800"
+    assert r"\u202eevil" in out
+
+
+def test_an_incomplete_capture_is_asked_as_far_as_it_goes(tmp_path: Path, ask: Callable[..., Ran]) -> None:
+    path = tmp_path / "part.zarr"
+    fake_capture(path, [words(40, 0)], "c", layout=fake_layout())
+    CaptureGroup(path, "c").discard(0)
+    for question in (["--document", 0], ["--expert", "0:0"], ["--parquet", tmp_path / "out"]):
+        done = ask(*question, place=str(path))
+        assert done.status == 0
+        assert "note: c: 1 of 2 shards are committed; missing shards: 0" in done.err
+    drawn_part = ask("--document", 0, place=str(path))
+    assert "8 tokens, 32 not captured yet" in drawn_part.out
+    assert len(drawn(drawn_part.out)) == 8
+
+
+def test_parquet_writes_all_data_sets_or_one_and_routes_of_documents(tmp_path: Path, ask: Callable[..., Ran]) -> None:
+    done = ask("--parquet", tmp_path / "all", "--document", "document 0", place="s.zarr")
+    assert (done.status, done.out, done.err) == (0, f"{tmp_path / 'all'}\n", "")
+    for table in SCHEMAS:
+        read = pq.read_table(tmp_path / "all" / f"{table}.parquet")
+        assert read["data_set"].unique().to_pylist() == ["a", "b"]
+    one = ask("--parquet", tmp_path / "one", place="s.zarr/b/")
+    assert one.status == 0
+    assert pq.read_table(tmp_path / "one" / "load.parquet")["data_set"].unique().to_pylist() == ["b"]
+    assert pq.read_table(tmp_path / "one" / "routes.parquet").num_rows == 0
+    missing = ask("--parquet", tmp_path / "none", "--document", 3, place="s.zarr")
+    assert missing.status == 2
+    assert "error: b: document 3: the capture has documents 0 to 0" in missing.err
+    assert list((tmp_path / "none").iterdir()) == []
+
+
+# --- What cannot be answered --------------------------------------------------------------------------------------
+
+MISTAKES: list[tuple[list[str], str]] = [
+    ([], "ask one of --token, --token_id, --expert, --document or --parquet; got none"),
+    (["--token", "▁2", "--expert", "0:1"], "or --parquet; got --token and --expert"),
+    (["--token", "▁2", "--document", "0"], "got --token and --document"),
+    (["--token", "▁2", "--token_id", "2"], "got --token and --token_id"),
+    (["--parquet", "x", "--expert", "0:1"], "got --expert and --parquet"),
+    (["--expert", "0:1", "--layer", "0"], "--layer goes with --token, --token_id, --document, not with --expert"),
+    (["--document", "0", "--top", "3"], "--top goes with --expert, not with --document"),
+    (["--token", "▁2", "--min_count", "3"], "--min_count goes with --expert, not with --token"),
+    (["--expert", "15"], "--expert '15' is no LAYER:EXPERT, such as 15:3"),
+    (["--expert", "1:-1"], "--expert '1:-1' is no LAYER:EXPERT"),
+    (["--expert", "9:1"], "layers [9] were not captured; a has [0, 1, 2]"),
+    (["--expert", "1:8"], "--expert 1:8: a layer has experts 0 to 7"),
+    (["--expert", "1:1", "--top", "0"], "top=0, min_count=1: both must be at least 1"),
+    (["--token", "▁2", "--layer", "9"], "layers [9] were not captured; a has [0, 1, 2]"),
+    (["--document", "0", "--layer", "9"], "layers [9] were not captured; a has [0, 1, 2]"),
+    (["--document", "4"], "document 4: the capture has documents 0 to 3"),
+    (["--document", "-1"], "no document has the name '-1'; give the id of one, 0 to 3"),
+    (["--document", "none"], "no document has the name 'none'; give the id of one, 0 to 3"),
+    (["--token", "17"], "no token has the piece 17; near it, with their ids: ▁17 (17)"),
+    (["--token", "\x1b[31m%"], r"no token has the piece \x1b[31m%; near it, with their ids: "),
+    (["--token", "%!%"], "no token has the piece %!%; near it, with their ids: none"),
+    (["--token_id", "1000"], "--token_id 1000: the vocabulary has tokens 0 to 999"),
+    (["--token_id", "-1"], "--token_id -1: the vocabulary has tokens 0 to 999"),
+    (["--token_id", str(BOS_ID)], f"token {BOS_ID}, ▁{BOS_ID}, is a special one: they are not counted"),
+    (["--parquet", "s3://bucket/tables"], "--parquet s3://bucket/tables: give a folder of this machine"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), MISTAKES)
+def test_what_cannot_be_answered_is_one_line_and_status_2(
+    arguments: list[str], told: str, ask: Callable[..., Ran]
+) -> None:
+    joined = [f"{a}={b}" for a, b in zip(arguments[::2], arguments[1::2], strict=True)]  # -1 is no option
+    done = ask(*joined)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith("error: ")
+    assert told in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("none.zarr", "no store at none.zarr (no such folder)"),
+        ("s.zarr", "s.zarr holds a, b: say which, as s.zarr/a"),
+        ("s.zarr/", "s.zarr/ holds a, b: say which, as s.zarr/a"),
+        ("s.zarr/c", "no data set 'c' in s.zarr; it holds: a, b"),
+        ("./s.zarr/c/", "no data set 'c' in ./s.zarr; it holds: a, b"),
+        (".", "no store at . (it has no zarr.json)"),
+    ],
+)
+def test_a_place_that_is_no_capture_is_told(place: str, told: str, ask: Callable[..., Ran]) -> None:
+    done = ask("--expert", "0:1", place=place)
+    assert (done.status, done.out) == (2, "")
+    assert done.err == f"error: {told}\n"
+
+
+def test_a_piece_of_several_tokens_is_asked_for_by_id() -> None:
+    capture = make_capture(pieces=["same", "<s>", "same", *(f"▁w{number}" for number in range(37))])
+    with pytest.raises(ValueError, match=r"tokens \[0, 2\] all have the piece same: give one as --token_id"):
+        query._token(capture, "same", None)
+    with pytest.raises(ValueError, match=r"near it, with their ids: ▁w5 \(8\), "):
+        query._token(capture, "W5", None)
+
+
+def test_it_runs_as_a_script_and_a_typo_names_the_flag(store: Path) -> None:
+    script = [sys.executable, str(ROOT / "jobs" / "query.py")]
+    done = subprocess.run([*script, str(store / "a"), "--document", "0"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(drawn(done.stdout)) == 40
+    typo = subprocess.run([*script, str(store), "--tokne", "x"], capture_output=True, text=True, check=False)
+    assert typo.returncode == 2
+    assert "--token " in (typo.stdout + typo.stderr)

@@ -1,0 +1,316 @@
+"""Captures on several nodes that break in every way: what ends, how, and with which bytes.
+
+The nodes are those of `ray_nodes`, the model and its faults those of `faulty_model`. A fault is put where a shard is
+begun, and waited for: nothing here depends on how fast anything is, but for the time that it takes.
+"""
+
+import getpass
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from fake_model import fake_capture, store_files
+from faulty_model import LOAD, TOKENS_A_SHARD, Attempt, Script, numbered_texts
+from ray.exceptions import RayActorError
+from ray_nodes import Nodes, ray_nodes
+
+from jobs.cluster.ray_workers import lost_with_node
+from store import coverage
+
+HERE = Path(__file__).parents[1]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # on a busy machine
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """Three nodes with a GPU each."""
+    with ray_nodes(3, HERE) as nodes:
+        yield nodes
+
+
+class Job:
+    """A driver that captures into a folder.
+
+    Parameters
+    ----------
+    options
+        Of `cluster_driver.py`.
+    """
+
+    def __init__(self, nodes: Nodes, folder: Path, *, shards: int = 8, seconds: float = 0.05, **options: Any) -> None:
+        self.store = folder / "routes.zarr"
+        self.script, self.log = Script(folder / "script"), folder / "log"
+        given = {"store": str(self.store), "script": str(self.script.folder), "device": "cuda", **options}
+        arguments = json.dumps({**given, "shards": shards, "seconds": seconds})
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "error", str(HERE / "cluster_driver.py"), arguments],
+                stdout=log, stderr=log, cwd=folder, env=nodes.environment,
+            )  # fmt: skip
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def status(self) -> int:
+        """Its exit status, once it has ended."""
+        try:
+            return self.process.wait(120)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the job does not end:\n{self.said}") from None
+
+    @property
+    def said(self) -> str:
+        """What it has printed."""
+        return self.log.read_text()
+
+    def attempts(self, what: object) -> list[Attempt]:
+        """Attempts at a shard, by this job and earlier ones."""
+        return [attempt for attempt in self.script.attempts() if attempt.what == str(what)]
+
+    def begun(self, shard: int) -> Attempt:
+        """The first attempt at a shard, once there is one."""
+        self.until(lambda: bool(self.attempts(shard)), f"shard {shard} is begun")
+        return self.attempts(shard)[0]
+
+    def until(self, happened: Callable[[], bool], what: str) -> None:
+        """Wait while it runs."""
+
+        def ended_or_happened() -> bool:
+            assert self.process.poll() is None, f"it ended before {what}:\n{self.said}"
+            return happened()
+
+        try:
+            wait_until(ended_or_happened, what)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}:\n{self.said}") from None
+
+
+def wait_until(happened: Callable[[], bool], what: str) -> None:
+    """Wait for two minutes at most."""
+    end = time.monotonic() + 120
+    while not happened():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within two minutes: {what}")
+        time.sleep(0.02)
+
+
+def comparable(store: Path) -> dict[str, Any]:
+    """Every whole file of a store; of commits what does not depend on who wrote them and how quickly."""
+    files: dict[str, Any] = {key: data for key, data in store_files(store).items() if "/partial/" not in key}
+    for key in [key for key in files if "/commits/" in key]:
+        record = json.loads(files[key])
+        files[key] = {name: value for name, value in record.items() if name not in ("seconds", "worker")}
+    return files
+
+
+def quiet(folder: Path, shards: int) -> dict[str, Any]:
+    """The files of the same capture by `--local`, with an engine that knows no fault."""
+    store = folder / "quiet.zarr"
+    assert fake_capture(store, numbered_texts(shards), batch_tokens=TOKENS_A_SHARD).complete
+    return comparable(store)
+
+
+@pytest.mark.parametrize(
+    ("detail", "preempted", "with_its_node"),
+    [
+        ("The actor died because its node has died. Node Id: 1", False, True),
+        ("Worker exits unexpectedly by a signal. Exit code: 1. The process receives a SIGTERM.", False, True),
+        ("The actor is dead because its node is being drained", True, True),
+        ("Worker unexpectedly exits with a connection error code 2. End of file.", False, False),
+    ],
+)
+def test_a_machine_that_is_taken_back_is_told_from_a_process_that_crashed(
+    detail: str, preempted: bool, with_its_node: bool
+) -> None:
+    assert lost_with_node(RayActorError(error_msg=detail, preempted=preempted)) == with_its_node
+
+
+def test_one_run_through_a_killed_actor_a_lost_node_a_poison_shard_and_a_killed_driver(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    shards, once, poison, killed, lost, last = 64, 3, 9, 20, 33, (50, 56)
+    script = Script(tmp_path / "script")
+    script.write(once, "raise")
+    script.write(poison, *["die"] * 99)
+    for shard in (killed, lost, *last):
+        script.write(shard, "hold")
+    with Job(nodes, tmp_path, shards=shards) as job:
+        os.kill(job.begun(killed).process, signal.SIGKILL)
+        script.write(killed)
+        nodes.lose(job.begun(lost).raylet)
+        script.write(lost, "raise", "raise")  # with a strike for the node that was lost it would be given up
+        raylet = nodes.add()
+        job.until(lambda: any(one.raylet == raylet for one in script.attempts()), "the new node has a worker")
+        for shard in last:
+            job.begun(shard)
+        job.until(lambda: f"shard {poison} is given up" in job.said, "the poison shard is given up")
+        assert "was lost with its node" in job.said
+        job.process.kill()
+    for shard in last:
+        script.write(shard)
+
+    with Job(nodes, tmp_path, shards=shards) as job:
+        assert job.status() == 3, "only what is in quarantine is missing"
+    state = coverage(job.store, "fake")
+    assert (state.shards_total, state.missing) == (shards, [poison])
+    record = state.quarantined[poison]
+    assert record["documents"] == [f"document {poison}"]
+    assert len(record["errors"]) == 3
+    assert all("the worker crashed" in error for error in record["errors"])
+    assert job.said.splitlines()[-1].startswith(f"{state}, ")
+    times = Counter(int(one.what) for one in script.attempts() if one.what != LOAD)
+    assert times.pop(poison) == 3
+    again = {shard: count - 1 for shard, count in times.items() if count > 1}
+    assert again.keys() >= {once, killed, lost, *last}
+    # Two units are in flight on a worker: that of the killed process, that of the lost node, the three of the killed
+    # driver; beside the poison shard is one when it first kills; and three errors were raised.
+    assert sum(again.values()) <= 2 + 2 + 6 + 1 + 3
+
+    script.write(poison)
+    with Job(nodes, tmp_path, shards=shards, retry_quarantined=True) as job:
+        assert job.status() == 0
+    assert len(job.attempts(poison)) == 4
+    assert sum(len(job.attempts(shard)) for shard in range(shards)) == times.total() + 4, "nothing else was tried"
+    assert comparable(job.store) == quiet(tmp_path, shards)
+
+
+@pytest.mark.parametrize(("workers", "failing_loads"), [(1, 2), (3, 0)])
+def test_any_number_of_workers_leaves_the_bytes_of_local_also_when_a_model_fails_to_load_twice(
+    nodes: Nodes, tmp_path: Path, workers: int, failing_loads: int
+) -> None:
+    script = Script(tmp_path / "script")
+    script.write(LOAD, *["raise"] * failing_loads)
+    held = range(2 * workers)  # a worker takes two shards, so that each begins one of these
+    for shard in held:
+        script.write(shard, "hold")
+    with Job(nodes, tmp_path, workers=workers, shards=24) as job:
+        job.until(lambda: sum(one.what != LOAD for one in script.attempts()) == workers, "every worker has begun")
+        for shard in held:
+            script.write(shard)
+        assert job.status() == 0
+    attempts = [job.attempts(shard) for shard in range(24)]
+    again = [shard for shard in range(24) if len(attempts[shard]) > 1]
+    assert len(again) <= (workers - 1) * 2, "at the tail, what waits behind another shard is given to an idle worker"
+    assert not again or again[0] >= 24 - 2 * workers
+    assert len({one.process for tried in attempts for one in tried}) == workers
+    assert len(job.attempts(LOAD)) == workers + failing_loads
+    assert comparable(job.store) == quiet(tmp_path, 24)
+
+
+def test_storage_that_fails_gives_no_strike_and_what_hangs_or_loses_its_device_is_replaced(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    full, stopped, lost = 1, 6, 12
+    script = Script(tmp_path / "script")
+    script.write(full, "storage", "raise", "raise")
+    script.write(stopped, "raise", "hold")  # what has failed before is given to no second worker
+    script.write(lost, "device")
+    with Job(nodes, tmp_path, shards=16, stall_minutes=0.05) as job:
+        job.until(lambda: len(job.attempts(stopped)) == 2, "it is tried again")
+        hung = job.attempts(stopped)[1].process
+        os.kill(hung, signal.SIGSTOP)
+        script.write(stopped)
+        assert job.status() == 0
+    assert "is replaced: OSError: [Errno 28] No space left on device" in job.said
+    assert "is replaced: it routed no token for 3 s" in job.said
+    assert "is replaced: DeviceLost: the device is gone" in job.said
+    expected = {full: 4, stopped: 3, lost: 2}
+    assert {shard: len(job.attempts(shard)) for shard in expected} == expected
+    wait_until(lambda: not psutil.pid_exists(hung), "the process that hung is gone")
+    assert comparable(job.store) == quiet(tmp_path, 16)
+
+
+def test_a_worker_that_hangs_at_the_tail_holds_nobody_up(nodes: Nodes, tmp_path: Path) -> None:
+    script = Script(tmp_path / "script")
+    script.write(5, "hold")
+    with Job(nodes, tmp_path, shards=16) as job:  # its time-out is ten minutes
+        hung = job.begun(5).process
+        os.kill(hung, signal.SIGSTOP)
+        script.write(5)
+        started = time.monotonic()
+        assert job.status() == 0
+        assert time.monotonic() - started < 100, "shards take a twentieth of a second"
+    assert len(job.attempts(5)) == 2
+    assert len({one.process for one in job.attempts(5)}) == 2
+    wait_until(lambda: not psutil.pid_exists(hung), "the process that hung is gone")
+    assert comparable(job.store) == quiet(tmp_path, 16)
+
+
+def test_a_store_that_no_node_sees_ends_the_job_with_the_reason_and_one_that_sees_it_is_enough(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    private = "/proc/self/cwd/routes.zarr"  # as with a folder that is not shared, each node finds its own
+    with Job(nodes, tmp_path, store=private, workers=1) as job:
+        assert job.status() == 1
+    assert job.said.splitlines()[-1].startswith("error: 3 workers in a row could not work, the last one: Misplaced: ")
+    assert "Traceback" not in job.said
+    refusal = f"{socket.gethostname()} does not see the store {private} that the driver writes"
+    assert f"{refusal} (it has no such capture): put the store where all nodes see it" in job.said
+    assert job.attempts(LOAD) == [], "refused before a model is loaded"
+    seeing = nodes.add(tmp_path)
+    try:
+        with Job(nodes, tmp_path, store=private, workers=4) as job:
+            assert job.status() == 0
+    finally:
+        nodes.lose(seeing)
+    assert refusal in job.said
+    assert {one.raylet for one in job.script.attempts()} == {seeing}
+    assert comparable(job.store) == quiet(tmp_path, 8)
+
+
+def test_a_job_without_a_gpu_says_so_and_waits_until_there_is_one(nodes: Nodes, tmp_path: Path) -> None:
+    script, second, held = Script(tmp_path / "script"), tmp_path / "second", range(6)
+    second.mkdir()
+    for shard in held:
+        script.write(shard, "hold")
+    with Job(nodes, tmp_path, shards=12) as first:
+        at_work = lambda: {one.process for shard in held for one in first.attempts(shard)}
+        first.until(lambda: len(at_work()) == 3, "its workers have all GPUs")
+        with Job(nodes, second, placeless_s=2) as other:
+            other.until(lambda: "no worker has a place: each needs 1 GPUs" in other.said, "it says that it waits")
+            assert "the cluster has 3 GPUs" in other.said
+            assert other.attempts(LOAD) == []
+            for shard in held:
+                script.write(shard)
+            assert (first.status(), other.status()) == (0, 0)
+    assert coverage(other.store, "fake").complete
+
+
+def test_at_the_tail_idle_workers_are_let_go_and_the_lease_keeps_a_second_job_out_until_it_is_taken_over(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    script = Script(tmp_path / "script")
+    script.write(7, "hold")
+    with Job(nodes, tmp_path) as job:
+        job.begun(7)
+        job.until(lambda: len(job.attempts(7)) == 2, "a second worker tries the shard that does not end")
+        job.until(lambda: nodes.free_gpus() == 1, "the third one's GPU is free")
+        second = tmp_path / "second"
+        second.mkdir()
+        with Job(nodes, second, store=str(job.store)) as other:
+            assert other.status() == 1
+        holder = f"process {job.process.pid} of {getpass.getuser()} on {socket.gethostname()} since "
+        assert other.said.startswith(f"error: {job.store}/fake is being captured by {holder}")
+        assert len(other.said.splitlines()) == 1
+        record = job.store / "fake/token/lease.json"
+        record.write_text(json.dumps({**json.loads(record.read_text()), "token": "of another job"}))
+        assert job.status() == 1
+    assert job.said.splitlines()[-1].startswith(f"error: {job.store}/fake was taken over by another job")
+    assert json.loads(record.read_text())["token"] == "of another job"
+    assert coverage(job.store, "fake").missing == [7]
+    wait_until(lambda: nodes.free_gpus() == 3, "the job's last worker is gone")

@@ -1,0 +1,139 @@
+"""What only a GPU can show: memory that runs out, a device that is lost, numbers that are not finite there.
+
+`REQUIRE_GPU=1 pytest tests/workers/test_gpu.py tests/workers/test_kernels.py`; the card needs 16 GB.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gpu_driver import options
+from ray_head import ray_head
+
+from store import CaptureGroup, Layout, coverage
+from store.plan import Plan, Rows
+from workers.shard import RoutingError, capture_shard
+
+HERE = Path(__file__).parents[1]
+ROOT = HERE.parent
+GIB = 2**30
+POSITIONS, ROWS = 2048, 64
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu"), pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Any]:
+    """Two layers of Mixtral 8x7B's full width, random, in NF4."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(HERE / "benchmarks")
+        from full_size import as_loaded, full_size_model
+
+    from workers.engine import ModelEngine
+
+    yield ModelEngine(as_loaded(full_size_model(2)))
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> CaptureGroup:
+    """One shard of 64 full rows."""
+    layout = Layout(
+        sequence_length=POSITIONS,
+        rows_per_shard=ROWS,
+        layers=(0, 1),
+        num_experts=8,
+        experts_per_token=2,
+        vocab_size=32_000,
+    )
+    group = CaptureGroup.create(tmp_path / "s.zarr", "random", layout=layout, identity={}, attrs={}, pieces=["a"])
+    number = np.arange(ROWS)
+    token = np.random.default_rng(0).integers(0, 32_000, (ROWS, POSITIONS), dtype=np.int32)
+    length = np.full(ROWS, POSITIONS, np.int32)
+    rows = Rows(token=token, length=length, document_id=number, offset=np.zeros(ROWS, np.int32))
+    plan = Plan(complete=True, rows=ROWS, tokens=token.size, documents=ROWS)
+    group.publish(rows, [str(row) for row in number], plan)
+    return group
+
+
+def test_a_shard_that_does_not_fit_is_rerun_in_halves_and_its_commit_says_so(engine: Any, group: CaptureGroup) -> None:
+    *wanted, facts = capture_shard(group, 0, group.read_rows(0), engine, batch_tokens=32_768)()
+    assert facts["halvings"] == 0
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 4.5 * GIB) / total)
+    try:
+        rows = group.read_rows(0)
+        *found, facts = capture_shard(group, 0, rows, engine, batch_tokens=131_072)()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert facts["halvings"] == 2
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+    group.commit(0, *found, rows=rows, facts=facts)
+    record = next(Path(group.path).glob("random/expert/commits/*.json"))
+    assert json.loads(record.read_text())["halvings"] == 2
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_logits_that_are_not_finite_stop_the_shard_with_layer_and_row(
+    engine: Any, group: CaptureGroup, layer: int
+) -> None:
+    gate = engine.recorder.routers[layer]
+    kept = gate.weight.clone()
+    with torch.inference_mode():
+        gate.weight[3, 100] = float("nan")
+    try:
+        with pytest.raises(
+            RoutingError, match=rf"layer {layer}: .*not finite, first seen at position 0 of row 0 of the"
+        ):
+            capture_shard(group, 0, group.read_rows(0), engine, batch_tokens=32_768)()
+    finally:
+        with torch.inference_mode():
+            gate.weight.copy_(kept)
+
+
+def test_a_lost_device_ends_its_process_and_another_one_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
+    paths = [str(ROOT), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    also = {"PYTHONPATH": os.pathsep.join(paths)}
+    happened, stores = tmp_path / "happened", [tmp_path / "ray.zarr", tmp_path / "local.zarr"]
+    with ray_head(ROOT, **also) as head:
+        driver = [sys.executable, HERE / "gpu_driver.py", stores[0], happened]
+        done = head.run(driver, ROOT, RAY_ADDRESS=head.address)
+    assert done.returncode == 0, done.stderr
+    assert happened.exists(), "the device was never lost"
+    given = options(str(stores[1]))
+    arguments = [f"--{name}={value[0] if isinstance(value, tuple) else value}" for name, value in given.items()]
+    capture = [sys.executable, ROOT / "jobs" / "capture.py", "--local", *arguments]
+    alone = subprocess.run(capture, env={**os.environ, **also}, capture_output=True, text=True, check=False)
+    assert alone.returncode == 0, alone.stderr
+    objects = [
+        {path.relative_to(store): path.read_bytes() for path in store.glob("*/*/c/**/*") if path.is_file()}
+        for store in stores
+    ]
+    assert objects[0] == objects[1]
+    commits = [json.loads(path.read_text()) for path in stores[0].glob("*/expert/commits/*.json")]
+    assert len({commit["worker"] for commit in commits}) == 2
+    assert coverage(stores[0], "demo-prose").complete
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none", "int8"])
+def test_a_model_over_two_gpus_chooses_as_on_one(quantization: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    from workers.engine import load_engine
+
+    one, two = (load_engine("tiny", quantization=quantization, device="cuda", gpus=gpus) for gpus in (1, 2))
+    places = [layer.input_layernorm.weight.device.index for layer in two.model.layers]
+    assert places == [0, 0, 0, 0, 1, 1, 1, 1]
+    random = np.random.default_rng(0)
+    token, length = random.integers(0, 32_000, (16, 512), dtype=np.int32), random.integers(1, 513, 16)
+    for found, wanted in zip(two.route(token, length), one.route(token, length), strict=True):
+        np.testing.assert_array_equal(found, wanted)

@@ -1,0 +1,84 @@
+"""What lies between the matrix products: plain forms against independent ones, kernels against their plain forms."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, apply_rotary_pos_emb
+
+from workers.models.kernels import add_norm, rotate, swiglu
+from workers.models.mixtral import ROWS, _parts
+
+DRIVER = Path(__file__).parents[1] / "kernels_driver.py"
+CASES = 11
+STEPS = {"torch.float32": 2e-6, "torch.bfloat16": 2.0**-7}
+
+
+def test_swiglu_is_the_gate_s_silu_times_the_other_half() -> None:
+    both = torch.randn(4, 10, dtype=torch.float64).float()
+    gate, up = both[:, :5].double(), both[:, 5:].double()
+    torch.testing.assert_close(swiglu(both).double(), gate / (1 + torch.exp(-gate)) * up, rtol=1e-6, atol=1e-6)
+
+
+def test_heads_are_rotated_as_transformers_rotates_them_and_the_values_are_left_alone() -> None:
+    rows, positions, heads, groups, head = 2, 5, 4, 2, 8
+    qkv = torch.randn(rows * positions, (heads + 2 * groups) * head)
+    cos, sin = torch.randn(positions, head), torch.randn(positions, head)
+    split = qkv.view(rows, positions, -1, head).transpose(1, 2).split([heads, groups, groups], dim=1)
+    query, key = apply_rotary_pos_emb(split[0], split[1], cos[None], sin[None])
+    wanted = torch.cat([query, key, split[2]], dim=1).transpose(1, 2).reshape_as(qkv)
+    rotate(qkv, cos, sin, heads + groups)
+    torch.testing.assert_close(qkv, wanted)
+
+
+def test_what_is_added_stays_in_the_residual_and_the_norm_is_transformers_own() -> None:
+    norm = MixtralRMSNorm(MixtralConfig(hidden_size=16).hidden_size, eps=1e-5)
+    torch.nn.init.normal_(norm.weight)
+    rows, weight, slot = torch.randn(6, 16), torch.rand(3, 2), torch.tensor([[5, 0], [1, 4], [2, 3]])
+    of_slots = torch.stack([weight[t, 0] * rows[slot[t, 0]] + weight[t, 1] * rows[slot[t, 1]] for t in range(3)])
+    cases = [((), torch.zeros(3, 16)), ((rows[:3],), rows[:3]), ((rows, slot, weight), of_slots)]
+    for added, mixed in cases:
+        residual = torch.randn(3, 16)
+        before = residual.clone()
+        normed = add_norm(residual, norm.weight.detach(), 1e-5, *added)
+        torch.testing.assert_close(residual, before + mixed)
+        torch.testing.assert_close(normed, norm(before + mixed).detach())
+
+
+def test_an_expert_s_slots_are_computed_in_parts_that_hold_each_once() -> None:
+    for start, end in ((0, 1), (7, 7 + ROWS), (3, 4 + 2 * ROWS)):
+        parts = list(_parts(start, end))
+        assert [slot for part in parts for slot in range(part.start, part.stop)] == list(range(start, end))
+        assert max(part.stop - part.start for part in parts) <= ROWS
+
+
+def compared(**environment: str) -> dict[str, dict[str, list[float]]]:
+    command = [sys.executable, str(DRIVER)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, list[float]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def expect_equal(found: dict[str, dict[str, list[float]]]) -> None:
+    for dtype, differences in found.items():
+        assert len(differences) == CASES
+        for name, relative in differences.items():
+            assert max(relative) <= STEPS[dtype], (dtype, name, relative)
+            if name.startswith("dequantize") and dtype == "torch.bfloat16":
+                assert relative == [0.0], "the compute dtype of a GPU: the very weights that bitsandbytes gives"
+
+
+def test_every_kernel_computes_its_plain_form_interpreted() -> None:
+    expect_equal(compared(TRITON_INTERPRET="1"))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_every_kernel_computes_its_plain_form_on_a_gpu() -> None:
+    expect_equal(compared())

@@ -1,0 +1,130 @@
+"""What a worker proves before it computes anything: that it sees the driver's store, and is what the capture needs."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from socket import gethostname
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_model import FakeEngine, FakeRun, fake_capture, words
+
+from jobs.capturing.local import fill_shards
+from store import CaptureGroup
+from store.lease import lease
+from workers.environment import environment
+from workers.replica import Misplaced, Order, Replica
+
+TEXTS = [words(40)]
+
+
+class OtherEngine(FakeEngine):
+    """Another model, which the identity does not name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.description = {"model": "other", "layers_of_no_identity": 3}
+
+
+def never() -> FakeEngine:
+    raise AssertionError("a model was loaded before the store and the environment were looked at")
+
+
+def captured(folder: Path) -> FakeRun:
+    run = FakeRun(folder / "routes.zarr")
+    assert fake_capture(run.store, TEXTS).complete
+    return run
+
+
+def refusal(order: Order) -> str:
+    with pytest.raises(Misplaced) as refused:
+        Replica().load(order)
+    return str(refused.value)
+
+
+def test_a_replica_that_sees_the_store_loads_and_names_its_environment(tmp_path: Path) -> None:
+    run = captured(tmp_path)
+    with lease(CaptureGroup(run.store, "fake")) as held:
+        assert Replica().load(run.order({"fake": held.token})) == environment("cpu")
+
+
+@pytest.mark.parametrize("store", ["elsewhere.zarr", "elsewhere/routes.zarr"])
+def test_a_store_that_is_not_there_is_refused_naming_host_and_path(tmp_path: Path, store: str) -> None:
+    order = replace(captured(tmp_path).order({"fake": "any"}), store=str(tmp_path / store), make_engine=never)
+    refused = refusal(order)
+    assert refused.startswith(f"{gethostname()} does not see the store {tmp_path / store} that the driver writes")
+    assert "it has no such capture" in refused
+    assert "put the store where all nodes see it" in refused
+
+
+def test_a_store_in_which_another_job_s_lease_lies_is_refused(tmp_path: Path) -> None:
+    run = captured(tmp_path)
+    with lease(CaptureGroup(run.store, "fake")):
+        refused = refusal(replace(run.order({"fake": "the driver's"}), make_engine=never))
+    assert f"{gethostname()} does not see the store {run.store}" in refused
+    assert "another job's lease lies there" in refused
+
+
+def test_a_store_that_cannot_be_read_is_refused_with_the_system_s_reason(tmp_path: Path) -> None:
+    run = captured(tmp_path)
+    record = Path(run.store) / "fake/token/lease.json"
+    record.mkdir()
+    refused = refusal(replace(run.order({"fake": "any"}), make_engine=never))
+    assert refused.startswith(f"{gethostname()} cannot read the store {run.store}: ")
+    assert "Is a directory" in refused
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "bitsandbytes", "device"])
+def test_another_environment_is_refused_before_a_model_is_loaded_unless_it_is_accepted(
+    tmp_path: Path, package: str
+) -> None:
+    run = captured(tmp_path)
+    group = CaptureGroup(run.store, "fake")
+    begun: dict[str, Any] = {**environment("cpu"), package: "1.0.other"}
+    (Path(run.store) / "fake/expert/environment.json").write_text(json.dumps(begun))
+    with lease(group) as held:
+        order = run.order({"fake": held.token})
+        refused = refusal(replace(order, make_engine=never))
+        assert f"  {package}: the store has '1.0.other', this run has {environment('cpu')[package]!r}\n" in refused
+        assert "--allow_mixed" in refused
+        Replica().load(replace(order, allow_mixed=True))
+
+
+def test_a_package_of_which_bytes_do_not_depend_may_differ(tmp_path: Path) -> None:
+    run = captured(tmp_path)
+    begun = {**environment("cpu"), "zarr": "1.0.other"}
+    (Path(run.store) / "fake/expert/environment.json").write_text(json.dumps(begun))
+    with lease(CaptureGroup(run.store, "fake")) as held:
+        Replica().load(run.order({"fake": held.token}))
+
+
+def test_another_model_is_refused_with_both_values(tmp_path: Path) -> None:
+    run = captured(tmp_path)
+    with lease(CaptureGroup(run.store, "fake")) as held:
+        refused = refusal(replace(run.order({"fake": held.token}), make_engine=partial(OtherEngine)))
+    assert refused.startswith(f"the model on {gethostname()} is not the captured one:")
+    assert refused.splitlines()[1:] == ["  model: the store has 'fake', this run has 'other'"]
+
+
+def test_what_is_computed_is_written_though_the_shard_before_it_could_not_be(tmp_path: Path) -> None:
+    """And the replica is not left waiting for it."""
+    calls: list[str] = []
+
+    class Computes(Replica):
+        def compute(self, dataset: str, shard: int) -> Any:
+            calls.append(f"compute {shard}")
+
+            def commit() -> dict[str, Any]:
+                calls.append(f"commit {shard}")
+                if shard == 0:
+                    raise OSError("disk full")
+                return {}
+
+            return commit
+
+    capture: Any = SimpleNamespace(name="fake", check_lease=lambda: None)
+    with pytest.raises(OSError, match="disk full"):
+        fill_shards(Computes(), capture, range(5))
+    assert calls == ["compute 0", "commit 0", "compute 1", "commit 1"]

@@ -1,0 +1,1 @@
+"""Checkpoints: found, described, quantized, loaded, saved; and forwards of our own."""

@@ -1,0 +1,58 @@
+"""How many bytes a model takes once it is quantized, told from its configuration.
+
+Promises: no weights are read or made. Activations are not counted.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from workers.models.checkpoint import Checkpoint, find_checkpoint
+from workers.models.description import BLOCK, build_skeleton, compute_dtype, quantization_config
+
+_SCALE_BLOCK = 256  # scales that share a scale of their own under double quantization; likewise
+
+
+def estimate_bytes(
+    model: str | Path,
+    revision: str | None = None,
+    quantization: str = "nf4",
+    device_type: str = "cuda",
+    *,
+    dtype: str | None = None,
+) -> int:
+    """Bytes of all weights of the model without its head, quantized as asked; activations are not counted."""
+    checkpoint = find_checkpoint(model, revision, weights=False)
+    return estimate_checkpoint(checkpoint, quantization, compute_dtype(device_type, dtype))
+
+
+def estimate_checkpoint(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype) -> int:
+    """`estimate_bytes` for a checkpoint that is found already."""
+    skeleton, _ = quantized_skeleton(checkpoint, quantization, dtype)
+    return sum(_resident_bytes(tensor) for tensor in [*skeleton.parameters(), *skeleton.buffers()])
+
+
+def quantized_skeleton(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """The model without its numbers, each matrix of the kind that it will be of, and its `quantization_config`."""
+    skeleton = build_skeleton(checkpoint, dtype)
+    settings = quantization_config(quantization, skeleton, dtype)
+    if settings is not None:
+        from workers.models.quantizer import quantize_skeleton  # bitsandbytes takes seconds to import
+
+        quantize_skeleton(skeleton, settings)
+    return skeleton, settings
+
+
+def _resident_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a weight once it is quantized, its scales included."""
+    match type(tensor).__name__:
+        case "Params4bit":
+            scales = -(-tensor.numel() // BLOCK)
+            tables = (16 + 256 + 1) * 4  # the 16 values, the 256 of the scales, their offset
+            return -(-tensor.numel() // 2) + scales + -(-scales // _SCALE_BLOCK) * 4 + tables
+        case "Int8Params":
+            return tensor.numel() + tensor.shape[0] * 4
+        case _:
+            return tensor.nbytes

@@ -1,0 +1,363 @@
+"""A mixture-of-experts model from a checkpoint, in 4 bits, 8 bits or unquantized, ready to be captured.
+
+Promises: what is loaded is what was asked for. After every load the report of transformers is clean, every
+matrix of every expert is quantized, and every router is in its full precision, or a ValueError says which
+tensors are not, and with which versions. `describe_model` tells the identity beforehand, without the weights.
+
+Does not know tokens, hooks or stores. Files come from `workers.models.checkpoint`, shapes and names from
+`workers.models.description`; how fused experts become quantizable is told in `workers.models.quantizer`.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config, tensor_names
+from workers.models.description import (
+    BLOCK,
+    FOUR_BITS,
+    ModelDescription,
+    build_skeleton,
+    compute_dtype,
+    describe_checkpoint,
+    describe_model,
+    find_routers,
+    quantization_config,
+    stored_quantization,
+)
+from workers.models.footprint import estimate_checkpoint, quantized_skeleton
+
+__all__ = [
+    "LoadedModel",
+    "ModelDescription",
+    "describe_model",
+    "load_model",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model in evaluation mode, without gradients and without the language-model head."""
+
+    folder: Path
+    """Where its checkpoint is on this machine; the tokenizer's files lie there too."""
+    model: nn.Module
+    """transformers' base model; called with ``input_ids`` and ``use_cache=False``."""
+    routers: dict[int, nn.Module]
+    """The model's own layer number → the module that chooses experts, in ascending order."""
+    num_experts: int
+    experts_per_token: int
+    provenance: dict[str, Any]
+    """The fields of `ModelDescription`, then facts of this load (JSON values only)."""
+
+
+def load_model(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    quantization: str = "nf4",
+    dtype: str | None = None,
+    quantize_gates: bool = False,
+    device: str | torch.device = "cuda",
+    gpus: int = 1,
+) -> LoadedModel:
+    """Load a model for capturing, and prove that it was loaded as asked.
+
+    Parameters
+    ----------
+    model
+        An existing folder with a checkpoint, or a hub id.
+    revision
+        Branch, tag or commit of a hub model.
+    quantization
+        Applied while loading: ``nf4`` and ``fp4`` (double quantization, blocks of 64), ``int8`` (LLM.int8),
+        or ``none``. A checkpoint that is quantized already (`workers.models.saving`, or transformers with its routers
+        left out) loads as it is, and must be in what is asked for.
+    dtype
+        Compute dtype: ``float32``, ``bfloat16`` or ``float16``; by default float32 on a CPU, else bfloat16.
+    quantize_gates
+        Round the routers' weights to `quantization` too, as transformers 4 does unless told otherwise.
+    device
+        Where the model goes.
+    gpus
+        Over how many GPUs its layers are spread, from `device` on: more than one where one is too small.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint, the device or the result is not what was asked for.
+    """
+    target = usable_device(device)
+    checkpoint = find_checkpoint(model, revision, weights=True)
+    computed_in = compute_dtype(target.type, dtype)
+    description = describe_checkpoint(checkpoint, quantization, target.type, computed_in, quantize_gates=quantize_gates)
+    weight_bytes = estimate_checkpoint(checkpoint, quantization, computed_in)
+    devices = _devices(target, gpus)
+    for each in devices if target.type == "cuda" else ():
+        free_bytes, _ = torch.cuda.mem_get_info(each)
+        if free_bytes < weight_bytes // gpus:
+            raise ValueError(
+                f"{checkpoint.model} in {quantization} needs {weight_bytes // gpus:,} bytes for its weights, and "
+                f"{each} has {free_bytes:,} free; use a larger card, more of them, or a smaller quantization"
+            )
+    loaded = _from_pretrained(checkpoint, description, devices, computed_in)
+    loaded.eval().requires_grad_(False)
+    routers = find_routers(loaded)
+    assert list(routers) == description["layers"], (list(routers), description["layers"])
+    quantized = _check_precision(checkpoint.folder, loaded, routers, description)
+    if quantize_gates:
+        from workers.models.quantizer import round_gates  # bitsandbytes takes seconds to import
+
+        round_gates(routers.values(), quantization)
+    return LoadedModel(
+        folder=checkpoint.folder,
+        model=loaded,
+        routers=routers,
+        num_experts=description["num_experts"],
+        experts_per_token=description["experts_per_token"],
+        provenance={
+            **description,
+            "double_quantization": quantization in FOUR_BITS,
+            "quantization_block": BLOCK if quantization in FOUR_BITS else None,
+            "quantized_expert_matrices": quantized,
+            "weight_bytes": weight_bytes,
+            "gpus": gpus if target.type == "cuda" else 0,
+            "quantized_from": read_config(checkpoint.folder).get("quantized_from"),
+        },
+    )
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device with its index; a ValueError where there is none."""
+    target = torch.device(device)
+    if target.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {device} was asked for, and torch {torch.__version__} sees no GPU")
+        return target if target.index is not None else torch.device("cuda", torch.cuda.current_device())
+    if target.type != "cpu":
+        raise ValueError(f"device {device} is neither cuda nor cpu")
+    return target
+
+
+def _devices(first: torch.device, gpus: int) -> list[torch.device]:
+    """So many devices from the first on."""
+    if gpus == 1:
+        return [first]
+    if gpus < 1 or first.type != "cuda":
+        raise ValueError(f"{gpus} GPUs from {first} on: there must be one or more")
+    start, there = first.index or 0, torch.cuda.device_count()
+    if start + gpus > there:
+        raise ValueError(f"{gpus} GPUs from {first} on were asked for, and torch sees {there}")
+    return [torch.device("cuda", start + number) for number in range(gpus)]
+
+
+def layer_devices(skeleton: nn.Module, devices: Sequence[torch.device]) -> dict[str, torch.device]:
+    """Which module goes where, as transformers' `device_map`: layers in equal parts, all else with the first ones.
+
+    Raises
+    ------
+    ValueError
+        When the model's layers are not one stack of its own.
+    """
+    if len(devices) == 1:
+        return {"": devices[0]}
+    stacks = {name: child for name, child in skeleton.named_children() if isinstance(child, nn.ModuleList)}
+    if list(stacks) != ["layers"]:
+        raise ValueError(f"{type(skeleton).__name__} is not spread over GPUs: its stacks of layers are {list(stacks)}")
+    placed = {name: devices[0] for name, _ in skeleton.named_children() if name != "layers"}
+    many = len(stacks["layers"])
+    return placed | {f"layers.{number}": devices[number * len(devices) // many] for number in range(many)}
+
+
+def _from_pretrained(
+    checkpoint: Checkpoint, description: ModelDescription, devices: Sequence[torch.device], dtype: torch.dtype
+) -> Any:
+    """Run transformers' own loader, with experts that can be quantized, and read its report."""
+    quantization = description["quantization"]
+    skeleton = build_skeleton(checkpoint, dtype)
+    settings = quantization_config(quantization, skeleton, dtype)
+    # Given by itself: else an attention that it names, as some published ones do, would have the last word.
+    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    if stored_quantization(checkpoint) is not None:
+        _check_stored(checkpoint, description, dtype)
+        # The checkpoint's own settings are equal in all that its weights depend on, and tell another compute dtype.
+        config.quantization_config = settings.to_dict()
+        settings = None
+    with _quiet(), _quantizers(quantization):
+        try:
+            model, report = transformers.AutoModel.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                quantization_config=settings,
+                device_map=layer_devices(skeleton, devices),
+                dtype=dtype,
+                attn_implementation=description["attention"],
+                experts_implementation="eager" if quantization != "none" else description["expert_backend"],
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, with names, instead of raised without
+                output_loading_info=True,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{checkpoint.model} in {quantization} does not fit on {', '.join(map(str, devices))}: "
+                f"{str(error).split('. ')[0]}; use a larger card, more of them (--gpus_per_worker), or a smaller "
+                "quantization"
+            ) from error
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # a lost GPU is another matter
+                raise
+            # Experts that differ in shape cannot be fused.
+            raise ValueError(f"{checkpoint.folder} could not be loaded ({_versions()}): {error}") from error
+    # The base model leaves the head out; nothing else may be missing, left over or of another shape.
+    report["unexpected_keys"] = {key for key in report["unexpected_keys"] if not key.startswith("lm_head.")}
+    # Under a quantizer, transformers 5.17 takes an unquantized tensor of another shape without a word.
+    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    report["mismatched_keys"] = {
+        *report["mismatched_keys"],
+        *(
+            (name, parameter.shape, shapes[name])
+            for name, parameter in model.named_parameters()
+            if type(parameter) is nn.Parameter and parameter.shape != shapes.get(name, parameter.shape)
+        ),
+    }
+    faults = {name: sorted(map(str, found)) for name, found in report.items() if found}
+    if faults:
+        told = "; ".join(f"{len(found)} {name}: {', '.join(found[:5])}" for name, found in faults.items())
+        raise ValueError(f"{checkpoint.folder} does not fit its own configuration ({_versions()}): {told}")
+    return model
+
+
+def _check_stored(checkpoint: Checkpoint, description: ModelDescription, dtype: torch.dtype) -> None:
+    """Refuse a quantized checkpoint that has other matrices in 4 bits than a load of the original one would have.
+
+    transformers 4 quantizes the routers too, unless they are named in llm_int8_skip_modules.
+    """
+    from workers.models.quantizer import four_bit_names  # bitsandbytes takes seconds to import
+
+    skeleton, _ = quantized_skeleton(checkpoint, description["quantization"], dtype)
+    names = tensor_names(checkpoint.folder)
+    found = {name.partition(".quant_state.")[0] for name in names if ".quant_state." in name}
+    found = {name for name in found if not name.startswith("lm_head.")}  # which is not loaded
+    wanted = set(four_bit_names(skeleton, names))
+    for what, matrices in (("must not be", found - wanted), ("should be", wanted - found)):
+        if matrices:
+            first = ", ".join(sorted(matrices)[:5])
+            raise ValueError(
+                f"{checkpoint.folder} has {len(matrices)} matrices that {what} quantized, first {first}: here all but"
+                " the routers and the head are, so that its choices would be others; give the original checkpoint"
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing a report that ends in an error here, or is as expected (no head).
+
+    Its progress bar is shown in a terminal only.
+    """
+    verbosity = transformers.logging.get_verbosity()
+    bar = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bar:
+            transformers.logging.enable_progress_bar()
+
+
+def _quantizers(quantization: str) -> AbstractContextManager[None]:
+    if quantization == "none":
+        return nullcontext()
+    from workers.models import quantizer  # bitsandbytes takes seconds to import
+
+    return quantizer.unfusing_quantizers()
+
+
+def _check_precision(
+    folder: Path, model: nn.Module, routers: dict[int, nn.Module], description: ModelDescription
+) -> int:
+    """Refuse a quantized router, another matrix that is not, and a wrong shape; count the experts' quantized matrices.
+
+    transformers has skipped fused experts and dropped them, both without a word (5.0 to 5.6, and see
+    `workers.models.quantizer`); only looking at the parameters themselves shows it.
+    """
+    quantization = description["quantization"]
+    names = {module: name for name, module in model.named_modules()}
+    faults: dict[str, str | None] = {}
+    count = 0
+    for router in routers.values():
+        block = names[router].rpartition(".")[0]
+        for leaf, parameter in model.get_submodule(block).named_parameters(prefix=block):
+            if parameter.ndim < 2:
+                continue
+            gate = leaf.startswith(f"{names[router]}.")
+            faults[leaf] = _gate_fault(parameter, description) if gate else _matrix_fault(parameter, quantization)
+            count += not gate and quantization != "none"
+    for name, module in model.named_modules():
+        leaf = f"{name}.weight"
+        if isinstance(module, nn.Linear) and not faults.get(leaf):
+            fault = None if leaf in faults else _matrix_fault(module.weight, quantization)
+            faults[leaf] = fault or _shape_fault(module)
+    found = [f"{leaf} is {fault}" for leaf, fault in faults.items() if fault]
+    if found:
+        raise ValueError(
+            f"the model loaded from {folder} is not what was asked for ({quantization}; {_versions()}): "
+            f"{len(found)} tensors, first {'; '.join(found[:5])}. If the checkpoint is whole, use the versions "
+            "of the lock file, or --quantization none"
+        )
+    return count
+
+
+def _shape_fault(linear: nn.Linear) -> str | None:
+    """Another shape than the configuration asks, of a Linear's matrix, or one that bitsandbytes reads wrongly."""
+    wanted = (linear.out_features, linear.in_features)
+    state = getattr(linear.weight, "quant_state", None)
+    found = tuple(linear.weight.shape if state is None else state.shape)
+    if found != wanted:
+        return f"of shape {found}, not {wanted}"
+    if state is not None and linear.weight.device.type == "cpu" and linear.in_features % BLOCK:
+        # Some CPUs give wrong values (see `workers.models.kernels.plain_dequantize`); no CPU shall give others than the
+        # next.
+        return f"in 4 bits on a CPU with rows of {linear.in_features} values, no multiple of {BLOCK}: use a GPU"
+    return None
+
+
+def _gate_fault(parameter: nn.Parameter, description: ModelDescription) -> str | None:
+    """What a router's matrix is instead of what it should be, or None."""
+    wanted = description["compute_dtype"]
+    return None if str(parameter.dtype) == f"torch.{wanted}" else f"{parameter.dtype}, not {wanted}"
+
+
+def _matrix_fault(parameter: torch.Tensor, quantization: str) -> str | None:
+    """What a matrix that is no router's is instead of what it should be, or None."""
+    kind = type(parameter).__name__
+    if quantization == "none":
+        return None if parameter.is_floating_point() else f"{parameter.dtype}, not floating point"
+    if quantization == "int8":
+        fits = kind == "Int8Params" and parameter.dtype == torch.int8
+        return None if fits else f"a {kind} of {parameter.dtype}, not int8"
+    state = getattr(parameter, "quant_state", None)
+    if kind != "Params4bit" or state is None:
+        return f"a {kind} of {parameter.dtype}, not a quantized Params4bit"
+    if parameter.dtype != torch.uint8:  # bitsandbytes may keep the bytes as numbers of another type
+        return f"stored in {parameter.dtype}, not in bytes (bnb_4bit_quant_storage)"
+    found = (state.quant_type, state.blocksize, bool(state.nested))
+    wanted = (quantization, BLOCK, True)
+    return None if found == wanted else f"quantized as (type, block, double) = {found}, not {wanted}"
+
+
+def _versions() -> str:
+    """Versions of what took part in a load, for an error."""
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes"))

@@ -1,0 +1,279 @@
+"""Quantizing the experts that transformers' bitsandbytes loader leaves out.
+
+transformers 5 keeps the experts of a layer as two fused three-dimensional parameters; bitsandbytes
+quantizes Linears and passes those by without a word (bitsandbytes issue 1849), so that Mixtral 8x7B loads
+into 91 GB where 24.5 are expected. The quantizers here take the fused module of each layer apart on the meta
+device, into one gated MLP an expert whose three Linears bear the checkpoint's own names (w1, w3, w2 for
+Mixtral), and drop the converters that would have fused them. From there on the stock loader quantizes matrix
+by matrix as it reads, one matrix above the final size at its peak.
+
+Promises: a module that comes out computes what the fused one computes. Does not know checkpoints, routers or
+devices: `workers.models.loading` checks after every load that the matrices really are quantized.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+from transformers.integrations.moe import _default_apply_gate
+from transformers.quantizers import auto
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+
+from workers.models.description import BLOCK
+
+# It would warn, on import, that a CPU kernel which we switch off (see Unfusing4bit) cannot be fetched.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# LLM.int8 says for every matrix that its inputs pass through float16; that is what int8 means here.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+# On import it has its optimizers and its fallbacks compiled, none of which run here; that would load torch's
+# compiler, ten seconds of every process.
+with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda plain: plain)):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+
+class ExpertLeaves(NamedTuple):
+    """What a checkpoint calls the three matrices of one expert."""
+
+    gate: str
+    up: str
+    down: str
+
+
+class Expert(nn.Module):
+    """One gated MLP: ``down(act(gate(x)) * up(x))``, under the checkpoint's names, on the meta device."""
+
+    def __init__(self, hidden: int, inner: int, leaves: ExpertLeaves, act: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.leaves = leaves
+        self.act = act
+        for leaf, (inputs, outputs) in zip(leaves, [(hidden, inner), (hidden, inner), (inner, hidden)], strict=True):
+            self.add_module(leaf, nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Shape (tokens, hidden) in and out, in the dtype of the input."""
+        gate, up, down = (self.get_submodule(leaf) for leaf in self.leaves)
+        result: torch.Tensor = down(self.act(gate(hidden_states)) * up(hidden_states))
+        return result
+
+
+class UnfusedExperts(nn.ModuleList):
+    """The experts of one layer as Linears; takes the place and the signature of the fused module.
+
+    Shape letters: T tokens, K choices a token, S = T·K slots sorted by expert, H hidden.
+    """
+
+    def __init__(self, fused: nn.Module, leaves: ExpertLeaves) -> None:
+        down_proj = fused.get_parameter("down_proj")
+        num_experts, hidden, inner = down_proj.shape
+        act = fused.get_submodule("act_fn")
+        super().__init__(Expert(hidden, inner, leaves, act, down_proj.dtype) for _ in range(num_experts))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Mix the chosen experts' outputs, in float32; an expert without a token is not run.
+
+        One synchronization a call. Deterministic: within one ``index_add_`` no token comes twice, and the
+        calls follow each other in the order of experts.
+        """
+        slot_expert_S, slot_S = top_k_index.flatten().sort(stable=True)
+        token_S = slot_S // top_k_index.shape[-1]
+        weight_S = top_k_weights.flatten()[slot_S]
+        experts = torch.arange(len(self), device=slot_S.device)
+        ends = torch.searchsorted(slot_expert_S, experts, right=True).tolist()
+        mixed_TH = torch.zeros_like(hidden_states, dtype=torch.float32)
+        for expert, (start, end) in zip(self, pairwise([0, *ends]), strict=True):
+            if start < end:
+                token = token_S[start:end]
+                output = expert(hidden_states[token])
+                mixed_TH.index_add_(0, token, output.float() * weight_S[start:end, None].float())
+        return mixed_TH.to(hidden_states.dtype)
+
+
+def _fusing_converters(transforms: list[Any]) -> dict[str, Any]:
+    """The converters that stack single experts into one parameter, by the last part of its name."""
+    return {
+        transform.target_patterns[0].rpartition(".")[2]: transform
+        for transform in transforms
+        if isinstance(transform, WeightConverter)
+        and any(isinstance(operation, MergeModulelist) for operation in transform.operations)
+        and transform.target_patterns[0].rpartition(".")[2] in ("gate_up_proj", "down_proj")
+    }
+
+
+def _expert_leaves(model: nn.Module) -> ExpertLeaves:
+    """Read from transformers' conversion mapping what the checkpoint calls the matrices."""
+    converters = _fusing_converters(get_model_conversion_mapping(model, add_legacy=False))
+    leaves = [
+        pattern.removesuffix(".weight").rpartition(".")[2]
+        for target in ("gate_up_proj", "down_proj")
+        if target in converters
+        for pattern in converters[target].source_patterns
+    ]
+    if len(leaves) != 3:
+        raise ValueError(
+            f"the checkpoints of {type(model).__name__} do not keep the experts as separate gate, up and "
+            f"down matrices (found {leaves}), so bitsandbytes cannot quantize them; use --quantization none"
+        )
+    return ExpertLeaves(*leaves)
+
+
+def _refuse_special(name: str, fused: nn.Module) -> None:
+    """`Expert` is the plain gated MLP; a family whose experts do more must not be computed as one."""
+    special = [flag for flag in ("has_bias", "is_transposed", "has_post_expert_norm") if getattr(fused, flag, False)]
+    if not getattr(fused, "is_concatenated", True):
+        special.append("interleaved gate and up")
+    if getattr(type(fused), "_apply_gate", _default_apply_gate) is not _default_apply_gate:
+        special.append("a gate of its own")
+    if special:
+        raise ValueError(
+            f"{name} ({type(fused).__name__}) has {', '.join(special)}, which the 4- and 8-bit loader does "
+            "not know; use --quantization none"
+        )
+
+
+def unfuse_experts(model: nn.Module) -> None:
+    """Replace every fused experts module of a model on the meta device, in place."""
+    fused = {
+        name: module
+        for name, module in model.named_modules()
+        if {"gate_up_proj", "down_proj"} <= {leaf for leaf, _ in module.named_parameters(recurse=False)}
+        and module.get_parameter("gate_up_proj").ndim == 3
+    }
+    if not fused:
+        return
+    leaves = _expert_leaves(model)
+    for name, module in fused.items():
+        _refuse_special(name, module)
+        model.set_submodule(name, UnfusedExperts(module, leaves))
+
+
+class _Unfusing:
+    """What both quantizers add to their stock counterpart: experts as Linears, before those are replaced."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        unfuse_experts(model)
+        super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[misc]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> Any:
+        """Drop the fusing converters (transformers passes the model from 5.11 or so on)."""
+        fusing = {id(converter) for converter in _fusing_converters(weight_conversions).values()}
+        kept = [transform for transform in weight_conversions if id(transform) not in fusing]
+        return super().update_weight_conversions(kept, *model)  # type: ignore[misc]
+
+
+class Unfusing4bit(_Unfusing, Bnb4BitHfQuantizer):  # type: ignore[misc]
+    """NF4 and FP4."""
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
+        """Have the compute dtype decide, and nothing else, in what matrices are dequantized and multiplied.
+
+        On CPUs that have AVX512-BF16 bitsandbytes' Linear4bit repacks the weight in its first forward and rounds
+        inputs and scales to bfloat16: choices would differ from one CPU to the next. A checkpoint that is quantized
+        already brings the dtype of the device that quantized it, and transformers leaves all else in the file's.
+        """
+        dtype = self.quantization_config.bnb_4bit_compute_dtype
+        for module in four_bit_linears(model).values():
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if (state := getattr(module.weight, "quant_state", None)) is not None:
+                state.dtype = dtype
+        in_full = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+        for name, parameter in model.named_parameters():
+            if self.pre_quantized and type(parameter) is nn.Parameter and parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.float32 if any(part in name for part in in_full) else dtype)
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+class Unfusing8bit(_Unfusing, Bnb8BitHfQuantizer):  # type: ignore[misc]
+    """LLM.int8."""
+
+
+@contextmanager
+def unfusing_quantizers() -> Iterator[None]:
+    """Inside, transformers loads bitsandbytes models through the classes above; outside, as ever."""
+    ours = {"bitsandbytes_4bit": Unfusing4bit, "bitsandbytes_8bit": Unfusing8bit}
+    stock = {method: auto.AUTO_QUANTIZER_MAPPING[method] for method in ours}
+    auto.AUTO_QUANTIZER_MAPPING.update(ours)
+    try:
+        yield
+    finally:
+        auto.AUTO_QUANTIZER_MAPPING.update(stock)
+
+
+def four_bit_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules, by name, whose matrix is in 4 bits, or should be."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+
+
+def packed_in_four_bits(matrix: torch.Tensor, quantization: str) -> tuple[torch.Tensor, Any]:
+    """What nf4 and fp4 mean here: packed values, and bitsandbytes' QuantState that tells how they are scaled."""
+    packed, state = quantize_4bit(matrix, blocksize=BLOCK, compress_statistics=True, quant_type=quantization)
+    return packed, state
+
+
+def round_gates(routers: Iterable[nn.Module], quantization: str) -> None:
+    """Give each matrix of the routers the values that it would have as a Linear4bit."""
+    for router in routers:
+        for parameter in router.parameters():
+            if parameter.ndim == 2:
+                parameter.data = dequantize_4bit(*packed_in_four_bits(parameter.data, quantization))
+
+
+def own_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
+    """What the base model calls each tensor of a checkpoint, had it one; by the checkpoint's name."""
+    renamings = [
+        transform
+        for transform in get_model_conversion_mapping(skeleton, add_legacy=False)
+        if isinstance(transform, WeightRenaming)
+    ]
+    found = {}
+    for name in names:
+        own = name
+        for renaming in renamings:
+            own, _ = renaming.rename_source_key(own)
+        found[name] = own.removeprefix(f"{skeleton.base_model_prefix}.")
+    return found
+
+
+def four_bit_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
+    """Which tensors of a checkpoint are 4-bit matrices of the model.
+
+    Parameters
+    ----------
+    skeleton
+        Of the base model, after `quantize_skeleton`.
+    names
+        As the checkpoint calls them.
+
+    Returns
+    -------
+    dict
+        The checkpoint's name of each matrix's weight → the model's.
+
+    Raises
+    ------
+    ValueError
+        When a 4-bit matrix of the model has no tensor.
+    """
+    wanted = {f"{name}.weight" for name in four_bit_linears(skeleton)}
+    found = {name: own for name, own in own_names(skeleton, names).items() if own in wanted}
+    if missing := sorted(wanted - set(found.values())):
+        raise ValueError(
+            f"{len(missing)} of the {len(wanted)} matrices that should be in 4 bits are not in the checkpoint:"
+            f" {', '.join(missing[:5])}"
+        )
+    return found
+
+
+def quantize_skeleton(model: nn.Module, settings: Any) -> None:
+    """Give a model on the meta device the modules it will have once loaded with these settings."""
+    kind = Unfusing8bit if settings.load_in_8bit else Unfusing4bit
+    kind(settings, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})

@@ -1,0 +1,119 @@
+"""Routes of a few texts without a store, for a notebook."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from store.layout import Layout
+from store.plan import Rows
+from workers.engine import ModelEngine
+from workers.models.loading import LoadedModel, load_model
+from workers.shard import route_rows
+from workers.text.rows import BosRule, document_rows, padded
+from workers.text.tokenizer import load_tokenizer
+from workers.tiny import model_path
+
+
+def capture_texts(
+    model: str | Path | LoadedModel,
+    texts: Sequence[str],
+    *,
+    quantization: str = "nf4",
+    sequence_length: int = 2048,
+    batch_tokens: int = 8192,
+    bos: BosRule = "none",
+) -> xr.Dataset:
+    """Capture the routes of some texts, in memory.
+
+    Parameters
+    ----------
+    model
+        A checkpoint folder, a hub id, or a model that `workers.models.loading.load_model` gave: load once, capture
+        often.
+    texts
+        One document each.
+    quantization
+        "nf4", "fp4", "int8" or "none"; ignored for a model that is loaded.
+    sequence_length
+        Tokens in a row at most; longer texts are cut into several rows.
+    batch_tokens
+        Padded tokens in a micro-batch at most.
+    bos
+        Where a beginning-of-sequence token is put: "none", "document" or "row".
+
+    Returns
+    -------
+    xarray.Dataset
+        With the variables, dims, dtypes and fill values of `store.open_capture`, so that every function of
+        `analysis` takes it.
+
+    Raises
+    ------
+    ValueError
+        When no text has a token, the rows would be longer than the model's positions, or the model cannot be captured.
+    """
+    if isinstance(texts, str):
+        raise ValueError("give a list of texts, not one text: each of its characters would be a document")
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text {number} holds half of a surrogate pair, which is no text: replace it first"
+            ) from error
+    if not isinstance(model, LoadedModel):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model(model_path(model), quantization=quantization, device=device)
+    most = model.provenance["max_position_embeddings"]
+    if not 1 <= sequence_length <= most:
+        raise ValueError(f"sequence_length is {sequence_length}, and must be 1 to {most}, the positions of the model")
+    tokenizer = load_tokenizer(model.folder)
+    engine = ModelEngine(model)
+    cut = [
+        (document, *row)
+        for document, ids in enumerate(tokenizer.encode_batch(list(texts)))
+        for row in document_rows(ids, sequence_length, bos=bos, bos_id=tokenizer.bos_id)
+    ]
+    if not cut:
+        raise ValueError(f"no text has a token: {len(texts)} texts, all empty")
+    documents, offsets, tokens, _ = zip(*cut, strict=True)
+    positions = max(len(row) for row in tokens)
+    rows = Rows(
+        token=padded(list(tokens), positions),
+        length=np.array([len(row) for row in tokens], dtype=np.int32),
+        document_id=np.array(documents, dtype=np.int64),
+        offset=np.array(offsets, dtype=np.int32),
+    )
+    layout = Layout(
+        sequence_length=positions,
+        rows_per_shard=len(cut),
+        layers=engine.layers,
+        num_experts=engine.num_experts,
+        experts_per_token=engine.experts_per_token,
+        vocab_size=tokenizer.vocab_size,
+    )
+    expert, weight = route_rows(engine, rows, layout, batch_tokens)()
+    arrays = {
+        "expert": expert,
+        "weight": weight,
+        **{name: getattr(rows, name) for name in ("token", "length", "document_id", "offset")},
+        "name": np.array([f"text {index}" for index in range(len(texts))], dtype=object),
+        "piece": np.array(tokenizer.pieces(), dtype=object),
+        "captured": np.ones(len(cut), dtype=bool),
+    }
+    return _dataset(layout, arrays, {**model.provenance, "special_token_ids": tokenizer.special_ids})
+
+
+def _dataset(layout: Layout, arrays: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> xr.Dataset:
+    """Arrays in memory under the names, dims and coordinates that they have in a store."""
+    specs = layout.arrays()
+    return xr.Dataset(
+        {name: (specs[name].dims if name in specs else ("doc",), values) for name, values in arrays.items()},
+        coords={"layer": np.array(layout.layers, dtype=np.int32)},
+        attrs={**asdict(layout), **attrs, "dataset": "texts"},
+    )
