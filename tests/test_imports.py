@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,15 @@ MAY_IMPORT = {
     "analysis": {"analysis", "store"},
     "jobs": {"jobs", "workers", "analysis", "store"},
 }
+ROOMS = {
+    "workers": ["shard", "environment", "tiny", "text", "models", "recorder", "replica", "engine", "notebook"],
+    "jobs": ["console", "sources", "capturing", "cluster"],  # and then the scripts
+    "analysis": [
+        *["escaping", "scan", "statistics", "results", "charts", "metrics"],
+        *["exports", "report", "explorer", "examples"],
+    ],
+}
+"""Files and folders of a package, from the ground up: each may import from those before it."""
 HEAVY = ("torch", "transformers", "ray", "bitsandbytes", "accelerate", "datasets")
 LOAD_MODELS = {
     "jobs/train_tiny.py",
@@ -83,6 +92,63 @@ def test_imports_point_one_way(package: str) -> None:
         if name.partition(".")[0] in set(PACKAGES) - MAY_IMPORT[package] | {"tests"}
     ]
     assert wrong == []
+
+
+def by_name() -> dict[str, Path]:
+    """All our modules."""
+    files = (path for package in PACKAGES for path in modules(package))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+def ours(path: Path, known: Set[str]) -> set[str]:
+    """The modules of ours that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & known or {node.module}
+    return found & known
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_imports_between_rooms_point_down(package: str) -> None:
+    files = {name: path for name, path in by_name().items() if name.startswith(f"{package}.")}
+    rooms = [*ROOMS[package], *SCRIPTS] if package == "jobs" else ROOMS[package]
+    assert {name.split(".")[1] for name in files} == set(rooms)
+    place = {name: rooms.index(name.split(".")[1]) for name in files}
+    wrong = [
+        f"{name} imports {used}"
+        for name, path in files.items()
+        for used in ours(path, files.keys())
+        if place[used] > place[name] or (package == "jobs" and used.split(".")[1] in SCRIPTS and name != "jobs.demo")
+    ]
+    assert wrong == []
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    files = by_name()
+    left = {name: ours(path, files.keys()) - {name} for name, path in files.items()}
+    assert sum(map(len, left.values())) > 300  # else this finds nothing
+    while ready := [name for name, used in left.items() if not used & left.keys()]:
+        for name in ready:
+            del left[name]
+    assert left == {}
+
+
+def test_a_script_has_a_main_and_what_has_none_lies_in_a_folder() -> None:
+    scripts = [path for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__"]
+    assert sorted(path.stem for path in scripts) == SCRIPTS
+    assert all("\ndef main(" in path.read_text(encoding="utf-8") for path in scripts)
+    folders = {path.stem for path in (ROOT / "jobs").iterdir() if path.is_dir()} - {"__pycache__"}
+    assert folders.isdisjoint(SCRIPTS)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_folder_says_what_it_is(package: str) -> None:
+    folders = {path.parent for path in modules(package)} - {ROOT / "analysis" / "examples"}
+    for folder in folders:
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))), folder
 
 
 def test_transformers_is_named_only_where_models_are_loaded() -> None:
