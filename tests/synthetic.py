@@ -10,6 +10,9 @@ import numpy as np
 import xarray as xr
 from hypothesis import strategies as st
 
+from store import Coverage
+from store.plan import Plan
+
 EXPERTS = st.sampled_from([2, 3, 4, 8, 15, 16, 64])
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -139,3 +142,23 @@ def captures(
     )
     chunk = draw(st.none() | st.integers(1, 9))
     return capture if chunk is None else capture.chunk({"doc": chunk, "position": 3, "layer": 1})
+
+
+def state_of(data: xr.Dataset, missing: Sequence[int] = ()) -> Coverage:
+    """A coverage for a synthetic capture."""
+    tokens = int(data["length"].sum())
+    shards = -(-data.sizes["doc"] // data.attrs["rows_per_shard"])
+    return Coverage(
+        dataset=data.attrs["dataset"],
+        plan=Plan(complete=True, rows=data.sizes["doc"], tokens=tokens, documents=data.sizes["document"]),
+        shards_total=shards,
+        missing=list(missing),
+        wrong={},
+        quarantined={},
+        lost=[],
+        tokens_done=tokens,
+        bytes_done=0,
+        seconds=0.0,
+        sums={},
+        digest="synthetic",
+    )

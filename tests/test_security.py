@@ -120,7 +120,7 @@ def dangers_of_call(call: ast.Call) -> list[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_module_unpickles_evaluates_or_trusts_code_of_others(package: str) -> None:
-    modules = sorted((ROOT / package).glob("*.py"))
+    modules = sorted((ROOT / package).rglob("*.py"))
     assert modules
     assert {module.name: dangers(module.read_text()) for module in modules if dangers(module.read_text())} == {}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import altair as alt
 import numpy as np
 import pytest
-from synthetic import HOSTILE, make_capture
+from synthetic import HOSTILE, make_capture, state_of
 
 from analysis.charts.paths import MAX_TOKEN_LINKS
 from analysis.report import page as report
@@ -20,28 +20,6 @@ from analysis.report.sections.contrast import contrast_between
 from analysis.report.sections.contrast import contrasted as contrasted_documents
 from analysis.scan import scan
 from analysis.statistics.resampling import poisson_weights
-from store import Coverage
-from store.plan import Plan
-
-
-def state_of(data, missing=()):
-    """A coverage for a synthetic capture."""
-    tokens = int(data["length"].sum())
-    shards = -(-data.sizes["doc"] // data.attrs["rows_per_shard"])
-    return Coverage(
-        dataset=data.attrs["dataset"],
-        plan=Plan(complete=True, rows=data.sizes["doc"], tokens=tokens, documents=data.sizes["document"]),
-        shards_total=shards,
-        missing=list(missing),
-        wrong={},
-        quarantined={},
-        lost=[],
-        tokens_done=tokens,
-        bytes_done=0,
-        seconds=0.0,
-        sums={},
-        digest="synthetic",
-    )
 
 
 def answers_of(label, **options):

@@ -369,7 +369,7 @@ def test_the_comments_show_how_to_start_submit_and_end() -> None:
 def test_our_variables_are_read_by_the_jobs(text: str) -> None:
     names = set(re.findall(r"EXPERT_ATLAS_\w+", text))
     assert names == {f"EXPERT_ATLAS_{name}" for name in ("STORE", "DEVICE", "WORKERS")}
-    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "jobs").glob("*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "jobs").rglob("*.py"))
     assert {name for name in names if f'"{name}"' not in code} == set()
 
 

@@ -23,12 +23,13 @@ from conftest import Ran
 from fake_model import fake_capture, word_id, words
 from rich.cells import cell_len
 from rich.console import Console
-from synthetic import HOSTILE, make_capture
+from synthetic import HOSTILE, make_capture, state_of
 
 import analysis.report.page
 from analysis.metrics.load import expert_load
 from analysis.metrics.paths import document_path
 from analysis.metrics.tokens import TokenCounts, TopTokens, expert_tokens, token_experts
+from analysis.report.section import Answers
 from analysis.scan import scan
 from jobs import capture, demo, query, status
 from jobs.console.query_rows import document_answer, expert_answer, token_answer
@@ -470,10 +471,12 @@ def test_the_demo_ends_with_what_it_found_and_the_report_s_path(
 ) -> None:
     captures = {name: make_capture(seed=seed, dataset=name) for seed, name in enumerate(demo.TEXTS)}
     answers = [
-        SimpleNamespace(
+        Answers(
             label=name,
-            load=expert_load(routes),
-            tokens=expert_tokens(routes, by="lift", min_count=5),
+            state=state_of(routes),
+            attrs=routes.attrs,
+            documents=1,
+            found={"load": expert_load(routes), "tokens": expert_tokens(routes, by="lift", min_count=5)},
         )
         for name, routes in captures.items()
     ]
