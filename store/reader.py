@@ -17,7 +17,7 @@ from store.group import CaptureGroup
 from store.objects import open_objects
 from store.plan import Plan
 from store.records import parse_json
-from store.verify import metadata_faults
+from store.verification import metadata_faults
 
 
 def dataset_names(path: Path | str) -> list[str]:

@@ -28,7 +28,7 @@ import workers.shard
 from jobs.capturing import captures, local
 from jobs.capturing import planner as planning
 from jobs.capturing.captures import Fill, capture_datasets
-from store import CaptureGroup, Coverage, Layout, layout, lease, planned, reader, verify
+from store import CaptureGroup, Coverage, Layout, layout, lease, planned, reader, verification
 from store.layout import ArraySpec
 from store.objects import LocalObjects, Objects
 from store.planned import PlannedGroup
@@ -218,7 +218,7 @@ def simulation(make: Callable[[str], Objects]) -> Iterator[None]:
         patch.setattr(lease, "_is_stale", lambda group, other: is_gone(other["process"]))
         patch.setattr(lease, "RENEW_S", 1e6)  # who stands still does not notice that it was overtaken
         patch.setattr(lease, "time", SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0))
-        for module in (local, verify):
+        for module in (local, verification):
             patch.setattr(module, "ThreadPoolExecutor", _AtOnce)
         for module in (captures, local):
             patch.setattr(module, "say", lambda line: None)

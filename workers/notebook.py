@@ -1,7 +1,6 @@
 """Routes of a few texts without a store, for a notebook."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +96,8 @@ def capture_texts(
         experts_per_token=engine.experts_per_token,
         vocab_size=tokenizer.vocab_size,
     )
-    expert, weight = route_rows(engine, rows, layout, batch_tokens)()
     arrays = {
-        "expert": expert,
-        "weight": weight,
+        **route_rows(engine, rows, layout, batch_tokens)(),
         **{name: getattr(rows, name) for name in ("token", "length", "document_id", "offset")},
         "name": np.array([f"text {index}" for index in range(len(texts))], dtype=object),
         "piece": np.array(tokenizer.pieces(), dtype=object),
@@ -115,5 +112,5 @@ def _dataset(layout: Layout, arrays: Mapping[str, np.ndarray], attrs: Mapping[st
     return xr.Dataset(
         {name: (specs[name].dims if name in specs else ("doc",), values) for name, values in arrays.items()},
         coords={"layer": np.array(layout.layers, dtype=np.int32)},
-        attrs={**asdict(layout), **attrs, "dataset": "texts"},
+        attrs={**layout.attrs(), **attrs, "dataset": "texts"},
     )

@@ -268,13 +268,13 @@ def test_a_commit_whose_answer_was_lost_is_told_from_one_that_another_writer_mad
 ) -> None:
     group = CaptureGroup(captured, "fake")
     rows = group.read_rows(0)
-    expert, weight, _ = capture_shard(group, 0, rows, FakeEngine(), batch_tokens=24)()
-    assert not group.commit(0, expert, weight, rows=rows, facts={"worker": "late"})
+    routes, _ = capture_shard(group, 0, rows, FakeEngine(), batch_tokens=24)()
+    assert not group.commit(0, routes, rows=rows, facts={"worker": "late"})
     group.discard(0)
     put_new = S3Objects.put_new
     monkeypatch.setattr(S3Objects, "put_new", lambda self, key, data: put_new(self, key, data) and False)
-    assert group.commit(0, expert, weight, rows=rows, facts={"worker": "mine"})
-    assert not group.commit(0, expert, weight, rows=rows, facts={"worker": "late"})
+    assert group.commit(0, routes, rows=rows, facts={"worker": "mine"})
+    assert not group.commit(0, routes, rows=rows, facts={"worker": "late"})
 
 
 # --- Leases -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from jobs.capturing import planner as planning
 from store import CaptureGroup, coverage, layout, open_capture, planned
 from store.lease import lease
 from store.objects import LocalObjects, open_objects
-from store.verify import Findings, verify
+from store.verification import Findings, verify
 from workers.text.rows import BosRule
 
 Command = Callable[..., Any]

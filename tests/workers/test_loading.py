@@ -142,7 +142,8 @@ def test_it_computes_in_the_dtype_asked_for(tiny: Path, dtype: str, quantization
     assert hidden_states(loaded.model).dtype == getattr(torch, dtype)
     held = sum(parameter.nbytes for parameter in loaded.model.parameters() if type(parameter) is nn.Parameter)
     assert held >= (4 if dtype == "float32" else 2) * 32_000 * 64
-    experts, weights = ModelEngine(loaded).route(np.arange(100, dtype=np.int32)[None], np.array([100], np.int32))
+    token, length = np.arange(100, dtype=np.int32)[None], np.array([100], np.int32)
+    experts, weights = ModelEngine(loaded).route(token, length).values()
     assert experts.shape == weights.shape == (1, 100, LAYERS, 2)
 
 

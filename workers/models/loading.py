@@ -23,6 +23,7 @@ from torch import nn
 from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config, tensor_names
 from workers.models.description import (
     BLOCK,
+    EXPERTS_OF_TRANSFORMERS,
     FOUR_BITS,
     ModelDescription,
     build_skeleton,
@@ -181,7 +182,7 @@ def _from_pretrained(
     checkpoint: Checkpoint, description: ModelDescription, devices: Sequence[torch.device], dtype: torch.dtype
 ) -> Any:
     """Run transformers' own loader, with experts that can be quantized, and read its report."""
-    quantization = description["quantization"]
+    quantization, backend = description["quantization"], description["expert_backend"]
     skeleton = build_skeleton(checkpoint, dtype)
     settings = quantization_config(quantization, skeleton, dtype)
     # Given by itself: else an attention that it names, as some published ones do, would have the last word.
@@ -200,7 +201,7 @@ def _from_pretrained(
                 device_map=layer_devices(skeleton, devices),
                 dtype=dtype,
                 attn_implementation=description["attention"],
-                experts_implementation="eager" if quantization != "none" else description["expert_backend"],
+                experts_implementation=backend if backend in EXPERTS_OF_TRANSFORMERS else "eager",
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -232,8 +233,8 @@ def _from_pretrained(
     }
     faults = {name: sorted(map(str, found)) for name, found in report.items() if found}
     if faults:
-        told = "; ".join(f"{len(found)} {name}: {', '.join(found[:5])}" for name, found in faults.items())
-        raise ValueError(f"{checkpoint.folder} does not fit its own configuration ({_versions()}): {told}")
+        listed = "; ".join(f"{len(found)} {name}: {', '.join(found[:5])}" for name, found in faults.items())
+        raise ValueError(f"{checkpoint.folder} does not fit its own configuration ({_versions()}): {listed}")
     return model
 
 
