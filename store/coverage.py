@@ -1,4 +1,4 @@
-"""How much of a capture is there: what `status` prints and what a reader is told."""
+"""How much of a capture is there: what `status` prints, and what a reader is warned of."""
 
 import hashlib
 import json
@@ -65,10 +65,24 @@ class Coverage:
 def coverage(path: Path | str, dataset: str) -> Coverage:
     """Count what is planned and committed of one data set; safe while a capture runs.
 
+    Parameters
+    ----------
+    path
+        The store: a folder, or s3://bucket/prefix.
+    dataset
+        Its group in the store.
+
+    Returns
+    -------
+    Coverage
+        From the plan and the commit records; what was committed is not read back, which `verify` does.
+
     Raises
     ------
     FileNotFoundError
         When the store or the data set does not exist.
+    ValueError
+        When the group is not a capture of a schema version that this code reads, or its plan is damaged.
     """
     group = CaptureGroup(path, dataset)
     valid, wrong = group.commits()

@@ -36,7 +36,15 @@ _RECORD = re.compile(r"[0-9]+\.json")
 
 
 class CaptureGroup(PlannedGroup):
-    """A data set's group in a store; `open` one that exists, `create` one or go on with an equal one."""
+    """A data set's group in a store; opened by its name, or made by `create`.
+
+    Parameters
+    ----------
+    path
+        The store: a folder, or s3://bucket/prefix. Nothing is looked at yet.
+    dataset
+        The group's name in it: 1 to 128 of a-z, 0-9, '.', '_' and '-'.
+    """
 
     @classmethod
     def create(
@@ -49,10 +57,14 @@ class CaptureGroup(PlannedGroup):
         attrs: Mapping[str, Any],
         pieces: Sequence[str],
     ) -> "CaptureGroup":
-        """Make the group, or go on with the one that is there; for the one who holds its lease.
+        """Make the group, or open the one that is there if it is the same capture; call it under the group's lease.
 
         Parameters
         ----------
+        path, dataset
+            As for the class.
+        layout
+            The grid of its arrays; of a group that is there, its own holds.
         identity
             What makes two captures the same; kept in the group, its hash in every commit.
         attrs

@@ -61,8 +61,22 @@ def verify(group: CaptureGroup, progress: Callable[[int], None] = lambda tokens:
 
     Parameters
     ----------
+    group
+        The data set: `CaptureGroup(path, name)`.
     progress
-        Told of the tokens of each committed shard when it was read.
+        Called with the number of tokens of each committed shard when it was read.
+
+    Returns
+    -------
+    Findings
+        Empty where all is well.
+
+    Raises
+    ------
+    FileNotFoundError
+        When the data set does not exist.
+    ValueError
+        When it is not a capture of a schema version that this code reads, or the plan's own record is damaged.
     """
     plan = group.plan
     records, wrong = group.commits()
@@ -249,7 +263,7 @@ def _place_faults(group: CaptureGroup, shard: int, plan: Plan, records: Records)
     """What is wrong with a shard's tokens, lengths and speakers.
 
     If tokens are not those of the commit, or lengths do not fit tokens that are not committed, which of the two is
-    wrong cannot be told: the tokens are named first.
+    wrong cannot be known: the tokens are named first.
     """
     start, stop = group.span(shard, plan)
     try:

@@ -65,13 +65,13 @@ class Process:
         self.seems_dead = False
         """Whether others take its lease for stale."""
         self.error: BaseException | None = None
-        self._told: queue.Queue[str] = queue.Queue()
+        self._reports: queue.Queue[str] = queue.Queue()
         self._go_on = threading.Event()
 
     def look(self) -> None:
         """Whatever reads the store comes here first."""
         if self.steps == self.stops_at:
-            self._told.put("stands still")
+            self._reports.put("stands still")
             self.dead |= not self._go_on.wait(WAIT_S)
             self._go_on.clear()
         self.steps += 1
@@ -106,7 +106,7 @@ class Process:
 
         def whole() -> None:
             self.run(work)
-            self._told.put("has ended")
+            self._reports.put("has ended")
 
         threading.Thread(target=whole, daemon=True).start()
         return self._stands_still()
@@ -124,7 +124,7 @@ class Process:
         self.go_on()
 
     def _stands_still(self) -> bool:
-        return self._told.get(timeout=WAIT_S) == "stands still"
+        return self._reports.get(timeout=WAIT_S) == "stands still"
 
 
 class Watched:

@@ -32,8 +32,7 @@ def capture_texts(
     Parameters
     ----------
     model
-        A checkpoint folder, a hub id, or a model that `workers.models.loading.load_model` gave: load once, capture
-        often.
+        A checkpoint folder, a hub id, "tiny", or a model that `load_model` gave: load once, capture often.
     texts
         One document each.
     quantization
@@ -48,7 +47,7 @@ def capture_texts(
     Returns
     -------
     xarray.Dataset
-        With the variables, dims, dtypes and fill values of `store.open_capture`, so that every function of
+        In memory, with the variables, dims, dtypes and fill values of `store.open_capture`, so that every function of
         `analysis` takes it.
 
     Raises

@@ -47,7 +47,7 @@ class Replica:
     Parameters
     ----------
     progress
-        Told of tokens as they are routed.
+        Called with the number of tokens of each micro-batch that was begun.
     """
 
     def __init__(self, progress: Callable[[int], None] = lambda tokens: None) -> None:
@@ -85,7 +85,7 @@ class Replica:
         return here
 
     def compute(self, dataset: str, shard: int) -> Callable[[], dict[str, Any]]:
-        """Route one shard; what is returned commits it, and tells its tokens, seconds and halvings.
+        """Route one shard; what is returned commits it, and gives its tokens, seconds and halvings.
 
         What is returned must be called, in any thread; it may be while the next shard is computed. Two shards are in
         memory at most: no third one is computed before the first is written.

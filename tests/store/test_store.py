@@ -1076,9 +1076,9 @@ def test_a_lost_object_of_the_plan_makes_the_capture_incomplete_and_unreadable(c
     for allowed in (False, True):
         with pytest.raises(
             ValueError, match=f"1 objects of the plan are lost, first {key}; remove the folder prose"
-        ) as told:
+        ) as raised:
             open_capture(copy, "prose", allow_incomplete=allowed)
-        assert "allow_incomplete" not in str(told.value)  # which would not help
+        assert "allow_incomplete" not in str(raised.value)  # which would not help
     with pytest.raises(ValueError, match="objects of the plan are lost"):
         fake_capture(copy, TEXTS, "prose")
 
@@ -1182,11 +1182,11 @@ def test_a_creation_that_was_killed_leaves_no_array_that_the_next_capture_does_n
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("", "is not JSON"), ("[1]", "holds list"), ('{"x": 1}', "no plan has"), ("{}", "lacks")]
+    ("content", "message"), [("", "is not JSON"), ("[1]", "holds list"), ('{"x": 1}', "no plan has"), ("{}", "lacks")]
 )
-def test_a_plan_record_that_is_none_is_named(copy: Path, content: str, said: str) -> None:
+def test_a_plan_record_that_is_none_is_named(copy: Path, content: str, message: str) -> None:
     (copy / "prose" / "token" / "plan.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"prose/token/plan\.json.*{said}"):
+    with pytest.raises(ValueError, match=rf"prose/token/plan\.json.*{message}"):
         coverage(copy, "prose")
 
 

@@ -390,7 +390,7 @@ PLACES.remove(("a negative expert", 3))
 def test_a_fault_in_one_layer_stops_the_shard_and_names_the_layer(
     tiny_model: LoadedModel, tmp_path: Path, fault: str, layer: int
 ) -> None:
-    breaks, said = FAULTS[fault]
+    breaks, message = FAULTS[fault]
     engine, rows = ModelEngine(tiny_model), random_rows(16, seed=1)
     rows.length[:] = POSITIONS  # both shards are micro-batches of one shape
     rows.token[rows.token == -1] = 7
@@ -400,7 +400,7 @@ def test_a_fault_in_one_layer_stops_the_shard_and_names_the_layer(
     try:
         if "earlier" in fault:
             capture_shard(group, 0, group.read_rows(0), engine, batch_tokens=8 * POSITIONS)()
-        with pytest.raises(RoutingError, match=f"^shard 1 of broken: layer {layer}: .*{said}"):
+        with pytest.raises(RoutingError, match=f"^shard 1 of broken: layer {layer}: .*{message}"):
             capture_shard(group, 1, group.read_rows(1), engine, batch_tokens=8 * POSITIONS)()
     finally:
         restore()
@@ -423,9 +423,9 @@ def test_a_logit_that_is_not_finite_stops_the_shard_with_layer_position_and_row(
         return (logits, *others)
 
     handle = gate_of(engine, layer).register_forward_hook(spoil)
-    said = f"layer {layer}: its router's logits or weights are not finite, first seen at position {position}"
+    message = f"layer {layer}: its router's logits or weights are not finite, first seen at position {position}"
     try:
-        with pytest.raises(RoutingError, match=f"^shard 0 of broken: {said} of row {row} of the shard$"):
+        with pytest.raises(RoutingError, match=f"^shard 0 of broken: {message} of row {row} of the shard$"):
             capture_shard(group, 0, group.read_rows(0), engine, batch_tokens=8 * POSITIONS)()
     finally:
         handle.remove()

@@ -62,9 +62,26 @@ def describe_model(
     dtype: str | None = None,
     quantize_gates: bool = False,
 ) -> ModelDescription:
-    """Tell what `load_model` with the same arguments would load; reads the configuration and no weights.
+    """Describe what `load_model` with the same arguments would load; reads the configuration and no weights.
 
     Of a local folder the fingerprint is taken, for which about 0.2 GB of 93 are read.
+
+    Parameters
+    ----------
+    model, revision, quantization, dtype, quantize_gates
+        As for `load_model`.
+    device_type
+        "cuda" or "cpu": decides the compute dtype where `dtype` is not given, and what computes the experts.
+
+    Returns
+    -------
+    ModelDescription
+        What of the model goes into a capture's identity.
+
+    Raises
+    ------
+    ValueError
+        When the checkpoint cannot be captured as asked.
     """
     checkpoint = find_checkpoint(model, revision, weights=False)
     return describe_checkpoint(

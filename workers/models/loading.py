@@ -2,10 +2,10 @@
 
 Promises: what is loaded is what was asked for. After every load the report of transformers is clean, every
 matrix of every expert is quantized, and every router is in its full precision, or a ValueError says which
-tensors are not, and with which versions. `describe_model` tells the identity beforehand, without the weights.
+tensors are not, and with which versions. `describe_model` gives the identity beforehand, without the weights.
 
 Does not know tokens, hooks or stores. Files come from `workers.models.checkpoint`, shapes and names from
-`workers.models.description`; how fused experts become quantizable is told in `workers.models.quantizer`.
+`workers.models.description`; how fused experts become quantizable is described in `workers.models.quantizer`.
 """
 
 import sys
@@ -55,7 +55,9 @@ class LoadedModel:
     routers: dict[int, nn.Module]
     """The model's own layer number → the module that chooses experts, in ascending order."""
     num_experts: int
+    """Of each layer that has a router."""
     experts_per_token: int
+    """Experts that a router chooses for each token."""
     provenance: dict[str, Any]
     """The fields of `ModelDescription`, then facts of this load (JSON values only)."""
 
@@ -85,11 +87,16 @@ def load_model(
     dtype
         Compute dtype: ``float32``, ``bfloat16`` or ``float16``; by default float32 on a CPU, else bfloat16.
     quantize_gates
-        Round the routers' weights to `quantization` too, as transformers 4 does unless told otherwise.
+        Round the routers' weights to `quantization` too, as transformers 4 does by default.
     device
         Where the model goes.
     gpus
         Over how many GPUs its layers are spread, from `device` on: more than one where one is too small.
+
+    Returns
+    -------
+    LoadedModel
+        For `capture_texts`, as often as wanted.
 
     Raises
     ------
