@@ -18,7 +18,7 @@ from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.lease import lease_holder
 from store.reader import dataset_names
-from store.verify import Findings, verify
+from store.verification import Findings, verify
 
 
 @dataclass(frozen=True, kw_only=True)

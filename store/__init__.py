@@ -1,8 +1,13 @@
 """The store: one Zarr group a data set, filled shard by shard, opened with xarray.
 
 What it promises: a shard is whole or absent, a commit record is written only after the data that it names are
-durable, and a reader is told what is missing. It imports nothing of the other packages. xarray and dask, which take
-two seconds, are imported only by whoever reads: drivers and workers write.
+durable, and a reader knows what is missing. It imports nothing of the other packages.
+
+- To read: `open_capture`, `open_tree`, `dataset_names`.
+- To know what is there, and whether it holds: `coverage`, `verify`.
+- To write: `CaptureGroup` with its `Layout`, `Plan` and `Rows`.
+
+xarray and dask, which take two seconds, are imported only by whoever reads: drivers and workers write.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,11 +15,25 @@ from typing import TYPE_CHECKING, Any
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.layout import Layout
+from store.plan import Plan, Rows
+from store.verification import Findings, verify
 
 if TYPE_CHECKING:
     from store.reader import dataset_names, open_capture, open_tree
 
-__all__ = ["CaptureGroup", "Coverage", "Layout", "coverage", "dataset_names", "open_capture", "open_tree"]
+__all__ = [
+    "CaptureGroup",
+    "Coverage",
+    "Findings",
+    "Layout",
+    "Plan",
+    "Rows",
+    "coverage",
+    "dataset_names",
+    "open_capture",
+    "open_tree",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,3 +42,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(reader, name)
     raise AttributeError(f"module 'store' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""How much of a capture is there: what `status` prints and what a reader is told."""
+"""How much of a capture is there: what `status` prints, and what a reader is warned of."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ class Coverage:
     """Objects of the plan that are gone: the capture cannot be trusted, nor healed without planning again."""
     tokens_done: int
     bytes_done: int
-    """Bytes of the committed `expert` and `weight` shards."""
+    """Bytes of the routes' committed shards."""
     seconds: float
     """Sum of the seconds that workers spent on the committed shards."""
     sums: dict[int, str]
@@ -65,21 +65,30 @@ class Coverage:
 def coverage(path: Path | str, dataset: str) -> Coverage:
     """Count what is planned and committed of one data set; safe while a capture runs.
 
+    Parameters
+    ----------
+    path
+        The store: a folder, or s3://bucket/prefix.
+    dataset
+        Its group in the store.
+
+    Returns
+    -------
+    Coverage
+        From the plan and the commit records; what was committed is not read back, which `verify` does.
+
     Raises
     ------
     FileNotFoundError
         When the store or the data set does not exist.
+    ValueError
+        When the group is not a capture of a schema version that this code reads, or its plan is damaged.
     """
     group = CaptureGroup(path, dataset)
     valid, wrong = group.commits()
     plan, total = group.plan, group.num_shards
-    done = [record for shard, record in valid.items() if shard < total]
-    sums = {
-        shard: _hash([record.get("token_crc32c"), record["expert"], record["weight"]])
-        for shard, record in valid.items()
-        if shard < total
-    }
-    held = [[shard, valid[shard]["expert"], valid[shard]["weight"]] for shard in sorted(valid) if shard < total]
+    done = {shard: record for shard, record in valid.items() if shard < total}
+    objects = {shard: [record[name] for name in group.layout.routes] for shard, record in done.items()}
     return Coverage(
         dataset=dataset,
         plan=plan,
@@ -90,11 +99,11 @@ def coverage(path: Path | str, dataset: str) -> Coverage:
             shard: record for shard, record in group.quarantined().items() if shard < total and shard not in valid
         },
         lost=group.lost(),
-        tokens_done=sum(record["tokens"] for record in done),
-        bytes_done=sum(record["expert"]["bytes"] + record["weight"]["bytes"] for record in done),
-        seconds=sum(record.get("seconds", 0.0) for record in done),
-        sums=sums,
-        digest=_hash([asdict(plan), held]),
+        tokens_done=sum(record["tokens"] for record in done.values()),
+        bytes_done=sum(each["bytes"] for found in objects.values() for each in found),
+        seconds=sum(record.get("seconds", 0.0) for record in done.values()),
+        sums={shard: _hash([record.get("token_crc32c"), *objects[shard]]) for shard, record in done.items()},
+        digest=_hash([asdict(plan), [[shard, *objects[shard]] for shard in sorted(objects)]]),
     )
 
 

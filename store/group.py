@@ -1,8 +1,9 @@
 """One data set's group as its writers see it: create, commit, take back, set aside.
 
-The one invariant: a task fills exactly one shard of `expert` and `weight`, whole and idempotently; its commit record
-is written last, after the data are durable; a restart is all shards minus the valid commits. Nothing else carries
-state. What is noted beside the commits only says which shards not to trust (`faults`), or not to try (`quarantine`).
+The one invariant: a task fills exactly one shard of the routes (`expert`, `weight`, and what `Layout.record` names),
+whole and idempotently; its commit record is written last, after the data are durable; a restart is all shards minus the
+valid commits. Nothing else carries state. What is noted beside the commits only says which shards not to trust
+(`faults`), or not to try (`quarantine`).
 
 Readers use `store.open_capture`. Nothing here keeps two jobs apart: `store.lease` does.
 """
@@ -21,21 +22,29 @@ import google_crc32c
 import numpy as np
 
 from store.identity import Identity, identity_hash, refuse_other_identity
-from store.layout import SCHEMA_VERSION, Layout
+from store.layout import OPTIONAL, SCHEMA_VERSION, Layout
 from store.plan import Plan, Rows
-from store.planned import GROWING, ROUTES, PlannedGroup, group_metadata, valid_name
+from store.planned import PlannedGroup, group_metadata, valid_name
 from store.records import as_json, parse_record
 
 __all__ = ["CaptureGroup", "valid_name"]
 
 COMMITS, FAULTS, QUARANTINE = "expert/commits", "expert/faults", "expert/quarantine"
 ENVIRONMENT = "expert/environment.json"
-TOLD = ("errors", "documents")  # of a record of quarantine
+TEXTS = ("errors", "documents")  # fields of a record of quarantine that are lists of texts
 _RECORD = re.compile(r"[0-9]+\.json")
 
 
 class CaptureGroup(PlannedGroup):
-    """A data set's group in a store; `open` one that exists, `create` one or go on with an equal one."""
+    """A data set's group in a store; opened by its name, or made by `create`.
+
+    Parameters
+    ----------
+    path
+        The store: a folder, or s3://bucket/prefix. Nothing is looked at yet.
+    dataset
+        The group's name in it: 1 to 128 of a-z, 0-9, '.', '_' and '-'.
+    """
 
     @classmethod
     def create(
@@ -48,10 +57,14 @@ class CaptureGroup(PlannedGroup):
         attrs: Mapping[str, Any],
         pieces: Sequence[str],
     ) -> "CaptureGroup":
-        """Make the group, or go on with the one that is there; for the one who holds its lease.
+        """Make the group, or open the one that is there if it is the same capture; call it under the group's lease.
 
         Parameters
         ----------
+        path, dataset
+            As for the class.
+        layout
+            The grid of its arrays; of a group that is there, its own holds.
         identity
             What makes two captures the same; kept in the group, its hash in every commit.
         attrs
@@ -72,7 +85,7 @@ class CaptureGroup(PlannedGroup):
         group.objects.put_new("zarr.json", group_metadata({}))
         if exists:
             return group
-        for name in GROWING:  # of a creation that was killed, of a capture with other arrays
+        for name in ("role", *OPTIONAL):  # of a creation that was killed, of a capture with other arrays
             if name not in layout.arrays():
                 group.objects.clear(group._key(name))
         contents = {"piece": np.array(pieces, dtype=object), "layer": np.array(layout.layers, dtype="int32")}
@@ -84,7 +97,7 @@ class CaptureGroup(PlannedGroup):
                 changes[f"{name}/{spec.key(start // spec.step)}"] = spec.encode(values[start : start + spec.step])
         changes["token/plan.json"] = as_json(asdict(Plan()))
         group._change(changes, still=lambda: group.objects.get(group._key("zarr.json")) is None)
-        facts = asdict(layout) | {"schema_version": SCHEMA_VERSION, "identity": identity}
+        facts = layout.attrs() | {"schema_version": SCHEMA_VERSION, "identity": identity}
         metadata = group_metadata({**attrs, **facts})
         # A put whose answer was lost is tried again by the store's client, and then finds its own object.
         if not group.objects.put_new(group._key("zarr.json"), metadata) and (
@@ -95,10 +108,8 @@ class CaptureGroup(PlannedGroup):
 
     # The shards
 
-    def commit(
-        self, shard: int, expert: np.ndarray, weight: np.ndarray, *, rows: Rows, facts: Mapping[str, Any]
-    ) -> bool:
-        """Make one shard's choices durable, then its commit record.
+    def commit(self, shard: int, routes: Mapping[str, np.ndarray], *, rows: Rows, facts: Mapping[str, Any]) -> bool:
+        """Make one shard's routes durable, then its commit record.
 
         An object that is there without a commit is kept when its bytes are the same and replaced when they are not:
         it is what a killed writer left. A shard that is committed is left as it is, and a record that is damaged so
@@ -107,7 +118,13 @@ class CaptureGroup(PlannedGroup):
 
         Parameters
         ----------
-        expert, weight : array, shape (rows, P, layers, k)
+        shard
+            Its number, from 0.
+        routes
+            Each array of `Layout.routes` by name, with the shape (rows, \\*trailing) of its `ArraySpec`: `expert` and
+            `weight` have (rows, P, layers, k).
+        rows
+            The planned rows that were routed.
         facts
             What the worker knows: seconds, worker, halvings, versions.
 
@@ -127,8 +144,8 @@ class CaptureGroup(PlannedGroup):
             "tokens": int(rows.length.sum()),
             "token_crc32c": tokens_crc32c(rows.token),
         }
-        for name, values in (("expert", expert), ("weight", weight)):
-            data = arrays[name].encode(values)
+        for name in self.layout.routes:
+            data = arrays[name].encode(routes[name])
             key = self._key(f"{name}/{arrays[name].key(shard)}")
             if not self.objects.put_new(key, data) and self.objects.get(key) != data:
                 if _is_record(self.objects.get(record_key)):
@@ -146,15 +163,16 @@ class CaptureGroup(PlannedGroup):
         """The valid commit records by shard, and for the others what is wrong with them.
 
         Valid is a record of this capture's identity whose objects have the lengths that it names, and of which
-        nothing else was found to be wrong by reading it back (`store.verify`).
+        nothing else was found to be wrong by reading it back (`store.verification`).
         """
         found, noted = self._numbered(COMMITS), self._numbered(FAULTS)
-        sizes = [self.objects.sizes(self._key(f"{name}/c"), self._keys(name, found)) for name in ROUTES]
+        routes = self.layout.routes
+        sizes = [self.objects.sizes(self._key(f"{name}/c"), self._keys(name, found)) for name in routes]
         valid: dict[int, dict[str, Any]] = {}
         wrong: dict[int, str] = {}
         for (shard, data), *have in zip(found.items(), *sizes, strict=True):
             record, reason = self._commit(shard, data)
-            reason = reason or _misfit(record, have) or _noted(data, noted.get(shard))
+            reason = reason or _misfit(record, dict(zip(routes, have, strict=True))) or _noted(data, noted.get(shard))
             if reason is None:
                 valid[shard] = record
             else:
@@ -164,7 +182,7 @@ class CaptureGroup(PlannedGroup):
     def discard(self, shard: int) -> None:
         """Take back a shard: its commit first, then its objects, so that no commit ever names what is gone."""
         self.objects.delete(self._key(f"{COMMITS}/{shard}.json"))
-        for name in ROUTES:
+        for name in self.layout.routes:
             self.objects.delete(*self._keys(name, [shard]))
         self.objects.delete(self._key(f"{FAULTS}/{shard}.json"))
 
@@ -177,7 +195,7 @@ class CaptureGroup(PlannedGroup):
                 return record, f"is of identity {record['identity'][:12]}"
             if record["shard"] != shard or not record["tokens"] > 0:
                 return record, f"is of shard {record['shard']!r:.40}, with {record['tokens']!r:.40} tokens"
-            if odd := _odd(record):
+            if odd := _odd(record, self.layout.routes):
                 return record, f"says {odd}, which it cannot be"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return record, f"cannot be read ({error!r})"
@@ -214,8 +232,8 @@ class CaptureGroup(PlannedGroup):
         for shard, data in self._numbered(QUARANTINE).items():
             records[shard] = {}
             with suppress(ValueError):
-                told = parse_record(data)
-                records[shard] = {key: told[key] for key in told if key not in TOLD or _are_texts(told[key])}
+                record = parse_record(data)
+                records[shard] = {key: value for key, value in record.items() if key not in TEXTS or _are_texts(value)}
         return records
 
     def release(self, shard: int) -> None:
@@ -264,10 +282,10 @@ def _are_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _odd(record: Mapping[str, Any]) -> str | None:
+def _odd(record: Mapping[str, Any], routes: Sequence[str]) -> str | None:
     """A fact of a commit record that no writer writes."""
-    counts = {"tokens": record["tokens"], **{f"bytes of {name}": record[name]["bytes"] for name in ROUTES}}
-    texts = {f"sha256 of {name}": record[name].get("sha256", "") for name in ROUTES}
+    counts = {"tokens": record["tokens"], **{f"bytes of {name}": record[name]["bytes"] for name in routes}}
+    texts = {f"sha256 of {name}": record[name].get("sha256", "") for name in routes}
     odd = [f"{name} {value!r:.40}" for name, value in counts.items() if type(value) is not int or value < 0]
     odd += [f"{name} {value!r:.40}" for name, value in texts.items() if not isinstance(value, str)]
     seconds = record.get("seconds", 0.0)
@@ -285,9 +303,9 @@ def _is_record(data: bytes | None) -> bool:
     return True
 
 
-def _misfit(record: Mapping[str, Any], have: Sequence[int | None]) -> str | None:
+def _misfit(record: Mapping[str, Any], have: Mapping[str, int | None]) -> str | None:
     """Which object has not the length that a commit record names."""
-    for name, size in zip(ROUTES, have, strict=True):
+    for name, size in have.items():
         if size != record[name]["bytes"]:
             what = "is gone" if size is None else f"has {size} bytes"
             return f"its {name} shard {what}, {record[name]['bytes']} were committed"

@@ -8,8 +8,9 @@ Zarr would have written into the large array, the clipped last shard included (a
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,7 @@ from zarr.storage import MemoryStore
 SCHEMA_VERSION = 1
 SHARD_TOKENS = 262_144  # positions in a shard: 12 s of an H200, 26-90 s of smaller GPUs (measured)
 ROW_CHUNK = 65_536  # entries in a chunk of the one-dimensional arrays
-CHUNK_ROWS, CHUNK_POSITIONS = (
-    64,
-    512,
-)  # inner chunk; all layers in it: full scans ran 5 times faster (measured)
+CHUNK_ROWS, CHUNK_POSITIONS = 64, 512  # inner chunk; all layers in it: full scans ran 5 times faster (measured)
 SHARD_CHOICES = 2**31  # in a shard at most: 4.3 GB of weights; S3 takes 5 GB in a put, and a worker holds two shards
 CHUNK_CHOICES = 2**21  # choices in an inner chunk at most: 2 MB of experts, 4 MB of weights
 
@@ -35,7 +33,7 @@ MISSING_ROLE = 255
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySpec:
-    """One array's type and grid; its first dimension grows while the data set is planned."""
+    """One array's type and grid."""
 
     dtype: str
     dims: tuple[str, ...]
@@ -46,6 +44,13 @@ class ArraySpec:
     fill: int | float | str
     compressors: tuple[Any, ...]
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    captured: bool = False
+    """Whether workers fill it, a shard at a time; all other arrays are of the plan."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether its first dimension grows while the data set is planned."""
+        return self.dims[0] in ("doc", "document")
 
     @property
     def step(self) -> int:
@@ -116,7 +121,8 @@ class Layout:
     Raises
     ------
     ValueError
-        When a size is not positive, or there are more experts than a uint16 can name.
+        When a size is not positive, there are more experts than a uint16 can name, or `record` names an array that is
+        not in `OPTIONAL`.
     """
 
     sequence_length: int
@@ -130,6 +136,8 @@ class Layout:
     vocab_size: int
     roles: tuple[str, ...] = ()
     """Names of the speakers where the data set is made of conversations."""
+    record: tuple[str, ...] = ()
+    """Names of the arrays of `OPTIONAL` that the capture has. They belong into the capture's identity too."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "rows_per_shard", "num_experts", "experts_per_token", "vocab_size"):
@@ -141,6 +149,9 @@ class Layout:
             raise ValueError(f"layers is {self.layers!r:.80}, and must hold numbers from 0 on")
         if not all(isinstance(role, str) for role in self.roles):
             raise ValueError(f"roles is {self.roles!r:.80}, and must hold names")
+        if unknown := [name for name in self.record if name not in OPTIONAL]:
+            known = ", ".join(OPTIONAL) or "none"
+            raise ValueError(f"record names {unknown[0]!r:.80}, which this version cannot record; it can: {known}")
         if self.num_experts >= 65_535:
             raise ValueError(f"num_experts is {self.num_experts}; the store can name 65,534 at most")
         choices = self.rows_per_shard * self.sequence_length * len(self.layers) * self.experts_per_token
@@ -151,6 +162,23 @@ class Layout:
             )
         rows = self.inner_chunk[0]
         object.__setattr__(self, "rows_per_shard", self.rows_per_shard // rows * rows)
+
+    @classmethod
+    def from_attrs(cls, attrs: Mapping[str, Any]) -> "Layout":
+        """The layout that a group's attributes describe: the inverse of `attrs`.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            When they describe none.
+        """
+        fields = {name: value for name, value in attrs.items() if name in cls.__dataclass_fields__}
+        lists = {"layers": fields["layers"], "roles": fields["roles"], "record": fields.get("record", ())}
+        return cls(**{**fields, **{name: tuple(values) for name, values in lists.items()}})
+
+    def attrs(self) -> dict[str, Any]:
+        """The group's attributes that describe this layout, without `record` where it is empty, as in older stores."""
+        return {name: value for name, value in asdict(self).items() if name != "record" or value}
 
     @property
     def missing_expert(self) -> int:
@@ -165,32 +193,48 @@ class Layout:
         rows = max(1, min(CHUNK_ROWS, CHUNK_CHOICES // choices_a_row, self.rows_per_shard))
         return 2 ** int(math.log2(rows)), positions
 
-    def arrays(self) -> dict[str, ArraySpec]:
-        """Every array of the group by name."""
+    @cached_property
+    def routes(self) -> tuple[str, ...]:
+        """Names of the arrays that workers fill, in the order of `arrays`: a shard's routes."""
+        return tuple(name for name, spec in self.arrays().items() if spec.captured)
+
+    def grid(self, *more: str) -> dict[str, Any]:
+        """Dimensions, chunks and shards of an array that has a value for each position.
+
+        Parameters
+        ----------
+        more
+            Dimensions after doc and position: any of "layer", "k" and "expert".
+
+        Returns
+        -------
+        dict
+            `dims`, `trailing`, `chunk` and `shard` of an `ArraySpec`.
+        """
         rows, positions = self.inner_chunk
         shard_positions = math.ceil(self.sequence_length / positions) * positions
-        layers, k = len(self.layers), self.experts_per_token
-        choice: dict[str, Any] = {
-            "dims": ("doc", "position", "layer", "k"),
-            "trailing": (self.sequence_length, layers, k),
-            "chunk": (rows, positions, layers, k),
-            "shard": (self.rows_per_shard, shard_positions, layers, k),
+        lengths = {"layer": len(self.layers), "k": self.experts_per_token, "expert": self.num_experts}
+        last = tuple(lengths[dim] for dim in more)
+        return {
+            "dims": ("doc", "position", *more),
+            "trailing": (self.sequence_length, *last),
+            "chunk": (rows, positions, *last),
+            "shard": (self.rows_per_shard, shard_positions, *last),
         }
-        place: dict[str, Any] = {
-            "dims": ("doc", "position"),
-            "trailing": (self.sequence_length,),
-            "chunk": (rows, positions),
-            "shard": (self.rows_per_shard, shard_positions),
-        }
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Every array of the group by name."""
+        choice, place = self.grid("layer", "k"), self.grid()
         expert_dtype = "uint8" if self.num_experts <= 255 else "uint16"
         arrays = {
             "expert": ArraySpec(
                 dtype=expert_dtype, fill=self.missing_expert, compressors=_blosc("lz4", 5, "bitshuffle"),
-                attrs={"long_name": "expert chosen", "units": "1", "missing": self.missing_expert}, **choice,
+                attrs={"long_name": "expert chosen", "units": "1", "missing": self.missing_expert},
+                captured=True, **choice,
             ),
             "weight": ArraySpec(
                 dtype="float16", fill=0.0, compressors=_blosc("zstd", 5, "shuffle"),
-                attrs={"long_name": "weight of the choice", "units": "1"}, **choice,
+                attrs={"long_name": "weight of the choice", "units": "1"}, captured=True, **choice,
             ),
             "token": ArraySpec(
                 dtype="int32", fill=MISSING_TOKEN, compressors=_blosc("zstd", 3, "shuffle"),
@@ -202,7 +246,7 @@ class Layout:
             "name": _text("document", "title, path or id of the document"),
             "piece": _text("token_id", "the tokenizer's piece"),
             "layer": ArraySpec(
-                dtype="int32", dims=("layer",), chunk=(layers,), fill=-1, compressors=(Crc32cCodec(),),
+                dtype="int32", dims=("layer",), chunk=(len(self.layers),), fill=-1, compressors=(Crc32cCodec(),),
                 attrs={"long_name": "layer, as the model numbers it", "units": "1"},
             ),
         }  # fmt: skip
@@ -212,7 +256,15 @@ class Layout:
                 dtype="uint8", fill=MISSING_ROLE, compressors=_blosc("zstd", 3, "shuffle"),
                 attrs={"long_name": "speaker of the token", "missing": MISSING_ROLE, **flags}, **place,
             )  # fmt: skip
-        return arrays
+        return arrays | {name: spec(self) for name, spec in OPTIONAL.items() if name in self.record}
+
+
+OPTIONAL: dict[str, Callable[[Layout], ArraySpec]] = {}
+"""Arrays that a capture has where `Layout.record` names them.
+
+An entry makes the array's spec from the layout, with `captured=True`, on a grid of `Layout.grid`. What an engine gives
+under the same name is stored in it, and its fill value at and beyond each row's length.
+"""
 
 
 def default_rows_per_shard(sequence_length: int) -> int:

@@ -1,4 +1,4 @@
-"""Who may write a group: one job at a time, told apart by host and process.
+"""Who may write a group: one job at a time, identified by host and process.
 
 Byte-identity does not need it (every put is whole and the same for the same shard); it saves the second job from
 doing the first one's work again, and gives exactly one of them the right to remove what killed writers left.
@@ -55,7 +55,9 @@ def lease(group: CaptureGroup) -> Iterator[Lease]:
     finally:
         done.set()
         renewer.join()
-        with contextlib.suppress(OSError):  # who comes next sees that this process is gone; what failed is told already
+        with contextlib.suppress(
+            OSError
+        ):  # who comes next sees that this process is gone; what failed is reported already
             if _is(_read(group), mine):
                 group.objects.delete(key)
 
@@ -144,7 +146,7 @@ def _is(holder: dict[str, Any] | None, mine: dict[str, Any]) -> bool:
 
 
 def _is_stale(group: CaptureGroup, holder: dict[str, Any]) -> bool:
-    """Whether the holder is gone: told by its process where that can be seen, else by a record that does not change.
+    """Whether the holder is gone: by its process where that can be seen, else by a record that does not change.
 
     Clocks of two hosts may differ, so a record that looks old is watched for one and a half renewals first.
     """

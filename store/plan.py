@@ -43,13 +43,18 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Planned rows, in order: the next ones of the group, or what a worker needs of a shard's."""
+    """Planned rows, in order: the next ones of the group, or what a worker needs of a shard's.
+
+    A row is a window of a document, P positions wide.
+    """
 
     token: np.ndarray
     """int32 (rows, P); -1 beyond the row's length"""
     length: np.ndarray
     """int32 (rows,)"""
     document_id: np.ndarray | None = None
+    """int64 (rows,): the document that each row is a window of, from 0"""
     offset: np.ndarray | None = None
+    """int32 (rows,): tokens of the document before the row"""
     role: np.ndarray | None = None
-    """uint8 (rows, P), for conversations"""
+    """uint8 (rows, P), for conversations: index into `Layout.roles`, 255 where there is no speaker"""

@@ -22,8 +22,6 @@ from store.objects import open_objects
 from store.plan import Plan, Rows
 from store.records import as_json, parse_record
 
-GROWING = ("token", "length", "document_id", "offset", "name", "expert", "weight", "role")
-ROUTES = ("expert", "weight")
 MOST_SHARDS = 2**22  # of the default size, a million million tokens (arbitrary)
 _NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,127}")
 
@@ -99,9 +97,9 @@ class PlannedGroup:
         ValueError
             When the group's attributes describe none.
         """
-        fields = {name: value for name, value in self.attrs.items() if name in Layout.__dataclass_fields__}
+        attrs = self.attrs
         try:
-            return Layout(**{**fields, "layers": tuple(fields["layers"]), "roles": tuple(fields["roles"])})
+            return Layout.from_attrs(attrs)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path}/{self._key('zarr.json')} describes no capture: {error}") from error
 
@@ -167,9 +165,9 @@ class PlannedGroup:
         for name in ("length", "document_id", "offset"):
             changes |= self._appended(name, arrays[name], before.rows, getattr(rows, name))
         changes |= self._appended("name", arrays["name"], before.documents, np.array(names, dtype=object))
-        for name in GROWING:
-            if name in arrays:
-                changes[f"{name}/zarr.json"] = arrays[name].metadata(plan.documents if name == "name" else plan.rows)
+        for name, spec in arrays.items():
+            if spec.grows:
+                changes[f"{name}/zarr.json"] = spec.metadata(plan.documents if name == "name" else plan.rows)
         if plan.complete:
             counts = {k: v for k, v in asdict(plan).items() if k not in ("complete", "rows_of_next_document")}
             changes["zarr.json"] = group_metadata({**self.attrs, **counts})
@@ -273,7 +271,7 @@ class PlannedGroup:
             keys = [self._key(f"{name}/zarr.json"), *self._keys(name, objects)]
             sizes = self.objects.sizes(self._key(name), keys)
             lost += [key for key, size_bytes in zip(keys, sizes, strict=True) if not size_bytes]
-        described = [self._key(f"{name}/zarr.json") for name in ROUTES]
+        described = [self._key(f"{name}/zarr.json") for name in self.layout.routes]
         lost += [key for key in described if not self.objects.size_bytes(key)]
         return [key.removeprefix(f"{self.dataset}/") for key in lost]
 
@@ -281,7 +279,7 @@ class PlannedGroup:
         """Entries along the first dimension of each array that planning fills."""
         plan, layout = self.plan, self.layout
         others = {"name": plan.documents, "piece": layout.vocab_size, "layer": len(layout.layers)}
-        return {name: others.get(name, plan.rows) for name in layout.arrays() if name not in ROUTES}
+        return {name: others.get(name, plan.rows) for name, spec in layout.arrays().items() if not spec.captured}
 
     def values(self, name: str, start: int, stop: int) -> np.ndarray:
         """The entries `start` to `stop` of an array along its first dimension.

@@ -17,11 +17,16 @@ from store.group import CaptureGroup
 from store.objects import open_objects
 from store.plan import Plan
 from store.records import parse_json
-from store.verify import metadata_faults
+from store.verification import metadata_faults
 
 
 def dataset_names(path: Path | str) -> list[str]:
     """Names of the data sets in a store, sorted.
+
+    Parameters
+    ----------
+    path
+        The store: a folder, or s3://bucket/prefix.
 
     Raises
     ------
@@ -49,7 +54,7 @@ def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = Fal
     Parameters
     ----------
     path
-        The store.
+        The store: a folder, or s3://bucket/prefix.
     dataset
         Its group in the store.
     allow_incomplete
@@ -61,8 +66,9 @@ def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = Fal
     xarray.Dataset
         Lazy; a dask chunk is a shard. Variables `expert` (uint8 or uint16) and `weight` (float16) over (doc,
         position, layer, k), `token` int32 (doc, position), `length`, `document_id`, `offset` and `captured` over
-        (doc), `name` (document), `piece` (token_id); for conversations also `role` uint8 (doc, position). A `doc` is
-        a row: a window of a document. Positions at or beyond `length` hold fill values; `expert` tells them apart.
+        (doc), `name` (document), `piece` (token_id); for conversations also `role` uint8 (doc, position); and what
+        `Layout.record` names. A `doc` is a row: a window of a document. Positions at or beyond `length` hold fill
+        values: `expert` 255 or 65535, `weight` 0, `token` -1, `role` 255.
 
     Raises
     ------
@@ -132,7 +138,27 @@ def _variable(array: Any, plan: Plan, rows: int) -> xr.Variable:
 
 
 def open_tree(path: Path | str, *, allow_incomplete: bool = False) -> xr.DataTree:
-    """All data sets of a store, each as `open_capture` gives it, as children of one tree."""
+    """All data sets of a store, as children of one tree.
+
+    Parameters
+    ----------
+    path
+        The store: a folder, or s3://bucket/prefix.
+    allow_incomplete
+        Also open captures with shards missing, as `open_capture` does.
+
+    Returns
+    -------
+    xarray.DataTree
+        Lazy; each child is a data set as `open_capture` gives it.
+
+    Raises
+    ------
+    FileNotFoundError
+        When the store does not exist.
+    ValueError
+        When a data set cannot be opened: see `open_capture`.
+    """
     return xr.DataTree.from_dict(
         {name: open_capture(path, name, allow_incomplete=allow_incomplete) for name in dataset_names(path)}
     )

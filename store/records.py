@@ -33,7 +33,7 @@ def parse_record(data: bytes) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        When they hold none; the message goes on from the object's name.
+        When they hold none; the message is to follow the object's name.
     """
     try:
         record = parse_json(data)

@@ -2,7 +2,7 @@
 
 A put is one request, durable when it returns; what must not be there yet is put with If-None-Match, what must not have
 changed with If-Match. A failure that may pass is tried again for three quarters of a minute, and what takes more than a
-minute three times, then said in one sentence.
+minute three times, then reported in one sentence.
 
 Address and credentials come from the standard variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...), else
 from the machine's role. Not known here: versions of objects, encryption, storage classes; the bucket's defaults hold.
@@ -179,26 +179,26 @@ class S3Objects:
             time.sleep(pause_s)
 
     def _explained(self, error: Exception) -> OSError:
-        told, where = map(without_secrets, (str(error), os.environ.get("AWS_ENDPOINT_URL") or "AWS"))
-        code, message = (re.search(rf"<{tag}>([^<]*)</{tag}>", told) for tag in ("Code", "Message"))
-        reason = f"{code[1]}: {message[1]}" if code and message else told.partition("\n")[0]
-        if "NoSuchBucket" in told:
+        text, where = map(without_secrets, (str(error), os.environ.get("AWS_ENDPOINT_URL") or "AWS"))
+        code, message = (re.search(rf"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message"))
+        reason = f"{code[1]}: {message[1]}" if code and message else text.partition("\n")[0]
+        if "NoSuchBucket" in text:
             return FileNotFoundError(
                 f"{self.root}: {where} has no bucket {self.bucket!r}: make it, or name another store"
             )
-        if "/latest/api/token" in told or "/latest/meta-data" in told:
+        if "/latest/api/token" in text or "/latest/meta-data" in text:
             return PermissionError(
                 f"{self.root}: there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the"
                 " machine a role"
             )
-        if re.search(r"status code: 40[13]", told):
+        if re.search(r"status code: 40[13]", text):
             return PermissionError(
                 f"{self.root}: {where} refuses these credentials ({reason}): they must be valid, and may list, get, put"
                 " and delete in the bucket"
             )
-        if "without LOCATION" in told:
+        if "without LOCATION" in text:
             return OSError(f"{self.root}: the bucket is in another region: set AWS_REGION")
-        if "HTTP error" in told:
+        if "HTTP error" in text:
             return ConnectionError(
                 f"{self.root}: {where} cannot be reached ({reason}): check the network, AWS_ENDPOINT_URL and AWS_REGION"
             )
@@ -217,8 +217,8 @@ def _was_tried_once(error: Exception) -> bool:
     It does not when a conditional put or a removal takes too long, or anything longer than `RETRY_S`, and when the
     answer to a listing breaks off.
     """
-    told = str(error)
-    return "HTTP error" in told and "retries, max_retries" not in told
+    text = str(error)
+    return "HTTP error" in text and "retries, max_retries" not in text
 
 
 def _name(path: str) -> str:

@@ -19,7 +19,7 @@ from jobs.capturing.captures import capture_datasets
 from jobs.capturing.local import capture_here
 from jobs.sources.documents import Document, Source
 from store import CaptureGroup, Coverage, Layout
-from workers.replica import Order
+from workers.replica import Assignment
 from workers.shard import Engine, OutOfMemory, Routes
 from workers.text.rows import BosRule
 
@@ -59,7 +59,7 @@ class FakeEngine:
         return lambda: routes
 
     def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
-        """The choices, and their weights."""
+        """The choices, and their weights, by name."""
         if token.size > self.fits:
             raise OutOfMemory(f"{token.size} tokens, and {self.fits} fit")
         self.sizes.append((token.shape[0], token.shape[1]))
@@ -76,7 +76,7 @@ class FakeEngine:
                 step = np.uint32(k) * (np.uint32(1) + mixed % np.uint32(3))
                 expert[filled, index, k] = (mixed.astype(np.uint64) + step) % np.uint64(self.num_experts)
                 weight[filled, index, k] = 2.0**-k * (1 + mixed % np.uint32(64) / 64)
-        return expert, weight
+        return {"expert": expert, "weight": weight}
 
 
 class FakeTokenizer:
@@ -186,9 +186,9 @@ class FakeRun:
             pieces=[f"▁{number}" for number in range(self.layout.vocab_size)],
         )
 
-    def order(self, leases: Mapping[str, str]) -> Order:
+    def assignment(self, leases: Mapping[str, str]) -> Assignment:
         """What a replica is to do."""
-        return Order(
+        return Assignment(
             store=str(self.store),
             leases=leases,
             make_engine=self.make_engine,

@@ -19,7 +19,7 @@ from jobs.capturing.options import CaptureConfig
 from jobs.capturing.run import Run
 from jobs.cluster.ray_workers import connected
 from jobs.console.terminal import run_job
-from workers.replica import Order
+from workers.replica import Assignment
 
 MICRO_BATCHES = 3  # that go well
 
@@ -50,10 +50,12 @@ class BreakingRun(Run):
         super().__init__(config, device)
         self.happened = happened
 
-    def order(self, leases: Mapping[str, str]) -> Order:
-        """See `jobs.capturing.run.Run.order`."""
-        order = super().order(leases)
-        return replace(order, make_engine=partial(engine_of_a_gpu_that_breaks, order.make_engine, self.happened))
+    def assignment(self, leases: Mapping[str, str]) -> Assignment:
+        """See `jobs.capturing.run.Run.assignment`."""
+        assignment = super().assignment(leases)
+        return replace(
+            assignment, make_engine=partial(engine_of_a_gpu_that_breaks, assignment.make_engine, self.happened)
+        )
 
 
 def options(store: str) -> dict[str, Any]:

@@ -14,15 +14,14 @@ from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from law import LEASE, PARTIAL, Files, Law, committed, differing, held_record
+from law import LEASE, PARTIAL, ROUTES, Files, Law, committed, differing, held_record
 from simulated import NAME, STORE, Killed, Process, capture, simulation
 
 from jobs.capturing.captures import Capture, Fill
 from jobs.capturing.local import capture_here, fill_shards
 from store import CaptureGroup, coverage
 from store.objects import Objects
-from store.planned import ROUTES
-from store.verify import Findings, verify
+from store.verification import Findings, verify
 from workers.replica import Misplaced, Replica
 
 ACTS = st.integers(0, 14) | st.integers(0, 80)  # a resumed capture has few acts, a first one 75
@@ -232,7 +231,7 @@ def _fill_some(shards: Sequence[int]) -> Fill:
         [capture] = captures
         capture.planner.run()
         replica = Replica()
-        replica.load(run.order({capture.name: capture.lease.token}))
+        replica.load(run.assignment({capture.name: capture.lease.token}))
         missing = capture.missing(0, capture.planned_shards)
         fill_shards(replica, capture, [shard for shard in shards if shard in missing])
 

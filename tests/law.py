@@ -10,17 +10,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from fake_model import fake_layout
 from simulated import NAME, STORE
 
 from store import CaptureGroup, Coverage, coverage, dataset_names
 from store.plan import Plan
-from store.planned import ROUTES
 from store.reader import open_covered
 from store.records import parse_record
 
 Files = Mapping[str, bytes]
 LEASE, PARTIAL = f"{NAME}/token/lease.json", f"{NAME}/token/partial"
-HELD = ("identity", "shard", "rows", "tokens", "token_crc32c", "expert", "weight")
+ROUTES = fake_layout().routes
+HELD = ("identity", "shard", "rows", "tokens", "token_crc32c", *ROUTES)
 """What a commit record says of its shard; the rest is about who captured it and how quickly."""
 
 

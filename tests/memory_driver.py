@@ -51,7 +51,7 @@ class TableEngine:
     def start(self, token: np.ndarray, length: np.ndarray) -> Callable[[], Routes]:
         """See `workers.shard.Engine.start`."""
         ids = np.maximum(token, 0)
-        return lambda: (self.expert[ids], self.weight[ids])
+        return lambda: {"expert": self.expert[ids], "weight": self.weight[ids]}
 
 
 def documents(count: int) -> Source:

@@ -28,7 +28,7 @@ import workers.shard
 from jobs.capturing import captures, local
 from jobs.capturing import planner as planning
 from jobs.capturing.captures import Fill, capture_datasets
-from store import CaptureGroup, Coverage, Layout, layout, lease, planned, reader, verify
+from store import CaptureGroup, Coverage, Layout, layout, lease, planned, reader, verification
 from store.layout import ArraySpec
 from store.objects import LocalObjects, Objects
 from store.planned import PlannedGroup
@@ -65,13 +65,13 @@ class Process:
         self.seems_dead = False
         """Whether others take its lease for stale."""
         self.error: BaseException | None = None
-        self._told: queue.Queue[str] = queue.Queue()
+        self._reports: queue.Queue[str] = queue.Queue()
         self._go_on = threading.Event()
 
     def look(self) -> None:
         """Whatever reads the store comes here first."""
         if self.steps == self.stops_at:
-            self._told.put("stands still")
+            self._reports.put("stands still")
             self.dead |= not self._go_on.wait(WAIT_S)
             self._go_on.clear()
         self.steps += 1
@@ -106,7 +106,7 @@ class Process:
 
         def whole() -> None:
             self.run(work)
-            self._told.put("has ended")
+            self._reports.put("has ended")
 
         threading.Thread(target=whole, daemon=True).start()
         return self._stands_still()
@@ -124,7 +124,7 @@ class Process:
         self.go_on()
 
     def _stands_still(self) -> bool:
-        return self._told.get(timeout=WAIT_S) == "stands still"
+        return self._reports.get(timeout=WAIT_S) == "stands still"
 
 
 class Watched:
@@ -218,7 +218,7 @@ def simulation(make: Callable[[str], Objects]) -> Iterator[None]:
         patch.setattr(lease, "_is_stale", lambda group, other: is_gone(other["process"]))
         patch.setattr(lease, "RENEW_S", 1e6)  # who stands still does not notice that it was overtaken
         patch.setattr(lease, "time", SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0))
-        for module in (local, verify):
+        for module in (local, verification):
             patch.setattr(module, "ThreadPoolExecutor", _AtOnce)
         for module in (captures, local):
             patch.setattr(module, "say", lambda line: None)

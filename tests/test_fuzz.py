@@ -47,7 +47,7 @@ from jobs.console.terminal import run_job
 from jobs.sources.resolve import resolve_source
 from store import CaptureGroup, coverage, open_capture
 from store import lease as leases
-from store.verify import verify
+from store.verification import verify
 from workers.text.tokenizer import TextTokenizer, load_tokenizer
 from workers.tiny import tiny_checkpoint
 

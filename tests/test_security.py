@@ -46,7 +46,7 @@ from store.group import valid_name
 from store.secrets import without_secrets
 from workers.models.checkpoint import weight_files
 from workers.models.loading import describe_model, load_model
-from workers.replica import Order
+from workers.replica import Assignment
 from workers.text.tokenizer import load_tokenizer
 from workers.tiny import tiny_checkpoint
 
@@ -471,8 +471,15 @@ def test_an_address_with_a_password_is_refused_without_it(address: str) -> None:
 
 
 def test_what_travels_to_workers_shows_no_secret() -> None:
-    order = Order(store="s", leases={}, make_engine=dict, device="cpu", batch_tokens=1, secrets={"HF_TOKEN": SECRET})  # type: ignore[arg-type]
-    assert SECRET not in repr(order)
+    assignment = Assignment(
+        store="s",
+        leases={},
+        make_engine=dict,  # type: ignore[arg-type]
+        device="cpu",
+        batch_tokens=1,
+        secrets={"HF_TOKEN": SECRET},
+    )
+    assert SECRET not in repr(assignment)
 
 
 def test_no_byte_of_a_capture_on_s3_or_of_what_is_said_of_it_holds_a_key(

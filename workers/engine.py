@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from workers.models.description import SORTED
+from workers.models.forwards import forward_of
 from workers.models.loading import LoadedModel, load_model
-from workers.models.mixtral import Forward
 from workers.recorder import ILLEGAL, RouteRecorder, on_device
 from workers.shard import DeviceLost, OutOfMemory, Routes, RoutingError
 from workers.tiny import model_path
@@ -45,8 +44,7 @@ class ModelEngine:
         self.experts_per_token = loaded.experts_per_token
         self.recorder = RouteRecorder(loaded.routers, loaded.num_experts, loaded.experts_per_token)
         self.device = next(loaded.model.parameters()).device
-        sorted_slots = loaded.provenance["expert_backend"] == SORTED
-        self.forward: Callable[..., Any] = Forward(loaded.model) if sorted_slots else loaded.model
+        self.forward = forward_of(loaded.model, loaded.provenance["expert_backend"])
         self.description: Mapping[str, Any] = loaded.provenance
 
     @torch.inference_mode()
@@ -103,10 +101,10 @@ class ModelEngine:
             for fault, first in zip(_FAULTS, firsts, strict=True):
                 if first >= 0:
                     row, position = divmod(first, positions)
-                    told = fault.format(experts=self.num_experts)
-                    raise RoutingError(f"layer {layer}: {told}, first seen at position {position}", row)
+                    reason = fault.format(experts=self.num_experts)
+                    raise RoutingError(f"layer {layer}: {reason}, first seen at position {position}", row)
         narrow = np.uint8 if self.num_experts <= 255 else np.uint16
-        return expert.astype(narrow, copy=False), weight
+        return {"expert": expert.astype(narrow, copy=False), "weight": weight}
 
 
 def load_engine(model: str | Path, *, device: str, **options: Any) -> ModelEngine:

@@ -1,7 +1,6 @@
 """Routes of a few texts without a store, for a notebook."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,7 @@ def capture_texts(
     Parameters
     ----------
     model
-        A checkpoint folder, a hub id, or a model that `workers.models.loading.load_model` gave: load once, capture
-        often.
+        A checkpoint folder, a hub id, "tiny", or a model that `load_model` gave: load once, capture often.
     texts
         One document each.
     quantization
@@ -49,7 +47,7 @@ def capture_texts(
     Returns
     -------
     xarray.Dataset
-        With the variables, dims, dtypes and fill values of `store.open_capture`, so that every function of
+        In memory, with the variables, dims, dtypes and fill values of `store.open_capture`, so that every function of
         `analysis` takes it.
 
     Raises
@@ -97,10 +95,8 @@ def capture_texts(
         experts_per_token=engine.experts_per_token,
         vocab_size=tokenizer.vocab_size,
     )
-    expert, weight = route_rows(engine, rows, layout, batch_tokens)()
     arrays = {
-        "expert": expert,
-        "weight": weight,
+        **route_rows(engine, rows, layout, batch_tokens)(),
         **{name: getattr(rows, name) for name in ("token", "length", "document_id", "offset")},
         "name": np.array([f"text {index}" for index in range(len(texts))], dtype=object),
         "piece": np.array(tokenizer.pieces(), dtype=object),
@@ -115,5 +111,5 @@ def _dataset(layout: Layout, arrays: Mapping[str, np.ndarray], attrs: Mapping[st
     return xr.Dataset(
         {name: (specs[name].dims if name in specs else ("doc",), values) for name, values in arrays.items()},
         coords={"layer": np.array(layout.layers, dtype=np.int32)},
-        attrs={**asdict(layout), **attrs, "dataset": "texts"},
+        attrs={**layout.attrs(), **attrs, "dataset": "texts"},
     )

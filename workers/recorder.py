@@ -8,7 +8,7 @@ The proof. A hook that never fires, fires twice, or returns an earlier batch is 
 by; 0 is a legal expert. So every layer must fire exactly once, after the layer below it, with one choice set for
 each token, every index must be legal, every weight finite, and on a sample of tokens the layer's own router, given
 the hidden states that reached it, must choose and weigh as was recorded. The sample is asked about in another order
-each time, so that a router which repeats what it once said to as many tokens is found out too.
+each time, so that a router which repeats an earlier answer for as many tokens is found out too.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -61,7 +61,7 @@ def choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     ----------
     output
         What the router module returned: a tuple that holds integer indices (T, k), and weights (T, k), or (T, E) to
-        pick from. Logits (T, E) are told from such weights by their place: transformers puts them first.
+        pick from. Logits (T, E) are distinguished from such weights by their place: transformers puts them first.
     k
         Choices a token.
 
@@ -181,7 +181,7 @@ class RouteRecorder:
         def keep_choices(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
             self._fired.append(layer)
             experts_TK, weights_TK = _of_layer(layer, output, self.k)
-            if len(experts_TK) != self._tokens:  # told at once: the layer's experts would fail on it
+            if len(experts_TK) != self._tokens:  # raised at once: the layer's experts would fail on it
                 raise RoutingError(f"layer {layer}: its router chose for {len(experts_TK)} tokens of {self._tokens}")
             home, hidden_TH = self._sample.device, args[0].reshape(-1, args[0].shape[-1])
             self._choices[layer].append((experts_TK.to(home), weights_TK.to(home)))
@@ -241,7 +241,7 @@ class RouteRecorder:
     def _disagree(
         self, was: tuple[torch.Tensor, torch.Tensor], again: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """Of which sampled tokens each layer's router, asked again, told another story; of none where they are few."""
+        """Of which sampled tokens each layer's router, asked again, gave another answer; of none where they are few."""
         # Near-ties may swap one expert, also the same one for every token where the text repeats one token.
         shared_LT = (again[0][..., :, None] == was[0][..., None, :]).any(dim=-1).sum(dim=-1)
         close_LTK = (again[1] - was[1]).abs() <= WEIGHT_TOLERANCE * was[1].abs()

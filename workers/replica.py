@@ -24,7 +24,7 @@ class Misplaced(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class Assignment:
     """What a replica is to do; it travels to other machines."""
 
     store: str
@@ -47,7 +47,7 @@ class Replica:
     Parameters
     ----------
     progress
-        Told of tokens as they are routed.
+        Called with the number of tokens of each micro-batch that was begun.
     """
 
     def __init__(self, progress: Callable[[int], None] = lambda tokens: None) -> None:
@@ -59,7 +59,7 @@ class Replica:
         """The host that this runs on."""
         return socket.gethostname()
 
-    def load(self, order: Order) -> dict[str, str]:
+    def load(self, assignment: Assignment) -> dict[str, str]:
         """Prove that the work can be done here, and load the model; returns the environment.
 
         Raises
@@ -67,13 +67,13 @@ class Replica:
         Misplaced
             When the store, the environment or the model is not the one that is meant; it says what to do.
         """
-        os.environ.update(order.secrets)
-        self._order = order
-        self._groups = {name: self._open(name, token) for name, token in order.leases.items()}
-        here = environment(order.device)
+        os.environ.update(assignment.secrets)
+        self._assignment = assignment
+        self._groups = {name: self._open(name, token) for name, token in assignment.leases.items()}
+        here = environment(assignment.device)
         for group in self._groups.values():
             self._refuse_other(group, group.environment or here, here)
-        self._engine = order.make_engine()
+        self._engine = assignment.make_engine()
         for group in self._groups.values():
             known = {name: value for name, value in self._engine.description.items() if name in group.identity}
             if lines := differences({name: group.identity[name] for name in known}, known):
@@ -85,7 +85,7 @@ class Replica:
         return here
 
     def compute(self, dataset: str, shard: int) -> Callable[[], dict[str, Any]]:
-        """Route one shard; what is returned commits it, and tells its tokens, seconds and halvings.
+        """Route one shard; what is returned commits it, and gives its tokens, seconds and halvings.
 
         What is returned must be called, in any thread; it may be while the next shard is computed. Two shards are in
         memory at most: no third one is computed before the first is written.
@@ -101,14 +101,14 @@ class Replica:
         with self._computing:
             rows = group.read_rows(shard)
             finish = capture_shard(
-                group, shard, rows, self._engine, batch_tokens=self._order.batch_tokens, progress=self._count
+                group, shard, rows, self._engine, batch_tokens=self._assignment.batch_tokens, progress=self._count
             )
             self._writing.acquire()
 
         def commit() -> dict[str, Any]:
             try:
-                expert, weight, own = finish()
-                group.commit(shard, expert, weight, rows=rows, facts={**self._facts, **own})
+                routes, own = finish()
+                group.commit(shard, routes, rows=rows, facts={**self._facts, **own})
             finally:
                 self._writing.release()
             return {"tokens": int(rows.length.sum()), **own}
@@ -128,7 +128,7 @@ class Replica:
         self._progress(tokens)
 
     def _open(self, name: str, token: str) -> CaptureGroup:
-        path, host = self._order.store, socket.gethostname()
+        path, host = self._assignment.store, socket.gethostname()
         try:
             found = lease_token(CaptureGroup(path, name))
         except OSError as error:
@@ -143,7 +143,7 @@ class Replica:
 
     def _refuse_other(self, group: CaptureGroup, begun: Mapping[str, str], here: Mapping[str, str]) -> None:
         begun, here = ({name: side.get(name, "") for name in SAME_BYTES_NEEDS} for side in (begun, here))
-        if (lines := differences(begun, here)) and not self._order.allow_mixed:
+        if (lines := differences(begun, here)) and not self._assignment.allow_mixed:
             raise Misplaced(
                 f"{group.path}/{group.dataset} was begun in another environment than that of {socket.gethostname()},"
                 " so that its shards would not be comparable to the bit:\n  "

@@ -21,8 +21,8 @@ from store.plan import Rows
 BATCH_COST_TOKENS = 1400  # as long as so many tokens takes what each micro-batch costs (measured: gpu-engine.json)
 
 
-Routes = tuple[np.ndarray, np.ndarray]
-"""The choices and their weights."""
+Routes = Mapping[str, np.ndarray]
+"""What was captured of rows, by the name of the array of the store: `expert`, `weight`, and what else is recorded."""
 
 
 class OutOfMemory(RuntimeError):
@@ -68,11 +68,14 @@ class Engine(Protocol):
         Returns
         -------
         finish
-            Waits for the choices, in any thread, and gives
+            Waits for the routes, in any thread, and gives each array by its name in `Layout.routes`, with anything at
+            and beyond a row's length:
 
             expert : uint8 or uint16 array, shape (rows, positions, layers, k)
-                In order of falling weight; anything at and beyond a row's length.
+                In order of falling weight.
             weight : float16 array, same shape
+            others : array, shape (rows, positions, \\*trailing[1:]) of their `ArraySpec`
+                What the layout's `record` names.
         """
         ...
 
@@ -103,43 +106,43 @@ def route_rows(
     batch_tokens: int,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Callable[[], Routes]:
-    """The choices of a shard's rows, in the rows' own order, fill values at and beyond each length.
+    """The routes of a shard's rows, in the rows' own order, fill values at and beyond each length.
+
+    Parameters
+    ----------
+    batch_tokens
+        Padded tokens in a micro-batch at most.
+    progress
+        Called with the number of tokens of each micro-batch that was begun.
 
     Returns
     -------
     finish
         All micro-batches are begun, the last one perhaps not done: this waits for it, in any thread, and gives
-        expert, weight : arrays, shape (rows, P, layers, k).
+        each array of `Layout.routes` by name, with the shape (rows, \\*trailing) of its `ArraySpec`.
 
     Raises
     ------
     OutOfMemory, DeviceLost
         From the engine.
     RoutingError
-        From the engine, or when its shapes are not the layout's; of the last micro-batches from `finish`.
+        From the engine, or when an array is missing or has another shape than the layout's; of the last micro-batches
+        from `finish`.
     """
-    shape = (len(rows.length), layout.sequence_length, len(layout.layers), layout.experts_per_token)
-    spec = layout.arrays()["expert"]
-    expert = np.full(shape, layout.missing_expert, dtype=spec.dtype)
-    weight = np.zeros(shape, dtype=np.float16)
+    arrays = layout.arrays()
+    specs = {name: arrays[name] for name in layout.routes}
+    count = len(rows.length)
+    routes = {name: np.full((count, *spec.trailing), spec.fill, dtype=spec.dtype) for name, spec in specs.items()}
 
     def put(batch: np.ndarray, length: np.ndarray, width: int, finish: Callable[[], Routes]) -> None:
-        try:
-            experts, weights = finish()
-        except RoutingError as error:
-            if error.row is None:
-                raise
-            raise RoutingError(f"{error} of row {batch[error.row]} of the shard") from error
-        if experts.shape != (len(batch), width, *shape[2:]) or weights.shape != experts.shape:
-            raise RoutingError(f"the engine gave {experts.shape} for {len(batch)} rows of {width} in {layout}")
+        with _of_the_shard(batch):
+            found = finish()
+        shapes = {name: (len(batch), width, *spec.trailing[1:]) for name, spec in specs.items()}
         filled = np.arange(width) < length[:, None]
-        legal = experts[filled] < layout.num_experts
-        if not legal.all():
-            layer = layout.layers[int(np.nonzero(~legal)[1][0])]
-            raise RoutingError(f"layer {layer} chose an expert at or beyond num_experts = {layout.num_experts}")
+        _check(found, shapes, filled, layout)
         row, position = np.nonzero(filled)
-        expert[batch[row], position] = experts[filled]
-        weight[batch[row], position] = weights[filled]
+        for name, values in routes.items():
+            values[batch[row], position] = found[name][filled]
 
     putter = ThreadPoolExecutor(1, thread_name_prefix="put")  # beside the next micro-batch
     pending: Future[None] | None = None
@@ -158,9 +161,36 @@ def route_rows(
     def finish() -> Routes:
         if pending is not None:
             pending.result()
-        return expert, weight
+        return routes
 
     return finish
+
+
+def _check(found: Routes, shapes: Mapping[str, tuple[int, ...]], filled: np.ndarray, layout: Layout) -> None:
+    """Refuse a micro-batch without an array, with one of another shape, or with an expert that does not exist."""
+    if missing := [name for name in shapes if name not in found]:
+        raise RoutingError(
+            f"the engine gave {', '.join(found)} and no {missing[0]}, which this capture records: use an engine that"
+            f" gives it, or capture without {missing[0]}"
+        )
+    for name, shape in shapes.items():
+        if found[name].shape != shape:
+            raise RoutingError(f"the engine gave {name} of shape {found[name].shape}, and {shape} is right in {layout}")
+    legal = found["expert"][filled] < layout.num_experts
+    if not legal.all():
+        layer = layout.layers[int(np.nonzero(~legal)[1][0])]
+        raise RoutingError(f"layer {layer} chose an expert at or beyond num_experts = {layout.num_experts}")
+
+
+@contextmanager
+def _of_the_shard(batch: np.ndarray) -> Iterator[None]:
+    """Name the shard's row in an error that names a row of the micro-batch."""
+    try:
+        yield
+    except RoutingError as error:
+        if error.row is None:
+            raise
+        raise RoutingError(f"{error} of row {batch[error.row]} of the shard") from error
 
 
 def capture_shard(
@@ -172,7 +202,7 @@ def capture_shard(
     batch_tokens: int,
     max_halvings: int = 6,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> Callable[[], tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
+) -> Callable[[], tuple[Routes, dict[str, Any]]]:
     """Route one shard's rows; the caller commits them with `CaptureGroup.commit`.
 
     Returns
@@ -180,7 +210,7 @@ def capture_shard(
     finish
         Waits for the last micro-batch, in any thread, and gives
 
-        expert, weight
+        routes : dict of arrays
             What `commit` takes.
         facts : dict
             `seconds` and `halvings`: how often the micro-batch was halved because it did not fit.
@@ -210,10 +240,10 @@ def capture_shard(
             continue
         break
 
-    def finish() -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    def finish() -> tuple[Routes, dict[str, Any]]:
         with _naming(group, shard):
-            expert, weight = routed()
-        return expert, weight, {"seconds": time.perf_counter() - start, "halvings": halvings}
+            routes = routed()
+        return routes, {"seconds": time.perf_counter() - start, "halvings": halvings}
 
     return finish
 

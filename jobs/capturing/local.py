@@ -28,7 +28,7 @@ def capture_here(run: "Run", captures: Sequence[Capture]) -> None:
         return
     say(f"loading {run.config.model} ({run.config.quantization}) on {run.device}")
     replica = Replica(progress=lambda tokens: report.add(tokens))
-    replica.load(run.order({capture.name: capture.lease.token for capture in captures}))
+    replica.load(run.assignment({capture.name: capture.lease.token for capture in captures}))
     for capture, shards in left:
         total, done = capture.planner.plan.tokens, capture.before.tokens_done
         with reporting(f"capture {capture.name}", total=total, done=done) as report:

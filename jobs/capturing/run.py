@@ -23,7 +23,7 @@ from store.layout import SCHEMA_VERSION, Layout, default_rows_per_shard
 from workers.engine import load_engine
 from workers.environment import environment
 from workers.models.loading import ModelDescription, describe_model
-from workers.replica import Order
+from workers.replica import Assignment
 from workers.text.tokenizer import ROLES, TextTokenizer, load_tokenizer
 from workers.tiny import model_path
 
@@ -96,7 +96,7 @@ class Run:
         """The commit that a hub model's revision stands for now; None for a folder, which has none."""
         return None if Path(self.model).is_dir() else self.described["model_revision"]
 
-    def order(self, leases: Mapping[str, str]) -> Order:
+    def assignment(self, leases: Mapping[str, str]) -> Assignment:
         """What a replica is to do, wherever it runs.
 
         Parameters
@@ -106,7 +106,7 @@ class Run:
         """
         config = self.config
         token = os.environ.get("HF_TOKEN")
-        return Order(
+        return Assignment(
             store=str(config.store_path),
             leases=leases,
             make_engine=partial(

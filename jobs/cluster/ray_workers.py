@@ -20,13 +20,13 @@ from jobs.cluster.planner_thread import Planning
 from jobs.cluster.progress import Progress
 from jobs.console.terminal import say
 from store.secrets import without_secrets
-from store.verify import verify_shard
+from store.verification import verify_shard
 from workers.replica import Misplaced, Replica
 from workers.shard import DeviceLost
 
 if TYPE_CHECKING:
     from jobs.capturing.run import Run
-    from workers.replica import Order
+    from workers.replica import Assignment
 
 ASK_S = 2.0  # between two questions to a worker how many tokens it has routed
 WAIT_S = 0.5
@@ -66,9 +66,9 @@ class Cluster:
         RuntimeError
             When going on makes no sense, or another job has taken a capture over.
         """
-        order = run.order({capture.name: capture.lease.token for capture in captures})
+        assignment = run.assignment({capture.name: capture.lease.token for capture in captures})
         with Planning(captures).running() as planning, Progress(captures) as progress:
-            _Dispatch(self, order, captures, planning, progress).run()
+            _Dispatch(self, assignment, captures, planning, progress).run()
 
     def most_workers(self, units: int) -> int:
         """Workers wanted while so many units are left."""
@@ -93,9 +93,14 @@ class _Dispatch:
     """One capture: the dispatcher, the workers' handles, and the calls that are under way."""
 
     def __init__(
-        self, cluster: Cluster, order: "Order", captures: Sequence[Capture], planning: Planning, progress: Progress
+        self,
+        cluster: Cluster,
+        assignment: "Assignment",
+        captures: Sequence[Capture],
+        planning: Planning,
+        progress: Progress,
     ) -> None:
-        self.cluster, self.order, self.planning, self.progress = cluster, order, planning, progress
+        self.cluster, self.assignment, self.planning, self.progress = cluster, assignment, planning, progress
         self.captures = {capture.name: capture for capture in captures}
         self.dispatcher = Dispatcher(
             cluster.most_workers,
@@ -162,7 +167,7 @@ class _Dispatch:
         if isinstance(call, Unit):
             answer = handle.capture.remote(call.dataset, call.shard)
         elif call == "load":
-            answer = handle.load.remote(self.order)
+            answer = handle.load.remote(self.assignment)
         else:  # answered beside a shard in work
             answer = getattr(handle, call).options(concurrency_group="ask").remote()
         self._calls[answer] = worker, call

@@ -142,11 +142,11 @@ def test_a_shard_that_is_captured_again_with_other_bytes_replaces_its_part(store
     index.refresh()
     group = CaptureGroup(store, "fake")
     rows = group.read_rows(1)
-    expert, weight = (np.array(each) for each in FakeEngine().route(rows.token + 1, rows.length))  # another model's
+    expert, weight = FakeEngine().route(rows.token + 1, rows.length).values()  # another model's
     group.discard(1)
     beyond = np.arange(expert.shape[1]) >= rows.length[:, None]
     expert[beyond], weight[beyond] = 255, 0
-    group.commit(1, expert, weight, rows=rows, facts={})
+    group.commit(1, {"expert": expert, "weight": weight}, rows=rows, facts={})
     for other in (index, CaptureIndex(store, "fake")):
         assert other.refresh() >= 1
         assert_sums_are_a_scan_s(other)

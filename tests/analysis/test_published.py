@@ -26,6 +26,7 @@ from jobs.sources import web as download
 from jobs.sources.web import fetch
 from jobs.validate import ValidateConfig, one_text
 from store import Layout, coverage, open_capture
+from workers.shard import Routes
 
 Command = Callable[..., Any]
 DOMAINS = ("c4", "github")
@@ -123,8 +124,8 @@ def pairs_of(domain: str, layer: int) -> np.ndarray:
 class DrawingEngine(FakeEngine):
     """Draws each row's choices from the published shares of the domain whose words it has."""
 
-    def route(self, token: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        expert, weight = super().route(token, length)
+    def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
+        routes = super().route(token, length)
         for row, tokens in enumerate(length):
             ids = token[row, :tokens]
             domain = DOMAINS[ids[-1] % 2]
@@ -132,8 +133,8 @@ class DrawingEngine(FakeEngine):
             for index, layer in enumerate(self.layers):
                 table = TABLES[domain, layer]
                 drawn = random.choice(64, tokens, p=table.ravel())
-                expert[row, :tokens, index] = np.stack(np.divmod(drawn, 8), -1)
-        return expert, weight
+                routes["expert"][row, :tokens, index] = np.stack(np.divmod(drawn, 8), -1)
+        return routes
 
 
 TABLES = {(domain, layer): pairs_of(domain, layer if layer != 3 else 7) for domain in DOMAINS for layer in LAYERS}
@@ -302,7 +303,7 @@ def test_an_interrupted_validation_goes_on(
     class Breaking(DrawingEngine):
         left = 4
 
-        def route(self, token: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
             Breaking.left -= 1
             if Breaking.left < 0:
                 raise KeyboardInterrupt

@@ -90,7 +90,7 @@ def test_a_shard_that_comes_or_changes_makes_old_answers_another_question_s(stor
     group.discard(1)
     partly = measure(store, "fake", [Load()], runner=runner)[0]
     assert partly.attrs["n"] == before.attrs["n"] - int(rows.length.sum())
-    group.commit(1, expert, weight, rows=rows, facts={})
+    group.commit(1, {"expert": expert, "weight": weight}, rows=rows, facts={})
     after = measure(store, "fake", [Load()], runner=runner)[0]
     assert len(runner.asked) == 3
     assert after.attrs["n"] == before.attrs["n"]

@@ -61,7 +61,7 @@ def plan_and_capture(folder: Path) -> dict[str, float]:
     result = {"plan_tokens_per_s": tokens / wall, "plan_tokens_per_cpu_s": tokens / cpu, "plan_tokens": tokens}
     replica = Replica()
     with lease(group) as held, ThreadPoolExecutor(2) as threads:  # one shard is written while the next is computed
-        replica.load(run.order({name: held.token}))
+        replica.load(run.assignment({name: held.token}))
         shards = range(group.num_shards)
         wall, _ = timed(lambda: list(threads.map(replica.capture, [name] * len(shards), shards)))
     return result | {"capture_tiny_tokens_per_s": tokens / wall}
@@ -94,7 +94,8 @@ def write_and_scan(folder: Path, shards: int) -> dict[str, float]:
         expert = np.stack([first, (first + random.integers(1, EXPERTS, first.shape)) % EXPERTS], axis=-1)
         share = random.beta(4, 2, first.shape).clip(0.5, 1)
         weight = np.stack([share, 1 - share], axis=-1).astype(np.float16)
-        wall, _ = timed(lambda: group.commit(shard, expert.astype(np.uint8), weight, rows=read, facts={}))  # noqa: B023
+        routes = {"expert": expert.astype(np.uint8), "weight": weight}
+        wall, _ = timed(lambda: group.commit(shard, routes, rows=read, facts={}))  # noqa: B023
         seconds += wall
     state = coverage(store, "wide")
     data = open_capture(store, "wide")

@@ -87,7 +87,7 @@ class Recorded:
         self.begun: list[torch.Tensor] = []
         self.expert: list[torch.Tensor] = []
         self.weight: list[torch.Tensor] = []
-        original = ours.Forward._attention
+        original = ours.MixtralForward._attention
         handles = [layer.mlp.gate.register_forward_hook(self._keep) for layer in model.layers]
         residuals, recorded = [], self
         add_norm = ours.add_norm
@@ -101,11 +101,11 @@ class Recorded:
             recorded.begun.append(residuals[-1].clone())
             return original(self, *arguments)
 
-        ours.add_norm, ours.Forward._attention = noted, attention  # type: ignore[assignment, method-assign]
+        ours.add_norm, ours.MixtralForward._attention = noted, attention  # type: ignore[assignment, method-assign]
         try:
-            ours.Forward(model)(ids)
+            ours.MixtralForward(model)(ids)
         finally:
-            ours.add_norm, ours.Forward._attention = add_norm, original  # type: ignore[method-assign]
+            ours.add_norm, ours.MixtralForward._attention = add_norm, original  # type: ignore[method-assign]
             for handle in handles:
                 handle.remove()
 

@@ -42,9 +42,9 @@ from store.lease import lease  # noqa: E402
 from store.plan import Plan, Rows  # noqa: E402
 from workers.engine import ModelEngine, drop_last_experts  # noqa: E402
 from workers.models.description import find_routers  # noqa: E402
-from workers.models.mixtral import Forward  # noqa: E402
+from workers.models.mixtral import MixtralForward  # noqa: E402
 from workers.recorder import RouteRecorder, _LastRouterDone  # noqa: E402
-from workers.replica import Order, Replica  # noqa: E402
+from workers.replica import Assignment, Replica  # noqa: E402
 
 HIDDEN, INNER = WIDTH["hidden_size"], WIDTH["intermediate_size"]
 QKV = HIDDEN + 2 * HIDDEN // 4
@@ -78,7 +78,7 @@ def gemms(layers: int, tokens: int) -> Run:
     return run
 
 
-def captured(model: Any, ours: Forward, ids: torch.Tensor) -> Run:
+def captured(model: Any, ours: MixtralForward, ids: torch.Tensor) -> Run:
     """Our forward with its proof and its copy to the host."""
     recorder = RouteRecorder(find_routers(model), EXPERTS, CHOICES)
     length = np.full(len(ids), ids.shape[1], np.int32)
@@ -207,7 +207,7 @@ class Table:
 
     def ours(self, model: Any, ids: torch.Tensor, *, rivals: bool = True) -> None:
         """Our forward at one shape, beside its matrix products and, up to 32,768 tokens, transformers' forward."""
-        ours = Forward(model)
+        ours = MixtralForward(model)
         make: dict[str, Callable[[], Run]] = {
             "forward": lambda: partial(ours, ids),
             "captured": partial(captured, model, ours, ids),
@@ -227,7 +227,7 @@ def under_a_cap(table: Table, model: Any, cap_gib: float, sizes: list[int]) -> N
     torch.cuda.set_per_process_memory_fraction(cap_gib * GIB / total)
     for tokens in sizes:
         ids = tokens_of(tokens, POSITIONS)
-        ours = Forward(model)
+        ours = MixtralForward(model)
         try:
             table.measure(ids, {f"captured, {cap_gib} GiB at most": partial(captured, model, ours, ids)}, {})
             table.rows[-1]["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
@@ -254,7 +254,7 @@ def written(table: Table, model: Any, shards: int) -> None:
     rows = 128 * shards
     token = np.random.default_rng(0).integers(0, WIDTH["vocab_size"], (rows, POSITIONS), dtype=np.int32)
     length, ids = np.full(rows, POSITIONS, np.int32), tokens_of(32_768, POSITIONS)
-    ours = Forward(model)
+    ours = MixtralForward(model)
 
     def forwards() -> float:
         return alternate({"forward": lambda: ours(ids)}, 12 * shards / 2)["forward"]
@@ -270,14 +270,14 @@ def written(table: Table, model: Any, shards: int) -> None:
         with lease(group) as held:
             replica = Replica()
             engine = ModelEngine(as_loaded(model))
-            order = Order(
+            assignment = Assignment(
                 store=folder,
                 leases={"random": held.token},
                 make_engine=lambda: engine,
                 device="cuda",
                 batch_tokens=32_768,
             )
-            replica.load(order)
+            replica.load(assignment)
             capture: Any = SimpleNamespace(name="random", check_lease=lambda: None)
             fill_shards(replica, capture, range(shards))
         after = forwards()
@@ -303,7 +303,7 @@ def unquantized(table: Table, layers: int) -> None:
 
 def profile(model: Any, tokens: int) -> None:
     """Print the kernels of one forward, by time."""
-    ours, ids = Forward(model), tokens_of(tokens, POSITIONS)
+    ours, ids = MixtralForward(model), tokens_of(tokens, POSITIONS)
     ours(ids)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
         ours(ids)

@@ -61,7 +61,7 @@ def load(folder: str, batch_tokens: int, cap_gib: float | None) -> dict[str, Any
     watcher.join()
     load_peak, final = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     token = np.random.default_rng(0).integers(0, 32_000, (batch_tokens // 2048, 2048), dtype=np.int32)
-    expert, weight = engine.route(token, np.full(len(token), 2048, np.int32))
+    expert, weight = engine.route(token, np.full(len(token), 2048, np.int32)).values()
     return {
         "seconds_to_import": round(imported - STARTED, 1),
         "seconds_to_load": round(loaded - imported, 1),

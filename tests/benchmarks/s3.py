@@ -145,7 +145,7 @@ def make_capture(url: str) -> int:
     for shard in range(SHARDS):
         expert = random.integers(0, 8, shape).astype(np.uint8)
         weight = random.random(shape).astype(np.float16)
-        group.commit(shard, expert, weight, rows=group.read_rows(shard), facts={})
+        group.commit(shard, {"expert": expert, "weight": weight}, rows=group.read_rows(shard), facts={})
     return coverage(url, "routes").bytes_done
 
 

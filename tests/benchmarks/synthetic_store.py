@@ -94,7 +94,7 @@ def make_store(path: Path, tokens: int, *, positions: int = 2048, filled: float 
         weight = np.stack([share, np.float16(1) - share], axis=-1)
         beyond = np.arange(positions) >= read.length[:, None]
         expert[beyond], weight[beyond] = layout.missing_expert, 0
-        group.commit(shard, expert, weight, rows=read, facts={})
+        group.commit(shard, {"expert": expert, "weight": weight}, rows=read, facts={})
 
 
 def _copy(group: Path, shard: int, to: int) -> None:

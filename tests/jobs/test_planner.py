@@ -346,7 +346,7 @@ def test_a_second_run_goes_on_without_the_documents_that_are_planned(
 
 def test_a_complete_capture_loads_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_capture(tmp_path / "s.zarr", [words(30)])
-    monkeypatch.setattr(FakeRun, "order", lambda *_: pytest.fail("an engine was asked for"))
+    monkeypatch.setattr(FakeRun, "assignment", lambda *_: pytest.fail("an engine was asked for"))
     assert fake_capture(tmp_path / "s.zarr", [words(30)]).complete
 
 
@@ -385,8 +385,9 @@ def test_routes_are_those_of_each_token_in_its_row_whatever_the_batches(
     token = np.random.default_rng(0).integers(2, 999, (len(length), 40)).astype(np.int32)
     token[np.arange(40) >= length[:, None]] = -1
     rows = Rows(token=token, length=length, document_id=np.zeros(0), offset=np.zeros(0))
-    told: list[int] = []
-    expert, weight = route_rows(FakeEngine(layers, num_experts, k), rows, layout, batch_tokens, told.append)()
+    counted: list[int] = []
+    routes = route_rows(FakeEngine(layers, num_experts, k), rows, layout, batch_tokens, counted.append)()
+    expert, weight = routes["expert"], routes["weight"]
     assert (expert.shape, weight.dtype) == ((len(length), 40, len(layers), k), np.float16)
     assert expert.dtype == (np.uint8 if num_experts == 8 else np.uint16)
     for row, position in [(0, 0), (len(length) - 1, int(length[-1]) - 1), (len(length) // 2, 0)]:
@@ -399,9 +400,9 @@ def test_routes_are_those_of_each_token_in_its_row_whatever_the_batches(
     assert (weight[beyond] == 0).all()
     assert (expert[~beyond] < num_experts).all()
     alone = route_rows(FakeEngine(layers, num_experts, k), rows, layout, 1)()
-    np.testing.assert_array_equal(expert, alone[0])
-    np.testing.assert_array_equal(weight, alone[1])
-    assert sum(told) == length.sum()
+    np.testing.assert_array_equal(expert, alone["expert"])
+    np.testing.assert_array_equal(weight, alone["weight"])
+    assert sum(counted) == length.sum()
 
 
 # --- What does not fit, and what cannot be ------------------------------------------------------------------------
@@ -484,8 +485,8 @@ class BadEngine(FakeEngine):
         super().__init__(layers=(3, 5, 9))
         self.spoil = spoil
 
-    def route(self, token: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        expert, weight = super().route(token, length)
+    def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
+        expert, weight = super().route(token, length).values()
         if len(self.sizes) == 2:
             match self.spoil:
                 case "expert":
@@ -493,12 +494,12 @@ class BadEngine(FakeEngine):
                 case "fill":
                     expert[0, int(length[0]) - 1, 2, 0] = 255
                 case "layer missing":
-                    return expert[:, :, :2], weight[:, :, :2]
+                    expert, weight = expert[:, :, :2], weight[:, :, :2]
                 case "row missing":
-                    return expert[1:], weight[1:]
+                    expert, weight = expert[1:], weight[1:]
                 case "weights of another shape":
-                    return expert, weight[..., :1]
-        return expert, weight
+                    weight = weight[..., :1]
+        return {"expert": expert, "weight": weight}
 
 
 @pytest.mark.parametrize(

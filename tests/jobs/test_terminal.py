@@ -37,7 +37,7 @@ from jobs.console.tables import Bars, Column, print_json, print_table
 from store import CaptureGroup, coverage, open_capture
 from store.lease import lease
 from store.objects import LocalObjects
-from store.verify import Findings
+from store.verification import Findings
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [words(40, 0), words(30, 1), "", words(20, 2)]

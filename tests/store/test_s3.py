@@ -111,9 +111,9 @@ def test_an_incomplete_capture_on_s3_is_refused_and_healed(captured: str) -> Non
     before = comparable(captured)
     CaptureGroup(captured, "fake").discard(1)
     bucket_store(captured).put("fake/weight/c/3/0/0/0", b"")
-    with pytest.raises(ValueError, match="missing shards: 1, 3") as told:
+    with pytest.raises(ValueError, match="missing shards: 1, 3") as raised:
         open_capture(captured, "fake")
-    assert captured in str(told.value)
+    assert captured in str(raised.value)
     assert open_capture(captured, "fake", allow_incomplete=True)["captured"].values.sum() == 9
     assert fake_capture(captured, TEXTS).complete
     assert comparable(captured) == before
@@ -268,13 +268,13 @@ def test_a_commit_whose_answer_was_lost_is_told_from_one_that_another_writer_mad
 ) -> None:
     group = CaptureGroup(captured, "fake")
     rows = group.read_rows(0)
-    expert, weight, _ = capture_shard(group, 0, rows, FakeEngine(), batch_tokens=24)()
-    assert not group.commit(0, expert, weight, rows=rows, facts={"worker": "late"})
+    routes, _ = capture_shard(group, 0, rows, FakeEngine(), batch_tokens=24)()
+    assert not group.commit(0, routes, rows=rows, facts={"worker": "late"})
     group.discard(0)
     put_new = S3Objects.put_new
     monkeypatch.setattr(S3Objects, "put_new", lambda self, key, data: put_new(self, key, data) and False)
-    assert group.commit(0, expert, weight, rows=rows, facts={"worker": "mine"})
-    assert not group.commit(0, expert, weight, rows=rows, facts={"worker": "late"})
+    assert group.commit(0, routes, rows=rows, facts={"worker": "mine"})
+    assert not group.commit(0, routes, rows=rows, facts={"worker": "late"})
 
 
 # --- Leases -----------------------------------------------------------------------------------------------------
@@ -306,8 +306,8 @@ def test_a_second_process_is_told_who_holds_a_store_on_s3_and_takes_over_when_it
     group = CaptureGroup(captured, "fake")
     with held_elsewhere(captured) as (holder, token):
         assert lease.lease_token(group) == token
-        said = f"{captured}/fake is being captured by process {holder.pid} of .* on {socket.gethostname()} since 20"
-        with pytest.raises(RuntimeError, match=said), lease.lease(group):
+        message = f"{captured}/fake is being captured by process {holder.pid} of .* on {socket.gethostname()} since 20"
+        with pytest.raises(RuntimeError, match=message), lease.lease(group):
             pytest.fail("two processes hold the lease")
         holder.send_signal(signal.SIGKILL)
         holder.wait()
@@ -358,7 +358,7 @@ def test_of_two_that_take_a_stale_lease_over_at_once_the_later_put_changes_nothi
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("gs://bucket/x.zarr", "gs:// is not known here; name a folder, or s3://bucket/prefix"),
         ("file:///tmp/x.zarr", "file:// is not known here"),
@@ -368,9 +368,9 @@ def test_of_two_that_take_a_stale_lease_over_at_once_the_later_put_changes_nothi
         ("s3://Bucket_/x", "s3://Bucket_/x names no store"),
     ],
 )
-def test_a_url_that_names_no_store_is_refused(path: Path | str, said: str) -> None:
+def test_a_url_that_names_no_store_is_refused(path: Path | str, message: str) -> None:
     for opened in (lambda: coverage(path, "fake"), lambda: dataset_names(path), lambda: open_objects(path, "")):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             opened()
 
 
@@ -380,7 +380,7 @@ def test_a_store_on_s3_is_printed_as_its_url_also_when_it_came_as_a_path(path: P
 
 
 def test_a_bucket_that_is_not_there_is_named(s3: str) -> None:
-    said = (
+    message = (
         "s3://no-such-bucket/r.zarr: http://127.0.0.1:[0-9]+ has no bucket 'no-such-bucket': make it, or name another"
     )
     objects = S3Objects("no-such-bucket/r.zarr", "")
@@ -390,9 +390,9 @@ def test_a_bucket_that_is_not_there_is_named(s3: str) -> None:
         lambda: objects.list("x"),
         lambda: objects.sizes("x", ["x/y"]),
     ):
-        with pytest.raises(FileNotFoundError, match=said) as told:
+        with pytest.raises(FileNotFoundError, match=message) as raised:
             failing()
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(raised.value)
 
 
 class Answers(ThreadingHTTPServer):
@@ -431,7 +431,7 @@ def at(s3: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "kind", "said"),
+    ("status", "code", "kind", "message"),
     [
         (
             403,
@@ -447,7 +447,7 @@ def at(s3: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     ],
 )
 def test_what_a_server_refuses_is_told_in_a_line(
-    at: Callable[[str], None], status: int, code: str, kind: type[OSError], said: str
+    at: Callable[[str], None], status: int, code: str, kind: type[OSError], message: str
 ) -> None:
     with Answers(status, f"<Error><Code>{code}</Code><Message>why</Message></Error>") as server:
         at(f"http://127.0.0.1:{server.server_port}")
@@ -462,9 +462,9 @@ def test_what_a_server_refuses_is_told_in_a_line(
             lambda: objects.sizes("k", ["k/l"]),
             lambda: objects.get_many(["k"]),
         ):
-            with pytest.raises(kind, match=f"s3://bucket/r.zarr: .*{said}") as told:
+            with pytest.raises(kind, match=f"s3://bucket/r.zarr: .*{message}") as raised:
                 failing()
-            assert "\n" not in str(told.value)
+            assert "\n" not in str(raised.value)
 
 
 def test_a_server_that_is_not_there_is_told_in_seconds(at: Callable[[str], None]) -> None:

@@ -212,7 +212,7 @@ def test_a_shard_takes_seven_requests_and_what_must_not_be_there_is_put_under_th
     assert group.layout
     network.seen.clear()
     rows = group.read_rows(2)
-    assert group.commit(2, *capture_shard(group, 2, rows, FakeEngine(), batch_tokens=24)()[:2], rows=rows, facts={})
+    assert group.commit(2, capture_shard(group, 2, rows, FakeEngine(), batch_tokens=24)()[0], rows=rows, facts={})
     assert network.requests() == [
         "GET fake/token/plan.json",
         "GET fake/token/c/2/0",

@@ -19,7 +19,7 @@ from fake_model import ROLES, fake_capture, fake_choice, fake_layout, store_file
 from analysis.metrics.load import expert_load
 from store import CaptureGroup, coverage, open_capture
 from store.layout import SCHEMA_VERSION
-from store.verify import verify
+from store.verification import verify
 
 STORES = Path(__file__).parents[1] / "stores"
 VERSIONS = range(1, SCHEMA_VERSION + 1)

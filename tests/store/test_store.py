@@ -46,7 +46,7 @@ from store.identity import identity_hash
 from store.layout import ROW_CHUNK, SHARD_CHOICES, SHARD_TOKENS, default_rows_per_shard
 from store.objects import LocalObjects
 from store.plan import Plan, Rows
-from workers.shard import capture_shard
+from workers.shard import Routes, capture_shard
 
 ROWS = [math.ceil(len(text.split()) / 8) for text in TEXTS]  # 17 in all: five shards of 4, the last one clipped
 CHUNK_BYTES = 2**21
@@ -82,13 +82,14 @@ def planned_group(path: Path, layout: Layout | None = None, texts: Sequence[str]
     return group
 
 
-def choices(group: CaptureGroup, shard: int) -> tuple[Rows, np.ndarray, np.ndarray]:
+def choices(group: CaptureGroup, shard: int) -> tuple[Rows, Routes]:
     """A shard's rows, and any choices for them: what they are does not matter to the store."""
     rows, layout = group.read_rows(shard), group.layout
     random = np.random.default_rng(shard)
     shape = (len(rows.length), layout.sequence_length, len(layout.layers), layout.experts_per_token)
     dtype = layout.arrays()["expert"].dtype
-    return rows, random.integers(0, layout.num_experts, shape).astype(dtype), random.random(shape).astype(np.float16)
+    expert = random.integers(0, layout.num_experts, shape).astype(dtype)
+    return rows, {"expert": expert, "weight": random.random(shape).astype(np.float16)}
 
 
 # --- Layout -----------------------------------------------------------------------------------------------
@@ -335,8 +336,8 @@ def test_a_commit_record_is_written_after_both_objects_that_it_names(
 ) -> None:
     group = planned_group(tmp_path / "s.zarr")
     visible = spied(monkeypatch)
-    rows, expert, weight = choices(group, 4)
-    assert group.commit(4, expert, weight, rows=rows, facts={"seconds": 1.5, "worker": "me"})
+    rows, routes = choices(group, 4)
+    assert group.commit(4, routes, rows=rows, facts={"seconds": 1.5, "worker": "me"})
     assert visible == ["expert/c/4/0/0/0", "weight/c/4/0/0/0", "expert/commits/4.json"]
     record = json.loads((group.path / "fake/expert/commits/4.json").read_bytes())
     objects = {name: (group.path / f"fake/{name}/c/4/0/0/0").read_bytes() for name in ("expert", "weight")}
@@ -744,8 +745,8 @@ def test_a_shard_in_quarantine_is_missing_and_named_until_it_is_released_or_comm
     assert str(state).endswith(f"missing shards: 0-4; in quarantine: 1 ({layer}), 2, 3 ({layer})")
     group.release(2)
     group.release(2)
-    rows, expert, weight = choices(group, 1)
-    group.commit(1, expert, weight, rows=rows, facts={})
+    rows, routes = choices(group, 1)
+    group.commit(1, routes, rows=rows, facts={})
     assert list(coverage(group.path, "fake").quarantined) == [3]
     assert open_capture(group.path, "fake", allow_incomplete=True)["captured"].values.sum() == 4  # and nobody warns
     for shard in (0, 1, 2, 4, 9):  # 9: beyond the plan
@@ -918,13 +919,13 @@ def test_a_capture_that_is_being_planned_is_incomplete_though_every_planned_shar
     rows = Rows(token=random.integers(0, 9, (4, 8)).astype(np.int32), **columns)
     plan = Plan(rows=4, tokens=32, documents=4)
     group.publish(rows, ["a", "b", "c", "d"], plan)
-    own, expert, weight = choices(group, 0)
-    group.commit(0, expert, weight, rows=own, facts={})
+    own, routes = choices(group, 0)
+    group.commit(0, routes, rows=own, facts={})
     with pytest.raises(ValueError, match="its text is not planned to the end"):
         open_capture(group.path, "fake")
     data = open_capture(group.path, "fake", allow_incomplete=True)
     assert data.sizes["doc"] == 4
-    np.testing.assert_array_equal(data["expert"], expert)
+    np.testing.assert_array_equal(data["expert"], routes["expert"])
     group.publish(
         Rows(**{name: getattr(rows, name)[:0] for name in (*columns, "token")}), [], replace(plan, complete=True)
     )
@@ -1004,15 +1005,15 @@ def test_plain_xarray_reads_the_store_where_none_of_our_packages_is_there(
 @pytest.mark.parametrize("left", ["equal", "torn", "zero-length", "of other choices"])
 def test_an_object_without_a_commit_is_kept_if_it_is_equal_and_replaced_if_it_is_not(tmp_path: Path, left: str) -> None:
     group = planned_group(tmp_path / "s.zarr")
-    rows, expert, weight = choices(group, 0)
-    group.commit(0, expert, weight, rows=rows, facts={})
+    rows, routes = choices(group, 0)
+    group.commit(0, routes, rows=rows, facts={})
     file = group.path / "fake" / "expert" / "c" / "0" / "0" / "0" / "0"
     right, inode = file.read_bytes(), file.stat().st_ino
     (group.path / "fake" / "expert" / "commits" / "0.json").unlink()
     if left != "equal":
-        other = group.layout.arrays()["expert"].encode(expert[::-1])
+        other = group.layout.arrays()["expert"].encode(routes["expert"][::-1])
         file.write_bytes({"torn": right[:-3], "zero-length": b"", "of other choices": other}[left])
-    assert group.commit(0, expert, weight, rows=rows, facts={})
+    assert group.commit(0, routes, rows=rows, facts={})
     assert file.read_bytes() == right
     assert (file.stat().st_ino == inode) == (left == "equal")
     assert coverage(group.path, "fake").missing == [1, 2, 3, 4]
@@ -1020,10 +1021,10 @@ def test_an_object_without_a_commit_is_kept_if_it_is_equal_and_replaced_if_it_is
 
 def test_a_committed_shard_is_left_as_it_is(tmp_path: Path) -> None:
     group = planned_group(tmp_path / "s.zarr")
-    rows, expert, weight = choices(group, 0)
-    assert group.commit(0, expert, weight, rows=rows, facts={"worker": "first"})
+    rows, routes = choices(group, 0)
+    assert group.commit(0, routes, rows=rows, facts={"worker": "first"})
     before = store_files(group.path)
-    assert not group.commit(0, expert[::-1], weight, rows=rows, facts={"worker": "second"})
+    assert not group.commit(0, {**routes, "expert": routes["expert"][::-1]}, rows=rows, facts={"worker": "second"})
     assert store_files(group.path) == before
 
 
@@ -1038,8 +1039,8 @@ def test_two_writers_of_the_same_shards_leave_the_bytes_of_one(tmp_path: Path) -
         own = CaptureGroup(group.path, "fake")
         for shard in coverage(own.path, "fake").missing:
             rows = own.read_rows(shard)
-            expert, weight, _ = capture_shard(own, shard, rows, FakeEngine(), batch_tokens=24)()
-            committed.append(own.commit(shard, expert, weight, rows=rows, facts={"worker": worker}))
+            routes, _ = capture_shard(own, shard, rows, FakeEngine(), batch_tokens=24)()
+            committed.append(own.commit(shard, routes, rows=rows, facts={"worker": worker}))
 
     writers = [threading.Thread(target=write, args=(f"writer {number}",)) for number in range(3)]
     for writer in writers:
@@ -1075,9 +1076,9 @@ def test_a_lost_object_of_the_plan_makes_the_capture_incomplete_and_unreadable(c
     for allowed in (False, True):
         with pytest.raises(
             ValueError, match=f"1 objects of the plan are lost, first {key}; remove the folder prose"
-        ) as told:
+        ) as raised:
             open_capture(copy, "prose", allow_incomplete=allowed)
-        assert "allow_incomplete" not in str(told.value)  # which would not help
+        assert "allow_incomplete" not in str(raised.value)  # which would not help
     with pytest.raises(ValueError, match="objects of the plan are lost"):
         fake_capture(copy, TEXTS, "prose")
 
@@ -1123,7 +1124,7 @@ def test_arrays_that_grew_unevenly_are_read_as_far_as_the_plan_goes(
 def test_a_late_writer_leaves_a_committed_shard_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It looked for the commit before the other one made it, and brings other bytes."""
     group = planned_group(tmp_path / "s.zarr")
-    rows, expert, weight = choices(group, 0)
+    rows, routes = choices(group, 0)
     late = CaptureGroup(group.path, "fake")
     real, looked = late.objects.get, []
 
@@ -1131,30 +1132,30 @@ def test_a_late_writer_leaves_a_committed_shard_as_it_is(tmp_path: Path, monkeyp
         found = real(key)
         if "/commits/" in key and not looked:
             looked.append(key)
-            group.commit(0, expert, weight, rows=rows, facts={"worker": "first"})
+            group.commit(0, routes, rows=rows, facts={"worker": "first"})
         return found
 
     monkeypatch.setattr(late.objects, "get", get)
-    assert not late.commit(0, (expert + 1) % 8, weight, rows=rows, facts={"worker": "late"})
+    assert not late.commit(0, {**routes, "expert": (routes["expert"] + 1) % 8}, rows=rows, facts={"worker": "late"})
     assert looked
     valid, wrong = group.commits()
     assert (list(valid), wrong) == ([0], {})
     data = open_capture(group.path, "fake", allow_incomplete=True)
-    assert (data["expert"][: len(expert)].values == expert).all()
+    assert (data["expert"][: len(rows.length)].values == routes["expert"]).all()
 
 
 @pytest.mark.parametrize("damaged", [b"", b"{", b"[" * 100_000, b"\xff"])
 def test_a_commit_record_that_is_none_is_replaced_and_any_other_is_left(tmp_path: Path, damaged: bytes) -> None:
     group = planned_group(tmp_path / "s.zarr")
-    rows, expert, weight = choices(group, 0)
+    rows, routes = choices(group, 0)
     record = tmp_path / "s.zarr" / "fake/expert/commits/0.json"
-    assert group.commit(0, expert, weight, rows=rows, facts={})
+    assert group.commit(0, routes, rows=rows, facts={})
     whole = record.read_bytes()
     record.write_bytes(damaged)
-    assert group.commit(0, expert, weight, rows=rows, facts={})
+    assert group.commit(0, routes, rows=rows, facts={})
     assert record.read_bytes() == whole
     record.write_bytes(b"{}")
-    assert not group.commit(0, expert, weight, rows=rows, facts={})
+    assert not group.commit(0, routes, rows=rows, facts={})
     assert record.read_bytes() == b"{}"
 
 
@@ -1181,11 +1182,11 @@ def test_a_creation_that_was_killed_leaves_no_array_that_the_next_capture_does_n
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("", "is not JSON"), ("[1]", "holds list"), ('{"x": 1}', "no plan has"), ("{}", "lacks")]
+    ("content", "message"), [("", "is not JSON"), ("[1]", "holds list"), ('{"x": 1}', "no plan has"), ("{}", "lacks")]
 )
-def test_a_plan_record_that_is_none_is_named(copy: Path, content: str, said: str) -> None:
+def test_a_plan_record_that_is_none_is_named(copy: Path, content: str, message: str) -> None:
     (copy / "prose" / "token" / "plan.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"prose/token/plan\.json.*{said}"):
+    with pytest.raises(ValueError, match=rf"prose/token/plan\.json.*{message}"):
         coverage(copy, "prose")
 
 

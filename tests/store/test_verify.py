@@ -18,7 +18,7 @@ from jobs.capturing import planner as planning
 from store import CaptureGroup, coverage, layout, open_capture, planned
 from store.lease import lease
 from store.objects import LocalObjects, open_objects
-from store.verify import Findings, verify
+from store.verification import Findings, verify
 from workers.text.rows import BosRule
 
 Command = Callable[..., Any]
@@ -68,7 +68,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
     "longer": lambda data: data + b"\0",
     "with a bit flipped": lambda data: flipped(data, 77),
 }
-SAID = {
+MESSAGES = {
     "deleted": "its {} shard is gone",
     "emptied": "its {} shard has 0 bytes, ",
     "cut": "its {} shard has ",
@@ -91,11 +91,11 @@ RECORDS: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
 }
 CASES = [
     *(
-        (f"{name}/c/{{}}/0/0/0", how, SAID[kind].format(name))
+        (f"{name}/c/{{}}/0/0/0", how, MESSAGES[kind].format(name))
         for name in ("expert", "weight")
         for kind, how in DAMAGE.items()
     ),
-    *(("expert/commits/{}.json", how, said) for how, said in RECORDS.values()),
+    *(("expert/commits/{}.json", how, message) for how, message in RECORDS.values()),
 ]
 
 
@@ -108,15 +108,15 @@ def test_nothing_is_wrong_with_a_whole_capture_and_all_of_it_was_read(store: Pat
     assert any_files(store) == before
 
 
-@pytest.mark.parametrize(("key", "how", "said"), CASES)
+@pytest.mark.parametrize(("key", "how", "message"), CASES)
 def test_a_damaged_shard_is_named_alone_and_healed_to_equal_bytes(
-    store: Path | str, key: str, how: Callable[[bytes], bytes | None], said: str
+    store: Path | str, key: str, how: Callable[[bytes], bytes | None], message: str
 ) -> None:
     before, shard = comparable(store), SHARDS - 1
     damage(store, key.format(shard), how)
     found = verify(CaptureGroup(store, "fake"))
     assert list(found.shards) == [shard]
-    assert found.shards[shard].startswith(said), found.shards
+    assert found.shards[shard].startswith(message), found.shards
     assert (found.plan, found.unnoted) == ([], None)
     state = coverage(store, "fake")
     assert (state.missing, list(state.wrong)) == ([shard], [shard])
@@ -141,8 +141,8 @@ def test_shards_that_were_swapped_are_both_named_and_healed(store: Path | str, k
     found = verify(CaptureGroup(store, "fake"))
     assert list(found.shards) == [1, 2]
     for shard, other in ((1, 2), (2, 1)):
-        said = f"is of shard {other}" if "commits" in key else f"its {key[:6]} shard has "  # another length
-        assert found.shards[shard].startswith(said)
+        message = f"is of shard {other}" if "commits" in key else f"its {key[:6]} shard has "  # another length
+        assert found.shards[shard].startswith(message)
     assert fake_capture(store, TEXTS).complete
     assert comparable(store) == before
 
@@ -338,7 +338,7 @@ def test_speakers_where_no_token_is_are_found_when_shards_were_swapped(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "message"),
     [
         (
             "length",
@@ -358,11 +358,11 @@ def test_speakers_where_no_token_is_are_found_when_shards_were_swapped(tmp_path:
     ],
 )
 def test_a_plan_that_decodes_and_cannot_be_true_is_named(
-    whole_copy: Path, name: str, change: Callable[[np.ndarray], np.ndarray], said: str
+    whole_copy: Path, name: str, change: Callable[[np.ndarray], np.ndarray], message: str
 ) -> None:
     change_values(whole_copy, name, change)
     faults = verify(CaptureGroup(whole_copy, "fake")).plan
-    assert any(fault.startswith(said) for fault in faults), faults
+    assert any(fault.startswith(message) for fault in faults), faults
 
 
 def codecs_of(data: bytes) -> Any:
@@ -378,7 +378,7 @@ def changed_sharding(**facts: Any) -> Callable[[bytes], bytes]:
 
 
 @pytest.mark.parametrize(
-    ("name", "how", "said"),
+    ("name", "how", "message"),
     [
         ("expert", changed_sharding(index_location="start"), "codecs"),
         ("token", changed_sharding(chunk_shape=[2, 8]), "codecs"),
@@ -399,12 +399,12 @@ def changed_sharding(**facts: Any) -> Callable[[bytes], bytes]:
     ],
 )
 def test_a_description_that_would_be_read_otherwise_is_named(
-    whole_copy: Path, name: str, how: Callable[[bytes], bytes], said: str
+    whole_copy: Path, name: str, how: Callable[[bytes], bytes], message: str
 ) -> None:
     damage(whole_copy, f"{name}/zarr.json", how)
     faults = verify(CaptureGroup(whole_copy, "fake")).plan
-    said = said if said.startswith("cannot") else f"says {said}"
-    assert [fault.startswith(f"{name}/zarr.json {said}") for fault in faults] == [True], faults
+    message = message if message.startswith("cannot") else f"says {message}"
+    assert [fault.startswith(f"{name}/zarr.json {message}") for fault in faults] == [True], faults
 
 
 def test_a_description_that_another_zarr_words_differently_is_the_same(whole_copy: Path) -> None:
@@ -425,7 +425,7 @@ def test_a_description_that_another_zarr_words_differently_is_the_same(whole_cop
 def test_an_arrays_description_is_part_of_the_plan(whole_copy: Path, name: str) -> None:
     key = f"{name}/zarr.json"
     right = (whole_copy / "fake" / key).read_bytes()
-    for change, said in {
+    for change, message in {
         "deleted": f"{key} is gone",
         "cut": f"{key} cannot be read",
         "of another type": f"{key} says data_type int8, and the layout ",
@@ -439,7 +439,7 @@ def test_an_arrays_description_is_part_of_the_plan(whole_copy: Path, name: str) 
         }
         damage(whole_copy, key, changes[change])
         faults = verify(CaptureGroup(whole_copy, "fake")).plan
-        assert faults[0].startswith(said), faults
+        assert faults[0].startswith(message), faults
 
 
 def test_a_capture_with_speakers_is_verified_with_them(tmp_path: Path) -> None:

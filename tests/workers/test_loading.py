@@ -142,7 +142,8 @@ def test_it_computes_in_the_dtype_asked_for(tiny: Path, dtype: str, quantization
     assert hidden_states(loaded.model).dtype == getattr(torch, dtype)
     held = sum(parameter.nbytes for parameter in loaded.model.parameters() if type(parameter) is nn.Parameter)
     assert held >= (4 if dtype == "float32" else 2) * 32_000 * 64
-    experts, weights = ModelEngine(loaded).route(np.arange(100, dtype=np.int32)[None], np.array([100], np.int32))
+    token, length = np.arange(100, dtype=np.int32)[None], np.array([100], np.int32)
+    experts, weights = ModelEngine(loaded).route(token, length).values()
     assert experts.shape == weights.shape == (1, 100, LAYERS, 2)
 
 
@@ -215,13 +216,13 @@ def test_what_is_described_beforehand_is_what_is_loaded(tiny: Path, nf4: LoadedM
 
 
 def test_the_device_decides_dtype_and_back_end(tiny: Path) -> None:
-    def told(*arguments: str) -> tuple[str, str]:
+    def values(*arguments: str) -> tuple[str, str]:
         described = describe_model(tiny, None, *arguments)
         return described["compute_dtype"], described["expert_backend"]
 
-    assert told("nf4", "cuda") == ("bfloat16", "sorted")
-    assert told("none", "cuda") == ("bfloat16", "grouped_mm")
-    assert told("none", "cpu") == ("float32", "eager")
+    assert values("nf4", "cuda") == ("bfloat16", "sorted")
+    assert values("none", "cuda") == ("bfloat16", "grouped_mm")
+    assert values("none", "cpu") == ("float32", "eager")
     backend = load_model(tiny, quantization="none", device="cpu").model.config._experts_implementation
     assert backend == "eager"
 

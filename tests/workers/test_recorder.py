@@ -22,7 +22,7 @@ from workers.models import kernels
 from workers.models import mixtral as forward
 from workers.models.description import find_routers
 from workers.models.loading import LoadedModel, load_model
-from workers.models.mixtral import Forward
+from workers.models.mixtral import MixtralForward
 from workers.recorder import SAMPLE, RouteRecorder, choices, in_order
 from workers.shard import OutOfMemory, RoutingError, capture_shard, route_rows
 
@@ -91,7 +91,7 @@ def reference(model: Any, layers: Sequence[int], row: np.ndarray, k: int, renorm
 
 def test_routes_are_those_of_a_float64_reference_in_every_layer_sorted_by_weight(tiny_model: LoadedModel) -> None:
     engine, rows = ModelEngine(tiny_model), random_rows(60, longest=64)
-    expert, weight = route_rows(engine, rows, layout_of(engine, rows), batch_tokens=640)()
+    expert, weight = route_rows(engine, rows, layout_of(engine, rows), batch_tokens=640)().values()
     assert (expert.dtype, weight.dtype) == (np.uint8, np.float16)
     counted = near_ties = equal_in_float16 = 0
     for row, size in enumerate(rows.length):
@@ -111,8 +111,8 @@ def test_routes_are_those_of_a_float64_reference_in_every_layer_sorted_by_weight
 Used = dict[int, tuple[np.ndarray, np.ndarray]]
 
 
-def kept_experts(ours: Forward, used: Used) -> Callable[..., Any]:
-    """`Forward._experts` that notes which experts it is asked for."""
+def kept_experts(ours: MixtralForward, used: Used) -> Callable[..., Any]:
+    """`MixtralForward._experts` that notes which experts it is asked for."""
     original = ours._experts
 
     def experts(modules: nn.Module, hidden: torch.Tensor, expert_TK: torch.Tensor) -> Any:
@@ -145,10 +145,10 @@ def test_routes_are_the_models_own_choice(tiny_model: LoadedModel, monkeypatch: 
             used[layer] = (inputs[1].numpy(), inputs[2].float().numpy())
 
         handles.append(tiny_model.model.layers[layer].mlp.experts.register_forward_pre_hook(keep))
-    if isinstance(engine.forward, Forward):  # which applies the experts' matrices itself
+    if isinstance(engine.forward, MixtralForward):  # which applies the experts' matrices itself
         monkeypatch.setattr(engine.forward, "_experts", kept_experts(engine.forward, used))
         monkeypatch.setattr(forward, "add_norm", kept_weights(used))
-    expert, weight = engine.route(rows.token, rows.length)
+    expert, weight = engine.route(rows.token, rows.length).values()
     for handle in handles:
         handle.remove()
     assert list(used) == list(range(LAYERS - 1)), "the last layer's experts are not needed, and were run"
@@ -170,17 +170,17 @@ def test_routes_are_the_models_own_choice(tiny_model: LoadedModel, monkeypatch: 
 def test_neither_padding_nor_the_make_up_of_a_micro_batch_changes_routes(tiny_model: LoadedModel) -> None:
     engine, rows = ModelEngine(tiny_model), random_rows(20, seed=3)
     layout = layout_of(engine, rows)
-    truth = route_rows(engine, rows, layout, batch_tokens=1)()  # every row alone, unpadded
+    true_expert, true_weight = route_rows(engine, rows, layout, batch_tokens=1)().values()  # every row alone, unpadded
     places = rows.length.sum() * LAYERS
     for batch_tokens in (50, 10_000):
-        expert, weight = route_rows(engine, rows, layout, batch_tokens)()
-        differ = (expert != truth[0]).any(axis=-1)
+        expert, weight = route_rows(engine, rows, layout, batch_tokens)().values()
+        differ = (expert != true_expert).any(axis=-1)
         assert differ.sum() <= places / 1000
-        np.testing.assert_allclose(weight[~differ], truth[1][~differ], rtol=2 * FLOAT16_STEP)
+        np.testing.assert_allclose(weight[~differ], true_weight[~differ], rtol=2 * FLOAT16_STEP)
     # Whatever the padding holds: attention is causal.
     padded = np.where(rows.token == -1, 31_999, rows.token)
-    given_expert, _ = engine.route(rows.token, rows.length)
-    other_expert, _ = engine.route(padded, rows.length)
+    given_expert = engine.route(rows.token, rows.length)["expert"]
+    other_expert = engine.route(padded, rows.length)["expert"]
     filled = np.arange(POSITIONS) < rows.length[:, None]
     np.testing.assert_array_equal(given_expert[filled], other_expert[filled])
 
@@ -214,7 +214,7 @@ def test_layers_bear_the_models_own_numbers_and_weights_need_not_sum_to_one(tmp_
     loaded = load_model(saved(config, tmp_path / "qwen"), quantization="none", device="cpu")
     engine, rows = ModelEngine(loaded), random_rows(10, vocabulary=64)
     assert engine.layers == (1, 2, 4)
-    expert, weight = route_rows(engine, rows, layout_of(engine, rows), batch_tokens=100)()
+    expert, weight = route_rows(engine, rows, layout_of(engine, rows), batch_tokens=100)().values()
     sums = []
     for row, size in enumerate(rows.length):
         wanted, wanted_weight, margin = reference(loaded.model, (1, 2, 4), rows.token[row, :size], 3, renormalize=False)
@@ -390,7 +390,7 @@ PLACES.remove(("a negative expert", 3))
 def test_a_fault_in_one_layer_stops_the_shard_and_names_the_layer(
     tiny_model: LoadedModel, tmp_path: Path, fault: str, layer: int
 ) -> None:
-    breaks, said = FAULTS[fault]
+    breaks, message = FAULTS[fault]
     engine, rows = ModelEngine(tiny_model), random_rows(16, seed=1)
     rows.length[:] = POSITIONS  # both shards are micro-batches of one shape
     rows.token[rows.token == -1] = 7
@@ -400,7 +400,7 @@ def test_a_fault_in_one_layer_stops_the_shard_and_names_the_layer(
     try:
         if "earlier" in fault:
             capture_shard(group, 0, group.read_rows(0), engine, batch_tokens=8 * POSITIONS)()
-        with pytest.raises(RoutingError, match=f"^shard 1 of broken: layer {layer}: .*{said}"):
+        with pytest.raises(RoutingError, match=f"^shard 1 of broken: layer {layer}: .*{message}"):
             capture_shard(group, 1, group.read_rows(1), engine, batch_tokens=8 * POSITIONS)()
     finally:
         restore()
@@ -423,9 +423,9 @@ def test_a_logit_that_is_not_finite_stops_the_shard_with_layer_position_and_row(
         return (logits, *others)
 
     handle = gate_of(engine, layer).register_forward_hook(spoil)
-    said = f"layer {layer}: its router's logits or weights are not finite, first seen at position {position}"
+    message = f"layer {layer}: its router's logits or weights are not finite, first seen at position {position}"
     try:
-        with pytest.raises(RoutingError, match=f"^shard 0 of broken: {said} of row {row} of the shard$"):
+        with pytest.raises(RoutingError, match=f"^shard 0 of broken: {message} of row {row} of the shard$"):
             capture_shard(group, 0, group.read_rows(0), engine, batch_tokens=8 * POSITIONS)()
     finally:
         handle.remove()
@@ -529,7 +529,7 @@ def test_a_near_tie_that_falls_the_other_way_when_asked_again_is_no_alarm_though
     engine, gate = ModelEngine(tiny_model), tiny_model.routers[3]
     token = np.full((8, POSITIONS), 1234, np.int32)
     length = np.full(8, POSITIONS)
-    expert, _ = engine.route(token, length)
+    expert = engine.route(token, length)["expert"]
     assert token.size > SAMPLE
     kept, second = gate.weight.clone(), int(expert[0, 0, 3, 1])
     twin = next(number for number in range(8) if number not in expert[0, 0, 3])
@@ -542,8 +542,8 @@ def test_a_near_tie_that_falls_the_other_way_when_asked_again_is_no_alarm_though
 
     gate.forward = forward
     try:
-        main, _ = engine.route(token, length)
-        sample, _ = engine.route(token[:2], length[:2])
+        main = engine.route(token, length)["expert"]
+        sample = engine.route(token[:2], length[:2])["expert"]
     finally:
         del gate.forward
         gate.weight.data = kept

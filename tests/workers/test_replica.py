@@ -15,7 +15,7 @@ from jobs.capturing.local import fill_shards
 from store import CaptureGroup
 from store.lease import lease
 from workers.environment import environment
-from workers.replica import Misplaced, Order, Replica
+from workers.replica import Assignment, Misplaced, Replica
 
 TEXTS = [words(40)]
 
@@ -38,22 +38,22 @@ def captured(folder: Path) -> FakeRun:
     return run
 
 
-def refusal(order: Order) -> str:
+def refusal(assignment: Assignment) -> str:
     with pytest.raises(Misplaced) as refused:
-        Replica().load(order)
+        Replica().load(assignment)
     return str(refused.value)
 
 
 def test_a_replica_that_sees_the_store_loads_and_names_its_environment(tmp_path: Path) -> None:
     run = captured(tmp_path)
     with lease(CaptureGroup(run.store, "fake")) as held:
-        assert Replica().load(run.order({"fake": held.token})) == environment("cpu")
+        assert Replica().load(run.assignment({"fake": held.token})) == environment("cpu")
 
 
 @pytest.mark.parametrize("store", ["elsewhere.zarr", "elsewhere/routes.zarr"])
 def test_a_store_that_is_not_there_is_refused_naming_host_and_path(tmp_path: Path, store: str) -> None:
-    order = replace(captured(tmp_path).order({"fake": "any"}), store=str(tmp_path / store), make_engine=never)
-    refused = refusal(order)
+    assignment = replace(captured(tmp_path).assignment({"fake": "any"}), store=str(tmp_path / store), make_engine=never)
+    refused = refusal(assignment)
     assert refused.startswith(f"{gethostname()} does not see the store {tmp_path / store} that the driver writes")
     assert "it has no such capture" in refused
     assert "put the store where all nodes see it" in refused
@@ -62,7 +62,7 @@ def test_a_store_that_is_not_there_is_refused_naming_host_and_path(tmp_path: Pat
 def test_a_store_in_which_another_job_s_lease_lies_is_refused(tmp_path: Path) -> None:
     run = captured(tmp_path)
     with lease(CaptureGroup(run.store, "fake")):
-        refused = refusal(replace(run.order({"fake": "the driver's"}), make_engine=never))
+        refused = refusal(replace(run.assignment({"fake": "the driver's"}), make_engine=never))
     assert f"{gethostname()} does not see the store {run.store}" in refused
     assert "another job's lease lies there" in refused
 
@@ -71,7 +71,7 @@ def test_a_store_that_cannot_be_read_is_refused_with_the_system_s_reason(tmp_pat
     run = captured(tmp_path)
     record = Path(run.store) / "fake/token/lease.json"
     record.mkdir()
-    refused = refusal(replace(run.order({"fake": "any"}), make_engine=never))
+    refused = refusal(replace(run.assignment({"fake": "any"}), make_engine=never))
     assert refused.startswith(f"{gethostname()} cannot read the store {run.store}: ")
     assert "Is a directory" in refused
 
@@ -85,11 +85,11 @@ def test_another_environment_is_refused_before_a_model_is_loaded_unless_it_is_ac
     begun: dict[str, Any] = {**environment("cpu"), package: "1.0.other"}
     (Path(run.store) / "fake/expert/environment.json").write_text(json.dumps(begun))
     with lease(group) as held:
-        order = run.order({"fake": held.token})
-        refused = refusal(replace(order, make_engine=never))
+        assignment = run.assignment({"fake": held.token})
+        refused = refusal(replace(assignment, make_engine=never))
         assert f"  {package}: the store has '1.0.other', this run has {environment('cpu')[package]!r}\n" in refused
         assert "--allow_mixed" in refused
-        Replica().load(replace(order, allow_mixed=True))
+        Replica().load(replace(assignment, allow_mixed=True))
 
 
 def test_a_package_of_which_bytes_do_not_depend_may_differ(tmp_path: Path) -> None:
@@ -97,13 +97,13 @@ def test_a_package_of_which_bytes_do_not_depend_may_differ(tmp_path: Path) -> No
     begun = {**environment("cpu"), "zarr": "1.0.other"}
     (Path(run.store) / "fake/expert/environment.json").write_text(json.dumps(begun))
     with lease(CaptureGroup(run.store, "fake")) as held:
-        Replica().load(run.order({"fake": held.token}))
+        Replica().load(run.assignment({"fake": held.token}))
 
 
 def test_another_model_is_refused_with_both_values(tmp_path: Path) -> None:
     run = captured(tmp_path)
     with lease(CaptureGroup(run.store, "fake")) as held:
-        refused = refusal(replace(run.order({"fake": held.token}), make_engine=partial(OtherEngine)))
+        refused = refusal(replace(run.assignment({"fake": held.token}), make_engine=partial(OtherEngine)))
     assert refused.startswith(f"the model on {gethostname()} is not the captured one:")
     assert refused.splitlines()[1:] == ["  model: the store has 'fake', this run has 'other'"]
 

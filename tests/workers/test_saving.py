@@ -94,8 +94,9 @@ def test_a_quantized_checkpoint_loads_as_the_original_quantized_while_loading(
     }
     token = np.random.default_rng(0).integers(0, 32_000, (4, 16))
     length = np.array([16, 9, 3, 1])
-    for one, other in zip(*(ModelEngine(model).route(token, length) for model in (original, loaded)), strict=True):
-        np.testing.assert_array_equal(one, other)
+    one, other = (ModelEngine(model).route(token, length) for model in (original, loaded))
+    for name in ("expert", "weight"):
+        np.testing.assert_array_equal(one[name], other[name])
 
 
 def test_what_a_family_keeps_in_float32_is_so_from_a_quantized_checkpoint_too(tmp_path: Path) -> None:

@@ -96,8 +96,10 @@ def test_experts_specialize_in_texts_and_in_tokens_beyond_chance_and_share_the_l
         token = capture["token"].values.copy()
         token[token >= 0] = draws.permutation(token[token >= 0])
         shuffled = capture.assign(token=(capture["token"].dims, token))
-        told, by_chance = (vocabulary_specialization(one, draws=1)["mutual_information"] for one in (capture, shuffled))
-        assert bool((told > 2 * by_chance).all())
+        informative, by_chance = (
+            vocabulary_specialization(one, draws=1)["mutual_information"] for one in (capture, shuffled)
+        )
+        assert bool((informative > 2 * by_chance).all())
     loads = [expert_load(capture) for capture in routes.values()]
     share = sum(load["count"].sum("k") for load in loads)
     violation = 8 * (share / share.sum("expert")).max("expert") - 1

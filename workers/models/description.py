@@ -1,7 +1,7 @@
-"""What a mixture-of-experts model is, told from its configuration: identity, routers, bytes.
+"""What a mixture-of-experts model is, from its configuration alone: identity and routers.
 
 Promises: nothing here reads or makes weights (the model is built on the meta device: shapes only), and
-`workers.models.loading.load_model` with the same arguments agrees with what is told.
+`workers.models.loading.load_model` with the same arguments loads what is described here.
 """
 
 import re
@@ -13,11 +13,12 @@ import transformers
 from torch import nn
 
 from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config
+from workers.models.forwards import own_forward
 
 FOUR_BITS = ("nf4", "fp4")
 QUANTIZATIONS = (*FOUR_BITS, "int8", "none")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-SORTED = "sorted"
+EXPERTS_OF_TRANSFORMERS = ("eager", "grouped_mm")  # values of `expert_backend` that its loader takes
 
 BLOCK = 64  # values that share a scale in NF4 and FP4; bitsandbytes' own, checked after every load
 _NUM_EXPERTS_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -40,8 +41,8 @@ class ModelDescription(TypedDict):
     """Of the routers' weights: `compute_dtype`, or `quantization` where they were rounded to it, as transformers 4
     does."""
     expert_backend: str
-    """``sorted`` (`workers.models.mixtral`), ``unfused`` (one Linear a matrix, in transformers' forward), or
-    transformers' ``eager`` or ``grouped_mm`` over fused experts."""
+    """That of the family's own forward (`workers.models.forwards`; Mixtral's is ``sorted``), ``unfused`` (one Linear a
+    matrix, in transformers' forward), or transformers' ``eager`` or ``grouped_mm`` over fused experts."""
     attention: str
     """transformers' ``sdpa``, or ``eager`` for a family that has no other (gpt_oss)."""
     layers: list[int]
@@ -61,9 +62,26 @@ def describe_model(
     dtype: str | None = None,
     quantize_gates: bool = False,
 ) -> ModelDescription:
-    """Tell what `load_model` with the same arguments would load; reads the configuration and no weights.
+    """Describe what `load_model` with the same arguments would load; reads the configuration and no weights.
 
     Of a local folder the fingerprint is taken, for which about 0.2 GB of 93 are read.
+
+    Parameters
+    ----------
+    model, revision, quantization, dtype, quantize_gates
+        As for `load_model`.
+    device_type
+        "cuda" or "cpu": decides the compute dtype where `dtype` is not given, and what computes the experts.
+
+    Returns
+    -------
+    ModelDescription
+        What of the model goes into a capture's identity.
+
+    Raises
+    ------
+    ValueError
+        When the checkpoint cannot be captured as asked.
     """
     checkpoint = find_checkpoint(model, revision, weights=False)
     return describe_checkpoint(
@@ -138,10 +156,10 @@ def stored_quantization(checkpoint: Checkpoint) -> str | None:
     settings = stored if isinstance(stored, dict) else {}
     kind = settings.get("bnb_4bit_quant_type")
     if settings.get("quant_method") != "bitsandbytes" or not settings.get("load_in_4bit") or kind not in FOUR_BITS:
-        told = settings.get("quant_method", stored), *(["8 bits"] if settings.get("load_in_8bit") else [])
+        found = settings.get("quant_method", stored), *(["8 bits"] if settings.get("load_in_8bit") else [])
         raise ValueError(
             f"{checkpoint.folder} (model_type {config.get('model_type')}) holds weights that are quantized already"
-            f" ({', '.join(map(str, told))}): only those of bitsandbytes in nf4 or fp4 are read; give the original"
+            f" ({', '.join(map(str, found))}): only those of bitsandbytes in nf4 or fp4 are read; give the original"
             " checkpoint, or where that is quantized itself (gpt_oss, deepseek_v3) a copy in bfloat16"
         )
     if not settings.get("bnb_4bit_use_double_quant"):
@@ -153,14 +171,14 @@ def stored_quantization(checkpoint: Checkpoint) -> str | None:
 
 
 def _expert_backend(skeleton: Any, quantization: str, device_type: str) -> str:
-    """`workers.models.mixtral` knows one family: plain Mixtral in 4 bits.
+    """What computes the experts: a forward of the family's own, or one of transformers' ways.
 
     Of transformers' own, eager was on a CPU 1.4 times as fast as grouped_mm (8 experts, 4,096 tokens), with equal
     results.
     """
-    if quantization in FOUR_BITS and type(skeleton).__name__ == "MixtralModel":
-        config = skeleton.config
-        return SORTED if not config.sliding_window and config.hidden_act == "silu" else "unfused"
+    own = own_forward(skeleton, quantization)
+    if own is not None:
+        return own.expert_backend
     if quantization != "none":
         return "unfused"
     return "eager" if device_type == "cpu" else "grouped_mm"

@@ -1,4 +1,4 @@
-"""How many bytes a model takes once it is quantized, told from its configuration.
+"""How many bytes a model takes once it is quantized, from its configuration alone.
 
 Promises: no weights are read or made. Activations are not counted.
 """
@@ -23,7 +23,20 @@ def estimate_bytes(
     *,
     dtype: str | None = None,
 ) -> int:
-    """Bytes of all weights of the model without its head, quantized as asked; activations are not counted."""
+    """Bytes of all weights of the model without its head, quantized as asked; activations are not counted.
+
+    Parameters
+    ----------
+    model, revision, quantization, dtype
+        As for `load_model`.
+    device_type
+        "cuda" or "cpu": decides the compute dtype where `dtype` is not given.
+
+    Raises
+    ------
+    ValueError
+        When there is no such checkpoint, or its configuration cannot be read.
+    """
     checkpoint = find_checkpoint(model, revision, weights=False)
     return estimate_checkpoint(checkpoint, quantization, compute_dtype(device_type, dtype))
 

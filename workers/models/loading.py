@@ -2,10 +2,10 @@
 
 Promises: what is loaded is what was asked for. After every load the report of transformers is clean, every
 matrix of every expert is quantized, and every router is in its full precision, or a ValueError says which
-tensors are not, and with which versions. `describe_model` tells the identity beforehand, without the weights.
+tensors are not, and with which versions. `describe_model` gives the identity beforehand, without the weights.
 
 Does not know tokens, hooks or stores. Files come from `workers.models.checkpoint`, shapes and names from
-`workers.models.description`; how fused experts become quantizable is told in `workers.models.quantizer`.
+`workers.models.description`; how fused experts become quantizable is described in `workers.models.quantizer`.
 """
 
 import sys
@@ -23,6 +23,7 @@ from torch import nn
 from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config, tensor_names
 from workers.models.description import (
     BLOCK,
+    EXPERTS_OF_TRANSFORMERS,
     FOUR_BITS,
     ModelDescription,
     build_skeleton,
@@ -54,7 +55,9 @@ class LoadedModel:
     routers: dict[int, nn.Module]
     """The model's own layer number → the module that chooses experts, in ascending order."""
     num_experts: int
+    """Of each layer that has a router."""
     experts_per_token: int
+    """Experts that a router chooses for each token."""
     provenance: dict[str, Any]
     """The fields of `ModelDescription`, then facts of this load (JSON values only)."""
 
@@ -84,11 +87,16 @@ def load_model(
     dtype
         Compute dtype: ``float32``, ``bfloat16`` or ``float16``; by default float32 on a CPU, else bfloat16.
     quantize_gates
-        Round the routers' weights to `quantization` too, as transformers 4 does unless told otherwise.
+        Round the routers' weights to `quantization` too, as transformers 4 does by default.
     device
         Where the model goes.
     gpus
         Over how many GPUs its layers are spread, from `device` on: more than one where one is too small.
+
+    Returns
+    -------
+    LoadedModel
+        For `capture_texts`, as often as wanted.
 
     Raises
     ------
@@ -181,7 +189,7 @@ def _from_pretrained(
     checkpoint: Checkpoint, description: ModelDescription, devices: Sequence[torch.device], dtype: torch.dtype
 ) -> Any:
     """Run transformers' own loader, with experts that can be quantized, and read its report."""
-    quantization = description["quantization"]
+    quantization, backend = description["quantization"], description["expert_backend"]
     skeleton = build_skeleton(checkpoint, dtype)
     settings = quantization_config(quantization, skeleton, dtype)
     # Given by itself: else an attention that it names, as some published ones do, would have the last word.
@@ -200,7 +208,7 @@ def _from_pretrained(
                 device_map=layer_devices(skeleton, devices),
                 dtype=dtype,
                 attn_implementation=description["attention"],
-                experts_implementation="eager" if quantization != "none" else description["expert_backend"],
+                experts_implementation=backend if backend in EXPERTS_OF_TRANSFORMERS else "eager",
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -232,8 +240,8 @@ def _from_pretrained(
     }
     faults = {name: sorted(map(str, found)) for name, found in report.items() if found}
     if faults:
-        told = "; ".join(f"{len(found)} {name}: {', '.join(found[:5])}" for name, found in faults.items())
-        raise ValueError(f"{checkpoint.folder} does not fit its own configuration ({_versions()}): {told}")
+        listed = "; ".join(f"{len(found)} {name}: {', '.join(found[:5])}" for name, found in faults.items())
+        raise ValueError(f"{checkpoint.folder} does not fit its own configuration ({_versions()}): {listed}")
     return model
 
 

@@ -13,25 +13,35 @@ Deterministic: no atomic additions; each product's shape depends on the micro-ba
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from workers.models.description import FOUR_BITS
 from workers.models.kernels import add_norm, dequantize, rotate, swiglu
 
 ROWS = 16_384  # slots of an expert that are computed at a time: bounds memory when routing is skewed (arbitrary)
 
 
-class Forward:
-    """A model's layers, ready to be applied.
+class MixtralForward:
+    """A Mixtral's layers, ready to be applied: a `workers.models.forwards.Forward`.
 
     Parameters
     ----------
     model
-        One whose `expert_backend` is ``sorted``.
+        A loaded model, for which `applies` was true.
     """
+
+    expert_backend: ClassVar[str] = "sorted"
+    """Slots are sorted by expert."""
+
+    @classmethod
+    def applies(cls, model: Any, quantization: str) -> bool:
+        """Whether it is a plain Mixtral in 4 bits: every position sees all before it, and experts are gated by SiLU."""
+        config = model.config
+        return quantization in FOUR_BITS and not config.sliding_window and config.hidden_act == "silu"
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
@@ -47,7 +57,7 @@ class Forward:
         ----------
         input_ids : int64 tensor, shape (B, P)
         ignored
-            What other models must be told to leave out.
+            Arguments that other models need, to leave out mask and cache.
         """
         layers, positions = self.model.layers, input_ids.shape[1]
         residual_TH = self.model.embed_tokens(input_ids).flatten(0, 1)

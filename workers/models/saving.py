@@ -55,7 +55,12 @@ def quantize_checkpoint(
     device
         Where each matrix is quantized.
     progress
-        Told the bytes of each tensor that was read.
+        Called with the number of bytes of each tensor that was read.
+
+    Returns
+    -------
+    Path
+        The folder that was written.
 
     Raises
     ------

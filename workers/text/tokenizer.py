@@ -57,6 +57,11 @@ def load_tokenizer(
     limit_tokens
         Give the first so many ids of a text or conversation only.
 
+    Returns
+    -------
+    TextTokenizer
+        Texts to token ids (int32), and token ids to pieces.
+
     Raises
     ------
     FileNotFoundError

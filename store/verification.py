@@ -28,7 +28,6 @@ import numpy as np
 from store.group import COMMITS, CaptureGroup, object_sums, tokens_crc32c
 from store.layout import MISSING_ROLE
 from store.plan import Plan
-from store.planned import GROWING, ROUTES
 from store.records import parse_record
 
 THREADS = 8  # arbitrary: so many objects are held in memory at once
@@ -62,8 +61,22 @@ def verify(group: CaptureGroup, progress: Callable[[int], None] = lambda tokens:
 
     Parameters
     ----------
+    group
+        The data set: `CaptureGroup(path, name)`.
     progress
-        Told of the tokens of each committed shard when it was read.
+        Called with the number of tokens of each committed shard when it was read.
+
+    Returns
+    -------
+    Findings
+        Empty where all is well.
+
+    Raises
+    ------
+    FileNotFoundError
+        When the data set does not exist.
+    ValueError
+        When it is not a capture of a schema version that this code reads, or the plan's own record is damaged.
     """
     plan = group.plan
     records, wrong = group.commits()
@@ -104,7 +117,7 @@ def verify_shard(group: CaptureGroup, shard: int) -> str | None:
 
 def _fault(group: CaptureGroup, shard: int, records: Records) -> str | None:
     """What is wrong with the objects that a commit record names."""
-    for name in ROUTES:
+    for name in group.layout.routes:
         data = group.objects.get(f"{group.dataset}/{name}/{group.layout.arrays()[name].key(shard)}")
         committed = records[shard][name]
         found = None if data is None else object_sums(data)
@@ -118,14 +131,13 @@ def _miscount(group: CaptureGroup, shard: int, record: Mapping[str, Any]) -> str
     start, stop = group.span(shard, group.plan)
     try:
         token = group.values("token", start, stop)
-    except ValueError:  # it is told of the plan
+    except ValueError:  # reported as a fault of the plan
         return None
-    said = record.get("rows"), record["tokens"]
-    if said == (len(token), (token >= 0).sum()) or record.get("token_crc32c") != tokens_crc32c(token):
+    counts = record.get("rows"), record["tokens"]
+    if counts == (len(token), (token >= 0).sum()) or record.get("token_crc32c") != tokens_crc32c(token):
         return None
-    return (
-        f"its record counts {said[0]} rows and {said[1]} tokens, and {len(token)} and {(token >= 0).sum()} are planned"
-    )
+    planned = f"{len(token)} and {(token >= 0).sum()} are planned"
+    return f"its record counts {counts[0]} rows and {counts[1]} tokens, and {planned}"
 
 
 def _difference(name: str, found: Mapping[str, Any] | None, committed: Mapping[str, Any], records: Records) -> str:
@@ -152,7 +164,7 @@ def metadata_faults(group: CaptureGroup, plan: Plan) -> list[str]:
         try:
             found, wanted = parse_record(data or b""), json.loads(spec.metadata(size))
             # An array grows before the plan counts its new rows.
-            grown = not plan.complete and name in GROWING and found["shape"][0] >= size
+            grown = not plan.complete and spec.grows and found["shape"][0] >= size
             fits = found["shape"] == wanted["shape"] or (grown and found["shape"][1:] == wanted["shape"][1:])
             if not fits:
                 faults.append(f"{key} says {found['shape']}, {wanted['shape']} are planned")
@@ -251,7 +263,7 @@ def _place_faults(group: CaptureGroup, shard: int, plan: Plan, records: Records)
     """What is wrong with a shard's tokens, lengths and speakers.
 
     If tokens are not those of the commit, or lengths do not fit tokens that are not committed, which of the two is
-    wrong cannot be told: the tokens are named first.
+    wrong cannot be known: the tokens are named first.
     """
     start, stop = group.span(shard, plan)
     try:

@@ -1,0 +1,125 @@
+"""A family with a forward of its own is one line in the registry, and what the forward says of itself is recorded."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_families import POSITIONS, VOCABULARY, checkpoint_of
+
+from workers import capture_texts, describe_model, load_model, tiny_checkpoint
+from workers.engine import ModelEngine
+from workers.models.forwards import FORWARDS, own_forward
+from workers.models.mixtral import MixtralForward
+
+ROOT = Path(__file__).parents[2]
+
+
+class OlmoeForward:
+    """Applies OLMoE as transformers does, and counts how often."""
+
+    expert_backend: ClassVar[str] = "counted"
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.calls = model, 0
+
+    @classmethod
+    def applies(cls, model: Any, quantization: str) -> bool:
+        return quantization == "none" and model.config.num_experts_per_tok == 4
+
+    def __call__(self, input_ids: torch.Tensor, **others: Any) -> None:
+        self.calls += 1
+        self.model(input_ids=input_ids, **others)
+
+
+@pytest.fixture
+def olmoe(tmp_path: Path) -> Path:
+    return checkpoint_of("olmoe", tmp_path / "olmoe")
+
+
+@pytest.fixture
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORWARDS, "OlmoeModel", f"{__name__}:OlmoeForward")
+
+
+def rows() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    return random.integers(3, VOCABULARY, (3, POSITIONS)).astype(np.int32), np.array([POSITIONS, 5, 1])
+
+
+def test_a_second_family_is_one_line_and_its_routes_are_those_of_the_model(
+    olmoe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = ModelEngine(load_model(olmoe, quantization="none", device="cpu"))
+    assert stock.forward is stock.model
+    assert stock.description["expert_backend"] == "eager"
+    monkeypatch.setitem(FORWARDS, "OlmoeModel", f"{__name__}:OlmoeForward")
+    assert describe_model(olmoe, quantization="none", device_type="cpu")["expert_backend"] == "counted"
+    own = ModelEngine(load_model(olmoe, quantization="none", device="cpu"))
+    assert own.description["expert_backend"] == "counted"
+    assert isinstance(own.forward, OlmoeForward)
+    found, wanted = own.route(*rows()), stock.route(*rows())
+    assert own.forward.calls == 1
+    filled = np.arange(POSITIONS) < rows()[1][:, None]
+    for name in ("expert", "weight"):
+        np.testing.assert_array_equal(found[name][filled], wanted[name][filled])
+
+
+@pytest.mark.usefixtures("_registered")
+def test_a_forward_is_used_only_where_it_says_that_it_applies(olmoe: Path) -> None:
+    assert describe_model(olmoe, quantization="nf4", device_type="cpu")["expert_backend"] == "unfused"
+    loaded = load_model(olmoe, quantization="nf4", device="cpu")
+    assert ModelEngine(loaded).forward is loaded.model
+    file = olmoe / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_experts_per_tok": 2}))
+    assert describe_model(olmoe, quantization="none", device_type="cpu")["expert_backend"] == "eager"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "changes", "used"),
+    [
+        ("nf4", {}, True),
+        ("fp4", {}, True),
+        ("int8", {}, False),
+        ("none", {}, False),
+        ("nf4", {"sliding_window": 16}, False),
+        ("nf4", {"hidden_act": "gelu"}, False),
+    ],
+)
+def test_mixtral_s_own_forward_is_for_plain_ones_in_4_bits(
+    quantization: str, changes: dict[str, Any], used: bool
+) -> None:
+    config = transformers.AutoConfig.from_pretrained(tiny_checkpoint())
+    config.update(changes)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    assert own_forward(model, quantization) is (MixtralForward if used else None)
+
+
+def test_another_family_has_none(olmoe: Path) -> None:
+    assert describe_model(olmoe, quantization="nf4", device_type="cpu")["expert_backend"] == "unfused"
+
+
+def test_the_forwards_are_not_imported_before_a_model_needs_them() -> None:
+    code = "import sys, workers.models.loading\nprint(*[name for name in sys.modules if name.startswith('workers')])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "workers.models.forwards" in done
+    assert {"workers.models.mixtral", "workers.models.kernels"}.isdisjoint(done)
+
+
+def test_a_notebook_captures_with_it_too(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`capture_texts` uses the forward that the loaded model's description names."""
+    asked: list[object] = []
+    original = MixtralForward.__call__
+    monkeypatch.setattr(
+        MixtralForward, "__call__", lambda self, *args, **others: asked.append(1) or original(self, *args, **others)
+    )
+    found = capture_texts(tiny_model, ["one two three"])
+    assert bool(asked) == (found.attrs["expert_backend"] == "sorted") == (found.attrs["quantization"] == "nf4")

@@ -1,0 +1,68 @@
+"""Which model families have a forward of their own, faster than transformers', up to the last router.
+
+A family is one module in this folder, and one line in `FORWARDS`. The module is imported only for a model of its
+class. Every other model is applied as transformers does it.
+"""
+
+from collections.abc import Callable
+from pkgutil import resolve_name
+from typing import Any, ClassVar, Protocol
+
+FORWARDS: dict[str, str] = {"MixtralModel": "workers.models.mixtral:MixtralForward"}
+"""Name of transformers' model class to the forward, as ``module:class``."""
+
+
+class Forward(Protocol):
+    """A model's layers, ready to be applied.
+
+    Parameters
+    ----------
+    model
+        A loaded model, for which `applies` was true.
+    """
+
+    expert_backend: ClassVar[str]
+    """The value of `expert_backend` in the identity of captures made with it."""
+
+    def __init__(self, model: Any) -> None: ...
+
+    @classmethod
+    def applies(cls, model: Any, quantization: str) -> bool:
+        """Whether it can apply this model; asked of the model without its weights.
+
+        Parameters
+        ----------
+        model
+            transformers' model, perhaps on the meta device.
+        quantization
+            nf4, fp4, int8 or none.
+        """
+        ...
+
+    def __call__(self, input_ids: Any, **ignored: Any) -> None:
+        """Run the layers up to the last router, each router called as a module, so that hooks on it fire.
+
+        Parameters
+        ----------
+        input_ids : int64 tensor, shape (rows, positions)
+        ignored
+            What transformers' models take beside it: no mask, no cache.
+        """
+        ...
+
+
+def own_forward(model: Any, quantization: str) -> type[Forward] | None:
+    """The forward that a model's family has for it; None where transformers' own is used."""
+    forward = _of_family(model)
+    return forward if forward is not None and forward.applies(model, quantization) else None
+
+
+def forward_of(model: Any, expert_backend: str) -> Callable[..., Any]:
+    """What applies a loaded model: its family's forward where that is the `expert_backend`, else the model itself."""
+    forward = _of_family(model)
+    return forward(model) if forward is not None and forward.expert_backend == expert_backend else model
+
+
+def _of_family(model: Any) -> type[Forward] | None:
+    where = FORWARDS.get(type(model).__name__)
+    return None if where is None else resolve_name(where)
