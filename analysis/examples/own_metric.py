@@ -15,7 +15,7 @@ import xarray as xr
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `store` and `analysis`
 
 import store
-from analysis.scan import Block, Reducer, State, scan
+from analysis.scanning import Block, Reducer, State, scan
 
 
 class NearTies(Reducer):

@@ -23,7 +23,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.exports.placement import layer_slots
-from analysis.scan import Array
+from analysis.scanning import Array
 from store.files import whole_file
 
 Framework = Literal["vllm", "sglang", "slime", "verl"]
@@ -39,8 +39,8 @@ class Replay(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
-    """A row as it was captured; filled positions only."""
+class _Routes:
+    """The tokens and experts of a row, or of a document's rows together; filled positions only."""
 
     number: int
     document: int
@@ -143,7 +143,7 @@ def write_replay(
         raise ValueError(f"by={by!r}: a sequence is a 'document' or a 'row'")
     form, step = _form(dataset, framework, all_positions, num_hidden_layers), int(dataset.attrs["rows_per_shard"])
     shards = (np.arange(dataset.sizes["doc"])[start : start + step] for start in range(0, dataset.sizes["doc"], step))
-    rows: Iterator[_Row] = itertools.chain.from_iterable(_rows(dataset.isel(doc=shard), shard) for shard in shards)
+    rows: Iterator[_Routes] = itertools.chain.from_iterable(_rows(dataset.isel(doc=shard), shard) for shard in shards)
     if by == "document":
         repeats = dataset.attrs.get("bos") == "row"
         rows = (_joined(group, repeats) for _, group in itertools.groupby(rows, lambda row: row.document))
@@ -177,7 +177,7 @@ def _form(
     return np.dtype(types.get(framework, np.int32)), last, layers, layer_slots(layers, num_hidden_layers)
 
 
-def _rows(dataset: xr.Dataset, numbers: Array) -> Iterator[_Row]:
+def _rows(dataset: xr.Dataset, numbers: Array) -> Iterator[_Routes]:
     """Rows, decoded together; refuses those that are not captured."""
     names = ("document_id", "offset", "length", "token", "expert")
     own = xr.Dataset({name: dataset[name].variable for name in names}).load()
@@ -192,7 +192,7 @@ def _rows(dataset: xr.Dataset, numbers: Array) -> Iterator[_Row]:
             raise ValueError(
                 f"row {number}, document {document}: {missing} of {length} tokens are not captured; finish the capture"
             )
-        yield _Row(
+        yield _Routes(
             number=number,
             document=document,
             offset=int(own["offset"][index]),
@@ -201,7 +201,7 @@ def _rows(dataset: xr.Dataset, numbers: Array) -> Iterator[_Row]:
         )
 
 
-def _joined(rows: Iterable[_Row], bos_before_each: bool) -> _Row:
+def _joined(rows: Iterable[_Routes], bos_before_each: bool) -> _Routes:
     """A document's rows as one; refuses those between which something is missing."""
     first, *others = sorted(rows, key=lambda row: row.offset)
     parts, reached = [first], len(first.token)
@@ -215,7 +215,7 @@ def _joined(rows: Iterable[_Row], bos_before_each: bool) -> _Row:
     start = int(bos_before_each)
     token = [first.token, *(row.token[start:] for row in parts[1:])]
     expert = [first.expert, *(row.expert[start:] for row in parts[1:])]
-    return _Row(
+    return _Routes(
         number=first.number,
         document=first.document,
         offset=0,
@@ -224,7 +224,7 @@ def _joined(rows: Iterable[_Row], bos_before_each: bool) -> _Row:
     )
 
 
-def _replay(row: _Row, dtype: np.dtype[Any], last: bool, layers: Array, slots: int) -> Replay:
+def _replay(row: _Routes, dtype: np.dtype[Any], last: bool, layers: Array, slots: int) -> Replay:
     """A row in a framework's form."""
     positions = len(row.token) if last else max(len(row.token) - 1, 0)
     routed = np.zeros((positions, slots, row.expert.shape[2]), dtype=dtype)
@@ -232,7 +232,7 @@ def _replay(row: _Row, dtype: np.dtype[Any], last: bool, layers: Array, slots: i
     return Replay(row.token.astype(np.int32), routed)
 
 
-def _record(row: _Row, replay: Replay) -> dict[str, Any]:
+def _record(row: _Routes, replay: Replay) -> dict[str, Any]:
     """A line of a file."""
     experts = replay.routed_experts
     data = experts.astype(experts.dtype.newbyteorder("<")).tobytes()

@@ -33,7 +33,7 @@ from analysis.report.section import Answers, Section
 from analysis.report.sections.all import SECTIONS
 from analysis.report.sections.contrast import contrast_between, contrasted
 from analysis.results import Runner, measure
-from analysis.scan import accumulate
+from analysis.scanning import accumulate
 from store import Coverage, coverage, dataset_names
 from store.files import whole_file
 from store.reader import open_covered

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State
+from analysis.scanning import Array, Block, Reducer, State
 
 ROWS = 64  # rows whose counts are held at once: bounds memory (arbitrary)
 _POISSON = np.cumsum([np.exp(-1.0) / np.prod(np.arange(1.0, n + 1)) for n in range(20)])  # of mean 1, up to 19

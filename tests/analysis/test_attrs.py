@@ -22,7 +22,7 @@ from analysis.metrics.segments import segment_cache_hits, segment_routing
 from analysis.metrics.token_contributions import token_contributions
 from analysis.metrics.tokens import expert_tokens, token_experts
 from analysis.metrics.vocabulary import vocabulary_specialization
-from analysis.scan import scan
+from analysis.scanning import scan
 
 METRICS: dict[str, Callable[[xr.Dataset], xr.Dataset]] = {
     "load": expert_load,
