@@ -134,9 +134,7 @@ def _counted(
         layer, expert = _expert(capture, config.expert)
         ranking = {"top": config.top, "min_count": config.min_count}
         check_ranking(by="count", **ranking)
-        answers = [
-            lambda counts, by=by: expert_answer(capture, layer, expert, counts, by=by, **ranking) for by in ORDERS
-        ]
+        answers = [partial(expert_answer, capture, layer, expert, by=by, **ranking) for by in ORDERS]
     else:
         answers = [partial(token_answer, capture, _token(capture, config.token, config.token_id), layers)]
     with reporting(state.dataset, unit="shards", transient=True) as report:

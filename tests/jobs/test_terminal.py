@@ -29,6 +29,7 @@ import analysis.report.page
 from analysis.metrics.load import expert_load
 from analysis.metrics.paths import document_path
 from analysis.metrics.tokens import TokenCounts, expert_tokens, token_experts
+from analysis.report.section import Answers
 from analysis.scanning import scan
 from jobs import capture, demo, query, status
 from jobs.console.query_rows import document_answer, expert_answer, token_answer
@@ -470,10 +471,12 @@ def test_the_demo_ends_with_what_it_found_and_the_report_s_path(
 ) -> None:
     captures = {name: make_capture(seed=seed, dataset=name) for seed, name in enumerate(demo.TEXTS)}
     answers = [
-        SimpleNamespace(
+        Answers(
             label=name,
-            load=expert_load(routes),
-            tokens=expert_tokens(routes, by="lift", min_count=5),
+            state=None,  # type: ignore[arg-type]
+            attrs=routes.attrs,
+            documents=9,
+            found={"load": expert_load(routes), "tokens": expert_tokens(routes, by="lift", min_count=5)},
         )
         for name, routes in captures.items()
     ]
@@ -494,7 +497,7 @@ def test_the_demo_ends_with_what_it_found_and_the_report_s_path(
         assert any(line.startswith(f"- {each.label}: {each['load'].attrs['n']:,} tokens.") for line in lines)
     for width in (80, 40):
         console = terminal(width)
-        demo.print_found(console, answers, None)  # type: ignore[arg-type]
+        demo.print_found(console, answers, None)
         drawn = lines_of(written(console))
         assert max(map(cell_len, drawn)) <= width
         assert sum("█" in line for line in drawn) == len(answers)
