@@ -83,7 +83,8 @@ def measure(
     Returns
     -------
     list of xr.Dataset
-        One result for each reducer, in their order. An incomplete capture counts what is there.
+        One result for each reducer, in their order, with the dims and dtypes that the metric's own function names. An
+        incomplete capture counts what is there.
 
     Raises
     ------

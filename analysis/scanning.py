@@ -116,7 +116,7 @@ def scan(
     Returns
     -------
     list of xr.Dataset
-        One result for each reducer, in their order.
+        One result for each reducer, in their order, with the dims and dtypes that the metric's own function names.
 
     Raises
     ------

@@ -132,9 +132,9 @@ def _counted(
     answers: list[Callable[[xr.Dataset], Listed]]
     if config.expert is not None:
         layer, expert = _expert(capture, config.expert)
-        ranking = {"top": config.top, "min_count": config.min_count}
-        check_ranking(by="count", **ranking)
-        answers = [partial(expert_answer, capture, layer, expert, by=by, **ranking) for by in ORDERS]
+        top, least = config.top, config.min_count
+        check_ranking(top=top, by="count", min_count=least)
+        answers = [partial(expert_answer, capture, layer, expert, top=top, by=by, min_count=least) for by in ORDERS]
     else:
         answers = [partial(token_answer, capture, _token(capture, config.token, config.token_id), layers)]
     with reporting(state.dataset, unit="shards", transient=True) as report:

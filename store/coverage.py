@@ -65,6 +65,18 @@ class Coverage:
 def coverage(path: Path | str, dataset: str) -> Coverage:
     """Count what is planned and committed of one data set; safe while a capture runs.
 
+    Parameters
+    ----------
+    path
+        The store.
+    dataset
+        Its group in the store.
+
+    Returns
+    -------
+    Coverage
+        What is there now.
+
     Raises
     ------
     FileNotFoundError

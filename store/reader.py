@@ -23,6 +23,16 @@ from store.verify import metadata_faults
 def dataset_names(path: Path | str) -> list[str]:
     """Names of the data sets in a store, sorted.
 
+    Parameters
+    ----------
+    path
+        The store.
+
+    Returns
+    -------
+    list of str
+        The groups' names.
+
     Raises
     ------
     FileNotFoundError
@@ -132,7 +142,20 @@ def _variable(array: Any, plan: Plan, rows: int) -> xr.Variable:
 
 
 def open_tree(path: Path | str, *, allow_incomplete: bool = False) -> xr.DataTree:
-    """All data sets of a store, each as `open_capture` gives it, as children of one tree."""
+    """All data sets of a store.
+
+    Parameters
+    ----------
+    path
+        The store.
+    allow_incomplete
+        See `open_capture`.
+
+    Returns
+    -------
+    xarray.DataTree
+        Each data set as `open_capture` gives it, as a child of the root; lazy.
+    """
     return xr.DataTree.from_dict(
         {name: open_capture(path, name, allow_incomplete=allow_incomplete) for name in dataset_names(path)}
     )

@@ -83,6 +83,11 @@ def document_replay(
     num_hidden_layers : int, optional
         All layers of the model, dense ones too; default the number of those captured, where they are 0, 1, 2 and so on.
 
+    Returns
+    -------
+    Replay
+        `token`, int32 of shape (tokens), and `routed_experts`, of shape (tokens, layers, k) and the framework's dtype.
+
     Raises
     ------
     ValueError
@@ -104,7 +109,27 @@ def row_replay(
     all_positions: bool | None = None,
     num_hidden_layers: int | None = None,
 ) -> Replay:
-    """One row's routes, as it was captured; for parameters and errors see `document_replay`."""
+    """One row's routes, as it was captured.
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture; only this row is decoded.
+    row : int
+        Its number.
+    framework, all_positions, num_hidden_layers
+        See `document_replay`.
+
+    Returns
+    -------
+    Replay
+        See `document_replay`.
+
+    Raises
+    ------
+    ValueError
+        When tokens of it are not captured, or as for `analysis.exports.placement.layer_slots`.
+    """
     form = _form(dataset, framework, all_positions, num_hidden_layers)
     return _replay(next(_rows(dataset.isel(doc=[row]), np.array([row]))), *form)
 
@@ -129,15 +154,22 @@ def write_replay(
     ----------
     path : Path or str
         A file; what was there is replaced, once all is written.
+    dataset : xr.Dataset
+        A complete capture.
     by : {"document", "row"}
         What a sequence is.
-
-    Other parameters, and errors, are those of `document_replay`.
+    framework, all_positions, num_hidden_layers
+        See `document_replay`.
 
     Returns
     -------
     int
         The number of sequences.
+
+    Raises
+    ------
+    ValueError
+        When `by` is unknown, or as for `document_replay`.
     """
     if by not in ("document", "row"):
         raise ValueError(f"by={by!r}: a sequence is a 'document' or a 'row'")
@@ -156,7 +188,18 @@ def write_replay(
 
 
 def read_replay(path: Path | str) -> Iterator[Replay]:
-    """The sequences that `write_replay` wrote, one after the other."""
+    """The sequences that `write_replay` wrote, one after the other.
+
+    Parameters
+    ----------
+    path : Path or str
+        The file.
+
+    Returns
+    -------
+    iterator of Replay
+        See `document_replay`.
+    """
     with Path(path).open(encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)

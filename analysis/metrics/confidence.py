@@ -80,10 +80,9 @@ class Confidence(Reducer):
 
 
 class MeanWeights(Reducer):
-    """Sums of first weights and margins, by layer: two means of `Confidence`, quick and small enough to be resampled.
+    """Sums of first weights and margins, by layer: two means of `Confidence`, small and quick enough to be resampled.
 
-    Entropies take most of that one's time: resampled hundreds of times, rows of one bin would cost a report a fifth of
-    its speed.
+    They take a tenth of its time, and resampled 199 times a thirtieth (measured: whole numbers, and no logarithm).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"weight"})

@@ -46,13 +46,14 @@ def contrast(
     Returns
     -------
     xr.Dataset
-        Over layer: `divergence`, the Jensen–Shannon divergence in bits of the data sets' shares (Lin 1991; data sets
-        weigh equally), which is too large by about `divergence_by_chance`, its mean after shuffling;
+        float64. Over (layer): `divergence`, the Jensen–Shannon divergence in bits of the data sets' shares (Lin 1991;
+        data sets weigh equally), which is too large by about `divergence_by_chance`, its mean after shuffling;
         `divergence_corrected`, without its bias, with the interval `divergence_low` to `divergence_high`, none below
         0; and `p`. Over (data_set, layer, expert): `share` of the data set's tokens that reach the expert,
         `difference` to the mean of the other data sets, with `difference_low`, `difference_high`, `difference_p`
         (two-sided) and `difference_q`, which is adjusted for all cells together (Benjamini–Hochberg). Over (data_set,
-        other_data_set, layer): `total_variation`, half the sum of absolute differences of the shares of choices.
+        other_data_set, layer): `total_variation`, half the sum of absolute differences of the shares of choices. NaN
+        where a data set has no token that counts. Attribute `n`: each data set's tokens.
 
     Raises
     ------

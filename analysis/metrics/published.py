@@ -95,7 +95,9 @@ def validation(
     Returns
     -------
     xr.Dataset
-        See `compared`; `tokens` int64 (domain), those that were counted.
+        float64: `distance` (choice, domain, published, layer), and over (choice, domain, layer) `own`, `scale` and
+        `sampling`; `nearest` str, `confirmed` bool and `verdict` str (choice, domain, layer): see
+        `analysis.metrics.published.compared`. `tokens` int64 (domain), those that were counted.
 
     Raises
     ------

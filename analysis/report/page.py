@@ -168,6 +168,13 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
 
     Files that are there are replaced.
 
+    Parameters
+    ----------
+    report : Report
+        From `write_report`.
+    folder : Path
+        It is made where it is not there.
+
     Returns
     -------
     list of Path
