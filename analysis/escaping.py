@@ -9,9 +9,12 @@ import json
 from markupsafe import Markup
 
 
-def visible(text: str) -> str:
-    r"""Text with what cannot be seen (controls, line separators, direction marks, surrogates) as `\uXXXX`."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def visible(text: str, keep: str = "") -> str:
+    r"""Text with what cannot be seen (controls, line separators, direction marks, surrogates) as `\uXXXX`.
+
+    Characters of `keep` stay as they are.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def inert_json(data: object) -> Markup:

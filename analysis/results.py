@@ -5,7 +5,7 @@ as for a bucket. Their key is made of the capture's identity, of what of it is c
 objects, of the reducer with its parameters, and of the selection: whatever could change a number makes another key.
 Old answers are never wrong and may be deleted at any time.
 
-Promises: an answer is what `analysis.scan.scan` would give, to the bit. Does not know any metric.
+Promises: an answer is what `analysis.scan` would give, to the bit. Does not know any metric.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 import xarray as xr
 
-from analysis.scan import EVERYTHING, Reducer, Selection, State, accumulate, shards_to_read
+from analysis.scanning import EVERYTHING, Reducer, Selection, State, accumulate, finish, shards_to_read
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.identity import identity_hash
@@ -35,7 +35,7 @@ VERSION = 1
 
 
 class Runner(Protocol):
-    """Accumulates shards somewhere: `analysis.scan.accumulate` in this process, or `jobs.cluster.scans` on a
+    """Accumulates shards somewhere: `analysis.scanning.accumulate` in this process, or `jobs.cluster.scans` on a
     cluster."""
 
     def __call__(
@@ -48,7 +48,7 @@ class Runner(Protocol):
         threads: int | None,
         progress: Callable[[int, int], None] | None,
     ) -> list[State]:
-        """See `analysis.scan.accumulate`."""
+        """See `analysis.scanning.accumulate`."""
 
 
 def measure(
@@ -76,21 +76,22 @@ def measure(
     layers : sequence of int, optional
         The model's own numbers of the layers to look at; default all.
     only, threads, progress
-        See `analysis.scan.scan`.
+        See `analysis.scan`.
     runner : Runner, optional
         Where shards are read.
 
     Returns
     -------
     list of xr.Dataset
-        One result for each reducer, in their order. An incomplete capture counts what is there.
+        One result for each reducer, in their order, with the dims and dtypes that the metric's own function names. An
+        incomplete capture counts what is there.
 
     Raises
     ------
     FileNotFoundError
         When there is no such capture.
     ValueError
-        When it cannot be read, or a layer was not captured.
+        When it cannot be read, a layer was not captured, or a reducer has a parameter without a name, such as a lambda.
     """
     state = state or coverage(path, dataset)
     capture = open_covered(path, state)
@@ -102,19 +103,16 @@ def measure(
     kept = open_objects(beside(path), scratch=".scratch")
     about = [VERSION, identity, state.digest, layers and list(layers), asdict(only)]
     keys = [f"{dataset}/{_hash([*about, *question(reducer)])}.npz" for reducer in reducers]
-    states = [_read(kept, key, reducer.init(capture)) for key, reducer in zip(keys, reducers, strict=True)]
-    if asked := [index for index, found in enumerate(states) if found is None]:
+    read = (_read(kept, key, reducer.init(capture)) for key, reducer in zip(keys, reducers, strict=True))
+    states = {index: state for index, state in enumerate(read) if state is not None}
+    if asked := [index for index in range(len(reducers)) if index not in states]:
         shards = shards_to_read(capture, only)
         wanted = [reducers[index] for index in asked]
         found = runner(capture, wanted, shards, only=only, threads=threads, progress=progress)
         for index, counted in zip(asked, found, strict=True):
             states[index] = counted
             _keep(kept, keys[index], counted)
-    return [
-        reducer.finish(counted, capture)
-        for reducer, counted in zip(reducers, states, strict=True)
-        if counted is not None
-    ]
+    return finish(reducers, [states[index] for index in range(len(reducers))], capture)
 
 
 def beside(path: Path | str) -> str:
@@ -124,17 +122,17 @@ def beside(path: Path | str) -> str:
 
 def question(reducer: Reducer) -> list[object]:
     """What a reducer counts: its class and its parameters."""
-    return [_name(type(reducer)), sorted((name, _told(value)) for name, value in vars(reducer).items())]
+    return [_name(type(reducer)), sorted((name, _comparable(value)) for name, value in vars(reducer).items())]
 
 
-def _told(value: object) -> object:
-    """A parameter in words that are the same in every process."""
+def _comparable(value: object) -> object:
+    """A parameter as JSON that is the same in every process."""
     if isinstance(value, Reducer):
         return question(value)
     if isinstance(value, np.ndarray):
         return [value.dtype.str, value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
     if isinstance(value, partial):
-        return [_told(value.func), repr(value.args), repr(sorted(value.keywords.items()))]
+        return [_comparable(value.func), repr(value.args), repr(sorted(value.keywords.items()))]
     return _name(value) if callable(value) else repr(value)
 
 
@@ -142,7 +140,7 @@ def _name(named: Any) -> str:
     if "<" in named.__qualname__:
         raise ValueError(
             f"{named.__qualname__} has no name by which its answer can be kept: give a function or class of a module,"
-            " or use analysis.scan.scan"
+            " or use analysis.scan"
         )
     return f"{named.__module__}.{named.__qualname__}"
 

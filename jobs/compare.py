@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(CompareConfig, prog="python jobs/compare.py", args=arguments, use_underscores=True)
 
     from analysis.metrics.agreement import Agreement, paired  # numba takes a second: --help does not wait for it
-    from analysis.scan import scan
+    from analysis.scanning import scan
     from store import open_capture
 
     captures = []

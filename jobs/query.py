@@ -22,10 +22,10 @@ from jobs.console.terminal import reporting, run_job, say, shown
 if TYPE_CHECKING:
     import xarray as xr
 
-    from analysis.metrics.tokens import Order
+    from analysis.metrics.tokens import TokenOrder
     from store import Coverage
 
-ORDERS: "tuple[Order, ...]" = ("count", "lift")
+ORDERS: "tuple[TokenOrder, ...]" = ("count", "lift")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +61,12 @@ class QueryConfig:
     json: bool = False
     """For scripts: one JSON document on standard output instead of tables, with the keys store, data_set, complete
     (whether the capture is), shards_done, shards_total, and answers. Each answer has rows, what it is about, and the
-    attributes of the measurement: n (tokens counted), null (a share by chance), null_lift, estimator, definition,
-    source. To --token, one answer: token_id, piece, tokens (its occurrences); rows of layer, expert, count, share,
-    lift, without experts that got none. To --expert two, by count and by lift: layer, expert, order, min_count; rows of
-    rank, token_id, piece, count, tokens, share, lift. To --document one for each: document, name, n, tokens_missing,
-    layers; rows of position, token_id, piece, expert and weight, the last two as lists, by layer, of its choices. What
-    is no number is null."""
+    attributes of the measurement: n (of what counted says: tokens), null (a share by chance), null_lift, estimator,
+    definition, source. To --token, one answer: token_id, piece, tokens (its occurrences); rows of layer, expert, count,
+    share, lift, without experts that got none. To --expert two, by count and by lift: layer, expert, order, min_count;
+    rows of rank, token_id, piece, count, tokens, share, lift. To --document one for each: document, name, n,
+    tokens_missing, layers; rows of position, token_id, piece, expert and weight, the last two as lists, by layer, of
+    its choices. What is no number is null."""
 
 
 def main(arguments: list[str]) -> int:
@@ -126,14 +126,15 @@ def _counted(
     config: QueryConfig, store: str, state: "Coverage", capture: "xr.Dataset", layers: list[int]
 ) -> "list[Listed]":
     """The answers to what is counted over all tokens; a mistake is told before."""
-    from analysis.metrics.tokens import TokenCounts, TopTokens
+    from analysis.metrics.tokens import TokenCounts, check_ranking
     from analysis.results import measure
 
     answers: list[Callable[[xr.Dataset], Listed]]
     if config.expert is not None:
         layer, expert = _expert(capture, config.expert)
-        rankings = [TopTokens([layer], top=config.top, by=by, min_count=config.min_count) for by in ORDERS]
-        answers = [partial(expert_answer, capture, expert, ranking) for ranking in rankings]
+        top, least = config.top, config.min_count
+        check_ranking(top=top, by="count", min_count=least)
+        answers = [partial(expert_answer, capture, layer, expert, top=top, by=by, min_count=least) for by in ORDERS]
     else:
         answers = [partial(token_answer, capture, _token(capture, config.token, config.token_id), layers)]
     with reporting(state.dataset, unit="shards", transient=True) as report:
@@ -190,7 +191,7 @@ def _expert(capture: "xr.Dataset", place: str) -> tuple[int, int]:
 
 def _token(capture: "xr.Dataset", piece: str | None, token_id: int | None) -> int:
     """A token's id, from either; special tokens, which are not counted, are refused."""
-    from analysis.scan import special_tokens
+    from analysis.scanning import special_tokens
 
     pieces: list[str] = capture["piece"].values.tolist()
     if token_id is None:

@@ -163,7 +163,8 @@ def print_result(found: "xr.Dataset") -> None:
                 )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     for name in found["domain"].values.tolist():
-        print(f"{name}: {int(found['tokens'].sel(domain=name)):,} tokens, and {found.attrs['n']:,} were published")
+        tokens, published_tokens = int(found["tokens"].sel(domain=name)), found.attrs["published_tokens"]
+        print(f"{name}: {tokens:,} tokens, and {published_tokens:,} were published")
     cells = found["confirmed"]
     print(
         f"{int(cells.sum())} of {cells.size} shares are nearer to their own domain's than the domains are to each other"

@@ -28,6 +28,11 @@ def dataset_names(path: Path | str) -> list[str]:
     path
         The store: a folder, or s3://bucket/prefix.
 
+    Returns
+    -------
+    list of str
+        The groups' names.
+
     Raises
     ------
     FileNotFoundError

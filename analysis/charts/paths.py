@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.charts.theme import LINKS, Drawing, expert_axis, layer_step, layered, number, percent, rounded
-from analysis.scan import Array
+from analysis.scanning import Array
 
 CIRCLES = "circles"
 MAX_LINKS, MAX_TOKEN_LINKS = 2_000, 150  # drawn links of all tokens, and of one: the page stays small; arbitrary

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 import altair as alt
 
 import store
-from analysis.metrics.load import domain_specialization, expert_load
+from analysis import domain_specialization, expert_load
 
 
 def main(path: str, output: str) -> None:

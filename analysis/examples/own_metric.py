@@ -2,7 +2,7 @@
 
 At how many tokens could the router as well have chosen the other way round? The share of tokens whose two largest
 weights differ by less than a tenth. A reducer adds up integers, shard by shard; `scan` does all else: threads, memory,
-special tokens and what is not captured.
+special tokens and what is not captured. `described` says what the result is, and of how much.
 """
 
 import sys
@@ -15,7 +15,7 @@ import xarray as xr
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `store` and `analysis`
 
 import store
-from analysis.scan import Block, Reducer, State, scan
+from analysis import Block, Reducer, State, described, scan
 
 
 class NearTies(Reducer):
@@ -33,7 +33,14 @@ class NearTies(Reducer):
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         share = xr.DataArray(state["near"] / state["tokens"], {"layer": dataset["layer"].values}, ["layer"])
-        return xr.Dataset({"share": share}, attrs={"n": int(state["tokens"][0])})
+        return described(
+            xr.Dataset({"share": share}),
+            n=int(state["tokens"][0]),
+            estimator="mean over tokens",
+            null="none: a model is as sure as it is",
+            definition="share of tokens with w2 > 0.9 w1",
+            source="-",
+        )
 
 
 def main(path: str, dataset: str) -> None:

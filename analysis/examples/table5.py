@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `store` and `analysis`
 
 import store
-from analysis.metrics.repetition import repetition
+from analysis import repetition
 
 
 def main(path: str, dataset: str) -> None:

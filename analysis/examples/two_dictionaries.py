@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for `store` and `analysis`
 
 import store
-from analysis.metrics.tokens import expert_tokens, token_experts
+from analysis import expert_tokens, token_experts
 
 
 def main(path: str, dataset: str, layer: int, top: int) -> None:

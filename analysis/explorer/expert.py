@@ -14,8 +14,9 @@ import xarray as xr
 
 from analysis.explorer.view import View
 from analysis.metrics.choices import coactivation_of, transitions_of
-from analysis.metrics.tokens import Order
-from analysis.scan import Array
+from analysis.metrics.position import position_load_of
+from analysis.metrics.tokens import TokenOrder
+from analysis.scanning import Array
 from analysis.statistics.resampling import interval
 
 
@@ -36,7 +37,7 @@ class Profiles:
         choices = view.now.result("choices")
         self.together = coactivation_of(choices)
         self.moves = transitions_of(choices)
-        self.position = view.now.result("position")
+        self.position = position_load_of(view.now.result("position"))
         self.contexts = view.now.result("contexts")
 
     def expert(self, layer: int, expert: int, others: Sequence[Profiles] = ()) -> dict[str, Any]:
@@ -79,7 +80,7 @@ class Profiles:
             "mass": _number(self.mass.sel(layer=layer, expert=expert)),
         }
 
-    def _tokens(self, layer: int, expert: int, by: Order) -> list[dict[str, Any]]:
+    def _tokens(self, layer: int, expert: int, by: TokenOrder) -> list[dict[str, Any]]:
         """The first tokens."""
         found = self.view.top(layer, by).sel(expert=expert)
         columns = {name: found[name].values.tolist() for name in ("token_id", "count", "tokens", "share", "lift")}

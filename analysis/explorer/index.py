@@ -32,10 +32,9 @@ import xarray as xr
 from analysis.explorer.parts import MARK, Occurrences, Part
 from analysis.metrics.choices import Choices
 from analysis.metrics.contexts import TopContexts
-from analysis.metrics.load import Load
-from analysis.metrics.position import PositionLoad
+from analysis.metrics.load import ExpertCounts, Load
 from analysis.results import VERSION, beside, question
-from analysis.scan import Reducer, State, accumulate, merge, sizes
+from analysis.scanning import Reducer, State, accumulate, merge, sizes
 from analysis.statistics.resampling import Resampled
 from store.coverage import Coverage, coverage
 from store.files import whole_file
@@ -58,7 +57,7 @@ def reducers(capture: xr.Dataset) -> dict[str, Reducer]:
     return {
         "load": Resampled(Load(), min(REPLICATES, max(99, fitting))),
         "choices": Choices(),
-        "position": PositionLoad(),
+        "position": ExpertCounts(32),
         "contexts": TopContexts(),
     }
 

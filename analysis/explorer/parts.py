@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State, kernel
+from analysis.scanning import Array, Block, Reducer, State, kernel
 from store.files import whole_file
 
 MARK = 0x31_5452_4150_4145  # "EAPART1" as a number: what these files begin with

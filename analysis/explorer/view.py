@@ -19,15 +19,15 @@ import zarr
 from analysis.explorer.index import Indexed
 from analysis.explorer.parts import Part
 from analysis.explorer.pieces import readable
-from analysis.metrics.tokens import Order, TopTokens
-from analysis.scan import Array, sizes
+from analysis.metrics.tokens import TokenOrder, expert_tokens_of, label_counts
+from analysis.scanning import Array, sizes
 from store.group import CaptureGroup
 from store.layout import CHUNK_POSITIONS
 from store.secrets import without_secrets
 
 AROUND = 12  # tokens of context on each side
 CONTEXTS, DOCUMENTS, TOKENS = 20, 50, 50  # rows of a page's lists
-ORDERS: tuple[Order, ...] = ("lift", "count")
+ORDERS: tuple[TokenOrder, ...] = ("lift", "count")
 TOP_TOKENS, MIN_COUNT = 20, 20  # of an expert by lift; a lift of a rarer token is mostly luck
 MAPPED = 2**25  # choices that a token's map is made of at most, where there are no tables: 50 ms (measured)
 TABLES_BYTES = 2**28  # of counts by token and expert, for as many layers as have room (arbitrary)
@@ -56,7 +56,7 @@ class View:
         _, self.choices, self.experts = sizes(self.capture)
         self.pieces: list[str] = before.pieces if before else [str(piece) for piece in self.capture["piece"].values]
         self.texts: list[str] = before.texts if before else readable(self.pieces)
-        self.tops: dict[tuple[int, Order], xr.Dataset] = {}
+        self.tops: dict[tuple[int, TokenOrder], xr.Dataset] = {}
         self.tables: dict[int, Array] = {}
         self._before = before if before and before.now.parts.keys() <= now.parts.keys() else None
         group = CaptureGroup(path, dataset)
@@ -338,13 +338,13 @@ class View:
                 of += part.add_map(token, most - of, counts)
         return of, counts
 
-    def top(self, layer: int, by: Order) -> xr.Dataset:
+    def top(self, layer: int, by: TokenOrder) -> xr.Dataset:
         """The first tokens of all experts of a layer; computed once."""
         if (layer, by) not in self.tops:
-            at = self.layers.index(layer)
-            state = {"count": self.table(at)[:, None], "tokens": self.token_counts, "index": np.array([at])}
-            ranking = TopTokens([layer], top=TOP_TOKENS, by=by, min_count=MIN_COUNT if by == "lift" else 1)
-            self.tops[layer, by] = ranking.finish(state, self.capture).isel(layer=0)
+            count = self.table(self.layers.index(layer))[:, None]
+            counts = label_counts(count, self.token_counts, [layer], self.capture)
+            least = MIN_COUNT if by == "lift" else 1
+            self.tops[layer, by] = expert_tokens_of(counts, layer, top=TOP_TOKENS, by=by, min_count=least)
         return self.tops[layer, by]
 
     def table(self, at: int) -> Array:

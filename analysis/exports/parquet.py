@@ -31,11 +31,11 @@ import pyarrow.parquet as pq
 import xarray as xr
 
 from analysis.metrics.choices import Choices, Followed, transitions_of
-from analysis.metrics.load import WEIGHT_UNIT, Load
+from analysis.metrics.load import Load
 from analysis.metrics.paths import document_path
 from analysis.metrics.tokens import TokenCounts
 from analysis.results import measure
-from analysis.scan import Array, Reducer, State
+from analysis.scanning import Array, Reducer
 from store.coverage import Coverage, coverage
 from store.files import whole_file
 from store.reader import dataset_names, open_covered
@@ -125,20 +125,8 @@ SCHEMAS: dict[str, pa.Schema] = {
 """Columns by table, with their types; descriptions are in the metadata."""
 
 
-class _Masses(Load):
-    """As `Load`, with the weight of every choice by itself."""
-
-    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Shares by choice, which sum to 1 over (k, expert) at a layer; NaN where nothing was counted."""
-        load, dims = super().finish(state, dataset), ("layer", "k", "expert")
-        for name, amount in (("share", state["count"]), ("mass_share", state["mass"] * WEIGHT_UNIT)):
-            total = amount.sum((1, 2), keepdims=True)
-            load[name] = (dims, np.divide(amount, total, out=np.full(amount.shape, np.nan), where=total > 0))
-        return load
-
-
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class CaptureToWrite:
     """A capture to write, and how to ask it."""
 
     capture: xr.Dataset
@@ -190,17 +178,17 @@ def write_tables(
         raise ValueError(f"{path} holds no data set yet")
     states = [coverage(path, name) for name in names]
 
-    def sources() -> Iterator[Source]:
+    def captures() -> Iterator[CaptureToWrite]:
         for state in states:
-            told = None if progress is None else partial(progress, state.dataset)
-            ask = partial(measure, path, state.dataset, state=state, progress=told)
-            yield Source(capture=open_covered(path, state), ask=ask, documents=documents)
+            of_this = None if progress is None else partial(progress, state.dataset)
+            ask = partial(measure, path, state.dataset, state=state, progress=of_this)
+            yield CaptureToWrite(capture=open_covered(path, state), ask=ask, documents=documents)
 
-    write_sources(sources(), folder)
+    write_captures(captures(), folder)
     return states
 
 
-def write_sources(sources: Iterable[Source], folder: Path | str) -> list[Path]:
+def write_captures(captures: Iterable[CaptureToWrite], folder: Path | str) -> list[Path]:
     """Write the tables of any captures, one after the other; see `write_tables`.
 
     Returns
@@ -208,25 +196,25 @@ def write_sources(sources: Iterable[Source], folder: Path | str) -> list[Path]:
     list of Path
         The four files.
     """
-    folder, captures = Path(folder), {}
+    folder, about = Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         write = {table: stack.enter_context(_whole(folder / f"{table}.parquet", table)) for table in SCHEMAS}
-        for source in sources:
-            capture = source.capture.assign(piece=source.capture["piece"].compute())
+        for each in captures:
+            capture = each.capture.assign(piece=each.capture["piece"].compute())
             name = str(capture.attrs["dataset"])
-            for rows in _routes(capture, source.documents):  # before the scan, as a document may not be there
+            for rows in _routes(capture, each.documents):  # before the scan, as a document may not be there
                 _add(write["routes"], "routes", {"data_set": name, **rows})
-            load, choices, tokens = source.ask([_Masses(), Choices(), TokenCounts()])
-            _add(write["load"], "load", {"data_set": name, **_long(load, ("layer", "expert", "k"), "load")})
+            load, choices, tokens = each.ask([Load(), Choices(), TokenCounts()])
+            _add(write["load"], "load", {"data_set": name, **_long(_by_choice(load), ("layer", "expert", "k"), "load")})
             for rows in _transitions(choices):
                 _add(write["transitions"], "transitions", {"data_set": name, **rows})
             for rows in _token_experts(tokens, load, capture):
                 _add(write["token_experts"], "token_experts", {"data_set": name, **rows})
             missing = 0 if "captured" not in capture else int((~capture["captured"].values).sum())
-            captures[name] = {"tokens_counted": load.attrs["n"], "rows_missing": missing, "attrs": capture.attrs}
+            about[name] = {"tokens_counted": load.attrs["n"], "rows_missing": missing, "attrs": capture.attrs}
         for writer in write.values():
-            writer.add_key_value_metadata({"captures": json.dumps(captures)})
+            writer.add_key_value_metadata({"captures": json.dumps(about)})
     return [folder / f"{table}.parquet" for table in SCHEMAS]
 
 
@@ -259,6 +247,15 @@ def _long(values: xr.Dataset, dims: tuple[str, ...], table: str) -> dict[str, Ar
     names = [name for name in SCHEMAS[table].names if name in values or name in dims]
     columns = xr.broadcast(*(values[name] for name in names))
     return {name: column.transpose(*dims).values.ravel() for name, column in zip(names, columns, strict=True)}
+
+
+def _by_choice(load: xr.Dataset) -> xr.Dataset:
+    """Counts, and shares by choice, which sum to 1 over (k, expert) at a layer; NaN where nothing was counted."""
+    found = load[["count"]]
+    for name, amount in (("share", load["count"]), ("mass_share", load["mass"])):
+        total = amount.sum(("k", "expert"))
+        found[name] = amount / total.where(total > 0)
+    return found
 
 
 def _transitions(choices: xr.Dataset) -> Iterator[dict[str, Any]]:

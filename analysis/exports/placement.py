@@ -1,6 +1,6 @@
 """How evenly would experts spread over GPUs? Published placements compared, and the load for expert balancers.
 
-Everything is made from the small Dataset of `analysis.metrics.load.expert_load`. Each layer is placed on its own, for
+Everything is made from the small Dataset of `analysis.expert_load`. Each layer is placed on its own, for
 GPUs wait for each other at every layer. Does not know replicas of experts, nor which tokens are in a batch together: a
 batch is less even than the whole text.
 """
@@ -15,7 +15,8 @@ from typing import Literal, get_args
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array
+from analysis.attributes import described
+from analysis.scanning import Array
 from store.files import whole_file
 
 Placement = Literal["contiguous", "round_robin", "balanced"]
@@ -28,7 +29,7 @@ def gpu_load(load: xr.Dataset, num_gpus: int, placements: Sequence[Placement] = 
     Parameters
     ----------
     load : xr.Dataset
-        As `analysis.metrics.load.expert_load` gives it.
+        As `analysis.expert_load` gives it.
     num_gpus : int
         1 to E. Where it does not divide E, the first E mod `num_gpus` GPUs hold one expert more.
     placements : sequence of {"contiguous", "round_robin", "balanced"}
@@ -65,28 +66,28 @@ def gpu_load(load: xr.Dataset, num_gpus: int, placements: Sequence[Placement] = 
     loads = xr.DataArray(of_gpu, dims=("placement", "layer", "gpu"), attrs={"units": "choices"})
     most, mean = loads.max("gpu"), loads.mean("gpu")
     null = -(-experts // num_gpus) * num_gpus / experts
-    return xr.Dataset(
-        {
-            "gpu_of_expert": (("placement", "layer", "expert"), where),
-            "load": loads,
-            "imbalance": (most / mean.where(mean > 0)).assign_attrs(null=null),
-            "balancedness": (mean / most.where(most > 0)).assign_attrs(null=1 / null),
-        },
-        coords={
-            "placement": list(placements),
-            "layer": load["layer"].values,
-            "expert": np.arange(experts),
-            "gpu": np.arange(num_gpus),
-        },
-        attrs={
-            "n": load.attrs["n"],
-            "estimator": "of the counted choices",
-            "null": null,
-            "definition": "imbalance = max / mean over GPUs of the choices that go to their experts; balancedness ="
-            " mean / max",
-            "source": "vLLM, determine_expert_map; deepseek-ai/EPLB, balanced_packing; SGLang's balancedness,"
-            " compute_utilization_rate in srt/eplb/expert_distribution.py",
-        },
+    return described(
+        xr.Dataset(
+            {
+                "gpu_of_expert": (("placement", "layer", "expert"), where),
+                "load": loads,
+                "imbalance": (most / mean.where(mean > 0)).assign_attrs(null=null),
+                "balancedness": (mean / most.where(most > 0)).assign_attrs(null=1 / null),
+            },
+            coords={
+                "placement": list(placements),
+                "layer": load["layer"].values,
+                "expert": np.arange(experts),
+                "gpu": np.arange(num_gpus),
+            },
+        ),
+        n=load.attrs["n"],
+        estimator="of the counted choices",
+        null=null,
+        definition="imbalance = max / mean over GPUs of the choices that go to their experts;"
+        " balancedness = mean / max",
+        source="vLLM, determine_expert_map; deepseek-ai/EPLB, balanced_packing; SGLang's balancedness,"
+        " compute_utilization_rate in srt/eplb/expert_distribution.py",
     )
 
 
@@ -100,7 +101,12 @@ def load_matrix(load: xr.Dataset) -> Array:
     Parameters
     ----------
     load : xr.Dataset
-        As `analysis.metrics.load.expert_load` gives it. Special tokens are not in it, which a server would count.
+        As `analysis.expert_load` gives it. Special tokens are not in it, which a server would count.
+
+    Returns
+    -------
+    int64 array, shape (layers, experts)
+        In choices.
     """
     return load["count"].sum("k").transpose("layer", "expert").values.astype(np.int64)
 
@@ -118,7 +124,7 @@ def write_sglang_load(path: Path | str, load: xr.Dataset, num_hidden_layers: int
     path : Path or str
         A name that ends in .json, by which SGLang knows the format.
     load : xr.Dataset
-        As `analysis.metrics.load.expert_load` gives it.
+        As `analysis.expert_load` gives it.
     num_hidden_layers : int, optional
         All layers of the model, dense ones too; default the number of those captured, where they are 0, 1, 2 and so on.
 
@@ -142,7 +148,7 @@ def layer_slots(layers: Array, num_hidden_layers: int | None) -> int:
     Raises
     ------
     ValueError
-        When it is not told and cannot be known, or is too small.
+        When it is not given and cannot be known, or is too small.
     """
     if num_hidden_layers is None and layers.tolist() != list(range(layers.size)):
         raise ValueError(

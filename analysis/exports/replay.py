@@ -23,7 +23,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.exports.placement import layer_slots
-from analysis.scan import Array
+from analysis.scanning import Array
 from store.files import whole_file
 
 Framework = Literal["vllm", "sglang", "slime", "verl"]
@@ -39,8 +39,8 @@ class Replay(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
-    """A row as it was captured; filled positions only."""
+class _Routes:
+    """The tokens and experts of a row, or of a document's rows together; filled positions only."""
 
     number: int
     document: int
@@ -83,6 +83,11 @@ def document_replay(
     num_hidden_layers : int, optional
         All layers of the model, dense ones too; default the number of those captured, where they are 0, 1, 2 and so on.
 
+    Returns
+    -------
+    Replay
+        `token`, int32 of shape (tokens), and `routed_experts`, of shape (tokens, layers, k) and the framework's dtype.
+
     Raises
     ------
     ValueError
@@ -104,7 +109,27 @@ def row_replay(
     all_positions: bool | None = None,
     num_hidden_layers: int | None = None,
 ) -> Replay:
-    """One row's routes, as it was captured; for parameters and errors see `document_replay`."""
+    """One row's routes, as it was captured.
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture; only this row is decoded.
+    row : int
+        Its number.
+    framework, all_positions, num_hidden_layers
+        See `document_replay`.
+
+    Returns
+    -------
+    Replay
+        See `document_replay`.
+
+    Raises
+    ------
+    ValueError
+        When tokens of it are not captured, or as for `analysis.exports.placement.layer_slots`.
+    """
     form = _form(dataset, framework, all_positions, num_hidden_layers)
     return _replay(next(_rows(dataset.isel(doc=[row]), np.array([row]))), *form)
 
@@ -129,21 +154,28 @@ def write_replay(
     ----------
     path : Path or str
         A file; what was there is replaced, once all is written.
+    dataset : xr.Dataset
+        A complete capture.
     by : {"document", "row"}
         What a sequence is.
-
-    Other parameters, and errors, are those of `document_replay`.
+    framework, all_positions, num_hidden_layers
+        See `document_replay`.
 
     Returns
     -------
     int
         The number of sequences.
+
+    Raises
+    ------
+    ValueError
+        When `by` is unknown, or as for `document_replay`.
     """
     if by not in ("document", "row"):
         raise ValueError(f"by={by!r}: a sequence is a 'document' or a 'row'")
     form, step = _form(dataset, framework, all_positions, num_hidden_layers), int(dataset.attrs["rows_per_shard"])
     shards = (np.arange(dataset.sizes["doc"])[start : start + step] for start in range(0, dataset.sizes["doc"], step))
-    rows: Iterator[_Row] = itertools.chain.from_iterable(_rows(dataset.isel(doc=shard), shard) for shard in shards)
+    rows: Iterator[_Routes] = itertools.chain.from_iterable(_rows(dataset.isel(doc=shard), shard) for shard in shards)
     if by == "document":
         repeats = dataset.attrs.get("bos") == "row"
         rows = (_joined(group, repeats) for _, group in itertools.groupby(rows, lambda row: row.document))
@@ -156,7 +188,18 @@ def write_replay(
 
 
 def read_replay(path: Path | str) -> Iterator[Replay]:
-    """The sequences that `write_replay` wrote, one after the other."""
+    """The sequences that `write_replay` wrote, one after the other.
+
+    Parameters
+    ----------
+    path : Path or str
+        The file.
+
+    Returns
+    -------
+    iterator of Replay
+        See `document_replay`.
+    """
     with Path(path).open(encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
@@ -177,7 +220,7 @@ def _form(
     return np.dtype(types.get(framework, np.int32)), last, layers, layer_slots(layers, num_hidden_layers)
 
 
-def _rows(dataset: xr.Dataset, numbers: Array) -> Iterator[_Row]:
+def _rows(dataset: xr.Dataset, numbers: Array) -> Iterator[_Routes]:
     """Rows, decoded together; refuses those that are not captured."""
     names = ("document_id", "offset", "length", "token", "expert")
     own = xr.Dataset({name: dataset[name].variable for name in names}).load()
@@ -192,7 +235,7 @@ def _rows(dataset: xr.Dataset, numbers: Array) -> Iterator[_Row]:
             raise ValueError(
                 f"row {number}, document {document}: {missing} of {length} tokens are not captured; finish the capture"
             )
-        yield _Row(
+        yield _Routes(
             number=number,
             document=document,
             offset=int(own["offset"][index]),
@@ -201,7 +244,7 @@ def _rows(dataset: xr.Dataset, numbers: Array) -> Iterator[_Row]:
         )
 
 
-def _joined(rows: Iterable[_Row], bos_before_each: bool) -> _Row:
+def _joined(rows: Iterable[_Routes], bos_before_each: bool) -> _Routes:
     """A document's rows as one; refuses those between which something is missing."""
     first, *others = sorted(rows, key=lambda row: row.offset)
     parts, reached = [first], len(first.token)
@@ -215,7 +258,7 @@ def _joined(rows: Iterable[_Row], bos_before_each: bool) -> _Row:
     start = int(bos_before_each)
     token = [first.token, *(row.token[start:] for row in parts[1:])]
     expert = [first.expert, *(row.expert[start:] for row in parts[1:])]
-    return _Row(
+    return _Routes(
         number=first.number,
         document=first.document,
         offset=0,
@@ -224,7 +267,7 @@ def _joined(rows: Iterable[_Row], bos_before_each: bool) -> _Row:
     )
 
 
-def _replay(row: _Row, dtype: np.dtype[Any], last: bool, layers: Array, slots: int) -> Replay:
+def _replay(row: _Routes, dtype: np.dtype[Any], last: bool, layers: Array, slots: int) -> Replay:
     """A row in a framework's form."""
     positions = len(row.token) if last else max(len(row.token) - 1, 0)
     routed = np.zeros((positions, slots, row.expert.shape[2]), dtype=dtype)
@@ -232,7 +275,7 @@ def _replay(row: _Row, dtype: np.dtype[Any], last: bool, layers: Array, slots: i
     return Replay(row.token.astype(np.int32), routed)
 
 
-def _record(row: _Row, replay: Replay) -> dict[str, Any]:
+def _record(row: _Routes, replay: Replay) -> dict[str, Any]:
     """A line of a file."""
     experts = replay.routed_experts
     data = experts.astype(experts.dtype.newbyteorder("<")).tobytes()

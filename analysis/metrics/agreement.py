@@ -12,9 +12,10 @@ from typing import ClassVar
 import numpy as np
 import xarray as xr
 
+from analysis.attributes import described
 from analysis.metrics.choices import in_common, overlap_summary, random_overlap
 from analysis.metrics.load import WEIGHT_UNIT
-from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes
 
 MARGIN_BINS = 10  # of equal width, from 0 to 1 (arbitrary)
 
@@ -80,8 +81,8 @@ class Agreement(Reducer):
             "same_set_of_margin": (of_bin.isel(what=1) / in_bin.where(in_bin > 0), set_null),
             "same_first_of_margin": (of_bin.isel(what=2) / in_bin.where(in_bin > 0), 1 / experts),
         }
-        result = xr.Dataset({name: value.assign_attrs(null=null) for name, (value, null) in values.items()})
-        return result.assign_attrs(
+        return described(
+            xr.Dataset({name: value.assign_attrs(null=null) for name, (value, null) in values.items()}),
             n=n,
             any_difference=1 - int(state["first_difference"][-1]) / n if n else float("nan"),
             any_difference_null=1 - set_null ** len(layer),

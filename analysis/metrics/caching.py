@@ -19,11 +19,13 @@ from typing import Literal, get_args
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.attributes import described
+from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes
 
 Policy = Literal["lru", "lfu", "belady"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 LRU, LFU, BELADY, SEGMENT = range(4)  # rules, as the kernel knows them; the first three in the order of POLICIES
+SCORED = "tokens whose left neighbour counts too"
 CONVENTION = (
     "hit_rate: experts found in a cache of cache_size experts over all k that each token needs, all k looked up before"
     " any is loaded, caches empty at a row's start and its first token left out; hit_rate_preloaded: over all tokens,"
@@ -31,8 +33,8 @@ CONVENTION = (
 )
 
 
-class Caches(Reducer):
-    """Hits of several caches of several sizes, layer by layer.
+class CacheCounts(Reducer):
+    """Hits of several caches of several sizes, layer by layer: what `cache_hits_of` and `segment_cache_hits_of` take.
 
     Parameters
     ----------
@@ -42,21 +44,35 @@ class Caches(Reducer):
         Which expert is evicted: the least recently used; the least often used since the row's start, also while it
         was not in the cache; the one whose next use is farthest. Ties evict the least recently used; of one token's
         experts the last by rank counts as the most recent.
+    segment_lengths : sequence of int
+        More caches, which evict the expert least used in the next so many tokens, from the one that is being served
+        on.
     """
 
-    dim = "policy"
-
-    def __init__(self, cache_sizes: Sequence[int] | None = None, policies: Sequence[Policy] = POLICIES) -> None:
+    def __init__(
+        self,
+        cache_sizes: Sequence[int] | None = None,
+        policies: Sequence[Policy] = POLICIES,
+        segment_lengths: Sequence[int] = (),
+    ) -> None:
         if unknown := set(policies) - set(POLICIES):
             raise ValueError(f"policies {sorted(unknown)}: there are {', '.join(POLICIES)}")
+        if short := [length for length in segment_lengths if length < 1]:
+            raise ValueError(f"segment_lengths {short}: each is at least 1 token")
         self.cache_sizes = None if cache_sizes is None else tuple(map(int, cache_sizes))
-        self.labels: tuple[str, ...] | tuple[int, ...] = tuple(policies)
-        self.rules = tuple((POLICIES.index(policy), 0) for policy in policies)
+        self.policies, self.segment_lengths = tuple(policies), tuple(map(int, segment_lengths))
+
+    @property
+    def _rules(self) -> Array:
+        """Rule, and tokens that are known ahead, of each cache; int64 (cache, 2)."""
+        rules = [(POLICIES.index(policy), 0) for policy in self.policies]
+        rules += [(SEGMENT, length) for length in self.segment_lengths]
+        return np.array(rules, dtype=np.int64).reshape(-1, 2)
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Zeros: `hits` and `others` (policy, cache_size, layer), `scored` by tokens before in the row, `tokens`."""
+        """Zeros: `hits` and `others` (cache, cache_size, layer), `scored` by tokens before in the row, `tokens`."""
         layers, capacities = dataset.sizes["layer"], _capacities(dataset, self.cache_sizes)
-        shape = (len(self.rules), len(capacities), layers)
+        shape = (len(self._rules), len(capacities), layers)
         return {
             "hits": np.zeros(shape, dtype=np.int64),
             "others": np.zeros(shape, dtype=np.int64),
@@ -69,8 +85,7 @@ class Caches(Reducer):
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
         arrays = (state[name] for name in ("capacities", "experts", "hits", "others", "scored"))
-        rules = np.array(self.rules, dtype=np.int64).reshape(-1, 2)
-        _add_hits(block["expert"], block["counted"], rules, *arrays)
+        _add_hits(block["expert"], block["counted"], self._rules, *arrays)
         state["tokens"] += np.count_nonzero(block["counted"])
 
     def merge(self, state: State, other: State) -> State:
@@ -78,31 +93,37 @@ class Caches(Reducer):
         return super().merge(state, other) | {name: state[name] for name in ("capacities", "experts")}
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Rates; NaN where nothing was counted."""
-        _, choices, experts = sizes(dataset)
-        dims = (self.dim, "cache_size", "layer")
-        hits, others = (xr.DataArray(state[name], dims=dims) for name in ("hits", "others"))
-        n, tokens = int(state["scored"].sum()), int(state["tokens"][0])
-        null = _random_hit_rate(state["scored"], state["capacities"], choices, experts)
-        blind = np.array([[rule in (LRU, LFU)] for rule, _ in self.rules])  # policies that do not look ahead
-        return xr.Dataset(
-            {
-                "hits": hits.assign_attrs(long_name="experts found in the cache", units="choices"),
-                "hit_rate": hits / (choices * n if n else np.nan),
-                "hit_rate_preloaded": (hits + others) / (choices * tokens if tokens else np.nan),
-                "null": ((self.dim, "cache_size"), np.where(blind, null, np.nan)),
-            },
-            coords={self.dim: list(self.labels), "cache_size": state["capacities"], "layer": dataset["layer"].values},
-            attrs={
-                "n": n,
-                "tokens": tokens,
-                "estimator": "simulation of every row, caches empty at its start",
-                "null": "variable `null`: hit_rate if every token chose independently and uniformly, whatever the"
-                " layer; NaN for a policy that looks ahead",
-                "definition": CONVENTION,
-                "source": "Belady 1966; hit_rate_preloaded counts as ljcleo/moe-lrc, src/50_chr_calc.py (Liang et al.,"
-                " arXiv 2505.16056)",
-            },
+        """The counts, labelled: `hits` and `others` int64 (cache, cache_size, layer), `scored` int64 (position)."""
+        labels = (*self.policies, *["segment"] * len(self.segment_lengths))
+        dims = ("cache", "cache_size", "layer")
+        return described(
+            xr.Dataset(
+                {
+                    "hits": (dims, state["hits"], {"long_name": "experts found in the cache", "units": "choices"}),
+                    "others": (
+                        dims,
+                        state["others"],
+                        {"long_name": "found by other tokens, or free", "units": "choices"},
+                    ),
+                    "scored": ("position", state["scored"], {"units": "tokens"}),
+                },
+                coords={
+                    "policy": ("cache", np.array(labels, dtype=str)),
+                    "segment_length": ("cache", self._rules[:, 1]),
+                    "cache_size": state["capacities"],
+                    "layer": dataset["layer"].values,
+                },
+            ),
+            n=int(state["scored"].sum()),
+            counted=SCORED,
+            tokens=int(state["tokens"][0]),
+            num_experts=sizes(dataset)[2],
+            experts_per_token=sizes(dataset)[1],
+            estimator="counts",
+            null="none: counts of a simulation",
+            definition="hits: experts found in the cache by these tokens; others: those found by other tokens, and"
+            " those that find a free place; scored: these tokens, by how many counted before them in their row",
+            source="Belady 1966",
         )
 
 
@@ -119,12 +140,31 @@ def cache_hits(
     ----------
     dataset : xr.Dataset
         A capture.
-    cache_sizes : sequence of int, optional
-        Experts a layer, k to E; default k, 2k and 4k, as far as there are as many experts.
-    policies : sequence of {"lru", "lfu", "belady"}
-        See `Caches`.
+    cache_sizes, policies
+        See `CacheCounts`.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
+
+    Returns
+    -------
+    xr.Dataset
+        See `cache_hits_of`.
+
+    Raises
+    ------
+    ValueError
+        When a size is below k (a token's experts would not fit) or above E, or a policy is unknown.
+    """
+    return cache_hits_of(scan(dataset, [CacheCounts(cache_sizes, policies)], threads=threads)[0])
+
+
+def cache_hits_of(counts: xr.Dataset) -> xr.Dataset:
+    """Hit rates of LRU, LFU and Belady caches, from what `CacheCounts` counted.
+
+    Parameters
+    ----------
+    counts : xr.Dataset
+        From `CacheCounts`; caches that know a segment are left out.
 
     Returns
     -------
@@ -133,13 +173,34 @@ def cache_hits(
         paper's code counts: over all tokens, where an expert that finds a free place counts as found. `null`
         (policy, cache_size) is the exact expectation of `hit_rate` for independent uniform routing in rows as long
         as these, NaN for Belady. NaN when nothing was counted. Attribute `n`: the tokens in `hit_rate`.
-
-    Raises
-    ------
-    ValueError
-        When a size is below k (a token's experts would not fit) or above E.
     """
-    return scan(dataset, [Caches(cache_sizes, policies)], threads=threads)[0]
+    own = hit_rates(counts, counts["policy"].values != "segment", "policy")
+    choices, experts = counts.attrs["experts_per_token"], counts.attrs["num_experts"]
+    null = _random_hit_rate(counts["scored"].values, counts["cache_size"].values, choices, experts)
+    blind = np.isin(own["policy"].values, ["lru", "lfu"])[:, None]  # policies that do not look ahead
+    return described(
+        own.assign(null=(("policy", "cache_size"), np.where(blind, null, np.nan))),
+        n=counts.attrs["n"],
+        counted=SCORED,
+        tokens=counts.attrs["tokens"],
+        estimator="simulation of every row, caches empty at its start",
+        null="variable `null`: hit_rate if every token chose independently and uniformly, whatever the layer; NaN for a"
+        " policy that looks ahead",
+        definition=CONVENTION,
+        source="Belady 1966; hit_rate_preloaded counts as ljcleo/moe-lrc, src/50_chr_calc.py (Liang et al., arXiv"
+        " 2505.16056)",
+    )
+
+
+def hit_rates(counts: xr.Dataset, wanted: Array, dim: str) -> xr.Dataset:
+    """Hits and rates of some caches, over (dim, cache_size, layer); NaN where nothing was counted."""
+    n, tokens, choices = (counts.attrs[name] for name in ("n", "tokens", "experts_per_token"))
+    hits, others = (counts[name].isel(cache=wanted).swap_dims(cache=dim) for name in ("hits", "others"))
+    rates = {
+        "hit_rate": hits / (choices * n if n else np.nan),
+        "hit_rate_preloaded": (hits + others) / (choices * tokens if tokens else np.nan),
+    }
+    return xr.Dataset({"hits": hits, **rates}).reset_coords(drop=True)
 
 
 def _capacities(dataset: xr.Dataset, cache_sizes: Sequence[int] | None) -> Array:

@@ -1,9 +1,9 @@
 """Which experts are chosen together, and which follow each other through the layers: one set of counts for all of it.
 
 `Choices` counts, in one pass, what load, co-activation and transitions are made of. Where a token's choices at a layer
-fit in one byte (`analysis.scan.coded`: Mixtral's do) a joint histogram of the choices at two neighbouring layers holds
-everything, at one increment a token and layer; for other models the same tables are counted one by one. Both ways are
-exact and equal (a test holds it).
+fit in one byte (`analysis.scanning.coded`: Mixtral's do) a joint histogram of the choices at two neighbouring layers
+holds everything, at one increment a token and layer; for other models the same tables are counted one by one. Both ways
+are exact and equal (a test holds it).
 
 "Neighbouring" layers are neighbours among those captured: dense layers lie between them in some models. Both
 conventions of the field are here and named: **all** pairs of a token's choices, or pairs of neighbouring **ranks**
@@ -18,7 +18,8 @@ from typing import ClassVar, Literal
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State, coded, kernel, labelled, scan, sizes
+from analysis.attributes import described
+from analysis.scanning import Array, Block, Reducer, State, coded, kernel, labelled, scan, sizes
 
 Together = Literal["all", "adjacent"]
 Followed = Literal["all", "first", "rank"]
@@ -80,7 +81,7 @@ class Choices(Reducer):
             "followed_rank": step,
             "shared": ("lower_layer", "shared_experts"),
         }
-        return xr.Dataset(
+        result = xr.Dataset(
             {name: labelled(tables[name], *dims[name]).assign_attrs(units="tokens") for name in dims},
             coords={
                 "layer": layer,
@@ -91,15 +92,16 @@ class Choices(Reducer):
                 "next_expert": experts,
                 "shared_experts": np.arange(choices + 1),
             },
-            attrs={
-                "n": int(state["tokens"].flat[0]),
-                "estimator": "counts",
-                "null": "every table even",
-                "definition": "counts over tokens: choices by rank; pairs of one token's choices, all ordered ones and"
-                " those of neighbouring ranks (rank r, rank r + 1); pairs of choices at neighbouring layers, all, first"
-                " and of equal rank; experts that a token chose at both layers",
-                "source": "OLMoE (Muennighoff et al. 2024), equations 6 and following",
-            },
+        )
+        return described(
+            result,
+            n=int(state["tokens"].flat[0]),
+            estimator="counts",
+            null="every table even",
+            definition="counts over tokens: choices by rank; pairs of one token's choices, all ordered ones and those"
+            " of neighbouring ranks (rank r, rank r + 1); pairs of choices at neighbouring layers, all, first and of"
+            " equal rank; experts that a token chose at both layers",
+            source="OLMoE (Muennighoff et al. 2024), equations 6 and following",
         )
 
 
@@ -114,6 +116,11 @@ def coactivation(dataset: xr.Dataset, *, by: Together = "all", threads: int | No
         See `coactivation_of`.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
+
+    Returns
+    -------
+    xr.Dataset
+        See `coactivation_of`.
     """
     return coactivation_of(scan(dataset, [Choices()], threads=threads)[0], by=by)
 
@@ -123,6 +130,8 @@ def coactivation_of(counts: xr.Dataset, *, by: Together = "all") -> xr.Dataset:
 
     Parameters
     ----------
+    counts : xr.Dataset
+        From `Choices`.
     by : {"all", "adjacent"}
         "all": the share of expert i's tokens that also chose j, whatever the ranks (OLMoE eq. 6). "adjacent": the
         share of the tokens where i is at some rank but the last whose next rank is j; OLMoE's published code counts
@@ -138,7 +147,8 @@ def coactivation_of(counts: xr.Dataset, *, by: Together = "all") -> xr.Dataset:
     count = counts[f"together_{by}"]
     chosen = counts["chosen"].sum("k") if by == "all" else count.sum("other_expert")
     null = (choices - 1 if by == "all" else 1) / (experts - 1) if choices > 1 else np.nan
-    return xr.Dataset({"count": count, "probability": count / chosen.where(chosen > 0)}).assign_attrs(
+    return described(
+        xr.Dataset({"count": count, "probability": count / chosen.where(chosen > 0)}),
         n=counts.attrs["n"],
         estimator="maximum likelihood",
         null=null,
@@ -162,6 +172,11 @@ def transitions(dataset: xr.Dataset, *, by: Followed = "first", threads: int | N
         See `transitions_of`.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
+
+    Returns
+    -------
+    xr.Dataset
+        See `transitions_of`.
     """
     return transitions_of(scan(dataset, [Choices()], threads=threads)[0], by=by)
 
@@ -171,6 +186,8 @@ def transitions_of(counts: xr.Dataset, *, by: Followed = "first") -> xr.Dataset:
 
     Parameters
     ----------
+    counts : xr.Dataset
+        From `Choices`.
     by : {"first", "all", "rank"}
         Which pairs of choices: "first" choices at both layers, "all" k² pairs, or pairs of equal "rank".
 
@@ -191,13 +208,17 @@ def transitions_of(counts: xr.Dataset, *, by: Followed = "first") -> xr.Dataset:
         "all": "a choice e' at the next captured layer given a choice e, over all pairs of choices",
         "rank": "e' at the next captured layer given e at the same rank, ranks pooled",
     }
-    return xr.Dataset(
-        {
-            "count": count.assign_attrs(long_name="tokens" if by == "first" else "pairs of choices", units="tokens"),
-            "probability": probability.assign_attrs(long_name="share of the expert's tokens"),
-            "lift": lift.assign_attrs(long_name="probability over the share of all tokens that arrive at next_expert"),
-        }
-    ).assign_attrs(
+    arrive = "probability over the share of all tokens that arrive at next_expert"
+    return described(
+        xr.Dataset(
+            {
+                "count": count.assign_attrs(
+                    long_name="tokens" if by == "first" else "pairs of choices", units="tokens"
+                ),
+                "probability": probability.assign_attrs(long_name="share of the expert's tokens"),
+                "lift": lift.assign_attrs(long_name=arrive),
+            }
+        ),
         n=counts.attrs["n"],
         estimator="maximum likelihood",
         null=1 / counts.sizes["expert"],
@@ -210,6 +231,11 @@ def transitions_of(counts: xr.Dataset, *, by: Followed = "first") -> xr.Dataset:
 def layer_overlap_of(counts: xr.Dataset) -> xr.Dataset:
     """How alike a token's sets of experts are at neighbouring layers, from what `Choices` counted.
 
+    Parameters
+    ----------
+    counts : xr.Dataset
+        From `Choices`.
+
     Returns
     -------
     xr.Dataset
@@ -217,16 +243,13 @@ def layer_overlap_of(counts: xr.Dataset) -> xr.Dataset:
         nothing was counted. Experts of two layers share nothing but their number: this is a check of the null.
     """
     shared = counts["shared"].rename(lower_layer="layer", upper_layer="next_layer")
-    return (
-        overlap_summary(shared)
-        .drop_vars(("any_shared", "same_set"))
-        .assign_attrs(
-            n=counts.attrs["n"],
-            estimator="mean over tokens",
-            null=random_overlap(counts.sizes["k"], counts.sizes["expert"])["jaccard"],
-            definition="mean Jaccard index of the sets S_l and S_l+1 of a token",
-            source="Megatron-LM and OLMoE look at transitions; this is their overlap",
-        )
+    return described(
+        overlap_summary(shared).drop_vars(("any_shared", "same_set")),
+        n=counts.attrs["n"],
+        estimator="mean over tokens",
+        null=random_overlap(counts.sizes["k"], counts.sizes["expert"])["jaccard"],
+        definition="mean Jaccard index of the sets S_l and S_l+1 of a token",
+        source="Megatron-LM and OLMoE look at transitions; this is their overlap",
     )
 
 

@@ -11,7 +11,8 @@ from typing import ClassVar
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.attributes import described
+from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes
 
 
 class TopContexts(Reducer):
@@ -57,23 +58,20 @@ class TopContexts(Reducer):
             "position": (state["position"], "position in the row"),
             "weight": (np.where(known, state["weight"].view(np.float16), np.float16(np.nan)), "weight of the choice"),
         }
-        return xr.Dataset(
-            {
-                name: (("layer", "expert", "rank"), values, {"long_name": about})
-                for name, (values, about) in variables.items()
-            },
-            {
-                "layer": dataset["layer"].values,
-                "expert": np.arange(sizes(dataset)[2]),
-                "rank": np.arange(1, self.top + 1),
-            },
-            {
-                "estimator": "exact",
-                "null": "none: places, not a statistic",
-                "definition": "the tokens at which the expert has its largest weights, at most one in a row; ties go to"
-                " the earlier row, then to the earlier position",
-                "source": "top activating contexts, as of neurons in a dense model (Bills et al. 2023)",
-            },
+        coords = {"layer": dataset["layer"].values, "expert": np.arange(sizes(dataset)[2])}
+        found = {
+            name: (("layer", "expert", "rank"), values, {"long_name": about})
+            for name, (values, about) in variables.items()
+        }
+        return described(
+            xr.Dataset(found, {**coords, "rank": np.arange(1, self.top + 1)}),
+            n=int(known.sum()),
+            counted="places",
+            estimator="exact",
+            null="none: places, not a statistic",
+            definition="the tokens at which the expert has its largest weights, at most one in a row; ties go to the"
+            " earlier row, then to the earlier position",
+            source="top activating contexts, as of neurons in a dense model (Bills et al. 2023)",
         )
 
 
@@ -94,6 +92,11 @@ def top_contexts(dataset: xr.Dataset, *, top: int = 20, threads: int | None = No
     xr.Dataset
         Over (layer, expert, rank): `row` and `position` int64, -1 where the expert was chosen in fewer rows, and
         `weight` float16, there NaN.
+
+    Raises
+    ------
+    ValueError
+        When `top` is below 1.
     """
     return scan(dataset, [TopContexts(top)], threads=threads)[0]
 

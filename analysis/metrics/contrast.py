@@ -16,8 +16,9 @@ from itertools import pairwise
 import numpy as np
 import xarray as xr
 
+from analysis.attributes import described
 from analysis.metrics.load import ExpertCounts, share_of_experts
-from analysis.scan import Array, scan
+from analysis.scanning import Array, scan
 from analysis.statistics.resampling import Resampled, false_discovery, interval, p_value, poisson_weights, split_weights
 
 
@@ -40,18 +41,19 @@ def contrast(
     level : float
         Of the intervals.
     threads, progress
-        See `analysis.scan.scan`; progress is that of one capture after the other.
+        See `analysis.scan`; progress is that of one capture after the other.
 
     Returns
     -------
     xr.Dataset
-        Over layer: `divergence`, the Jensen–Shannon divergence in bits of the data sets' shares (Lin 1991; data sets
-        weigh equally), which is too large by about `divergence_by_chance`, its mean after shuffling;
+        float64. Over (layer): `divergence`, the Jensen–Shannon divergence in bits of the data sets' shares (Lin 1991;
+        data sets weigh equally), which is too large by about `divergence_by_chance`, its mean after shuffling;
         `divergence_corrected`, without its bias, with the interval `divergence_low` to `divergence_high`, none below
         0; and `p`. Over (data_set, layer, expert): `share` of the data set's tokens that reach the expert,
         `difference` to the mean of the other data sets, with `difference_low`, `difference_high`, `difference_p`
         (two-sided) and `difference_q`, which is adjusted for all cells together (Benjamini–Hochberg). Over (data_set,
-        other_data_set, layer): `total_variation`, half the sum of absolute differences of the shares of choices.
+        other_data_set, layer): `total_variation`, half the sum of absolute differences of the shares of choices. NaN
+        where a data set has no token that counts. Attribute `n`: each data set's tokens.
 
     Raises
     ------
@@ -64,7 +66,7 @@ def contrast(
         name: scan(capture, [contrast_counts(documents, name, replicates)], threads=threads, progress=progress)[0]
         for name, capture in captures.items()
     }
-    return contrast_of(counts, documents, next(iter(captures.values())).sizes["k"], level=level)
+    return contrast_of(counts, documents, level=level)
 
 
 def count_documents(capture: xr.Dataset) -> int:
@@ -80,11 +82,9 @@ def contrast_counts(documents: Mapping[str, int], name: str, replicates: int = 5
     return Resampled(ExpertCounts(), replicates * (1 + len(documents)), weights)
 
 
-def contrast_of(
-    counts: Mapping[str, xr.Dataset], documents: Mapping[str, int], choices: int, *, level: float = 0.95
-) -> xr.Dataset:
-    """`contrast` from what was counted of each data set; `choices` is k."""
-    names = list(counts)
+def contrast_of(counts: Mapping[str, xr.Dataset], documents: Mapping[str, int], *, level: float = 0.95) -> xr.Dataset:
+    """`contrast` from what was counted of each data set."""
+    names, choices = list(counts), next(iter(counts.values())).attrs["experts_per_token"]
     by_name = xr.DataArray(names, dims="data_set", name="data_set")
     each = xr.concat([found["count"] for found in counts.values()], by_name)
     replicates = (each.sizes["replicate"] - 1) // (1 + len(names))
@@ -104,27 +104,27 @@ def contrast_of(
     p = p_value(abs(_difference(by_chance)))
     share = share_of_experts(own.isel(replicate=0, drop=True))
     apart = abs(share - share.rename(data_set="other_data_set")).sum("expert", skipna=False) / 2
-    return xr.Dataset(
-        {
-            "divergence": divergence["estimate"].assign_attrs(units="bits"),
-            "divergence_corrected": (divergence["estimate"] - bias).clip(0),
-            "divergence_low": (divergence["low"] - 2 * bias).clip(0),
-            "divergence_high": (divergence["high"] - 2 * bias).clip(0),
-            "divergence_by_chance": _divergence(by_chance).isel(replicate=slice(1, None)).mean("replicate"),
-            "p": p_value(_divergence(by_chance)),
-            "share": (share * choices).assign_attrs(long_name="share of the data set's tokens that reach the expert"),
-            "difference": reach["estimate"],
-            "difference_low": reach["low"],
-            "difference_high": reach["high"],
-            "difference_p": p,
-            "difference_q": false_discovery(p),
-            "total_variation": apart,
-        }
-    ).assign_attrs(
-        n={
-            name: int(count)
-            for name, count in zip(names, own.sum(("replicate", "layer", "expert")).values, strict=True)
-        },
+    return described(
+        xr.Dataset(
+            {
+                "divergence": divergence["estimate"].assign_attrs(units="bits"),
+                "divergence_corrected": (divergence["estimate"] - bias).clip(0),
+                "divergence_low": (divergence["low"] - 2 * bias).clip(0),
+                "divergence_high": (divergence["high"] - 2 * bias).clip(0),
+                "divergence_by_chance": _divergence(by_chance).isel(replicate=slice(1, None)).mean("replicate"),
+                "p": p_value(_divergence(by_chance)),
+                "share": (share * choices).assign_attrs(
+                    long_name="share of the data set's tokens that reach the expert"
+                ),
+                "difference": reach["estimate"],
+                "difference_low": reach["low"],
+                "difference_high": reach["high"],
+                "difference_p": p,
+                "difference_q": false_discovery(p),
+                "total_variation": apart,
+            }
+        ),
+        n={name: found.attrs["n"] for name, found in counts.items()},
         documents=dict(documents),
         replicates=replicates,
         level=level,

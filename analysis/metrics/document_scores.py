@@ -15,12 +15,14 @@ from typing import ClassVar
 import numpy as np
 import xarray as xr
 
+from analysis.attributes import described
 from analysis.metrics.contrast import refuse_incomparable
 from analysis.metrics.load import ExpertCounts
-from analysis.scan import Array, Block, Reducer, State, kernel, scan
+from analysis.scanning import Array, Block, Reducer, State, kernel, scan
 from analysis.statistics.resampling import Resampled, Weights, split_weights
 
 UNIT = 2.0**-20  # bits; logarithms are rounded to it, so that sums are exact in any order
+DEFINITION = "score = sum over tokens, layers and choices of log2 of the data set's share of the expert / tokens"
 PRIOR = 0.5  # added to each count, so that what was never seen is not impossible (Krichevsky & Trofimov 1981)
 
 
@@ -58,9 +60,17 @@ class DocumentScores(Reducer):
         """Scores of the documents with a token that counts, in bits a token."""
         seen = np.flatnonzero(state["tokens"])
         score = state["score"][seen] * UNIT / state["tokens"][seen, None]
-        return xr.Dataset(
-            {"score": (("document", "candidate"), score), "tokens": ("document", state["tokens"][seen])},
-            coords={"document_id": ("document", seen)},
+        return described(
+            xr.Dataset(
+                {"score": (("document", "candidate"), score), "tokens": ("document", state["tokens"][seen])},
+                coords={"document_id": ("document", seen)},
+            ),
+            n=len(seen),
+            counted="documents",
+            estimator="mean over a document's tokens",
+            null="none: for comparing candidates",
+            definition=DEFINITION,
+            source="naive Bayes",
         )
 
 
@@ -77,19 +87,20 @@ def document_scores(
     captures : mapping of str to xr.Dataset
         Two or more captures of one model, by name.
     threads, progress
-        See `analysis.scan.scan`; each capture is read twice.
+        See `analysis.scan`; each capture is read twice.
 
     Returns
     -------
     xr.Dataset
         Over document, of all captures: `score` float64 (document, candidate), the logarithm of how likely its choices
         are in each data set, in bits a token, with layers and choices taken as independent: for comparing, no
-        probability; `tokens`; `likeliest`, a name; coordinates `data_set`, where it is from, and `document_id` in it.
-        Over candidate: `right`, the share of the data set's documents that it is likeliest for, null 1 / their number;
-        `auc`, how often a document of it has more evidence for it than one of the others, null 0.5 (Mann & Whitney
-        1947); NaN where there is no document. These nulls are of data sets alike in size: a table of few documents is
-        less sure, and documents of no data set drift to the larger one (12 against 400: `right` 0.11 and 0.82, `auc`
-        0.37). Compare data sets of other sizes with a split of the larger one into parts of those sizes.
+        probability; `tokens` int64 and `likeliest` str, a name (document); coordinates `data_set`, where it is from,
+        and `document_id` in it. float64 (candidate): `right`, the share of the data set's documents that it is
+        likeliest for, null 1 / their number; `auc`, how often a document of it has more evidence for it than one of
+        the others, null 0.5 (Mann & Whitney 1947); NaN where there is no document. These nulls are of data sets alike
+        in size: a table of few documents is less sure, and documents of no data set drift to the larger one (12 against
+        400: `right` 0.11 and 0.82, `auc` 0.37). Compare data sets of other sizes with a split of the larger one into
+        parts of those sizes.
 
     Raises
     ------
@@ -122,13 +133,13 @@ def document_scores(
         if is_own.any():
             right[number] = (likeliest[is_own] == name).mean()
             auc[number] = _area(evidence[is_own], evidence[~is_own])
-    return joined.assign(
-        likeliest=("document", likeliest), right=("candidate", right), auc=("candidate", auc)
-    ).assign_attrs(
+    return described(
+        joined.assign(likeliest=("document", likeliest), right=("candidate", right), auc=("candidate", auc)),
         n=len(origin),
+        counted="documents",
         null=f"right: {1 / len(names):.4g}; auc: 0.5",
         estimator=f"tables of the other half of the documents, {PRIOR} added to each count",
-        definition="score = sum over tokens, layers and choices of log2 of the data set's share of the expert / tokens",
+        definition=DEFINITION,
         source="naive Bayes; Mann & Whitney 1947",
     )
 

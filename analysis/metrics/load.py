@@ -5,14 +5,18 @@ Promises: exact counts, and weights summed exactly in any order. Does not know a
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State, kernel, labelled, scan, sizes
+from analysis.attributes import described
+from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, scan, sizes
 
 WEIGHT_UNIT = 2.0**-24  # every finite float16 is a whole multiple of its smallest subnormal
+
+Bins = int | Literal["doubling"]
 
 
 class Load(Reducer):
@@ -36,18 +40,21 @@ class Load(Reducer):
         """Shares of choices and of weight; NaN where nothing was counted."""
         layers, _, experts = sizes(dataset)
         count = labelled(state["count"], "layer", "k", "expert")
-        mass = labelled(state["mass"].sum(axis=-2) * WEIGHT_UNIT, "layer", "expert")
+        mass = labelled(state["mass"] * WEIGHT_UNIT, "layer", "k", "expert")
+        of_expert = labelled(state["mass"].sum(axis=-2) * WEIGHT_UNIT, "layer", "expert")
         tokens = int(state["count"].reshape(-1, *state["count"].shape[-3:])[0, 0, 0].sum()) if layers else 0
         per_expert = count.sum("k")
         result = xr.Dataset(
             {
                 "count": count.assign_attrs(long_name="times chosen, by rank of the choice", units="tokens"),
+                "mass": mass.assign_attrs(long_name="gate weight, by rank of the choice", units="tokens"),
                 "share": share_of_experts(per_expert).assign_attrs(long_name="share of choices"),
-                "mass_share": share_of_experts(mass).assign_attrs(long_name="share of gate weight"),
+                "mass_share": share_of_experts(of_expert).assign_attrs(long_name="share of gate weight"),
             },
             coords={"layer": dataset["layer"].values, "expert": np.arange(experts)},
         )
-        return result.assign_attrs(
+        return described(
+            result,
             n=tokens,
             estimator="maximum likelihood",
             null=1 / experts,
@@ -58,23 +65,59 @@ class Load(Reducer):
 
 
 class ExpertCounts(Reducer):
-    """Choices by layer and expert, whatever the rank; nothing else."""
+    """Choices by layer and expert, whatever the rank, and by position in the row where that is asked; nothing else.
+
+    Parameters
+    ----------
+    bins : int or "doubling", optional
+        How many ranges of positions of equal length, the last of which may be shorter; or ranges that double, 0, 1,
+        2–3, 4–7 and so on, which show what is special about a row's first tokens. Default: all positions together.
+    """
 
     stacks = True
 
+    def __init__(self, bins: Bins | None = None) -> None:
+        if isinstance(bins, int) and bins < 1:
+            raise ValueError(f"bins={bins}: at least 1")
+        self.bins = bins
+
     def init(self, dataset: xr.Dataset) -> State:
-        """Zeros: `count` (layer, expert)."""
+        """Zeros: `count` (layer, expert), and before these (start) where there are ranges."""
         layers, _, experts = sizes(dataset)
-        return {"count": np.zeros((layers, experts), dtype=np.int64)}
+        ranges = () if self.bins is None else (len(_starts(self.bins, dataset.sizes["position"])),)
+        return {"count": np.zeros((*ranges, layers, experts), dtype=np.int64)}
 
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
-        count_experts(block["expert"], block["counted"], state["count"])
+        expert, counted, count = block["expert"], block["counted"], state["count"]
+        if self.bins is None:
+            _add_experts(expert, counted, count)
+            return
+        starts = _starts(self.bins, counted.shape[1])
+        for index, (start, stop) in enumerate(pairwise([*starts, counted.shape[1]])):
+            _add_experts(expert[:, start:stop], counted[:, start:stop], count[index])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The counts, labelled."""
-        coords = {"layer": dataset["layer"].values, "expert": np.arange(sizes(dataset)[2])}
-        return xr.Dataset({"count": labelled(state["count"], "layer", "expert", **coords)})
+        """The counts, labelled: `count` int64 (layer, expert), or (start, layer, expert)."""
+        _, choices, experts = sizes(dataset)
+        coords: dict[str, Any] = {"layer": dataset["layer"].values, "expert": np.arange(experts)}
+        if self.bins is not None:
+            coords = {"start": _starts(self.bins, dataset.sizes["position"]), **coords}
+        count = labelled(state["count"], *coords, **coords).assign_attrs(units="choices")
+        own = count.isel(replicate=0) if "replicate" in count.dims else count
+        ranges = (
+            {} if self.bins is None else {"ranges": f"of {'doubling' if self.bins == 'doubling' else 'equal'} length"}
+        )
+        return described(
+            xr.Dataset({"count": count}),
+            n=int(own.isel(layer=slice(1)).sum()) // choices,
+            estimator="counts",
+            null="every table even",
+            definition="choices of an expert at a layer, whatever the rank",
+            source="OLMoE (Muennighoff et al. 2024), section 5",
+            experts_per_token=choices,
+            **ranges,
+        )
 
 
 def expert_load(dataset: xr.Dataset, *, threads: int | None = None) -> xr.Dataset:
@@ -90,15 +133,25 @@ def expert_load(dataset: xr.Dataset, *, threads: int | None = None) -> xr.Datase
     Returns
     -------
     xr.Dataset
-        `count` int64 (layer, k, expert) in tokens, `share` and `mass_share` float64 (layer, expert), both
-        summing to 1 over experts and NaN when no token was counted. Attribute `n`: tokens counted; `null`:
-        the even share 1/E.
+        `count` int64 and `mass` float64, the sum of weights (layer, k, expert), in tokens; `share` and `mass_share`
+        float64 (layer, expert), both summing to 1 over experts and NaN when no token was counted. Attribute `n`:
+        tokens counted; `null`: the even share 1/E.
+
+    Raises
+    ------
+    ValueError
+        When a weight is not a finite number.
     """
     return scan(dataset, [Load()], threads=threads)[0]
 
 
 def balance_of(load: xr.Dataset) -> xr.Dataset:
-    """How even the load of each layer is, from what `expert_load` gives, or one of its replicates.
+    """How even the load of each layer is.
+
+    Parameters
+    ----------
+    load : xr.Dataset
+        From `expert_load`, or from `Resampled(Load())`, whose replicates are kept.
 
     Returns
     -------
@@ -129,9 +182,8 @@ def balance_of(load: xr.Dataset) -> xr.Dataset:
     }
     null = dict.fromkeys(("max_violation", "variation", "gini"), 0.0)
     null |= {"entropy": float(np.log2(experts)), "effective_experts": float(experts)}
-    return xr.Dataset(
-        {name: value.where(known).assign_attrs(null=null.get(name, 1.0)) for name, value in values.items()}
-    ).assign_attrs(
+    return described(
+        xr.Dataset({name: value.where(known).assign_attrs(null=null.get(name, 1.0)) for name, value in values.items()}),
         n=load.attrs["n"],
         estimator="plug-in",
         null="of an even load: by variable",
@@ -141,23 +193,29 @@ def balance_of(load: xr.Dataset) -> xr.Dataset:
 
 
 def domain_specialization(load: xr.Dataset) -> xr.Dataset:
-    """Share of a data set's tokens that reach each expert (OLMoE, section 5), from what `expert_load` gives.
+    """Share of a data set's tokens that reach each expert (OLMoE, section 5).
+
+    Parameters
+    ----------
+    load : xr.Dataset
+        From `expert_load`.
 
     Returns
     -------
     xr.Dataset
         Over (layer, expert), float64: `any_choice` N_e / T, which sums to k, null k/E; `first_choice`, by the first
-        choice alone, which sums to 1, null 1/E.
+        choice alone, which sums to 1, null 1/E. NaN where nothing was counted.
     """
     choices, experts = load.sizes["k"], load.sizes["expert"]
     first = load["count"].isel(k=0, drop=True)
     tokens = first.sum("expert")
-    return xr.Dataset(
-        {
-            "any_choice": (load["share"] * choices).assign_attrs(null=choices / experts),
-            "first_choice": (first / tokens.where(tokens > 0)).assign_attrs(null=1 / experts),
-        }
-    ).assign_attrs(
+    return described(
+        xr.Dataset(
+            {
+                "any_choice": (load["share"] * choices).assign_attrs(null=choices / experts),
+                "first_choice": (first / tokens.where(tokens > 0)).assign_attrs(null=1 / experts),
+            }
+        ),
         n=load.attrs["n"],
         estimator="maximum likelihood",
         null=choices / experts,
@@ -193,8 +251,15 @@ def _add_choices(expert: Array, weight_bits: Array, counted: Array, count: Array
     return True
 
 
+def _starts(bins: Bins, positions: int) -> list[int]:
+    """The first position of each range."""
+    if bins == "doubling":
+        return [start for start in (0, *(2**power for power in range(32))) if start < positions]
+    return list(range(0, positions, -(-positions // bins)))
+
+
 @kernel
-def count_experts(expert: Array, counted: Array, count: Array) -> None:
+def _add_experts(expert: Array, counted: Array, count: Array) -> None:
     """Add choices by (layer, expert), whatever the rank."""
     rows, positions, layers, choices = expert.shape
     for row in range(rows):

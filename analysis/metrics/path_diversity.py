@@ -16,38 +16,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.metrics.paths import Windows
-from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.attributes import described
+from analysis.metrics.paths import SOURCE, WindowCounts
+from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes
 from analysis.statistics.information import entropy
 from analysis.statistics.resampling import mixed
 
 TOPS = (10, 100, 1_000, 10_000)
 BUCKETS = 2**22  # in which paths are counted first, to find the frequent ones: 32 MB (arbitrary)
-
-
-class WindowDiversity(Windows):
-    """As `Windows`, but finishes with entropies and coverages, not with the windows."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__(n, top=1)
-
-    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Of the windows from each layer on."""
-        starts, experts = state["count"].shape[0], sizes(dataset)[2]
-        count = xr.DataArray(state["count"].reshape(starts, -1), dims=("layer", "window"))
-        told = entropy(count, "window")
-        ordered = -np.sort(-count.values, axis=1)
-        covered = np.cumsum(ordered, axis=1)[:, [min(top, ordered.shape[1]) - 1 for top in TOPS]]
-        n = told["n"].where(told["n"] > 0)
-        return xr.Dataset(
-            {
-                "distinct": (count > 0).sum("window"),
-                "entropy": told["entropy"].assign_attrs(units="bits"),
-                "corrected": told["corrected"].assign_attrs(units="bits", estimator="Miller–Madow"),
-                "coverage": xr.DataArray(covered, dims=("layer", "top")) / n,
-            },
-            coords={"layer": dataset["layer"].values[:starts], "top": list(TOPS)},
-        ).assign_attrs(n=int(state["tokens"][0]), null=float(np.log2(experts)) * self.n)
 
 
 def window_diversity(
@@ -66,7 +42,29 @@ def window_diversity(
     lengths : sequence of int, optional
         Numbers of layers in a window; default 1 to 4, or to as many as there are.
     threads, progress
-        See `analysis.scan.scan`.
+        See `analysis.scan`.
+
+    Returns
+    -------
+    xr.Dataset
+        See `window_diversity_of`.
+
+    Raises
+    ------
+    ValueError
+        See `analysis.frequent_windows`.
+    """
+    lengths = range(1, min(4, dataset.sizes["layer"]) + 1) if lengths is None else lengths
+    return window_diversity_of(scan(dataset, [WindowCounts(n) for n in lengths], threads=threads, progress=progress))
+
+
+def window_diversity_of(counts: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Entropy and coverage of first-choice n-grams, from what `WindowCounts` counted.
+
+    Parameters
+    ----------
+    counts : sequence of xr.Dataset
+        From `analysis.WindowCounts`, of one capture: one for each length.
 
     Returns
     -------
@@ -76,25 +74,38 @@ def window_diversity(
         null log2(E); `conditional`, what the last layer of a window adds to the entropy of those before it, where the
         next smaller length was asked too. `coverage` (length, layer, top): share of tokens that take one of the most
         frequent 10, 100, 1,000, 10,000 windows. float64.
-
-    Raises
-    ------
-    ValueError
-        See `analysis.metrics.paths.frequent_windows`.
     """
-    lengths = list(range(1, min(4, dataset.sizes["layer"]) + 1)) if lengths is None else list(lengths)
-    found = scan(dataset, [WindowDiversity(n) for n in lengths], threads=threads, progress=progress)
+    lengths = [each.sizes["layer"] - each.sizes["start"] + 1 for each in counts]
     length = xr.DataArray(lengths, dims="length", name="length")
-    joined = xr.concat(found, length, join="outer", combine_attrs="drop")
+    joined = xr.concat([_diversity(each) for each in counts], length, join="outer")
     before = joined["entropy"].reindex(length=[n - 1 for n in lengths]).assign_coords(length=length)
-    return joined.assign(
-        rate=joined["entropy"] / length, conditional=joined["entropy"] - before.where(length > 1, 0)
-    ).assign_attrs(
-        n=found[0].attrs["n"],
-        null=float(np.log2(sizes(dataset)[2])),
+    joined = joined.assign(rate=joined["entropy"] / length, conditional=joined["entropy"] - before.where(length > 1, 0))
+    return described(
+        joined,
+        n=counts[0].attrs["n"],
+        null=float(np.log2(counts[0].sizes["first"])),
         estimator="maximum likelihood",
         definition="H_n of the first choices at n captured layers in a row; rate = H_n / n; conditional = H_n - H_n-1",
-        source="PathMoE: routing paths as n-grams over layers",
+        source=SOURCE,
+    )
+
+
+def _diversity(counts: xr.Dataset) -> xr.Dataset:
+    """Of windows of one length, from each layer on."""
+    starts = counts.sizes["start"]
+    count = xr.DataArray(counts["count"].values.reshape(starts, -1), dims=("layer", "window"))
+    bits = entropy(count, "window")
+    ordered = -np.sort(-count.values, axis=1)
+    covered = np.cumsum(ordered, axis=1)[:, [min(top, ordered.shape[1]) - 1 for top in TOPS]]
+    n = bits["n"].where(bits["n"] > 0)
+    return xr.Dataset(
+        {
+            "distinct": (count > 0).sum("window"),
+            "entropy": bits["entropy"].assign_attrs(units="bits"),
+            "corrected": bits["corrected"].assign_attrs(units="bits", estimator="Miller–Madow"),
+            "coverage": xr.DataArray(covered, dims=("layer", "top")) / n,
+        },
+        coords={"layer": counts["start"].values, "top": list(TOPS)},
     )
 
 
@@ -111,7 +122,14 @@ class PathBuckets(Reducer):
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """The counts."""
-        return xr.Dataset({"count": ("bucket", state["count"])})
+        return described(
+            xr.Dataset({"count": ("bucket", state["count"])}),
+            n=int(state["count"].sum()),
+            estimator="counts",
+            null=1 / BUCKETS,
+            definition="tokens by the hash of their path, modulo the number of buckets",
+            source="-",
+        )
 
 
 class Paths(Reducer):
@@ -163,13 +181,20 @@ class Paths(Reducer):
         """The paths, most frequent first; ties go to the lower experts."""
         paths = _merged(state)
         order = np.lexsort((*paths["expert"].T[::-1], -paths["count"]))
-        return xr.Dataset(
-            {
-                "expert": (("path", "layer"), paths["expert"][order]),
-                "count": ("path", paths["count"][order]),
-                "key": ("path", paths["key"][order]),
-            },
-            coords={"layer": dataset["layer"].values},
+        return described(
+            xr.Dataset(
+                {
+                    "expert": (("path", "layer"), paths["expert"][order]),
+                    "count": ("path", paths["count"][order]),
+                    "key": ("path", paths["key"][order]),
+                },
+                coords={"layer": dataset["layer"].values},
+            ),
+            n=int(paths["count"].sum()),
+            estimator="counts",
+            null=float(sizes(dataset)[2]) ** -dataset.sizes["layer"],
+            definition="a token's path: its first choices at all captured layers",
+            source="PathMoE: routing paths",
         )
 
     def sampled(self, key: Array) -> Array:
@@ -197,14 +222,15 @@ def whole_paths(
         About as many different paths are held in each thread, 16 + L bytes each; everything is exact up to so many
         tokens.
     threads, progress
-        See `analysis.scan.scan`.
+        See `analysis.scan`.
 
     Returns
     -------
     xr.Dataset
-        `expert` (path, layer), `count` int64 and `share` of all tokens (path): the most frequent ones. `coverage`
-        (top): share of tokens that take one of the 10, 100, 1,000, 10,000 most frequent paths, and `proven`, whether it
-        is exact; else it is a lower bound. `distinct`, the number of different paths, with `distinct_sd`, `once`, those
+        `expert`, of the store's own type (path, layer), `count` int64 and `share` of all tokens float64 (path): the
+        most frequent ones. `coverage` float64 (top): share of tokens that take one of the 10, 100, 1,000, 10,000 most
+        frequent paths, and `proven` bool (top), whether it is exact; else it is a lower bound. float64, without
+        dimensions: `distinct`, the number of different paths, with `distinct_sd`, `once`, those
         seen once, and `unseen`, the share of tokens to come that would take a new one (Good 1953); `entropy`, and by
         Miller–Madow `corrected`, in bits, and `rate`, the entropy a layer: exact where `distinct_sd` is 0. Where most
         paths are seen once an entropy says more of the number of tokens than of the model.
@@ -257,7 +283,8 @@ def whole_paths(
         "rate": plain / layers,
     }
     coords = {"layer": paths["layer"].values, "path": np.arange(1, room + 1), "top": list(TOPS)}
-    return xr.Dataset(listed, coords).assign_attrs(
+    return described(
+        xr.Dataset(listed, coords),
         n=n,
         null=float(experts) ** -layers,
         estimator="exact" if not halvings else f"frequent paths exact, of the others one in {2**halvings} by hash",

@@ -12,28 +12,27 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes, special_tokens
+from analysis.attributes import described
+from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes, special_tokens
 
 ROUNDING_BITS = 1e-6  # a surprise below it is rounding
 MAX_WINDOWS = 2**24  # distinct windows counted at once: 128 MiB a thread; arbitrary
+SOURCE = "PathMoE: routing paths as n-grams over layers"
+
+WindowOrder = Literal["count", "surprise"]
 
 
-class Windows(Reducer):
-    """Exact counts of first-choice n-grams through `n` consecutive layers; finishes with the `top` ones.
+class WindowCounts(Reducer):
+    """Exact counts of first-choice n-grams through `n` consecutive layers.
 
     Parameters
     ----------
-    n, top : int
-        Layers in a window, and windows listed.
-    by : {"count", "surprise"}
-        Order: by how often a window occurs, or by what its count adds to the likelihood ratio of the windows to the
-        product of the transitions between their layers, count · log2(count / expected).
+    n : int
+        Layers in a window.
     """
 
-    def __init__(self, n: int = 3, top: int = 20, by: Literal["count", "surprise"] = "count") -> None:
-        if by not in ("count", "surprise"):
-            raise ValueError(f"by={by!r}: windows are ordered by 'count' or by 'surprise'")
-        self.n, self.top, self.by = n, top, by
+    def __init__(self, n: int = 3) -> None:
+        self.n = n
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: `count` (start layer, first expert, the other experts**(n-1)) and `tokens`."""
@@ -56,19 +55,94 @@ class Windows(Reducer):
         _add_windows(block["expert"], block["counted"], self.n, experts, count, state["tokens"])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The first windows in the order asked for; ties go to the earlier layer, then to the lower experts."""
-        num_experts, layer, n = sizes(dataset)[2], dataset["layer"].values, self.n
-        tables = state["count"].reshape(-1, *[num_experts] * n)
-        count, expected = tables.ravel(), np.stack([_expected(table) for table in tables]).ravel()
-        # What is rarer than expected, or as frequent, is no surprise.
-        times = np.divide(count, expected, out=np.ones_like(expected), where=(count > 0) & (expected > 0))
-        score = count if self.by == "count" else count * np.log2(times)
-        order = np.argsort(-score, kind="stable")[: self.top]
-        order = order[score[order] > ROUNDING_BITS]
-        start, code = np.divmod(order, num_experts**n)
-        steps = np.arange(n)
-        tokens = int(state["tokens"][0])
-        result = xr.Dataset(
+        """The counts, labelled: `count` int64 (start, first, rest), where `rest` is a number in base E."""
+        layer = dataset["layer"].values
+        coords = {"start": layer[: len(layer) - self.n + 1], "layer": layer}
+        return described(
+            xr.Dataset({"count": (("start", "first", "rest"), state["count"], {"units": "tokens"})}, coords),
+            n=int(state["tokens"][0]),
+            estimator="counts",
+            null="every table even",
+            definition=f"tokens by their first choices at {self.n} captured layers in a row, from layer `start` on",
+            source=SOURCE,
+        )
+
+
+def frequent_windows(
+    dataset: xr.Dataset,
+    n: int = 3,
+    *,
+    top: int = 20,
+    by: WindowOrder = "count",
+    threads: int | None = None,
+) -> xr.Dataset:
+    """The most frequent or most surprising sequences of first choices through `n` consecutive captured layers.
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture.
+    n : int
+        Layers in a window.
+    top, by
+        See `frequent_windows_of`.
+    threads : int, optional
+        Shards decoded at the same time; default one a processor.
+
+    Returns
+    -------
+    xr.Dataset
+        See `frequent_windows_of`.
+
+    Raises
+    ------
+    ValueError
+        When the capture has fewer than `n` layers or too many possible windows for an exact table, or the order is
+        unknown.
+    """
+    _check_order(by)
+    return frequent_windows_of(scan(dataset, [WindowCounts(n)], threads=threads)[0], top=top, by=by)
+
+
+def frequent_windows_of(counts: xr.Dataset, *, top: int = 20, by: WindowOrder = "count") -> xr.Dataset:
+    """The first windows in the order asked for, from what `WindowCounts` counted.
+
+    Parameters
+    ----------
+    counts : xr.Dataset
+        From `WindowCounts`.
+    top : int
+        Windows listed.
+    by : {"count", "surprise"}
+        Order: by how often a window occurs, or by what its count adds to the likelihood ratio of the windows to the
+        product of the transitions between their layers, count · log2(count / expected). Of two layers nothing is a
+        surprise: their transitions are all there is.
+
+    Returns
+    -------
+    xr.Dataset
+        `layer` and `expert` int64 (window, step), `count` int64, `share` of all tokens and `expected` count by the
+        transitions float64 (window). Null of `share`: E**-n. Ties go to the earlier layer, then to the lower experts.
+
+    Raises
+    ------
+    ValueError
+        When the order is unknown.
+    """
+    _check_order(by)
+    num_experts, layer, tokens = counts.sizes["first"], counts["layer"].values, int(counts.attrs["n"])
+    n = len(layer) - counts.sizes["start"] + 1
+    tables = counts["count"].values.reshape(-1, *[num_experts] * n)
+    count, expected = tables.ravel(), np.stack([_expected(table) for table in tables]).ravel()
+    # What is rarer than expected, or as frequent, is no surprise.
+    times = np.divide(count, expected, out=np.ones_like(expected), where=(count > 0) & (expected > 0))
+    score = count if by == "count" else count * np.log2(times)
+    order = np.argsort(-score, kind="stable")[:top]
+    order = order[score[order] > ROUNDING_BITS]
+    start, code = np.divmod(order, num_experts**n)
+    steps = np.arange(n)
+    return described(
+        xr.Dataset(
             {
                 "layer": (("window", "step"), layer[start[:, None] + steps]),
                 "expert": (("window", "step"), code[:, None] // num_experts ** (n - 1 - steps) % num_experts),
@@ -77,26 +151,19 @@ class Windows(Reducer):
                 "expected": ("window", expected[order], {"long_name": "by the transitions", "units": "tokens"}),
             },
             coords={"window": np.arange(1, order.size + 1)},
-        )
-        return result.assign_attrs(
-            n=tokens,
-            estimator="maximum likelihood",
-            null=float(num_experts) ** -n,
-            definition=f"share of tokens whose first choices at {n} captured layers in a row are this window; expected:"
-            " tokens, if a choice depended on that of the layer before alone",
-            source="PathMoE: routing paths as n-grams over layers",
-        )
+        ),
+        n=tokens,
+        estimator="maximum likelihood",
+        null=float(num_experts) ** -n,
+        definition=f"share of tokens whose first choices at {n} captured layers in a row are this window; expected:"
+        " tokens, if a choice depended on that of the layer before alone",
+        source=SOURCE,
+    )
 
 
-class WindowCounts(Windows):
-    """As `Windows`, but finishes with the counts alone, for `Windows.finish` in any order and the whole capture."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__(n, top=1)
-
-    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """What was counted."""
-        return xr.Dataset({"count": (("start", "first", "rest"), state["count"]), "tokens": ("once", state["tokens"])})
+def _check_order(by: WindowOrder) -> None:
+    if by not in ("count", "surprise"):
+        raise ValueError(f"by={by!r}: windows are ordered by 'count' or by 'surprise'")
 
 
 def _expected(table: Array) -> Array:
@@ -109,43 +176,6 @@ def _expected(table: Array) -> Array:
         step = pair / np.maximum(single[axis - 1], 1)[:, None]
         expected = expected * step.reshape(*[1] * (axis - 1), *step.shape, *[1] * (table.ndim - axis - 1))
     return expected
-
-
-def frequent_windows(
-    dataset: xr.Dataset,
-    n: int = 3,
-    *,
-    top: int = 20,
-    by: Literal["count", "surprise"] = "count",
-    threads: int | None = None,
-) -> xr.Dataset:
-    """The most frequent or most surprising sequences of first choices through `n` consecutive captured layers.
-
-    Parameters
-    ----------
-    dataset : xr.Dataset
-        A capture.
-    n : int
-        Layers in a window.
-    top : int
-        Windows listed.
-    by : {"count", "surprise"}
-        See `Windows`. Of two layers nothing is a surprise: their transitions are all there is.
-    threads : int, optional
-        Shards decoded at the same time; default one a processor.
-
-    Returns
-    -------
-    xr.Dataset
-        `layer` and `expert` int64 (window, step), `count` int64, `share` of all tokens and `expected` count by the
-        transitions float64 (window). Null of `share`: E**-n.
-
-    Raises
-    ------
-    ValueError
-        When the capture has fewer than `n` layers or too many possible windows for an exact table.
-    """
-    return scan(dataset, [Windows(n, top, by)], threads=threads)[0]
 
 
 def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
@@ -161,9 +191,9 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        Over `position`, the token's number in its document: `token`, `piece`, `row`, and `expert` and
-        `weight` (position, layer, k). Special tokens have no position and are left out; tokens not captured
-        yet are left out and counted in the attribute `tokens_missing`.
+        Over `position`, the token's number in its document: `token` int32, `piece` str, `row` int64; over (position,
+        layer, k): `expert`, of the store's own type, and `weight` float16. Special tokens have no position and are
+        left out; tokens not captured yet are left out and counted in the attribute `tokens_missing`.
 
     Raises
     ------
@@ -186,7 +216,7 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
     position = own["offset"].values[:, None] + np.cumsum(is_text, axis=1) - 1
     ids = token[kept]
     weight = own["weight"].transpose("doc", "position", "layer", "k").values
-    return xr.Dataset(
+    path = xr.Dataset(
         {
             "token": ("position", ids),
             "row": ("position", np.broadcast_to(rows[:, None], token.shape)[kept]),
@@ -198,13 +228,17 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
             "layer": dataset["layer"].values,
             "piece": ("position", dataset["piece"].values.astype(object)[ids]),
         },
-        attrs={
-            "n": int(kept.sum()),
-            "tokens_missing": int(is_text.sum() - kept.sum()),
-            "document": number,
-            "name": str(dataset["name"].values[number]),
-            "definition": "k choices and weights of each token at each layer, largest weight first",
-        },
+    )
+    return described(
+        path,
+        n=int(kept.sum()),
+        tokens_missing=int(is_text.sum() - kept.sum()),
+        document=number,
+        name=str(dataset["name"].values[number]),
+        estimator="exact",
+        null="none: choices, not a statistic",
+        definition="k choices and weights of each token at each layer, largest weight first",
+        source="-",
     )
 
 

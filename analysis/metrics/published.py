@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from analysis.attributes import described
 from analysis.metrics.load import Load, share_of_experts
-from analysis.scan import scan
+from analysis.scanning import scan
 from analysis.statistics.resampling import Resampled
 
 BLOCK_TOKENS = 2048
@@ -36,15 +37,21 @@ def published_counts() -> xr.Dataset:
     -------
     xr.Dataset
         `count` int64 (choice, domain, layer, expert), in choices: of the first alone, and of the first or second.
-        Attributes `n`, tokens of a domain, `model` and `source`.
+        Attributes `n`, tokens of each domain, `model` and `source`.
     """
     held = json.loads((Path(__file__).parent / "mixtral_published.json").read_text(encoding="utf-8"))
     domains, layers = sorted(held[FORMS["first"]]), held["layers"]
     counts = np.array([[[held[key][d][str(layer)] for layer in layers] for d in domains] for key in FORMS.values()])
-    return xr.Dataset(
-        {"count": (("choice", "domain", "layer", "expert"), counts)},
-        {"choice": list(FORMS), "domain": domains, "layer": layers, "expert": np.arange(counts.shape[-1])},
-        {"n": int(counts[0, 0, 0].sum()), "model": held["model"], "source": held["source"]},
+    coords = {"choice": list(FORMS), "domain": domains, "layer": layers, "expert": np.arange(counts.shape[-1])}
+    return described(
+        xr.Dataset({"count": (("choice", "domain", "layer", "expert"), counts)}, coords),
+        n=int(counts[0, 0, 0].sum()),
+        counted="tokens of each domain",
+        estimator="counts",
+        null="every table even",
+        definition="how often an expert is a token's first choice, or one of its two",
+        source=held["source"],
+        model=held["model"],
     )
 
 
@@ -83,12 +90,14 @@ def validation(
     replicates : int
         Of the bootstrap.
     threads, progress
-        See `analysis.scan.scan`; progress is that of one capture after the other.
+        See `analysis.scan`; progress is that of one capture after the other.
 
     Returns
     -------
     xr.Dataset
-        See `compared`; `tokens` int64 (domain), those that were counted.
+        float64: `distance` (choice, domain, published, layer), and over (choice, domain, layer) `own`, `scale` and
+        `sampling`; `nearest` str, `confirmed` bool and `verdict` str (choice, domain, layer): see
+        `analysis.metrics.published.compared`. `tokens` int64 (domain), those that were counted.
 
     Raises
     ------
@@ -148,18 +157,22 @@ def compared(counts: Mapping[str, xr.DataArray], known: xr.Dataset) -> xr.Datase
     nearest = others["published"].isel(published=distance.argmin("published")).drop_vars("published")
     to_own = xr.concat([distance.sel(domain=name, published=name, drop=True) for name in counts], names)
     near, right = to_own < between, nearest == names
-    return xr.Dataset(
-        {
-            "distance": distance,
-            "own": to_own,
-            "scale": between,
-            "sampling": spread.quantile(0.95, "replicate", skipna=False).drop_vars("quantile"),
-            "nearest": nearest,
-            "confirmed": near & right,
-            "verdict": xr.apply_ufunc(_words, near, right, nearest, vectorize=True, output_dtypes=[object]),
-        }
-    ).assign_attrs(
-        n=known.attrs["n"],
+    tokens = own.isel(choice=0, layer=0).sum("expert").values.tolist()
+    return described(
+        xr.Dataset(
+            {
+                "distance": distance,
+                "own": to_own,
+                "scale": between,
+                "sampling": spread.quantile(0.95, "replicate", skipna=False).drop_vars("quantile"),
+                "nearest": nearest,
+                "confirmed": near & right,
+                "verdict": xr.apply_ufunc(_words, near, right, nearest, vectorize=True, output_dtypes=[object]),
+            }
+        ),
+        n=dict(zip(counts, map(int, tokens), strict=True)),
+        published_tokens=known.attrs["n"],
+        estimator="plug-in; sampling: Poisson bootstrap over blocks",
         null="sampling",
         definition="total variation: half the sum over experts of the absolute differences of two shares of choices",
         source=known.attrs["source"],

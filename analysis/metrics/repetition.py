@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 import xarray as xr
 
+from analysis.attributes import described
 from analysis.metrics.choices import add_joint, overlap_summary, random_overlap, shared_experts
-from analysis.scan import Array, Block, Reducer, State, coded, kernel, labelled, scan, sizes
+from analysis.metrics.load import share_of_experts
+from analysis.scanning import Array, Block, Reducer, State, coded, kernel, labelled, scan, sizes
 
 
 class Repetition(Reducer):
@@ -83,8 +85,10 @@ class Repetition(Reducer):
         result = summary.assign(count=count, first_repeated=first)
         for name, value in null.items():
             result[name].attrs.update(null=value, units="share of pairs")
-        return result.assign_attrs(
+        return described(
+            result,
             n=int(own_pairs[0]),
+            counted=f"pairs of tokens at lag {self.lags[0]}",
             tokens=int(state["tokens"].flat[0]),
             pairs_by_lag=own_pairs.tolist(),
             pairs_lost_by_lag=_lost(dataset, self.lags),
@@ -113,7 +117,12 @@ def repetition(dataset: xr.Dataset, *, lags: Sequence[int] = (1,), threads: int 
     xr.Dataset
         Over (lag, layer), float64: `first_repeated`, `any_shared`, `same_set`, `jaccard`, each with its `null`, and
         `count` int64 (lag, layer, shared_experts, same_first). For k = 2 of 8 experts the nulls are 1/8, 13/28, 1/28
-        and 5/28. Nothing says on which side of them a model lies.
+        and 5/28. NaN where there is no pair. Nothing says on which side of them a model lies.
+
+    Raises
+    ------
+    ValueError
+        When there is no lag, or one is below 1.
     """
     return scan(dataset, [Repetition(lags)], threads=threads)[0]
 
@@ -133,9 +142,15 @@ def first_repeated_by_load(load: xr.Dataset) -> xr.DataArray:
         least 1/E, which is the null of an even load. NaN where nothing was counted. Of whole sets of experts the load
         does not tell as much.
     """
-    first = load["count"].isel(k=0, drop=True)
-    tokens = first.sum("expert")
-    return ((first / tokens.where(tokens > 0)) ** 2).sum("expert", skipna=False)
+    share = share_of_experts(load["count"].isel(k=0, drop=True))
+    return described(
+        (share**2).sum("expert", skipna=False),
+        n=load.attrs["n"],
+        estimator="plug-in",
+        null=1 / load.sizes["expert"],
+        definition="sum over experts of the squared share of first choices",
+        source="the chance that two independent draws are alike (Simpson 1949)",
+    )
 
 
 def _unfold(joint: Array, experts: int, choices: int) -> Array:

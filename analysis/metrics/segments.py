@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from analysis.metrics.caching import CONVENTION, SEGMENT, Caches
-from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.attributes import described
+from analysis.metrics.caching import CONVENTION, SCORED, CacheCounts, hit_rates
+from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes
 
 SEGMENT_LENGTHS = (4, 16, 64, 256)  # those of the paper
 
@@ -55,7 +56,7 @@ class SegmentRouting(Reducer):
             found["performance"][index], found["size_ratio"][index] = _best(segments.sum(1))
             found["expert_performance"][index] = _best(segments)[0]
             nulls[:, index] = _best(_binomial(length, choices / experts))
-        return xr.Dataset(
+        result = xr.Dataset(
             {
                 **{name: (dims, found[name]) for name, dims in names.items()},
                 "segments": ("segment_length", state["segments"][:, :1, 0].sum((1, 2))),
@@ -67,46 +68,17 @@ class SegmentRouting(Reducer):
                 "layer": dataset["layer"].values,
                 "expert": np.arange(experts),
             },
-            attrs={
-                "n": int(state["tokens"][0]),
-                "estimator": "maximum over thresholds, on all segments",
-                "null": "variables `null` and `null_size_ratio`: performance and size_ratio of endless independent"
-                " uniform routing",
-                "definition": "SRP(m) = max over a of 2 Σ_{f ≥ a} f / Σ (m [f ≥ a] + f), where f is how often an expert"
-                " is active in a segment of m tokens, over all segments and the layer's experts (performance) or one"
-                " expert's (expert_performance); size_ratio = m |{f ≥ a}| / Σ f at that a",
-                "source": "SRP of Liang et al., arXiv 2505.16056, appendix C.1; ljcleo/moe-lrc, src/30_srp_calc.py",
-            },
         )
-
-
-class SegmentCaches(Caches):
-    """Hits of caches that evict the expert least used in the next tokens.
-
-    Parameters
-    ----------
-    cache_sizes : sequence of int, optional
-        As for `analysis.metrics.caching.Caches`.
-    segment_lengths : sequence of int
-        m: the tokens that are known, from the one that is being served on.
-    """
-
-    dim = "segment_length"
-
-    def __init__(
-        self, cache_sizes: Sequence[int] | None = None, segment_lengths: Sequence[int] = SEGMENT_LENGTHS
-    ) -> None:
-        super().__init__(cache_sizes, ())
-        lengths = _lengths(segment_lengths)
-        self.labels, self.rules = lengths, tuple((SEGMENT, length) for length in lengths)
-
-    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Rates; NaN where nothing was counted."""
-        result = super().finish(state, dataset).drop_vars("null")
-        return result.assign_attrs(
-            null=np.nan,
-            definition=f"evicted: the expert with the fewest uses in the next segment_length tokens; {CONVENTION}",
-            source="SCH of Liang et al., arXiv 2505.16056, section 2.3; ljcleo/moe-lrc, src/41_sch_calc.py",
+        return described(
+            result,
+            n=int(state["tokens"][0]),
+            estimator="maximum over thresholds, on all segments",
+            null="variables `null` and `null_size_ratio`: performance and size_ratio of endless independent uniform"
+            " routing",
+            definition="SRP(m) = max over a of 2 Σ_{f ≥ a} f / Σ (m [f ≥ a] + f), where f is how often an expert is"
+            " active in a segment of m tokens, over all segments and the layer's experts (performance) or one expert's"
+            " (expert_performance); size_ratio = m |{f ≥ a}| / Σ f at that a",
+            source="SRP of Liang et al., arXiv 2505.16056, appendix C.1; ljcleo/moe-lrc, src/30_srp_calc.py",
         )
 
 
@@ -137,6 +109,11 @@ def segment_routing(
         activates over the k that are chosen, the paper's ρ̂; `expert_performance` (segment_length, layer, expert), 0
         for an expert that is never chosen. `segments` int64 (segment_length). NaN where there is no segment. `null`
         and `null_size_ratio` (segment_length): the same for independent uniform routing.
+
+    Raises
+    ------
+    ValueError
+        When there is no length, or one is below 1.
     """
     return scan(dataset, [SegmentRouting(segment_lengths)], threads=threads)[0]
 
@@ -161,7 +138,7 @@ def segment_cache_hits(
     dataset : xr.Dataset
         A capture.
     cache_sizes : sequence of int, optional
-        Experts a layer, k to E; default k, 2k and 4k, as far as there are as many experts.
+        See `analysis.CacheCounts`.
     segment_lengths : sequence of int
         m, in tokens.
     threads : int, optional
@@ -170,15 +147,42 @@ def segment_cache_hits(
     Returns
     -------
     xr.Dataset
-        As `analysis.metrics.caching.cache_hits`, over (segment_length, cache_size, layer), without a null. The paper's
-        figure is `hit_rate_preloaded`; `hit_rate` is the one to put beside those of `cache_hits`.
+        See `segment_cache_hits_of`.
 
     Raises
     ------
     ValueError
         When a size is below k or above E, or a length below 1.
     """
-    return scan(dataset, [SegmentCaches(cache_sizes, segment_lengths)], threads=threads)[0]
+    counting = CacheCounts(cache_sizes, (), _lengths(segment_lengths))
+    return segment_cache_hits_of(scan(dataset, [counting], threads=threads)[0])
+
+
+def segment_cache_hits_of(counts: xr.Dataset) -> xr.Dataset:
+    """Segment cache best hit rate, from what `CacheCounts` counted.
+
+    Parameters
+    ----------
+    counts : xr.Dataset
+        From `analysis.CacheCounts` with segment lengths; caches of other policies are left out.
+
+    Returns
+    -------
+    xr.Dataset
+        Over (segment_length, cache_size, layer), as `analysis.cache_hits_of`: `hits` int64, `hit_rate` and
+        `hit_rate_preloaded` float64, NaN when nothing was counted; without a null. The paper's figure is
+        `hit_rate_preloaded`; `hit_rate` is the one to put beside those of `cache_hits`.
+    """
+    return described(
+        hit_rates(counts, counts["policy"].values == "segment", "segment_length"),
+        n=counts.attrs["n"],
+        counted=SCORED,
+        tokens=counts.attrs["tokens"],
+        estimator="simulation of every row, caches empty at its start",
+        null=np.nan,
+        definition=f"evicted: the expert with the fewest uses in the next segment_length tokens; {CONVENTION}",
+        source="SCH of Liang et al., arXiv 2505.16056, section 2.3; ljcleo/moe-lrc, src/41_sch_calc.py",
+    )
 
 
 def _lengths(segment_lengths: Sequence[int]) -> tuple[int, ...]:

@@ -1,12 +1,9 @@
-"""Which tokens carry a difference between two data sets, and which data set a document looks like.
+"""Which tokens carry a difference between two data sets.
 
 A difference in an expert's load has two causes: one data set has other tokens, or the same tokens go elsewhere. Each
 token's share of a difference is split into the two, exactly (Kitagawa 1955; the same split is Oaxaca's and Blinder's).
 
-Whether a document looks like its own data set is asked of tables that were counted on other documents: documents are
-halved by a hash of their ids, and each half is scored by what the other half showed.
-
-Promises: constant memory but for one number for each document and data set; the same result in any order.
+Promises: constant memory; the same result in any order. Does not know documents: `analysis.metrics.document_scores`.
 """
 
 from __future__ import annotations
@@ -16,9 +13,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import xarray as xr
 
+from analysis.attributes import described
 from analysis.metrics.contrast import refuse_incomparable
 from analysis.metrics.tokens import TokenCounts
-from analysis.scan import Array, scan
+from analysis.scanning import Array, scan
 
 
 def token_contributions(
@@ -41,15 +39,16 @@ def token_contributions(
     top : int
         Tokens listed for each expert.
     threads, progress
-        See `analysis.scan.scan`.
+        See `analysis.scan`.
 
     Returns
     -------
     xr.Dataset
         Over (layer, expert), float64: `difference`, the share of `one`'s tokens that reach the expert less that of
         `other`'s, and its parts `usage`, from how often tokens occur, and `routing`, from where the same tokens go.
-        Over (layer, expert, rank), largest first whatever the sign: `token_id` int64 (-1 where there is none), `piece`,
-        and the token's `contribution`, `token_usage` and `token_routing`, which over all tokens add up to the above.
+        Over (layer, expert, rank), largest first whatever the sign: `token_id` int64 (-1 where there is none), `piece`
+        str, and float64 the token's `contribution`, `token_usage` and `token_routing`, which over all tokens add up to
+        the above.
         A token that only one data set has is a matter of usage.
 
     Raises
@@ -71,8 +70,9 @@ def token_contributions(
         _contributions(tables[0].isel(layer=index), tables[1].isel(layer=index), pieces, top)
         for index in range(tables[0].sizes["layer"])
     ]
-    return xr.concat(parts, xr.DataArray(tables[0]["layer"].values, dims="layer", name="layer")).assign_attrs(
-        n=n,
+    return described(
+        xr.concat(parts, xr.DataArray(tables[0]["layer"].values, dims="layer", name="layer")),
+        n=dict(zip(("one", "other"), n, strict=True)),
         null=0.0,
         estimator="plug-in",
         definition="contribution of token x = P1(x) P1(e given x) - P2(x) P2(e given x); usage = (P1(x) - P2(x)) times"

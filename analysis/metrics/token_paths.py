@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State, kernel, labelled, shards_to_read, sizes
+from analysis.attributes import described
+from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, shards_to_read, sizes
 
 SHARDS_LOOKED_AT = 4  # for frequent tokens: a million with the default shards (arbitrary)
 
@@ -65,7 +66,7 @@ class TokenPaths(Reducer):
         layer, experts = dataset["layer"].values, np.arange(sizes(dataset)[2])
         ids = np.array(self.tokens, dtype=np.int64)
         step = ("token_id", "lower_layer", "expert", "next_expert")
-        return xr.Dataset(
+        result = xr.Dataset(
             {
                 "tokens": ("token_id", state["tokens"], {"units": "tokens"}),
                 "first": labelled(state["first"], "token_id", "layer", "expert").assign_attrs(units="tokens"),
@@ -79,14 +80,16 @@ class TokenPaths(Reducer):
                 "expert": experts,
                 "next_expert": experts,
             },
-            attrs={
-                "n": int(state["tokens"].sum()),
-                "estimator": "counts",
-                "null": "every table even",
-                "definition": "occurrences of a token by its first choice at a layer, and by its first choices at two"
-                " neighbouring layers",
-                "source": "OLMoE (Muennighoff et al. 2024), cross-layer flow, here of one token",
-            },
+        )
+        return described(
+            result,
+            n=int(state["tokens"].sum()),
+            counted="occurrences of these tokens",
+            estimator="counts",
+            null="every table even",
+            definition="occurrences of a token by its first choice at a layer, and by its first choices at two"
+            " neighbouring layers",
+            source="OLMoE (Muennighoff et al. 2024), cross-layer flow, here of one token",
         )
 
 
@@ -99,6 +102,11 @@ def frequent_ids(dataset: xr.Dataset, count: int) -> list[int]:
         A capture; `token` is read at `SHARDS_LOOKED_AT` shards, evenly spread.
     count : int
         Ids wanted; fewer where fewer occur.
+
+    Returns
+    -------
+    list of int
+        Token ids.
     """
     shards = shards_to_read(dataset)
     spread = np.unique(np.linspace(0, len(shards) - 1, min(SHARDS_LOOKED_AT, len(shards))).astype(int))
@@ -150,7 +158,16 @@ def telling(paths: xr.Dataset, load: xr.Dataset, count: int, *, min_count: int) 
     frequent = np.arange(min(-(-count // 2), paths.sizes["token_id"]))
     rest = np.arange(len(frequent), paths.sizes["token_id"])
     special = rest[np.argsort(-paths["apart"].values[rest], kind="stable")[: count - len(frequent)]]
-    return paths.isel(token_id=np.sort(np.concatenate([frequent, special])))
+    found = paths.isel(token_id=np.sort(np.concatenate([frequent, special])))
+    return described(
+        found,
+        n=int(found["tokens"].sum()),
+        counted="occurrences of these tokens",
+        estimator="plug-in, less Miller–Madow's bias",
+        null=0.0,
+        definition="apart: mean over layers of Σ over experts of P(e given x) log2(P(e given x) / P(e))",
+        source="Kullback & Leibler 1951",
+    )
 
 
 def _widen(state: State) -> None:

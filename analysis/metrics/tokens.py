@@ -13,16 +13,17 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.attributes import described
+from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes
 
-Order = Literal["count", "lift"]
+TokenOrder = Literal["count", "lift"]
 Layers = int | Sequence[int] | None
 
 _SOURCE = "OLMoE (Muennighoff et al. 2024), section 5, vocabulary specialization; OpenMoE (Xue et al. 2024)"
 
 
-class TokenExperts(Reducer):
-    """Counts by layer, token id and expert, for chosen layers.
+class TokenCounts(Reducer):
+    """Counts by token id, layer and expert, for chosen layers: what `token_experts_of` and `expert_tokens_of` take.
 
     Parameters
     ----------
@@ -38,7 +39,7 @@ class TokenExperts(Reducer):
 
         A token's counts lie together, in 32 bits: a quarter of the time that a table for each layer takes (measured).
         """
-        index = _layer_index(dataset, self.layers)
+        index = _layer_index(dataset["layer"].values, self.layers)
         vocabulary, (_, _, experts) = dataset.sizes["token_id"], sizes(dataset)
         return {
             "count": np.zeros((vocabulary, index.size, experts), dtype=np.uint32),
@@ -62,41 +63,48 @@ class TokenExperts(Reducer):
         return {"count": count, "tokens": tokens, "index": state["index"]}
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The table of the tokens that occur, with shares, lifts and pieces."""
-        return _table(state, dataset, slice(None))
+        """The counts, labelled."""
+        return label_counts(state["count"], state["tokens"], dataset["layer"].values[state["index"]], dataset)
 
 
-class TopTokens(TokenExperts):
-    """As `TokenExperts`, but finishes with each expert's first tokens only, one layer at a time in memory."""
+def label_counts(count: Array, tokens: Array, layers: Sequence[int] | Array, dataset: xr.Dataset) -> xr.Dataset:
+    """What `TokenCounts` gives, from counts that were made elsewhere.
 
-    def __init__(
-        self, layers: Sequence[int] | None = None, *, top: int = 20, by: Order = "count", min_count: int = 1
-    ) -> None:
-        super().__init__(layers)
-        if by not in ("count", "lift"):
-            raise ValueError(f"by={by!r}: tokens are ordered by 'count' or by 'lift'")
-        if top < 1 or min_count < 1:
-            raise ValueError(f"top={top}, min_count={min_count}: both must be at least 1")
-        self.top, self.by, self.min_count = top, by, min_count
+    Parameters
+    ----------
+    count, tokens : int array, shapes (token_id, layer, expert) and (token_id)
+        Of all ids of the vocabulary.
+    layers : sequence of int
+        The model's layer numbers.
+    dataset : xr.Dataset
+        The capture.
 
-    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The first `top` tokens of each expert at each layer."""
-        ranked = []
-        for slot in range(state["index"].size):
-            table = _table(state, dataset, slice(slot, slot + 1))
-            ranked.append(_rank(table, top=self.top, by=self.by, min_count=self.min_count))
-        result = xr.concat(ranked, "layer", combine_attrs="override")
-        return result.assign_attrs(order=self.by, min_count=self.min_count)
-
-
-class TokenCounts(TokenExperts):
-    """As `TokenExperts`, but finishes with the counts alone: shares and lifts of all layers take six times as much."""
-
-    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """What was counted: `count` (token_id, layer, expert) and `tokens` (token_id), all ids of the vocabulary."""
-        dims = ("token_id", "layer", "expert")
-        variables = {"count": (dims, state["count"]), "tokens": ("token_id", state["tokens"])}
-        return xr.Dataset(variables, {"layer": dataset["layer"].values[state["index"]]})
+    Returns
+    -------
+    xr.Dataset
+        `count` (token_id, layer, expert) and `tokens` (token_id), in tokens, as they are; `piece` (token_id).
+    """
+    _, choices, experts = sizes(dataset)
+    return described(
+        xr.Dataset(
+            {
+                "count": (("token_id", "layer", "expert"), count, {"units": "tokens"}),
+                "tokens": ("token_id", tokens, {"units": "tokens"}),
+            },
+            coords={
+                "token_id": np.arange(len(tokens)),
+                "layer": layers,
+                "expert": np.arange(experts),
+                "piece": ("token_id", dataset["piece"].values.astype(object)),
+            },
+        ),
+        n=int(tokens.sum()),
+        estimator="counts",
+        null="every table even",
+        definition="occurrences of a token with an expert among the k choices at a layer; occurrences of the token",
+        source=_SOURCE,
+        experts_per_token=choices,
+    )
 
 
 def token_experts(dataset: xr.Dataset, layer: Layers = None, *, threads: int | None = None) -> xr.Dataset:
@@ -114,6 +122,30 @@ def token_experts(dataset: xr.Dataset, layer: Layers = None, *, threads: int | N
     Returns
     -------
     xr.Dataset
+        See `token_experts_of`.
+
+    Raises
+    ------
+    ValueError
+        When a layer was not captured; the message names those that were.
+    """
+    return token_experts_of(scan(dataset, [TokenCounts(_numbers(layer))], threads=threads)[0], layer)
+
+
+def token_experts_of(counts: xr.Dataset, layer: Layers = None) -> xr.Dataset:
+    """For every token that occurs, how often it was sent to each expert, from what `TokenCounts` counted.
+
+    Parameters
+    ----------
+    counts : xr.Dataset
+        From `TokenCounts`.
+    layer : int or sequence of int, optional
+        The model's own layer numbers; default all that were counted. For one number the result has no `layer`
+        dimension. Shares and lifts of all layers take six times the memory of the counts.
+
+    Returns
+    -------
+    xr.Dataset
         `count` int64, `share` and `lift` float64 (layer, token_id, expert), `tokens` int64 (token_id); the
         coordinate `piece` makes ids readable. `share` sums to k over experts; its null is k/E, that of
         `lift` is 1 (NaN for an expert that was never chosen).
@@ -121,11 +153,10 @@ def token_experts(dataset: xr.Dataset, layer: Layers = None, *, threads: int | N
     Raises
     ------
     ValueError
-        When a layer was not captured; the message names those that were.
+        When a layer was not counted; the message names those that were.
     """
-    layers, one = _numbers(layer)
-    table = scan(dataset, [TokenExperts(layers)], threads=threads)[0]
-    return table.isel(layer=0) if one else table
+    table = _table(_at(counts, layer))
+    return table.isel(layer=0) if _is_one(layer) else table
 
 
 def expert_tokens(
@@ -133,7 +164,7 @@ def expert_tokens(
     layer: Layers = None,
     *,
     top: int = 20,
-    by: Order = "count",
+    by: TokenOrder = "count",
     min_count: int = 1,
     threads: int | None = None,
 ) -> xr.Dataset:
@@ -145,14 +176,48 @@ def expert_tokens(
         A capture.
     layer : int or sequence of int, optional
         The model's own layer numbers; default all.
+    top, by, min_count
+        See `expert_tokens_of`.
+    threads : int, optional
+        Shards decoded at the same time; default one a processor.
+
+    Returns
+    -------
+    xr.Dataset
+        See `expert_tokens_of`.
+
+    Raises
+    ------
+    ValueError
+        When a layer was not captured, or the order or a number makes no sense.
+    """
+    check_ranking(top=top, by=by, min_count=min_count)
+    counts = scan(dataset, [TokenCounts(_numbers(layer))], threads=threads)[0]
+    return expert_tokens_of(counts, layer, top=top, by=by, min_count=min_count)
+
+
+def expert_tokens_of(
+    counts: xr.Dataset,
+    layer: Layers = None,
+    *,
+    top: int = 20,
+    by: TokenOrder = "count",
+    min_count: int = 1,
+) -> xr.Dataset:
+    """For every expert, its first tokens, from what `TokenCounts` counted; one layer at a time in memory.
+
+    Parameters
+    ----------
+    counts : xr.Dataset
+        From `TokenCounts`.
+    layer : int or sequence of int, optional
+        The model's own layer numbers; default all that were counted.
     top : int
         Tokens listed for each expert.
     by : {"count", "lift"}
         Order: by how often the expert got the token, or by how much more often than other tokens.
     min_count : int
         Tokens that occur less often are left out; a lift of a rare token is mostly luck.
-    threads : int, optional
-        Shards decoded at the same time; default one a processor.
 
     Returns
     -------
@@ -160,41 +225,58 @@ def expert_tokens(
         Over (layer, expert, rank): `token_id` int64 (-1 where the expert has fewer tokens), `piece`, `count`
         and `tokens` int64, `share` of the token's occurrences and `lift` float64. Ties go to the more
         frequent, then to the lower id. For one layer number the result has no `layer` dimension.
+
+    Raises
+    ------
+    ValueError
+        When a layer was not counted, or the order or a number makes no sense.
     """
-    layers, one = _numbers(layer)
-    ranked = scan(dataset, [TopTokens(layers, top=top, by=by, min_count=min_count)], threads=threads)[0]
-    return ranked.isel(layer=0) if one else ranked
+    check_ranking(top=top, by=by, min_count=min_count)
+    wanted = _at(counts, layer)
+    tables = (_table(wanted.isel(layer=slice(at, at + 1))) for at in range(wanted.sizes["layer"]))
+    ranked = [_rank(table, top=top, by=by, min_count=min_count) for table in tables]
+    result = xr.concat(ranked, "layer", combine_attrs="override").assign_attrs(order=by, min_count=min_count)
+    return result.isel(layer=0) if _is_one(layer) else result
 
 
-def _table(state: State, dataset: xr.Dataset, slots: slice) -> xr.Dataset:
-    """Counts, shares and lifts of the tokens that occur, for some of the counted layers."""
-    _, choices, experts = sizes(dataset)
-    seen = np.flatnonzero(state["tokens"])
-    counted = state["count"][seen, slots].astype(np.int64).swapaxes(0, 1)
+def check_ranking(*, top: int, by: TokenOrder, min_count: int) -> None:
+    """Raise a ValueError where `expert_tokens_of` would, before anything is counted."""
+    if by not in ("count", "lift"):
+        raise ValueError(f"by={by!r}: tokens are ordered by 'count' or by 'lift'")
+    if top < 1 or min_count < 1:
+        raise ValueError(f"top={top}, min_count={min_count}: both must be at least 1")
+
+
+def _table(counts: xr.Dataset) -> xr.Dataset:
+    """Counts, shares and lifts of the tokens that occur."""
+    tokens, choices = counts["tokens"].values, int(counts.attrs["experts_per_token"])
+    seen = np.flatnonzero(tokens)
+    counted = counts["count"].values[seen].astype(np.int64).swapaxes(0, 1)
     count = xr.DataArray(np.ascontiguousarray(counted), dims=("layer", "token_id", "expert"))
-    tokens = xr.DataArray(state["tokens"][seen], dims=("token_id",))
-    n = int(tokens.sum())
+    occurrences = xr.DataArray(tokens[seen], dims=("token_id",))
+    n = int(occurrences.sum())
     per_expert = count.sum("token_id")
-    share = count / tokens
+    share = count / occurrences
     lift = share * n / per_expert.where(per_expert > 0)
     result = xr.Dataset(
         {
             "count": count.assign_attrs(long_name="times the token was sent to the expert", units="tokens"),
-            "tokens": tokens.assign_attrs(long_name="occurrences of the token", units="tokens"),
+            "tokens": occurrences.assign_attrs(long_name="occurrences of the token", units="tokens"),
             "share": share.assign_attrs(long_name="share of the token's occurrences sent to the expert"),
             "lift": lift.assign_attrs(long_name="share over the share of all tokens sent to the expert"),
         },
         coords={
-            "layer": dataset["layer"].values[state["index"]][slots],
-            "expert": np.arange(experts),
+            "layer": counts["layer"].values,
+            "expert": counts["expert"].values,
             "token_id": seen,
-            "piece": ("token_id", dataset["piece"].isel(token_id=seen).values.astype(object)),
+            "piece": ("token_id", counts["piece"].values[seen]),
         },
     )
-    return result.assign_attrs(
+    return described(
+        result,
         n=n,
         estimator="maximum likelihood",
-        null=choices / experts,
+        null=choices / counts.sizes["expert"],
         null_lift=1.0,
         definition="share = N_xe / N_x: occurrences of token x with expert e among the k choices, over all"
         " of x; lift = share / (N_e / T)",
@@ -202,7 +284,7 @@ def _table(state: State, dataset: xr.Dataset, slots: slice) -> xr.Dataset:
     )
 
 
-def _rank(table: xr.Dataset, *, top: int, by: Order, min_count: int) -> xr.Dataset:
+def _rank(table: xr.Dataset, *, top: int, by: TokenOrder, min_count: int) -> xr.Dataset:
     """The first `top` tokens of each expert in a table."""
     dims = ("layer", "expert", "token_id")
     values = {name: table[name].transpose(*dims).values for name in ("count", "share", "lift")}
@@ -225,20 +307,31 @@ def _rank(table: xr.Dataset, *, top: int, by: Order, min_count: int) -> xr.Datas
     return xr.Dataset(ranked, {**coords, "rank": np.arange(1, order.shape[-1] + 1)}, table.attrs)
 
 
-def _numbers(layer: Layers) -> tuple[Sequence[int] | None, bool]:
-    """Layer numbers as a sequence, and whether the caller asked for just one."""
-    if isinstance(layer, int | np.integer):
-        return [int(layer)], True
-    return layer, False
+def _numbers(layer: Layers) -> Sequence[int] | None:
+    """Layer numbers as a sequence."""
+    return [int(layer)] if isinstance(layer, int | np.integer) else layer
 
 
-def _layer_index(dataset: xr.Dataset, layers: Sequence[int] | None) -> Array:
-    captured = [int(number) for number in dataset["layer"].values]
-    unknown = sorted(set(layers or ()) - set(captured))
-    if unknown:
+def _is_one(layer: Layers) -> bool:
+    """Whether the caller asked for one layer."""
+    return isinstance(layer, int | np.integer)
+
+
+def _at(counts: xr.Dataset, layer: Layers) -> xr.Dataset:
+    """The counts at some layers; nothing is copied where that is all of them, or one."""
+    if layer is None:
+        return counts
+    index = _layer_index(counts["layer"].values, _numbers(layer))
+    whole = index.tolist() == list(range(counts.sizes["layer"]))
+    return counts if whole else counts.isel(layer=slice(index[0], index[0] + 1) if index.size == 1 else index)
+
+
+def _layer_index(layers: Array, wanted: Sequence[int] | None) -> Array:
+    """Where some layers are among those of a capture."""
+    captured = [int(number) for number in layers]
+    if unknown := sorted(set(wanted or ()) - set(captured)):
         raise ValueError(f"layers {unknown} were not captured; this capture has {captured}")
-    wanted = captured if layers is None else layers
-    return np.array([captured.index(number) for number in wanted], dtype=np.int64)
+    return np.array([captured.index(number) for number in (captured if wanted is None else wanted)], dtype=np.int64)
 
 
 @kernel
@@ -254,18 +347,3 @@ def _add_tokens(expert: Array, token: Array, counted: Array, index: Array, count
             for slot in range(index.size):
                 for k in range(choices):
                     of_token[slot, expert[row, position, index[slot], k]] += 1
-
-
-def at_layer(counts: xr.Dataset, layer: int) -> State:
-    """What `TokenCounts` counted at one layer, for `TokenExperts.finish` or `TopTokens.finish` with the whole capture.
-
-    Raises
-    ------
-    ValueError
-        When the layer was not captured.
-    """
-    captured = counts["layer"].values.tolist()
-    if layer not in captured:
-        raise ValueError(f"layer {layer} was not captured; this capture has {captured}")
-    slot = [captured.index(layer)]
-    return {"count": counts["count"].values[:, slot], "tokens": counts["tokens"].values, "index": np.array(slot)}

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 import xarray as xr
 
-from analysis.metrics.tokens import TokenExperts
-from analysis.scan import Array, Block, Reducer, State, scan, sizes
+from analysis.attributes import described
+from analysis.metrics.tokens import TokenCounts, token_experts_of
+from analysis.scanning import Array, Block, Reducer, State, scan, sizes
 from analysis.statistics.information import association
 from analysis.statistics.resampling import mixed
 
@@ -65,10 +66,16 @@ class SampledRoutes(Reducer):
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """The routes, in order of their hashes."""
-        return xr.Dataset(
-            {"expert": (("token", "layer", "k"), state["expert"])},
-            coords={"layer": dataset["layer"].values},
-            attrs={"n": len(state["key"]), "definition": "choices of the tokens whose hashes are smallest"},
+        _, choices, experts = sizes(dataset)
+        return described(
+            xr.Dataset(
+                {"expert": (("token", "layer", "k"), state["expert"])}, coords={"layer": dataset["layer"].values}
+            ),
+            n=len(state["key"]),
+            estimator="sample by hash",
+            null=choices / experts,
+            definition="choices of the tokens whose hashes are smallest",
+            source="bottom-k sketches (Cohen & Kaplan 2007)",
         )
 
 
@@ -87,21 +94,35 @@ def vocabulary_specialization(
     dataset : xr.Dataset
         A capture.
     min_count, draws
-        See `vocabulary_of`.
+        See `vocabulary_specialization_of`.
     threads, progress
-        See `analysis.scan.scan`.
+        See `analysis.scan`.
+
+    Returns
+    -------
+    xr.Dataset
+        See `vocabulary_specialization_of`.
+
+    Raises
+    ------
+    ValueError
+        When `min_count` or `draws` is below 1.
     """
-    table, routes = scan(dataset, [TokenExperts(), SampledRoutes()], threads=threads, progress=progress)
-    return vocabulary_of(table, routes, min_count=min_count, draws=draws)
+    counts, routes = scan(dataset, [TokenCounts(), SampledRoutes()], threads=threads, progress=progress)
+    return vocabulary_specialization_of(token_experts_of(counts), routes, min_count=min_count, draws=draws)
 
 
-def vocabulary_of(table: xr.Dataset, routes: xr.Dataset, *, min_count: int = 20, draws: int = 200) -> xr.Dataset:
-    """Vocabulary specialization from what `TokenExperts` and `SampledRoutes` gave.
+def vocabulary_specialization_of(
+    table: xr.Dataset, routes: xr.Dataset, *, min_count: int = 20, draws: int = 200
+) -> xr.Dataset:
+    """Vocabulary specialization from what `TokenCounts` and `SampledRoutes` counted.
 
     Parameters
     ----------
-    table, routes : xr.Dataset
-        Of the same layers.
+    table : xr.Dataset
+        From `TokenCounts`, or from `token_experts_of`.
+    routes : xr.Dataset
+        From `SampledRoutes`, of the same layers.
     min_count : int
         Tokens that occur less often are left out.
     draws : int
@@ -110,7 +131,7 @@ def vocabulary_of(table: xr.Dataset, routes: xr.Dataset, *, min_count: int = 20,
     Returns
     -------
     xr.Dataset
-        Over layer, float64: `specialization`, the mean over token ids of the largest share of a token's occurrences
+        float64 (layer): `specialization`, the mean over token ids of the largest share of a token's occurrences
         that one expert gets (OLMoE, section 5), and `weighted`, its mean over occurrences; `null` and `null_weighted`,
         what shuffled identities give, with the standard deviations `null_sd` and `null_weighted_sd` of tokens that are
         drawn independently and of so many draws: shuffles, which share what there is, have smaller ones, the weighted
@@ -151,22 +172,21 @@ def vocabulary_of(table: xr.Dataset, routes: xr.Dataset, *, min_count: int = 20,
             share = largest.isel(layer=index).values
             found["specialization"][index], found["weighted"][index] = share.mean(), by_count @ share
     choices, experts = routes.sizes["k"], table.sizes["expert"]
-    told = association(frequent["count"], "token_id", "expert", bias=(experts - choices) / (experts - 1))
-    return (
-        xr.Dataset({name: ("layer", values) for name, values in found.items()}, coords={"layer": layers})
-        .assign(mutual_information=told["mutual_information"], corrected=told["corrected"])
-        .assign_attrs(
-            n=int(occurrences.sum()),
-            token_ids=len(occurrences),
-            min_count=min_count,
-            draws=draws,
-            routes_sampled=routes.attrs["n"],
-            null="null, null_weighted; 0 for mutual information",
-            estimator="mean over token ids, or over occurrences; the null by drawing each token's occurrences from"
-            " sampled routes of all tokens",
-            definition="mean over tokens x of max over experts e of N_xe / N_x",
-            source="OLMoE (Muennighoff et al. 2024), section 5, vocabulary specialization",
-        )
+    information = association(frequent["count"], "token_id", "expert", bias=(experts - choices) / (experts - 1))
+    result = xr.Dataset({name: ("layer", values) for name, values in found.items()}, coords={"layer": layers})
+    return described(
+        result.assign({name: information[name] for name in ("mutual_information", "corrected")}),
+        n=int(occurrences.sum()),
+        counted=f"occurrences of tokens that occur {min_count} times or more",
+        token_ids=len(occurrences),
+        min_count=min_count,
+        draws=draws,
+        routes_sampled=routes.attrs["n"],
+        null="null, null_weighted; 0 for mutual information",
+        estimator="mean over token ids, or over occurrences; the null by drawing each token's occurrences from"
+        " sampled routes of all tokens",
+        definition="mean over tokens x of max over experts e of N_xe / N_x",
+        source="OLMoE (Muennighoff et al. 2024), section 5, vocabulary specialization",
     )
 
 
@@ -176,19 +196,20 @@ def pointwise_of(table: xr.Dataset) -> xr.Dataset:
     Parameters
     ----------
     table : xr.Dataset
-        From `analysis.metrics.tokens.token_experts`.
+        From `analysis.token_experts`.
 
     Returns
     -------
     xr.Dataset
         `token_given_expert`, the share of an expert's tokens that are this one, and `pmi`, pointwise mutual information
-        log2(P(e given x) / P(e)) in bits (Church & Hanks 1990), −inf where never; float64, as the table's `count`. NaN
-        for experts that were never chosen. Null of `pmi`: 0.
+        log2(P(e given x) / P(e)) in bits (Church & Hanks 1990), −inf where never; float64 (layer, token_id, expert), as
+        the table's `count`. NaN for experts that were never chosen. Null of `pmi`: 0.
     """
     of_expert = table["count"].sum("token_id")
     with np.errstate(divide="ignore"):
         pmi = np.log2(table["lift"])
-    return xr.Dataset({"token_given_expert": table["count"] / of_expert.where(of_expert > 0), "pmi": pmi}).assign_attrs(
+    return described(
+        xr.Dataset({"token_given_expert": table["count"] / of_expert.where(of_expert > 0), "pmi": pmi}),
         n=table.attrs["n"],
         null=0.0,
         estimator="maximum likelihood",

@@ -13,7 +13,7 @@ from analysis.metrics.contrast import count_documents
 from analysis.report.section import Answers, Asked, Section
 from analysis.report.sections.all import SECTIONS
 from analysis.results import question
-from analysis.scan import Reducer, scan
+from analysis.scanning import Reducer, scan
 from store import Coverage
 
 Ask = Callable[[Sequence[Reducer]], list[xr.Dataset]]

@@ -33,7 +33,7 @@ from analysis.report.section import Answers, Section
 from analysis.report.sections.all import SECTIONS
 from analysis.report.sections.contrast import contrast_between, contrasted
 from analysis.results import Runner, measure
-from analysis.scan import accumulate
+from analysis.scanning import accumulate
 from store import Coverage, coverage, dataset_names
 from store.files import whole_file
 from store.reader import open_covered
@@ -167,6 +167,13 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
     """Write every chart as SVG, PDF and PNG, for papers: tokens once for each layer, paths once for each data set.
 
     Files that are there are replaced.
+
+    Parameters
+    ----------
+    report : Report
+        From `write_report`.
+    folder : Path
+        It is made where it is not there.
 
     Returns
     -------

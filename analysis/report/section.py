@@ -11,7 +11,7 @@ from typing import Any
 import xarray as xr
 
 from analysis.report.figures import Figure
-from analysis.scan import Reducer
+from analysis.scanning import Reducer
 from store import Coverage
 
 TOKEN_MIN_COUNT = 20  # a lift of a rarer token is mostly luck (arbitrary)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Block, Reducer, State, labelled, scan
+from analysis.attributes import described
+from analysis.scanning import Block, Reducer, State, labelled, scan
 from analysis.statistics.resampling import Resampled, nested_weights
 
 
@@ -32,7 +33,14 @@ class Tokens(Reducer):
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """The number."""
-        return xr.Dataset({"tokens": labelled(state["tokens"][..., 0]).assign_attrs(units="tokens")})
+        return described(
+            xr.Dataset({"tokens": labelled(state["tokens"][..., 0]).assign_attrs(units="tokens")}),
+            n=int(state["tokens"].flat[0]),
+            estimator="counts",
+            null="none: a number of tokens",
+            definition="tokens that count",
+            source="-",
+        )
 
 
 def growth(
@@ -54,13 +62,18 @@ def growth(
     halvings : int
         Parts beside the whole.
     threads, progress
-        See `analysis.scan.scan`.
+        See `analysis.scan`.
 
     Returns
     -------
     xr.Dataset
         The reducer's result along `part`, 0 the whole, with the coordinate `tokens` int64 (part). Functions of counts,
-        such as `analysis.metrics.load.balance_of`, take it as it is.
+        such as `analysis.balance_of`, take it as it is.
+
+    Raises
+    ------
+    ValueError
+        When `halvings` is below 1, or the reducer's accumulators are no sums.
     """
     if halvings < 1:
         raise ValueError(f"halvings={halvings}: at least 1")
@@ -72,7 +85,8 @@ def growth(
     )
     found = found.rename(replicate="part").drop_attrs(deep=False)
     tokens = counted["tokens"].rename(replicate="part")
-    return found.assign_coords(tokens=tokens).assign_attrs(
+    return described(
+        found.assign_coords(tokens=tokens),
         n=int(tokens[0]),
         null="that of the metric",
         estimator="the metric's, of each part",
@@ -94,8 +108,8 @@ def enough(values: Any, tolerance: float) -> Any:
     Returns
     -------
     xr.DataArray
-        Tokens, float64, without `part`: of the smallest part that is near with all larger ones; that of the whole
-        where not even half of the documents are, and NaN where the whole has no value.
+        Tokens, float64, with the dims of `values` but `part`: of the smallest part that is near with all larger ones;
+        that of the whole where not even half of the documents are, and NaN where the whole has no value.
     """
     near = (abs(values - values.isel(part=0)) <= tolerance).cumprod("part").astype(bool)
     return values["tokens"].where(near).min("part").assign_attrs(units="tokens", tolerance=tolerance)

@@ -28,7 +28,8 @@ def entropy(counts: xr.DataArray, dim: str | Sequence[str]) -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        `entropy` (maximum likelihood) and `corrected` (Miller 1955), float64 in bits, and `n`; NaN where n is 0.
+        Over the other dims of `counts`: `entropy` (maximum likelihood) and `corrected` (Miller 1955), float64 in bits,
+        and `n`, int64; NaN where n is 0.
     """
     n = counts.sum(dim)
     share = counts / n.where(n > 0)
@@ -45,7 +46,7 @@ def association(counts: xr.DataArray, one: str, other: str, *, bias: float = 1.0
     counts : xr.DataArray
         Numbers of observations, with both dimensions and any others.
     one, other : str
-        What tells, and what is told of.
+        The dims of what tells, and of what it tells about.
     bias : float
         Share of Miller and Madow's correction to apply: theirs is for independent observations. The k choices of a
         token are different experts, so that a table of all of them has (E − k)/(E − 1) of it, and one of all pairs of
@@ -54,10 +55,10 @@ def association(counts: xr.DataArray, one: str, other: str, *, bias: float = 1.0
     Returns
     -------
     xr.Dataset
-        `mutual_information` and, corrected by Miller–Madow, `corrected` in bits; `cramers_v` (Cramér 1946, section
-        21.9), 0 to 1; `best_guess`, the share of observations of which the likeliest `other` given `one` is right, and
-        `best_guess_alone`, without knowing `one`. float64; NaN where there is no observation. Null: 0, 0, 0, and
-        `best_guess_alone`.
+        Over the other dims of `counts`, float64: `mutual_information` and, corrected by Miller–Madow, `corrected` in
+        bits; `cramers_v` (Cramér 1946, section 21.9), 0 to 1; `best_guess`, the share of observations of which the
+        likeliest `other` given `one` is right, and `best_guess_alone`, without knowing `one`. NaN where there is no
+        observation. Null: 0, 0, 0, and `best_guess_alone`.
     """
     both = entropy(counts, (one, other))
     alone = [entropy(counts.sum(away), kept) for kept, away in ((one, other), (other, one))]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.scan import Array, Block, Reducer, State
+from analysis.scanning import Array, Block, Reducer, State
 
 ROWS = 64  # rows whose counts are held at once: bounds memory (arbitrary)
 _POISSON = np.cumsum([np.exp(-1.0) / np.prod(np.arange(1.0, n + 1)) for n in range(20)])  # of mean 1, up to 19
@@ -184,7 +184,12 @@ def interval(values: Any, level: float = 0.95) -> xr.Dataset:
     -------
     xr.Dataset
         `estimate`, `low` and `high` (percentiles of the replicates; Efron & Tibshirani 1993, chapter 13) and
-        `standard_error`, without `replicate`; NaN where a replicate has none.
+        `standard_error`, float64, with the dims of `values` but `replicate`; NaN where a replicate has none.
+
+    Raises
+    ------
+    ValueError
+        When the level is not between 0 and 1.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level}: between 0 and 1")
@@ -204,7 +209,17 @@ def p_value(values: Any) -> Any:
     """Share of shuffled replicates that are at least as large as the data's own, themselves counted among them.
 
     One-sided, for statistics that are large where there is something: (1 + #{larger or equal}) / (1 + replicates),
-    which is never 0 (Phipson & Smyth 2010); NaN where the data have no value.
+    which is never 0 (Phipson & Smyth 2010).
+
+    Parameters
+    ----------
+    values : xr.DataArray
+        With dimension `replicate`; replicate 0 is the data's own.
+
+    Returns
+    -------
+    xr.DataArray
+        p, float64, with the dims of `values` but `replicate`; NaN where the data have no value.
     """
     own, shuffled = values.isel(replicate=0, drop=True), values.isel(replicate=slice(1, None))
     p = (1 + (shuffled >= own).sum("replicate")) / (1 + shuffled.sizes["replicate"])
@@ -218,6 +233,11 @@ def false_discovery(p: Any) -> Any:
     ----------
     p : xr.DataArray
         p-values; NaN where there was no test.
+
+    Returns
+    -------
+    xr.DataArray
+        q, float64, with the dims of `p`; NaN where there was no test.
     """
     flat = np.asarray(p.values, float).ravel()
     tested = np.flatnonzero(~np.isnan(flat))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from analysis.scan import Reducer, Selection, State, accumulate, merge
+from analysis.scanning import Reducer, Selection, State, accumulate, merge
 from jobs.cluster.connection import runtime_env
 from store.reader import open_covered
 
@@ -46,7 +46,7 @@ class ClusterRunner:
         threads: int | None,
         progress: Callable[[int, int], None] | None,
     ) -> list[State]:
-        """See `analysis.scan.accumulate`; `threads` is the number of tasks at a time, default one a core."""
+        """See `analysis.scanning.accumulate`; `threads` is the number of tasks at a time, default one a core."""
         cores = threads or int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
         number = max(1, min(len(shards), TASKS_A_CORE * cores))
         layers = dataset["layer"].values.tolist()

@@ -18,7 +18,7 @@ from jobs.console.terminal import shown
 if TYPE_CHECKING:
     import xarray as xr
 
-    from analysis.metrics.tokens import TopTokens
+    from analysis.metrics.tokens import TokenOrder
 
 PIECE_CELLS = 16  # of a terminal's line, for the piece beside a path; arbitrary
 
@@ -131,12 +131,12 @@ def document_answer(capture: "xr.Dataset", document: int | str, layers: list[int
 
 def token_answer(capture: "xr.Dataset", token: int, layers: list[int], counts: "xr.Dataset") -> Listed:
     """The experts of a token, layer by layer, the most frequent first; those that got none of it are left out."""
-    from analysis.metrics.tokens import TokenExperts, at_layer
+    from analysis.metrics.tokens import token_experts_of
 
     occurrences, piece = int(counts["tokens"][token]), str(capture["piece"][token].values)
     rows: list[Row] = []
     for layer in layers if occurrences else layers[:1]:
-        table = TokenExperts().finish(at_layer(counts, layer), capture).isel(layer=0)
+        table = token_experts_of(counts, layer)
         if occurrences:
             found = table.sel(token_id=token)
             order = (-found["count"]).argsort(kind="stable").values.tolist()
@@ -151,16 +151,24 @@ def _numbers(found: "xr.Dataset", expert: int) -> dict[str, Any]:
     return {"expert": expert, **{name: own[name].item() for name in ("count", "share", "lift")}}
 
 
-def expert_answer(capture: "xr.Dataset", expert: int, ranking: "TopTokens", counts: "xr.Dataset") -> Listed:
-    """The first tokens of an expert, in the order of a ranking of one layer."""
-    from analysis.metrics.tokens import at_layer
+def expert_answer(
+    capture: "xr.Dataset",
+    layer: int,
+    expert: int,
+    counts: "xr.Dataset",
+    *,
+    top: int = 20,
+    by: "TokenOrder" = "count",
+    min_count: int = 1,
+) -> Listed:
+    """The first tokens of an expert, by count or by lift."""
+    from analysis.metrics.tokens import expert_tokens_of
 
-    [layer] = ranking.layers or ()
-    found = ranking.finish(at_layer(counts, layer), capture).isel(layer=0).sel(expert=expert)
+    found = expert_tokens_of(counts, layer, top=top, by=by, min_count=min_count).sel(expert=expert)
     values = {name: found[name].values.tolist() for name in ("rank", *found.data_vars)}
     rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-    least = f"; tokens that occur less than {ranking.min_count} times are left out" * (ranking.min_count > 1)
-    about = f"expert {expert} of layer {layer} in {capture.attrs['dataset']}, by {ranking.by}"
+    least = f"; tokens that occur less than {min_count} times are left out" * (min_count > 1)
+    about = f"expert {expert} of layer {layer} in {capture.attrs['dataset']}, by {by}"
     return Listed(
         title=f"{about}; {_chance(found)}{least}",
         columns=TOKENS,

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from synthetic import make_capture
 
-from analysis.metrics.caching import POLICIES, Caches, cache_hits
-from analysis.metrics.segments import SegmentCaches, SegmentRouting, segment_cache_hits, segment_routing
-from analysis.scan import scan
+from analysis.metrics.caching import POLICIES, CacheCounts, cache_hits
+from analysis.metrics.segments import SegmentRouting, segment_cache_hits, segment_routing
+from analysis.scanning import scan
 
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -307,7 +307,7 @@ def test_uniform_routing_is_as_consistent_as_the_null_says(experts: int, k: int)
 
 def test_results_are_equal_to_the_bit_for_any_chunks_and_threads() -> None:
     capture = make_capture(documents=40, missing=[2], chunked=False)
-    reducers = [Caches([2, 5]), SegmentCaches([3], (4,)), SegmentRouting((2, 4))]
+    reducers = [CacheCounts([2, 5]), CacheCounts([3], (), (4,)), SegmentRouting((2, 4))]
     whole = scan(capture.chunk({"doc": -1}), reducers, threads=1)
     assert list(POLICIES) == whole[0]["policy"].values.tolist()
     for chunk, threads in ((1, 5), (3, 2), (7, 3)):

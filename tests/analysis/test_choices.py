@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from synthetic import captures, make_capture
 from test_scan import routed_tokens
 
-from analysis import scan as scanning
+from analysis import scanning
 from analysis.metrics.choices import (
     Choices,
     coactivation,
@@ -24,8 +24,8 @@ from analysis.metrics.choices import (
 )
 from analysis.metrics.load import Load, expert_load
 from analysis.metrics.repetition import Repetition, repetition
-from analysis.metrics.tokens import TokenExperts
-from analysis.scan import Selection, scan
+from analysis.metrics.tokens import TokenCounts
+from analysis.scanning import Selection, scan
 
 # Counts published with OLMoE (allenai/OLMoE, Apache-2.0) and table 5 of Mixtral of Experts (arXiv 2401.04088).
 PUBLISHED = json.loads((Path(__file__).parents[2] / "analysis" / "metrics" / "mixtral_published.json").read_text())
@@ -144,7 +144,7 @@ def test_a_selection_counts_what_a_smaller_capture_holds(capture: xr.Dataset, da
     left = left.assign(
         expert=left["expert"].where(xr.DataArray(keep, dims=("doc", "position")), fill).astype(left["expert"].dtype)
     )
-    reducers = [Choices(), Repetition(), Load(), TokenExperts()]
+    reducers = [Choices(), Repetition(), Load(), TokenCounts()]
     for one, other in zip(scan(capture, reducers, only=only), scan(left, reducers), strict=True):
         one.attrs.pop("pairs_lost_by_lag", None), other.attrs.pop("pairs_lost_by_lag", None)
         xr.testing.assert_identical(one, other)
@@ -164,7 +164,7 @@ def test_a_selection_reads_only_the_shards_that_it_needs() -> None:
 
 def test_parts_of_a_scan_add_up_to_the_whole() -> None:
     capture = make_capture(documents=30, rows_per_shard=2)
-    reducers = [Choices(), Repetition(), Load(), TokenExperts()]
+    reducers = [Choices(), Repetition(), Load(), TokenCounts()]
     shards = scanning.shards_to_read(capture)
     parts = [scanning.accumulate(capture, reducers, shards[start::3]) for start in range(3)]
     merged = scanning.merge(reducers, scanning.merge(reducers, parts[2], parts[0]), parts[1])

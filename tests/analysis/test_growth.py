@@ -9,7 +9,7 @@ from synthetic import make_capture
 
 from analysis.metrics.choices import Choices, coactivation_of
 from analysis.metrics.load import Load, balance_of
-from analysis.scan import Selection, scan
+from analysis.scanning import Selection, scan
 from analysis.statistics.growth import enough, growth
 from analysis.statistics.resampling import nested_weights
 

@@ -15,7 +15,7 @@ from synthetic import EXPERTS, make_capture
 from analysis.explorer import index as index_module
 from analysis.explorer.index import CaptureIndex, index_folder, reducers
 from analysis.metrics.contexts import TopContexts, top_contexts
-from analysis.scan import accumulate, merge, scan, shards_to_read
+from analysis.scanning import accumulate, merge, scan, shards_to_read
 from store import CaptureGroup, open_capture
 
 TEXTS = [words(90, number) for number in range(5)] + [words(40, 1)] * 2

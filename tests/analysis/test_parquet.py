@@ -20,11 +20,11 @@ from fake_model import fake_capture, fake_layout, words
 from hypothesis import given, settings
 from synthetic import HOSTILE, captures, make_capture
 
-from analysis.exports.parquet import CONVENTIONS, ROWS, SCHEMAS, Source, write_sources, write_tables
+from analysis.exports.parquet import CONVENTIONS, ROWS, SCHEMAS, CaptureToWrite, write_captures, write_tables
 from analysis.metrics.choices import transitions
 from analysis.metrics.paths import document_path
 from analysis.metrics.tokens import expert_tokens
-from analysis.scan import scan
+from analysis.scanning import scan
 from store import CaptureGroup, coverage, open_capture
 from store.layout import Layout
 
@@ -33,8 +33,8 @@ QUERIES = ROOT / "analysis" / "examples" / "queries.sql"
 Row = dict[str, Any]
 
 
-def source(capture: xr.Dataset, documents: Any = ()) -> Source:
-    return Source(capture=capture, ask=partial(scan, capture), documents=documents)
+def source(capture: xr.Dataset, documents: Any = ()) -> CaptureToWrite:
+    return CaptureToWrite(capture=capture, ask=partial(scan, capture), documents=documents)
 
 
 def rows_of(folder: Path, table: str) -> list[Row]:
@@ -151,7 +151,7 @@ def test_every_column_equals_a_loop_over_tokens(capture: xr.Dataset) -> None:
     looped, documents = Looped(capture), list(range(capture.sizes["document"]))[::-1]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        written = write_sources([source(capture, documents)], folder / "new" / "tables")
+        written = write_captures([source(capture, documents)], folder / "new" / "tables")
         folder = folder / "new" / "tables"
         assert sorted(written) == sorted(folder.iterdir())
         wanted = {
@@ -172,7 +172,7 @@ def test_every_column_equals_a_loop_over_tokens(capture: xr.Dataset) -> None:
 
 def test_files_say_what_they_hold(tmp_path: Path) -> None:
     capture = make_capture(missing=[0])
-    write_sources([source(capture.assign(captured=("doc", np.arange(capture.sizes["doc"]) >= 4)))], tmp_path)
+    write_captures([source(capture.assign(captured=("doc", np.arange(capture.sizes["doc"]) >= 4)))], tmp_path)
     for table, schema in SCHEMAS.items():
         read = pq.read_schema(tmp_path / f"{table}.parquet")
         assert all(field.metadata[b"description"] for field in read)
@@ -191,9 +191,9 @@ def test_several_captures_lie_in_one_file_told_apart_by_name(tmp_path: Path) -> 
     parts = []
     for seed, name in enumerate(("prose", "code")):
         capture = make_capture(seed=seed, dataset=name)
-        write_sources([source(capture, [2])], tmp_path / name)
+        write_captures([source(capture, [2])], tmp_path / name)
         parts.append(source(capture, [2]))
-    write_sources(parts, tmp_path)
+    write_captures(parts, tmp_path)
     for table in SCHEMAS:
         assert rows_of(tmp_path, table) == [
             row for name in ("prose", "code") for row in rows_of(tmp_path / name, table)
@@ -205,9 +205,9 @@ def test_row_groups_are_bounded_and_a_token_is_found_by_their_minima(
 ) -> None:
     monkeypatch.setattr("analysis.exports.parquet.ROWS", 100)
     capture = make_capture(documents=60, vocabulary=200)
-    write_sources([source(capture, [0, 1, 2, 3])], tmp_path / "small")
+    write_captures([source(capture, [0, 1, 2, 3])], tmp_path / "small")
     monkeypatch.setattr("analysis.exports.parquet.ROWS", ROWS)
-    write_sources([source(capture, [0, 1, 2, 3])], tmp_path / "large")
+    write_captures([source(capture, [0, 1, 2, 3])], tmp_path / "large")
     for table in SCHEMAS:
         assert rows_of(tmp_path / "small", table) == rows_of(tmp_path / "large", table)
         about = pq.read_metadata(tmp_path / "small" / f"{table}.parquet")
@@ -223,7 +223,7 @@ def test_hostile_pieces_and_names_come_back_as_they_are(tmp_path: Path) -> None:
     capture = make_capture(
         vocabulary=len(hostile), pieces=hostile, names=hostile[:9], special_token_ids=(), documents=9, strength=0
     )
-    write_sources([source(capture, range(9))], tmp_path)
+    write_captures([source(capture, range(9))], tmp_path)
     for table, names in (("token_experts", ["piece"]), ("routes", ["piece", "name"])):
         for row in rows_of(tmp_path, table):
             assert row["piece"] == hostile[row["token_id"]]
@@ -237,7 +237,7 @@ def test_a_store_holds_no_piece_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_an_error_or_an_unknown_document_leaves_the_files_as_they_were(tmp_path: Path) -> None:
-    write_sources([source(make_capture())], tmp_path)
+    write_captures([source(make_capture())], tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def broken(reducers: Any) -> Any:
@@ -245,21 +245,21 @@ def test_an_error_or_an_unknown_document_leaves_the_files_as_they_were(tmp_path:
 
     other = make_capture(seed=1)
     with pytest.raises(OSError, match="the disk is gone"):
-        write_sources([source(other), Source(capture=other, ask=broken)], tmp_path)
+        write_captures([source(other), CaptureToWrite(capture=other, ask=broken)], tmp_path)
     with pytest.raises(ValueError, match="synthetic: document 9: the capture has documents 0 to 8"):
-        write_sources([Source(capture=other, ask=broken, documents=[9])], tmp_path)
+        write_captures([CaptureToWrite(capture=other, ask=broken, documents=[9])], tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 KILLED = """
 import os, signal, sys
-from analysis.exports.parquet import write_sources
+from analysis.exports.parquet import write_captures
 from test_parquet import make_capture, source
 def killed(reducers):
     os.kill(os.getpid(), signal.SIGKILL)
 capture = make_capture()
-from analysis.exports.parquet import Source
-write_sources([source(capture, [0]), Source(capture=capture, ask=killed, documents=[1])], sys.argv[1])
+from analysis.exports.parquet import CaptureToWrite
+write_captures([source(capture, [0]), CaptureToWrite(capture=capture, ask=killed, documents=[1])], sys.argv[1])
 """
 
 
@@ -271,7 +271,7 @@ def test_a_killed_writer_leaves_no_half_file_and_the_next_one_works(tmp_path: Pa
     assert list(tmp_path.glob("*.parquet")) == []
     with pytest.raises(duckdb.IOException, match="No files found"):
         duckdb.sql(f"FROM '{tmp_path}/*.parquet'")
-    write_sources([source(make_capture(), [0])], tmp_path)
+    write_captures([source(make_capture(), [0])], tmp_path)
     assert len(list(tmp_path.glob("*.parquet"))) == 4
 
 
@@ -293,7 +293,7 @@ def test_a_store_is_written_from_kept_counts_and_as_far_as_it_goes(tmp_path: Pat
     assert told == [], "counted once"
     for name in ("a", "b"):
         capture = open_capture(store, name, allow_incomplete=True)
-        write_sources([source(capture, [1])], tmp_path / name)
+        write_captures([source(capture, [1])], tmp_path / name)
     for table in SCHEMAS:
         both = [row for name in ("a", "b") for row in rows_of(tmp_path / name, table)]
         assert rows_of(tmp_path / "one", table) == rows_of(tmp_path / "two", table) == both
@@ -312,7 +312,7 @@ def test_a_store_is_written_from_kept_counts_and_as_far_as_it_goes(tmp_path: Pat
 
 def test_the_worked_queries_answer_as_xarray_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     capture = make_capture(documents=80, layers=(2, 3, 4), vocabulary=60, seed=3)
-    write_sources([source(capture, [0, 1])], tmp_path / "tables")
+    write_captures([source(capture, [0, 1])], tmp_path / "tables")
     monkeypatch.chdir(tmp_path)
     queries = duckdb.extract_statements(QUERIES.read_text(encoding="utf-8"))
     assert len(queries) == 3

@@ -9,7 +9,7 @@ from test_scan import few, routed_tokens
 
 from analysis.metrics.load import expert_load
 from analysis.metrics.repetition import Repetition, first_repeated_by_load
-from analysis.scan import scan
+from analysis.scanning import scan
 
 
 @pytest.mark.parametrize(("experts", "choices"), [(64, 3), (65, 8), (130, 8), (300, 4)])

@@ -18,7 +18,7 @@ from analysis.report.headline import sentences
 from analysis.report.sections.all import SECTIONS
 from analysis.report.sections.contrast import contrast_between
 from analysis.report.sections.contrast import contrasted as contrasted_documents
-from analysis.scan import scan
+from analysis.scanning import scan
 from analysis.statistics.resampling import poisson_weights
 
 

@@ -12,8 +12,8 @@ from synthetic import make_capture
 from analysis.metrics.choices import Choices
 from analysis.metrics.load import Load
 from analysis.metrics.repetition import Repetition
-from analysis.metrics.tokens import TokenExperts
-from analysis.scan import Selection, scan
+from analysis.metrics.tokens import TokenCounts
+from analysis.scanning import Selection, scan
 from analysis.statistics.resampling import (
     Resampled,
     Thinned,
@@ -141,8 +141,8 @@ def test_what_has_no_value_has_no_p_value_either() -> None:
 
 
 def test_what_is_no_sum_cannot_be_resampled() -> None:
-    with pytest.raises(ValueError, match="TokenExperts is no sum over rows"):
-        Resampled(TokenExperts())
+    with pytest.raises(ValueError, match="TokenCounts is no sum over rows"):
+        Resampled(TokenCounts())
 
 
 def test_a_thinned_count_is_that_of_some_documents_whole_and_the_same_in_any_order() -> None:

@@ -16,13 +16,13 @@ from analysis.metrics.choices import Choices
 from analysis.metrics.document_scores import DocumentScores
 from analysis.metrics.load import Load
 from analysis.metrics.repetition import Repetition
-from analysis.metrics.tokens import TopTokens
+from analysis.metrics.tokens import TokenCounts
 from analysis.results import measure
-from analysis.scan import Reducer, Selection, accumulate, scan
+from analysis.scanning import Reducer, Selection, accumulate, scan
 from analysis.statistics.resampling import Resampled, poisson_weights
 from store import CaptureGroup, open_capture
 
-QUESTIONS: list[Reducer] = [Choices(), Repetition((1, 2)), Load(), TopTokens(top=3)]
+QUESTIONS: list[Reducer] = [Choices(), Repetition((1, 2)), Load(), TokenCounts()]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_second_question_reads_no_shard_and_has_the_scan_s_answer(store: Path)
     for _ in range(2):
         for one, other in zip(measure(store, "fake", QUESTIONS, runner=runner), wanted, strict=True):
             xr.testing.assert_identical(one, other)
-    assert runner.asked == [["Choices", "Repetition", "Load", "TopTokens"]]
+    assert runner.asked == [["Choices", "Repetition", "Load", "TokenCounts"]]
     measure(store, "fake", [Load(), Repetition((1, 3)), Choices()], runner=runner)
     assert runner.asked[1:] == [["Repetition"]], "only what is new is counted"
     assert not [path for path in store.rglob("*") if "results" in path.name], "beside the store, not in it"

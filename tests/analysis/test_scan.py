@@ -16,9 +16,9 @@ from synthetic import captures, make_capture
 
 from analysis.metrics.choices import Choices, transitions
 from analysis.metrics.load import Load, expert_load
-from analysis.metrics.paths import Windows, document_path, frequent_windows
-from analysis.metrics.tokens import TokenExperts, TopTokens, expert_tokens, token_experts
-from analysis.scan import scan
+from analysis.metrics.paths import WindowCounts, document_path, frequent_windows, frequent_windows_of
+from analysis.metrics.tokens import TokenCounts, expert_tokens, expert_tokens_of, token_experts, token_experts_of
+from analysis.scanning import scan
 
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -174,12 +174,19 @@ def test_a_documents_path_is_its_captured_text_in_order(capture: xr.Dataset) -> 
         xr.testing.assert_identical(document_path(capture, path.attrs["name"]), path)
 
 
+def all_of(capture: xr.Dataset, threads: int | None = None) -> list[xr.Dataset]:
+    """What one scan counts, and what is made of it."""
+    counted = scan(capture, [Load(), Choices(), WindowCounts(), TokenCounts()], threads=threads)
+    _, _, windows, tokens = counted
+    ranked = expert_tokens_of(tokens, by="lift", min_count=2)
+    return [*counted, frequent_windows_of(windows), token_experts_of(tokens), ranked]
+
+
 def test_results_are_equal_to_the_bit_for_any_chunks_and_threads() -> None:
     capture = make_capture(documents=40, missing=[2], chunked=False)
-    reducers = [Load(), Choices(), Windows(), TokenExperts(), TopTokens(by="lift", min_count=2)]
-    whole = scan(capture.chunk({"doc": -1}), reducers, threads=1)
+    whole = all_of(capture.chunk({"doc": -1}), threads=1)
     for chunk, threads in ((1, 5), (3, 2), (7, 3)):
-        for one, other in zip(scan(capture.chunk({"doc": chunk}), reducers, threads=threads), whole, strict=True):
+        for one, other in zip(all_of(capture.chunk({"doc": chunk}), threads=threads), whole, strict=True):
             xr.testing.assert_identical(one, other)
 
 
@@ -193,7 +200,7 @@ def test_one_scan_decodes_each_shard_once_and_only_what_is_needed(monkeypatch: p
         return load(self, **options)
 
     monkeypatch.setattr(xr.Dataset, "load", counting)
-    scan(capture, [Choices(), Windows(), TokenExperts()])
+    scan(capture, [Choices(), WindowCounts(), TokenCounts()])
     num_shards = -(-capture.sizes["doc"] // 4)
     assert len(decoded) == num_shards > 3
     assert {names for names, _ in decoded} == {frozenset({"expert", "token"})}
@@ -303,15 +310,14 @@ def test_windows_too_many_to_count_are_refused_not_sampled() -> None:
 
 def test_nothing_captured_gives_empty_answers_not_errors() -> None:
     capture = make_capture(missing=range(100))
-    results = scan(capture, [Load(), Choices(), Windows(), TokenExperts(), TopTokens()])
-    assert [result.attrs["n"] for result in results] == [0] * 5
-    assert results[2].sizes["window"] == results[3].sizes["token_id"] == results[4].sizes["rank"] == 0
+    results = all_of(capture)
+    assert [result.attrs["n"] for result in results] == [0] * 7
+    assert results[4].sizes["window"] == results[5].sizes["token_id"] == results[6].sizes["rank"] == 0
 
 
 def test_every_metric_says_what_it_is() -> None:
-    results = scan(make_capture(), [Load(), Choices(), Windows(), TokenExperts(), TopTokens()])
-    for result in results:
-        assert {"n", "null", "definition", "source"} <= set(result.attrs)
+    for result in all_of(make_capture()):
+        assert {"n", "estimator", "null", "definition", "source"} <= set(result.attrs)
 
 
 def test_analysis_imports_no_torch_transformers_or_ray() -> None:

@@ -12,8 +12,8 @@ from test_scan import routed_tokens
 
 from analysis.metrics.document_scores import PRIOR, document_scores
 from analysis.metrics.token_contributions import token_contributions
-from analysis.metrics.tokens import TokenExperts
-from analysis.scan import Selection, scan
+from analysis.metrics.tokens import TokenCounts
+from analysis.scanning import Selection, scan
 from analysis.statistics.resampling import split_weights
 
 
@@ -73,7 +73,7 @@ def test_a_token_that_goes_elsewhere_is_routing_and_one_that_is_frequent_is_usag
     assert float(abs(cell["usage"])) < 1e-12
     assert cell["piece"].values.tolist() == ["▁w7", "", ""]
     frequent = Selection(tokens=tuple(x for x in range(40) if x not in (1, 9)))
-    assert scan(one, [TokenExperts()], only=frequent)[0].attrs["n"] > 0
+    assert scan(one, [TokenCounts()], only=frequent)[0].attrs["n"] > 0
     rarer = whole.assign(token=(whole["token"].dims, np.where(token == 9, 1, token)))  # 1 is special: not counted
     used = token_contributions(rarer, one)
     assert float(abs(used["routing"]).max()) < 1e-12
@@ -92,7 +92,7 @@ def test_documents_are_scored_by_the_other_half(whole: xr.Dataset) -> None:
         for half in (0, 1):
             count = np.full((3, 8), PRIOR)
             only = Selection(documents=tuple(d for d in ids.tolist() if first[d] == half))
-            table = scan(part, [TokenExperts()], only=only)[0]["count"].sum("token_id")
+            table = scan(part, [TokenCounts()], only=only)[0]["count"].sum("token_id")
             counts[name, half] = count + table.transpose("layer", "expert").values
     for name, part in parts.items():
         mine = found.isel(document=found["data_set"].values == name)

@@ -15,7 +15,7 @@ from test_scan import few, routed_tokens
 from analysis.charts.paths import SURE_BITS, Way, circle_rows, evidence, link_rows, path_chart
 from analysis.metrics.load import expert_load
 from analysis.metrics.token_paths import TokenPaths, frequent_ids, telling
-from analysis.scan import accumulate, merge, scan, shards_to_read
+from analysis.scanning import accumulate, merge, scan, shards_to_read
 
 
 def counted(capture: xr.Dataset, tokens: set[int]) -> tuple[Counter, Counter, Counter]:  # type: ignore[type-arg]

@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 from synthetic import captures, make_capture
 from test_scan import routed_tokens
 
-from analysis.metrics.tokens import TokenExperts, token_experts
-from analysis.metrics.vocabulary import SampledRoutes, pointwise_of, vocabulary_of, vocabulary_specialization
-from analysis.scan import scan
+from analysis.metrics.tokens import TokenCounts, token_experts
+from analysis.metrics.vocabulary import (
+    SampledRoutes,
+    pointwise_of,
+    vocabulary_specialization,
+    vocabulary_specialization_of,
+)
+from analysis.scanning import scan
 
 some = settings(max_examples=15, deadline=None)
 
@@ -116,11 +121,11 @@ def test_pointwise_information_is_the_logarithm_of_the_lift() -> None:
 
 def test_senseless_questions_are_refused() -> None:
     capture = make_capture()
-    table, routes = scan(capture, [TokenExperts(), SampledRoutes()])
+    table, routes = scan(capture, [TokenCounts(), SampledRoutes()])
     with pytest.raises(ValueError, match="min_count=0, draws=200: both must be at least 1"):
-        vocabulary_of(table, routes, min_count=0)
+        vocabulary_specialization_of(table, routes, min_count=0)
     with pytest.raises(ValueError, match=r"the tables are of other layers: \[0, 1\] and \[0, 1, 2\]"):
-        vocabulary_of(table.isel(layer=slice(2)), routes)
+        vocabulary_specialization_of(table.isel(layer=slice(2)), routes)
     with pytest.raises(ValueError, match="size=0: at least 1"):
         SampledRoutes(0)
 

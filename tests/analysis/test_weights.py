@@ -7,7 +7,7 @@ from synthetic import captures, make_capture
 from test_scan import few, routed_tokens
 
 from analysis.metrics.confidence import Confidence, MeanWeights
-from analysis.scan import scan
+from analysis.scanning import scan
 from analysis.statistics.resampling import Resampled
 
 

@@ -36,13 +36,13 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import store  # noqa: E402
 from analysis.metrics.choices import Choices  # noqa: E402
 from analysis.metrics.repetition import Repetition  # noqa: E402
-from analysis.metrics.tokens import TokenExperts  # noqa: E402
-from analysis.scan import Reducer, scan  # noqa: E402
+from analysis.metrics.tokens import TokenCounts  # noqa: E402
+from analysis.scanning import Reducer, scan  # noqa: E402
 from analysis.statistics.resampling import Resampled  # noqa: E402
 
 SETS: dict[str, Callable[[], list[Reducer]]] = {
     "first set": lambda: [Choices(), Repetition()],
-    "full set": lambda: [Choices(), Repetition(), TokenExperts()],
+    "full set": lambda: [Choices(), Repetition(), TokenCounts()],
     "first set, 200 replicates": lambda: [
         Resampled(Choices(joint=False), 200),
         Resampled(Repetition(joint=False), 200),

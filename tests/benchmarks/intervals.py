@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT)]
 from analysis.metrics.contrast import contrast  # noqa: E402
 from analysis.metrics.load import ExpertCounts  # noqa: E402
 from analysis.metrics.repetition import Repetition  # noqa: E402
-from analysis.scan import scan  # noqa: E402
+from analysis.scanning import scan  # noqa: E402
 from analysis.statistics.resampling import Resampled, interval  # noqa: E402
 
 EXPERTS, POSITIONS, EXPERT, REPLICATES = 8, 48, 3, 400

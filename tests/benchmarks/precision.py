@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from analysis.metrics.agreement import Agreement, agreement, paired  # noqa: E402
-from analysis.scan import scan  # noqa: E402
+from analysis.scanning import scan  # noqa: E402
 from analysis.statistics.resampling import Resampled, interval  # noqa: E402
 from jobs.demo import TEXTS  # noqa: E402
 from jobs.sources.demo import demo_source  # noqa: E402

@@ -28,9 +28,9 @@ from synthetic import HOSTILE, make_capture, state_of
 import analysis.report.page
 from analysis.metrics.load import expert_load
 from analysis.metrics.paths import document_path
-from analysis.metrics.tokens import TokenCounts, TopTokens, expert_tokens, token_experts
+from analysis.metrics.tokens import TokenCounts, expert_tokens, token_experts
 from analysis.report.section import Answers
-from analysis.scan import scan
+from analysis.scanning import scan
 from jobs import capture, demo, query, status
 from jobs.console.query_rows import document_answer, expert_answer, token_answer
 from jobs.console.tables import Bars, Column, print_json, print_table
@@ -223,7 +223,7 @@ def test_what_a_text_holds_commands_no_terminal_and_is_no_markup() -> None:
             document_answer(document, number, [0]).draw(console)
         for token in range(2, 9):
             token_answer(document, token, [0, 1], counts).draw(console)
-        expert_answer(document, 3, TopTokens([1]), counts).draw(console)
+        expert_answer(document, 1, 3, counts).draw(console)
         out = COLOUR.sub("", written(console))
         assert all(c.isprintable() or c == "\n" for c in out)
         if width == 200:
@@ -454,7 +454,7 @@ def test_query_in_a_terminal_has_bars_of_shares_and_says_chance(store: Path) -> 
 
 def test_wide_tokens_stay_aligned_in_a_terminal_and_in_a_pipe() -> None:
     routes = make_capture(pieces=["界" * (1 + number % 5) for number in range(40)])
-    answer = expert_answer(routes, 3, TopTokens([1], top=9), scan(routes, [TokenCounts()])[0])
+    answer = expert_answer(routes, 1, 3, scan(routes, [TokenCounts()])[0], top=9)
     for console in (terminal(100), Console(file=io.StringIO())):
         answer.draw(console)
         lines = [line for line in lines_of(written(console)) if "界" in line]
@@ -497,7 +497,7 @@ def test_the_demo_ends_with_what_it_found_and_the_report_s_path(
         assert any(line.startswith(f"- {each.label}: {each['load'].attrs['n']:,} tokens.") for line in lines)
     for width in (80, 40):
         console = terminal(width)
-        demo.print_found(console, answers, None)  # type: ignore[arg-type]
+        demo.print_found(console, answers, None)
         drawn = lines_of(written(console))
         assert max(map(cell_len, drawn)) <= width
         assert sum("█" in line for line in drawn) == len(answers)

@@ -7,7 +7,7 @@ import xarray as xr
 from analysis.metrics.confidence import MeanWeights
 from analysis.report.figures import Figure, band, line_figure, resampled
 from analysis.report.section import BAND_REPLICATES, Answers, Asked, Section
-from analysis.scan import Reducer
+from analysis.scanning import Reducer
 from analysis.statistics.resampling import Resampled
 
 

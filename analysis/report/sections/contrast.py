@@ -9,7 +9,7 @@ from analysis.metrics.contrast import contrast_of, count_documents
 from analysis.report.figures import Figure, about, figure
 from analysis.report.section import Answers, Asked, Found, Section
 from analysis.report.sections import load
-from analysis.scan import Reducer, sizes
+from analysis.scanning import Reducer, sizes
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
@@ -40,7 +40,7 @@ def contrast_between(answers: Sequence[Answers]) -> xr.Dataset | None:
         return None
     counts = {label: each["counts"] for label, each in compared.items()}
     documents = {label: each.documents for label, each in compared.items()}
-    return contrast_of(counts, documents, next(iter(compared.values()))["load"].sizes["k"])
+    return contrast_of(counts, documents)
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:

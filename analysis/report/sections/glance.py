@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import xarray as xr
 
 from analysis.metrics.load import balance_of, share_of_experts
-from analysis.metrics.vocabulary import SampledRoutes, vocabulary_of
+from analysis.metrics.vocabulary import SampledRoutes, vocabulary_specialization_of
 from analysis.report.figures import Figure, band, line_figure, resampled
 from analysis.report.section import TOKEN_MIN_COUNT, Answers, Asked, Found, Section
 from analysis.report.sections import load, repetition, tokens
 from analysis.report.sections.repetition import repeated
-from analysis.scan import Reducer
+from analysis.scanning import Reducer
 
 ROUTES_SAMPLED, NULL_DRAWS = 16_384, 50  # behind the null of specialization in words (arbitrary)
 
@@ -23,9 +23,9 @@ def ask(asked: Asked) -> Mapping[str, Reducer]:
 
 def answer(found: Found, asked: Asked) -> Found:
     """`words`: vocabulary specialization."""
-    table = found["token_counts"].assign_attrs(n=found["load"].attrs["n"])
-    routes = found["routes"].sel(layer=table["layer"])
-    return {"words": vocabulary_of(table, routes, min_count=TOKEN_MIN_COUNT, draws=NULL_DRAWS)}
+    counts = found["token_counts"]
+    routes = found["routes"].sel(layer=counts["layer"])
+    return {"words": vocabulary_specialization_of(counts, routes, min_count=TOKEN_MIN_COUNT, draws=NULL_DRAWS)}
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:

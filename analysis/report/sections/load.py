@@ -9,7 +9,7 @@ from analysis.metrics.contrast import contrast_counts
 from analysis.metrics.load import ExpertCounts, Load, share_of_experts
 from analysis.report.figures import Figure, about, figure, resampled
 from analysis.report.section import Answers, Asked, Found, Section
-from analysis.scan import Reducer, sizes
+from analysis.scanning import Reducer, sizes
 from analysis.statistics.resampling import Resampled, interval
 
 REPLICATES, REPLICATED = 999, 2**24  # of a contrast's bootstrap and shuffles; and numbers held for them (128 MiB)

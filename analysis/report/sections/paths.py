@@ -1,19 +1,19 @@
 """The picture of paths: all tokens of each data set, and some of its tokens by themselves, to choose from."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import xarray as xr
 
 from analysis.charts.paths import Way, path_chart
 from analysis.charts.theme import visible
 from analysis.metrics.choices import Choices, transitions_of
-from analysis.metrics.paths import MAX_WINDOWS, WindowCounts, Windows
+from analysis.metrics.paths import MAX_WINDOWS, WindowCounts, frequent_windows_of
 from analysis.metrics.token_paths import TokenPaths, frequent_ids, telling
 from analysis.report.figures import Figure, Option, about, figure
 from analysis.report.section import TOKEN_MIN_COUNT, Answers, Asked, Found, Section
 from analysis.report.sections import load
-from analysis.scan import Reducer, sizes
+from analysis.scanning import Reducer, sizes
 
 WINDOW_LAYERS, WINDOWS_LISTED = 3, 10
 PATHS_CANDIDATES, PATHS_LISTED = 128, 16  # frequent tokens whose paths are counted, and that are shown (arbitrary)
@@ -39,8 +39,8 @@ def answer(found: Found, asked: Asked) -> Found:
     listed = {"choices": found["choices"]}
     listed["paths"] = telling(found["paths"], found["load"], PATHS_LISTED, min_count=TOKEN_MIN_COUNT)
     if "windows" in found:
-        listed["windows"] = _top_windows(found["windows"], asked.data, "count")
-        listed["surprising"] = _top_windows(found["windows"], asked.data, "surprise")
+        listed["windows"] = frequent_windows_of(found["windows"], top=WINDOWS_LISTED)
+        listed["surprising"] = frequent_windows_of(found["windows"], top=WINDOWS_LISTED, by="surprise")
     return listed
 
 
@@ -49,12 +49,6 @@ def window_layers(data: xr.Dataset) -> int:
     layers, _, experts = sizes(data)
     fitting = (n for n in range(min(WINDOW_LAYERS, layers), 1, -1) if (layers - n + 1) * experts**n <= MAX_WINDOWS)
     return next(fitting, 0)
-
-
-def _top_windows(counts: xr.Dataset, data: xr.Dataset, by: Literal["count", "surprise"]) -> xr.Dataset:
-    """The first windows in that order."""
-    counted = {name: counts[name].values for name in ("count", "tokens")}
-    return Windows(window_layers(data), WINDOWS_LISTED, by).finish(counted, data)
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:

@@ -5,15 +5,21 @@ from collections.abc import Iterator, Mapping, Sequence
 import xarray as xr
 
 from analysis.charts.lines import lines
-from analysis.metrics.position import PositionLoad, dependent_experts
+from analysis.metrics.load import ExpertCounts
+from analysis.metrics.position import dependent_experts, position_load_of
 from analysis.report.figures import NO_INTERVAL, Figure, about, figure, line_figure
-from analysis.report.section import Answers, Asked, Section
-from analysis.scan import Reducer
+from analysis.report.section import Answers, Asked, Found, Section
+from analysis.scanning import Reducer
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
     """Load in ranges of positions that double."""
-    return {"position": PositionLoad("doubling")}
+    return {"position": ExpertCounts("doubling")}
+
+
+def answer(found: Found, asked: Asked) -> Found:
+    """`position`: shares, and what positions tell of experts."""
+    return {"position": position_load_of(found["position"])}
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
@@ -52,5 +58,6 @@ SECTION = Section(
     reading="What a token's place in its row tells of its experts: 0 where experts do not mind the place. Below, the"
     " experts that mind it most: 1 is as often as anywhere, and position 0 is a row's first token.",
     ask=ask,
+    answer=answer,
     draw=draw,
 )

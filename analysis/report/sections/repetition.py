@@ -8,7 +8,7 @@ from analysis.charts.heatmaps import repetition_heatmap
 from analysis.metrics.repetition import Repetition, first_repeated_by_load
 from analysis.report.figures import Figure, about, band, figure, line_figure, resampled
 from analysis.report.section import BAND_REPLICATES, Answers, Asked, Section
-from analysis.scan import Reducer
+from analysis.scanning import Reducer
 from analysis.statistics.resampling import Resampled, interval
 
 LAGS = tuple(2**power for power in range(8))  # distances at which tokens are compared, as far as rows are so long

@@ -6,10 +6,10 @@ import numpy as np
 import xarray as xr
 
 from analysis.charts.tokens import token_chart
-from analysis.metrics.tokens import TokenCounts, TopTokens
+from analysis.metrics.tokens import TokenCounts, expert_tokens_of
 from analysis.report.figures import Figure, Option, about, figure
 from analysis.report.section import TOKEN_MIN_COUNT, Answers, Asked, Found, Section
-from analysis.scan import Reducer, sizes
+from analysis.scanning import Reducer, sizes
 
 TOKENS_LISTED = 8
 TOKEN_ROWS = 4_096  # tokens listed for a data set: twice Mixtral's 32 layers of 8 experts (arbitrary)
@@ -23,10 +23,7 @@ def ask(asked: Asked) -> Mapping[str, Reducer]:
 def answer(found: Found, asked: Asked) -> Found:
     """`tokens`: the first ones of each expert."""
     counts = found["token_counts"]
-    top = TopTokens(top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT)
-    index = np.flatnonzero(np.isin(asked.data["layer"].values, counts["layer"].values))
-    state = {"count": counts["count"].values, "tokens": counts["tokens"].values, "index": index}
-    return {"tokens": top.finish(state, asked.data)}
+    return {"tokens": expert_tokens_of(counts, top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT)}
 
 
 def token_layers(data: xr.Dataset) -> list[int]:

@@ -23,6 +23,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from analysis.attributes import refuse_undescribed
+
 Array = NDArray[Any]
 Block = dict[str, Array]
 """The decoded arrays of one shard by variable name; `counted`, bool (doc, position): tokens to count; `row`, int64
@@ -84,7 +86,7 @@ class Reducer(ABC):
 
     @abstractmethod
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The labelled result, with attributes `n`, `null`, `definition` and `source`."""
+        """The labelled result, with the attributes that `analysis.described` attaches."""
 
 
 def scan(
@@ -114,15 +116,16 @@ def scan(
     Returns
     -------
     list of xr.Dataset
-        One result for each reducer, in their order.
+        One result for each reducer, in their order, with the dims and dtypes that the metric's own function names.
 
     Raises
     ------
     ValueError
-        When a captured token names an expert or a token id that the model does not have.
+        When a captured token names an expert or a token id that the model does not have, or a reducer's result does
+        not say what it is (`analysis.described`).
     """
     states = accumulate(dataset, reducers, shards_to_read(dataset, only), only=only, threads=threads, progress=progress)
-    return [reducer.finish(state, dataset) for reducer, state in zip(reducers, states, strict=True)]
+    return finish(reducers, states, dataset)
 
 
 def accumulate(
@@ -185,6 +188,14 @@ def accumulate(
 def merge(reducers: Sequence[Reducer], states: Sequence[State], others: Sequence[State]) -> list[State]:
     """The accumulators of both halves of a scan; exact, so that the order does not matter."""
     return [reducer.merge(*both) for reducer, *both in zip(reducers, states, others, strict=True)]
+
+
+def finish(reducers: Sequence[Reducer], states: Sequence[State], dataset: xr.Dataset) -> list[xr.Dataset]:
+    """The results of reducers; a ValueError names one whose result does not say what it is."""
+    return [
+        refuse_undescribed(reducer.finish(state, dataset), f"{type(reducer).__name__}.finish")
+        for reducer, state in zip(reducers, states, strict=True)
+    ]
 
 
 def sizes(dataset: xr.Dataset) -> tuple[int, int, int]:

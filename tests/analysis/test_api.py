@@ -1,0 +1,343 @@
+"""The public names: each is documented, loads nothing before it is used, and every result says what it is."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from synthetic import make_capture
+
+import analysis
+import store
+import workers
+from analysis import described, scan
+from analysis.attributes import REQUIRED
+from analysis.scanning import Reducer
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = (analysis, store, workers)
+NAMES = [(package, name) for package in PACKAGES for name in package.__all__]
+CAPTURE, OTHER = make_capture(), make_capture(seed=5)
+MIXTRAL = make_capture(layers=(0, 7, 15))
+
+# --- What is counted, looked up in the arrays -------------------------------------------------------------------------
+
+
+def counted(capture: xr.Dataset) -> np.ndarray:
+    """Which positions hold a token that counts; bool (row, position)."""
+    inside = np.arange(capture.sizes["position"]) < capture["length"].values[:, None]
+    return inside & ~np.isin(capture["token"].values, capture.attrs["special_token_ids"])
+
+
+def tokens(capture: xr.Dataset = CAPTURE) -> int:
+    return int(counted(capture).sum())
+
+
+def pairs(capture: xr.Dataset = CAPTURE) -> int:
+    """Neighbours that both count: as many tokens have a left neighbour that counts."""
+    both = counted(capture)
+    return int((both[:, 1:] & both[:, :-1]).sum())
+
+
+def documents(capture: xr.Dataset) -> int:
+    """Documents with a token that counts."""
+    return len(set(capture["document_id"].values[counted(capture).any(1)].tolist()))
+
+
+def occurrences(least: int) -> int:
+    """Occurrences of tokens that occur so often."""
+    return sum(n for n in Counter(CAPTURE["token"].values[counted(CAPTURE)].tolist()).values() if n >= least)
+
+
+def places(top: int) -> int:
+    """Rows in which an expert is chosen, at most so many for each expert and layer."""
+    routes = [row[own] for row, own in zip(CAPTURE["expert"].values, counted(CAPTURE), strict=True)]
+    rows = Counter(
+        (at, int(e)) for row in routes for at in range(row.shape[1]) for e in np.unique(row[:, at]) if len(row)
+    )
+    return sum(min(top, n) for n in rows.values())
+
+
+# --- Every metric, and every reducer ----------------------------------------------------------------------------------
+
+Ask = Callable[[xr.Dataset], Any]
+
+
+def counts(*reducers: Reducer) -> list[xr.Dataset]:
+    return scan(CAPTURE, reducers)
+
+
+def words(capture: xr.Dataset) -> xr.Dataset:
+    table, routes = scan(capture, [analysis.TokenCounts(), analysis.SampledRoutes()])
+    return analysis.vocabulary_specialization_of(table, routes, min_count=3, draws=5)
+
+
+METRICS: dict[str, tuple[Ask, object]] = {
+    "agreement": (lambda c: analysis.agreement(c, c), tokens()),
+    "balance_of": (lambda c: analysis.balance_of(analysis.expert_load(c)), tokens()),
+    "cache_hits": (lambda c: analysis.cache_hits(c, [2, 3]), pairs()),
+    "cache_hits_of": (lambda c: analysis.cache_hits_of(counts(analysis.CacheCounts())[0]), pairs()),
+    "coactivation": (analysis.coactivation, tokens()),
+    "coactivation_of": (
+        lambda c: analysis.coactivation_of(counts(analysis.Choices())[0], by="adjacent"),
+        tokens(),
+    ),
+    "contrast": (
+        lambda c: analysis.contrast({"a": c, "b": OTHER}, replicates=5),
+        {"a": tokens(), "b": tokens(OTHER)},
+    ),
+    "dependent_experts": (lambda c: analysis.dependent_experts(analysis.position_load(c)), tokens()),
+    "document_path": (
+        lambda c: analysis.document_path(c, 3),
+        int(counted(CAPTURE)[CAPTURE["document_id"].values == 3].sum()),
+    ),
+    "document_scores": (
+        lambda c: analysis.document_scores({"a": c, "b": OTHER}),
+        documents(CAPTURE) + documents(OTHER),
+    ),
+    "domain_specialization": (lambda c: analysis.domain_specialization(analysis.expert_load(c)), tokens()),
+    "expert_load": (analysis.expert_load, tokens()),
+    "expert_tokens": (lambda c: analysis.expert_tokens(c, 1), tokens()),
+    "expert_tokens_of": (lambda c: analysis.expert_tokens_of(counts(analysis.TokenCounts())[0], by="lift"), tokens()),
+    "first_repeated_by_load": (lambda c: analysis.first_repeated_by_load(analysis.expert_load(c)), tokens()),
+    "frequent_windows": (analysis.frequent_windows, tokens()),
+    "frequent_windows_of": (
+        lambda c: analysis.frequent_windows_of(counts(analysis.WindowCounts(2))[0], by="surprise"),
+        tokens(),
+    ),
+    "gpu_load": (lambda c: analysis.gpu_load(analysis.expert_load(c), 2), tokens()),
+    "growth": (lambda c: analysis.growth(c, analysis.Load(), halvings=2), tokens()),
+    "layer_overlap_of": (lambda c: analysis.layer_overlap_of(counts(analysis.Choices())[0]), tokens()),
+    "pointwise_of": (lambda c: analysis.pointwise_of(analysis.token_experts(c)), tokens()),
+    "position_load": (analysis.position_load, tokens()),
+    "position_load_of": (
+        lambda c: analysis.position_load_of(counts(analysis.ExpertCounts("doubling"))[0]),
+        tokens(),
+    ),
+    "published_counts": (lambda c: analysis.published_counts(), 102 * 2048),
+    "repetition": (analysis.repetition, pairs()),
+    "router_confidence": (analysis.router_confidence, tokens()),
+    "segment_cache_hits": (lambda c: analysis.segment_cache_hits(c, [4], [2]), pairs()),
+    "segment_cache_hits_of": (
+        lambda c: analysis.segment_cache_hits_of(counts(analysis.CacheCounts([4], segment_lengths=[2]))[0]),
+        pairs(),
+    ),
+    "segment_routing": (lambda c: analysis.segment_routing(c, [4]), tokens()),
+    "token_contributions": (
+        lambda c: analysis.token_contributions(c, OTHER),
+        {"one": tokens(), "other": tokens(OTHER)},
+    ),
+    "token_experts": (lambda c: analysis.token_experts(c, 1), tokens()),
+    "token_experts_of": (lambda c: analysis.token_experts_of(counts(analysis.TokenCounts())[0], [2, 0]), tokens()),
+    "top_contexts": (analysis.top_contexts, places(20)),
+    "transitions": (analysis.transitions, tokens()),
+    "transitions_of": (lambda c: analysis.transitions_of(counts(analysis.Choices())[0], by="all"), tokens()),
+    "validation": (lambda c: analysis.validation({"c4": MIXTRAL}, replicates=9), {"c4": tokens(MIXTRAL)}),
+    "vocabulary_specialization": (
+        lambda c: analysis.vocabulary_specialization(c, min_count=2, draws=5),
+        occurrences(2),
+    ),
+    "vocabulary_specialization_of": (words, occurrences(3)),
+    "whole_paths": (analysis.whole_paths, tokens()),
+    "window_diversity": (lambda c: analysis.window_diversity(c, (1, 2)), tokens()),
+    "window_diversity_of": (
+        lambda c: analysis.window_diversity_of(counts(analysis.WindowCounts(1), analysis.WindowCounts(3))),
+        tokens(),
+    ),
+}
+"""A call of each public function that gives a labelled result, and the `n` that it must have."""
+
+NO_METRICS = {"association", "described", "entropy", "interval"}
+"""They take what metrics gave, or counts of anything."""
+
+REDUCERS: dict[str, tuple[Reducer, int]] = {
+    "CacheCounts": (analysis.CacheCounts([2], segment_lengths=[3]), pairs()),
+    "Choices": (analysis.Choices(), tokens()),
+    "Confidence": (analysis.Confidence(), tokens()),
+    "ExpertCounts": (analysis.ExpertCounts(), tokens()),
+    "Load": (analysis.Load(), tokens()),
+    "MeanWeights": (analysis.MeanWeights(), tokens()),
+    "Repetition": (analysis.Repetition((1, 4)), pairs()),
+    "Resampled": (analysis.Resampled(analysis.ExpertCounts(3), 4), tokens()),
+    "SampledRoutes": (analysis.SampledRoutes(50), 50),
+    "SegmentRouting": (analysis.SegmentRouting((4,)), tokens()),
+    "Thinned": (analysis.Thinned(analysis.Load(), 1.0), tokens()),
+    "TokenCounts": (analysis.TokenCounts(), tokens()),
+    "TokenPaths": (
+        analysis.TokenPaths([3, 0]),
+        int(np.isin(CAPTURE["token"].values[counted(CAPTURE)], [3, 0]).sum()),
+    ),
+    "TopContexts": (analysis.TopContexts(3), places(3)),
+    "WindowCounts": (analysis.WindowCounts(2), tokens()),
+}
+
+
+def returned(function: Any) -> str:
+    """What a function gives, as it is written down."""
+    return str(inspect.signature(function).return_annotation)
+
+
+def test_every_metric_and_every_reducer_is_asked_here() -> None:
+    public = {name: getattr(analysis, name) for name in analysis.__all__}
+    functions = {name for name, found in public.items() if inspect.isfunction(found)}
+    results = {name for name in functions if re.search("xr.Dataset|xr.DataArray|Result", returned(public[name]))}
+    assert results - NO_METRICS - {"measure", "scan"} == METRICS.keys()
+    reducers = {name for name, found in public.items() if inspect.isclass(found) and issubclass(found, Reducer)}
+    assert reducers - {"Reducer"} == REDUCERS.keys()
+
+
+def assert_says_what_it_is(result: Any, n: object) -> None:
+    assert result.attrs["n"] == n
+    assert set(REQUIRED) <= result.attrs.keys()
+    assert all(result.attrs[name] not in (None, "") for name in (*REQUIRED, "counted"))
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_result_says_what_it_is_and_of_how_much(name: str) -> None:
+    ask, n = METRICS[name]
+    result = ask(CAPTURE)
+    assert_says_what_it_is(result, n)
+    assert all(dim in result.coords or dim in ("k", "step", "bin", "document") for dim in result.dims), result
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+def test_what_a_reducer_counted_says_what_it_is_and_of_how_much(name: str) -> None:
+    reducer, n = REDUCERS[name]
+    assert_says_what_it_is(scan(CAPTURE, [reducer])[0], n)
+
+
+@pytest.mark.parametrize("missing", REQUIRED)
+def test_a_reducer_whose_result_does_not_say_what_it_is_is_refused(missing: str) -> None:
+    about = {"n": 1, "estimator": "counts", "null": 0.0, "definition": "a number", "source": "-"}
+
+    class Own(analysis.Load):
+        def finish(self, state: Any, dataset: xr.Dataset) -> xr.Dataset:
+            return xr.Dataset(attrs={name: value for name, value in about.items() if name != missing})
+
+    with pytest.raises(ValueError, match=rf"Own.finish gives a result without the attributes {missing}: return"):
+        scan(CAPTURE, [Own()])
+    with pytest.raises(TypeError, match=missing):
+        described(xr.Dataset(), **{name: value for name, value in about.items() if name != missing})  # type: ignore[arg-type]
+
+
+# --- Documentation ----------------------------------------------------------------------------------------------------
+
+
+def sections(text: str) -> dict[str, str]:
+    """The parts of a numpydoc docstring, by heading."""
+    parts = re.split(r"^([A-Z][A-Za-z ]+)\n-{3,}$", inspect.cleandoc(text), flags=re.MULTILINE)
+    return dict(zip(["summary", *parts[1::2]], parts[::2], strict=True))
+
+
+def documented(text: str) -> set[str]:
+    """The parameters that a docstring names."""
+    lines = sections(text).get("Parameters", "").splitlines()
+    heads = (line.partition(" : ")[0] for line in lines if line and not line[0].isspace())
+    return {name.strip("*") for head in heads for name in head.split(", ")}
+
+
+def parameters(function: Any) -> set[str]:
+    return {name for name in inspect.signature(function).parameters if name not in ("self", "cls")}
+
+
+def raises(function: Any, error: str) -> bool:
+    """Whether the function itself raises it."""
+    tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(function)))
+    nodes = (node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise))
+    return any(isinstance(exc, ast.Call) and ast.unparse(exc.func) == error for exc in nodes)
+
+
+def assert_documented(function: Any, text: str) -> None:
+    found = sections(text)
+    assert documented(text) == parameters(function)
+    if raises(function, "ValueError"):
+        assert "ValueError" in found.get("Raises", "")
+    if returned(function) not in ("None", "<class 'inspect._empty'>"):
+        given = found.get("Returns", found.get("Yields", ""))
+        assert given
+        if re.search(r"xr\.Dat|Array\b", returned(function)):
+            assert_shape_and_type(given)
+
+
+def assert_shape_and_type(given: str) -> None:
+    """Dims or shape and dtype, or the public function that names them."""
+    if see := re.search(r"See `(?:analysis\.)?(\w+)`", given):
+        given = sections(str(getattr(analysis, see[1]).__doc__))["Returns"]
+    assert re.search(r"\b(u?int\d*|float\d*|bool|str|dtypes?|type)\b", given), given
+    assert re.search(r"\([a-z_]+(, [a-z_]+)*\)|[Oo]ver|\bdim(ension)?s\b|[Ll]azy", given), given
+
+
+def beneath(module: ModuleType, name: str) -> str:
+    """The text beneath the assignment of a name."""
+    body = ast.parse(inspect.getsource(module)).body
+    for node, after in pairwise(body):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and name in ast.unparse(node).partition("=")[0]:
+            return str(ast.literal_eval(after.value)) if isinstance(after, ast.Expr) else ""
+    return ""
+
+
+@pytest.mark.parametrize(("package", "name"), NAMES, ids=[f"{package.__name__}.{name}" for package, name in NAMES])
+def test_a_public_name_is_documented(package: ModuleType, name: str) -> None:
+    found = getattr(package, name)
+    if inspect.isfunction(found):
+        assert_documented(found, found.__doc__ or "")
+    elif inspect.isclass(found):
+        assert found.__doc__
+        assert found.__doc__.startswith(f"{name}(") is False, "written, not made by dataclass or NamedTuple"
+        if "__init__" in vars(found) and not is_dataclass(found):
+            assert documented(found.__doc__) == parameters(found.__init__)
+        for member, method in inspect.getmembers(found, inspect.isfunction):
+            assert member.startswith("_") or method.__doc__, member
+    else:
+        assert beneath(importlib.import_module(f"{package.__name__}.{package._MODULES[name]}"), name)
+
+
+# --- Names ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_of_names_is_sorted_complete_and_what_editors_see() -> None:
+    assert analysis.__all__ == sorted(set(analysis.__all__))
+    assert set(analysis.__all__) <= set(dir(analysis))
+    tree = ast.parse(Path(str(analysis.__file__)).read_text(encoding="utf-8"))
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = [
+        (node.module, alias.name) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+    assert seen == [
+        (f"analysis.{module}", name) for module, names in analysis._PUBLIC.items() for name in names.split()
+    ]
+
+
+def test_a_name_that_is_not_there_is_an_error_that_names_the_nearest() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'expert_laod'; did you mean 'expert_load'"):
+        analysis.expert_laod  # noqa: B018
+    with pytest.raises(AttributeError, match=r"has no attribute 'zzz'$"):
+        analysis.zzz  # noqa: B018
+
+
+def fresh(code: str) -> Iterator[str]:
+    """The modules of other packages that a new interpreter has loaded after some code."""
+    code = f"{code}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return iter(done.stdout.split())
+
+
+def test_nothing_is_loaded_before_a_name_is_used_and_a_name_is_never_a_module() -> None:
+    heavy = {"numba", "xarray", "numpy", "torch", "ray", "transformers", "altair"}
+    assert heavy.isdisjoint(fresh("import analysis; dir(analysis); analysis.__all__"))
+    loaded = set(fresh("import analysis.report.page, analysis\nfor name in analysis.__all__: getattr(analysis, name)"))
+    assert {"numba", "xarray"} <= loaded
+    assert loaded.isdisjoint({"torch", "ray", "transformers"})
+    assert not [name for name in analysis.__all__ if inspect.ismodule(getattr(analysis, name))]
