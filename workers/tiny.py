@@ -4,7 +4,13 @@ from pathlib import Path
 
 
 def tiny_checkpoint() -> Path:
-    """Folder of the tiny Mixtral, a checkpoint in the layout of the published one: 8 layers, 8 experts, 2 a token."""
+    """Folder of the tiny Mixtral, a checkpoint in the layout of the published one: 8 layers, 8 experts, 2 a token.
+
+    Returns
+    -------
+    Path
+        Within the installed package; read it only.
+    """
     return Path(__file__).with_name("tiny-mixtral")
 
 

@@ -32,6 +32,11 @@ def estimate_bytes(
     device_type
         "cuda" or "cpu": decides the compute dtype where `dtype` is not given.
 
+    Returns
+    -------
+    int
+        Bytes, the scales of quantized matrices included.
+
     Raises
     ------
     ValueError

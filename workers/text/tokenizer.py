@@ -178,7 +178,18 @@ def sentencepiece_tokenizer(path: str | Path) -> Tokenizer:
 
 class TextTokenizer:
     """
-    A model's tokenizer as the planner uses it.
+    A model's tokenizer as the planner uses it; `load_tokenizer` makes it.
+
+    Parameters
+    ----------
+    backend
+        The fast tokenizer.
+    settings
+        `tokenizer_config.json`, with the chat template as `chat_template`.
+    name
+        Of the model, for messages.
+    limit_tokens
+        Give the first so many ids of a text or conversation only.
 
     Attributes
     ----------
