@@ -1,16 +1,18 @@
 """The sections of the report, in the page's order: one line each."""
 
-from analysis.report.section import Section
-from analysis.report.sections import caching, confidence, contrast, glance, load, paths, position, repetition, tokens
+from importlib import import_module
 
-SECTIONS: tuple[Section, ...] = (
-    glance.SECTION,
-    load.SECTION,
-    tokens.SECTION,
-    contrast.SECTION,
-    paths.SECTION,
-    repetition.SECTION,
-    confidence.SECTION,
-    position.SECTION,
-    caching.SECTION,
+from analysis.report.section import Section
+
+NAMES = (
+    "glance",
+    "load",
+    "tokens",
+    "contrast",
+    "paths",
+    "repetition",
+    "confidence",
+    "position",
+    "caching",
 )
+SECTIONS: tuple[Section, ...] = tuple(import_module(f"analysis.report.sections.{name}").SECTION for name in NAMES)
