@@ -12,13 +12,14 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
+PLACE_TRIES = 5  # arbitrary: one job in a race clears the scratch folder once
 MOST_NAMED = 1000  # folders remembered (arbitrary): a shard's own are used once, and forgetting costs a sync
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.*)", re.DOTALL | re.IGNORECASE)  # a Path has made one slash of two
 
@@ -151,22 +152,14 @@ class LocalObjects:
         return [self.size_bytes(key) for key in keys]
 
     def put(self, key: str, data: bytes) -> None:
-        partial = self._write_partial(data)
-        target = self._parent_made(key)
-        os.replace(partial, target)
-        _sync_folder(target.parent)
+        self._place(key, data, os.replace)
 
     def put_new(self, key: str, data: bytes) -> bool:
-        partial = self._write_partial(data)
-        target = self._parent_made(key)
         try:
-            os.link(partial, target)
+            self._place(key, data, _link)
         except FileExistsError:
-            _sync_folder(target.parent)  # who put it may have died before this
+            _sync_folder((self.root / key).parent)  # who put it may have died before this
             return False
-        finally:
-            partial.unlink(missing_ok=True)
-        _sync_folder(target.parent)
         return True
 
     def put_over(self, key: str, old: bytes, data: bytes) -> bool:
@@ -202,6 +195,23 @@ class LocalObjects:
         except FileNotFoundError:
             return []
 
+    def _place(self, key: str, data: bytes, place: Callable[[Path, Path], None]) -> None:
+        """Write a file that is not whole yet, and put it in its place.
+
+        Again, where it is gone before that: of two jobs that start at once, the one that gets the lease clears the
+        folder in which the other one is writing its own.
+        """
+        for tries_left in reversed(range(PLACE_TRIES)):
+            try:
+                partial = self._write_partial(data)
+                target = self._parent_made(key)
+                place(partial, target)
+                _sync_folder(target.parent)
+                return
+            except FileNotFoundError:
+                if not tries_left:
+                    raise
+
     def _write_partial(self, data: bytes) -> Path:
         partial = self._parent_made(f"{self.scratch}/{uuid.uuid4().hex}")
         try:
@@ -232,6 +242,14 @@ class LocalObjects:
     def _is_ours(self, folder: Path) -> bool:
         """Whether it is the store or lies in it; what holds the store cannot be synced where it may not be read."""
         return folder.is_relative_to(self.root) and os.access(folder.parent, os.R_OK)
+
+
+def _link(partial: Path, target: Path) -> None:
+    """Give a file its name, where nothing has it; its name in the scratch folder is gone in any case."""
+    try:
+        os.link(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

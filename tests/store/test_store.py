@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -572,6 +573,37 @@ def test_a_dead_processs_lease_is_taken_over_and_its_partial_files_removed(tmp_p
     with lease.lease(group):
         assert holder(group)["process"] == os.getpid()
         assert not (group.path / "fake" / "token" / "partial" / "left").exists()
+
+
+@pytest.mark.parametrize("step", ["_write_partial", "_parent_made"])
+def test_of_two_jobs_that_start_at_once_one_has_the_lease_and_the_other_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The winner clears the scratch folder while the loser's own lease is written there."""
+    winner, loser = (CaptureGroup(tmp_path, "texts") for _ in range(2))
+    done = getattr(LocalObjects, step)
+    with ExitStack() as stack:
+
+        def overtaken(objects: LocalObjects, *arguments: Any) -> Path:
+            path: Path = done(objects, *arguments)
+            if objects is loser.objects and not (tmp_path / "texts/token/lease.json").exists():
+                stack.enter_context(lease.lease(winner))
+            return path
+
+        monkeypatch.setattr(LocalObjects, step, overtaken)
+        with pytest.raises(RuntimeError, match="texts is being captured by process"), lease.lease(loser):
+            pass
+        assert lease.lease_token(winner) is not None
+
+
+def test_a_file_that_cannot_be_placed_is_an_error_after_some_tries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = LocalObjects(tmp_path, "scratch")
+    monkeypatch.setattr(objects, "_write_partial", lambda data: tmp_path / "gone")
+    for put in (objects.put, objects.put_new):
+        with pytest.raises(FileNotFoundError, match="gone"):
+            put("a/b", b"data")
 
 
 def test_a_later_process_of_the_same_id_is_not_the_holder(tmp_path: Path) -> None:
