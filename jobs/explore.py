@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 import tyro
 
 from jobs.console.places import captures_at
-from jobs.console.terminal import run_job, say
+from jobs.console.terminal import log, run_job
 
 if TYPE_CHECKING:
     from analysis.explorer.live import Explorer
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
 
     _open_more_files()
     named = None if config.store.rstrip("/") == store.rstrip("/") else names
-    return _serve(Explorer(store, named, config.index, threads=config.threads, say=say), config)
+    return _serve(Explorer(store, named, config.index, threads=config.threads, say=log), config)
 
 
 def _export(store: str, names: list[str], config: ExploreConfig) -> int:
@@ -107,10 +107,10 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
         here = (socket.gethostname(), config.host)
         server = uvicorn.Server(uvicorn.Config(site(explorer, here), log_level="warning", timeout_graceful_shutdown=2))
         if not address.is_loopback:
-            say(f"note: whoever reaches {where}, port {port}, can read this store: there is no password")
+            log(f"note: whoever reaches {where}, port {port}, can read this store: there is no password")
         name = socket.gethostname() if address.is_unspecified else f"[{where}]" if address.version == 6 else where
         print(f"http://{name}:{port}/", flush=True)
-        say("Ctrl-C stops it")
+        log("Ctrl-C stops it")
         follower.start()
         try:
             server.run(sockets=[listener])

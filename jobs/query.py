@@ -17,7 +17,7 @@ import tyro
 from jobs.console.places import captures_at
 from jobs.console.query_rows import Answer, Listed, document_answer, expert_answer, token_answer
 from jobs.console.tables import print_json, stdout_console
-from jobs.console.terminal import reporting, run_job, say, shown
+from jobs.console.terminal import log, reporting, run_job, shown
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -94,7 +94,7 @@ def _answer(config: QueryConfig, store: str, name: str, documents: list[int | st
     capture = open_covered(store, state)
     layers = _layers(capture, config.layer)
     if not state.complete:
-        say(shown(f"note: {state}"))
+        log(shown(f"note: {state}"))
     answers: Sequence[Answer] = [document_answer(capture, document, layers) for document in documents]
     answers = answers or _counted(config, store, state, capture, layers)
     if config.json:
@@ -117,7 +117,7 @@ def _write_tables(store: str, names: list[str], folder: str, documents: list[int
         states = write_tables(store, folder, datasets=names, documents=documents, progress=told)
     for state in states:
         if not state.complete:
-            say(shown(f"note: {state}"))
+            log(shown(f"note: {state}"))
     print(Path(folder).absolute())
     return 0
 

@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 import tyro
 
-from jobs.console.terminal import LOG_EVERY_S, run_job, say
+from jobs.console.terminal import LOG_EVERY_S, log, run_job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,10 @@ def main(arguments: list[str]) -> int:
         drawn = write_report(config.stores, config.output, progress=_tell(), **where)
     for answers in drawn.answers:
         if not answers.state.complete:
-            say(f"note: {answers.state}")
+            log(f"note: {answers.state}")
     print(config.output.absolute())
     if config.figures is not None:
-        say(f"{len(write_figures(drawn, config.figures))} files in {config.figures}")
+        log(f"{len(write_figures(drawn, config.figures))} files in {config.figures}")
     return 0
 
 
@@ -81,7 +81,7 @@ def _tell() -> Callable[[str, int, int], None]:
         nonlocal said
         if time.monotonic() - said >= LOG_EVERY_S:
             said = time.monotonic()
-            say(f"{label}: {done:,} of {total:,} shards read")
+            log(f"{label}: {done:,} of {total:,} shards read")
 
     return tell
 

@@ -21,7 +21,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 import tyro
 
-from jobs.console.terminal import run_job, say
+from jobs.console.terminal import log, run_job
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
         details = run(config, client, job, shlex.join(command))
         if details is not None and details.driver_exit_code in (0, *FUTILE):
             return details.driver_exit_code if details.driver_exit_code in (0, 3) else 2
-        say(f"attempt {attempt} of {config.attempts}: {became_of(job, details)}")
+        log(f"attempt {attempt} of {config.attempts}: {became_of(job, details)}")
         if details is not None and details.status == "STOPPED":
             return 143
         if attempt < config.attempts:
@@ -101,10 +101,10 @@ def run(config: ResubmitConfig, client: "JobSubmissionClient", job: str, entrypo
     """Run the entrypoint as a job, its log on the output, until it has ended; None when it was lost with its head."""
     try:
         patiently(config, lambda: submit(client, job, entrypoint))
-        say(f"job {job} is on {client.get_address()}")
+        log(f"job {job} is on {client.get_address()}")
         return follow(config, client, job)
     except KeyboardInterrupt:
-        say(f"job {job} goes on without this; to stop it: ray job stop --address {client.get_address()} {job}")
+        log(f"job {job} goes on without this; to stop it: ray job stop --address {client.get_address()} {job}")
         raise
 
 
@@ -126,13 +126,13 @@ def follow(config: ResubmitConfig, client: "JobSubmissionClient", job: str) -> "
     while True:
         try:
             details = patiently(config, lambda: client.get_job_info(job))
-            log = patiently(config, lambda: client.get_job_logs(job))
+            text = patiently(config, lambda: client.get_job_logs(job))
         except RuntimeError as error:
             if "status code 404" in str(error):
                 return None
             raise
-        print(log[shown:], end="", flush=True)
-        shown = len(log)
+        print(text[shown:], end="", flush=True)
+        shown = len(text)
         if details.status.is_terminal():
             return details
         time.sleep(POLL_S)
@@ -163,7 +163,7 @@ def patiently(config: ResubmitConfig, request: Callable[[], T]) -> T:
         except (OSError, RuntimeError) as error:
             if isinstance(error, ValueError) or (isinstance(error, RuntimeError) and "status code 5" not in str(error)):
                 raise  # a malformed address or answer; a request that the head refuses
-            say(f"the head does not answer: {str(error).splitlines()[0]}")
+            log(f"the head does not answer: {str(error).splitlines()[0]}")
         wait(config, attempt)
     return request()
 
@@ -171,7 +171,7 @@ def patiently(config: ResubmitConfig, request: Callable[[], T]) -> T:
 def wait(config: ResubmitConfig, attempt: int) -> None:
     """Pause after an attempt, the longer the more there were."""
     pause = min(config.pause * 2 ** (attempt - 1), MAX_PAUSE_S)
-    say(f"again in {pause:,.0f} s")
+    log(f"again in {pause:,.0f} s")
     time.sleep(pause)
 
 

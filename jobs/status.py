@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from jobs.console.tables import Bars, Column, Row, print_json, print_line, print_table, stdout_console
-from jobs.console.terminal import reporting, run_job, say, shown
+from jobs.console.terminal import log, reporting, run_job, shown
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.lease import lease_holder
@@ -95,10 +95,10 @@ def _look(store: str, name: str, *, deep: bool) -> Looked:
             found = _verified(group)
         state = coverage(store, name)
     except ValueError as error:
-        say(shown(f"error: {error}"))
+        log(shown(f"error: {error}"))
         return Looked(data_set=name, found=found, error=str(error))
     if holder := lease_holder(group):
-        say(shown(f"{name}: being captured by {holder}"))
+        log(shown(f"{name}: being captured by {holder}"))
     return Looked(data_set=name, state=state, found=found, holder=holder)
 
 
@@ -111,11 +111,11 @@ def _verified(group: CaptureGroup) -> Findings:
     with reporting(f"verify {group.dataset}", total=tokens, transient=True) as report:
         found = verify(group, report.add)
     for fault in found.plan:
-        say(shown(f"{group.dataset}: the plan is damaged: {fault}; {group.remedy}"))
+        log(shown(f"{group.dataset}: the plan is damaged: {fault}; {group.remedy}"))
     if found.unnoted:
         for shard, reason in found.shards.items():
-            say(shown(f"{group.dataset}: shard {shard} does not hold: {reason}"))
-        say(shown(f"error: the store cannot be written, so that the next capture will not know: {found.unnoted}"))
+            log(shown(f"{group.dataset}: shard {shard} does not hold: {reason}"))
+        log(shown(f"error: the store cannot be written, so that the next capture will not know: {found.unnoted}"))
     return found
 
 

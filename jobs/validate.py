@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.capturing.options import CaptureConfig
-from jobs.console.terminal import reporting, run_job, say
+from jobs.console.terminal import log, reporting, run_job
 from jobs.sources.documents import Document, Source
 from jobs.sources.resolve import resolve_source
 from jobs.sources.web import fetch, is_url
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> int:
     try:
         capture_datasets(run, sources, capture_here)
     except RuntimeError as error:
-        say(f"error: {error}")
+        log(f"error: {error}")
         return 2  # and not 1, which is a verdict
     captures = {name: open_capture(asked.store_path, name) for name in given}
     with reporting("compare", unit="shards") as report:

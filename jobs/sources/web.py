@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib import request
 from urllib.parse import urlsplit
 
-from jobs.console.terminal import say
+from jobs.console.terminal import log
 from jobs.sources.resolve import usable
 from store.files import whole_file
 from store.secrets import without_secrets
@@ -71,7 +71,7 @@ def fetch(url: str, folder: Path) -> Path:
     name = usable(urlsplit(url).path.rpartition("/")[2]) or "text"
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     if path.exists():
-        say(f"{without_secrets(url)} was fetched before: {path}")
+        log(f"{without_secrets(url)} was fetched before: {path}")
         return path
     folder.mkdir(parents=True, exist_ok=True)
     opener = request.OpenerDirector()

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.cluster import progress
-from jobs.cluster.dispatch import Dispatcher, Unit
-from jobs.cluster.progress import Progress
+from jobs.capturing import progress
+from jobs.capturing.dispatch import Dispatcher, Unit
+from jobs.capturing.progress import Progress
 
 
 class Clock:
@@ -24,7 +24,6 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(progress, "time", clock)
-    monkeypatch.setattr(progress, "Metrics", lambda: SimpleNamespace(show=lambda job: None, finished=lambda *_: None))
     return clock
 
 
