@@ -12,7 +12,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 import tyro
 from rich.console import Console
 
-from jobs.console.tables import Bars, Column, Row, print_json, print_line, print_table, stdout_console
+from jobs.console.tables import Bars, Column, Facts, print_json, print_line, print_table, stdout_console
 from jobs.console.terminal import log, reporting, run_job, shown
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
@@ -159,7 +159,7 @@ KNOWN: dict[str, Callable[[Coverage], Any]] = {
 }
 
 
-def _in_a_word(row: Row) -> str:
+def _in_a_word(row: Facts) -> str:
     """A data set's state: what is worst about it."""
     if row["error"] is not None:
         return "cannot be read"
@@ -185,21 +185,21 @@ def print_status(console: Console, looked: list[Looked]) -> None:
             print_line(console, f"{state.dataset}: shard {shard} does not hold: {reason}")
 
 
-def _count(key: str) -> Callable[[Row], str]:
+def _count(key: str) -> Callable[[Facts], str]:
     return lambda row: "-" if row[key] is None else f"{row[key]:,}"
 
 
-def _ratio(over: str, under: str, form: str) -> Callable[[Row], str]:
+def _ratio(over: str, under: str, form: str) -> Callable[[Facts], str]:
     return lambda row: format(row[over] / row[under], form) if row[under] else "-"
 
 
-def _shards(row: Row) -> str:
+def _shards(row: Facts) -> str:
     if row["error"] is not None:
         return "-"
     return f"{row['shards_done']:,}/{row['shards_total']:,}{'' if row['plan_complete'] else '+'}"
 
 
-def _colour(row: Row) -> str:
+def _colour(row: Facts) -> str:
     if row["state"] == "complete":
         return "green"
     return "red" if row["error"] is not None or row["wrong"] or row["lost"] or row["plan_faults"] else "yellow"

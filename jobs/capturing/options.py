@@ -12,12 +12,18 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
+from jobs.sources.formats import described
 from jobs.sources.wikitext import CONFIGS, REPOSITORY
 from store.secrets import without_secrets
 
 MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
 JOB_COPIES = "working_dir_files"  # the folder in which Ray keeps the code of `ray job submit --working-dir`
 VARIABLES = {"store": "EXPERT_ATLAS_STORE", "device": "EXPERT_ATLAS_DEVICE", "workers": "EXPERT_ATLAS_WORKERS"}
+DATASET = (
+    "Data set to capture, once for each: an alias (wikitext-2, wikitext-103, demo:prose, demo:code, demo:legal,"
+    f" demo:maths), a file, folder or glob of {described()}, a folder saved by the library datasets, or a hub id"
+    " org/name[:config]."
+)
 NOT_IN_FILES = ("preset", "config", "print_config", "dry_run", "rate")
 
 
@@ -36,9 +42,7 @@ class CaptureConfig:
     computing in float16, without special tokens, on the first 128 tokens of each of the first 8 rows of WikiText-2's
     test split (rows as the hub has them, a line each, some empty; the alias wikitext-2 gives articles). Another
     --dataset replaces that one and its split; all else is kept."""
-    dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Data set to capture, once for each: an alias (wikitext-2, wikitext-103, demo:prose, demo:code, demo:legal,
-    demo:maths), a file, folder or glob (text, jsonl, parquet, arrow), or a hub id org/name[:config]."""
+    dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(help=DATASET)] = ()
     local: bool = False
     """Capture in this process, on one device, without Ray. Default: with Ray, on the cluster of $RAY_ADDRESS or the
     one that was started on this machine, else on this machine alone."""
