@@ -209,7 +209,7 @@ def _which(piece: str, pieces: list[str], found: list[int]) -> str:
     """What to say when several tokens have a piece, or none, and which ones are near it."""
     if found:
         return f"tokens {found} all have the piece {shown(piece)}: give one as --token_id"
-    plain: dict[str, list[int]] = {}  # ▁ of SentencePiece and Ġ of byte-level BPE stand for a space
+    plain: dict[str, list[int]] = {}
     for number, other in enumerate(pieces):
         plain.setdefault(_plain(other), []).append(number)
     near = [_plain(piece), *difflib.get_close_matches(_plain(piece), plain, n=5)]
@@ -219,7 +219,8 @@ def _which(piece: str, pieces: list[str], found: list[int]) -> str:
 
 
 def _plain(piece: str) -> str:
-    return piece.replace("▁", " ").replace("Ġ", " ").strip().casefold()
+    """A piece without the ▁ that stands for a space, and in lower case."""
+    return piece.replace("▁", " ").strip().casefold()
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ def resolve_source(
     path = os.path.expanduser(spec)
     if spec in CONFIGS:
         return wikitext_source(spec, split=split, text_field=text_field, revision=revision)
+    if "://" in spec and not os.path.lexists(path):
+        raise ValueError(f"no data set {spec!r}: addresses are not read; download the file, and give its path")
     if os.path.lexists(path) or is_glob(path):
         refuse_option(spec, "revision", revision)
         return local_source(path, name=group_name(spec), split=split, field=text_field)
