@@ -12,12 +12,12 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 import tyro
 from rich.console import Console
 
+from jobs.console.places import datasets_of
 from jobs.console.tables import Bars, Column, Facts, print_json, print_line, print_table, stdout_console
 from jobs.console.terminal import log, reporting, run_job, shown
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.lease import lease_holder
-from store.reader import dataset_names
 from store.verify import Findings, verify
 
 
@@ -74,9 +74,7 @@ class Looked:
 def main(arguments: list[str]) -> int:
     """Print what was found; 0 when every data set is complete."""
     config = tyro.cli(StatusConfig, prog="python jobs/status.py", args=arguments, use_underscores=True)
-    names = list(config.dataset) or dataset_names(config.store)
-    if not names:
-        raise ValueError(f"{config.store} holds no data set yet")
+    names = list(config.dataset) or datasets_of(config.store)
     looked = [_look(config.store, name, deep=config.verify) for name in names]
     whole = all(one.whole for one in looked)
     if config.json:
@@ -105,7 +103,7 @@ def _look(store: str, name: str, *, deep: bool) -> Looked:
 def _verified(group: CaptureGroup) -> Findings:
     """Read everything back, and say what is wrong with the plan.
 
-    Shards that are wrong are noted in the store, and told with what is missing.
+    Shards that are wrong are noted in the store, and reported with what is missing.
     """
     tokens = coverage(group.path, group.dataset).tokens_done
     with reporting(f"verify {group.dataset}", total=tokens, transient=True) as report:

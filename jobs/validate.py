@@ -45,7 +45,7 @@ class ValidateConfig:
     github_oss_with_stack_texts.txt. Another text of the kind serves, but differs by what sampling makes it differ.
 
     Exit status: 0 every domain is at each layer nearer to its own published shares than to the other's, and nearer than
-    the two are to each other; 1 one is not; 2 it cannot be told.
+    the two are to each other; 1 one is not; 2 that cannot be decided.
     """
 
     model: Annotated[str, tyro.conf.Positional]

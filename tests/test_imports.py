@@ -85,6 +85,13 @@ def test_imports_point_one_way(package: str) -> None:
     assert wrong == []
 
 
+def test_the_folders_of_jobs_import_one_way_and_never_a_script() -> None:
+    order = ("console", "sources", "capturing", "cluster")
+    for place, folder in enumerate(order):
+        found = {name for path in modules(f"jobs/{folder}") for name in imported(path) if name.startswith("jobs.")}
+        assert {name.split(".")[1] for name in found} <= {*order[: place + 1]}, folder
+
+
 def test_transformers_is_named_only_where_models_are_loaded() -> None:
     named = {
         str(path.relative_to(ROOT)) for package in PACKAGES for path in modules(package) if names(path, "transformers")

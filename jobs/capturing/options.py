@@ -62,7 +62,7 @@ class CaptureConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the model computes in. Default: bfloat16 on a GPU, float32 on a CPU."""
     quantize_gates: bool = False
-    """Round the routers to 4 bits too, as transformers 4 does unless told otherwise. For comparison: it changes about
+    """Round the routers to 4 bits too, as transformers 4 does unless asked otherwise. For comparison: it changes about
     as many choices as rounding all the rest (docs/0005-four-bits.md)."""
     store: str | None = None
     """Where the captures go: a folder, on a cluster one that all nodes see, or s3://bucket/prefix.

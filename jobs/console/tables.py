@@ -1,6 +1,6 @@
 """How a result is shown: a table with bars in a terminal, aligned columns in a pipe, one JSON document for scripts.
 
-Promises: a terminal gets no line of a table that is wider than it is, and is told which columns that cost; a pipe, a
+Promises: a terminal gets no line of a table that is wider than it is, and names the columns that this costs; a pipe, a
 file, TERM=dumb and a terminal that knows no Unicode get every column, whole, one line a row, and no escape code; what a
 text holds commands no terminal. Does not know what is shown.
 """

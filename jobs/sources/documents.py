@@ -47,7 +47,7 @@ class Source:
     conversations: bool = False
     """Whether its documents are conversations; never some of them."""
     note: str | None = None
-    """What a reader of the plan should be told, such as files left out."""
+    """What is logged before planning, such as files left out."""
     published_documents: int | None = None
     """How many documents its makers say it has; None if they do not say."""
 

@@ -23,7 +23,7 @@ def json_table(files: Mapping[str, Path]) -> Table:
         for name, value in row.values.items():
             kind = json_kind(value)
             known = columns.get(name, "null")
-            if {known, kind} == {"messages", "list"}:  # told as a broken message, where it is read
+            if {known, kind} == {"messages", "list"}:  # reported as a broken message, where it is read
                 kind = known = "messages"
             columns[name] = kind if known == "null" else known if kind in (known, "null") else "mixed"
     return Table(columns=columns, rows=partial(json_rows, files))
