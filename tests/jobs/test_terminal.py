@@ -29,6 +29,7 @@ import analysis.report.page
 from analysis.metrics.load import expert_load
 from analysis.metrics.paths import document_path
 from analysis.metrics.tokens import TokenCounts, TopTokens, expert_tokens, token_experts
+from analysis.report.section import Answers
 from analysis.scan import scan
 from jobs import capture, demo, query, status
 from jobs.console.query_rows import document_answer, expert_answer, token_answer
@@ -469,14 +470,9 @@ def test_the_demo_ends_with_what_it_found_and_the_report_s_path(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     captures = {name: make_capture(seed=seed, dataset=name) for seed, name in enumerate(demo.TEXTS)}
-    answers = [
-        SimpleNamespace(
-            label=name,
-            load=expert_load(routes),
-            tokens=expert_tokens(routes, by="lift", min_count=5),
-        )
-        for name, routes in captures.items()
-    ]
+    found_in = lambda of: {"load": expert_load(of), "tokens": expert_tokens(of, by="lift", min_count=5)}
+    unasked: dict[str, Any] = {"state": None, "attrs": {}, "documents": 0}
+    answers: list[Any] = [Answers(label=name, found=found_in(routes), **unasked) for name, routes in captures.items()]
     monkeypatch.setattr(capture, "main", lambda arguments: 0)
     monkeypatch.setattr(
         analysis.report.page, "write_report", lambda stores, output: SimpleNamespace(answers=answers, apart=None)
