@@ -59,7 +59,7 @@ def _capture_on_cluster(config: CaptureConfig) -> int:
     from jobs.capturing.run import Run
     from jobs.cluster.ray_workers import connected
 
-    sources = Run(config).sources()  # first: a mistake is told before a cluster is waited for
+    sources = Run(config).sources()  # first: a mistake is reported before a cluster is waited for
     with connected(config) as cluster:
         return exit_status(capture_datasets(Run(config, cluster.device), sources, cluster.capture))
 

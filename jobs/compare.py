@@ -12,14 +12,14 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 import tyro
 
 from jobs.console.places import capture_at
-from jobs.console.tables import Column, Row, print_line, print_table, stdout_console
+from jobs.console.tables import Column, Facts, print_line, print_table, stdout_console
 from jobs.console.terminal import reporting, run_job
 
 PROVENANCE = ("model", "quantization", "environment")
 MEASURES = ("same_set", "overlap", "same_first", "first_difference", "margin", "margin_at_flips")
 
 
-def _number(measure: str) -> Callable[[Row], str]:
+def _number(measure: str) -> Callable[[Facts], str]:
     return lambda row: "" if row[measure] is None else f"{row[measure]:.4f}"
 
 
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         captures.append(open_capture(*capture_at(place), allow_incomplete=config.allow_incomplete))
     with reporting("compare", unit="shards") as report:
         found = scan(paired(*captures), [Agreement()], progress=lambda done, total: report.to(done))[0]
-    rows: list[Row] = [
+    rows: list[Facts] = [
         {"layer": str(number), **{column: float(found[column].sel(layer=number)) for column in MEASURES}}
         for number in found["layer"].values.tolist()
     ]

@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 from rich.console import Console
 
 from jobs import capture
-from jobs.console.tables import Bars, Column, Row, print_line, print_table, stdout_console
+from jobs.console.tables import Bars, Column, Facts, print_line, print_table, stdout_console
 from jobs.console.terminal import run_job
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def print_found(console: Console, answers: "Sequence[Answers]", apart: "xr.Datas
     print_table(console, COLUMNS, rows, note="LAYER:EXPERT; a full bar is all choices of the layer")
 
 
-def _busiest(each: "Answers") -> Row:
+def _busiest(each: "Answers") -> Facts:
     """A data set, and the expert with the largest share of its layer's choices."""
     share = each["load"]["share"].fillna(0)
     top = share.isel(share.argmax(("layer", "expert")))

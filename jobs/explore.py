@@ -14,8 +14,8 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 import tyro
 
-from jobs.console.places import captures_at
-from jobs.console.terminal import run_job, say
+from jobs.console.places import captures_at, only_one, refuse_no_file
+from jobs.console.terminal import log, run_job
 
 if TYPE_CHECKING:
     from analysis.explorer.live import Explorer
@@ -57,8 +57,6 @@ def main(arguments: list[str]) -> int:
     if config.threads is not None and config.threads < 1:
         raise ValueError(f"--threads {config.threads}: 1 or more")
     store, names = captures_at(config.store)
-    if not names:
-        raise ValueError(f"{store} holds no data set yet")
     if config.export is not None:
         return _export(store, names, config)
 
@@ -66,17 +64,14 @@ def main(arguments: list[str]) -> int:
 
     _open_more_files()
     named = None if config.store.rstrip("/") == store.rstrip("/") else names
-    return _serve(Explorer(store, named, config.index, threads=config.threads, say=say), config)
+    return _serve(Explorer(store, named, config.index, threads=config.threads, log=log), config)
 
 
 def _export(store: str, names: list[str], config: ExploreConfig) -> int:
     """Write documents as one file."""
-    if len(names) > 1:
-        raise ValueError(f"{store} holds {', '.join(names)}: say which, as {store.rstrip('/')}/{names[0]}")
-    output = config.export
+    name, output = only_one(store, names), config.export
     assert output is not None
-    if not output.absolute().parent.is_dir() or output.is_dir():
-        raise ValueError(f"--export {output}: its folder must exist, and it must not be a folder itself")
+    refuse_no_file("export", output)
 
     from analysis.explorer.index import CaptureIndex
     from analysis.explorer.one_file import export_page
@@ -84,7 +79,7 @@ def _export(store: str, names: list[str], config: ExploreConfig) -> int:
     from analysis.metrics.paths import document_number
     from store.files import whole_file
 
-    view = View(store, names[0], CaptureIndex(store, names[0], config.index).now)
+    view = View(store, name, CaptureIndex(store, name, config.index).now)
     asked = [int(document) if document.isdecimal() else document for document in config.document]
     page = export_page(view, [document_number(view.capture, document) for document in asked])
     with whole_file(output) as unfinished:
@@ -107,10 +102,10 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
         here = (socket.gethostname(), config.host)
         server = uvicorn.Server(uvicorn.Config(site(explorer, here), log_level="warning", timeout_graceful_shutdown=2))
         if not address.is_loopback:
-            say(f"note: whoever reaches {where}, port {port}, can read this store: there is no password")
+            log(f"note: whoever reaches {where}, port {port}, can read this store: there is no password")
         name = socket.gethostname() if address.is_unspecified else f"[{where}]" if address.version == 6 else where
         print(f"http://{name}:{port}/", flush=True)
-        say("Ctrl-C stops it")
+        log("Ctrl-C stops it")
         follower.start()
         try:
             server.run(sockets=[listener])

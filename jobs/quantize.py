@@ -10,7 +10,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 import tyro
 
-from jobs.console.terminal import reporting, run_job, say
+from jobs.console.terminal import log, reporting, run_job
 
 MEGABYTE = 10**6
 
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
             progress=count,
         )
     written_bytes = sum(file.stat().st_size for file in weight_files(config.out))
-    say(f"{read_bytes:,} bytes of weights became {written_bytes:,}; capture with --model {config.out}")
+    log(f"{read_bytes:,} bytes of weights became {written_bytes:,}; capture with --model {config.out}")
     print(config.out)
     return 0
 

@@ -14,10 +14,10 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 import tyro
 
-from jobs.console.places import captures_at
+from jobs.console.places import captures_at, only_one
 from jobs.console.query_rows import Answer, Listed, document_answer, expert_answer, token_answer
 from jobs.console.tables import print_json, stdout_console
-from jobs.console.terminal import reporting, run_job, say, shown
+from jobs.console.terminal import log, reporting, run_job, shown
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -74,15 +74,10 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(QueryConfig, prog="python jobs/query.py", args=arguments, use_underscores=True)
     _check(config)
     store, names = captures_at(config.store)
-    if not names:
-        raise ValueError(f"{store} holds no data set yet")
     documents = [int(document) if document.isdecimal() else document for document in config.document]
     if config.parquet is not None:
         return _write_tables(store, names, config.parquet, documents)
-    if len(names) > 1:
-        raise ValueError(f"{store} holds {', '.join(names)}: say which, as {store.rstrip('/')}/{names[0]}")
-
-    return _answer(config, store, names[0], documents)
+    return _answer(config, store, only_one(store, names), documents)
 
 
 def _answer(config: QueryConfig, store: str, name: str, documents: list[int | str]) -> int:
@@ -94,7 +89,7 @@ def _answer(config: QueryConfig, store: str, name: str, documents: list[int | st
     capture = open_covered(store, state)
     layers = _layers(capture, config.layer)
     if not state.complete:
-        say(shown(f"note: {state}"))
+        log(shown(f"note: {state}"))
     answers: Sequence[Answer] = [document_answer(capture, document, layers) for document in documents]
     answers = answers or _counted(config, store, state, capture, layers)
     if config.json:
@@ -113,11 +108,11 @@ def _write_tables(store: str, names: list[str], folder: str, documents: list[int
     from analysis.exports.parquet import write_tables  # numba takes a second: --help does not wait for it
 
     with reporting("tables", unit="shards", transient=True) as report:
-        told = lambda name, done, total: report.add(1)
-        states = write_tables(store, folder, datasets=names, documents=documents, progress=told)
+        progress = lambda name, done, total: report.add(1)
+        states = write_tables(store, folder, datasets=names, documents=documents, progress=progress)
     for state in states:
         if not state.complete:
-            say(shown(f"note: {state}"))
+            log(shown(f"note: {state}"))
     print(Path(folder).absolute())
     return 0
 
@@ -125,7 +120,7 @@ def _write_tables(store: str, names: list[str], folder: str, documents: list[int
 def _counted(
     config: QueryConfig, store: str, state: "Coverage", capture: "xr.Dataset", layers: list[int]
 ) -> "list[Listed]":
-    """The answers to what is counted over all tokens; a mistake is told before."""
+    """The answers to what is counted over all tokens; a mistake is reported before."""
     from analysis.metrics.tokens import TokenCounts, check_ranking
     from analysis.results import measure
 
@@ -210,7 +205,7 @@ def _which(piece: str, pieces: list[str], found: list[int]) -> str:
     """What to say when several tokens have a piece, or none, and which ones are near it."""
     if found:
         return f"tokens {found} all have the piece {shown(piece)}: give one as --token_id"
-    plain: dict[str, list[int]] = {}  # ▁ of SentencePiece and Ġ of byte-level BPE stand for a space
+    plain: dict[str, list[int]] = {}
     for number, other in enumerate(pieces):
         plain.setdefault(_plain(other), []).append(number)
     near = [_plain(piece), *difflib.get_close_matches(_plain(piece), plain, n=5)]
@@ -220,7 +215,8 @@ def _which(piece: str, pieces: list[str], found: list[int]) -> str:
 
 
 def _plain(piece: str) -> str:
-    return piece.replace("▁", " ").replace("Ġ", " ").strip().casefold()
+    """A piece without the ▁ that stands for a space, and in lower case."""
+    return piece.replace("▁", " ").strip().casefold()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 import tyro
 
-from jobs.console.terminal import LOG_EVERY_S, run_job, say
+from jobs.console.places import refuse_no_file
+from jobs.console.terminal import LOG_EVERY_S, log, run_job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,7 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(ReportConfig, prog="python jobs/report.py", args=arguments, use_underscores=True)
     if not config.stores:
         raise ValueError("name at least one store, such as demo.zarr")
-    if not config.output.absolute().parent.is_dir() or config.output.is_dir():
-        raise ValueError(f"--output {config.output}: its folder must exist, and it must not be a folder itself")
+    refuse_no_file("output", config.output)
     _give_memory_back()
     from analysis.report.page import (  # the chart libraries take a second: --help does not wait for them
         write_figures,
@@ -63,27 +63,27 @@ def main(arguments: list[str]) -> int:
 
             stack.enter_context(connection())
             where["runner_of"] = ClusterRunner
-        drawn = write_report(config.stores, config.output, progress=_tell(), **where)
+        drawn = write_report(config.stores, config.output, progress=_progress(), **where)
     for answers in drawn.answers:
         if not answers.state.complete:
-            say(f"note: {answers.state}")
+            log(f"note: {answers.state}")
     print(config.output.absolute())
     if config.figures is not None:
-        say(f"{len(write_figures(drawn, config.figures))} files in {config.figures}")
+        log(f"{len(write_figures(drawn, config.figures))} files in {config.figures}")
     return 0
 
 
-def _tell() -> Callable[[str, int, int], None]:
-    """Says every ten seconds how far the scan of a data set is."""
-    said = time.monotonic()
+def _progress() -> Callable[[str, int, int], None]:
+    """Logs every ten seconds how far the scan of a data set is."""
+    logged = time.monotonic()
 
-    def tell(label: str, done: int, total: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= LOG_EVERY_S:
-            said = time.monotonic()
-            say(f"{label}: {done:,} of {total:,} shards read")
+    def progress(label: str, done: int, total: int) -> None:
+        nonlocal logged
+        if time.monotonic() - logged >= LOG_EVERY_S:
+            logged = time.monotonic()
+            log(f"{label}: {done:,} of {total:,} shards read")
 
-    return tell
+    return progress
 
 
 def _give_memory_back() -> None:

@@ -1,9 +1,8 @@
 """Submit a capture until nothing is missing: `python jobs/resubmit.py -- python jobs/capture.py --dataset wikitext-2`.
 
-`ray job submit` tells success from failure only (and calls a stopped job a success); this reads the command's own
-status, and gives the command again while it says that something is missing. Jobs have names, given here, so whatever
-breaks on the way to the head, a job is looked for before it is submitted once more. It does not know whether an
-attempt came any further: the number of attempts is what ends it.
+What a shell loop and KubeRay's back-off cannot do: `ray job submit` tells success from failure only (and calls a
+stopped job a success). This reads the command's own status, and submits it again while that says that something is
+missing. Each job has a name, given here, so that it is found again and not submitted twice when the connection breaks.
 """
 
 import os
@@ -21,7 +20,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 import tyro
 
-from jobs.console.terminal import run_job, say
+from jobs.console.terminal import log, run_job
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -61,23 +60,23 @@ class ResubmitConfig:
 
 def main(arguments: list[str]) -> int:
     """Submit the command until it is through; its status."""
-    options, command = arguments, list[str]()
-    if "--" in arguments:
-        options, command = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
-    config = tyro.cli(ResubmitConfig, prog="python jobs/resubmit.py", args=options, use_underscores=True)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    config = tyro.cli(ResubmitConfig, prog="python jobs/resubmit.py", args=arguments[:end], use_underscores=True)
+    command = shlex.join(arguments[end + 1 :])
     if not command:
         raise ValueError("give the command after --, such as -- python jobs/capture.py --dataset wikitext-103")
     client = patiently(config, lambda: connect(config.address))
     for attempt in range(1, config.attempts + 1):
+        if attempt > 1:
+            wait(config, attempt - 1)
         job = f"attempt-{attempt}-{uuid.uuid4().hex[:8]}"
-        details = run(config, client, job, shlex.join(command))
-        if details is not None and details.driver_exit_code in (0, *FUTILE):
-            return details.driver_exit_code if details.driver_exit_code in (0, 3) else 2
-        say(f"attempt {attempt} of {config.attempts}: {became_of(job, details)}")
+        details = run(config, client, job, command)
+        status = None if details is None else details.driver_exit_code
+        if status in (0, *FUTILE):
+            return status if status in (0, 3) else 2
+        log(f"attempt {attempt} of {config.attempts}: {became_of(job, details)}")
         if details is not None and details.status == "STOPPED":
             return 143
-        if attempt < config.attempts:
-            wait(config, attempt)
     return 1
 
 
@@ -97,21 +96,21 @@ def connect(address: str) -> "JobSubmissionClient":
         raise ConnectionError(f"no head at {os.environ.get('RAY_ADDRESS') or address}: {error}") from error
 
 
-def run(config: ResubmitConfig, client: "JobSubmissionClient", job: str, entrypoint: str) -> "JobDetails | None":
-    """Run the entrypoint as a job, its log on the output, until it has ended; None when it was lost with its head."""
+def run(config: ResubmitConfig, client: "JobSubmissionClient", job: str, command: str) -> "JobDetails | None":
+    """Run the command as a job, its log on the output, until it has ended; None when it was lost with its head."""
     try:
-        patiently(config, lambda: submit(client, job, entrypoint))
-        say(f"job {job} is on {client.get_address()}")
+        patiently(config, lambda: submit(client, job, command))
+        log(f"job {job} is on {client.get_address()}")
         return follow(config, client, job)
     except KeyboardInterrupt:
-        say(f"job {job} goes on without this; to stop it: ray job stop --address {client.get_address()} {job}")
+        log(f"job {job} goes on without this; to stop it: ray job stop --address {client.get_address()} {job}")
         raise
 
 
-def submit(client: "JobSubmissionClient", job: str, entrypoint: str) -> None:
+def submit(client: "JobSubmissionClient", job: str, command: str) -> None:
     """Submit a job, unless it is there already: the answer to an earlier request may have been lost."""
     try:
-        client.submit_job(entrypoint=entrypoint, submission_id=job)
+        client.submit_job(entrypoint=command, submission_id=job)
     except RuntimeError as error:
         if "already exists" not in str(error):
             raise
@@ -122,17 +121,16 @@ def follow(config: ResubmitConfig, client: "JobSubmissionClient", job: str) -> "
 
     Asks again and again, since a log that is streamed stands still for ever when its head vanishes.
     """
-    shown = 0
+    printed = 0
     while True:
         try:
-            details = patiently(config, lambda: client.get_job_info(job))
-            log = patiently(config, lambda: client.get_job_logs(job))
+            details, text = patiently(config, lambda: (client.get_job_info(job), client.get_job_logs(job)))
         except RuntimeError as error:
             if "status code 404" in str(error):
                 return None
             raise
-        print(log[shown:], end="", flush=True)
-        shown = len(log)
+        print(text[printed:], end="", flush=True)
+        printed = len(text)
         if details.status.is_terminal():
             return details
         time.sleep(POLL_S)
@@ -144,9 +142,8 @@ def became_of(job: str, details: "JobDetails | None") -> str:
         return f"the head, started again, does not know job {job}"
     if details.driver_exit_code == 1:
         return f"job {job} says that something is missing"
-    if details.driver_exit_code is not None:
-        return f"job {job} ended with status {details.driver_exit_code}"
-    return f"job {job} is {details.status}: {(details.message or 'no reason given').splitlines()[0]}"
+    reason = details.message or f"exit status {details.driver_exit_code}"
+    return f"job {job} is {details.status}: {reason.splitlines()[0]}"
 
 
 def patiently(config: ResubmitConfig, request: Callable[[], T]) -> T:
@@ -163,7 +160,7 @@ def patiently(config: ResubmitConfig, request: Callable[[], T]) -> T:
         except (OSError, RuntimeError) as error:
             if isinstance(error, ValueError) or (isinstance(error, RuntimeError) and "status code 5" not in str(error)):
                 raise  # a malformed address or answer; a request that the head refuses
-            say(f"the head does not answer: {str(error).splitlines()[0]}")
+            log(f"the head does not answer: {str(error).splitlines()[0]}")
         wait(config, attempt)
     return request()
 
@@ -171,7 +168,7 @@ def patiently(config: ResubmitConfig, request: Callable[[], T]) -> T:
 def wait(config: ResubmitConfig, attempt: int) -> None:
     """Pause after an attempt, the longer the more there were."""
     pause = min(config.pause * 2 ** (attempt - 1), MAX_PAUSE_S)
-    say(f"again in {pause:,.0f} s")
+    log(f"again in {pause:,.0f} s")
     time.sleep(pause)
 
 

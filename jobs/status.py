@@ -12,12 +12,12 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 import tyro
 from rich.console import Console
 
-from jobs.console.tables import Bars, Column, Row, print_json, print_line, print_table, stdout_console
-from jobs.console.terminal import reporting, run_job, say, shown
+from jobs.console.places import datasets_of
+from jobs.console.tables import Bars, Column, Facts, print_json, print_line, print_table, stdout_console
+from jobs.console.terminal import log, reporting, run_job, shown
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.lease import lease_holder
-from store.reader import dataset_names
 from store.verification import Findings, verify
 
 
@@ -74,9 +74,7 @@ class Looked:
 def main(arguments: list[str]) -> int:
     """Print what was found; 0 when every data set is complete."""
     config = tyro.cli(StatusConfig, prog="python jobs/status.py", args=arguments, use_underscores=True)
-    names = list(config.dataset) or dataset_names(config.store)
-    if not names:
-        raise ValueError(f"{config.store} holds no data set yet")
+    names = list(config.dataset) or datasets_of(config.store)
     looked = [_look(config.store, name, deep=config.verify) for name in names]
     whole = all(one.whole for one in looked)
     if config.json:
@@ -95,27 +93,27 @@ def _look(store: str, name: str, *, deep: bool) -> Looked:
             found = _verified(group)
         state = coverage(store, name)
     except ValueError as error:
-        say(shown(f"error: {error}"))
+        log(shown(f"error: {error}"))
         return Looked(data_set=name, found=found, error=str(error))
     if holder := lease_holder(group):
-        say(shown(f"{name}: being captured by {holder}"))
+        log(shown(f"{name}: being captured by {holder}"))
     return Looked(data_set=name, state=state, found=found, holder=holder)
 
 
 def _verified(group: CaptureGroup) -> Findings:
     """Read everything back, and say what is wrong with the plan.
 
-    Shards that are wrong are noted in the store, and told with what is missing.
+    Shards that are wrong are noted in the store, and reported with what is missing.
     """
     tokens = coverage(group.path, group.dataset).tokens_done
     with reporting(f"verify {group.dataset}", total=tokens, transient=True) as report:
         found = verify(group, report.add)
     for fault in found.plan:
-        say(shown(f"{group.dataset}: the plan is damaged: {fault}; {group.remedy}"))
+        log(shown(f"{group.dataset}: the plan is damaged: {fault}; {group.remedy}"))
     if found.unnoted:
         for shard, reason in found.shards.items():
-            say(shown(f"{group.dataset}: shard {shard} does not hold: {reason}"))
-        say(shown(f"error: the store cannot be written, so that the next capture will not know: {found.unnoted}"))
+            log(shown(f"{group.dataset}: shard {shard} does not hold: {reason}"))
+        log(shown(f"error: the store cannot be written, so that the next capture will not know: {found.unnoted}"))
     return found
 
 
@@ -159,7 +157,7 @@ KNOWN: dict[str, Callable[[Coverage], Any]] = {
 }
 
 
-def _in_a_word(row: Row) -> str:
+def _in_a_word(row: Facts) -> str:
     """A data set's state: what is worst about it."""
     if row["error"] is not None:
         return "cannot be read"
@@ -185,21 +183,21 @@ def print_status(console: Console, looked: list[Looked]) -> None:
             print_line(console, f"{state.dataset}: shard {shard} does not hold: {reason}")
 
 
-def _count(key: str) -> Callable[[Row], str]:
+def _count(key: str) -> Callable[[Facts], str]:
     return lambda row: "-" if row[key] is None else f"{row[key]:,}"
 
 
-def _ratio(over: str, under: str, form: str) -> Callable[[Row], str]:
+def _ratio(over: str, under: str, form: str) -> Callable[[Facts], str]:
     return lambda row: format(row[over] / row[under], form) if row[under] else "-"
 
 
-def _shards(row: Row) -> str:
+def _shards(row: Facts) -> str:
     if row["error"] is not None:
         return "-"
     return f"{row['shards_done']:,}/{row['shards_total']:,}{'' if row['plan_complete'] else '+'}"
 
 
-def _colour(row: Row) -> str:
+def _colour(row: Facts) -> str:
     if row["state"] == "complete":
         return "green"
     return "red" if row["error"] is not None or row["wrong"] or row["lost"] or row["plan_faults"] else "yellow"

@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from jobs.console.terminal import reporting, run_job, say
+from jobs.console.terminal import log, reporting, run_job
 from jobs.sources.demo import DEMO_TEXTS, demo_source, held_out
 
 SEED = 87
@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> int:
             optimizer.zero_grad()
             report.to(step + 1)
             if step % 500 == 0:
-                say(f"step {step}: {loss.item():.3f} nats a token, balance {balance.item():.3f}")
+                log(f"step {step}: {loss.item():.3f} nats a token, balance {balance.item():.3f}")
     seconds = time.monotonic() - started
     model.to(torch.bfloat16)
     model.save_pretrained(config.out, max_shard_size="6MB")
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> int:
     write_json(config.out / "training.json", record)
     for file in config.out.iterdir():
         file.chmod(0o644)
-    say(json.dumps(record["texts"], indent=2))
+    log(json.dumps(record["texts"], indent=2))
     print(config.out)
     return 0
 
@@ -194,7 +194,7 @@ def text_rows(name: str, tokenizer: Any) -> tuple[Rows, Rows]:
         return padded([row for document in cut for _, row, _ in document], ROW_TOKENS)
 
     train, rest = rows(~held & ~repeats), rows(held)
-    say(
+    log(
         f"{name}: {len(documents)} documents; {(train >= 0).sum():,} tokens to train on, {(rest >= 0).sum():,} of"
         f" {held.sum()} documents held out, {repeats.sum()} documents left out that nearly repeat those"
     )

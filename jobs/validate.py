@@ -20,10 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.capturing.options import CaptureConfig
-from jobs.console.terminal import reporting, run_job, say
+from jobs.console.terminal import log, reporting, run_job
 from jobs.sources.documents import Document, Source
 from jobs.sources.resolve import resolve_source
-from jobs.sources.web import fetch, is_url
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -46,18 +45,17 @@ class ValidateConfig:
     github_oss_with_stack_texts.txt. Another text of the kind serves, but differs by what sampling makes it differ.
 
     Exit status: 0 every domain is at each layer nearer to its own published shares than to the other's, and nearer than
-    the two are to each other; 1 one is not; 2 it cannot be told.
+    the two are to each other; 1 one is not; 2 that cannot be decided.
     """
 
     model: Annotated[str, tyro.conf.Positional]
     """Checkpoint: a hub id or a folder."""
     c4: str | None = None
-    """Text of the domain C4: a path, as --dataset of jobs/capture.py takes it, or an http(s) address. One of the two
-    domains is enough."""
+    """Text of the domain C4: a path, as --dataset of jobs/capture.py takes it. One of the two domains is enough."""
     github: str | None = None
     """Text of the domain GitHub, likewise."""
     store: str = "validate.zarr"
-    """Folder for the captures; downloaded texts lie beside it, in STORE.texts. The same command goes on from there."""
+    """Folder for the captures. The same command resumes where it stopped."""
     model_revision: str | None = None
     """Commit, tag or branch of a hub model."""
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
@@ -73,8 +71,7 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(ValidateConfig, prog="python jobs/validate.py", args=arguments, use_underscores=True)
     given = {name: spec for name in ("c4", "github") if (spec := getattr(config, name)) is not None}
     if not given:
-        raise ValueError("give the text of a published domain, as --c4 PATH_OR_URL or --github PATH_OR_URL")
-    urls = {name: is_url(spec) for name, spec in given.items()}
+        raise ValueError("give the text of a published domain, as --c4 PATH or --github PATH")
     if "://" in config.store:
         raise ValueError(f"--store {config.store}: a validation runs on this machine, so name a folder")
 
@@ -102,13 +99,11 @@ def main(arguments: list[str]) -> int:
     model = run.described
     refuse_other_model(model["layers"], model["num_experts"], model["experts_per_token"])  # before it takes any time
     characters = published_counts().attrs["n"] * CHARACTERS_PER_TOKEN
-    beside = Path(f"{asked.store_path}.texts")
-    texts = {name: str(fetch(spec, beside)) if urls[name] else spec for name, spec in given.items()}
-    sources = [(name, one_text(name, spec, characters)) for name, spec in texts.items()]
+    sources = [(name, one_text(name, spec, characters)) for name, spec in given.items()]
     try:
         capture_datasets(run, sources, capture_here)
     except RuntimeError as error:
-        say(f"error: {error}")
+        log(f"error: {error}")
         return 2  # and not 1, which is a verdict
     captures = {name: open_capture(asked.store_path, name) for name in given}
     with reporting("compare", unit="shards") as report:

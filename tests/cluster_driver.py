@@ -1,4 +1,4 @@
-"""A capture of the faulty model on the cluster of $RAY_ADDRESS: the driver's process, which a test may kill.
+"""A capture of the faulty model on the cluster of $RAY_ADDRESS, or with `local`: a process, which a test may kill.
 
 Its argument is JSON: `store`, `script`, `shards`, `seconds` that a shard takes, `device`, and options of the capture.
 Exit status and messages are those of `jobs/capture.py`. With `stay`, it keeps its connection until its input ends;
@@ -16,10 +16,11 @@ if __name__ == "__main__":
 from fake_model import text_source
 from faulty_model import faulty_run, numbered_texts
 
+from jobs.capturing import dispatch
 from jobs.capturing import planner as plan
 from jobs.capturing.captures import capture_datasets, exit_status
+from jobs.capturing.local import capture_here
 from jobs.capturing.options import CaptureConfig
-from jobs.cluster import dispatch
 from jobs.cluster import ray_workers as clusters
 from jobs.cluster.ray_workers import connected
 from jobs.console.terminal import run_job
@@ -38,6 +39,8 @@ def main(arguments: list[str]) -> int:
     source, seconds = text_source(numbered_texts(given.pop("shards"))), given.pop("seconds")
     config = CaptureConfig(store=store, **given)
     run: Any = faulty_run(store, script, seconds=seconds, retry_quarantined=config.retry_quarantined)
+    if config.local:
+        return exit_status(capture_datasets(run, [("fake", source)], capture_here))
     with connected(config) as cluster:
         states = capture_datasets(run, [("fake", source)], cluster.capture)
         if stay:

@@ -18,7 +18,7 @@ from law import LEASE, PARTIAL, ROUTES, Files, Law, committed, differing, held_r
 from simulated import NAME, STORE, Killed, Process, capture, simulation
 
 from jobs.capturing.captures import Capture, Fill
-from jobs.capturing.local import capture_here, fill_shards
+from jobs.capturing.local import capture_here
 from store import CaptureGroup, coverage
 from store.objects import Objects
 from store.verification import Findings, verify
@@ -233,7 +233,9 @@ def _fill_some(shards: Sequence[int]) -> Fill:
         replica = Replica()
         replica.load(run.assignment({capture.name: capture.lease.token}))
         missing = capture.missing(0, capture.planned_shards)
-        fill_shards(replica, capture, [shard for shard in shards if shard in missing])
+        for shard in shards:
+            if shard in missing:
+                replica.capture(capture.name, shard)
 
     return fill
 

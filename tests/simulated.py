@@ -25,7 +25,7 @@ from fake_model import TEXTS, FakeRun, fake_layout, text_source
 
 import workers.replica
 import workers.shard
-from jobs.capturing import captures, local
+from jobs.capturing import captures, local, loop, progress
 from jobs.capturing import planner as planning
 from jobs.capturing.captures import Fill, capture_datasets
 from store import CaptureGroup, Coverage, Layout, layout, lease, planned, reader, verification
@@ -220,8 +220,8 @@ def simulation(make: Callable[[str], Objects]) -> Iterator[None]:
         patch.setattr(lease, "time", SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0))
         for module in (local, verification):
             patch.setattr(module, "ThreadPoolExecutor", _AtOnce)
-        for module in (captures, local):
-            patch.setattr(module, "say", lambda line: None)
+        for module in (captures, local, loop, progress):
+            patch.setattr(module, "log", lambda line: None)
         _small_and_quick(patch)
         yield
 

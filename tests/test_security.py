@@ -9,12 +9,10 @@ import shutil
 import stat
 import subprocess
 import sys
-import threading
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,6 @@ from jobs import report, status
 from jobs.capturing.options import CaptureConfig
 from jobs.capturing.run import Run
 from jobs.sources.resolve import Document, Source, group_name, resolve_source
-from jobs.sources.web import fetch, is_url
 from store import CaptureGroup
 from store.group import valid_name
 from store.secrets import without_secrets
@@ -423,51 +420,17 @@ def test_neither_print_config_nor_the_store_holds_a_secret_of_an_address(tmp_pat
     assert not [name for name, data in files.items() if SECRET.encode() in data]
 
 
-class Web(BaseHTTPRequestHandler):
-    """Answers `/have…` with a text, `/moved…` with a redirection to a signed address that is not there."""
-
-    def log_message(self, *_: object) -> None:
-        """Keep the tests' output quiet."""
-
-    def do_GET(self) -> None:
-        have = self.path.startswith("/have")
-        self.send_response(200 if have else 302 if self.path.startswith("/moved") else 403)
-        self.send_header("Location", f"ftp://user:{SECRET}@127.0.0.1/x?X-Amz-Signature={SECRET}")
-        self.send_header("Content-Length", "4" if have else "0")
-        self.end_headers()
-        self.wfile.write(b"text" if have else b"")
-
-
-@pytest.fixture
-def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-@pytest.mark.parametrize("way", ["denied", "moved", "have"])
-def test_a_signed_address_is_fetched_and_its_signature_is_told_nobody(
-    web: str, way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("address", [SIGNED, f"https://user:{SECRET}@host/x", f"ftp://user:{SECRET}@host/x"])
+def test_an_address_that_is_no_data_set_is_refused_without_its_secrets(
+    command: Command, tmp_path: Path, address: str
 ) -> None:
-    address, said = f"{web}/{way}.txt?X-Amz-Signature={SECRET}", ""
-    for _ in range(2):
-        try:
-            assert fetch(address, tmp_path).read_bytes() == b"text"
-        except ValueError as error:
-            said += str(error)
-    said += "".join(capsys.readouterr())
-    assert f"{web}/{way}.txt" in said
-    assert SECRET not in said
-    assert not [path for path in tmp_path.iterdir() if SECRET in path.name]
-
-
-@pytest.mark.parametrize("address", [f"https://user:{SECRET}@host/x", f"ftp://user:{SECRET}@host/x"])
-def test_an_address_with_a_password_is_refused_without_it(address: str) -> None:
-    with pytest.raises(ValueError, match="…@host") as refused:
-        is_url(address)
-    assert SECRET not in str(refused.value)
+    asked = ("--local", "--model", "tiny", "--quantization", "none", "--device", "cpu", "--dataset", address)
+    refused = command(*asked, "--store", tmp_path / "s.zarr")
+    assert (refused.status, refused.out) == (2, "")
+    assert "no data set '" in refused.err
+    assert "…@" in refused.err
+    assert "addresses are not read; download the file, and give its path" in refused.err
+    assert SECRET not in refused.err
 
 
 def test_what_travels_to_workers_shows_no_secret() -> None:

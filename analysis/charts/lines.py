@@ -69,11 +69,11 @@ def lines(
     legend = alt.Legend(orient="bottom", title=None, columns=2, symbolOpacity=1) if len(values) > 1 else None
     order = [visible(label) for label in values]
     colour = alt.Color(f"{each}:N", sort=order, scale=alt.Scale(range="category"), legend=legend)
-    told = {"value": unit, "by_chance": "by chance", "low": "95 % from", "high": "to", "n": "n"}
+    titles = {"value": unit, "by_chance": "by chance", "low": "95 % from", "high": "to", "n": "n"}
     tooltip = [alt.Tooltip(f"{each}:N", title=each.replace("_", " ")), alt.Tooltip(f"{over}:O")]
     tooltip += [
-        alt.Tooltip(f"{name}:Q", title=told[name], format="," if name == "n" else alt.Undefined)
-        for name in told
+        alt.Tooltip(f"{name}:Q", title=titles[name], format="," if name == "n" else alt.Undefined)
+        for name in titles
         if any(name in row for row in rows)
     ]
     base = alt.Chart(alt.NamedData(name=POINTS)).encode(x=x, color=colour)
@@ -134,12 +134,13 @@ def cache_chart(caches: Mapping[str, xr.Dataset]) -> Drawing:
     chance = base.mark_line(strokeWidth=1.2, strokeDash=_DASHES, aria=False).encode(
         y=alt.Y("by_chance:Q", title="hit rate, %"), detail="policy:N"
     )
-    told = [f"n = {sum(found.attrs['n'] for found in caches.values()):,} tokens; dashed: uniform independent routing"]
+    n = sum(found.attrs["n"] for found in caches.values())
+    subtitle = [f"n = {n:,} tokens; dashed: uniform independent routing"]
     chart = layered(
         points,
         drawn,
         chance,
-        title=alt.Title("Expert cache: hit rate, %", subtitle=told),
+        title=alt.Title("Expert cache: hit rate, %", subtitle=subtitle),
         width="container",
         height=240,
         description="Hit rate of expert caches by size, mean over layers.",

@@ -54,12 +54,12 @@ def path_chart(ways: Sequence[Way]) -> tuple[Drawing, list[list[str]]]:
         The lines under the title when that way is shown.
     """
     layers = [int(layer) for layer in ways[0].first["layer"].values]
-    experts, links, circles, told = ways[0].first.sizes["expert"], [], [], []
+    experts, links, circles, subtitles = ways[0].first.sizes["expert"], [], [], []
     for index, way in enumerate(ways):
         own, sure = link_rows(way, MAX_LINKS if way.whole else MAX_TOKEN_LINKS)
         links += [{"way": index, **row} for row in own]
         circles += [{"way": index, **row} for row in circle_rows(way, own)]
-        told.append(
+        subtitles.append(
             [
                 f"n = {way.n:,} {way.counted}, first choices; chance is {number(100 / experts)} %",
                 f"{len(own):,} of {sure:,} links surely above chance; full ink from {_strong(experts):g}×",
@@ -68,12 +68,12 @@ def path_chart(ways: Sequence[Way]) -> tuple[Drawing, list[list[str]]]:
     chart = layered(
         _links(experts, layers),
         _circles(experts, layers),
-        title=alt.Title("Paths: share of tokens, times chance", subtitle=told[0]),
+        title=alt.Title("Paths: share of tokens, times chance", subtitle=subtitles[0]),
         width="container",
         height=1.6 * layer_step(len(layers)) * len(layers),
         description="Transitions of first choices between neighbouring layers.",
     )
-    return Drawing(chart, {LINKS: links, CIRCLES: circles}), told
+    return Drawing(chart, {LINKS: links, CIRCLES: circles}), subtitles
 
 
 def link_rows(way: Way, most: int) -> tuple[list[dict[str, Any]], int]:

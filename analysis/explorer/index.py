@@ -178,10 +178,10 @@ class CaptureIndex:
         self.now = self._with(state, capture, done, sums)
         left = [shard for shard, name in names.items() if name not in done]
         counted = itertools.count(1)
-        told = None if progress is None else lambda *_: progress(next(counted), len(left))
+        on_shard = None if progress is None else lambda *_: progress(next(counted), len(left))
         for start in range(0, len(left[:most]), PARTS_AT_ONCE):
             some = left[:most][start : start + PARTS_AT_ONCE]
-            sums = self._add(capture, names, sums, some, threads, told)
+            sums = self._add(capture, names, sums, some, threads, on_shard)
             done |= {names[shard] for shard in some}
             self.now = self._with(state, capture, done, sums)
             self._keep(done, sums)

@@ -23,7 +23,7 @@ from store.reader import dataset_names
 from store.secrets import without_secrets
 
 BUSY_S, QUIET_S = 2.0, 20.0  # between looks at a capture that runs, and at one that is complete
-SAY_S = 10.0  # between two lines about one index
+LOG_S = 10.0  # between two lines about one index
 FIRST = 8  # shards after which the first numbers are shown (arbitrary)
 
 
@@ -56,7 +56,7 @@ class Explorer:
         Where indexes are kept: see `analysis.explorer.index.index_folder`.
     threads : int, optional
         For indexing; default one a processor.
-    say
+    log
         Told, in one line, what happens meanwhile.
 
     Raises
@@ -72,9 +72,9 @@ class Explorer:
         folder: Path | None = None,
         *,
         threads: int | None = None,
-        say: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.path, self.names, self.folder, self.threads, self.say = path, names, folder, threads, say
+        self.path, self.names, self.folder, self.threads, self.log = path, names, folder, threads, log
         self.indexes: dict[str, CaptureIndex] = {}
         self.shown: dict[str, Shown] = {}
         self.problems: dict[str, str] = {}
@@ -89,7 +89,7 @@ class Explorer:
         """Show the data sets that are not shown yet, as far as they are indexed."""
         for name in self.names or dataset_names(self.path):
             if name not in self.shown:
-                with self._told(name):
+                with self._survive(name):
                     self.indexes[name] = CaptureIndex(self.path, name, self.folder)
                     self.shown[name] = self._show(name)
 
@@ -110,19 +110,19 @@ class Explorer:
         int
             Shards that were added; 0 also where it does not go on: see `problems`.
         """
-        said = time.monotonic()
+        logged = time.monotonic()
 
-        def tell(done: int, total: int) -> None:
-            nonlocal said
+        def report(done: int, total: int) -> None:
+            nonlocal logged
             self.progress[name] = done, total
-            if done == total or time.monotonic() - said >= SAY_S:
-                said = time.monotonic()
-                self.say(f"{name}: {done:,} of {total:,} shards indexed")
+            if done == total or time.monotonic() - logged >= LOG_S:
+                logged = time.monotonic()
+                self.log(f"{name}: {done:,} of {total:,} shards indexed")
 
         index, added = self.indexes[name], 0
         try:
-            with self._told(name):
-                added = index.refresh(threads=self.threads, progress=tell, most=most)
+            with self._survive(name):
+                added = index.refresh(threads=self.threads, progress=report, most=most)
                 if self.shown[name].digest != _digest(index):
                     self.shown[name] = self._show(name)
         finally:
@@ -134,7 +134,7 @@ class Explorer:
         due: dict[str, float] = {}
         most: int | None = FIRST
         while not stop.is_set():
-            with self._told(self.path):
+            with self._survive(self.path):
                 self.look()
             for name in self.indexes:
                 started = time.monotonic()
@@ -148,7 +148,7 @@ class Explorer:
             stop.wait(0.2)
 
     @contextmanager
-    def _told(self, name: str) -> Iterator[None]:
+    def _survive(self, name: str) -> Iterator[None]:
         """Keep going whatever is raised: storage raises its own, and a thread that ends would end unseen."""
         try:
             yield
@@ -158,7 +158,7 @@ class Explorer:
             if isinstance(error, OSError):
                 reason += "; give another folder for the index with --index"
             if self.problems.get(name) != reason:
-                self.say(f"{name}: {reason}")
+                self.log(f"{name}: {reason}")
             self.problems[name] = reason
 
     def state(self, name: str) -> dict[str, Any]:

@@ -20,17 +20,17 @@ def sentences(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[str]
     """What was measured, in words computed from the data."""
     captured = [each for each in answers if each["load"].attrs["n"]]
     compared = [] if apart is None else [each for each in captured if each.label in apart["data_set"].values]
-    said = []
+    found = []
     for each in answers:
         if each not in captured:
-            said.append(f"{each.label}: no token is captured yet.")
+            found.append(f"{each.label}: no token is captured yet.")
         elif apart is not None and each in compared:
-            said.append(_specialist(each, apart))
+            found.append(_specialist(each, apart))
         else:
-            said.append(f"{each.label}: {each['load'].attrs['n']:,} tokens. {_busiest([each])}")
+            found.append(f"{each.label}: {each['load'].attrs['n']:,} tokens. {_busiest([each])}")
     if apart is not None:
-        said.append(_busiest(compared))
-    return said + [sentence for sentence in [_token(captured)] if sentence]
+        found.append(_busiest(compared))
+    return found + [sentence for sentence in [_token(captured)] if sentence]
 
 
 def _specialist(each: Answers, apart: xr.Dataset) -> str:
@@ -68,7 +68,7 @@ def _busiest(answers: Sequence[Answers]) -> str:
 
 def _token(answers: Sequence[Answers]) -> str | None:
     """The token of which it is least likely that its expert got so much of it by chance."""
-    best, said = TOKEN_SCORE, None
+    best, sentence = TOKEN_SCORE, None
     for each in answers:
         listed = each["tokens"]
         usual = (listed["share"] / listed["lift"]).clip(0, 1)  # the expert's share of all tokens
@@ -77,9 +77,9 @@ def _token(answers: Sequence[Answers]) -> str | None:
         if score.size and float(score.max()) > best:
             best = float(score.max())
             cell, all_tokens = (data.isel(score.argmax(score.dims)) for data in (listed, usual))
-            said = (
+            sentence = (
                 f"Tokens have their experts: at layer {int(cell['layer'])}, {float(cell['share']):.0%} of the"
                 f" {int(cell['tokens']):,} “{cell['piece'].item()}” in {each.label} go to expert"
                 f" {int(cell['expert'])}, which gets {float(all_tokens):.0%} of all tokens."
             )
-    return said
+    return sentence

@@ -124,8 +124,8 @@ def write_report(
     documents = contrasted({label: data for label, (_, _, data) in opened.items()})
     answers = []
     for label, (path, state, data) in opened.items():
-        told = None if progress is None else lambda done, total, label=label: progress(label, done, total)
-        ask = partial(measure, path, state.dataset, state=state, progress=told, runner=runner_of(path, state))
+        on_shard = None if progress is None else lambda done, total, label=label: progress(label, done, total)
+        ask = partial(measure, path, state.dataset, state=state, progress=on_shard, runner=runner_of(path, state))
         answers.append(answer(data, state, label, ask, documents if label in documents else None))
     report = report_of(answers)
     page = render(report)

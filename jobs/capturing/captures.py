@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.capturing.planner import Planner
-from jobs.console.terminal import planned, say
+from jobs.console.terminal import log, planned
 from jobs.sources.documents import Source
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
@@ -42,9 +42,9 @@ class Capture:
         old = [shard for shard in self.before.missing if shard not in self.before.quarantined]
         return [shard for shard in [*old, *range(known, stop)] if start <= shard < stop]
 
-    def say_planned(self) -> None:
+    def log_planned(self) -> None:
         """Say what the complete plan holds."""
-        say(f"{self.name}: {planned(self.planner.plan, self.source.published_documents)}")
+        log(f"{self.name}: {planned(self.planner.plan, self.source.published_documents)}")
 
     def check_lease(self) -> None:
         """Raise a RuntimeError when another job has taken the group over."""
@@ -92,7 +92,7 @@ def exit_status(states: Sequence[Coverage]) -> int:
 def _reached(captures: Sequence[Capture]) -> list[Coverage]:
     states = [coverage(capture.group.path, capture.name) for capture in captures]
     for capture, state in zip(captures, states, strict=True):
-        _say_reached(capture, state)
+        _log_reached(capture, state)
     return states
 
 
@@ -100,7 +100,7 @@ def _reached(captures: Sequence[Capture]) -> list[Coverage]:
 def _opened(run: "Run", name: str, source: Source) -> Iterator[Capture]:
     prepared = run.prepare(name, source)
     if source.note:
-        say(f"{name}: {source.note}")
+        log(f"{name}: {source.note}")
     config = run.config
     # Held before the group is made: two makers would mix layouts.
     with lease(CaptureGroup(config.store_path, name)) as held:
@@ -117,24 +117,24 @@ def _healed(group: CaptureGroup, *, retry_quarantined: bool) -> Coverage:
     if state.lost:
         raise ValueError(f"{group.path}: {state}")
     for shard, reason in state.wrong.items():
-        say(f"{group.dataset}: shard {shard} is captured again: {reason}")
+        log(f"{group.dataset}: shard {shard} is captured again: {reason}")
         group.discard(shard)
     group.drop_void()
     for shard in state.quarantined:
         if retry_quarantined:
-            say(f"{group.dataset}: shard {shard} is taken out of quarantine")
+            log(f"{group.dataset}: shard {shard} is taken out of quarantine")
             group.release(shard)
     return coverage(group.path, group.dataset) if state.wrong or state.quarantined else state
 
 
-def _say_reached(capture: Capture, state: Coverage) -> None:
+def _log_reached(capture: Capture, state: Coverage) -> None:
     before = capture.before
     if before.complete:
-        say(f"{state}; nothing to do")
+        log(f"{state}; nothing to do")
         return
     failed = len(state.quarantined)
     left = len(state.missing) - failed
     parts = [f"{state.shards_done - before.shards_done:,} shards done"]
     parts += [f"{before.shards_done:,} skipped, committed before"] * bool(before.shards_done)
     parts += [f"{failed:,} failed"] * bool(failed) + [f"{left:,} not done"] * bool(left)
-    say(f"{state}, {state.bytes_done:,} bytes ({'; '.join(parts)}) in {capture.group.path}")
+    log(f"{state}, {state.bytes_done:,} bytes ({'; '.join(parts)}) in {capture.group.path}")

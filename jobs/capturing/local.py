@@ -1,16 +1,22 @@
-"""Capture in this process: the shards that are missing, one after the other, on one device.
+"""Capture in this process: one worker, on one device, under the rules of `jobs.capturing.dispatch`.
 
-While one shard is encoded and written by a thread, the next one is computed; at most one waits to be written, so
-that memory is bounded and nothing is lost in a queue.
+It computes in the calling thread, so that Ctrl-C ends it at once, and writes in another: while one shard is encoded and
+written, the next one is computed. At most one waits to be written, so that memory is bounded.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from jobs.capturing.captures import Capture
-from jobs.console.terminal import reporting, say
+from jobs.capturing.dispatch import Unit, WorkerState
+from jobs.capturing.loop import Call, CaptureLoop, Event
+from jobs.capturing.progress import Progress
+from jobs.console.terminal import log, reporting
 from workers.replica import Replica
+from workers.shard import DeviceLost
 
 if TYPE_CHECKING:
     from jobs.capturing.run import Run
@@ -22,29 +28,95 @@ def capture_here(run: "Run", captures: Sequence[Capture]) -> None:
         if not capture.planner.plan.complete:  # no bar where there is nothing to show
             with reporting(f"plan {capture.name}", done=capture.planner.plan.tokens) as report:
                 capture.planner.run(lambda plan: report.to(plan.tokens, f"{plan.documents:,} documents"))
-        capture.say_planned()
-    left = [(capture, capture.missing(0, capture.planned_shards)) for capture in captures]
-    if not any(shards for _, shards in left):
-        return
-    say(f"loading {run.config.model} ({run.config.quantization}) on {run.device}")
-    replica = Replica(progress=lambda tokens: report.add(tokens))
-    replica.load(run.assignment({capture.name: capture.lease.token for capture in captures}))
-    for capture, shards in left:
-        total, done = capture.planner.plan.tokens, capture.before.tokens_done
-        with reporting(f"capture {capture.name}", total=total, done=done) as report:
-            fill_shards(replica, capture, shards)
-        say(f"{capture.name}: {report.rate():,.0f} tokens/s")
+        capture.log_planned()
+    with Progress(captures) as progress:
+        CaptureLoop(ThisProcess(run, captures), captures, lambda: True, [progress]).run()
 
 
-def fill_shards(replica: Replica, capture: Capture, shards: Iterable[int]) -> None:
-    """Fill shards of one capture with a replica that is loaded."""
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
-        pending: Future[dict[str, Any]] | None = None
-        for shard in shards:
-            capture.check_lease()
-            commit = replica.compute(capture.name, shard)
-            before, pending = pending, writer.submit(commit)  # first: what is computed is written, whatever failed
-            if before is not None:
-                before.result()
-        if pending is not None:
-            pending.result()
+class ThisProcess:
+    """A pool of one worker, which is this process: a `jobs.capturing.loop.Pool`.
+
+    It cannot be replaced. What no worker survives ends the capture: a model that does not load, storage that fails, a
+    device that is lost.
+    """
+
+    stall_s = math.inf
+
+    def __init__(self, run: "Run", captures: Sequence[Capture]) -> None:
+        self.run, self._leases = run, {capture.name: capture.lease.token for capture in captures}
+        self._calls: deque[tuple[WorkerState, Call]] = deque()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._writing: deque[tuple[WorkerState, Unit, Future[dict[str, Any]]]] = deque()
+
+    def most_workers(self, units: int) -> int:
+        """One."""
+        return 1
+
+    def start(self, worker: WorkerState) -> None:
+        """Begin; nothing is loaded yet."""
+        self._replica = Replica(lambda tokens: self._routed(worker))
+        self.ask(worker, "place")
+
+    def ask(self, worker: WorkerState, call: Call) -> None:
+        """Ask something of the worker; `listen` does it."""
+        self._calls.append((worker, call))
+
+    def stop(self, worker: WorkerState) -> None:
+        """Wait for what is being written."""
+        self._writer.shutdown()
+
+    def listen(self, report: Callable[[Event], None]) -> None:
+        """Do one thing that was asked for, and report it; a shard is reported once it is written.
+
+        Raises
+        ------
+        OSError
+            When the store cannot be read or written.
+        RuntimeError
+            When the device is lost.
+        """
+        self._report = report
+        if not self._calls:
+            self._report_written()
+            return
+        worker, call = self._calls.popleft()
+        if isinstance(call, Unit):
+            self._compute(worker, call)
+        elif call == "load":
+            log(f"loading {self.run.config.model} ({self.run.config.quantization}) on {self.run.device}")
+            report(Event(worker, call, self._replica.load(self.run.assignment(self._leases))))
+        else:
+            report(Event(worker, call, self._replica.place()))
+
+    def _routed(self, worker: WorkerState) -> None:
+        self._report(Event(worker, "routed", self._replica.routed()))
+
+    def _compute(self, worker: WorkerState, unit: Unit) -> None:
+        try:
+            commit = self._replica.compute(unit.dataset, unit.shard)
+        except Exception as error:
+            self._report(_failed(worker, unit, error))
+            return
+        self._writing.append((worker, unit, self._writer.submit(commit)))  # first: what is computed is written
+        if len(self._writing) > 1:
+            self._report_written()
+
+    def _report_written(self) -> None:
+        worker, unit, written = self._writing.popleft()
+        try:
+            event = Event(worker, unit, written.result())
+        except Exception as error:
+            event = _failed(worker, unit, error)
+        self._report(event)
+
+
+def _failed(worker: WorkerState, unit: Unit, error: Exception) -> Event:
+    """A shard's own error; any other one is raised."""
+    if isinstance(error, DeviceLost):
+        raise RuntimeError(
+            f"the device failed, and this process cannot use it any more: {error}. Start the same command again: it"
+            " resumes with the shards that are missing"
+        ) from error
+    if isinstance(error, OSError):
+        raise error
+    return Event(worker, unit, error=error)

@@ -12,12 +12,18 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
+from jobs.sources.formats import described
 from jobs.sources.wikitext import CONFIGS, REPOSITORY
 from store.secrets import without_secrets
 
 MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
 JOB_COPIES = "working_dir_files"  # the folder in which Ray keeps the code of `ray job submit --working-dir`
 VARIABLES = {"store": "EXPERT_ATLAS_STORE", "device": "EXPERT_ATLAS_DEVICE", "workers": "EXPERT_ATLAS_WORKERS"}
+DATASET = (
+    "Data set to capture, once for each: an alias (wikitext-2, wikitext-103, demo:prose, demo:code, demo:legal,"
+    f" demo:maths), a file, folder or glob of {described()}, a folder saved by the library datasets, or a hub id"
+    " org/name[:config]."
+)
 NOT_IN_FILES = ("preset", "config", "print_config", "dry_run", "rate")
 
 
@@ -36,9 +42,7 @@ class CaptureConfig:
     computing in float16, without special tokens, on the first 128 tokens of each of the first 8 rows of WikiText-2's
     test split (rows as the hub has them, a line each, some empty; the alias wikitext-2 gives articles). Another
     --dataset replaces that one and its split; all else is kept."""
-    dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Data set to capture, once for each: an alias (wikitext-2, wikitext-103, demo:prose, demo:code, demo:legal,
-    demo:maths), a file, folder or glob (text, jsonl, parquet, arrow), or a hub id org/name[:config]."""
+    dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(help=DATASET)] = ()
     local: bool = False
     """Capture in this process, on one device, without Ray. Default: with Ray, on the cluster of $RAY_ADDRESS or the
     one that was started on this machine, else on this machine alone."""
@@ -58,7 +62,7 @@ class CaptureConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the model computes in. Default: bfloat16 on a GPU, float32 on a CPU."""
     quantize_gates: bool = False
-    """Round the routers to 4 bits too, as transformers 4 does unless told otherwise. For comparison: it changes about
+    """Round the routers to 4 bits too, as transformers 4 does unless asked otherwise. For comparison: it changes about
     as many choices as rounding all the rest (docs/0005-four-bits.md)."""
     store: str | None = None
     """Where the captures go: a folder, on a cluster one that all nodes see, or s3://bucket/prefix.

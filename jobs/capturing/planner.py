@@ -26,7 +26,7 @@ SEQUENCE_LENGTHS = tuple(1 << power for power in range(4, 12))  # 16 to 2,048
 
 
 @dataclass(frozen=True)
-class _Row:
+class _PlannedRow:
     document: int
     offset: int
     tokens: np.ndarray
@@ -98,7 +98,7 @@ class Planner:
         self.bos, self.limit_documents = bos, limit_documents
         self.layout = group.layout
         self.plan = group.plan
-        self._rows: deque[_Row] = deque()
+        self._rows: deque[_PlannedRow] = deque()
         self._seen: deque[_Seen] = deque()
 
     def run(self, progress: Callable[[Plan], None] = lambda plan: None) -> Plan:
@@ -147,7 +147,7 @@ class Planner:
             if roles is not None:
                 part = roles[offset : offset + len(tokens) - has_bos]
                 part = np.concatenate([np.full(int(has_bos), MISSING_ROLE, np.uint8), part]).astype(np.uint8)
-            self._rows.append(_Row(document, offset, tokens, part, cut=index + 1 < len(windows)))
+            self._rows.append(_PlannedRow(document, offset, tokens, part, cut=index + 1 < len(windows)))
 
     def _publish(self, count: int, complete: bool = False) -> None:
         rows = [self._rows.popleft() for _ in range(count)]
@@ -173,7 +173,7 @@ class Planner:
         self.group.publish(self._arrays(rows), [item.name for item in seen], plan)
         self.plan = plan
 
-    def _arrays(self, rows: Sequence[_Row]) -> Rows:
+    def _arrays(self, rows: Sequence[_PlannedRow]) -> Rows:
         positions = self.layout.sequence_length
         columns: dict[str, Any] = {
             "token": padded([row.tokens for row in rows], positions),

@@ -10,11 +10,11 @@ from typing import Any, get_args
 
 from ray.util import metrics
 
-from jobs.cluster.dispatch import Dispatcher, Stage, Unit
+from jobs.capturing.dispatch import Dispatcher, Stage, Unit, WorkerState
 
 
 class Metrics:
-    """Reports what happens to Ray."""
+    """Reports to Ray what happens: a `jobs.capturing.loop.Watcher`."""
 
     def __init__(self) -> None:
         by_dataset = {"tag_keys": ("dataset",)}
@@ -34,7 +34,7 @@ class Metrics:
             }.items()
         }
 
-    def finished(self, unit: Unit, facts: Mapping[str, Any]) -> None:
+    def finished(self, worker: WorkerState, unit: Unit, facts: Mapping[str, Any]) -> None:
         """A shard was committed."""
         tags = {"dataset": unit.dataset}
         self._tokens.inc(facts["tokens"], tags=tags)

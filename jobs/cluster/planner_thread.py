@@ -38,7 +38,7 @@ class Planning:
         try:
             for capture in self._captures:
                 capture.planner.run(self._published)
-                capture.say_planned()
+                capture.log_planned()
         except _Stopped:
             pass
         except BaseException as error:

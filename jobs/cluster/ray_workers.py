@@ -1,11 +1,11 @@
-"""Capture on a Ray cluster: places the workers, hands them shards, and tells the dispatcher what became of them.
+"""Workers on a Ray cluster: places them, asks them, and reports what they answer, or that they are gone.
 
-The rules are in `jobs.cluster.dispatch`, the work in `workers.replica`; here is only what Ray adds. Ray itself retries
-and restarts nothing, so that there is one place where that is decided.
+Here is only what Ray adds to `jobs.capturing.loop`. Ray itself retries and restarts nothing, so that there is one place
+where that is decided.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,15 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from jobs.capturing.captures import Capture
+from jobs.capturing.dispatch import Unit, WorkerState
+from jobs.capturing.loop import Call, CaptureLoop, Event, WorkerGone
 from jobs.capturing.options import CaptureConfig
+from jobs.capturing.progress import Progress
 from jobs.cluster.connection import connection, runtime_env
-from jobs.cluster.dispatch import Dispatcher, Unit, WorkerState
+from jobs.cluster.gauges import Metrics
 from jobs.cluster.planner_thread import Planning
-from jobs.cluster.progress import Progress
-from jobs.console.terminal import say
-from store.secrets import without_secrets
-from store.verification import verify_shard
-from workers.replica import Misplaced, Replica
-from workers.shard import DeviceLost
+from jobs.console.terminal import log
+from workers.replica import Replica
 
 if TYPE_CHECKING:
     from jobs.capturing.run import Run
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
 ASK_S = 2.0  # between two questions to a worker how many tokens it has routed
 WAIT_S = 0.5
 PLACELESS_S = 60.0  # arbitrary
-
-Call = Unit | str
-"""What was asked of a worker: a unit, or one of its methods."""
 
 
 @contextmanager
@@ -68,7 +64,8 @@ class Cluster:
         """
         assignment = run.assignment({capture.name: capture.lease.token for capture in captures})
         with Planning(captures).running() as planning, Progress(captures) as progress:
-            _Dispatch(self, assignment, captures, planning, progress).run()
+            pool = RayWorkers(self, assignment)
+            CaptureLoop(pool, captures, lambda: planning.complete, [progress, Metrics()]).run()
 
     def most_workers(self, units: int) -> int:
         """Workers wanted while so many units are left."""
@@ -89,81 +86,27 @@ class Cluster:
         }
 
 
-class _Dispatch:
-    """One capture: the dispatcher, the workers' handles, and the calls that are under way."""
+class RayWorkers:
+    """The workers of one capture, as actors: a `jobs.capturing.loop.Pool`."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        assignment: "Assignment",
-        captures: Sequence[Capture],
-        planning: Planning,
-        progress: Progress,
-    ) -> None:
-        self.cluster, self.assignment, self.planning, self.progress = cluster, assignment, planning, progress
-        self.captures = {capture.name: capture for capture in captures}
-        self.dispatcher = Dispatcher(
-            cluster.most_workers,
-            lambda unit: self.captures[unit.dataset].group.committed(unit.shard),
-            self._quarantine,
-            stall_s=cluster.config.stall_minutes * 60,
-        )
-        self._handles: dict[int, Any] = {}
-        self._calls: dict[Any, tuple[WorkerState, Call]] = {}
-        self._added = dict.fromkeys(self.captures, 0)
+    def __init__(self, cluster: Cluster, assignment: "Assignment") -> None:
+        self.cluster, self.assignment = cluster, assignment
+        self.stall_s = cluster.config.stall_minutes * 60
+        self.most_workers = cluster.most_workers
+        self._workers: dict[int, tuple[WorkerState, Any]] = {}  # with its handle
+        self._calls: dict[Any, tuple[WorkerState, Call]] = {}  # by Ray's reference to the answer
         self._asked = 0.0
         self._placeless_since = time.monotonic()
         self._replica = ray.remote(concurrency_groups={"ask": 1})(Replica)  # type: ignore[call-overload]
 
-    def run(self) -> None:
-        """Until nothing is left to do."""
-        try:
-            looked = time.monotonic()
-            while not self.dispatcher.finished:
-                if time.monotonic() - looked > self.dispatcher.stall_s / 2:
-                    self.dispatcher.stood_still(time.monotonic())
-                looked = time.monotonic()
-                self._take_planned()
-                self._act(looked)
-                self._say_waiting(looked)
-                self._listen(time.monotonic())
-                self.progress.show(self.dispatcher)
-                self._stop_if_senseless()
-        finally:
-            for number in list(self._handles):
-                self._kill(number)
-        for unit in sorted(self.dispatcher.copied):  # two that computed otherwise, one with less memory, may have met
-            if reason := verify_shard(self.captures[unit.dataset].group, unit.shard):
-                say(f"{unit} was written by two workers, and does not hold: {reason}; the same command does it again")
+    def start(self, worker: WorkerState) -> None:
+        """Start an actor, and ask it for its place."""
+        self._workers[worker.number] = worker, self._replica.options(**self.cluster.options()).remote()
+        self.ask(worker, "place")
 
-    def _take_planned(self) -> None:
-        complete = self.planning.complete  # asked first: what is planned after it is taken the next time
-        for name, capture in self.captures.items():
-            planned = capture.planned_shards  # asked once: it grows
-            self.dispatcher.add(Unit(name, shard) for shard in capture.missing(self._added[name], planned))
-            self._added[name] = planned
-        self.dispatcher.all_added = complete
-
-    def _act(self, now: float) -> None:
-        for worker, reason in self.dispatcher.stalled(now):
-            self._kill(worker.number)
-            say(f"worker {worker.number} on {worker.host} is replaced: {reason}")
-            self.dispatcher.died(worker, reason, now)
-        for worker, unit in self.dispatcher.assign(now):
-            self._call(worker, unit)
-        for worker in self.dispatcher.surplus():
-            self._kill(worker.number)
-        for worker in self.dispatcher.start(now):
-            self._handles[worker.number] = self._replica.options(**self.cluster.options()).remote()
-            self._call(worker, "place")
-        if now - self._asked >= ASK_S:
-            self._asked = now
-            for worker in self.dispatcher.workers.values():
-                if worker.stage == "ready" and (worker, "routed") not in self._calls.values():
-                    self._call(worker, "routed")
-
-    def _call(self, worker: WorkerState, call: Call) -> None:
-        handle = self._handles[worker.number]
+    def ask(self, worker: WorkerState, call: Call) -> None:
+        """Call a method of the actor."""
+        _, handle = self._workers[worker.number]
         if isinstance(call, Unit):
             answer = handle.capture.remote(call.dataset, call.shard)
         elif call == "load":
@@ -172,7 +115,17 @@ class _Dispatch:
             answer = getattr(handle, call).options(concurrency_group="ask").remote()
         self._calls[answer] = worker, call
 
-    def _listen(self, now: float) -> None:
+    def stop(self, worker: WorkerState) -> None:
+        """Kill the actor."""
+        if worker.number in self._workers:
+            _, handle = self._workers.pop(worker.number)
+            ray.kill(handle, no_restart=True)
+
+    def listen(self, report: Callable[[Event], None]) -> None:
+        """Report the answers that have come, within `WAIT_S`."""
+        now = time.monotonic()
+        self._ask_for_tokens(now)
+        self._log_placeless(now)
         if not self._calls:
             time.sleep(WAIT_S)
             return
@@ -180,106 +133,58 @@ class _Dispatch:
         answers, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0) if answers else ([], [])
         for answer in answers:
             worker, call = self._calls.pop(answer)
-            if worker.number in self.dispatcher.workers:  # else what it says is of no use any more
-                self._hear(answer, worker, call, now)
+            if worker.number in self._workers:  # else it was stopped
+                self._report(answer, worker, call, report)
 
-    def _hear(self, answer: Any, worker: WorkerState, call: Call, now: float) -> None:
+    def _report(self, answer: Any, worker: WorkerState, call: Call, report: Callable[[Event], None]) -> None:
         try:
-            value = ray.get(answer)
+            event = Event(worker, call, ray.get(answer))
         except RayTaskError as error:
-            self._raised(worker, call, error, now)
-        except ActorUnavailableError:  # lost or only out of reach: the next answer says
-            self._call(worker, "place")
-        except RayError as error:
-            self._gone(worker, error, now)
-        else:
-            self._answered(worker, call, value, now)
-
-    def _answered(self, worker: WorkerState, call: Call, value: Any, now: float) -> None:
-        if isinstance(call, Unit):
-            if self.dispatcher.finish(worker, call, now):
-                self.progress.finished(worker, call, value)
-        elif call == "routed":
-            self.dispatcher.routed(worker, value, now)
-        elif call == "load":
-            self.dispatcher.ready(worker, now)
-        elif worker.stage == "waiting":
-            self.dispatcher.placed(worker, value, now)
-            self._call(worker, "load")
-        else:  # it was out of reach, and what it was asked before is lost
-            self._kill(worker.number)
-            self.dispatcher.lost(worker)
-
-    def _raised(self, worker: WorkerState, call: Call, error: RayTaskError, now: float) -> None:
-        cause = error.cause if isinstance(error.cause, Exception) else error
-        reason = f"{type(cause).__name__}: {cause}"
-        if isinstance(call, Unit) and not isinstance(cause, OSError | DeviceLost):
-            say(f"{call} failed on worker {worker.number}, {worker.host}: {reason}")
-            self.dispatcher.fail(worker, call, reason, now)
+            event = Event(worker, call, error=error.cause if isinstance(error.cause, Exception) else error)
+        except ActorUnavailableError:  # lost or only out of reach: the next answer shows it
+            self.ask(worker, "place")
             return
-        self._kill(worker.number)
-        say(f"worker {worker.number} on {worker.host} is replaced: {reason}")
-        if isinstance(cause, DeviceLost):
-            self.dispatcher.died(worker, reason, now)
-        elif isinstance(cause, Misplaced):
-            self.dispatcher.refused(worker, reason, now)
-        else:
-            self.dispatcher.broke(worker, reason, now)
+        except RayError as error:
+            event = Event(worker, call, error=_gone(error))
+        report(event)
 
-    def _gone(self, worker: WorkerState, error: RayError, now: float) -> None:
-        self._kill(worker.number)
-        reason = " ".join(str(error).split())
-        reason = reason.partition("Worker exit detail: ")[2] or reason  # before it stand numbers of Ray's own
-        if lost_with_node(error):
-            say(f"worker {worker.number} was lost with its node {worker.host}")
-            self.dispatcher.lost(worker)
-        else:
-            say(f"worker {worker.number} on {worker.host or 'its node'} ended: {reason}")
-            self.dispatcher.died(worker, reason, now)
+    def _ask_for_tokens(self, now: float) -> None:
+        """Ask every worker now and then how many tokens it has routed."""
+        if now - self._asked < ASK_S:
+            return
+        self._asked = now
+        for worker, _ in self._workers.values():
+            if worker.stage == "ready" and (worker, "routed") not in self._calls.values():
+                self.ask(worker, "routed")
 
-    def _quarantine(self, unit: Unit, errors: list[str]) -> None:
-        group = self.captures[unit.dataset].group
-        names = group.document_names(unit.shard)
-        group.quarantine(unit.shard, {"errors": list(map(without_secrets, errors)), "documents": names})
-        say(f"{unit} is given up after {len(errors)} failures, the last one: {errors[-1]}; documents: {_few(names)}")
-
-    def _say_waiting(self, now: float) -> None:
-        """Say now and then that no worker has a place."""
-        workers = self.dispatcher.workers.values()
+    def _log_placeless(self, now: float) -> None:
+        """Log now and then that no worker has a place."""
+        workers = [worker for worker, _ in self._workers.values()]
         if not workers or any(worker.stage != "waiting" for worker in workers):
             self._placeless_since = now
         elif now - self._placeless_since >= PLACELESS_S:
             self._placeless_since = now
             options, there = self.cluster.options(), _resources()
-            say(
+            log(
                 f"no worker has a place: each needs {options['num_gpus']:g} GPUs and {options['num_cpus']:g} CPUs;"
                 f" the cluster has {there['GPU']:g} GPUs and {there['CPU']:g} CPUs in all, some perhaps in use"
             )
 
-    def _kill(self, number: int) -> None:
-        handle = self._handles.pop(number, None)
-        if handle is not None:
-            ray.kill(handle, no_restart=True)
 
-    def _stop_if_senseless(self) -> None:
-        for capture in self.captures.values():
-            capture.check_lease()
-        if self.dispatcher.hopeless:
-            raise self.dispatcher.despair
+def _gone(error: RayError) -> WorkerGone:
+    text = " ".join(str(error).split())
+    reason = text.partition("Worker exit detail: ")[2] or text  # before it stand numbers of Ray's own
+    return WorkerGone(reason, with_node=lost_with_node(error))
 
 
 def lost_with_node(error: RayError) -> bool:
     """Whether a worker went because its machine did; spot machines shut down in order, with a SIGTERM."""
     signs = ("its node has died", "receives a SIGTERM")
-    told = " ".join(str(error).split())  # whatever its line breaks
-    return isinstance(error, RayActorError) and (error.preempted or any(sign in told for sign in signs))
+    reason = " ".join(str(error).split())  # whatever its line breaks
+    return isinstance(error, RayActorError) and (error.preempted or any(sign in reason for sign in signs))
 
 
 def _resources() -> dict[str, float]:
     """What all nodes have that are there now, in use or not."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return {"GPU": 0.0, "CPU": 0.0, **resources}
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + f" and {len(names) - 3:,} more" * (len(names) > 3)

@@ -1,4 +1,9 @@
-"""How a command line names captures: STORE, or STORE/DATASET. Does not open them, nor load xarray before it looks."""
+"""How a command line names captures, STORE or STORE/DATASET, and files to write.
+
+Does not open captures, nor load xarray before it looks.
+"""
+
+from pathlib import Path
 
 import store
 
@@ -24,14 +29,51 @@ def captures_at(place: str) -> tuple[str, list[str]]:
     ------
     FileNotFoundError
         When there is no such store, or no such data set in it.
+    ValueError
+        When the store is empty.
     """
     around = _names(place.rstrip("/").rpartition("/")[0])
     if around is None:
-        return place, store.dataset_names(place)
+        return place, datasets_of(place)
     path, name = capture_at(place)
     if name not in around:
         raise FileNotFoundError(f"no data set {name!r} in {path}; it holds: {', '.join(around) or 'none'}")
     return path, [name]
+
+
+def datasets_of(path: str) -> list[str]:
+    """The data sets of a store, of which there must be one.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no such store.
+    ValueError
+        When it is empty.
+    """
+    names = store.dataset_names(path)
+    if not names:
+        raise ValueError(f"{path} holds no data set yet")
+    return names
+
+
+def only_one(path: str, names: list[str]) -> str:
+    """The one data set that was named.
+
+    Raises
+    ------
+    ValueError
+        When there are several; it lists them.
+    """
+    if len(names) > 1:
+        raise ValueError(f"{path} holds {', '.join(names)}: say which, as {path.rstrip('/')}/{names[0]}")
+    return names[0]
+
+
+def refuse_no_file(option: str, output: Path) -> None:
+    """Refuse a path where no file can be written."""
+    if not output.absolute().parent.is_dir() or output.is_dir():
+        raise ValueError(f"--{option} {output}: its folder must exist, and it must not be a folder itself")
 
 
 def _names(path: str) -> list[str] | None:

@@ -12,7 +12,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from jobs.console.tables import Bars, Column, Row, is_drawn, print_line, print_table
+from jobs.console.tables import Bars, Column, Facts, is_drawn, print_line, print_table
 from jobs.console.terminal import shown
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ class Listed:
 
     title: str
     columns: Sequence[Column | Bars]
-    facts: Row
+    facts: Facts
     """What was asked, and the attributes of the answer."""
-    rows: Sequence[Row]
+    rows: Sequence[Facts]
     section: str = ""
     """See `print_table`."""
 
@@ -134,7 +134,7 @@ def token_answer(capture: "xr.Dataset", token: int, layers: list[int], counts: "
     from analysis.metrics.tokens import token_experts_of
 
     occurrences, piece = int(counts["tokens"][token]), str(capture["piece"][token].values)
-    rows: list[Row] = []
+    rows: list[Facts] = []
     for layer in layers if occurrences else layers[:1]:
         table = token_experts_of(counts, layer)
         if occurrences:

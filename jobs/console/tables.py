@@ -1,6 +1,6 @@
 """How a result is shown: a table with bars in a terminal, aligned columns in a pipe, one JSON document for scripts.
 
-Promises: a terminal gets no line of a table that is wider than it is, and is told which columns that cost; a pipe, a
+Promises: a terminal gets no line of a table that is wider than it is, and names the columns that this costs; a pipe, a
 file, TERM=dumb and a terminal that knows no Unicode get every column, whole, one line a row, and no escape code; what a
 text holds commands no terminal. Does not know what is shown.
 """
@@ -27,7 +27,7 @@ GAP = 2  # cells between two columns
 BAR_CELLS, NARROW_BAR_CELLS, NARROW = 12, 8, 60  # of a bar, and in a terminal of fewer cells than the last (arbitrary)
 ELASTIC_CELLS = 12  # that are left to an elastic column before others are left out (arbitrary)
 
-Row = Mapping[str, Any]
+Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,24 +35,24 @@ class Column:
     """A column of texts, each made from a row."""
 
     name: str
-    text: Callable[[Row], str]
+    text: Callable[[Facts], str]
     left: bool = False
     """To the left, as words; numbers stand to the right."""
     elastic: bool = False
     """Cut with "…" where a terminal is narrow; one column of a table may be."""
     spare: int = 0
     """A terminal that is too narrow leaves out the column with the highest number first, and never one with 0."""
-    style: Callable[[Row], str] = lambda row: ""
+    style: Callable[[Facts], str] = lambda row: ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bars:
     """A column of bars, which only a terminal gets."""
 
-    part: Callable[[Row], float | None]
+    part: Callable[[Facts], float | None]
     """Of a full bar, 0 to 1; None draws nothing."""
     spare: int = 1
-    style: Callable[[Row], str] = lambda row: "cyan"
+    style: Callable[[Facts], str] = lambda row: "cyan"
 
 
 class _Stdout(Console):
@@ -84,7 +84,7 @@ def print_line(console: Console, line: str, style: str = "") -> None:
 
 
 def print_table(
-    console: Console, columns: Sequence[Column | Bars], rows: Sequence[Row], *, section: str = "", note: str = ""
+    console: Console, columns: Sequence[Column | Bars], rows: Sequence[Facts], *, section: str = "", note: str = ""
 ) -> None:
     """Rows under the names of their columns.
 
@@ -123,7 +123,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _align(console: Console, columns: Sequence[Column], rows: Sequence[Row]) -> None:
+def _align(console: Console, columns: Sequence[Column], rows: Sequence[Facts]) -> None:
     """The names, and a line a row; columns are two spaces apart."""
     widths = [_cells(column, rows) for column in columns]
     for texts in ([column.name for column in columns], *([shown(c.text(row)) for c in columns] for row in rows)):
@@ -134,11 +134,11 @@ def _align(console: Console, columns: Sequence[Column], rows: Sequence[Row]) -> 
         print_line(console, (" " * GAP).join(parts).rstrip())
 
 
-def _cells(column: Column, rows: Sequence[Row]) -> int:
+def _cells(column: Column, rows: Sequence[Facts]) -> int:
     return max(map(cell_len, (column.name, *(shown(column.text(row)) for row in rows))))
 
 
-def _fitting(columns: Sequence[Column | Bars], rows: Sequence[Row], width: int) -> list[Column | Bars] | None:
+def _fitting(columns: Sequence[Column | Bars], rows: Sequence[Facts], width: int) -> list[Column | Bars] | None:
     """The columns that a terminal has room for; None where it has none even for those that are never left out."""
     kept = list(columns)
     while _least(kept, rows, width) > width:
@@ -149,7 +149,7 @@ def _fitting(columns: Sequence[Column | Bars], rows: Sequence[Row], width: int) 
     return kept
 
 
-def _least(columns: Sequence[Column | Bars], rows: Sequence[Row], width: int) -> int:
+def _least(columns: Sequence[Column | Bars], rows: Sequence[Facts], width: int) -> int:
     """Cells that a line takes at least."""
     cells = [_bar_cells(width) if isinstance(column, Bars) else _cells(column, rows) for column in columns]
     elastic = [isinstance(column, Column) and column.elastic for column in columns]
@@ -161,7 +161,7 @@ def _bar_cells(width: int) -> int:
     return NARROW_BAR_CELLS if width < NARROW else BAR_CELLS
 
 
-def _drawn(columns: Sequence[Column | Bars], rows: Sequence[Row], width: int, section: str) -> Table:
+def _drawn(columns: Sequence[Column | Bars], rows: Sequence[Facts], width: int, section: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
     rigid = [column for column in columns if not (isinstance(column, Column) and column.elastic)]
     room = width - _least(rigid, rows, width) - GAP
@@ -179,7 +179,7 @@ def _drawn(columns: Sequence[Column | Bars], rows: Sequence[Row], width: int, se
     return table
 
 
-def _cell(column: Column | Bars, row: Row, cells: int) -> Text | Bar:
+def _cell(column: Column | Bars, row: Facts, cells: int) -> Text | Bar:
     if isinstance(column, Column):
         return Text(shown(column.text(row)), style=column.style(row))
     part = column.part(row)

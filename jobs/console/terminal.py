@@ -62,11 +62,11 @@ def catch_sigterm() -> None:
 
 
 def _fail(status: int, message: str) -> int:
-    say(f"error: {message}")
+    log(f"error: {message}")
     return status
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print a line to the error stream, where it does not mix with a command's result.
 
     What an error quotes, of a file, a library or a server, commands no terminal and gives no secret away.

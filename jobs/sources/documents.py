@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-Identity = Mapping[str, str | int | None]
+TextIdentity = Mapping[str, str | int | None]
 """What makes two texts the same: a content hash or a resolved revision, and how documents are cut."""
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -42,17 +42,17 @@ class Source:
     """The default name of its group in the store, of `[a-z0-9._-]`."""
     read: Callable[[int], Iterator[Document]]
     """Documents from the given one on."""
-    identify: Callable[[], Identity]
+    identify: Callable[[], TextIdentity]
     """Computes the identity; for local files that reads all their bytes."""
     conversations: bool = False
     """Whether its documents are conversations; never some of them."""
     note: str | None = None
-    """What a reader of the plan should be told, such as files left out."""
+    """What is logged before planning, such as files left out."""
     published_documents: int | None = None
     """How many documents its makers say it has; None if they do not say."""
 
     @cached_property
-    def identity(self) -> Identity:
+    def identity(self) -> TextIdentity:
         """The identity, computed when first asked for."""
         return self.identify()
 

@@ -1,29 +1,26 @@
-"""Data sets that are files here: text, JSON lines, parquet, a saved arrow data set, a folder of them, a glob.
+"""Data sets that are files here: a file of one of the `jobs.sources.formats`, a folder of them, a glob, or a folder
+that the library `datasets` saved.
 
 It promises an order that depends on names alone (sorted by path), an identity that depends on names and
 bytes alone, and that nothing is left out without a note. Hidden files and links inside a folder are left
-out; files of different kinds are not mixed.
+out; files of different formats are not mixed.
 """
 
 import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jobs.sources.columns import Table, dataset_table, json_table, parquet_table, table_documents, text_column
-from jobs.sources.documents import Document, Identity, Source, decode, without_surrogates
+from jobs.sources.arrow import dataset_table
+from jobs.sources.columns import table_documents, text_column
+from jobs.sources.documents import Document, Source, TextIdentity, decode, without_surrogates
+from jobs.sources.formats import format_of
 
-JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
-TABLES: dict[str, Callable[[Mapping[str, Path]], Table]] = {
-    "JSON lines": json_table,
-    "parquet": parquet_table,
-}
-"""How each kind of file with columns is read; every other file is text."""
 SNIFFED_BYTES = 8192
 """A NUL byte among this many first bytes marks a file as binary (git's rule, with git's number)."""
 BLOCK_BYTES = 1 << 20
@@ -52,18 +49,18 @@ def local_source(spec: str, *, name: str, split: str | None, field: str | None) 
     if split not in (None, DEFAULT_SPLIT):
         raise ValueError(f"{spec} has no splits, so --split {split} does not apply; give the split's own file")
     files, note = found(spec)
-    kinds = Counter(kind_of(file) for file in files.values())
-    if len(kinds) > 1:
-        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    formats = Counter(map(format_of, files.values()))
+    if len(formats) > 1:
+        counts = ", ".join(f"{count} {form.name}" for form, count in sorted(formats.items(), key=lambda of: of[0].name))
         raise ValueError(f"{spec} mixes kinds of files ({counts}); choose one with a glob such as 'folder/**/*.txt'")
-    kind = next(iter(kinds))
+    [form] = formats
     for file in files.values():
         check_readable(file)
-    if kind == "text":
+    if form.table is None:
         if field is not None:
             raise ValueError(f"{spec} is plain text without columns, so --text_field {field} does not apply")
         return Source(name=name, read=partial(text_documents, files), identify=partial(identity, files), note=note)
-    table = TABLES[kind](files)
+    table = form.table(files)
     column = text_column(table, field, spec)
     return Source(
         name=name,
@@ -80,12 +77,6 @@ def found(spec: str) -> tuple[dict[str, Path], str | None]:
         return matched(spec), None
     path = Path(spec)
     return walked(path) if path.is_dir() else ({path.name: path}, None)
-
-
-def kind_of(path: Path) -> str:
-    """Return "JSON lines", "parquet" or "text", by the file's name."""
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    return "JSON lines" if suffix in JSON_SUFFIXES else "parquet" if suffix == ".parquet" else "text"
 
 
 def check_readable(path: Path) -> None:
@@ -126,7 +117,7 @@ def matched(pattern: str) -> dict[str, Path]:
     return {Path(os.path.relpath(path, top)).as_posix(): Path(path) for path in paths}
 
 
-def identity(files: Mapping[str, Path], **also: str | int | None) -> Identity:
+def identity(files: Mapping[str, Path], **also: str | int | None) -> TextIdentity:
     """Return what makes these texts the same: one SHA-256 over every name and all bytes, in order."""
     digest = hashlib.sha256()
     for name, path in files.items():

@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jobs.sources.columns import Table, dataset_table, table_documents, text_column
-from jobs.sources.documents import Document, Identity, Source
+from jobs.sources.arrow import dataset_table
+from jobs.sources.columns import Table, table_documents, text_column
+from jobs.sources.documents import Document, Source, TextIdentity
 from jobs.sources.files import DEFAULT_SPLIT
 from jobs.sources.wikitext import CONFIGS, PUBLISHED_ARTICLES, REPOSITORY, articles
 
@@ -35,7 +36,7 @@ def hub_source(
     split = split or DEFAULT_SPLIT
     table, commit = hub_table(repository, config, split, revision)
     field = text_column(table, text_field, repository)
-    known: Identity = {
+    known: TextIdentity = {
         "data": repository,
         "config": config,
         "revision": commit,
@@ -59,7 +60,7 @@ def wikitext_source(alias: str, *, split: str | None, text_field: str | None, re
     if text_field not in (None, "text"):
         raise ValueError(f"{alias} keeps its text in the column 'text', so --text_field {text_field} does not apply")
     table, commit = hub_table(REPOSITORY, CONFIGS[alias], split, revision)
-    known: Identity = {
+    known: TextIdentity = {
         "data": REPOSITORY,
         "config": CONFIGS[alias],
         "revision": commit,

@@ -12,14 +12,13 @@ from pathlib import Path
 from jobs.sources.demo import DEMO_TEXTS, demo_source
 from jobs.sources.documents import Document, Source
 from jobs.sources.files import DEFAULT_SPLIT, is_glob, local_source
+from jobs.sources.formats import described, is_file_name
 from jobs.sources.hub import hub_source, wikitext_source
 from jobs.sources.wikitext import CONFIGS
 
 __all__ = ["Document", "Source", "group_name", "resolve_source"]
 
 HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<config>[\w.-]+))?", re.ASCII)
-PATH_SUFFIXES = {".txt", ".md", ".jsonl", ".json", ".ndjson", ".gz", ".parquet", ".arrow", ".csv", ".py"}
-"""A name that ends so is meant as a path, also where it could be a hub id."""
 
 
 def resolve_source(
@@ -46,6 +45,8 @@ def resolve_source(
     path = os.path.expanduser(spec)
     if spec in CONFIGS:
         return wikitext_source(spec, split=split, text_field=text_field, revision=revision)
+    if "://" in spec and not os.path.lexists(path):
+        raise ValueError(f"no data set {spec!r}: addresses are not read; download the file, and give its path")
     if os.path.lexists(path) or is_glob(path):
         refuse_option(spec, "revision", revision)
         return local_source(path, name=group_name(spec), split=split, field=text_field)
@@ -55,11 +56,12 @@ def resolve_source(
         refuse_option(spec, "text_field", text_field)
         return demo_source(spec)
     hub_id = HUB_ID.fullmatch(spec)
-    if hub_id is None or Path(spec).suffix in PATH_SUFFIXES:
+    if hub_id is None or is_file_name(spec):
         raise ValueError(
             f"no data set {spec!r}: there is no readable path {os.path.abspath(path)}, and it is none of the "
             f"aliases {', '.join(CONFIGS)}, the demo texts {', '.join(DEMO_TEXTS)}, or a hub id "
-            "org/name[:config]. For a local file, folder or glob give its path, such as ./texts/book.txt"
+            "org/name[:config]. For a local file, folder or glob give its path, such as ./texts/book.txt; files are"
+            f" read as {described()}"
         )
     return hub_source(
         hub_id["repository"],

@@ -300,7 +300,7 @@ def until(condition: Any, seconds: float = 60) -> None:
 def test_an_index_that_cannot_be_written_is_said_and_texts_are_shown_all_the_same(store: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     said: list[str] = []
-    explorer = Explorer(str(store), ["fake"], tmp_path / "file", say=said.append)
+    explorer = Explorer(str(store), ["fake"], tmp_path / "file", log=said.append)
     assert explorer.refresh("fake") == 0
     assert [line for line in said if "give another folder for the index with --index" in line] == said
     with serving(explorer) as address:
@@ -461,7 +461,7 @@ def test_a_data_set_that_begins_later_is_shown_and_one_that_is_captured_anew_is_
 
 def test_an_unexpected_error_does_not_end_the_following(store: Path, tmp_path: Path, monkeypatch: Any) -> None:
     said: list[str] = []
-    explorer = Explorer(str(store), ["fake"], tmp_path, say=said.append)
+    explorer = Explorer(str(store), ["fake"], tmp_path, log=said.append)
     monkeypatch.setattr(explorer.indexes["fake"], "refresh", lambda **_: 1 / 0)
     assert explorer.refresh("fake") == 0
     assert said == ["fake: division by zero"]

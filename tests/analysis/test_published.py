@@ -5,11 +5,9 @@ from the words of the text.
 """
 
 import json
-import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,6 @@ from analysis.metrics import published as validation
 from analysis.metrics.published import compared, published_counts, total_variation
 from jobs import validate
 from jobs.capturing import run as prepare
-from jobs.sources import web as download
-from jobs.sources.web import fetch
 from jobs.validate import ValidateConfig, one_text
 from store import Layout, coverage, open_capture
 from workers.shard import Routes
@@ -283,7 +279,7 @@ def test_a_real_checkpoint_is_captured_as_the_published_blocks_were(
         (("--c4", "nowhere.txt"), "no data set 'nowhere.txt'"),
         (("--c4", "empty.txt"), "--c4 empty.txt holds no text"),
         (("--c4", "chat.jsonl"), "--c4 chat.jsonl holds conversations"),
-        (("--c4", "ftp://a/b"), "ftp://a/b begins with ftp://, and must begin with http://"),
+        (("--c4", "https://a/b.txt"), "no data set 'https://a/b.txt': addresses are not read; download"),
         (("--c4", "c4.txt", "--store", "s3://bucket/x"), "--store s3://bucket/x: a validation runs on this machine"),
     ],
 )
@@ -347,99 +343,3 @@ def test_documents_are_read_as_one_text_with_the_line_ends_of_python(tmp_path: P
     (tmp_path / "b.txt").write_text(document.text)
     assert one_text("c4", str(tmp_path / "b.txt"), 50).identity == source.identity  # wherever it lies
     assert one_text("c4", str(tmp_path / "b.txt"), 49).identity != source.identity
-
-
-# --- A text on the web ------------------------------------------------------------------------------------
-
-
-class Web(ThreadingHTTPServer):
-    """Serves `files` by path; `/cut/…` ends early, `/endless/…` does not say how long it is."""
-
-    daemon_threads = True
-    files: dict[str, bytes]
-    asked: list[str]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Web
-
-    def log_message(self, *_: object) -> None:
-        """Keep the tests' output quiet."""
-
-    def do_GET(self) -> None:
-        self.server.asked.append(self.path)
-        way, _, name = self.path.strip("/").partition("/")
-        data = self.server.files.get(name)
-        if way == "away":
-            self.send_response(302)
-            self.send_header("Location", "ftp://127.0.0.1/x" if name == "ftp" else f"/whole/{name}")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        if data is None:
-            return self.send_error(404)
-        self.send_response(200)
-        if way != "endless":
-            self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data[: len(data) // 2] if way == "cut" else data)
-        return None
-
-
-@pytest.fixture
-def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with Web(("127.0.0.1", 0), Handler) as server:
-        server.files, server.asked = {}, []
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def test_texts_from_the_web_are_fetched_once_and_whole(
-    command: Command, files: dict[str, Path], web: Web, tmp_path: Path
-) -> None:
-    web.files = {f"{domain}.txt": path.read_bytes() for domain, path in files.items()}
-    base = f"http://127.0.0.1:{web.server_port}"
-    cut = run(command, f"{base}/cut/c4.txt", files["github"])
-    size = len(web.files["c4.txt"])
-    assert (cut.status, cut.out) == (2, "")
-    assert f"cannot fetch {base}/cut/c4.txt: {size // 2:,} of {size:,} bytes came" in cut.err
-    gone = run(command, f"{base}/whole/gone.txt", files["github"])
-    assert (gone.status, "HTTP Error 404" in gone.err) == (2, True)
-    texts = tmp_path / "validate.zarr.texts"
-    assert list(texts.iterdir()) == []
-
-    asked = len(web.asked)
-    done = run(command, f"{base}/away/c4.txt", f"{base}/whole/github.txt")
-    assert done.status == 0, done.err
-    assert sorted(path.read_bytes() for path in texts.iterdir()) == sorted(web.files.values())
-    assert all(path.name.endswith(".txt") for path in texts.iterdir())
-    again = run(command, f"{base}/away/c4.txt", f"{base}/whole/github.txt")
-    assert (again.status, again.out) == (0, done.out)
-    assert "was fetched before" in again.err
-    assert len(web.asked) == asked + 3  # two texts, and where one has moved to
-    local = run(command, files["c4"], files["github"])
-    assert (local.out, local.err.count("nothing to do")) == (done.out, 2)  # the same text, wherever it lies
-
-
-def test_what_cannot_be_had_whole_leaves_nothing(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    web.files["a"] = b"abc" * 100
-    base = f"http://127.0.0.1:{web.server_port}"
-    for way, said in (
-        ("endless/a", "does not say how long it is"),
-        ("away/ftp", "unknown url type: ftp"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            fetch(f"{base}/{way}", tmp_path)
-    monkeypatch.setattr(download, "MAX_BYTES", 299)
-    with pytest.raises(ValueError, match="it has more than 299 bytes"):
-        fetch(f"{base}/whole/a", tmp_path)
-    monkeypatch.setattr(download, "MAX_BYTES", 300)
-    assert fetch(f"{base}/whole/a", tmp_path).read_bytes() == web.files["a"]
-    web.shutdown()
-    web.server_close()
-    with pytest.raises(ValueError, match="Connection refused"):
-        fetch(f"{base}/whole/b", tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1

@@ -17,12 +17,12 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `workers.engine.load_engine` does
@@ -35,7 +35,6 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from full_size import WIDTH, as_loaded, full_size_model, random_matrix  # noqa: E402
 
-from jobs.capturing.local import fill_shards  # noqa: E402
 from store.group import CaptureGroup  # noqa: E402
 from store.layout import Layout  # noqa: E402
 from store.lease import lease  # noqa: E402
@@ -278,8 +277,8 @@ def written(table: Table, model: Any, shards: int) -> None:
                 batch_tokens=32_768,
             )
             replica.load(assignment)
-            capture: Any = SimpleNamespace(name="random", check_lease=lambda: None)
-            fill_shards(replica, capture, range(shards))
+            with ThreadPoolExecutor(2) as pool:  # one shard is written while the next one is computed
+                list(pool.map(partial(replica.capture, "random"), range(shards)))
         after = forwards()
         commits = sorted(file.stat().st_mtime for file in Path(folder).glob("*/expert/commits/*.json"))
     second = (commits[-1] - commits[0]) / (shards - 1) / (layout.rows_per_shard * POSITIONS / ids.numel())

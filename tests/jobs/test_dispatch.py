@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from more import MORE
 
-from jobs.cluster.dispatch import LOSSES, Dispatcher, Unit, WorkerState
+from jobs.capturing.dispatch import LOSSES, Dispatcher, Unit, WorkerState
 
 UNITS = [Unit("prose", shard) for shard in range(40)]
 STALL_S, LOAD_STALL_S = 30.0, 100.0
@@ -151,7 +151,7 @@ def test_three_strikes_put_a_unit_into_quarantine_and_who_died_beside_it_is_clea
         job.up(1)
         job.assign(1)
     assert job.given_up == {UNITS[0]: ["killed", "out of memory", "killed again"]}
-    assert (job.done, job.quarantined, job.hopeless) == ({*UNITS[1:3]}, [UNITS[0]], False)
+    assert (job.done, job.quarantined, job.should_abort) == ({*UNITS[1:3]}, [UNITS[0]], False)
     assert (job.retries, job.lost_workers) == (3, 3)
 
 
@@ -208,7 +208,7 @@ def test_a_broken_worker_is_replaced_at_once_then_after_a_pause_then_only_when_a
     (broken,) = job.start(15)
     job.broke(broken, "no GPU", 15)
     assert not job.start(1e9)
-    assert not job.hopeless, "one worker is left, and may get ready"
+    assert not job.should_abort, "one worker is left, and may get ready"
     job.placed(other, "host", 20)
     job.ready(other, 20)
     ((_, unit), _) = job.assign(20)
@@ -254,20 +254,20 @@ def test_a_third_worker_in_a_row_that_breaks_ends_the_job_once_none_is_left() ->
         breaks(broken, "no GPU", 0)
         (broken,) = job.start(1000)
     job.broke(broken, "no GPU", 1000)
-    assert not job.hopeless
+    assert not job.should_abort
     job.broke(other, "no driver", 0)
-    assert job.hopeless
+    assert job.should_abort
     assert job.start(1e9) == []
-    assert str(job.despair) == "3 workers in a row could not work, the last one: no GPU"
+    assert str(job.abort_reason) == "3 workers in a row could not work, the last one: no GPU"
 
 
 def test_workers_that_break_together_break_once() -> None:
     job = Job(40, 8)
     for time in range(3):
-        assert not job.hopeless
+        assert not job.should_abort
         for worker in job.start(time * 1000):
             job.broke(worker, "the store is out of reach", time * 1000)
-    assert job.hopeless
+    assert job.should_abort
     assert job.lost_workers == 24
 
 
@@ -352,17 +352,18 @@ def test_errors_with_a_finished_shard_between_them_make_no_worker_sick() -> None
 def test_eight_shards_given_up_with_none_finished_between_them_end_the_job(finished_after: int | None) -> None:
     job, (worker,) = at_work(40, 1)
     while len(job.quarantined) < 8:
-        assert not job.hopeless
+        assert not job.should_abort
         if len(job.quarantined) == finished_after and not job.done:
             job.finish_one(worker)
         else:
             job.fail(worker, worker.units[0], f"error {len(job.quarantined)}", 1)
         job.assign(1)
-    assert job.hopeless is (finished_after is None)
-    if job.hopeless:
-        assert isinstance(job.despair, ValueError), "someone must put something right first"
-        assert str(job.despair).startswith("8 shards in a row failed 3 times each")
-        assert "the last error: error 7. Put it right and run this again with --retry_quarantined" in str(job.despair)
+    assert job.should_abort is (finished_after is None)
+    if job.should_abort:
+        assert isinstance(job.abort_reason, ValueError), "someone must put something right first"
+        assert str(job.abort_reason).startswith("8 shards in a row failed 3 times each")
+        said = "the last error: error 7. Put it right and run this again with --retry_quarantined"
+        assert said in str(job.abort_reason)
 
 
 def test_idle_workers_are_let_go_once_everything_is_planned_and_nothing_waits() -> None:
@@ -471,7 +472,7 @@ class World:
 
     It keeps to what a healthy cluster is: chance gives a healthy unit at most one strike of its own (another may come
     from a neighbour's death), a worker that was started after two broken ones does not break, and fewer than eight
-    units are poison. So nothing healthy may be given up, and the job may not despair.
+    units are poison. So nothing healthy may be given up, and the job may not be aborted.
     """
 
     def __init__(self, seed: int, units: int, workers: int, poison: dict[Unit, str], faults: int) -> None:
@@ -596,7 +597,7 @@ class World:
         assert self.started <= self.workers + self.gone + job.retries, "workers start for nothing"
         assert (job.lost_workers, job.retries) == (self.gone, self.in_vain.total() - len(job.quarantined))
         assert job.outstanding == self.planned - len(job.done) - len(job.quarantined)
-        assert not job.hopeless
+        assert not job.should_abort
 
 
 @settings(max_examples=100 * MORE)

@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.capturing import planner as planning
-from jobs.capturing.captures import capture_datasets
+from jobs.capturing.captures import capture_datasets, exit_status
 from jobs.capturing.local import capture_here
 from jobs.capturing.planner import Planner, default_sequence_length
 from jobs.sources.documents import Document, Source
@@ -37,7 +37,6 @@ from store import CaptureGroup, coverage, open_capture
 from store.plan import Plan, Rows
 from workers.shard import (
     BATCH_COST_TOKENS,
-    OutOfMemory,
     Routes,
     RoutingError,
     capture_shard,
@@ -432,13 +431,16 @@ def test_halving_begins_anew_with_each_shard(tmp_path: Path) -> None:
     assert [record["halvings"] for _, record in sorted(group.commits()[0].items())] == [1, 1, 0]
 
 
-def test_rows_that_do_not_fit_even_alone_end_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(OutOfMemory, match="shard 0 of fake does not fit, not even in micro-batches of") as caught:
-        fake_capture(tmp_path / "s.zarr", [words(80)], batch_tokens=32, fits=7)
-    assert "--sequence_length" in str(caught.value)
-    assert "8 tokens, and 7 fit" in str(caught.value)
-    state = coverage(tmp_path / "s.zarr", "fake")
-    assert (state.shards_done, state.plan.complete) == (0, True)
+def test_rows_that_do_not_fit_even_alone_are_set_aside_with_what_to_do(tmp_path: Path) -> None:
+    state = fake_capture(tmp_path / "s.zarr", [words(80)], batch_tokens=32, fits=7)
+    assert (state.shards_done, state.plan.complete, exit_status([state])) == (0, True, 3)
+    assert state.missing == list(state.quarantined) == [0, 1, 2]
+    for shard, record in state.quarantined.items():
+        assert len(record["errors"]) == 3
+        for error in record["errors"]:
+            assert error.startswith(f"OutOfMemory: shard {shard} of fake does not fit, not even in micro-batches of")
+            assert "--sequence_length" in error
+            assert "8 tokens, and 7 fit" in error
 
 
 class DeviceEngine(FakeEngine):

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.cluster import progress
-from jobs.cluster.dispatch import Dispatcher, Unit
-from jobs.cluster.progress import Progress
+from jobs.capturing import progress
+from jobs.capturing.dispatch import Dispatcher, Unit
+from jobs.capturing.progress import Progress
 
 
 class Clock:
@@ -24,11 +24,10 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(progress, "time", clock)
-    monkeypatch.setattr(progress, "Metrics", lambda: SimpleNamespace(show=lambda job: None, finished=lambda *_: None))
     return clock
 
 
-class Told:
+class Reported:
     """A capture of ten shards of 100 tokens, of which two were committed before, on two workers."""
 
     def __init__(self) -> None:
@@ -54,67 +53,67 @@ class Told:
 
 
 def test_while_the_text_is_planned_nobody_says_how_long_it_takes(clock: Clock) -> None:
-    told = Told()
-    told.job.placed(told.one, "host", 0)
-    assert told.shown.line(told.job) == (
+    reported = Reported()
+    reported.job.placed(reported.one, "host", 0)
+    assert reported.shown.line(reported.job) == (
         "2 of 10 shards; 200 of 1,000 tokens planned so far; 0 tokens/s; workers: 1 loading, 1 waiting for a place"
     )
 
 
 def test_the_rate_counts_this_job_s_tokens_since_the_first_worker_was_ready_and_those_in_work(clock: Clock) -> None:
-    told = Told()
+    reported = Reported()
     clock.now += 500
-    told.up()
-    told.job.all_added = True
+    reported.up()
+    reported.job.all_added = True
     clock.now += 10
-    told.job.routed(told.one, 130, 0)
-    told.job.routed(told.two, 70, 0)
-    told.finish()
-    assert told.shown.line(told.job) == (
+    reported.job.routed(reported.one, 130, 0)
+    reported.job.routed(reported.two, 70, 0)
+    reported.finish()
+    assert reported.shown.line(reported.job) == (
         "3 of 10 shards; 400 of 1,000 tokens; 20 tokens/s; 30 s left; workers: 2 capturing"
     )
 
 
 def test_what_went_wrong_is_in_the_line(clock: Clock) -> None:
-    told = Told()
-    told.up()
-    told.job.fail(told.two, told.two.units[0], "RoutingError", 0)
-    told.job.lost(told.one)
-    told.job.quarantined.append(Unit("prose", 9))
-    assert told.shown.line(told.job).endswith("workers: 1 capturing; 1 workers lost; 3 retries; 1 quarantined")
+    reported = Reported()
+    reported.up()
+    reported.job.fail(reported.two, reported.two.units[0], "RoutingError", 0)
+    reported.job.lost(reported.one)
+    reported.job.quarantined.append(Unit("prose", 9))
+    assert reported.shown.line(reported.job).endswith("workers: 1 capturing; 1 workers lost; 3 retries; 1 quarantined")
 
 
 def test_a_log_gets_a_line_every_ten_seconds_and_a_last_one_with_the_rate(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = Told()
-    with told.shown:
-        told.up()
+    reported = Reported()
+    with reported.shown:
+        reported.up()
         for _ in range(101):
             clock.now += 0.25
-            told.shown.show(told.job)
-        told.finish()
+            reported.shown.show(reported.job)
+        reported.finish()
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in lines[:-1]] == ["capture", "capture"]
     assert lines[-1] == "captured 100 tokens in 25 s, 4 tokens/s"
 
 
 def test_the_picture_names_each_worker_its_host_what_it_does_and_its_shards(clock: Clock) -> None:
-    told = Told()
-    told.up()
-    told.job.routed(told.one, 1234, 0)
+    reported = Reported()
+    reported.up()
+    reported.job.routed(reported.one, 1234, 0)
     console = Console(width=120)
     with console.capture() as drawn:
-        console.print(told.shown._picture(told.job))
+        console.print(reported.shown._picture(reported.job))
     rows = [line.rstrip().split(maxsplit=4) for line in drawn.get().splitlines()]
     assert ["1", "host-1[bold]", "capturing", "1,234", "prose shard 2, prose shard 4"] in rows
     assert ["2", "host-2[bold]", "capturing", "0", "prose shard 3, prose shard 5"] in rows
 
 
 def test_the_time_left_is_never_less_than_none(clock: Clock) -> None:
-    told = Told()
-    told.up()
-    told.job.all_added = True
+    reported = Reported()
+    reported.up()
+    reported.job.all_added = True
     clock.now += 10
-    told.job.routed(told.one, 5000, 0)  # tokens of shards that failed are routed, and routed again
-    assert "; 0 s left; " in told.shown.line(told.job)
+    reported.job.routed(reported.one, 5000, 0)  # tokens of shards that failed are routed, and routed again
+    assert "; 0 s left; " in reported.shown.line(reported.job)

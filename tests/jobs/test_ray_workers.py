@@ -189,6 +189,32 @@ def test_one_run_through_a_killed_actor_a_lost_node_a_poison_shard_and_a_killed_
     assert comparable(job.store) == quiet(tmp_path, shards)
 
 
+@pytest.mark.parametrize("local", [True, False], ids=["local", "cluster"])
+def test_a_shard_that_always_fails_is_tried_three_times_set_aside_and_named_and_all_others_are_done(
+    nodes: Nodes, tmp_path: Path, local: bool
+) -> None:
+    shards, poison = 8, 3
+    script = Script(tmp_path / "script")
+    script.write(poison, *["raise"] * 99)
+    with Job(nodes, tmp_path, shards=shards, local=local, workers=1) as job:
+        assert job.status() == 3, "only what is in quarantine is missing"
+    error = "RoutingError: shard 3 of fake: layer 0 chose as the script says"
+    assert f"fake shard 3 is given up after 3 failures, the last one: {error}; documents: 'document 3'\n" in job.said
+    state = coverage(job.store, "fake")
+    assert (state.shards_total, state.missing) == (shards, [poison])
+    assert state.quarantined == {poison: {"errors": [error] * 3, "documents": ["document 3"]}}
+    assert {shard: len(job.attempts(shard)) for shard in range(shards)} == dict.fromkeys(range(shards), 1) | {poison: 3}
+    script.write(poison)
+    with Job(nodes, tmp_path, shards=shards, local=local, workers=1) as job:
+        assert job.status() == 3
+    assert len(job.attempts(poison)) == 3, "it stays aside"
+    with Job(nodes, tmp_path, shards=shards, local=local, workers=1, retry_quarantined=True) as job:
+        assert job.status() == 0
+    assert "shard 3 is taken out of quarantine" in job.said
+    assert len(job.attempts(poison)) == 4
+    assert comparable(job.store) == quiet(tmp_path, shards)
+
+
 @pytest.mark.parametrize(("workers", "failing_loads"), [(1, 2), (3, 0)])
 def test_any_number_of_workers_leaves_the_bytes_of_local_also_when_a_model_fails_to_load_twice(
     nodes: Nodes, tmp_path: Path, workers: int, failing_loads: int

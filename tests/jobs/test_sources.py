@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -21,11 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_hub import COMMIT, TOKEN, FakeHub
+from fake_model import FakeRun
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.sources import columns as tables
+from jobs.capturing.captures import capture_datasets
+from jobs.capturing.local import capture_here
+from jobs.sources import arrow, formats, parquet
+from jobs.sources.columns import Table, TableRow
 from jobs.sources.demo import docstrings
+from jobs.sources.formats import Format
 from jobs.sources.resolve import Source, group_name, resolve_source
 from jobs.sources.wikitext import articles
 
@@ -212,6 +217,40 @@ def test_kinds_of_files_are_not_mixed(tmp_path: Path) -> None:
         resolve_source(str(tmp_path))
 
 
+def tsv_table(files: Mapping[str, Path]) -> Table:
+    """Rows of values between tabs, below a line of their names."""
+    lines = {name: path.read_text().splitlines() for name, path in files.items()}
+    head = next(iter(lines.values()))[0].split("\t")
+
+    def rows(start: int, columns: Sequence[str]) -> Iterator[TableRow]:
+        found = [(f"{name}:{number}", line) for name, of in lines.items() for number, line in enumerate(of[1:], 1)]
+        for place, line in found[start:]:
+            yield TableRow(place=place, values=dict(zip(head, line.split("\t"), strict=True)))
+
+    return Table(columns=dict.fromkeys(head, "text"), rows=rows)
+
+
+def test_a_format_is_one_reader_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, body in (("a.tsv", "id\ttext\nx\tone two\ny\tthree\n"), ("b.tsv", "id\ttext\n\tfour\n")):
+        (tmp_path / name).write_text(body)
+    assert len(texts(resolve_source(str(tmp_path)))) == 2, "as text"
+    monkeypatch.setattr(
+        formats, "FORMATS", [*formats.FORMATS, Format("TSV", (".tsv",), "a line a document", tsv_table)]
+    )
+    source = resolve_source(str(tmp_path))
+    assert texts(source) == [("x", "one two"), ("y", "three"), ("b.tsv:1", "four")]
+    assert texts(source, 1) == [("y", "three"), ("b.tsv:1", "four")]
+    assert source.identity["field"] == "text"
+    with pytest.raises(ValueError, match=r"no data set 'org/b.tsv': .* TSV \(\.tsv: a line a document\), text \("):
+        resolve_source("org/b.tsv")
+    (tmp_path / "c.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"mixes kinds of files \(2 TSV, 1 parquet\)"):
+        resolve_source(str(tmp_path))
+    run: Any = FakeRun(tmp_path / "s.zarr")
+    [state] = capture_datasets(run, [("tsv", source)], capture_here)
+    assert (state.complete, state.plan.documents, state.tokens_done) == (True, 3, 4)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -286,7 +325,8 @@ def test_every_kind_of_table_gives_the_same_documents(tmp_path: Path, kind: str)
 
 
 def test_a_folder_of_tables_is_read_in_order_and_started_anywhere(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(tables, "BATCH_ROWS", 2)
+    for module in (arrow, parquet):
+        monkeypatch.setattr(module, "BATCH_ROWS", 2)
     expected = []
     for part, rows in enumerate([5, 0, 1, 7]):
         names = [f"{part}-{row}" for row in range(rows)]
@@ -302,8 +342,8 @@ def test_a_folder_of_tables_is_read_in_order_and_started_anywhere(tmp_path: Path
 
 
 def test_parquet_memory_is_bounded_by_a_batch(tmp_path: Path) -> None:
-    rows = 40 * tables.BATCH_ROWS
-    path = write_parquet(tmp_path / "big.parquet", {"text": ["x" * 2000] * rows}, rows_in_group=tables.BATCH_ROWS)
+    rows = 40 * arrow.BATCH_ROWS
+    path = write_parquet(tmp_path / "big.parquet", {"text": ["x" * 2000] * rows}, rows_in_group=arrow.BATCH_ROWS)
     before, peak = pa.total_allocated_bytes(), 0
     for count, _ in enumerate(resolve_source(path).documents(), 1):
         if count % 100 == 0:
@@ -541,6 +581,7 @@ configs:
 """
 READ = """
 import json, sys
+from jobs.sources.formats import Format
 from jobs.sources.resolve import resolve_source
 for spec, options in json.loads(sys.argv[1]):
     try:

@@ -5,13 +5,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from socket import gethostname
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fake_model import FakeEngine, FakeRun, fake_capture, words
 
-from jobs.capturing.local import fill_shards
 from store import CaptureGroup
 from store.lease import lease
 from workers.environment import environment
@@ -106,25 +104,3 @@ def test_another_model_is_refused_with_both_values(tmp_path: Path) -> None:
         refused = refusal(replace(run.assignment({"fake": held.token}), make_engine=partial(OtherEngine)))
     assert refused.startswith(f"the model on {gethostname()} is not the captured one:")
     assert refused.splitlines()[1:] == ["  model: the store has 'fake', this run has 'other'"]
-
-
-def test_what_is_computed_is_written_though_the_shard_before_it_could_not_be(tmp_path: Path) -> None:
-    """And the replica is not left waiting for it."""
-    calls: list[str] = []
-
-    class Computes(Replica):
-        def compute(self, dataset: str, shard: int) -> Any:
-            calls.append(f"compute {shard}")
-
-            def commit() -> dict[str, Any]:
-                calls.append(f"commit {shard}")
-                if shard == 0:
-                    raise OSError("disk full")
-                return {}
-
-            return commit
-
-    capture: Any = SimpleNamespace(name="fake", check_lease=lambda: None)
-    with pytest.raises(OSError, match="disk full"):
-        fill_shards(Computes(), capture, range(5))
-    assert calls == ["compute 0", "commit 0", "compute 1", "commit 1"]

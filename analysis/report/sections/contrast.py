@@ -48,10 +48,11 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
     if apart is None:
         return
     spread = max(float(abs(apart["difference"]).max()), 0.05)
-    told = about(apart, f"95 %, {apart.attrs['replicates']} resamples of whole documents, in the numbers of each cell")
+    interval = f"95 %, {apart.attrs['replicates']} resamples of whole documents, in the numbers of each cell"
+    definition = about(apart, interval)
     for label in apart["data_set"].values.tolist():
         drawn = contrast_heatmap(apart, label, spread=spread)
-        yield figure("domains", f"domains-{label}", label, drawn, told)
+        yield figure("domains", f"domains-{label}", label, drawn, definition)
 
 
 SECTION = Section(

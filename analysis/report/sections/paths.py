@@ -58,9 +58,9 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
         models.setdefault((each["load"].sizes["expert"], *each["load"]["layer"].values.tolist()), []).append(each)
     for alike in models.values():
         ways = [way for each in alike for way in _ways(each)]
-        drawn, told = path_chart([way for way, _ in ways])
+        drawn, subtitles = path_chart([way for way, _ in ways])
         options = [
-            Option(value=value, subtitle=told[value], for_papers=way.whole, **words)
+            Option(value=value, subtitle=subtitles[value], for_papers=way.whole, **words)
             for value, (way, words) in enumerate(ways)
         ]
         name = "paths" if len(models) == 1 else f"paths-{alike[0].label}"

@@ -64,8 +64,8 @@ def repetition_by_layer(answers: Sequence[Answers]) -> Iterator[Figure]:
         spread = max(spread, float(abs(found[each.label]["estimate"] - null).max()))
     for each in answers:
         drawn = repetition_heatmap(found[each.label], each["repetition"].attrs["pairs_by_lag"], spread=spread)
-        told = about(repeated(each, "any_shared"), resampled(each["repetition"]))
-        yield figure("repetition", f"repetition-{each.label}", each.label, drawn, told)
+        definition = about(repeated(each, "any_shared"), resampled(each["repetition"]))
+        yield figure("repetition", f"repetition-{each.label}", each.label, drawn, definition)
 
 
 def repeated(each: Answers, variable: str) -> xr.Dataset:

@@ -1,8 +1,8 @@
-"""Which worker does which shard, and what happens when something breaks: the rules of a capture on many workers.
+"""Which worker does which shard, and what happens when something breaks: the rules of a capture, on one worker or many.
 
-It knows no Ray and no clock: it is told what happened and when, and says what to do. Its promises:
+It knows no Ray and no clock: `jobs.capturing.loop` reports what happened and when, and asks what to do. Its promises:
 
-- a worker gets shards only once it has said that it is ready, and at most two: one to compute, one to follow;
+- a worker gets shards only once it has reported that it is ready, and at most two: one to compute, one to follow;
 - a shard is asked for again only after its commit was looked for in the store;
 - whoever may have broken a worker, or raised an error, is a suspect: it runs alone, so that nobody else pays for it
   and the blame is certain. Three strikes put it into quarantine;
@@ -17,6 +17,7 @@ It knows no Ray and no clock: it is told what happened and when, and says what t
 - a worker for which there is nothing left to do is let go.
 """
 
+import math
 import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -80,9 +81,10 @@ class Dispatcher:
     committed
         Whether a unit's commit stands in the store.
     quarantine
-        Told of a unit that is given up, with the error of each strike.
+        Called with a unit that is given up, and the error of each strike.
     stall_s, load_stall_s
-        Seconds after which a worker that routes no token, or does not finish loading, is taken for hung.
+        Seconds after which a worker that routes no token, or does not finish loading, is taken for hung. Without end
+        where a worker cannot be replaced: then none is taken for hung or sick.
     """
 
     def __init__(
@@ -112,10 +114,10 @@ class Dispatcher:
         self._queue: deque[Unit] = deque()
         self._suspects: deque[Unit] = deque()
         self._strikes: dict[Unit, list[str]] = {}
-        self._given_up = 0  # units, since one was last finished
+        self._quarantined_in_a_row = 0  # units, since one was last finished
         self._last_error = ""
         self._losses: Counter[Unit] = Counter()  # with nodes
-        self._accused: dict[Unit, int] = {}  # the worker that last failed with it
+        self._last_suspect: dict[Unit, int] = {}  # the worker on which it last failed
         self._resume_at = 0.0
         self._refused: list[float] = []  # when workers were refused where they were placed
         self._numbers = 0
@@ -136,18 +138,18 @@ class Dispatcher:
         return self.all_added and not self.outstanding
 
     @property
-    def hopeless(self) -> bool:
+    def should_abort(self) -> bool:
         """Whether going on makes no sense: workers only break, and none is left, or shards only fail."""
         broken = len(self.failures) >= BROKEN_IN_A_ROW and not self.workers
-        return broken or self._given_up >= QUARANTINED_IN_A_ROW
+        return broken or self._quarantined_in_a_row >= QUARANTINED_IN_A_ROW
 
     @property
-    def despair(self) -> Exception:
+    def abort_reason(self) -> Exception:
         """Why going on makes no sense: a ValueError where someone must put something right first."""
-        if self._given_up >= QUARANTINED_IN_A_ROW:
+        if self._quarantined_in_a_row >= QUARANTINED_IN_A_ROW:
             return ValueError(
-                f"{self._given_up} shards in a row failed {STRIKES} times each, so that not they are at fault; the last"
-                f" error: {self._last_error}. Put it right and run this again with --retry_quarantined"
+                f"{self._quarantined_in_a_row} shards in a row failed {STRIKES} times each, so that not they are at"
+                f" fault; the last error: {self._last_error}. Put it right and run this again with --retry_quarantined"
             )
         return RuntimeError(f"{len(self.failures)} workers in a row could not work, the last one: {self.failures[-1]}")
 
@@ -166,7 +168,7 @@ class Dispatcher:
         refused = sum(now - when < REFUSED_S for when in self._refused)
         wanted = min(wanted, max(1, wanted - refused))
         too_many = len(self.failures) >= BROKEN_IN_A_ROW  # none more until one of those that are there finishes a shard
-        if too_many or self.hopeless or (self.failures and now < self._resume_at):
+        if too_many or self.should_abort or (self.failures and now < self._resume_at):
             return []
         new = []
         while len(self.workers) < wanted:
@@ -224,7 +226,9 @@ class Dispatcher:
         return bool(self._seconds) and now - begun > LATE * statistics.median(self._seconds)
 
     def stalled(self, now: float) -> list[tuple[WorkerState, str]]:
-        """Workers that are taken for hung or sick, and why; they are to be killed, then `died` told of them."""
+        """Workers that are taken for hung or sick, and why; they are to be killed, and reported as `died`."""
+        if math.isinf(self.stall_s):
+            return []
         hung = []
         for worker in self.workers.values():
             idle_s = now - worker.moved
@@ -267,7 +271,7 @@ class Dispatcher:
             worker.tokens, worker.moved = tokens, now
 
     def finish(self, worker: WorkerState, unit: Unit, now: float) -> bool:
-        """The unit's commit stands; tells whether that is news, and not that of a copy that was slower."""
+        """The unit's commit stands; whether that is news, and not that of a copy that was slower."""
         worker.errors = 0
         if unit not in worker.units:
             return False
@@ -338,7 +342,7 @@ class Dispatcher:
 
     def _fit(self, unit: Unit, ready: list[WorkerState]) -> list[WorkerState]:
         """Those that a suspect may run on: not the worker that it last failed on, unless that is the only one."""
-        return [worker for worker in ready if worker.number != self._accused.get(unit)] or ready
+        return [worker for worker in ready if worker.number != self._last_suspect.get(unit)] or ready
 
     def _give(self, worker: WorkerState, unit: Unit, now: float) -> Unit:
         if not worker.units:
@@ -366,7 +370,7 @@ class Dispatcher:
         self._strikes.pop(unit, None)
         self._losses.pop(unit, None)
         self.failures.clear()
-        self._given_up = 0
+        self._quarantined_in_a_row = 0
 
     def _strike(self, worker: WorkerState, unit: Unit, reason: str) -> None:
         if self._committed(unit):
@@ -375,12 +379,12 @@ class Dispatcher:
         strikes = self._strikes.setdefault(unit, [])
         strikes.append(reason)
         self._last_error = reason
-        self._accused[unit] = worker.number
+        self._last_suspect[unit] = worker.number
         if self._is_held(unit):
             return
         if len(strikes) >= STRIKES:
             self.quarantined.append(unit)
-            self._given_up += 1
+            self._quarantined_in_a_row += 1
             self._quarantine(unit, self._strikes.pop(unit))
         else:
             self.retries += 1

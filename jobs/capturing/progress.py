@@ -1,7 +1,4 @@
-"""What a cluster's capture shows while it runs: a bar and its workers in a terminal, a line now and then in a log.
-
-The same numbers go to `ray.util.metrics`, from where Prometheus fetches them; `jobs.cluster.gauges` has their names.
-"""
+"""What a capture shows while it runs: a bar and its workers in a terminal, a line now and then in a log."""
 
 import time
 from collections import Counter
@@ -15,20 +12,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from jobs.capturing.captures import Capture
-from jobs.cluster.dispatch import Dispatcher, Unit, WorkerState
-from jobs.cluster.gauges import Metrics
-from jobs.console.terminal import LOG_EVERY_S, duration, say
+from jobs.capturing.dispatch import Dispatcher, Unit, WorkerState
+from jobs.console.terminal import LOG_EVERY_S, duration, log
 
 WORKERS_SHOWN = 16
+DRAW_EVERY_S = 0.1  # arbitrary
 
 
 class Progress:
-    """Counts what workers say, and shows it.
+    """Counts what workers report, and shows it: a `jobs.capturing.loop.Watcher`.
 
     Parameters
     ----------
     captures
-        The data sets of the job, those that are complete left out.
+        The data sets of the job.
     """
 
     def __init__(self, captures: Sequence[Capture]) -> None:
@@ -40,7 +37,7 @@ class Progress:
         self._logged = time.monotonic()
         self._console = Console(stderr=True)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
-        self._metrics = Metrics()
+        self._drawn = 0.0
         self._troubles: list[str] = []
 
     def __enter__(self) -> "Progress":
@@ -53,24 +50,25 @@ class Progress:
         if tokens := self._finished.total():
             seconds = time.monotonic() - (self._first or time.monotonic())
             rate = f"{tokens / max(1e-9, seconds):,.0f} tokens/s"
-            say("; ".join([f"captured {tokens:,} tokens in {duration(seconds)}, {rate}", *self._troubles]))
+            log("; ".join([f"captured {tokens:,} tokens in {duration(seconds)}, {rate}", *self._troubles]))
 
     def finished(self, worker: WorkerState, unit: Unit, facts: Mapping[str, Any]) -> None:
-        """A worker says that it committed a shard."""
+        """A worker has committed a shard."""
         self._finished[worker.number] += facts["tokens"]
-        self._metrics.finished(unit, facts)
 
     def show(self, dispatcher: Dispatcher) -> None:
         """Show how far the job is."""
+        now = time.monotonic()
         if self._first is None and any(worker.stage == "ready" for worker in dispatcher.workers.values()):
-            self._first = time.monotonic()
-        self._metrics.show(dispatcher)
+            self._first = now
         self._troubles = _troubles(dispatcher)
         if self._console.is_terminal:
-            self._live.update(self._picture(dispatcher), refresh=True)
-        elif time.monotonic() - self._logged >= LOG_EVERY_S:
-            self._logged = time.monotonic()
-            say("capture: " + self.line(dispatcher))
+            if now - self._drawn >= DRAW_EVERY_S:
+                self._drawn = now
+                self._live.update(self._picture(dispatcher), refresh=True)
+        elif now - self._logged >= LOG_EVERY_S:
+            self._logged = now
+            log("capture: " + self.line(dispatcher))
 
     def line(self, dispatcher: Dispatcher) -> str:
         """How far the job is, in one line."""

@@ -1,0 +1,76 @@
+"""JSON lines: an object a line, its keys the columns. Memory is bounded by one line."""
+
+import gzip
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jobs.sources.columns import Table, TableRow
+from jobs.sources.documents import decode
+from store.records import parse_json
+
+SAMPLED_ROWS = 100
+"""JSON lines have no schema: their columns are those of this many first rows (arbitrary)."""
+
+
+def json_table(files: Mapping[str, Path]) -> Table:
+    """Return the rows of JSON-lines files (name → path, in order); `.gz` ones are decompressed."""
+    columns: dict[str, str] = {}
+    for row in islice(json_rows(files, 0), SAMPLED_ROWS):
+        for name, value in row.values.items():
+            kind = json_kind(value)
+            known = columns.get(name, "null")
+            if {known, kind} == {"messages", "list"}:  # reported as a broken message, where it is read
+                kind = known = "messages"
+            columns[name] = kind if known == "null" else known if kind in (known, "null") else "mixed"
+    return Table(columns=columns, rows=partial(json_rows, files))
+
+
+def json_kind(value: object) -> str:
+    """Return the kind of column that would hold this value."""
+    if value is None or value == []:
+        return "null"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
+        return "messages"
+    return type(value).__name__
+
+
+def json_rows(files: Mapping[str, Path], start: int, columns: Sequence[str] = ()) -> Iterator[TableRow]:
+    """Yield a row for each line that is not blank; skipped lines are not parsed."""
+    skipped = 0
+    for name, path in files.items():
+        for number, line in enumerate(lines(path), 1):
+            if not line.strip():  # blank, or nothing but a byte order mark
+                continue
+            if skipped < start:
+                skipped += 1
+                continue
+            text, repaired = decode(line)
+            yield TableRow(place=f"{name}:{number}", values=json_object(text, path, number), repaired=repaired)
+
+
+def lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, decompressed if its name ends in `.gz`, without a byte order mark."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            for number, line in enumerate(stream):
+                yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def json_object(text: str, path: Path, number: int) -> dict[str, Any]:
+    """Parse one line, which must hold one JSON object."""
+    try:
+        values = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error}); one object a line is expected") from error
+    if not isinstance(values, dict):
+        kind = type(values).__name__
+        raise ValueError(f"{path}, line {number}: holds a {kind}; one JSON object a line is expected")
+    return values
