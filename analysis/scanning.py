@@ -60,8 +60,14 @@ EVERYTHING = Selection()
 
 
 def kernel(function: _Function) -> _Function:
-    """Compile a numpy loop to machine code that runs without the interpreter lock."""
-    return cast(_Function, numba.njit(nogil=True, cache=True)(function))
+    """Compile a numpy loop to machine code that runs without the interpreter lock.
+
+    It is kept for the next process where some folder can be written: beside the code, or in the user's cache.
+    """
+    try:
+        return cast(_Function, numba.njit(nogil=True, cache=True)(function))
+    except RuntimeError:  # neither can: a read-only installation under an arbitrary user id, as in containers
+        return cast(_Function, numba.njit(nogil=True)(function))
 
 
 class Reducer(ABC):

@@ -10,12 +10,17 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from jobs.console.interrupts import end_on_interrupt
+
+end_on_interrupt()
+
 import os
 
 from dotenv import dotenv_values, find_dotenv
 
 from jobs.capturing.options import CaptureConfig, parse_capture
 from jobs.console.terminal import run_job
+from workers.tiny import model_path
 
 
 def main(arguments: list[str]) -> int:
@@ -26,6 +31,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if not config.dataset:
         raise ValueError("give at least one --dataset, such as --dataset demo:prose; --help lists the kinds")
+    model_path(config.model)  # a name with a typo is an error before torch is imported
     _take_token()
     if config.dry_run:
         return _estimate(config)

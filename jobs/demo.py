@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from jobs.console.interrupts import end_on_interrupt
+
+end_on_interrupt()
+
 from rich.console import Console
 
 from jobs import capture

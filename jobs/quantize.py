@@ -8,9 +8,14 @@ from typing import Annotated, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from jobs.console.interrupts import end_on_interrupt
+
+end_on_interrupt()
+
 import tyro
 
 from jobs.console.terminal import log, reporting, run_job
+from workers.tiny import model_path
 
 MEGABYTE = 10**6
 
@@ -40,16 +45,17 @@ def main(arguments: list[str]) -> int:
     """Write the checkpoint and print its path."""
     config = tyro.cli(QuantizeConfig, prog="python jobs/quantize.py", args=arguments, use_underscores=True)
 
+    model = model_path(config.model)
+
     import torch  # takes seconds, and --help does not wait for it
 
     from workers.models.checkpoint import find_checkpoint, weight_files
     from workers.models.saving import quantize_checkpoint, refuse_existing
-    from workers.tiny import model_path
 
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = here if config.device == "auto" else config.device
     refuse_existing(config.out)  # before a hub model is fetched
-    checkpoint = find_checkpoint(model_path(config.model), config.model_revision, weights=True)
+    checkpoint = find_checkpoint(model, config.model_revision, weights=True)
     read_bytes = sum(file.stat().st_size for file in weight_files(checkpoint.folder))
     done_bytes = 0
     with reporting(f"quantize on {device}", total=read_bytes // MEGABYTE, unit="MB") as report:
@@ -60,7 +66,7 @@ def main(arguments: list[str]) -> int:
             report.to(done_bytes // MEGABYTE)
 
         quantize_checkpoint(
-            model_path(config.model),
+            model,
             config.out,
             revision=config.model_revision,
             quantization=config.quantization,

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from jobs.console.interrupts import end_on_interrupt
+
+end_on_interrupt()
+
 import tyro
 
 from jobs.console.places import captures_at, only_one

@@ -18,6 +18,10 @@ from typing import TYPE_CHECKING, TypeVar
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from jobs.console.interrupts import end_on_interrupt
+
+end_on_interrupt()
+
 import tyro
 
 from jobs.console.terminal import log, run_job

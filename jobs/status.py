@@ -9,10 +9,14 @@ from typing import Annotated, Any
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from jobs.console.interrupts import end_on_interrupt
+
+end_on_interrupt()
+
 import tyro
 from rich.console import Console
 
-from jobs.console.places import datasets_of
+from jobs.console.places import captures_at
 from jobs.console.tables import Bars, Column, Facts, print_json, print_line, print_table, stdout_console
 from jobs.console.terminal import log, reporting, run_job, shown
 from store.coverage import Coverage, coverage
@@ -30,7 +34,7 @@ class StatusConfig:
     """
 
     store: Annotated[str, tyro.conf.Positional]
-    """The store: a folder, or s3://bucket/prefix."""
+    """STORE, or STORE/DATASET for one of its data sets; the store is a folder, or s3://bucket/prefix."""
     dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Only this data set; may be repeated. Default: all."""
     verify: bool = False
@@ -74,11 +78,11 @@ class Looked:
 def main(arguments: list[str]) -> int:
     """Print what was found; 0 when every data set is complete."""
     config = tyro.cli(StatusConfig, prog="python jobs/status.py", args=arguments, use_underscores=True)
-    names = list(config.dataset) or datasets_of(config.store)
-    looked = [_look(config.store, name, deep=config.verify) for name in names]
+    store, names = captures_at(config.store)
+    looked = [_look(store, name, deep=config.verify) for name in config.dataset or names]
     whole = all(one.whole for one in looked)
     if config.json:
-        print_json({"store": config.store, "whole": whole, "data_sets": [facts(one) for one in looked]})
+        print_json({"store": store, "whole": whole, "data_sets": [facts(one) for one in looked]})
     else:
         print_status(stdout_console(), looked)
     return 0 if whole else 1
@@ -110,6 +114,8 @@ def _verified(group: CaptureGroup) -> Findings:
         found = verify(group, report.add)
     for fault in found.plan:
         log(shown(f"{group.dataset}: the plan is damaged: {fault}; {group.remedy}"))
+    if not (found.plan or found.shards):
+        log(shown(f"{group.dataset}: verified: {tokens:,} tokens are as they were committed"))
     if found.unnoted:
         for shard, reason in found.shards.items():
             log(shown(f"{group.dataset}: shard {shard} does not hold: {reason}"))

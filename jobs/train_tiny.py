@@ -21,6 +21,10 @@ from typing import Annotated, Any, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from jobs.console.interrupts import end_on_interrupt
+
+end_on_interrupt()
+
 import numpy as np
 import tyro
 from numpy.typing import NDArray

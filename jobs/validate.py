@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from jobs.console.interrupts import end_on_interrupt
+
+end_on_interrupt()
+
 import tyro
 from rich.console import Console
 from rich.table import Table

@@ -12,6 +12,18 @@ Identity = Mapping[str, Any]
 """Field name to a JSON value: model and revision, quantization, tokenizer and text hashes, P, S, ..."""
 
 
+LATER: dict[str, Any] = {
+    "routing_version": 1,
+}
+"""Fields that came after the first captures, with the value that stands for what was done before they existed. A field
+with that value is left out of an identity, so that captures begun before it resume and compare as before."""
+
+
+def identity_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity from all its fields: those of `LATER` that have their first value are left out."""
+    return {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
+
+
 def identity_hash(identity: Identity) -> str:
     """SHA-256 of the canonical JSON of an identity."""
     text = json.dumps(identity, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
@@ -19,8 +31,8 @@ def identity_hash(identity: Identity) -> str:
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """One line for every field in which two mappings differ, with both values."""
-    stored, wanted = (json.loads(json.dumps(side)) for side in (stored, wanted))  # tuples equal lists
+    """One line for every field in which two mappings differ, with both values; a field of `LATER` may be left out."""
+    stored, wanted = (LATER | json.loads(json.dumps(side)) for side in (stored, wanted))  # tuples equal lists
     fields = sorted(stored.keys() | wanted.keys())
     return [
         f"{name}: the store has {stored.get(name)!r}, this run has {wanted.get(name)!r}"

@@ -267,9 +267,9 @@ under the same name is stored in it, and its fill value at and beyond each row's
 """
 
 
-def default_rows_per_shard(sequence_length: int) -> int:
-    """S for a row of P positions: a shard of about `SHARD_TOKENS` positions, one row at least."""
-    return max(1, SHARD_TOKENS // sequence_length)
+def default_rows_per_shard(sequence_length: int, shard_tokens: int = SHARD_TOKENS) -> int:
+    """S for a row of P positions: a shard of about so many positions, one row at least."""
+    return max(1, shard_tokens // sequence_length)
 
 
 def _is_count(value: object) -> bool:

@@ -49,7 +49,7 @@ class S3Objects:
     Raises
     ------
     ValueError
-        When no bucket can have that name.
+        When no bucket can have that name, or there is no prefix.
     """
 
     def __init__(self, place: str, scratch: str) -> None:
@@ -58,6 +58,11 @@ class S3Objects:
             raise ValueError(
                 f"s3://{place} names no store: a bucket has 3 to 63 of a-z, 0-9, '.' and '-', as in"
                 " s3://my-bucket/routes.zarr"
+            )
+        if not prefix.strip("/"):
+            raise ValueError(
+                f"s3://{self.bucket} is a bucket's root, and what is kept beside a store would go to another bucket:"
+                f" use s3://{self.bucket}/prefix, such as s3://{self.bucket}/routes.zarr"
             )
         self.root = f"s3://{self.bucket}/{prefix}".rstrip("/")
         self.scratch = scratch

@@ -11,6 +11,7 @@ import xarray as xr
 from store.layout import Layout
 from store.plan import Rows
 from workers.engine import ModelEngine
+from workers.models.description import default_quantization
 from workers.models.loading import LoadedModel, load_model
 from workers.shard import route_rows
 from workers.text.rows import BosRule, document_rows, padded
@@ -22,7 +23,7 @@ def capture_texts(
     model: str | Path | LoadedModel,
     texts: Sequence[str],
     *,
-    quantization: str = "nf4",
+    quantization: str | None = None,
     sequence_length: int = 2048,
     batch_tokens: int = 8192,
     bos: BosRule = "none",
@@ -36,7 +37,8 @@ def capture_texts(
     texts
         One document each.
     quantization
-        "nf4", "fp4", "int8" or "none"; ignored for a model that is loaded.
+        "nf4", "fp4", "int8" or "none"; ignored for a model that is loaded. Default: what the checkpoint is stored in,
+        else nf4 on a GPU and none on a CPU.
     sequence_length
         Tokens in a row at most; longer texts are cut into several rows.
     batch_tokens
@@ -66,7 +68,9 @@ def capture_texts(
             ) from error
     if not isinstance(model, LoadedModel):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_model(model_path(model), quantization=quantization, device=device)
+        path = model_path(model)
+        quantization = quantization or default_quantization(path, None, device)
+        model = load_model(path, quantization=quantization, device=device)
     most = model.provenance["max_position_embeddings"]
     if not 1 <= sequence_length <= most:
         raise ValueError(f"sequence_length is {sequence_length}, and must be 1 to {most}, the positions of the model")

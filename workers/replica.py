@@ -16,7 +16,7 @@ from store.group import CaptureGroup
 from store.identity import differences
 from store.lease import lease_token
 from workers.environment import SAME_BYTES_NEEDS, environment
-from workers.shard import Engine, capture_shard
+from workers.shard import ROUTING_VERSION, Engine, capture_shard
 
 
 class Misplaced(ValueError):
@@ -76,7 +76,9 @@ class Replica:
         self._engine = assignment.make_engine()
         for group in self._groups.values():
             known = {name: value for name, value in self._engine.description.items() if name in group.identity}
-            if lines := differences({name: group.identity[name] for name in known}, known):
+            known |= {"routing_version": ROUTING_VERSION}
+            begun = {name: group.identity[name] for name in known if name in group.identity}
+            if lines := differences(begun, known):
                 raise Misplaced(
                     f"the model on {socket.gethostname()} is not the captured one:\n  " + "\n  ".join(lines)
                 )

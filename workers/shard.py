@@ -18,6 +18,10 @@ from store.group import CaptureGroup
 from store.layout import Layout
 from store.plan import Rows
 
+ROUTING_VERSION = 1
+"""Of what decides a shard's bytes in this project's own code: the forwards and kernels of `workers.models`, the order
+of choices, the make-up of micro-batches. Raise it with any change to them that changes what is captured: it is part of
+the identity. `tests/workers/test_routing_version.py` fails where that was forgotten."""
 BATCH_COST_TOKENS = 1400  # as long as so many tokens takes what each micro-batch costs (measured: gpu-engine.json)
 
 

@@ -1,6 +1,9 @@
 """The tiny Mixtral that comes with this package: `tiny-mixtral/`, whose README.md says what it is and is not."""
 
+import re
 from pathlib import Path
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def tiny_checkpoint() -> Path:
@@ -15,5 +18,21 @@ def tiny_checkpoint() -> Path:
 
 
 def model_path(model: str | Path) -> str | Path:
-    """The folder of the tiny Mixtral for the name "tiny", anything else as it is."""
-    return tiny_checkpoint() if str(model) == "tiny" else model
+    """What a model's name stands for: "tiny" for the folder of the tiny Mixtral, a folder, or a hub id.
+
+    Raises
+    ------
+    ValueError
+        When it can be none of them.
+    """
+    if str(model) == "tiny":
+        return tiny_checkpoint()
+    folder = Path(model).expanduser()
+    if folder.exists():
+        return folder
+    if HUB_ID.fullmatch(str(model)) is None:
+        raise ValueError(
+            f'there is no model {str(model)!r}: it is no folder here, and no hub id (organization/name); "tiny" is the'
+            " small Mixtral of this package"
+        )
+    return model

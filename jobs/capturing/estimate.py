@@ -82,7 +82,7 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
     filled = text.filled_share(layout.sequence_length)
     published = "" if source.published_documents is None else f" ({source.published_documents:,} published)"
     time = "unknown (give --rate TOKENS_PER_SECOND)" if config.rate is None else duration(text.tokens / config.rate)
-    weight_bytes = estimate_bytes(run.model, config.model_revision, config.quantization, run.device, dtype=config.dtype)
+    weight_bytes = estimate_bytes(run.model, config.model_revision, run.quantization, run.device, dtype=config.dtype)
     lines = {
         "documents": f"{text.documents:,}{published}",
         "tokens": f"{text.tokens:,.0f} ± {text.spread:,.0f} (95 %, from {text.sampled:,} documents tokenized)",

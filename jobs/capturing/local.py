@@ -83,7 +83,7 @@ class ThisProcess:
         if isinstance(call, Unit):
             self._compute(worker, call)
         elif call == "load":
-            log(f"loading {self.run.config.model} ({self.run.config.quantization}) on {self.run.device}")
+            log(f"loading {self.run.config.model} ({self.run.quantization}) on {self.run.device}")
             report(Event(worker, call, self._replica.load(self.run.assignment(self._leases))))
         else:
             report(Event(worker, call, self._replica.place()))

@@ -57,8 +57,10 @@ class CaptureConfig:
     """Checkpoint: a hub id, a folder, or "tiny" for the small Mixtral that comes with this package."""
     model_revision: str | None = None
     """Commit, tag or branch of a hub model."""
-    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
-    """Precision of the weights; nf4 is NF4 with double quantization. Routers are left as they are."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] | None = None
+    """Precision of the weights; nf4 is NF4 with double quantization. Routers are left as they are. Default: that of the
+    capture that is resumed, else what the checkpoint is stored in, else nf4 on a GPU and none on a CPU, where 4 bits
+    take ten times as long."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the model computes in. Default: bfloat16 on a GPU, float32 on a CPU."""
     quantize_gates: bool = False
@@ -83,7 +85,8 @@ class CaptureConfig:
     """Tokens in a row at most; longer documents are cut into several rows. Default: the smallest power of two that
     holds the longest of the first 1,000 documents, at most 2048."""
     rows_per_shard: int | None = None
-    """Rows in a shard, the unit of work. Default: 262144 // sequence_length."""
+    """Rows in a shard, the unit of work. Default: those of the capture that is resumed, else 262144 //
+    sequence_length; on a CPU fewer, by the model's operations a token, so that a shard takes seconds."""
     batch_tokens: int | None = None
     """Padded tokens in a micro-batch at most. Default: 32768 on a GPU, 8192 on a CPU."""
     bos: Literal["none", "document", "row"] = "none"
@@ -143,6 +146,8 @@ class CaptureConfig:
             raise ValueError("--store is empty, or the current folder: name a folder of its own, such as routes.zarr")
         if "://" in place:
             return place
+        if place.startswith("~") and not Path.home().is_dir():
+            raise ValueError(f"--store {place}: this user has no home folder; name a folder with --store")
         path = Path(place).expanduser().absolute()
         if JOB_COPIES in path.parts:
             raise ValueError(
@@ -211,7 +216,7 @@ def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
     known, _ = early.parse_known_args(arguments)
     if isinstance(known.config, list):  # argparse takes `--config=--` for one without a value
         raise ValueError("--config needs a file, and -- is none")
-    file = [] if known.config is None else _as_arguments(_read(known.config), known.config)
+    file = [] if known.config is None else _as_arguments(_read(known.config.expanduser()), known.config)
     base = PRESETS.get(known.preset, CaptureConfig())
     if early.parse_known_args([*file, *arguments])[0].dataset:
         base = replace(base, dataset=(), split=None)  # a preset's split is its data set's

@@ -17,17 +17,21 @@ import torch
 from jobs.capturing.options import CaptureConfig
 from jobs.capturing.planner import default_sequence_length
 from jobs.sources.documents import Source
-from jobs.sources.resolve import resolve_source
+from jobs.sources.resolve import group_name, resolve_source
 from store.group import CaptureGroup, valid_name
-from store.layout import SCHEMA_VERSION, Layout, default_rows_per_shard
+from store.identity import identity_of
+from store.layout import SCHEMA_VERSION, SHARD_TOKENS, Layout, default_rows_per_shard
 from workers.engine import load_engine
 from workers.environment import environment
-from workers.models.loading import ModelDescription, describe_model
+from workers.models.description import ModelDescription, default_quantization, describe_model
+from workers.models.footprint import operations_per_token
 from workers.replica import Assignment
+from workers.shard import ROUTING_VERSION
 from workers.text.tokenizer import ROLES, TextTokenizer, load_tokenizer
 from workers.tiny import model_path
 
 BATCH_TOKENS = {"cuda": 32_768, "cpu": 8_192}
+CPU_SHARD_OPERATIONS = 2**36  # of a shard on a CPU: three seconds of two cores with the tiny Mixtral (measured)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +73,38 @@ class Run:
             raise ValueError(f"--store {path} is no store, and holds {foreign[0]!r}: name a new or an empty folder")
 
     @cached_property
+    def quantization(self) -> str:
+        """Precision of the weights: as asked, else that of the captures that are resumed, else the model's default.
+
+        Raises
+        ------
+        ValueError
+            When it is not asked for, and captures of this command were begun with different ones.
+        """
+        if self.config.quantization is not None:
+            return self.config.quantization
+        begun = {name: group.identity.get("quantization") for name, group in self._begun().items()}
+        if len(set(begun.values())) > 1:
+            told = ", ".join(f"{name} with {kind}" for name, kind in begun.items())
+            raise ValueError(f"the captures were begun with different precisions ({told}): give --quantization")
+        if begun:
+            return str(next(iter(begun.values())))
+        return default_quantization(self.model, self.config.model_revision, self.device)
+
+    def _begun(self) -> dict[str, CaptureGroup]:
+        """The groups of this command's data sets that are in the store already."""
+        names = self.config.name or [group_name(spec) for spec in self.config.dataset]
+        groups = {name: CaptureGroup(self.config.store_path, name) for name in names}
+        return {name: group for name, group in groups.items() if _exists(group)}
+
+    @cached_property
     def described(self) -> ModelDescription:
         """The model's facts, without its weights."""
         config = self.config
         return describe_model(
             self.model,
             config.model_revision,
-            config.quantization,
+            self.quantization,
             self.device,
             dtype=config.dtype,
             quantize_gates=config.quantize_gates,
@@ -113,7 +142,7 @@ class Run:
                 load_engine,
                 "tiny" if config.model == "tiny" else self._anywhere,
                 revision=self.model_commit,
-                quantization=config.quantization,
+                quantization=self.quantization,
                 dtype=config.dtype,
                 quantize_gates=config.quantize_gates,
                 device=self.device,
@@ -153,7 +182,7 @@ class Run:
         config, model = self.config, self.described
         if next(iter(source.documents()), None) is None:
             raise ValueError(f"{name}: the data set holds no document")
-        length = config.sequence_length or self._settled_length(name)
+        length = config.sequence_length or self._settled(name, "sequence_length")
         length = length or default_sequence_length(source, self.tokenizer, config.limit_documents)
         if length > model["max_position_embeddings"]:
             raise ValueError(
@@ -168,7 +197,7 @@ class Run:
             raise ValueError(f"--bos {config.bos}: conversations begin as the chat template says; use --bos none")
         layout = Layout(
             sequence_length=length,
-            rows_per_shard=config.rows_per_shard or default_rows_per_shard(length),
+            rows_per_shard=config.rows_per_shard or self._settled(name, "rows_per_shard") or self._rows(length),
             layers=tuple(model["layers"]),
             num_experts=model["num_experts"],
             experts_per_token=model["experts_per_token"],
@@ -176,7 +205,7 @@ class Run:
             roles=ROLES if source.conversations else (),
         )
         text = {f"text_{field}": value for field, value in source.identity.items()}
-        identity = {
+        fields = {
             **{name: value for name, value in model.items() if name not in ("vocab_size", "max_position_embeddings")},
             **text,
             "tokenizer": self.tokenizer.sha256,
@@ -189,17 +218,24 @@ class Run:
             "limit_documents": config.limit_documents,
             "limit_tokens": config.limit_tokens,
             "schema_version": SCHEMA_VERSION,
+            "routing_version": ROUTING_VERSION,
         }
-        return Prepared(name=name, source=source, layout=layout, identity=identity)
+        return Prepared(name=name, source=source, layout=layout, identity=identity_of(fields))
 
-    def _settled_length(self, name: str) -> int | None:
-        """P of a capture that goes on, if it was left to the default then too: resuming tokenizes nothing again."""
+    def _rows(self, sequence_length: int) -> int:
+        """Rows of a shard, where nothing was asked for."""
+        if self.device != "cpu":
+            return default_rows_per_shard(sequence_length)
+        tokens = CPU_SHARD_OPERATIONS // operations_per_token(self.model, self.config.model_revision)
+        return default_rows_per_shard(sequence_length, min(SHARD_TOKENS, tokens))
+
+    def _settled(self, name: str, option: str) -> int | None:
+        """What an option is in a capture that is resumed, if it was left to the default then too."""
         group = CaptureGroup(self.config.store_path, name)
-        try:
-            by_default = group.attrs.get("configuration", {}).get("sequence_length") is None
-        except FileNotFoundError:
+        if not _exists(group) or group.attrs.get("configuration", {}).get(option) is not None:
             return None
-        return group.layout.sequence_length if by_default else None
+        settled: int = getattr(group.layout, option)
+        return settled
 
     def open_group(self, prepared: Prepared) -> CaptureGroup:
         """Create the data set's group, or go on with the one that is there.
@@ -220,7 +256,7 @@ class Run:
             "special_token_ids": self.tokenizer.special_ids,
             "environment": {name: value for name, value in environment("cpu").items() if name != "device"},
             "git_commit": _git_commit(),
-            "configuration": config.as_options(),
+            "configuration": config.as_options() | {"quantization": self.quantization},
             "convention": "k = 0 is the largest weight; ties by lower expert id; expert = missing_expert is no choice",
         }
         return CaptureGroup.create(
@@ -231,6 +267,13 @@ class Run:
             attrs=attrs,
             pieces=self.tokenizer.pieces(),
         )
+
+
+def _exists(group: CaptureGroup) -> bool:
+    try:
+        return bool(group.attrs)
+    except FileNotFoundError:
+        return False
 
 
 def _git_commit() -> str | None:

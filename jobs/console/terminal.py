@@ -1,11 +1,13 @@
 """How a job speaks to a person: one line for an error, a bar in a terminal, plain lines in a log."""
 
 import io
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -15,6 +17,7 @@ from store.plan import Plan
 from store.secrets import without_secrets
 
 LOG_EVERY_S = 10.0
+NO_HOME = "/nonexistent"  # Debian's own sign of a user without a home
 AFTER = "what was finished is kept, and the same command goes on from there"
 
 
@@ -28,6 +31,16 @@ class Terminated(KeyboardInterrupt):
         Terminated.came = True
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C came."""
+
+    came = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        Interrupted.came = True
+
+
 def run_job(main: Callable[[list[str]], int], after: str = AFTER) -> NoReturn:
     """Run a script's main function with the command line, and exit with its status.
 
@@ -35,30 +48,58 @@ def run_job(main: Callable[[list[str]], int], after: str = AFTER) -> NoReturn:
     `after` says what then becomes of the work.
     """
 
-    Terminated.came = False
-    catch_sigterm()
+    Terminated.came = Interrupted.came = False
+    catch_signals()
+    _name_a_home()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what is no character
     try:
         status = main(sys.argv[1:])
-    except BrokenPipeError:
-        status = 141
-    except (ValueError, OSError) as error:
-        status = _fail(2, str(error) or repr(error))
-    except RuntimeError as error:
-        status = _fail(1, str(error) or repr(error))
-    except KeyboardInterrupt:
-        status = _fail(143, f"terminated: {after}") if Terminated.came else _fail(130, f"interrupted: {after}")
+    except (Exception, KeyboardInterrupt) as error:
+        status = _status(error, after)
     sys.exit(status)
+
+
+def _status(error: BaseException, after: str) -> int:
+    """The exit status for what ended a job, which is reported in a line."""
+    if Terminated.came:
+        return _fail(143, f"terminated: {after}")
+    if Interrupted.came or isinstance(error, KeyboardInterrupt):  # a module in the middle of its import raises its own
+        return _fail(130, f"interrupted: {after}")
+    if isinstance(error, BrokenPipeError):
+        return 141
+    if isinstance(error, ValueError | OSError):
+        return _fail(2, str(error) or repr(error))
+    if isinstance(error, RuntimeError):
+        return _fail(1, str(error) or repr(error))
+    raise error
+
+
+def _name_a_home() -> None:
+    """Where a user has no home, as an arbitrary user id in a container, libraries fail to import without its name."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = NO_HOME
+
+
+def catch_signals() -> None:
+    """Have Ctrl-C and SIGTERM end the job in order."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _raise(Interrupted))
+    catch_sigterm()
 
 
 def catch_sigterm() -> None:
     """Have SIGTERM end the job in order; again after a library has set a handler of its own."""
+    signal.signal(signal.SIGTERM, _raise(Terminated))
 
-    def terminate(*_: object) -> None:
-        raise Terminated
 
-    signal.signal(signal.SIGTERM, terminate)
+def _raise(kind: type[KeyboardInterrupt]) -> Callable[..., None]:
+    def handler(*_: object) -> None:
+        raise kind
+
+    return handler
 
 
 def _fail(status: int, message: str) -> int:

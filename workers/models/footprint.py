@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from workers.models.checkpoint import Checkpoint, find_checkpoint
-from workers.models.description import BLOCK, build_skeleton, compute_dtype, quantization_config
+from workers.models.description import (
+    BLOCK,
+    build_skeleton,
+    compute_dtype,
+    experts_per_token,
+    num_experts,
+    quantization_config,
+)
 
 _SCALE_BLOCK = 256  # scales that share a scale of their own under double quantization; likewise
 
@@ -44,6 +51,22 @@ def estimate_bytes(
     """
     checkpoint = find_checkpoint(model, revision, weights=False)
     return estimate_checkpoint(checkpoint, quantization, compute_dtype(device_type, dtype))
+
+
+def operations_per_token(model: str | Path, revision: str | None = None) -> int:
+    """Operations that a token takes in the matrices that it meets: two for each weight of them.
+
+    Of a layer's experts these are the k that are chosen. Embedding, head and attention's own products are left out.
+    """
+    skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), torch.float32)
+    config = skeleton.config.get_text_config()
+    chosen, experts = experts_per_token(config), num_experts(config)
+    embedding = skeleton.get_input_embeddings().weight
+    weights = 0
+    for name, weight in skeleton.named_parameters():
+        if weight is not embedding and weight.dim() > 1:
+            weights += weight.numel() * chosen // experts if ".experts." in name else weight.numel()
+    return 2 * weights
 
 
 def estimate_checkpoint(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype) -> int:
