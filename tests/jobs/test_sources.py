@@ -336,7 +336,7 @@ def test_a_messages_column_becomes_messages(tmp_path: Path, kind: str) -> None:
         write_parquet(path, {"id": ["0", "1"], "messages": chats})
     first, second = resolve_source(str(path)).documents()
     assert (first.name, first.text) == ("0", "")
-    assert first.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]
+    assert first.messages == [{"role": "user", "content": "hi"}, {"role": "assistant"}]
     assert second.messages == []
 
 

@@ -110,7 +110,8 @@ class Cuts:
         """Where texts can be cut; None where they cannot."""
         if any(re.search(r"\S\s", token) for token in self._matched):
             return None
-        pieces = [piece for i, piece in enumerate(self._pieces()) if i not in self._special]
+        white = re.compile(rf"[\s{SPACE}].|.[\s{SPACE}]", re.DOTALL)
+        pieces = [piece for i, piece in enumerate(self._pieces()) if i not in self._special and white.search(piece)]
         ways = [way.place for way in _ways() if self._is_exact(way, pieces)]
         return re.compile("|".join(ways)) if ways else None
 

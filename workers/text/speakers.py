@@ -55,11 +55,11 @@ class Spelling(NamedTuple):
     """What is spelled as it is, and not with stand-ins."""
 
     escaped: bool = False
-    """What JSON escapes, and keys, which may be sorted."""
+    """What JSON escapes."""
     looked_for: bool = False
     """Strings that the template looks for, special tokens apart."""
     special: bool = False
-    """Those that are special tokens too; and equal names are spelled equally."""
+    """Those that are special tokens too, and keys, which may be sorted; and equal names are spelled equally."""
 
 
 SPELLINGS = (Spelling(), Spelling(True), Spelling(True, True), Spelling(True, True, True))
@@ -184,7 +184,7 @@ class _Copy:
         elif isinstance(value, Mapping):
             spelled = {}
             for name, item in value.items():
-                shown = self._text(name, role) if data and not self._spelling.escaped else self._kept(name)
+                shown = self._text(name, role) if data and not self._spelling.special else self._kept(name)
                 spelled[shown] = self._spelled(item, role, name, data=data or name == "arguments")
         else:
             return value

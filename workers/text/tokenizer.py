@@ -27,9 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from workers.text.chat import ROLES, TODAY, ChatTemplate
+from workers.text.chat import TODAY, ChatTemplate
 from workers.text.cuts import CUT_CHARACTERS, SPACE, Cuts, Part
 from workers.text.declared import CONFIG_FILES, add_declared_tokens, follow_settings, named_tokens, read_settings
+from workers.text.speakers import ROLES
 
 __all__ = ["ROLES", "TextTokenizer", "load_tokenizer", "sentencepiece_tokenizer"]
 
