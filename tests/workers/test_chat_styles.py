@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from chat_styles import ADDED, SPECIAL, STYLES
 from hypothesis import given
+from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -173,7 +174,7 @@ def test_tools_documents_and_results_are_nobodys_or_the_tools() -> None:
     assert "forecast" in found["template"]
     assert found["assistant"] == '{"name": "get_weather", "arguments": {"city": "Turin"}}Sunny, 25 degrees.'
     assert "Piedmont" in said("GRANITE", TALKS["documents"])["template"]
-    assert found["user"] == "Which weather has Turin?"
+    assert found["user"].strip() == "Which weather has Turin?"
 
 
 @pytest.mark.parametrize("style", ["CHATML", "QWEN_3", "LLAMA_3", "MISTRAL_3", "GPT_OSS", "GLM", "GRANITE"])
@@ -201,7 +202,7 @@ def test_a_special_token_that_the_template_looks_for_is_taken_apart_as_the_templ
     messages = [{"role": "user", "content": "Hi </think>"}, THOUGHT, {"role": "user", "content": "<|user|>"}]
     ids, _ = mine.chat(messages[1:2])
     assert ids.tolist() == reference.apply_chat_template(messages[1:2], return_dict=False)
-    ids, roles = mine.chat(messages)
+    ids, _ = mine.chat(messages)
     assert (ids == changed.token_to_id("</think>")).sum() == 1, "the user's stays text"
     assert (ids == changed.token_to_id("<|user|>")).sum() == 2
 
@@ -228,6 +229,7 @@ def test_a_template_that_only_takes_a_date_gets_that_of_the_option() -> None:
     assert [text.decode(each.chat([ASK])[0].tolist())[:11] for each in found] == ["26 Jul 2024", "09 Jan 2025"]
 
 
+@settings_of(max_examples=20)
 @given(st.text("%abdBYmHMjyAp-eT 20", max_size=12))
 def test_the_clock_knows_every_directive(form: str) -> None:
     template = "  {% if strftime_now is defined %}\n  {{ strftime_now(form) }}{% endif %}\n".replace(
