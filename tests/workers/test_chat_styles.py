@@ -118,6 +118,54 @@ def test_ids_are_those_of_apply_chat_template_or_the_conversation_is_refused_the
     assert ids.shape == roles.shape
 
 
+WORDS = [
+    "user",
+    "</think>",
+    "<think>",
+    "\n",
+    " ",
+    '"',
+    "\\",
+    "{}",
+    "日",
+    "x",
+    "<tool_call>",
+    "system",
+    "3",
+    "\x1b",
+    "\U00020000",
+]
+STRINGS = st.lists(st.sampled_from(WORDS), max_size=6).map("".join)
+VALUES = st.recursive(
+    STRINGS | st.sampled_from([1, 2.5, True, None]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(STRINGS, inner, max_size=2),
+    max_leaves=4,
+)
+CALLED = st.fixed_dictionaries(
+    {"role": st.just("assistant")},
+    optional={
+        "content": STRINGS,
+        "reasoning_content": STRINGS,
+        "tool_calls": st.lists(st.builds(lambda value: call(value)["tool_calls"][0], VALUES), max_size=2),
+    },
+)
+
+
+@settings_of(max_examples=15)
+@given(STRINGS, CALLED, STRINGS, st.sampled_from([None, TOOLS]))
+def test_any_strings_in_any_place_give_the_ids_of_apply_chat_template(
+    ask: str, called: Any, result: str, tools: Any
+) -> None:
+    messages = [{"role": "user", "content": ask}, called, {**RESULT, "content": result}, ANSWER]
+    for style in STYLES:
+        for talk in (messages, messages[:2]):
+            try:
+                expected = theirs(style).apply_chat_template(talk, tools=tools, return_dict=False)
+            except Exception:
+                continue
+            assert ours(style).chat(talk, tools=tools)[0].tolist() == expected, style
+
+
 def said(style: str, talk: Talk) -> dict[str, str]:
     """What each role said, as text, and what the template did."""
     ids, roles = ours(style).chat(talk["messages"], **{k: v for k, v in talk.items() if k != "messages"})

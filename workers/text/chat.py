@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from workers.text import Unrenderable
 from workers.text.cuts import CUT_CHARACTERS, Cuts
 from workers.text.declared import named_tokens
-from workers.text.speakers import ROLES, SPEAKERS, Conversation, Speakers
+from workers.text.speakers import ROLES, SPEAKERS, Conversation, Speakers, codes
 
 TODAY = date(2024, 7, 26)
 """What a template takes for the day of the run: the default date of Llama 3's templates, which have no clock."""
@@ -169,7 +169,7 @@ class ChatTemplate:
         backend, cuts = self._marked_backend(mark)
         id_of = {token.content: i for i, token in self._special}
         special = re.compile("|".join(map(re.escape, sorted(id_of, key=len, reverse=True))) or r"(?!)")
-        own = "".join(np.where(given, mark, np.array(list(text), dtype=str))) if given.any() else text
+        own = np.where(given, np.uint32(ord(mark)), codes(text)).tobytes().decode("utf-32-le")
         marked, marked_roles, end = [], [], 0
         for found in special.finditer(own):
             replaced = f"{mark}{id_of[found[0]]}{mark}"

@@ -206,18 +206,19 @@ class _Copy:
         number = len(self._strings)
         self._strings.append((role, text))
         pieces = self._as_it_is.split(text)  # at odd places what is spelled as it is
-        if not any(map(str.strip, pieces[::2])):  # else nothing would tell where it is
+        nothing_left = not any(map(str.strip, pieces[::2]))  # to tell where it is
+        if nothing_left and (not self._spelling.special or self._special.search(text)):
             pieces = [text]
         characters = sorted({character for character in "".join(pieces[::2]) if not character.isspace()})
-        codes = list(islice(self._free, len(characters)))
-        if len(codes) < len(characters):
+        stand_ins = list(islice(self._free, len(characters)))
+        if len(stand_ins) < len(characters):
             raise Unrenderable("the conversation holds more different characters than can be told apart")
-        self.meant |= zip(codes, characters, strict=True)
-        self._string_of |= dict.fromkeys(codes, number)
-        stand_in = {ord(character): code for character, code in zip(characters, codes, strict=True)}
-        pieces[::2] = [piece.translate(stand_in) for piece in pieces[::2]]
+        self.meant |= zip(stand_ins, characters, strict=True)
+        self._string_of |= dict.fromkeys(stand_ins, number)
+        table = {ord(character): code for character, code in zip(characters, stand_ins, strict=True)}
+        pieces[::2] = [piece.translate(table) for piece in pieces[::2]]
         spelled = "".join(pieces)
-        if len(pieces) > 1:  # its ends may be spelled as they are
+        if len(pieces) > 1 and stand_ins:  # its ends may be spelled as they are
             self._whole += [(spelled.strip(), number), (_escaped(spelled.strip()), number)]
         if equal:
             self._equal[text] = spelled
@@ -225,10 +226,13 @@ class _Copy:
 
     def origins(self, shown: str, plain: str) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """Tell who said each character, and whether anyone did, of the text that the template made of the copy."""
-        string = np.array([self._string_of.get(ord(character), -1) for character in shown], dtype=np.int64)
+        table = np.full(max(self._string_of, default=_STAND_INS.start) - _STAND_INS.start + 2, -1, dtype=np.int64)
+        table[np.array(list(self._string_of), dtype=np.int64) - _STAND_INS.start] = list(self._string_of.values())
+        places = codes(shown).astype(np.int64) - _STAND_INS.start
+        string = table[np.where((places >= 0) & (places < len(table)), places, -1)]  # the last is no string's
         known = np.flatnonzero(string >= 0)
         same = (np.diff(known) > 1) & (np.diff(string[known]) == 0)
-        for start, end in zip(known[:-1][same] + 1, known[1:][same], strict=True):
+        for start, end in zip((known[:-1][same] + 1).tolist(), known[1:][same].tolist(), strict=True):
             if self._holds(int(string[end]), plain[start:end]):
                 string[start:end] = string[end]
         for written, number in self._whole:
@@ -242,6 +246,11 @@ class _Copy:
         """Whether a string holds this text, as it is or as JSON has it."""
         text = self._strings[number][1]
         return between in text or between in _escaped(text)
+
+
+def codes(text: str) -> NDArray[np.uint32]:
+    """Return the code point of each character."""
+    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
 
 
 def _any_of(words: Iterable[str], pattern: str = "(?!)") -> re.Pattern[str]:
