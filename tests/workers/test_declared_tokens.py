@@ -77,7 +77,8 @@ def folder(place: Path, kind: str, config: dict[str, Any], files: dict[str, Any]
     if kind == "tokenizer.model":
         shutil.copy(MODEL_FILE, place / kind)
     else:
-        (full() if kind == "full" else Tokenizer.from_str(bare())).save(str(place / "tokenizer.json"))
+        made = {"full": full, "small": lambda: small(pre_tokenizers.ByteLevel())}
+        made.get(kind, lambda: Tokenizer.from_str(bare()))().save(str(place / "tokenizer.json"))
     for name, content in {"tokenizer_config.json": config, **files}.items():
         (place / name).write_text(json.dumps(content))
     return place
@@ -131,16 +132,16 @@ def test_folders_without_such_declarations_keep_their_identity() -> None:
     ("config", "files", "told"),
     [
         (
-            {"added_tokens_decoder": {"32005": written("<x>", False)}},
+            {"added_tokens_decoder": {"300": written("<x>", False)}},
             {},
-            "_config.json declares '<x>' with the id 32005, .* gives it 32000",
+            r"tokenizer_config\.json declares '<x>' with the id 300, .* gives it 257",
         ),
         (
             {},
-            {"added_tokens.json": {"<x>": 32001}},
-            r"added_tokens\.json declares '<x>' with the id 32001, .* gives it 32000",
+            {"added_tokens.json": {"<x>": 258}},
+            r"added_tokens\.json declares '<x>' with the id 258, .* gives it 257",
         ),
-        ({"added_tokens_decoder": {"5": written("</s>", True)}}, {}, "declares '</s>' with the id 5, .* gives it 2"),
+        ({"added_tokens_decoder": {"5": written("▁", True)}}, {}, "declares '▁' with the id 5, .* gives it 256"),
         ({"added_tokens_decoder": {"5": 7}}, {}, "have a form that is not known"),
         ({}, {"added_tokens.json": [1]}, r"added_tokens\.json holds list, and must hold a JSON object"),
     ],
@@ -149,24 +150,25 @@ def test_a_token_that_would_get_another_id_is_an_error_with_both_and_the_file(
     config: Any, files: Any, told: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=told):
-        load_tokenizer(folder(tmp_path / "f", "tokenizer.json", config, files))
+        load_tokenizer(folder(tmp_path / "f", "small", config, files))
 
 
 def test_a_tokenizer_json_whose_token_has_another_id_than_it_says_is_an_error(tmp_path: Path) -> None:
-    place = folder(tmp_path / "f", "full", {}, {})
-    data = json.loads((place / "tokenizer.json").read_text())
-    data["added_tokens"][-1]["id"] = 32077
+    place = folder(tmp_path / "f", "small", {"pad_token": "<pad>"}, {})
+    backend = Tokenizer.from_file(str(place / "tokenizer.json"))
+    backend.add_tokens(["<think>"])
+    data = json.loads(backend.to_str())
+    data["added_tokens"][-1]["id"] = 277
     (place / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=r"tokenizer\.json declares '<think>' with the id 32077, .* gives it 32002"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json declares '<think>' with the id 277, .* gives it 257"):
         load_tokenizer(place)
 
 
 def test_a_token_of_the_vocabulary_that_a_file_calls_special_is_text_no_more(tmp_path: Path) -> None:
-    piece = Tokenizer.from_str(bare()).id_to_token(15_000)
-    place = folder(tmp_path / "f", "tokenizer.json", {"pad_token": piece}, {})
+    place = folder(tmp_path / "f", "small", {"pad_token": "a"}, {})
     mine, theirs = load_tokenizer(place), PreTrainedTokenizerFast.from_pretrained(place)
-    assert 15_000 in mine.special_ids
-    assert len(theirs) == mine.vocab_size == 32_000
+    assert mine.special_ids == [theirs.convert_tokens_to_ids("a")]
+    assert len(theirs) == mine.vocab_size == 257
 
 
 # --- Settings that change ids ---------------------------------------------------------------------------------

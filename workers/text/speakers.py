@@ -178,7 +178,7 @@ class _Copy:
         """Spell a value; `data` means the arguments of a call, whose keys are no part of the format."""
         if isinstance(value, str):
             equal = key in ("id", "tool_call_id") or (key == "name" and self._spelling.special)
-            return self._kept(value) if key in ("role", "type") else self._text(value, role, equal=equal)
+            return self._kept(value) if key in ("role", "type") and not data else self._text(value, role, equal=equal)
         if isinstance(value, list | tuple):
             spelled: Any = [self._spelled(item, role, key, data=data) for item in value]
         elif isinstance(value, Mapping):
