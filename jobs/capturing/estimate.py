@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import dataclass
+from datetime import date
 from itertools import islice
 
 import numpy as np
@@ -58,7 +59,8 @@ def estimate_tokens(run: Run, source: Source, sequence_length: int) -> TokenEsti
             sample.append((document, size))
         elif slot < SAMPLE_DOCUMENTS:
             sample[slot] = (document, size)
-    tokenizer = load_tokenizer(run.model, run.model_commit)  # which has no limit
+    day = date.fromisoformat(run.config.template_date)
+    tokenizer = load_tokenizer(run.model, run.model_commit, template_date=day)  # which has no limit
     tokens = np.array([len(ids) for _, ids, _ in encode([document for document, _ in sample], tokenizer)], float)
     sizes = np.array([size for _, size in sample], float)
     counts = np.array(characters, float)

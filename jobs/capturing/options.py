@@ -6,6 +6,7 @@ import os
 import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -91,6 +92,9 @@ class CaptureConfig:
     """Padded tokens in a micro-batch at most. Default: 32768 on a GPU, 8192 on a CPU."""
     bos: Literal["none", "document", "row"] = "none"
     """Where a beginning-of-sequence token is put."""
+    template_date: str = "2024-07-26"
+    """What chat templates take for the day of the run, which some write: YYYY-MM-DD. So the tokens are the same every
+    day."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the model. auto: $EXPERT_ATLAS_DEVICE, else a GPU if this machine, or the cluster now, has one."""
     retry_quarantined: bool = False
@@ -122,6 +126,10 @@ class CaptureConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name} is {value}, and must be more than 0")
+        try:
+            date.fromisoformat(self.template_date)
+        except ValueError as error:
+            raise ValueError(f"--template_date is {self.template_date!r}, and must be a date: YYYY-MM-DD") from error
         if not all(0 <= value < math.inf for value in (self.gpus_per_worker, self.cpus_per_worker)):
             raise ValueError("--gpus_per_worker and --cpus_per_worker must be 0 or more")
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:

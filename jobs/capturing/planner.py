@@ -16,6 +16,7 @@ from jobs.sources.documents import Document, Source
 from store.group import CaptureGroup
 from store.layout import MISSING_ROLE
 from store.plan import Plan, Rows
+from workers.text import Unrenderable
 from workers.text.rows import BosRule, document_rows, padded
 from workers.text.tokenizer import TextTokenizer
 
@@ -45,7 +46,13 @@ class _Seen:
 def encode(
     documents: Sequence[Document], tokenizer: TextTokenizer
 ) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
-    """Token ids of each document, and for conversations the role of each token."""
+    """Token ids of each document, and for conversations the role of each token.
+
+    Raises
+    ------
+    Unrenderable
+        The chat template cannot take a document; the message names it.
+    """
     texts = iter(tokenizer.encode_batch([d.text for d in documents if d.messages is None]))
     for document in documents:
         if document.messages is None:
@@ -53,10 +60,13 @@ def encode(
         elif not document.messages:
             yield document, np.empty(0, np.int32), np.empty(0, np.uint8)
         else:
+            beside = {"tools": document.tools, "documents": document.documents}
             try:
-                yield document, *tokenizer.chat(document.messages)
+                encoded = tokenizer.chat(document.messages, **{k: v for k, v in beside.items() if v is not None})
             except ValueError as error:
-                raise ValueError(f"document {document.name!r}: {error}") from error
+                kind = Unrenderable if isinstance(error, Unrenderable) else ValueError
+                raise kind(f"document {document.name!r}: {error}") from error
+            yield document, *encoded
 
 
 def default_sequence_length(source: Source, tokenizer: TextTokenizer, limit_documents: int | None) -> int:

@@ -8,6 +8,7 @@ import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ class Run:
     @cached_property
     def tokenizer(self) -> TextTokenizer:
         """The model's tokenizer, which gives as much of a text as is asked for."""
-        return load_tokenizer(self.model, self.model_commit, limit_tokens=self.config.limit_tokens)
+        day = date.fromisoformat(self.config.template_date)
+        return load_tokenizer(self.model, self.model_commit, limit_tokens=self.config.limit_tokens, template_date=day)
 
     @property
     def _anywhere(self) -> str:
@@ -219,6 +221,7 @@ class Run:
             "limit_tokens": config.limit_tokens,
             "schema_version": SCHEMA_VERSION,
             "routing_version": ROUTING_VERSION,
+            "template_date": self.tokenizer.template_date if layout.roles else None,
         }
         return Prepared(name=name, source=source, layout=layout, identity=identity_of(fields))
 

@@ -40,7 +40,8 @@ def batch_rows(batch: pa.RecordBatch | pa.Table, name: str, first: int) -> Itera
     for column in batch.schema.names:
         values = batch.column(column)
         # Parquet readers do not check that strings are UTF-8; as bytes they can be repaired here.
-        columns[column] = (values.cast(pa.large_binary()) if is_text(values.type) else values).to_pylist()
+        plain = values.cast(pa.large_binary()) if is_text(values.type) else values
+        columns[column] = without_nulls(plain.to_pylist())
     for index in range(batch.num_rows):
         decoded = {column: values[index] for column, values in columns.items()}
         repaired = False
@@ -49,6 +50,13 @@ def batch_rows(batch: pa.RecordBatch | pa.Table, name: str, first: int) -> Itera
                 decoded[column], replaced = decode(value)
                 repaired = repaired or replaced
         yield TableRow(place=f"{name}:{first + index}", values=decoded, repaired=repaired)
+
+
+def without_nulls(value: Any) -> Any:
+    """Leave the nulls out of arrow's objects: there each object of a column has all fields that one of them has."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def dataset_table(data: Any, name: str) -> Table:

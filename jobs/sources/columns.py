@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.sources.documents import Document, without_surrogates
+from jobs.sources.documents import Document, repaired_strings, without_surrogates
+from store.records import parse_json
 
 NAME_COLUMNS = ("id", "title", "name", "url", "path")
 """Columns that name a document, the best first."""
+BESIDE_MESSAGES = ("tools", "documents")
+"""Columns that a chat template takes beside the messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,8 @@ def table_documents(table: Table, field: str, start: int) -> Iterator[Document]:
     name_column = next((name for name in NAME_COLUMNS if name in table.columns and name != field), None)
     kind = table.columns[field]
     wanted = [field] if name_column is None else [field, name_column]
-    for row in table.rows(start, wanted):
+    beside = [name for name in BESIDE_MESSAGES if kind == "messages" and name in table.columns]
+    for row in table.rows(start, [*wanted, *beside]):
         label = row.values.get(name_column) if name_column is not None else None
         name, _ = without_surrogates(row.place if label is None or label == "" else str(label))
         value = row.values.get(field)
@@ -72,7 +76,8 @@ def table_documents(table: Table, field: str, start: int) -> Iterator[Document]:
         if isinstance(value, list) != (kind == "messages") and value is not None:
             raise ValueError(f"{row.place}: column {field!r} holds {type(value).__name__}, in a column of {kind}")
         if isinstance(value, list):
-            yield conversation(value, name=name, where=f"{row.place}: column {field!r}", repaired=row.repaired)
+            extra = {column: row.values.get(column) for column in beside}
+            yield conversation(value, extra, name=name, where=f"{row.place}: column {field!r}", repaired=row.repaired)
             continue
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{row.place}: column {field!r} holds {type(value).__name__}, not text: {value!r:.80}")
@@ -80,17 +85,27 @@ def table_documents(table: Table, field: str, start: int) -> Iterator[Document]:
         yield Document(name=name, text=text, repaired=row.repaired or replaced)
 
 
-def conversation(value: list[Any], *, name: str, where: str, repaired: bool) -> Document:
-    """Make a document of a list of messages; of each message its `role` and `content` are kept."""
+def conversation(value: list[Any], beside: Mapping[str, Any], *, name: str, where: str, repaired: bool) -> Document:
+    """Make a document of a list of messages, all that they hold, and what stands in the columns beside them."""
     messages = []
     for number, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{where}, message {number}: not an object with a role and content: {message!r:.80}")
-        if not isinstance(message.get("content"), str | None):
-            kind = type(message["content"]).__name__
-            raise ValueError(f"{where}, message {number}: content is {kind}, not text")
-        role, role_replaced = without_surrogates(message["role"])
-        content, content_replaced = without_surrogates(message.get("content") or "")
-        messages.append({"role": role, "content": content})
-        repaired = repaired or role_replaced or content_replaced
-    return Document(name=name, messages=messages, repaired=repaired)
+        content = message.get("content")
+        parts = content if isinstance(content, list) else ()
+        if not isinstance(content, str | list | dict | None) or not all(isinstance(part, dict) for part in parts):
+            kind = type(content).__name__
+            raise ValueError(f"{where}, message {number}: content is {kind}, not text or a list of objects")
+        clean, replaced = repaired_strings({key: item for key, item in message.items() if item is not None})
+        messages.append(clean)
+        repaired = repaired or replaced
+    given, replaced = repaired_strings({key: from_json(item) for key, item in beside.items()})
+    return Document(name=name, messages=messages, repaired=repaired or replaced, **given)
+
+
+def from_json(value: Any) -> Any:
+    """Read a list that a column holds as JSON text, as columns of one type must; all else stays."""
+    try:
+        return parse_json(value) if isinstance(value, str) else value
+    except ValueError:  # told as no list of objects, where the conversation is rendered
+        return value

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 TextIdentity = Mapping[str, str | int | None]
 """What makes two texts the same: a content hash or a resolved revision, and how documents are cut."""
@@ -23,15 +24,19 @@ class Document:
     """Title, path or id; valid Unicode."""
     text: str = ""
     """Valid Unicode: what was not has become U+FFFD."""
-    messages: list[dict[str, str]] | None = None
-    """Instead of `text`, a conversation: `role` and `content` of each message."""
+    messages: list[dict[str, Any]] | None = None
+    """Instead of `text`, a conversation: of each message `role` and all other fields that are not null."""
+    tools: Any = None
+    """The tools that a conversation may use; None where it has none."""
+    documents: Any = None
+    """The documents that a conversation refers to; None where it has none."""
     repaired: bool = False
     """Whether something in the text or the messages was replaced by U+FFFD."""
 
     @property
     def characters(self) -> int:
         """Length of the text, or of what the messages say."""
-        return len(self.text) + sum(len(message["content"]) for message in self.messages or ())
+        return len(self.text) + sum(map(_characters, (self.messages, self.tools, self.documents)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,27 @@ def decode(data: bytes) -> tuple[str, bool]:
         return data.decode("utf-8"), False
     except UnicodeDecodeError:
         return data.decode("utf-8", errors="replace"), True
+
+
+def _characters(value: Any) -> int:
+    """Characters of the strings in a value."""
+    if isinstance(value, str):
+        return len(value)
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_characters, values))
+
+
+def repaired_strings(value: Any) -> tuple[Any, bool]:
+    """Replace lone surrogates in all strings of a JSON value; the second value says whether there were any."""
+    if isinstance(value, str):
+        return without_surrogates(value)
+    if isinstance(value, Mapping):
+        keys, values = repaired_strings(list(value)), repaired_strings(list(value.values()))
+        return dict(zip(keys[0], values[0], strict=True)), keys[1] or values[1]
+    if isinstance(value, list | tuple):
+        items = [repaired_strings(item) for item in value]
+        return [item for item, _ in items], any(replaced for _, replaced in items)
+    return value, False
 
 
 def without_surrogates(text: str) -> tuple[str, bool]:

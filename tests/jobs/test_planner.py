@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from jobs.capturing import planner as planning
 from jobs.capturing.captures import capture_datasets, exit_status
 from jobs.capturing.local import capture_here
-from jobs.capturing.planner import Planner, default_sequence_length
+from jobs.capturing.planner import Planner, default_sequence_length, encode
 from jobs.sources.documents import Document, Source
 from store import CaptureGroup, coverage, open_capture
 from store.plan import Plan, Rows
@@ -43,6 +43,7 @@ from workers.shard import (
     micro_batches,
     route_rows,
 )
+from workers.text import Unrenderable
 from workers.text.rows import document_rows, padded
 
 Text = str | list[dict[str, str]]
@@ -553,5 +554,25 @@ def test_an_empty_conversation_is_an_empty_document_and_a_refused_one_is_named(t
 
     run = FakeRun(tmp_path / "t.zarr")
     run.tokenizer = Refusing()
-    with pytest.raises(ValueError, match="document 'document 0': no such role"):
+    with pytest.raises(ValueError, match="document 'document 0': no such role") as raised:
         planner(run, text_source([[{"role": "bot", "content": "x"}]])).run()
+    assert not isinstance(raised.value, Unrenderable), "a fault that is not the document's stays one"
+
+
+def test_a_conversation_that_cannot_be_rendered_is_told_apart_and_its_tools_reach_the_tokenizer() -> None:
+    documents = [
+        Document(name="one", messages=[{"role": "user", "content": "x"}], tools=[{"name": "f"}]),
+        Document(name="two", messages=[{"role": "user", "content": "x"}], documents="none"),
+    ]
+
+    class Picky(FakeTokenizer):
+        def chat(self, messages: Any, tools: Any = None, documents: Any = None) -> Any:
+            if documents is not None:
+                raise Unrenderable(f"its documents are {documents}")
+            assert tools == [{"name": "f"}]
+            return super().chat(messages)
+
+    encoded = encode(documents, Picky())  # type: ignore[arg-type]
+    assert next(encoded)[0] is documents[0]
+    with pytest.raises(Unrenderable, match="document 'two': its documents are none"):
+        next(encoded)

@@ -376,7 +376,7 @@ def test_a_messages_column_becomes_messages(tmp_path: Path, kind: str) -> None:
         write_parquet(path, {"id": ["0", "1"], "messages": chats})
     first, second = resolve_source(str(path)).documents()
     assert (first.name, first.text) == ("0", "")
-    assert first.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]
+    assert first.messages == [{"role": "user", "content": "hi"}, {"role": "assistant"}]
     assert second.messages == []
 
 
@@ -392,6 +392,51 @@ def test_a_message_without_role_or_text_is_refused_naming_its_row(tmp_path: Path
     rows = [{"messages": [{"role": "user", "content": "x"}]}, {"messages": [message]}]
     with pytest.raises(ValueError, match=rf"c\.jsonl:2: column 'messages', message 0.*{said}"):
         texts(resolve_source(write_jsonl(tmp_path / "c.jsonl", rows), text_field="messages"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_everything_that_messages_hold_is_kept_and_what_stands_beside_them(tmp_path: Path, kind: str) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"city": "Turin"}}}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+            ],
+            "tools": json.dumps(tools),
+            "documents": [{"text": "d"}],
+            "other": 1,
+        },
+        {"messages": [{"role": "user", "content": "x", "tool_calls": None}], "tools": None, "documents": None},
+        {"messages": [{"role": "user", "content": "x"}], "tools": "none", "documents": []},
+    ]
+    path = tmp_path / f"chat.{kind}"
+    if kind == "jsonl":
+        write_jsonl(path, rows)
+    else:
+        write_parquet(path, {name: [row.get(name) for row in rows] for name in rows[0]})
+    first, second, third = resolve_source(str(path), text_field="messages").documents()
+    assert first.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
+    assert (first.tools, first.documents) == (tools, [{"text": "d"}])
+    assert first.characters == len("useriassistant") + len("h" + "functionfTurin" + "functionf" + "d")
+    assert (second.messages, second.tools, second.documents) == ([{"role": "user", "content": "x"}], None, None)
+    assert (third.tools, third.documents) == ("none", []), "told where the conversation is rendered"
+
+
+def test_a_null_in_json_stays_and_one_in_arrow_is_a_field_that_is_not_there(tmp_path: Path) -> None:
+    message = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": None, "b": "\udfff"}}]}
+    source = resolve_source(write_jsonl(tmp_path / "c.jsonl", [{"messages": [message]}]))
+    (document,) = source.documents()
+    assert document.messages is not None
+    assert document.messages[0]["tool_calls"][0]["arguments"] == {"a": None, "b": "\ufffd"}
+    assert document.repaired
+    write_parquet(
+        tmp_path / "c.parquet",
+        {"messages": [[{"role": "user", "content": "x", "tool_calls": [{"a": None, "b": "c"}]}]]},
+    )
+    (document,) = resolve_source(str(tmp_path / "c.parquet")).documents()
+    assert document.messages == [{"role": "user", "content": "x", "tool_calls": [{"b": "c"}]}]
 
 
 def test_lone_surrogates_in_json_are_replaced_and_said_and_pairs_are_kept(tmp_path: Path) -> None:

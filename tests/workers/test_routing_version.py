@@ -96,9 +96,7 @@ def test_a_store_that_older_code_began_resumes_with_the_same_command(name: str, 
     assert ran.status == 0, ran.err
     assert command(store / name, "--verify", main=status.main).status == 0
     again = store_files(store)
-    of_lost = {f"{name}/{array}/c/{lost}/0/0/0" for array in ("expert", "weight")} | {
-        f"{name}/expert/commits/{lost}.json"
-    }
+    objects = {f"{name}/{array}/c/{lost}/0/0/0" for array in ("expert", "weight")}
     assert again.keys() == before.keys()
     assert {key for key in before if again[key] != before[key]} <= objects | {f"{name}/expert/commits/{lost}.json"}
     assert_same_routes(store, name)

@@ -107,7 +107,7 @@ GENERATED = TextTokenizer(sentencepiece_tokenizer(MODEL_FILE), {}, "generated")
 
 def test_a_long_text_is_really_cut_and_the_ids_stay(tokenizer: TextTokenizer) -> None:
     text = HARD[-1]
-    parts = list(tokenizer._cut(text, 100))
+    parts = [part.text for part in tokenizer._cuts.parts(text, 100)]
     assert len(parts) > len(text) / 300
     assert max(map(len, parts)) < 500
     assert tokenizer.encode_batch([text, "x", text], 100)[2].tolist() == SENTENCEPIECE.encode(text)
@@ -128,7 +128,7 @@ def test_other_families_give_the_same_ids_when_cut(family: str, limit: int) -> N
             )
     expected = [backend.encode(each, add_special_tokens=False).ids for each in HARD]
     wrapped = TextTokenizer(backend, {}, family)
-    assert len(list(wrapped._cut(text, limit))) > 10
+    assert len(list(wrapped._cuts.parts(text, limit))) > 10
     assert [ids.tolist() for ids in wrapped.encode_batch(HARD, limit)] == expected
 
 
@@ -137,7 +137,7 @@ def test_a_tokenizer_whose_pieces_reach_over_spaces_is_not_cut() -> None:
     backend = trained(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel(), text)
     wrapped = TextTokenizer(backend, {}, "superword")
     assert any("▁" in piece[1:] for piece in wrapped.pieces())
-    assert list(wrapped._cut(text, 5)) == [text]
+    assert [part.text for part in wrapped._cuts.parts(text, 5)] == [text]
 
 
 @pytest.mark.parametrize("normalized", [False, True])
@@ -265,7 +265,7 @@ def test_a_system_message_that_is_folded_into_a_later_turn_keeps_its_role() -> N
         (None, "x", "user", "chatty has no chat template"),
         (CHAT_TEMPLATE, "x", "user", "refuses the messages: Conversation roles must alternate"),
         ("{{ messages[1].content | upper }}{{ messages[1].content | length }}", "x", "user", "rewrites what"),
-        (CHAT_TEMPLATE, None, "user", "message 1 has the role 'user', a content of type NoneType"),
+        (CHAT_TEMPLATE, 5, "user", "message 1 has a content of type int"),
         (CHAT_TEMPLATE, "x", "bystander", "message 1 has the role 'bystander'"),
     ],
 )

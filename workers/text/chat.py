@@ -1,47 +1,62 @@
 """
 Conversations to token ids, with a role for every token.
 
-Promises: ids are those of the model's chat template, except that text in a message which looks like a
-special token stays text; each token has the role of the message that its last character comes from.
+Promises: text and ids are those of transformers' `apply_chat_template`, with all that a message holds, tools and
+documents, except that text in them which looks like a special token stays text; each token has the role of the
+message that its last character comes from (`workers/text/speakers.py`); nothing depends on the day of the run.
 
-The template is applied twice: to the messages, and to the messages with marks around their contents. The
-marks tell who wrote what, whatever order the template has; where the two renderings differ otherwise, the
-template rewrites contents and the conversation is refused. (Growing prefixes of a conversation, the usual
-way, fail on templates that fold the system message into a later turn.)
-
-Does not know: tool calls and contents that are not strings; `system` messages where the template has none.
+Does not know: pictures and sounds; the alternation of turns, which templates check themselves.
 """
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date, datetime, time
 from functools import cached_property
+from string import ascii_letters
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, models
 
-ROLES = ("system", "user", "assistant", "tool", "template")
-"""Who wrote a token; `template` is what the chat template itself put in."""
+from workers.text import Unrenderable
+from workers.text.cuts import CUT_CHARACTERS, Cuts
+from workers.text.declared import named_tokens
+from workers.text.speakers import ROLES, SPEAKERS, Conversation, Speakers, codes
 
-_TEMPLATE = ROLES.index("template")
-_DIGITS = "".join(str(number) for number in range(_TEMPLATE))
+TODAY = date(2024, 7, 26)
+"""What a template takes for the day of the run: the default date of Llama 3's templates, which have no clock."""
+
+_MEDIA = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio", "file")
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # never assigned: Unicode keeps them for such use
+_TEMPLATE = ROLES.index("template")
+_CLOCK = """{%- macro strftime_now(format) -%}
+{%- set text = namespace(now=format.replace('%%', '\0')) -%}
+{%- for directive, value in DIRECTIVES -%}
+{%- set text.now = text.now.replace(directive, value) -%}
+{%- endfor -%}
+{{- text.now.replace('\0', '%') -}}
+{%- endmacro %}
+"""
 
 
 class ChatTemplate:
     """
-    The chat template of a tokenizer.
+    The chat templates of a tokenizer: that for tools where there are tools and it has one, else the default.
 
     Parameters
     ----------
     backend
         The tokenizer of the model; it is not changed.
     settings
-        `tokenizer_config.json`, with the template as `chat_template`.
+        `tokenizer_config.json`, with the template, or templates by name, as `chat_template`.
     name
         Of the model, for messages.
+    pieces
+        Gives the tokenizer's readable pieces.
+    today
+        What templates take for the day of the run.
 
     Raises
     ------
@@ -49,74 +64,86 @@ class ChatTemplate:
         There is no template.
     """
 
-    def __init__(self, backend: Tokenizer, settings: Mapping[str, Any], name: str) -> None:
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # an older layout: several templates by name
-            template = {each["name"]: each["template"] for each in template}.get("default")
-        if not template:
+    def __init__(
+        self,
+        backend: Tokenizer,
+        settings: Mapping[str, Any],
+        name: str,
+        pieces: Callable[[], Sequence[str]],
+        today: date = TODAY,
+    ) -> None:
+        self._templates = _by_name(settings.get("chat_template"))
+        if not self._templates.get("default"):
             raise ValueError(
                 f"{name} has no chat template (looked for chat_template.jinja and tokenizer_config.json): "
                 "messages need an instruction-tuned model, or a data set with a plain text field"
             )
-        self.sha256 = hashlib.sha256(template.encode()).hexdigest()
+        texts = [self._templates[each] for each in ("default", "tool_use") if each in self._templates]
+        self.sha256 = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        self.has_clock = any(re.search(r"\b(strftime_now|date_string)\b", text) for text in texts)
+        self._today = today
         self._backend = backend
-        self._template = template
+        self._pieces = pieces
         self._named_tokens = named_tokens(settings)
         self._name = name
         self._special = [(i, t) for i, t in backend.get_added_tokens_decoder().items() if t.special]
-        self._marked_backends: dict[str, Tokenizer] = {}
+        contents = [token.content for _, token in self._special]
+        self._speakers = {each: Speakers(text, contents) for each, text in self._templates.items()}
+        self._marked_backends: dict[str, tuple[Tokenizer, Cuts]] = {}
 
-    def encode(self, messages: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    def encode(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, documents: Any = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """
         Encode a conversation.
 
         Parameters
         ----------
         messages
-            Each with `role`, one of the first four of `ROLES`, and `content`, a string.
+            Each with `role`, one of `SPEAKERS`, and what else the template takes: `content`, text or a list of parts,
+            `tool_calls`, `reasoning_content` and so on. What is None is left out.
+        tools, documents
+            Lists of objects, as `apply_chat_template` takes them.
 
         Returns
         -------
         ids
             (position) int32, the template's special tokens included.
         roles
-            (position) uint8, index into `ROLES`; white space around a content counts as `template`.
+            (position) uint8, index into `ROLES`; white space around a string counts as `template`.
 
         Raises
         ------
-        ValueError
+        Unrenderable
             A message of another form, or messages that the template refuses or rewrites.
         """
-        for number, message in enumerate(messages):
-            role, content = message.get("role"), message.get("content")
-            if role not in ROLES[:_TEMPLATE] or not isinstance(content, str) or message.get("tool_calls"):
-                raise ValueError(
-                    f"message {number} has the role {role!r}, a content of type {type(content).__name__} and "
-                    f"{len(message.get('tool_calls') or ())} tool calls; it must have one of the roles "
-                    f"{', '.join(ROLES[:_TEMPLATE])}, a string and none"
-                )
-        plain = self._render(messages)
-        text = "".join([plain, *(message["content"] for message in messages)])
-        mark = next((character for character in _NONCHARACTERS if character not in text), None)
-        if mark is None:
-            raise ValueError("the conversation holds every noncharacter from U+FDD0 to U+FDEF: it is no text")
-        marked = self._render([_marked(message, mark) for message in messages])
-        # By turns what the template wrote, and the digit of a role followed by a content.
-        parts = [(_TEMPLATE, part) for part in marked.split(mark)]
-        parts[1::2] = [(_DIGITS.find(part[:1]), part[1:]) for _, part in parts[1::2]]
-        if "".join(part for _, part in parts) != plain:
-            raise ValueError(
-                f"the chat template of {self._name} rewrites what messages say, so that no token can be "
-                "given a role: encode the messages' text without it"
-            )
-        return self._encode_parts(parts, mark)
+        conversation = _conversation(messages, tools, documents)
+        template = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
+        def render(conversation: Conversation) -> str:
+            return self._render(self._templates[template], conversation)
+
+        plain = render(conversation)
+        roles, given = self._speakers[template].roles(conversation, plain, render)
+        return self._encode_text(plain, roles, given)
+
+    def _render(self, template: str, conversation: Conversation) -> str:
+        directives = self._directives if "strftime_now" in template else None
+        clock = "" if directives is None else _CLOCK.replace("DIRECTIVES", repr(directives))
+        variables = {} if self._today == TODAY else {"date_string": self._today.strftime("%d %b %Y")}
         try:
-            return str(self._renderer.apply_chat_template(conversation, chat_template=self._template, tokenize=False))
+            return str(
+                self._renderer.apply_chat_template(
+                    conversation["messages"],
+                    tools=conversation.get("tools"),
+                    documents=conversation.get("documents"),
+                    chat_template=clock + template,
+                    tokenize=False,
+                    **variables,
+                )
+            )
         except Exception as error:  # templates are programs: in Jinja's sandbox they raise whatever they run into
-            raise ValueError(f"the chat template of {self._name} refuses the messages: {error}") from error
+            raise Unrenderable(f"the chat template of {self._name} refuses the messages: {error}") from error
 
     @cached_property
     def _renderer(self) -> Any:
@@ -125,51 +152,85 @@ class ChatTemplate:
 
         return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **self._named_tokens)
 
-    def _encode_parts(self, parts: Sequence[tuple[int, str]], mark: str) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """Encode (role, text) parts as one text in which only the template's special tokens are special."""
+    @cached_property
+    def _directives(self) -> list[list[str]]:
+        """What each directive of `strftime` gives at the beginning of the day."""
+        now = datetime.combine(self._today, time())
+        names = [flag + letter for flag in ("%", "%-") for letter in ascii_letters if letter != "s"]  # %s has a zone
+        return [[name, now.strftime(name)] for name in names]
+
+    def _encode_text(
+        self, text: str, roles: NDArray[np.uint8], given: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Encode a text in which only those special tokens are special that are not given."""
+        mark = next((character for character in _NONCHARACTERS if character not in text), None)
+        if mark is None:
+            raise Unrenderable("the conversation holds every noncharacter from U+FDD0 to U+FDEF: it is no text")
+        backend, cuts = self._marked_backend(mark)
         id_of = {token.content: i for i, token in self._special}
         special = re.compile("|".join(map(re.escape, sorted(id_of, key=len, reverse=True))) or r"(?!)")
-        texts = [
-            special.sub(lambda found: f"{mark}{id_of[found[0]]}{mark}", part) if role == _TEMPLATE else part
-            for role, part in parts
-        ]
-        backend = self._marked_backend(mark)
+        own = np.where(given, np.uint32(ord(mark)), codes(text)).tobytes().decode("utf-32-le")
+        marked, marked_roles, end = [], [], 0
+        for found in special.finditer(own):
+            replaced = f"{mark}{id_of[found[0]]}{mark}"
+            marked += [text[end : found.start()], replaced]
+            marked_roles += [roles[end : found.start()], np.full(len(replaced), _TEMPLATE, np.uint8)]
+            end = found.end()
+        whole = "".join([*marked, text[end:]])
+        role_of_character = np.concatenate([*marked_roles, roles[end:]])
         true_id = {backend.token_to_id(f"{mark}{i}{mark}"): i for i in id_of.values()}
-        encoding = backend.encode("".join(texts), add_special_tokens=False)
-        ids = np.array([true_id.get(i, i) for i in encoding.ids], dtype=np.int32)
-        role_of_character = np.repeat(np.array([role for role, _ in parts], np.uint8), [len(t) for t in texts])
-        last_character = np.array([max(end - 1, 0) for _, end in encoding.offsets], dtype=np.int64)
-        return ids, role_of_character[last_character]
+        ids, ends = [], []
+        for part in cuts.parts(whole, CUT_CHARACTERS):
+            encoding = backend.encode(part.lead + part.text, add_special_tokens=False)
+            lead = cuts.lead_tokens(part.lead)
+            ids += [true_id.get(i, i) for i in encoding.ids[lead:]]
+            ends += [end + part.start - len(part.lead) for _, end in encoding.offsets[lead:]]
+        last_character = np.array([max(end - 1, 0) for end in ends], dtype=np.int64)
+        return np.array(ids, dtype=np.int32), role_of_character[last_character]
 
-    def _marked_backend(self, mark: str) -> Tokenizer:
+    def _marked_backend(self, mark: str) -> tuple[Tokenizer, Cuts]:
         """Return a tokenizer to which special tokens are text, and their ids between marks are special."""
         if mark not in self._marked_backends:
             backend = Tokenizer.from_str(self._backend.to_str())
             backend.encode_special_tokens = True
+            flags = ("single_word", "lstrip", "rstrip", "normalized")
             backend.add_tokens(
-                [
-                    AddedToken(f"{mark}{i}{mark}", lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
-                    for i, token in self._special
-                ]
+                [AddedToken(f"{mark}{i}{mark}", **{f: getattr(token, f) for f in flags}) for i, token in self._special]
             )
-            self._marked_backends[mark] = backend
+            self._marked_backends[mark] = backend, Cuts(backend, self._pieces)
         return self._marked_backends[mark]
 
 
-def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a `tokenizer_config.json` calls `bos_token`, `eos_token` and so on."""
-    named = {key: value for key, value in settings.items() if key.endswith("_token")}
-    contents = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
-    return {key: content for key, content in contents.items() if isinstance(content, str)}
+def _by_name(configured: Any) -> dict[str, str]:
+    """Return chat templates by name, in whatever layout they were written."""
+    if isinstance(configured, list):
+        return {each["name"]: each["template"] for each in configured}
+    if isinstance(configured, Mapping):
+        return dict(configured)
+    return {"default": configured} if configured else {}
 
 
-def _marked(message: Mapping[str, Any], mark: str) -> dict[str, Any]:
-    """Put marks and the role's digit around a content, inside its white space, which templates may strip."""
-    content: str = message["content"]
-    core = content.strip()
-    if not core:
-        return dict(message)
-    return {
-        **message,
-        "content": content.replace(core, f"{mark}{ROLES.index(message['role'])}{core}{mark}", 1),
-    }
+def _conversation(messages: Sequence[Mapping[str, Any]], tools: Any, documents: Any) -> dict[str, Any]:
+    """
+    Return a conversation without what is None.
+
+    Raises
+    ------
+    Unrenderable
+        A message, the tools or the documents have a form that no template takes.
+    """
+    for number, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in SPEAKERS:
+            raise Unrenderable(f"message {number} has the role {role!r}; it must have one of {', '.join(SPEAKERS)}")
+        if content is not None and not isinstance(content, str | list | tuple | Mapping):
+            raise Unrenderable(f"message {number} has a content of type {type(content).__name__}, not text or parts")
+        for part in content if isinstance(content, list | tuple) else ():
+            if isinstance(part, Mapping) and part.get("type") in _MEDIA:
+                raise Unrenderable(f"message {number} holds a part of type {part['type']!r}; only text is captured")
+    given = {"tools": tools, "documents": documents}
+    for name, value in given.items():
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, Mapping) for item in value)):
+            raise Unrenderable(f"its {name} are of type {type(value).__name__}, and must be a list of objects")
+    kept = [{field: value for field, value in message.items() if value is not None} for message in messages]
+    return {"messages": kept} | {name: value for name, value in given.items() if value is not None}

@@ -9,14 +9,16 @@ them where so many were asked for.
 `transformers.AutoTokenizer` is not used for text. Without `tokenizer.json` it derives other merges; with
 it, the class LlamaTokenizer builds the normalizer anew, and a leading space is lost (transformers 5.23).
 
-Does not know: the model, and what an id means to it. Added tokens that their publisher did not mark as
-special (Qwen's `<think>`) are ordinary vocabulary here, and are matched in text.
+Added tokens that the files beside it declare are added (`workers/text/declared.py`). Those that their publisher
+did not mark as special (Qwen's `<think>`) are ordinary vocabulary here, and are matched in text.
+
+Does not know: the model, and what an id means to it.
 """
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,25 +27,27 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from store.records import parse_json
-from workers.text.chat import ROLES, ChatTemplate, named_tokens
+from workers.text.chat import TODAY, ChatTemplate
+from workers.text.cuts import CUT_CHARACTERS, SPACE, Cuts, Part
+from workers.text.declared import CONFIG_FILES, add_declared_tokens, follow_settings, named_tokens, read_settings
+from workers.text.speakers import ROLES
 
 __all__ = ["ROLES", "TextTokenizer", "load_tokenizer", "sentencepiece_tokenizer"]
 
-CUT_CHARACTERS = 1 << 18
-"""Longest text that is encoded in one go, in characters (arbitrary; the ids do not depend on it)."""
-GROUP_CHARACTERS = 1 << 22
+GROUP_CHARACTERS = 1 << 20
 """Text encoded in one parallel call, in characters: the Rust encodings take about 100 bytes a token."""
 
 _FILES = ("tokenizer.json", "tokenizer.model")
-_CHAT_FILES = ("tokenizer_config.json", "chat_template.jinja")
-_SPACE = "▁"
-_CUT = re.compile(rf"[^\s{_SPACE}] (?=.)", re.DOTALL)
-_CROSSES_CUT = re.compile(rf"[^\s{_SPACE}][ {_SPACE}]")
+_TEMPLATE_FILE, _TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+_FETCHED = (*_FILES, *CONFIG_FILES, _TEMPLATE_FILE, f"{_TEMPLATE_FOLDER}/*.jinja")
 
 
 def load_tokenizer(
-    model: str | Path, revision: str | None = None, *, limit_tokens: int | None = None
+    model: str | Path,
+    revision: str | None = None,
+    *,
+    limit_tokens: int | None = None,
+    template_date: date = TODAY,
 ) -> "TextTokenizer":
     """
     Load the tokenizer of a model from a local folder or from the hub.
@@ -56,6 +60,8 @@ def load_tokenizer(
         Commit, tag or branch on the hub; not used for a folder.
     limit_tokens
         Give the first so many ids of a text or conversation only.
+    template_date
+        What chat templates take for the day of the run.
 
     Returns
     -------
@@ -67,38 +73,59 @@ def load_tokenizer(
     FileNotFoundError
         The folder has no tokenizer, or the hub cannot give one (offline, unknown, gated).
     ValueError
-        A file of it cannot be read; it names the file.
+        A file of it cannot be read, or declares a token or a setting that the tokenizer does not follow.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
         folder = _fetch(str(model), revision)
-    settings: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = _settings(folder / "tokenizer_config.json")
-    if (folder / "chat_template.jinja").is_file():
-        settings["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    settings = read_settings(folder)
+    if templates := _template_files(folder):
+        settings["chat_template"] = templates
     if (folder / "tokenizer.json").is_file():
         backend = _backend(folder / "tokenizer.json")
+        follow_settings(backend, folder, settings)
+        add_declared_tokens(backend, folder, settings)
     elif (folder / "tokenizer.model").is_file():
-        backend = sentencepiece_tokenizer(folder / "tokenizer.model")
+        backend = _model_backend(folder, settings)
         settings = {"bos_token": "<s>", "eos_token": "</s>"} | settings  # sentencepiece's names
     else:
         raise FileNotFoundError(
             f"no tokenizer in {folder}: looked for {' and '.join(_FILES)}. Copy the model's tokenizer files "
             "into the folder, or name a folder that has them."
         )
-    return TextTokenizer(backend, settings, str(model), limit_tokens)
+    return TextTokenizer(backend, settings, str(model), limit_tokens, template_date)
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """A `tokenizer_config.json`."""
-    try:
-        settings = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; fetch it again") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds {type(settings).__name__}, and must hold a JSON object; fetch it again")
-    return settings
+def _template_files(folder: Path) -> dict[str, str]:
+    """Chat templates by name that lie in files of their own; these count alone where there are any."""
+    files = {path.stem: path for path in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja"))}
+    if (folder / _TEMPLATE_FILE).is_file():
+        files["default"] = folder / _TEMPLATE_FILE
+    return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+
+
+def _model_backend(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
+    """
+    Build the tokenizer of a folder that has only `tokenizer.model`.
+
+    Raises
+    ------
+    ValueError
+        ▁ is to stand before a text, and not before text behind an added token: no normalizer does that.
+    """
+    backend = sentencepiece_tokenizer(folder / "tokenizer.model")
+    own = len(backend.get_added_tokens_decoder())
+    prefix = settings.get("add_prefix_space") is not False
+    if not prefix:
+        backend.normalizer = normalizers.Replace(" ", SPACE)
+    add_declared_tokens(backend, folder, settings)
+    extended = len(backend.get_added_tokens_decoder()) > own
+    if prefix and settings.get("legacy") is False and (extended or settings.get("chat_template")):
+        raise ValueError(
+            f"{folder / CONFIG_FILES[0]} says legacy: false, which is about text behind an added token, and "
+            "tokenizer.model alone cannot tell how it begins: copy the model's tokenizer.json into the folder"
+        )
+    return backend
 
 
 def _backend(path: Path) -> Tokenizer:
@@ -115,7 +142,7 @@ def _fetch(model: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=[*_FILES, *_CHAT_FILES]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FETCHED)))
     except (OSError, HFValidationError) as error:  # the hub's own errors and httpx's are wrapped as OSError
         raise FileNotFoundError(
             f"no tokenizer for {model!r}{f' at revision {revision!r}' if revision else ''}: it is no local "
@@ -160,9 +187,9 @@ def sentencepiece_tokenizer(path: str | Path) -> Tokenizer:
             byte_fallback=True,
         )
     )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     backend.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     backend.add_special_tokens([AddedToken(reference.id_to_piece(i), normalized=False, special=True) for i in special])
     backend.encode_special_tokens = True
@@ -204,7 +231,12 @@ class TextTokenizer:
     """
 
     def __init__(
-        self, backend: Tokenizer, settings: Mapping[str, Any], name: str, limit_tokens: int | None = None
+        self,
+        backend: Tokenizer,
+        settings: Mapping[str, Any],
+        name: str,
+        limit_tokens: int | None = None,
+        template_date: date = TODAY,
     ) -> None:
         backend.no_truncation()  # both may be baked into a published tokenizer.json
         backend.no_padding()
@@ -214,6 +246,7 @@ class TextTokenizer:
         self._settings = settings
         self._name = name
         self._limit_tokens = limit_tokens
+        self._template_date = template_date
         self._byte_level = "ByteLevel" in json.dumps(json.loads(serialized)["decoder"])
         self._added = backend.get_added_tokens_decoder()
         self.sha256 = hashlib.sha256(serialized.encode()).hexdigest()
@@ -240,51 +273,22 @@ class TextTokenizer:
             A text longer than this, in characters, is encoded in parts; the ids are the same.
         """
         parts: list[list[NDArray[np.int32]]] = [[] for _ in texts]
-        for group in _groups((n, part) for n, text in enumerate(texts) for part in self._cut(text, limit)):
-            encodings = self._backend.encode_batch_fast([part for _, part in group], add_special_tokens=False)
-            for (n, _), encoding in zip(group, encodings, strict=True):
-                parts[n].append(np.array(encoding.ids, dtype=np.int32))
+        for group in _groups((n, part) for n, text in enumerate(texts) for part in self._cuts.parts(text, limit)):
+            encodings = self._backend.encode_batch_fast([p.lead + p.text for _, p in group], add_special_tokens=False)
+            for (n, part), encoding in zip(group, encodings, strict=True):
+                parts[n].append(np.array(encoding.ids[self._cuts.lead_tokens(part.lead) :], dtype=np.int32))
         ids = [np.concatenate(each) if each else np.empty(0, np.int32) for each in parts]
         if self._limit_tokens is None:
             return ids
         return [each[: self._limit_tokens].copy() for each in ids]  # a view would keep all of them in memory
 
-    def _cut(self, text: str, limit: int) -> Iterator[str]:
-        """Cut a text before spaces that follow a non-space, each part but the last at least `limit` long."""
-        start = 0
-        while self._cut_skips is not None and len(text) - start > limit:
-            found = _CUT.search(text, start + limit - 1)
-            if found is None:
-                break
-            yield text[start : found.start() + 1]
-            start = found.start() + 1 + self._cut_skips
-        yield text[start:]
-
     @cached_property
-    def _cut_skips(self) -> int | None:
-        """
-        Characters to drop at a cut: 1 where the normalizer supplies the space, else 0; None forbids cutting.
+    def _cuts(self) -> Cuts:
+        return Cuts(self._backend, self.pieces)
 
-        A cut is exact when no piece reaches over it, for then no merge does. How the rest must begin is found
-        by trying, beside added tokens too: they split a text before it is normalized.
-        """
-        special = set(self.special_ids)
-        if any(_CROSSES_CUT.search(piece) for i, piece in enumerate(self.pieces()) if i not in special):
-            return None
-        added = [token.content for i, token in self._added.items() if i not in special]
-        probes = [(text, text.index(" ")) for text in ("a b", "a  b", "word.  x = 1", "7 7", "é 日  語", "🙂 \t🙂")]
-        probes += [(f"a {token} b", 1) for token in added]
-        probes += [(f"{token} b", len(token)) for token in added if _CUT.match(f"{token} b", len(token) - 1)]
-        for skips in (1, 0):
-            if all(self._cut_is_exact(text, at, skips) for text, at in probes):
-                return skips
-        return None
-
-    def _cut_is_exact(self, text: str, at: int, skips: int) -> bool:
-        whole, left, right = self._backend.encode_batch([text, text[:at], text[at + skips :]], add_special_tokens=False)
-        return bool(whole.ids == left.ids + right.ids)
-
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, documents: Any = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """
         Encode a conversation through the model's chat template: see `ChatTemplate.encode`.
 
@@ -297,30 +301,37 @@ class TextTokenizer:
 
         Raises
         ------
+        Unrenderable
+            The template cannot take this conversation.
         ValueError
-            There is no chat template, or it cannot take the messages.
+            There is no chat template.
         """
-        ids, roles = self._chat_template.encode(messages)
+        ids, roles = self._chat_template.encode(messages, tools, documents)
         return ids[: self._limit_tokens], roles[: self._limit_tokens]
 
     @property
     def chat_template_sha256(self) -> str:
-        """Of the chat template's text; a ValueError where there is none."""
+        """Of the chat template's text, and that for tools if there is one; a ValueError where there is none."""
         return self._chat_template.sha256
+
+    @property
+    def template_date(self) -> str | None:
+        """The date that the chat template writes, if it can write one and not the default one."""
+        return str(self._template_date) if self._chat_template.has_clock and self._template_date != TODAY else None
 
     @cached_property
     def _chat_template(self) -> ChatTemplate:
-        return ChatTemplate(self._backend, self._settings, self._name)
+        return ChatTemplate(self._backend, self._settings, self._name, self.pieces, self._template_date)
 
 
-def _groups(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+def _groups(parts: Iterable[tuple[int, Part]]) -> Iterator[list[tuple[int, Part]]]:
     """Batch the numbered, non-empty parts of texts into lists of about `GROUP_CHARACTERS`."""
-    group: list[tuple[int, str]] = []
+    group: list[tuple[int, Part]] = []
     characters = 0
     for number, part in parts:
-        if part:
+        if part.text:
             group.append((number, part))
-            characters += len(part)
+            characters += len(part.text)
         if characters >= GROUP_CHARACTERS:
             yield group
             group, characters = [], 0
@@ -335,7 +346,7 @@ def _readable(piece: str) -> str:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         text = "".join(chr(byte) if byte < 0x80 else f"<0x{byte:02X}>" for byte in data)
-    return text.replace(" ", _SPACE)
+    return text.replace(" ", SPACE)
 
 
 def _byte_alphabet() -> dict[str, int]:

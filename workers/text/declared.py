@@ -1,0 +1,154 @@
+"""
+What the files beside a tokenizer declare: added tokens, and settings that change ids.
+
+Promises: tokens are found where transformers finds them. `added_tokens_decoder` of tokenizer_config.json counts alone
+where it is there, else `added_tokens.json` and `special_tokens_map.json`; then come the named tokens (`eos_token`) and
+the extra special ones. A token keeps its declared id, or there is an error. A setting that the tokenizer does not
+follow is an error too, unless it can be made to.
+
+Differs from transformers 5.23 in one point: a token that only `special_tokens_map.json` calls special is special (there
+it is not), and one of `added_tokens.json` is matched as it is written, also where a normalizer puts ▁ before a text.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+
+from store.records import parse_json
+
+CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+class Declared(NamedTuple):
+    """An added token as a file declares it."""
+
+    token: AddedToken
+    id: int | None
+    """None where the file leaves the id to the tokenizer."""
+    file: str
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object; one that is not there holds nothing."""
+    if not path.is_file():
+        return {}
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; fetch it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, and must hold a JSON object; fetch it again")
+    return value
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return `tokenizer_config.json`, over it `special_tokens_map.json` where transformers reads that too."""
+    settings, named = (read_object(folder / name) for name in CONFIG_FILES[:2])
+    return settings if "added_tokens_decoder" in settings else settings | named
+
+
+def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the settings call `bos_token`, `eos_token` and so on."""
+    named = {key: value for key, value in settings.items() if key.endswith("_token")}
+    contents = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: content for key, content in contents.items() if isinstance(content, str)}
+
+
+def add_declared_tokens(backend: Tokenizer, folder: Path, settings: Mapping[str, Any]) -> None:
+    """
+    Add the tokens that a folder declares and the tokenizer lacks.
+
+    Raises
+    ------
+    ValueError
+        A token would get, or has, another id than it is declared with; or a file holds something else than tokens.
+    """
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for token, declared_id, file in _declared(folder, settings):
+        overrules = declared_id is not None and file != "tokenizer.json" and known.get(token.content) != token
+        if token.content not in known or overrules:
+            backend.add_tokens([token])
+            known[token.content] = token
+        found = backend.token_to_id(token.content)
+        if declared_id is not None and found != declared_id:
+            raise ValueError(
+                f"{folder / file} declares {token.content!r} with the id {declared_id}, and the tokenizer gives it "
+                f"{found}: the files beside it do not belong together, or one is missing; fetch them again"
+            )
+
+
+def _declared(folder: Path, settings: Mapping[str, Any]) -> Iterator[Declared]:
+    """Yield the tokens with declared ids by id, then the named and extra special ones."""
+    published = read_object(folder / "tokenizer.json").get("added_tokens") or ()
+    by_content = read_object(folder / "added_tokens.json")
+    try:
+        special = [_token(value, special=True) for value in _special_values(settings)]
+        if "added_tokens_decoder" in settings:
+            file, by_id = CONFIG_FILES[0], {int(i): _token(t) for i, t in settings["added_tokens_decoder"].items()}
+        else:
+            file, contents = "added_tokens.json", {token.content for token in special}
+            by_id = {int(i): AddedToken(t, normalized=False, special=t in contents) for t, i in by_content.items()}
+        yield from (Declared(_token(value), value["id"], "tokenizer.json") for value in published)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        listed = ", ".join(("tokenizer.json", *CONFIG_FILES))
+        raise ValueError(f"the added tokens of {folder} ({listed}) have a form that is not known: {error!r}") from error
+    yield from (Declared(token, i, file) for i, token in sorted(by_id.items()))
+    yield from (Declared(token, None, CONFIG_FILES[0]) for token in special)
+
+
+def _special_values(settings: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the named special tokens, then those without a name or with a name of the model's own."""
+    yield from (settings[name] for name in named_tokens(settings))
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
+    yield from extra.values() if isinstance(extra, dict) else extra
+
+
+def _token(value: Any, **flags: bool) -> AddedToken:
+    """Return the token that a string, or an object with `content` and flags, stands for."""
+    if isinstance(value, str):
+        return AddedToken(value, **flags)
+    return AddedToken(value["content"], **{flag: value[flag] for flag in _FLAGS if flag in value} | flags)
+
+
+def follow_settings(backend: Tokenizer, folder: Path, settings: Mapping[str, Any]) -> None:
+    """
+    Make the tokenizer follow the settings that change ids of text.
+
+    Raises
+    ------
+    ValueError
+        The tokenizer does otherwise than a setting says, and what the setting means here is not clear.
+    """
+    wanted = settings.get("add_prefix_space")
+    if isinstance(wanted, bool) and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        backend.pre_tokenizer.add_prefix_space = wanted
+    steps = list(_steps(json.loads(backend.to_str())))
+    does = {
+        "add_prefix_space": any(
+            step["type"] == "Prepend"
+            or step.get("prepend_scheme", "never") != "never"
+            or step.get("add_prefix_space") is True
+            for step in steps
+        ),
+        "do_lower_case": any(step["type"] == "Lowercase" or step.get("lowercase") is True for step in steps),
+    }
+    for name, done in does.items():
+        if isinstance(settings.get(name), bool) and settings[name] != done:
+            raise ValueError(
+                f"{folder / CONFIG_FILES[0]} says {name}: {json.dumps(settings[name])}, and the tokenizer beside it "
+                f"does {'' if done else 'not '}do so: save it again with the transformers version it was made for"
+            )
+
+
+def _steps(serialized: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the normalizers and pre-tokenizers of a serialized tokenizer, those in sequences too."""
+    waiting = [serialized["normalizer"], serialized["pre_tokenizer"]]
+    while waiting:
+        step = waiting.pop()
+        if step is not None:
+            yield step
+            waiting += [*step.get("normalizers", ()), *step.get("pretokenizers", ())]
