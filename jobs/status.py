@@ -45,11 +45,12 @@ class StatusConfig:
     exit status is 0), and data_sets. Each of these has data_set; state, as in the table; complete; holds (whether all
     that is committed was read back as it was committed; null without --verify); plan_complete (whether the text is
     planned to its end: before, all counts are of what is planned so far); shards_total, shards_done, missing (shards);
-    rows, documents, documents_empty, documents_repaired, tokens_planned, tokens_done, bytes_done, seconds (of workers);
-    digest (SHA-256 of what is planned and committed); wrong (shard and reason, of shards that do not hold); quarantined
-    (shard, documents and errors); lost (objects of the plan that are gone); plan_faults (what is damaged in the plan;
-    null without --verify); not_noted (why what is wrong could not be noted in the store, else null); captured_by (who
-    captures it now, else null); error (why it cannot be read, else null: then what is not known is null)."""
+    rows, documents, documents_empty, documents_repaired, documents_skipped, skipped (the names of the first 100),
+    tokens_planned, tokens_done, bytes_done, seconds (of workers); digest (SHA-256 of what is planned and committed);
+    wrong (shard and reason, of shards that do not hold); quarantined (shard, documents and errors); lost (objects of
+    the plan that are gone); plan_faults (what is damaged in the plan; null without --verify); not_noted (why what is
+    wrong could not be noted in the store, else null); captured_by (who captures it now, else null); error (why it
+    cannot be read, else null: then what is not known is null)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,8 @@ KNOWN: dict[str, Callable[[Coverage], Any]] = {
     "documents": lambda state: state.plan.documents,
     "documents_empty": lambda state: state.plan.documents_empty,
     "documents_repaired": lambda state: state.plan.documents_repaired,
+    "documents_skipped": lambda state: state.plan.documents_skipped,
+    "skipped": lambda state: list(state.plan.skipped),
     "tokens_planned": lambda state: state.plan.tokens,
     "tokens_done": lambda state: state.tokens_done,
     "bytes_done": lambda state: state.bytes_done,
@@ -185,6 +188,9 @@ def print_status(console: Console, looked: list[Looked]) -> None:
     for state in (one.state for one in looked if one.state is not None):
         if not state.complete:
             print_line(console, str(state))
+        if skipped := state.plan.documents_skipped:
+            names = ", ".join(map(repr, state.plan.skipped[:3])) + " and others" * (skipped > 3)
+            print_line(console, f"{state.dataset}: {skipped:,} documents that cannot be rendered are skipped: {names}")
         for shard, reason in state.wrong.items():
             print_line(console, f"{state.dataset}: shard {shard} does not hold: {reason}")
 

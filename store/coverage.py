@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def coverage(path: Path | str, dataset: str) -> Coverage:
         bytes_done=sum(each["bytes"] for found in objects.values() for each in found),
         seconds=sum(record.get("seconds", 0.0) for record in done.values()),
         sums={shard: _hash([record.get("token_crc32c"), *objects[shard]]) for shard, record in done.items()},
-        digest=_hash([asdict(plan), [[shard, *objects[shard]] for shard in sorted(objects)]]),
+        digest=_hash([plan.record(), [[shard, *objects[shard]] for shard in sorted(objects)]]),
     )
 
 

@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ class CaptureGroup(PlannedGroup):
             changes[f"{name}/zarr.json"] = spec.metadata(len(values))
             for start in range(0, len(values), spec.step):
                 changes[f"{name}/{spec.key(start // spec.step)}"] = spec.encode(values[start : start + spec.step])
-        changes["token/plan.json"] = as_json(asdict(Plan()))
+        changes["token/plan.json"] = as_json(Plan().record())
         group._change(changes, still=lambda: group.objects.get(group._key("zarr.json")) is None)
         facts = layout.attrs() | {"schema_version": SCHEMA_VERSION, "identity": identity}
         metadata = group_metadata({**attrs, **facts})

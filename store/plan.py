@@ -1,10 +1,15 @@
 """What planning leaves behind: rows of tokens, and one record of how far the text has become rows."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 MOST = 2**40  # of anything; a record that was damaged must not have millions of millions of shards looked for
+
+
+SKIPPED_NAMED = 100  # arbitrary: all are counted
+LATER = ("documents_skipped", "skipped")  # fields that plans of older versions do not have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +34,21 @@ class Plan:
     rows_of_next_document: int = 0
     """Rows of document number `documents` that are planned already: a document may end in a later shard."""
 
+    documents_skipped: int = 0
+    """Documents without a row because they cannot be rendered, where that was allowed; among `documents_empty`."""
+    skipped: tuple[str, ...] = ()
+    """Names of the first `SKIPPED_NAMED` of them."""
+
+    def record(self) -> dict[str, Any]:
+        """What is kept of it: without the fields that came later, where they say nothing."""
+        return {name: value for name, value in asdict(self).items() if name not in LATER or value}
+
     def __post_init__(self) -> None:
+        if not all(isinstance(name, str) for name in self.skipped):
+            raise ValueError(f"says skipped {self.skipped!r:.80}, which it cannot be")
         for name, value in asdict(self).items():
+            if name == "skipped":
+                continue
             whole = type(value) is int and 0 <= value <= MOST
             if not (type(value) is bool if name == "complete" else whole):
                 raise ValueError(f"says {name} {value!r:.80}, which it cannot be")

@@ -7,7 +7,6 @@ shard, perhaps over a network. Making a group and committing shards is `store.gr
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from zarr.storage import MemoryStore
 
 from store.layout import ROW_CHUNK, SCHEMA_VERSION, ArraySpec, Layout
 from store.objects import open_objects
-from store.plan import Plan, Rows
+from store.plan import LATER, Plan, Rows
 from store.records import as_json, parse_record
 
 MOST_SHARDS = 2**22  # of the default size, a million million tokens (arbitrary)
@@ -112,9 +111,9 @@ class PlannedGroup:
         try:
             if unknown := record.keys() - Plan.__dataclass_fields__.keys():
                 raise ValueError(f"holds what no plan has: {sorted(unknown)}")
-            if missing := Plan.__dataclass_fields__.keys() - record.keys():
+            if missing := Plan.__dataclass_fields__.keys() - record.keys() - set(LATER):
                 raise ValueError(f"lacks what a plan has: {sorted(missing)}")
-            return Plan(**record)
+            return Plan(**record | {"skipped": tuple(record.get("skipped", ()))})
         except ValueError as error:
             raise ValueError(f"{self.path}/{self._key('token/plan.json')} {error}; {self.remedy}") from error
 
@@ -169,9 +168,9 @@ class PlannedGroup:
             if spec.grows:
                 changes[f"{name}/zarr.json"] = spec.metadata(plan.documents if name == "name" else plan.rows)
         if plan.complete:
-            counts = {k: v for k, v in asdict(plan).items() if k not in ("complete", "rows_of_next_document")}
+            counts = {k: v for k, v in plan.record().items() if k not in ("complete", "rows_of_next_document")}
             changes["zarr.json"] = group_metadata({**self.attrs, **counts})
-        self._change(changes | {"token/plan.json": as_json(asdict(plan))}, still=lambda: self.plan == before)
+        self._change(changes | {"token/plan.json": as_json(plan.record())}, still=lambda: self.plan == before)
 
     def _appended(self, name: str, spec: ArraySpec, size: int, values: np.ndarray) -> dict[str, bytes]:
         """The objects of an array of `size` entries that change when these values follow."""

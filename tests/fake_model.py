@@ -161,10 +161,11 @@ class FakeRun:
         self.store, self.layout, self.batch_tokens = store, layout or fake_layout(), batch_tokens
         self.config = SimpleNamespace(
             bos=bos, limit_documents=limit_documents, store_path=str(store), retry_quarantined=retry_quarantined,
+            skip_unrenderable=False,
             model="fake", quantization="none",
         )  # fmt: skip
         self.identity = {"model": "fake", "bos": bos, "sequence_length": self.layout.sequence_length} | (identity or {})
-        self.device = "cpu"
+        self.device, self.quantization = "cpu", "none"
         self.tokenizer = FakeTokenizer()
         layout = self.layout
         self.make_engine: Callable[[], Engine] = partial(

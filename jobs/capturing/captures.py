@@ -106,7 +106,14 @@ def _opened(run: "Run", name: str, source: Source) -> Iterator[Capture]:
     with lease(CaptureGroup(config.store_path, name)) as held:
         group = run.open_group(prepared)
         before = _healed(group, retry_quarantined=config.retry_quarantined)
-        planner = Planner(group, source, run.tokenizer, bos=config.bos, limit_documents=config.limit_documents)
+        planner = Planner(
+            group,
+            source,
+            run.tokenizer,
+            bos=config.bos,
+            limit_documents=config.limit_documents,
+            skip_unrenderable=config.skip_unrenderable,
+        )
         yield Capture(name=name, source=source, group=group, lease=held, planner=planner, before=before)
 
 

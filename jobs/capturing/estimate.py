@@ -59,9 +59,10 @@ def estimate_tokens(run: Run, source: Source, sequence_length: int) -> TokenEsti
             sample.append((document, size))
         elif slot < SAMPLE_DOCUMENTS:
             sample[slot] = (document, size)
-    day = date.fromisoformat(run.config.template_date)
+    day, skip = date.fromisoformat(run.config.template_date), run.config.skip_unrenderable
     tokenizer = load_tokenizer(run.model, run.model_commit, template_date=day)  # which has no limit
-    tokens = np.array([len(ids) for _, ids, _ in encode([document for document, _ in sample], tokenizer)], float)
+    encoded = encode([document for document, _ in sample], tokenizer, skip_unrenderable=skip)
+    tokens = np.array([len(ids) for _, ids, _ in encoded], float)
     sizes = np.array([size for _, size in sample], float)
     counts = np.array(characters, float)
     if (limit := run.config.limit_tokens) is not None:

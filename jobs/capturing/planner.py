@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from jobs.console.terminal import log
 from jobs.sources.documents import Document, Source
 from store.group import CaptureGroup
 from store.layout import MISSING_ROLE
-from store.plan import Plan, Rows
+from store.plan import SKIPPED_NAMED, Plan, Rows
 from workers.text import Unrenderable
 from workers.text.rows import BosRule, document_rows, padded
 from workers.text.tokenizer import TextTokenizer
@@ -41,17 +42,19 @@ class _Seen:
     name: str
     empty: bool
     repaired: bool
+    skipped: bool
 
 
 def encode(
-    documents: Sequence[Document], tokenizer: TextTokenizer
+    documents: Sequence[Document], tokenizer: TextTokenizer, *, skip_unrenderable: bool = False
 ) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
     """Token ids of each document, and for conversations the role of each token.
 
     Raises
     ------
     Unrenderable
-        The chat template cannot take a document; the message names it.
+        The chat template cannot take a document; the message names it. Where such documents are skipped, one has no
+        tokens, and its `fault` says why.
     """
     texts = iter(tokenizer.encode_batch([d.text for d in documents if d.messages is None]))
     for document in documents:
@@ -63,20 +66,28 @@ def encode(
             beside = {"tools": document.tools, "documents": document.documents}
             try:
                 encoded = tokenizer.chat(document.messages, **{k: v for k, v in beside.items() if v is not None})
+            except Unrenderable as error:
+                if not skip_unrenderable:
+                    raise Unrenderable(
+                        f"document {document.name!r}: {error}; --skip_unrenderable leaves such documents out"
+                    ) from error
+                document, encoded = replace(document, fault=str(error)), (np.empty(0, np.int32), np.empty(0, np.uint8))
             except ValueError as error:
-                kind = Unrenderable if isinstance(error, Unrenderable) else ValueError
-                raise kind(f"document {document.name!r}: {error}") from error
+                raise ValueError(f"document {document.name!r}: {error}") from error
             yield document, *encoded
 
 
-def default_sequence_length(source: Source, tokenizer: TextTokenizer, limit_documents: int | None) -> int:
+def default_sequence_length(
+    source: Source, tokenizer: TextTokenizer, limit_documents: int | None, *, skip_unrenderable: bool = False
+) -> int:
     """P: the smallest power of two that holds the longest of the first 1,000 documents; 16 to 2,048.
 
     Known before the data set is tokenized, and the same every time.
     """
     longest = 0
     for batch in _batches(islice(source.documents(), min(1000, limit_documents or 1000))):
-        longest = max([longest, *(len(ids) for _, ids, _ in encode(batch, tokenizer))])
+        encoded = encode(batch, tokenizer, skip_unrenderable=skip_unrenderable)
+        longest = max([longest, *(len(ids) for _, ids, _ in encoded)])
         if longest > SEQUENCE_LENGTHS[-1]:
             break
     return min((length for length in SEQUENCE_LENGTHS if length >= longest), default=SEQUENCE_LENGTHS[-1])
@@ -91,7 +102,7 @@ class Planner:
         Where the rows go; its plan says where to begin.
     source, tokenizer
         Those that the group's identity names.
-    bos, limit_documents
+    bos, limit_documents, skip_unrenderable
         As configured.
     """
 
@@ -103,9 +114,10 @@ class Planner:
         *,
         bos: BosRule = "none",
         limit_documents: int | None = None,
+        skip_unrenderable: bool = False,
     ) -> None:
         self.group, self.source, self.tokenizer = group, source, tokenizer
-        self.bos, self.limit_documents = bos, limit_documents
+        self.bos, self.limit_documents, self.skip_unrenderable = bos, limit_documents, skip_unrenderable
         self.layout = group.layout
         self.plan = group.plan
         self._rows: deque[_PlannedRow] = deque()
@@ -126,7 +138,7 @@ class Planner:
         skip = self.plan.rows_of_next_document
         document = self.plan.documents
         for batch in _batches(islice(self.source.documents(document), self._remaining(document))):
-            for item, ids, roles in encode(batch, self.tokenizer):
+            for item, ids, roles in encode(batch, self.tokenizer, skip_unrenderable=self.skip_unrenderable):
                 self._add(document, item, ids, roles, skip)
                 document, skip = document + 1, 0
                 while len(self._rows) >= step:
@@ -149,7 +161,10 @@ class Planner:
             windows = document_rows(ids, self.layout.sequence_length, bos=self.bos, bos_id=self.tokenizer.bos_id)
         except ValueError as error:
             raise ValueError(f"document {document} ({item.name!r}): {error}") from error
-        self._seen.append(_Seen(item.name, empty=not windows, repaired=item.repaired))
+        if item.fault is not None:
+            log(f"{self.group.dataset}: document {document} ({item.name!r}) is skipped: {item.fault}")
+        skipped = item.fault is not None
+        self._seen.append(_Seen(item.name, empty=not windows, repaired=item.repaired, skipped=skipped))
         for index, (offset, tokens, has_bos) in enumerate(windows):
             if index < skip:
                 continue
@@ -175,6 +190,8 @@ class Planner:
             documents=following,
             documents_empty=self.plan.documents_empty + sum(item.empty for item in seen),
             documents_repaired=self.plan.documents_repaired + sum(item.repaired for item in seen),
+            documents_skipped=self.plan.documents_skipped + sum(item.skipped for item in seen),
+            skipped=(*self.plan.skipped, *(item.name for item in seen if item.skipped))[:SKIPPED_NAMED],
             pairs_cut=self.plan.pairs_cut + sum(row.cut for row in rows),
             rows_of_next_document=begun,
         )

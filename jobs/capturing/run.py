@@ -185,7 +185,9 @@ class Run:
         if next(iter(source.documents()), None) is None:
             raise ValueError(f"{name}: the data set holds no document")
         length = config.sequence_length or self._settled(name, "sequence_length")
-        length = length or default_sequence_length(source, self.tokenizer, config.limit_documents)
+        length = length or default_sequence_length(
+            source, self.tokenizer, config.limit_documents, skip_unrenderable=config.skip_unrenderable
+        )
         if length > model["max_position_embeddings"]:
             raise ValueError(
                 f"--sequence_length is {length}, and {model['model']} has {model['max_position_embeddings']} positions"
@@ -221,6 +223,7 @@ class Run:
             "limit_tokens": config.limit_tokens,
             "schema_version": SCHEMA_VERSION,
             "routing_version": ROUTING_VERSION,
+            "skip_unrenderable": config.skip_unrenderable,
             "template_date": self.tokenizer.template_date if layout.roles else None,
         }
         return Prepared(name=name, source=source, layout=layout, identity=identity_of(fields))

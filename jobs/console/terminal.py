@@ -127,6 +127,7 @@ def planned(plan: Plan, published: int | None) -> str:
         parts[0] += f" ({published:,} published)"
     parts += [f"{plan.documents_empty:,} of them empty"] * bool(plan.documents_empty)
     parts += [f"{plan.documents_repaired:,} with bytes that are no text replaced"] * bool(plan.documents_repaired)
+    parts += [f"{plan.documents_skipped:,} skipped, which cannot be rendered"] * bool(plan.documents_skipped)
     return ", ".join([*parts, f"{plan.rows:,} rows, {plan.tokens:,} tokens"])
 
 

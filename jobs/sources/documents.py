@@ -32,6 +32,8 @@ class Document:
     """The documents that a conversation refers to; None where it has none."""
     repaired: bool = False
     """Whether something in the text or the messages was replaced by U+FFFD."""
+    fault: str | None = None
+    """Why it cannot be rendered, for a document that is skipped."""
 
     @property
     def characters(self) -> int:

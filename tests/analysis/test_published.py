@@ -327,7 +327,7 @@ def test_a_failed_capture_is_no_verdict(
     def lost(*_: object) -> None:
         raise RuntimeError("the GPU is lost")
 
-    monkeypatch.setattr(DrawingRun, "order", lost)
+    monkeypatch.setattr(DrawingRun, "assignment", lost)
     done = run(command, files["c4"], files["github"])
     assert (done.status, done.out) == (2, "")
     assert "error: the GPU is lost" in done.err
