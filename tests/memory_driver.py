@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 if __name__ == "__main__":
@@ -17,6 +18,7 @@ if __name__ == "__main__":
 import numpy as np
 from fake_model import FakeRun, FakeTokenizer, fake_layout
 
+from jobs.capturing import local
 from jobs.capturing.captures import capture_datasets
 from jobs.capturing.local import capture_here
 from jobs.capturing.planner import Planner
@@ -54,6 +56,23 @@ class TableEngine:
         return lambda: {"expert": self.expert[ids], "weight": self.weight[ids]}
 
 
+class LateWriter:
+    """Stands in for the thread that writes, and lags as far as it may: it writes when it is waited for.
+
+    How far a thread lags, and whether its peak falls together with that of the one that computes, is chance.
+    """
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def submit(self, work: Callable[[], Any]) -> SimpleNamespace:
+        """Stands in for a future."""
+        return SimpleNamespace(result=work)
+
+    def shutdown(self) -> None:
+        """There is no thread."""
+
+
 def documents(count: int) -> Source:
     """So many documents, made as they are read."""
 
@@ -73,6 +92,7 @@ def plan(tokens: int, store: Path) -> None:
 
 def capture(tokens: int, store: Path) -> None:
     """Fill every shard."""
+    local.ThreadPoolExecutor = LateWriter  # type: ignore[assignment, misc]
     run: Any = FakeRun(store, LAYOUT, batch_tokens=32_768)
     run.tokenizer, run.make_engine = NumberTokenizer(), TableEngine
     capture_datasets(run, [("fake", documents(tokens // DOCUMENT_TOKENS))], capture_here)
