@@ -7,6 +7,7 @@ Exit status and messages are those of `jobs/capture.py`. With `stay`, it keeps i
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from fake_model import text_source
-from faulty_model import faulty_run, numbered_texts
+from faulty_model import CLOCK, Script, faulty_run, numbered_texts
 
-from jobs.capturing import dispatch
+from jobs.capturing import dispatch, loop
 from jobs.capturing import planner as plan
 from jobs.capturing.captures import capture_datasets, exit_status
 from jobs.capturing.local import capture_here
@@ -31,10 +32,29 @@ lease.RENEW_S = 1.0
 dispatch.PAUSES_S = (0.0, 2.0)
 
 
+class Clock:
+    """The clock of the loop, which goes ahead as the script says: workers are late or hung when a test wants it.
+
+    Parameters
+    ----------
+    script
+        See `faulty_model.Script`.
+    """
+
+    def __init__(self, script: Script) -> None:
+        self.script, self.ahead_s = script, 0.0
+
+    def monotonic(self) -> float:
+        """Stands in for `time.monotonic`."""
+        self.ahead_s += float(self.script.next(CLOCK) or 0)
+        return time.monotonic() + self.ahead_s
+
+
 def main(arguments: list[str]) -> int:
     """Capture; 0 when complete."""
     given: dict[str, Any] = json.loads(arguments[0])
     store, script, stay = given.pop("store"), Path(given.pop("script")), given.pop("stay", False)
+    loop.time = Clock(Script(script))  # type: ignore[assignment]
     clusters.PLACELESS_S = given.pop("placeless_s", clusters.PLACELESS_S)
     source, seconds = text_source(numbered_texts(given.pop("shards"))), given.pop("seconds")
     config = CaptureConfig(store=store, **given)

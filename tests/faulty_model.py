@@ -20,7 +20,7 @@ from fake_model import FakeEngine, FakeRun, fake_layout, word_id, words
 
 from workers.shard import DeviceLost, Routes, RoutingError
 
-LOAD = "load"
+LOAD, CLOCK = "load", "clock"
 TOKENS_A_SHARD = 32  # of the layout of `fake_model`: four rows of eight
 FIRST_ID = 2
 WORDS = {word_id(word): word for word in (f"w{number}" for number in range(20_000))}
@@ -41,7 +41,8 @@ class Script:
 
     Acts are "raise" (as a router that cannot be believed), "storage" (a disk that is full), "device" (a GPU that is
     gone), "die" (SIGKILL), "slow" (for a load: its shards take ten times as long), and "hold", which stays the first
-    line: it lasts until the script is another.
+    line: it lasts until the script is another. Those of `CLOCK` are seconds by which the driver's clock goes ahead, one
+    each time that it is looked at.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,21 +66,26 @@ class Script:
         """Note an attempt and do what stands first, which is told."""
         with (self.folder / "attempts").open("a") as notes:
             notes.write(f"{what} {os.getpid()} {os.getppid()} {time.time():.3f}\n")
-        acts = self._acts(what)
-        if acts[:1] == ["hold"]:
+        if self._acts(what)[:1] == ["hold"]:
             while self._acts(what)[:1] == ["hold"]:
                 time.sleep(0.02)
             return "hold"
-        self.write(what, *acts[1:])
-        match acts[:1]:
-            case ["raise"]:
+        match act := self.next(what):
+            case "raise":
                 raise RoutingError("layer 0 chose as the script says")
-            case ["storage"]:
+            case "storage":
                 raise OSError(errno.ENOSPC, "No space left on device")
-            case ["device"]:
+            case "device":
                 raise DeviceLost("the device is gone")
-            case ["die"]:
+            case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
+        return act
+
+    def next(self, what: object) -> str:
+        """Take the first act away, and tell it; empty where there is none."""
+        acts = self._acts(what)
+        if acts:
+            self.write(what, *acts[1:])
         return acts[0] if acts else ""
 
     def _acts(self, what: object) -> list[str]:

@@ -7,8 +7,10 @@ experts, shards of the default size. The model is a table, so that arrays are ma
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 if __name__ == "__main__":
@@ -17,11 +19,13 @@ if __name__ == "__main__":
 import numpy as np
 from fake_model import FakeRun, FakeTokenizer, fake_layout
 
+from jobs.capturing import local
 from jobs.capturing.captures import capture_datasets
 from jobs.capturing.local import capture_here
 from jobs.capturing.planner import Planner
 from jobs.sources.documents import Document, Source
 from store.layout import default_rows_per_shard
+from workers.replica import Replica
 from workers.shard import Routes
 
 LAYERS, POSITIONS, DOCUMENT_TOKENS = tuple(range(32)), 512, 400
@@ -54,6 +58,38 @@ class TableEngine:
         return lambda: {"expert": self.expert[ids], "weight": self.weight[ids]}
 
 
+class LateWriter:
+    """Stands in for the thread that writes, and for what lets it write one shard at a time: it lags as far as it may.
+
+    A shard is written when the next one is computed, in the thread that computed it. How far a thread lags, and whether
+    its peak falls together with that of the one that computes, is chance.
+    """
+
+    def __init__(self) -> None:
+        self._commit: Callable[[], object] = lambda: None
+
+    def submit(self, commit: Callable[[], object]) -> SimpleNamespace:
+        """Stands in for the future of what is written."""
+        self._commit = cache(commit)
+        return SimpleNamespace(result=self._commit)
+
+    def acquire(self) -> None:
+        """The next shard is computed."""
+        self._commit()
+
+    def release(self) -> None:
+        """A shard is written."""
+
+    def shutdown(self) -> None:
+        """There is no thread."""
+
+    def replica(self, *arguments: Any) -> Replica:
+        """A worker whose shards it writes."""
+        made = Replica(*arguments)
+        made._writing = self  # type: ignore[assignment]
+        return made
+
+
 def documents(count: int) -> Source:
     """So many documents, made as they are read."""
 
@@ -73,6 +109,9 @@ def plan(tokens: int, store: Path) -> None:
 
 def capture(tokens: int, store: Path) -> None:
     """Fill every shard."""
+    writer = LateWriter()
+    local.ThreadPoolExecutor = lambda *_, **__: writer  # type: ignore[assignment, misc]
+    local.Replica = writer.replica  # type: ignore[assignment, misc]
     run: Any = FakeRun(store, LAYOUT, batch_tokens=32_768)
     run.tokenizer, run.make_engine = NumberTokenizer(), TableEngine
     capture_datasets(run, [("fake", documents(tokens // DOCUMENT_TOKENS))], capture_here)

@@ -13,17 +13,25 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from patience import HUNG_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 NODE = "127.0.0.2"  # loopback too; Ray replaces 127.0.0.1 with the address that other machines see
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+PATIENT = {  # Ray gives what starts half a minute or a minute, which on a busy machine is not enough
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(HUNG_S),
+    "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": str(HUNG_S),
+    "RAY_raylet_start_wait_time_s": str(HUNG_S),
+    "RAY_worker_register_timeout_seconds": str(HUNG_S),
+    "RAY_agent_register_timeout_ms": str(1000 * HUNG_S),
+    "RAY_health_check_timeout_ms": str(1000 * HUNG_S),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +52,7 @@ class Head:
         """Run a command that may use the head."""
         environment = {**self.environment, **also}
         return subprocess.run(
-            list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
+            list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=HUNG_S
         )
 
     def submit(self, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -73,6 +81,7 @@ def ray_head(cwd: Path, **also: str) -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
+        **PATIENT,
         **also,
     }
     (folder / "token").write_text(os.urandom(32).hex())
@@ -124,15 +133,15 @@ def end_tree(process: subprocess.Popen[bytes]) -> None:
     for one in alive:
         one.kill()
     process.kill()
-    process.wait(10)
+    process.wait(HUNG_S)
 
 
 def _wait_for(port: int, head: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end and head.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"no head came up:\n{log.read_text()}")
+    def listens() -> bool:
+        assert head.poll() is None, f"no head came up:\n{log.read_text()}"
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=HUNG_S).close()
+            return True
+        return False
+
+    wait_until(listens, "the head's dashboard listens")

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
-from ray_head import NODE
+from ray_head import NODE, PATIENT
 
-HEALTH = {  # a node is taken for lost 1.5 s after its raylet stopped listening, not 30 s
+HEALTH = {  # a node is taken for lost 1.5 s after its raylet stopped listening, not 30 s; one that is slow is not
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_failure_threshold": "3",
@@ -80,6 +80,7 @@ def ray_nodes(count: int, path: Path) -> Iterator[Nodes]:
         "RAY_AUTH_TOKEN": os.urandom(32).hex(),
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": str(path),
+        **PATIENT,
         **HEALTH,
     }
     with (folder / "log").open("w") as log:

@@ -5,7 +5,7 @@ Each request that is to be broken has one fault, and the next try of it goes thr
 - "503", "500": refused before the server has seen it;
 - "reset": the connection is closed in the middle of the request, which the server never sees;
 - "lost": the server does it, and the answer is lost with the connection;
-- "stall": the server does it, and the answer comes too late;
+- "stall": the server does it, and the answer does not come before the client has given up;
 - "cut": the answer's body ends too early.
 """
 
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from patience import HUNG_S
+
 FAULTS = ("503", "500", "reset", "lost", "stall", "cut")
-STALL_S = 3.0
 Fault = Callable[[str, str], str | None]
 """From method and key of a request to the fault that it has, if any."""
 
@@ -71,7 +72,7 @@ class Proxy(ThreadingHTTPServer):
         self, method: str, path: str, headers: dict[str, str], body: bytes
     ) -> tuple[int, dict[str, str], bytes]:
         """What the server answers."""
-        connection = http.client.HTTPConnection(str(self.server.hostname), self.server.port, timeout=60)
+        connection = http.client.HTTPConnection(str(self.server.hostname), self.server.port, timeout=HUNG_S)
         with contextlib.closing(connection):
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
@@ -98,7 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "lost":
             return self.hang_up()
         if fault == "stall":
-            time.sleep(STALL_S)
+            self.connection.settimeout(HUNG_S)
+            self.rfile.read(1)  # nothing, when the client closes the connection
+            return self.hang_up()
         self.send(status, headers, data, cut=fault == "cut" and len(data) > 1)
         return None
 

@@ -1,10 +1,11 @@
 """A real S3 server on loopback, in a process of its own; tests import its fixtures `server_address` and `new_store`."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
-import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -13,8 +14,7 @@ from typing import Any
 
 import pytest
 from obstore.store import S3Store
-
-STARTS_WITHIN_S = 60
+from patience import HUNG_S, wait_until
 
 
 def start_server() -> tuple[subprocess.Popen[bytes], str]:
@@ -25,22 +25,22 @@ def start_server() -> tuple[subprocess.Popen[bytes], str]:
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + STARTS_WITHIN_S
-    while True:
-        try:
-            urllib.request.urlopen(f"{address}/moto-api/", timeout=5).close()
-        except OSError:
-            assert process.poll() is None, f"the S3 server ended with status {process.returncode}"
-            assert time.monotonic() < deadline, "the S3 server does not answer"
-            time.sleep(0.05)
-        else:
-            return process, address
+
+    def answers() -> bool:
+        assert process.poll() is None, f"the S3 server ended with status {process.returncode}"
+        with contextlib.suppress(ConnectionError, urllib.error.URLError):
+            urllib.request.urlopen(f"{address}/moto-api/", timeout=HUNG_S).close()
+            return True
+        return False
+
+    wait_until(answers, "the S3 server answers")
+    return process, address
 
 
 def stop_server(process: subprocess.Popen[bytes]) -> None:
     """End the server, and nothing else."""
     process.terminate()
-    process.wait(20)
+    process.wait(HUNG_S)
 
 
 def make_bucket(address: str) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from bucket import Bucket
 from fake_model import TEXTS, FakeRun, fake_layout, text_source
+from patience import HUNG_S, NEVER_S
 
 import workers.replica
 import workers.shard
@@ -36,7 +37,6 @@ from store.planned import PlannedGroup
 STORE, NAME = "simulated.zarr", "fake"
 ACTS = ("put", "put_new", "put_over", "delete", "clear", "settle")
 LOOKS = ("get", "get_many", "size_bytes", "sizes", "list", "folders")
-WAIT_S = 60
 _here = threading.local()
 
 
@@ -72,7 +72,7 @@ class Process:
         """Whatever reads the store comes here first."""
         if self.steps == self.stops_at:
             self._reports.put("stands still")
-            self.dead |= not self._go_on.wait(WAIT_S)
+            self.dead |= not self._go_on.wait(HUNG_S)
             self._go_on.clear()
         self.steps += 1
         if self.dead:
@@ -124,7 +124,7 @@ class Process:
         self.go_on()
 
     def _stands_still(self) -> bool:
-        return self._reports.get(timeout=WAIT_S) == "stands still"
+        return self._reports.get(timeout=HUNG_S) == "stands still"
 
 
 class Watched:
@@ -216,7 +216,7 @@ def simulation(make: Callable[[str], Objects]) -> Iterator[None]:
             patch.setattr(module, "open_objects", opened)
         patch.setattr(lease, "_holder", holder)
         patch.setattr(lease, "_is_stale", lambda group, other: is_gone(other["process"]))
-        patch.setattr(lease, "RENEW_S", 1e6)  # who stands still does not notice that it was overtaken
+        patch.setattr(lease, "RENEW_S", NEVER_S)  # who stands still does not notice that it was overtaken
         patch.setattr(lease, "time", SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0))
         for module in (local, verification):
             patch.setattr(module, "ThreadPoolExecutor", _AtOnce)

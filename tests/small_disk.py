@@ -17,10 +17,11 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from fake_model import TEXTS, fake_capture, store_files
+from patience import NEVER_S
 
 from jobs.capturing.captures import exit_status
 from jobs.console.terminal import run_job
-from store import coverage
+from store import coverage, lease
 from store.objects import LocalObjects
 
 
@@ -64,6 +65,7 @@ def read_only_at(folder: Path, key: str) -> Callable[[LocalObjects, str, bytes],
 
 if __name__ == "__main__":
     disk = Path(sys.argv[1])
+    lease.RENEW_S = NEVER_S  # a renewal takes room
     mount(disk, "size=16k")
     run(disk, "full")
     for kilobytes in (64, 112):

@@ -34,6 +34,7 @@ from fake_model import TEXTS, fake_capture, fake_layout
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from more import MORE
+from patience import HUNG_S
 
 from analysis.explorer.live import Explorer
 from analysis.explorer.site import site
@@ -52,7 +53,7 @@ from workers.text.tokenizer import TextTokenizer, load_tokenizer
 from workers.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
-pytestmark = [pytest.mark.timeout(180 * MORE), pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.timeout(3 * HUNG_S * MORE), pytest.mark.filterwarnings("default")]
 
 CLEAR = (ValueError, OSError, RuntimeError)  # what `jobs.console.terminal.run_job` makes one line of
 UNCLEAR = (RecursionError, NotImplementedError, UnicodeError)  # though they are of those classes
@@ -312,7 +313,7 @@ def test_a_damaged_parquet_file_is_read_or_refused_by_name_and_crashes_nothing(t
     script = ["bash", "-c", 'ulimit -v 16000000; exec "$@"', "-", sys.executable, "-c", PARQUET, good, bad, seed]
     environment = {**os.environ, "PYTHONPATH": "."}
     done = subprocess.run(
-        [*script, str(80 * MORE)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170 * MORE
+        [*script, str(80 * MORE)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HUNG_S * MORE
     )
     assert done.returncode == 0, (seed, done.stderr[-3000:])
     assert int(done.stdout) > 10
@@ -610,7 +611,7 @@ ASKED = st.lists(st.tuples(KEY, NUMBER | VALUE | st.text(max_size=6).map(quote))
 
 
 def answer(port: int, request: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=HUNG_S) as connection:
         connection.sendall(request)
         found = b""
         while block := connection.recv(65_536):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 
 import pytest
+from patience import HUNG_S
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("store", "workers", "analysis", "jobs")
@@ -211,7 +212,7 @@ def started(form: str, script: str, arguments: list[str], cwd: Path) -> subproce
     if form == "module":
         environment["PYTHONPATH"] = str(ROOT)
     return subprocess.run(
-        [*FORMS[form](script), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+        [*FORMS[form](script), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=HUNG_S
     )
 
 

@@ -26,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from patience import HUNG_S
 from ray_head import ray_head
 from s3_server import bucket_files, new_store, server_address  # noqa: F401
 
@@ -263,7 +264,7 @@ def test_a_driver_on_a_cluster_knows_no_type_that_unpickles(tmp_path: Path) -> N
     script = (
         "import jobs.cluster.ray_workers, sys; print([name for name in sys.modules if name.startswith('ray.data')])"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=HUNG_S)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
 
 
@@ -275,7 +276,7 @@ def test_a_script_among_a_hub_s_data_is_refused_and_not_run(tmp_path: Path) -> N
     with FakeHub({"datasets/org/words": files}) as hub:
         environment = hub.environment(tmp_path / "home")
         command = [sys.executable, "-c", read]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HUNG_S)
     assert "scripts are no longer supported, but found words.py" in done.stderr
     assert not (tmp_path / "touched").exists()
 
@@ -353,7 +354,7 @@ def test_what_an_error_quotes_commands_no_terminal(command: Command) -> None:
 
 def test_a_path_that_is_no_text_is_printed_all_the_same() -> None:
     script = "import jobs.console.terminal; jobs.console.terminal.run_job(lambda arguments: print(arguments[0]) or 0)"
-    done = subprocess.run([sys.executable, "-c", script, b"a\xff"], cwd=ROOT, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, b"a\xff"], cwd=ROOT, capture_output=True, timeout=HUNG_S)
     assert (done.returncode, done.stdout) == (0, b"a\\udcff\n"), done.stderr
 
 
@@ -481,7 +482,7 @@ from jobs.cluster.connection import connection
 with connection():
     dashboard = ray._private.worker._global_node.webui_url
     try:
-        urllib.request.urlopen(f"http://{dashboard}/api/jobs/", timeout=20).close()
+        urllib.request.urlopen(f"http://{dashboard}/api/jobs/").close()
         answer = 200
     except urllib.error.HTTPError as error:
         answer = error.code
@@ -498,7 +499,7 @@ def test_a_ray_that_a_job_starts_asks_for_a_token_that_nobody_else_can_read(tmp_
     environment |= {"HOME": str(tmp_path), "RAY_TMPDIR": str(short), "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", OWN], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150
+            [sys.executable, "-c", OWN], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HUNG_S
         )
     finally:
         shutil.rmtree(short, ignore_errors=True)
@@ -525,7 +526,7 @@ def test_a_job_on_a_cluster_leaves_no_secret_in_ray_s_logs(tmp_path: Path) -> No
     ]
     with ray_head(tmp_path) as head:
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{head.dashboard}/api/jobs/", timeout=20)
+            urllib.request.urlopen(f"{head.dashboard}/api/jobs/", timeout=HUNG_S)
         refused.value.close()
         ran = head.run(capture, tmp_path, RAY_ADDRESS=head.address, HF_TOKEN=SECRET)
         logs = {path: path.read_bytes() for path in head.folder.rglob("*") if path.is_file() and "logs" in path.parts}

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 import uvicorn
 from fake_model import fake_capture, fake_layout, words
+from patience import HUNG_S, wait_until
 
 from analysis.explorer.live import Explorer
 from analysis.explorer.site import site
@@ -47,7 +47,7 @@ def serving(explorer: Explorer) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(HUNG_S)
         listener.close()
 
 
@@ -82,7 +82,7 @@ def address(explorer: Explorer) -> Iterator[str]:
 def asked(url: str) -> tuple[int, dict[str, str], str]:
     """Status, headers and body of an answer, whatever it is; redirects are followed."""
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
+        with urllib.request.urlopen(url, timeout=HUNG_S) as answer:
             return answer.status, dict(answer.headers), answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -169,7 +169,7 @@ def test_what_cannot_be_shown_is_said_on_a_page(address: str, place: str, status
 
 
 def test_a_request_under_a_foreign_name_is_refused(address: str) -> None:
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=HUNG_S)
     hosts = {"evil.example": 400, "127.0.0.1.evil.example": 400, "127.0.0.1:1": 200, "localhost": 200, "[::1]:80": 200}
     for host, status in hosts.items():
         connection.request("GET", "/-/state.json", headers={"Host": host})
@@ -183,7 +183,7 @@ def test_a_request_under_a_foreign_name_is_refused(address: str) -> None:
 def test_nothing_can_be_written(address: str, method: str) -> None:
     request = urllib.request.Request(address + "/fake", method=method, data=b"x")
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=10)
+        urllib.request.urlopen(request, timeout=HUNG_S)
     refused.value.close()
     assert refused.value.code == 405
 
@@ -275,26 +275,18 @@ def test_what_a_running_capture_commits_is_shown_as_it_comes(tmp_path: Path) -> 
                 [found] = json.loads(asked(f"{address}/-/state.json")[2])["sets"]
                 return dict(found)
 
-            until(lambda: state()["indexed"] == 2)
+            wait_until(lambda: state()["indexed"] == 2, "the first shards are indexed")
             before = state()
             assert before["busy"]
             for file, data in kept.items():
                 file.write_bytes(data)
-            until(lambda: state()["indexed"] == 2 + len(kept))
+            wait_until(lambda: state()["indexed"] == 2 + len(kept), "all shards are indexed")
             assert state()["digest"] != before["digest"]
             assert not state()["busy"]
             assert state()["note"] == ""
     finally:
         stop.set()
-        following.join(20)
-
-
-def until(condition: Any, seconds: float = 60) -> None:
-    """Wait for a condition."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.1)
+        following.join(HUNG_S)
 
 
 def test_an_index_that_cannot_be_written_is_said_and_texts_are_shown_all_the_same(store: Path, tmp_path: Path) -> None:
@@ -330,6 +322,16 @@ def test_a_damaged_shard_is_said_on_the_page_of_its_text(store: Path, tmp_path: 
 # The command
 
 
+def state_at(address: str) -> list[dict[str, Any]]:
+    """How far each data set is."""
+    return list(json.loads(asked(f"{address}-/state.json")[2])["sets"])
+
+
+def all_indexed(address: str) -> bool:
+    """Whether all that is committed is indexed."""
+    return all(each["indexed"] == each["shards_done"] for each in state_at(address))
+
+
 def test_the_command_prints_its_address_and_ctrl_c_ends_it(store: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "explore.py"), str(store), "--port", "0", "--index", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
@@ -340,13 +342,9 @@ def test_the_command_prints_its_address_and_ctrl_c_ends_it(store: Path, tmp_path
         status, _, page = asked(address)
         assert status == 200
         assert "What do the experts do?" in page
-        until(
-            lambda: all(
-                s["indexed"] == s["shards_done"] for s in json.loads(asked(f"{address}-/state.json")[2])["sets"]
-            )
-        )
+        wait_until(lambda: all_indexed(address), "all shards are indexed")
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=HUNG_S)
         assert process.returncode == 0
         assert "shards indexed" in said
         assert "Traceback" not in said
@@ -417,12 +415,11 @@ def test_a_store_of_more_shards_than_files_may_be_open_is_explored(store: Path, 
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
-        sets = lambda: json.loads(asked(f"{address}-/state.json")[2])["sets"]
-        until(lambda: all(each["indexed"] == each["shards_done"] for each in sets()))
-        assert sum(each["indexed"] for each in sets()) >= 25, "beside which a server needs more than 15"
+        wait_until(lambda: all_indexed(address), "all shards are indexed")
+        assert sum(each["indexed"] for each in state_at(address)) >= 25, "beside which a server needs more than 15"
     finally:
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=HUNG_S)
     assert "Too many open files" not in said
 
 
@@ -446,12 +443,12 @@ def test_a_data_set_that_begins_later_is_shown_and_one_that_is_captured_anew_is_
     following = threading.Thread(target=explorer.follow, args=(stop,), daemon=True)
     following.start()
     try:
-        until(lambda: explorer.state("first")["indexed"] > 0)
+        wait_until(lambda: explorer.state("first")["indexed"] > 0, "the first data set is indexed")
         fake_capture(path, TEXTS[:1], name="second")
-        until(lambda: "second" in explorer.shown and not explorer.state("second")["busy"])
+        wait_until(lambda: "second" in explorer.shown and not explorer.state("second")["busy"], "the second one is")
     finally:
         stop.set()
-        following.join(20)
+        following.join(HUNG_S)
     shutil.rmtree(path / "first")
     fake_capture(path, [words(20, 77)], name="first", layout=fake_layout(vocab_size=1500), identity={"other": 1})
     explorer.refresh("first")

@@ -12,7 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 from fake_model import ROLES, fake_capture, fake_layout, words
 from synthetic import HOSTILE
 from test_explore import serving
-from test_report_browser import browser, until
+from test_report_browser import browser, patient, until
 
 import analysis.explorer.view
 from analysis.explorer.live import Explorer
@@ -60,7 +60,7 @@ def opened(browser: Any, request: pytest.FixtureRequest) -> Iterator[tuple[Any, 
     """A page, and everything that it said, asked for or popped up."""
     options = getattr(request, "param", {})
     context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
-    page = context.new_page()
+    page = patient(context).new_page()
     heard: dict[str, list[Any]] = {"console": [], "requests": [], "dialogs": []}
     page.on("console", lambda message: heard["console"].append(message.text))
     page.on("pageerror", lambda error: heard["console"].append(str(error)))
@@ -124,9 +124,9 @@ def test_a_link_shows_the_same_view_again(opened: Any, address: str, browser: An
     page.fill("#layer", "2")
     page.click("#text span:nth-child(5)")
     page.locator("#legend button").nth(1).click()
-    link, said = page.url, shown(page)
+    link, said = page.evaluate("location.href"), shown(page)
     assert all(re.search(part, link) for part in ("layer=2", r"expert=\d", "token=4"))
-    other = browser.new_context().new_page()
+    other = patient(browser.new_context()).new_page()
     go(other, link)
     assert shown(other) == said
     assert other.locator("#layer-number").inner_text() == "2"
@@ -243,9 +243,10 @@ def test_more_that_was_committed_is_offered_and_not_forced(opened: Any, explorer
     old = explorer.shown["some"]
     explorer.shown["some"] = replace(old, digest="another")
     try:
-        page.wait_for_selector("#state button:has-text('There is more now')", timeout=20_000)
+        page.wait_for_selector("#state button:has-text('There is more now')")
         page.focus("#state button")
-        page.wait_for_timeout(2500)
+        for _ in range(2):  # when the second answer comes, the first one is shown
+            page.wait_for_event("response", lambda answer: answer.url.endswith("/-/state.json"))
         assert page.evaluate("document.activeElement.textContent") == "There is more now: show it", "kept over a poll"
         page.keyboard.press("Enter")
         page.wait_for_selector("#state:has-text('some is incomplete')")

@@ -16,6 +16,7 @@ import pytest
 import torch
 import zarr
 from nbclient import NotebookClient
+from patience import HUNG_S
 from tokenizers import Tokenizer
 
 import store
@@ -24,7 +25,7 @@ from jobs.sources.demo import demo_source
 from workers.models.loading import load_model
 from workers.tiny import tiny_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # on a busy machine
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "analysis" / "examples" / "original_experiment.ipynb"
 DUMP = "import json\nopen('dictionaries.json', 'w').write(json.dumps([token_to_experts, expert_to_tokens]))"
@@ -64,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         for name in ("PYTHONPATH", "JUPYTER_PATH"):
             patch.delenv(name, raising=False)
         # Raises what a cell raises.
-        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+        NotebookClient(notebook, timeout=HUNG_S, resources={"metadata": {"path": str(folder)}}).execute()
     dictionaries = json.loads((folder / "dictionaries.json").read_text())
     cells = {cell.id: cell for cell in notebook.cells}
     return Run(cells=cells, store=folder / "notebook.zarr", dictionaries=dictionaries)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from patience import HUNG_S, wait_until
 from synthetic import HOSTILE, make_capture
 from test_report import contrasted
 
@@ -61,7 +62,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET), timeout=1000 * HUNG_S)
         yield browser
         browser.close()
 
@@ -71,25 +72,27 @@ def opened(browser, page_file, request):
     """The page, drawn, and everything that it said, asked for or popped up."""
     options = getattr(request, "param", {})
     context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
-    page = context.new_page()
+    page = patient(context).new_page()
     heard = {"console": [], "requests": [], "dialogs": []}
     page.on("console", lambda message: heard["console"].append((message.type, message.text)))
     page.on("pageerror", lambda error: heard["console"].append(("error", str(error))))
     page.on("request", lambda asked: heard["requests"].append(asked.url))
     page.on("dialog", lambda dialog: (heard["dialogs"].append(dialog.message), dialog.dismiss()))
     page.goto(page_file.as_uri())
-    page.wait_for_selector("body[data-drawn]", timeout=30_000)
+    page.wait_for_selector("body[data-drawn]")
     yield page, heard
     context.close()
 
 
+def patient(context):
+    """A browser's context that waits half a minute no more, but until what is waited for is taken for hung."""
+    context.set_default_timeout(1000 * HUNG_S)
+    return context
+
+
 def until(page, condition):
     """Wait for a condition; Playwright's own way needs `eval`, which the page's policy refuses."""
-    for _ in range(100):
-        if page.evaluate(condition):
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError(f"never came true: {condition}")
+    wait_until(lambda: page.evaluate(condition), condition)
 
 
 def table_of(figure):
@@ -186,11 +189,7 @@ def test_hovering_an_expert_leaves_its_own_links(opened, drawing):
     ends = [{(row["layer"], row["expert"]), (row["next_layer"], row["next_expert"])} for row in links]
     lit = [(own["layer"], own["expert"]) in both for both in ends]
     assert {True, False} == set(lit)
-    for _ in range(100):
-        if drawn_links(page) == lit:
-            break
-        page.wait_for_timeout(50)
-    assert drawn_links(page) == lit
+    wait_until(lambda: drawn_links(page) == lit, "the other links are dim")
     page.mouse.move(5, 5)
     until(page, "document.querySelectorAll('figure[data-kind=paths] .links_marks > [opacity=\"0.02\"]').length === 0")
     assert heard["console"] == []
@@ -297,7 +296,7 @@ def test_choosing_a_layer_changes_charts_and_tables_alike(opened, drawing):
 
 def test_hostile_text_is_shown_and_does_nothing(opened):
     page, heard = opened
-    page.wait_for_timeout(200)
+    page.evaluate("new Promise(done => requestIdleCallback(done))")
     assert page.query_selector("main img, header img") is None
     assert page.evaluate("document.querySelectorAll('script').length") == 3
     assert "<img src=x onerror=alert(9)>" in page.inner_text("header")

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from fake_hub import COMMIT, TOKEN, FakeHub
 from fake_model import store_files
+from patience import HUNG_S
 
 import store
 from jobs import status
@@ -500,7 +501,9 @@ def test_model_and_data_set_come_from_a_hub_with_the_token_of_a_env_file_and_aga
     command += ["--quantization", "none", "--store", "s.zarr"]
 
     def run(environment: dict[str, str], *more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *more], env=environment, cwd=work, capture_output=True, text=True, timeout=150)
+        return subprocess.run(
+            [*command, *more], env=environment, cwd=work, capture_output=True, text=True, timeout=HUNG_S
+        )
 
     names = ("org/tiny", "datasets/org/words")
     with FakeHub({"org/tiny": model, "datasets/org/words": data}, private=names) as hub:
@@ -539,7 +542,7 @@ def test_the_notebooks_rows_are_the_hubs_first_ones_cut_at_128_tokens(tmp_path: 
     command = [sys.executable, "-W", "error", str(ROOT / "jobs" / "capture.py"), "--preset", "notebook"]
     command += ["--local", "--model", "tiny", "--device", "cpu", "--store", str(tmp_path / "s.zarr")]
     with FakeHub({"datasets/Salesforce/wikitext": files}) as hub:
-        ran = subprocess.run(command, env=hub.environment(tmp_path), capture_output=True, text=True, timeout=150)
+        ran = subprocess.run(command, env=hub.environment(tmp_path), capture_output=True, text=True, timeout=HUNG_S)
     assert ran.returncode == 0, ran.stderr
     assert "8 documents, 4 of them empty, 4 rows" in ran.stderr
     data = store.open_capture(tmp_path / "s.zarr", "wikitext-wikitext-2-raw-v1").load()

@@ -20,6 +20,7 @@ import click
 import jsonschema
 import pytest
 import yaml
+from patience import HUNG_S
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"store", "workers", "jobs", "analysis"}
@@ -250,7 +251,7 @@ class Machine:
 
         (command,) = with_envs([command], {"RAY_HEAD_IP": "10.0.0.1"})
         environment = {"HOME": str(self.home), "PATH": f"{self.home}/bin:/usr/bin:/bin"}
-        subprocess.run(["bash", "-c", command], env=environment, cwd=self.home, check=True, timeout=20)
+        subprocess.run(["bash", "-c", command], env=environment, cwd=self.home, check=True, timeout=HUNG_S)
 
     @property
     def arguments(self) -> list[str]:

@@ -16,6 +16,7 @@ from fake_model import TEXTS, fake_capture, fake_layout, store_files, words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from more import MORE
+from patience import HUNG_S
 
 from store import coverage, dataset_names, open_capture
 
@@ -193,7 +194,9 @@ def test_ctrl_c_and_sigterm_in_a_real_capture_exit_130_and_143_and_the_same_comm
             while process.poll() is None and (not commits.exists() or len(os.listdir(commits)) < at_commits):
                 time.sleep(0.005)
             process.send_signal(number)
-            return subprocess.CompletedProcess([], process.wait(60), stderr=process.stderr and process.stderr.read())
+            return subprocess.CompletedProcess(
+                [], process.wait(HUNG_S), stderr=process.stderr and process.stderr.read()
+            )
 
     truth, folder = tmp_path / "truth", tmp_path / "stopped"
     for path in (truth, folder):
@@ -213,7 +216,7 @@ def test_ctrl_c_and_sigterm_in_a_real_capture_exit_130_and_143_and_the_same_comm
         assert not (folder / "routes.zarr" / "texts" / "token" / "lease.json").exists()
         done = state.shards_done
     subprocess.run(capture_command("routes.zarr"), cwd=folder, env=environment, check=True, capture_output=True)
-    assert undisturbed.wait(120) == 0
+    assert undisturbed.wait(HUNG_S) == 0
     assert comparable(folder / "routes.zarr") == comparable(truth / "routes.zarr")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import transformers
 from fake_model import fake_capture, fake_layout, word_id, words
+from patience import HUNG_S
 
 import store
 from workers.text.tokenizer import load_tokenizer
@@ -154,7 +155,7 @@ def test_what_may_not_be_read_or_written_is_named(
     else:
         tmp_path.chmod(0o555)
     script = [sys.executable, "-W", "error", "-c", WITHOUT_RIGHTS, "--dataset", str(text), *options]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=HUNG_S)
     tmp_path.chmod(0o755)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert (done.returncode, len(lines)) == (2, 1), done.stderr
@@ -214,7 +215,7 @@ def test_a_limit_on_the_size_of_files_ends_the_job_as_a_full_disk_does(
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); jobs.console.terminal.run_job(jobs.capture.main)"
     )
     command = [sys.executable, "-c", script, "--dataset", str(text), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HUNG_S)
     assert done.returncode == 2, done.stderr
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr

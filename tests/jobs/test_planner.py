@@ -27,6 +27,7 @@ from fake_model import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patience import HUNG_S
 
 from jobs.capturing import planner as planning
 from jobs.capturing.captures import capture_datasets, exit_status
@@ -459,7 +460,7 @@ class DeviceEngine(FakeEngine):
 
         def wait() -> Routes:
             following = self.started[number + 1 : number + 2]
-            assert all(event.wait(20) for event in following), f"the device waited after micro-batch {number}"
+            assert all(event.wait(HUNG_S) for event in following), f"the device waited after micro-batch {number}"
             return finish()
 
         return wait

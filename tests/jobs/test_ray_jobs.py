@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 from fake_model import store_files
 from faulty_model import TOKENS_A_SHARD, Script
+from patience import HUNG_S, wait_until
 from ray_head import ROOT, Head, free_ports, ray_head
 
 from store import CaptureGroup, coverage
@@ -30,7 +30,7 @@ CAPTURE = ["python", "jobs/capture.py", *OPTIONS]
 MADE_BY = 'f"{socket.gethostname()}:{os.getpid()}"'
 COMPLETE = "demo-prose: complete, 5 shards, 10,164 tokens"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 Ran = subprocess.CompletedProcess[str]
 
@@ -93,7 +93,7 @@ def ended(head: Head, job: str) -> dict[str, Any]:
     """What the head knows of a job."""
     token = (head.folder / "token").read_text()
     request = urllib.request.Request(f"{head.dashboard}/api/jobs/{job}", headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=HUNG_S) as answer:
         return dict(json.load(answer))
 
 
@@ -168,12 +168,11 @@ def test_resubmit_brings_a_capture_through_a_real_head(
 # --- What is refused ----------------------------------------------------------------------------------------------
 
 
-def refused(head: Head, store: Path, cwd: Path, **environment: str) -> list[str]:
-    """Lines of a command that ends with status 2, without those of Ray's libraries."""
-    started = time.monotonic()
+def refused(head: Head, store: Path, cwd: Path, *, tries: int = 0, **environment: str) -> list[str]:
+    """Lines of a command that ends with status 2 after so many tries of Ray's, without those of Ray's libraries."""
     ran = head.run([*CAPTURE, "--store", store], cwd, **environment)
     assert ran.returncode == 2, said(ran)
-    assert time.monotonic() - started < 120
+    assert said(ran).count("Failed to get cluster ID") == tries
     assert not store.exists()
     return [line for line in said(ran).splitlines() if not re.match(r"\[.*\] rpc_client|\[.*\] gcs_client", line)]
 
@@ -182,7 +181,7 @@ def test_a_client_without_the_cluster_s_token_is_refused_with_one_line(
     head: Head, copies: tuple[Path, Path], tmp_path: Path
 ) -> None:
     environment = {"RAY_ADDRESS": head.address, "RAY_AUTH_MODE": "disabled"}
-    (line,) = refused(head, tmp_path / "routes.zarr", copies[1], **environment)
+    (line,) = refused(head, tmp_path / "routes.zarr", copies[1], tries=5, **environment)  # Ray itself tries 20 times
     assert line.startswith("error: no Ray cluster: Failed to connect to Ray cluster at ")
     assert "it refuses this process's token: set RAY_AUTH_MODE=token" in line
 
@@ -229,9 +228,8 @@ def test_prometheus_finds_the_tokens_and_shards_of_a_job(head: Head, tmp_path: P
             "ray_expert_atlas_shards_outstanding{}": 0,
             "ray_expert_atlas_quarantined{}": 0,
         }
-        end = time.monotonic() + 60
-        while wanted.items() - (found := ours(head)).items() and driver.poll() is None and time.monotonic() < end:
-            time.sleep(0.5)
+        wait_until(lambda: wanted.items() <= ours(head).items() or driver.poll() is not None, "all metrics are there")
+        found = ours(head)
         _, errors = driver.communicate()
         assert wanted.items() <= found.items(), f"{found}\n{errors.decode()}"
         assert driver.returncode == 0
@@ -239,7 +237,7 @@ def test_prometheus_finds_the_tokens_and_shards_of_a_job(head: Head, tmp_path: P
 
 def ours(head: Head) -> dict[str, float]:
     """Our metrics on the head's page, without Ray's own labels."""
-    with urllib.request.urlopen(head.metrics, timeout=30) as answer:
+    with urllib.request.urlopen(head.metrics, timeout=HUNG_S) as answer:
         lines = [line for line in answer.read().decode().splitlines() if line.startswith("ray_expert_atlas")]
     found = {}
     for line in lines:

@@ -7,11 +7,11 @@ begun, and waited for: nothing here depends on how fast anything is, but for the
 import getpass
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 import pytest
 from fake_model import fake_capture, store_files
-from faulty_model import LOAD, TOKENS_A_SHARD, Attempt, Script, numbered_texts
+from faulty_model import CLOCK, LOAD, TOKENS_A_SHARD, Attempt, Script, numbered_texts
+from patience import HUNG_S, NEVER_S, wait_until
 from ray.exceptions import RayActorError
 from ray_nodes import Nodes, ray_nodes
 
@@ -29,7 +30,7 @@ from store import coverage
 
 HERE = Path(__file__).parents[1]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # on a busy machine
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ class Job:
     def status(self) -> int:
         """Its exit status, once it has ended."""
         try:
-            return self.process.wait(120)
+            return self.process.wait(HUNG_S)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the job does not end:\n{self.said}") from None
 
@@ -98,15 +99,6 @@ class Job:
             wait_until(ended_or_happened, what)
         except TimeoutError as error:
             raise AssertionError(f"{error}:\n{self.said}") from None
-
-
-def wait_until(happened: Callable[[], bool], what: str) -> None:
-    """Wait for two minutes at most."""
-    end = time.monotonic() + 120
-    while not happened():
-        if time.monotonic() > end:
-            raise TimeoutError(f"not within two minutes: {what}")
-        time.sleep(0.02)
 
 
 def comparable(store: Path) -> dict[str, Any]:
@@ -178,8 +170,10 @@ def test_one_run_through_a_killed_actor_a_lost_node_a_poison_shard_and_a_killed_
     again = {shard: count - 1 for shard, count in times.items() if count > 1}
     assert again.keys() >= {once, killed, lost, *last}
     # Two units are in flight on a worker: that of the killed process, that of the lost node, the three of the killed
-    # driver; beside the poison shard is one when it first kills; and three errors were raised.
-    assert sum(again.values()) <= 2 + 2 + 6 + 1 + 3
+    # driver; beside the poison shard is one when it first kills; and three errors were raised. How many are given twice
+    # at the tail depends on their seconds.
+    twice = sum(int(number) for number in re.findall(r"(\d+) given twice", job.said))
+    assert sum(again.values()) - twice <= 2 + 2 + 6 + 1 + 3
 
     script.write(poison)
     with Job(nodes, tmp_path, shards=shards, retry_quarantined=True) as job:
@@ -238,6 +232,12 @@ def test_any_number_of_workers_leaves_the_bytes_of_local_also_when_a_model_fails
     assert comparable(job.store) == quiet(tmp_path, 24)
 
 
+def only_missing(store: Path, shard: int) -> bool:
+    """Whether all is planned, and captured but for one shard."""
+    state = coverage(store, "fake")
+    return state.plan.complete and state.missing == [shard]
+
+
 def test_storage_that_fails_gives_no_strike_and_what_hangs_or_loses_its_device_is_replaced(
     nodes: Nodes, tmp_path: Path
 ) -> None:
@@ -246,14 +246,16 @@ def test_storage_that_fails_gives_no_strike_and_what_hangs_or_loses_its_device_i
     script.write(full, "storage", "raise", "raise")
     script.write(stopped, "raise", "hold")  # what has failed before is given to no second worker
     script.write(lost, "device")
-    with Job(nodes, tmp_path, shards=16, stall_minutes=0.05) as job:
+    with Job(nodes, tmp_path, shards=16) as job:
         job.until(lambda: len(job.attempts(stopped)) == 2, "it is tried again")
         hung = job.attempts(stopped)[1].process
         os.kill(hung, signal.SIGSTOP)
         script.write(stopped)
+        job.until(lambda: only_missing(job.store, stopped), "all others are done, and no other worker can be late")
+        script.write(CLOCK, *["40"] * 20)  # it is taken for hung after 600 seconds
         assert job.status() == 0
     assert "is replaced: OSError: [Errno 28] No space left on device" in job.said
-    assert "is replaced: it routed no token for 3 s" in job.said
+    assert "is replaced: it routed no token for 600 s" in job.said
     assert "is replaced: DeviceLost: the device is gone" in job.said
     expected = {full: 4, stopped: 3, lost: 2}
     assert {shard: len(job.attempts(shard)) for shard in expected} == expected
@@ -264,13 +266,12 @@ def test_storage_that_fails_gives_no_strike_and_what_hangs_or_loses_its_device_i
 def test_a_worker_that_hangs_at_the_tail_holds_nobody_up(nodes: Nodes, tmp_path: Path) -> None:
     script = Script(tmp_path / "script")
     script.write(5, "hold")
-    with Job(nodes, tmp_path, shards=16) as job:  # its time-out is ten minutes
+    with Job(nodes, tmp_path, shards=16, stall_minutes=NEVER_S) as job:
         hung = job.begun(5).process
         os.kill(hung, signal.SIGSTOP)
         script.write(5)
-        started = time.monotonic()
         assert job.status() == 0
-        assert time.monotonic() - started < 100, "shards take a twentieth of a second"
+    assert "is replaced" not in job.said, "nobody waited until it was taken for hung"
     assert len(job.attempts(5)) == 2
     assert len({one.process for one in job.attempts(5)}) == 2
     wait_until(lambda: not psutil.pid_exists(hung), "the process that hung is gone")

@@ -24,6 +24,7 @@ from fake_hub import COMMIT, TOKEN, FakeHub
 from fake_model import FakeRun
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import HUNG_S
 
 from jobs.capturing.captures import capture_datasets
 from jobs.capturing.local import capture_here
@@ -643,7 +644,7 @@ for spec, options in json.loads(sys.argv[1]):
 def read_elsewhere(environment: dict[str, str], *specs: tuple[str, dict[str, str]]) -> list[Any]:
     """Resolve and read in a fresh interpreter: a list for each that could be read, else the error's text."""
     command = [sys.executable, "-c", READ, json.dumps(specs)]
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY_ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, cwd=REPOSITORY_ROOT, capture_output=True, text=True, timeout=HUNG_S)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -740,5 +741,5 @@ def test_the_fake_hub_serves_a_model_to_the_real_clients(tmp_path: Path) -> None
     )
     with FakeHub({"org/tiny": files}) as hub:
         command = [sys.executable, "-c", script]
-        done = subprocess.run(command, env=hub.environment(tmp_path), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=hub.environment(tmp_path), capture_output=True, text=True, timeout=HUNG_S)
     assert done.stdout.splitlines() == [f"{COMMIT} {COMMIT}", "[0, 1, 2]"], done.stderr

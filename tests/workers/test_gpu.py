@@ -26,7 +26,7 @@ ROOT = HERE.parent
 GIB = 2**30
 POSITIONS, ROWS = 2048, 64
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 
 
 @pytest.fixture(scope="module")
