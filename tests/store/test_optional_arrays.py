@@ -18,7 +18,7 @@ from jobs.capturing.captures import capture_datasets
 from jobs.capturing.local import capture_here
 from store import CaptureGroup, Coverage, Layout, coverage, open_capture, verify
 from store.layout import OPTIONAL, ArraySpec
-from workers.shard import Routes, RoutingError
+from workers.shard import Routes
 
 SHARDS = 5
 
@@ -127,9 +127,11 @@ def test_a_lost_description_of_it_is_a_lost_plan(store: Path) -> None:
 
 
 def test_an_engine_that_does_not_give_it_is_refused_naming_it(tmp_path: Path) -> None:
-    with pytest.raises(RoutingError, match=r"shard 0 of fake: the engine gave expert, weight and no margin, which"):
-        capture(tmp_path / "s.zarr", FakeEngine)
-    assert coverage(tmp_path / "s.zarr", "fake").shards_done == 0
+    state = capture(tmp_path / "s.zarr", FakeEngine)
+    assert (state.shards_done, sorted(state.quarantined)) == (0, list(range(SHARDS)))
+    for shard, record in state.quarantined.items():
+        wanted = f"shard {shard} of fake: the engine gave expert, weight and no margin, which"
+        assert all(wanted in error for error in record["errors"])
 
 
 def test_an_engine_that_gives_it_in_another_shape_is_refused_naming_it(tmp_path: Path) -> None:
@@ -138,8 +140,9 @@ def test_an_engine_that_gives_it_in_another_shape_is_refused_naming_it(tmp_path:
             routes = super().route(token, length)
             return {**routes, "margin": routes["margin"][..., 0]}
 
-    with pytest.raises(RoutingError, match="the engine gave margin of shape"):
-        capture(tmp_path / "s.zarr", Flat)
+    state = capture(tmp_path / "s.zarr", Flat)
+    assert (state.shards_done, len(state.quarantined)) == (0, SHARDS)
+    assert all("the engine gave margin of shape" in error for error in state.quarantined[0]["errors"])
 
 
 def test_a_capture_without_it_has_the_bytes_that_it_has_where_nobody_knows_of_it(
