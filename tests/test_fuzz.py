@@ -213,7 +213,7 @@ def json_documents(data: bytes) -> list[tuple[str, bool]] | None:
             values = json.loads(line.decode(errors="replace"))
         except (ValueError, RecursionError):
             return None
-        text = values.get("text") if isinstance(values, dict) else 0
+        text = values.get("text", 0) if isinstance(values, dict) else 0
         if not isinstance(text, str | None):
             return None
         clean = (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")

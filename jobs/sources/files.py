@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.sources.arrow import dataset_table
-from jobs.sources.columns import table_documents, text_column
+from jobs.sources.columns import table_documents, text_field
 from jobs.sources.documents import Document, Source, TextIdentity, decode, without_surrogates
 from jobs.sources.formats import format_of
 
@@ -61,12 +61,12 @@ def local_source(spec: str, *, name: str, split: str | None, field: str | None) 
             raise ValueError(f"{spec} is plain text without columns, so --text_field {field} does not apply")
         return Source(name=name, read=partial(text_documents, files), identify=partial(identity, files), note=note)
     table = form.table(files)
-    column = text_column(table, field, spec)
+    column = text_field(table, field, spec)
     return Source(
         name=name,
         read=partial(table_documents, table, column),
-        conversations=table.columns[column] == "messages",
-        identify=partial(identity, files, field=column),
+        conversations=column.conversations,
+        identify=partial(identity, files, field=column.name),
         note=note,
     )
 
@@ -168,10 +168,10 @@ def saved_source(folder: Path, *, name: str, split: str | None, field: str | Non
         split = None
     files = {Path(file["filename"]).name: Path(file["filename"]) for file in data.cache_files}
     table = dataset_table(data, split or folder.name)
-    column = text_column(table, field, str(folder))
+    column = text_field(table, field, str(folder))
     return Source(
         name=name,
         read=partial(table_documents, table, column),
-        conversations=table.columns[column] == "messages",
-        identify=partial(identity, files, split=split, field=column),
+        conversations=column.conversations,
+        identify=partial(identity, files, split=split, field=column.name),
     )

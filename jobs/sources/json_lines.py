@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.sources.columns import Table, TableRow
+from jobs.sources.conversations import MESSAGES, TURNS, kind_of_list
 from jobs.sources.documents import decode
 from store.records import parse_json
 
@@ -23,8 +24,8 @@ def json_table(files: Mapping[str, Path]) -> Table:
         for name, value in row.values.items():
             kind = json_kind(value)
             known = columns.get(name, "null")
-            if {known, kind} == {"messages", "list"}:  # reported as a broken message, where it is read
-                kind = known = "messages"
+            if {known, kind} in ({MESSAGES, "list"}, {TURNS, "list"}):  # reported as a broken message, where it is read
+                kind = known = known if kind == "list" else kind
             columns[name] = kind if known == "null" else known if kind in (known, "null") else "mixed"
     return Table(columns=columns, rows=partial(json_rows, files))
 
@@ -35,8 +36,8 @@ def json_kind(value: object) -> str:
         return "null"
     if isinstance(value, str):
         return "text"
-    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
-        return "messages"
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return kind_of_list(value) or "list"
     return type(value).__name__
 
 

@@ -355,11 +355,11 @@ def test_parquet_memory_is_bounded_by_a_batch(tmp_path: Path) -> None:
 def test_the_text_column_is_text_else_the_only_string_column_else_asked_for(tmp_path: Path) -> None:
     both = write_jsonl(tmp_path / "both.jsonl", [{"text": "t", "body": "b"}])
     only = write_jsonl(tmp_path / "only.jsonl", [{"n": 1, "body": "b"}])
-    many = write_jsonl(tmp_path / "many.jsonl", [{"n": 1, "question": "q", "answer": "a"}])
+    many = write_jsonl(tmp_path / "many.jsonl", [{"n": 1, "headline": "q", "answer": "a"}])
     assert [document.text for document in resolve_source(both).documents()] == ["t"]
     assert [document.text for document in resolve_source(only).documents()] == ["b"]
     assert [document.text for document in resolve_source(many, text_field="answer").documents()] == ["a"]
-    listed = r"n \(int\), question \(text\), answer \(text\)"
+    listed = r"n \(int\), headline \(text\), answer \(text\)"
     with pytest.raises(ValueError, match=rf"2 columns that could be the text; .*--text_field.*{listed}"):
         resolve_source(many)
     with pytest.raises(ValueError, match=rf"no column 'txt'; its columns: {listed}"):
