@@ -102,8 +102,8 @@ def plausible_columns(table: Table, where: str) -> tuple[str, ...]:
     found = chats if len(chats) == 1 else list(kinds)
     if len(found) != 1:
         raise ValueError(
-            f"{where} has {len(found) or 'no'} columns that could be the text (those that name or sort rows are not "
-            "taken unasked); choose one with --text_field, or two as --text_field PROMPT+COMPLETION. "
+            f"{where} has {len(found) or 'no'} columns that could be the text; choose one with --text_field, or two "
+            "as --text_field PROMPT+COMPLETION. One that names or sorts rows is not taken unasked. "
             f"Its columns: {listed(table)}"
         )
     return (found[0],)

@@ -18,11 +18,10 @@ from typing import Any
 
 from jobs.sources.arrow import dataset_table
 from jobs.sources.columns import table_documents, text_field
+from jobs.sources.compressed import BYTE_ORDER_MARK, opened
 from jobs.sources.documents import Document, Source, TextIdentity, decode, without_surrogates
-from jobs.sources.formats import format_of
+from jobs.sources.formats import check_format, format_of
 
-SNIFFED_BYTES = 8192
-"""A NUL byte among this many first bytes marks a file as binary (git's rule, with git's number)."""
 BLOCK_BYTES = 1 << 20
 """Read at once while hashing (arbitrary)."""
 SAVED_MARKS = ("state.json", "dataset_dict.json")
@@ -49,13 +48,13 @@ def local_source(spec: str, *, name: str, split: str | None, field: str | None) 
     if split not in (None, DEFAULT_SPLIT):
         raise ValueError(f"{spec} has no splits, so --split {split} does not apply; give the split's own file")
     files, note = found(spec)
+    for file in files.values():
+        check_readable(file)
     formats = Counter(map(format_of, files.values()))
     if len(formats) > 1:
         counts = ", ".join(f"{count} {form.name}" for form, count in sorted(formats.items(), key=lambda of: of[0].name))
         raise ValueError(f"{spec} mixes kinds of files ({counts}); choose one with a glob such as 'folder/**/*.txt'")
     [form] = formats
-    for file in files.values():
-        check_readable(file)
     if form.table is None:
         if field is not None:
             raise ValueError(f"{spec} is plain text without columns, so --text_field {field} does not apply")
@@ -80,13 +79,14 @@ def found(spec: str) -> tuple[dict[str, Path], str | None]:
 
 
 def check_readable(path: Path) -> None:
-    """Refuse what is no regular file or may not be read."""
+    """Refuse what is no regular file, may not be read, or is of no format that is read."""
     if not path.is_file():
         raise ValueError(f"{path} is neither a regular file nor a folder, nor a link to one")
     try:
         path.open("rb").close()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; check its mode and owner") from error
+    check_format(path)
 
 
 def walked(folder: Path) -> tuple[dict[str, Path], str | None]:
@@ -139,14 +139,10 @@ def text_documents(files: Mapping[str, Path], start: int) -> Iterator[Document]:
 
 
 def read_text(path: Path) -> tuple[str, bool]:
-    """Return a file's text without its byte order mark, and whether invalid UTF-8 was replaced."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    if b"\0" in data[:SNIFFED_BYTES]:
-        raise ValueError(f"{path} is a binary file (a NUL byte at {data.index(0)}), not text; leave it out with a glob")
-    return decode(data.removeprefix(b"\xef\xbb\xbf"))
+    """Return a file's text, decompressed and without its byte order mark, and whether invalid UTF-8 was replaced."""
+    with opened(path) as stream:
+        data = stream.read()
+    return decode(data.removeprefix(BYTE_ORDER_MARK))
 
 
 def saved_source(folder: Path, *, name: str, split: str | None, field: str | None) -> Source:
