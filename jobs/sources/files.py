@@ -2,8 +2,7 @@
 that the library `datasets` saved.
 
 It promises an order that depends on names alone (sorted by path), an identity that depends on names and
-bytes alone, and that nothing is left out without a note. Hidden files and links inside a folder are left
-out; files of different formats are not mixed.
+bytes alone, and that nothing is left out without a note. Files of different formats are not mixed.
 """
 
 import glob
@@ -20,13 +19,14 @@ from jobs.sources.arrow import dataset_table
 from jobs.sources.columns import table_documents, text_field
 from jobs.sources.compressed import BYTE_ORDER_MARK, opened
 from jobs.sources.documents import Document, Source, TextIdentity, decode, without_surrogates
+from jobs.sources.folders import walked
 from jobs.sources.formats import check_format, format_of
+from jobs.sources.splits import DEFAULT_SPLIT, of_split
 
 BLOCK_BYTES = 1 << 20
 """Read at once while hashing (arbitrary)."""
 SAVED_MARKS = ("state.json", "dataset_dict.json")
 """What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave in a folder."""
-DEFAULT_SPLIT = "train"
 
 
 def is_glob(spec: str) -> bool:
@@ -45,9 +45,11 @@ def local_source(spec: str, *, name: str, split: str | None, field: str | None) 
     path = Path(spec)
     if any((path / mark).is_file() for mark in SAVED_MARKS):
         return saved_source(path, name=name, split=split, field=field)
-    if split not in (None, DEFAULT_SPLIT):
-        raise ValueError(f"{spec} has no splits, so --split {split} does not apply; give the split's own file")
     files, note = found(spec)
+    if not path.is_file():
+        files = of_split(files, split, spec, asked_for=is_glob(spec))
+    elif split not in (None, DEFAULT_SPLIT):
+        raise ValueError(f"{spec} has no splits, so --split {split} does not apply; it is read as it is")
     for file in files.values():
         check_readable(file)
     formats = Counter(map(format_of, files.values()))
@@ -89,30 +91,14 @@ def check_readable(path: Path) -> None:
     check_format(path)
 
 
-def walked(folder: Path) -> tuple[dict[str, Path], str | None]:
-    """Return the regular files below a folder, name → path by name, and a note of what was left out."""
-    files, left_out = dict[str, Path](), 0
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        entries = [Path(root, entry) for entry in folders + names]
-        out = {path for path in entries if path.name.startswith(".") or path.is_symlink()}
-        folders[:] = [entry for entry in folders if Path(root, entry) not in out]
-        left_out += len(out)
-        files |= {path.relative_to(folder).as_posix(): path for path in entries if path not in out and path.is_file()}
-    note = f"{left_out} hidden or linked entries of {folder} left out" if left_out else None
-    if not files:
-        raise ValueError(f"the folder {folder} holds no files to read" + (f" ({note})" if note else ""))
-    return dict(sorted(files.items())), note
-
-
 def matched(pattern: str) -> dict[str, Path]:
     """Return the files that a glob names, name → path sorted; links are followed, for they were asked for."""
     paths = [path for path in sorted(set(glob.glob(pattern, recursive=True))) if os.path.isfile(path)]
     if not paths:
-        raise ValueError(f"no file matches {pattern!r} (from {os.getcwd()}); quote it, and use ** for subfolders")
+        raise ValueError(
+            f"no file matches {pattern!r} (from {os.getcwd()}); quote it, and use ** for subfolders; "
+            "a bracket or star that is part of a name is written [[] or [*]"
+        )
     top = os.path.commonpath([os.path.dirname(path) for path in paths]) or "."
     return {Path(os.path.relpath(path, top)).as_posix(): Path(path) for path in paths}
 

@@ -16,7 +16,7 @@ from jobs.sources.arrow import dataset_table
 from jobs.sources.columns import Table, table_documents
 from jobs.sources.columns import text_field as chosen_field
 from jobs.sources.documents import Document, Source, TextIdentity
-from jobs.sources.files import DEFAULT_SPLIT
+from jobs.sources.splits import DEFAULT_SPLIT
 from jobs.sources.wikitext import CONFIGS, PUBLISHED_ARTICLES, REPOSITORY, articles
 
 COMMIT = re.compile("[0-9a-f]{40}")

@@ -12,9 +12,10 @@ from pathlib import Path
 from jobs.sources.compressed import OPENERS
 from jobs.sources.demo import DEMO_TEXTS, demo_source
 from jobs.sources.documents import Document, Source
-from jobs.sources.files import DEFAULT_SPLIT, is_glob, local_source
+from jobs.sources.files import is_glob, local_source
 from jobs.sources.formats import described, is_file_name
 from jobs.sources.hub import hub_source, wikitext_source
+from jobs.sources.splits import DEFAULT_SPLIT
 from jobs.sources.wikitext import CONFIGS
 
 __all__ = ["Document", "Source", "group_name", "resolve_source"]
