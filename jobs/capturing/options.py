@@ -73,9 +73,10 @@ class CaptureConfig:
     name: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Name of the group, once for each --dataset and in the same order. Default: made from the data set's name."""
     split: str | None = None
-    """Split of hub data sets and saved data sets. Default: train."""
+    """Split of a hub data set or a saved one (default: train), or of a folder whose files are named after splits."""
     text_field: str | None = None
-    """Column that holds the text. Default: the only string column, or "text"."""
+    """Column that holds the text or the conversation, or two as PROMPT+COMPLETION. Default: "text", else the only
+    column of text or messages that does not name or sort rows, else a prompt and its completion."""
     revision: str | None = None
     """Commit, tag or branch of a hub data set."""
     limit_documents: int | None = None

@@ -1,12 +1,15 @@
 """Arrow record batches as rows: of parquet files, saved data sets and the hub's. Memory is bounded by one batch."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from jobs.sources.columns import Table, TableRow
+from jobs.sources.columns import REPEATED, Table, TableRow
+from jobs.sources.conversations import MESSAGES, kind_of_list
 from jobs.sources.documents import decode
 
 BATCH_ROWS = 256
@@ -15,17 +18,27 @@ BATCH_ROWS = 256
 
 def arrow_columns(schema: pa.Schema) -> dict[str, str]:
     """Return the kind of every column of an arrow schema."""
-    return {column.name: arrow_kind(column.type) for column in schema}
+    repeated = {name for name, times in Counter(schema.names).items() if times > 1}
+    return {column.name: REPEATED if column.name in repeated else arrow_kind(column.type) for column in schema}
+
+
+def refuse_repeated(schema: pa.Schema, columns: Sequence[str], path: Path) -> None:
+    """Refuse a file that has several columns of one of these names."""
+    for column in columns:
+        if schema.names.count(column) > 1:
+            raise ValueError(f"{path} has several columns named {column!r}; rename or remove all but one of them")
 
 
 def arrow_kind(kind: pa.DataType) -> str:
-    """Return "text", "messages" or the arrow type's own name."""
+    """Return "text", "messages", "turns" or the arrow type's own name."""
     if is_text(kind):
         return "text"
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         item = kind.value_type
-        if pa.types.is_struct(item) and {"role", "content"} <= {item.field(i).name for i in range(item.num_fields)}:
-            return "messages"
+        if pa.types.is_struct(item):
+            names = [item.field(i).name for i in range(item.num_fields)]
+            found = kind_of_list([names])
+            return str(kind) if found is None or (found == MESSAGES and "content" not in names) else found
     return str(kind)
 
 

@@ -1,19 +1,35 @@
-"""Rows with columns, and the documents in one of their columns.
+"""Rows with columns, and the documents in one of their columns, or in the two of a prompt and its completion.
 
-Only the text column and the one that names documents are read. It does not know in which format rows are kept.
+Only the columns of the text and the one that names documents are read. It does not know in which format rows are kept.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.sources.documents import Document, repaired_strings, without_surrogates
-from store.records import parse_json
+from jobs.sources.conversations import MESSAGES, PAIRS, TURNS, as_message, conversation
+from jobs.sources.documents import Document, without_surrogates
 
 NAME_COLUMNS = ("id", "title", "name", "url", "path")
 """Columns that name a document, the best first."""
+NAMING_WORDS = {
+    *("id", "ids", "uid", "uuid", "guid", "idx", "index", "key", "number", "no", "row", "doi"),
+    *("sha", "sha1", "sha256", "md5", "hash", "digest", "checksum", "version", "revision", "commit"),
+    *("url", "urls", "uri", "link", "links", "href", "domain", "host", "repo", "repository"),
+    *("path", "filepath", "file", "filename", "dir", "folder", "extension", "ext", "mime", "mimetype"),
+    *("title", "name", "source", "src", "origin", "dataset", "split", "subset", "config", "author", "model"),
+    *("date", "datetime", "time", "timestamp", "created", "updated", "at", "year"),
+    *("lang", "language", "locale", "license", "licence", "label", "category", "type", "tag"),
+    *("encoding", "charset"),
+}
+"""A column whose name ends in one of these words names, links, numbers or sorts rows; it is not their text."""
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
+"""Columns of messages that are what one would capture, whatever else there is."""
 BESIDE_MESSAGES = ("tools", "documents")
 """Columns that a chat template takes beside the messages."""
+REPEATED = "several of this name"
+"""The kind of a column whose name others have too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,85 +43,131 @@ class TableRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows in a fixed order; `columns` maps each name to "text", "messages" or the type's own name."""
+    """Rows in a fixed order; `columns` maps each name to "text", "messages", "turns" or the type's own name."""
 
     columns: Mapping[str, str]
     rows: Callable[[int, Sequence[str]], Iterator[TableRow]]
     """Rows from the given one on, with the given columns."""
 
 
-def text_column(table: Table, asked: str | None, where: str) -> str:
-    """Return the column that holds the documents: `asked`, else `text`, else the only plausible one.
+@dataclass(frozen=True, kw_only=True)
+class TextField:
+    """The columns that hold the documents: one, or a prompt's and its completion's."""
+
+    columns: tuple[str, ...]
+    conversations: bool
+    """Whether a document is a conversation."""
+
+    @property
+    def name(self) -> str:
+        """As in the identity and in --text_field: `text`, `prompt+completion`."""
+        return "+".join(self.columns)
+
+
+def text_field(table: Table, asked: str | None, where: str) -> TextField:
+    """Return what holds the documents: `asked`, else `text`, else the only plausible column or pair of columns.
 
     Raises
     ------
     ValueError
-        When `asked` is no column, or several columns could be meant; it lists them.
+        When `asked` is no column, or none or several columns could be meant; it lists them.
     """
-    listed = ", ".join(f"{name} ({kind})" for name, kind in table.columns.items()) or "none"
-    if asked is not None:
-        if asked not in table.columns:
-            raise ValueError(f"{where} has no column {asked!r}; its columns: {listed}")
-        return asked
+    columns = asked_columns(table, asked, where) if asked is not None else plausible_columns(table, where)
+    for column in columns:
+        if table.columns[column] == REPEATED:
+            raise ValueError(f"{where} has several columns named {column!r}; rename or remove all but one of them")
+    kinds = {table.columns[column] for column in columns}
+    return TextField(columns=columns, conversations=len(columns) > 1 or bool(kinds & {MESSAGES, TURNS}))
+
+
+def asked_columns(table: Table, asked: str, where: str) -> tuple[str, ...]:
+    """Return the column of this name, or the two whose names stand on both sides of a `+`."""
+    before, _, after = asked.partition("+")
+    columns = (asked,) if asked in table.columns else (before, after)
+    if not set(columns) <= set(table.columns):
+        raise ValueError(f"{where} has no column {asked!r}; its columns: {listed(table)}")
+    return columns
+
+
+def plausible_columns(table: Table, where: str) -> tuple[str, ...]:
+    """Return the column, or pair of columns, that can be the only one meant."""
     if "text" in table.columns:
-        return "text"
-    texts = [name for name, kind in table.columns.items() if kind == "text"]
-    conversations = [name for name, kind in table.columns.items() if kind == "messages"]
-    if conversations:  # a naming column beside them is not what one would capture
-        texts = [name for name in texts if name not in NAME_COLUMNS]
-    if len(texts + conversations) != 1:
+        return ("text",)
+    chats = [name for name in CHAT_COLUMNS if table.columns.get(name) in (MESSAGES, TURNS)]
+    kinds = {name: kind for name, kind in table.columns.items() if kind in (MESSAGES, TURNS)}
+    kinds |= {name: kind for name, kind in table.columns.items() if kind == "text" and not is_naming(name)}
+    for pair in PAIRS:
+        if set(kinds) == set(pair) and len(set(kinds.values())) == 1:
+            return pair
+    found = chats if len(chats) == 1 else list(kinds)
+    if len(found) != 1:
         raise ValueError(
-            f"{where} has {len(texts + conversations)} columns that could be the text; "
-            f"choose one with --text_field. Its columns: {listed}"
+            f"{where} has {len(found) or 'no'} columns that could be the text; choose one with --text_field, or two "
+            "as --text_field PROMPT+COMPLETION. One that names or sorts rows is not taken unasked. "
+            f"Its columns: {listed(table)}"
         )
-    return (texts + conversations)[0]
+    return (found[0],)
 
 
-def table_documents(table: Table, field: str, start: int) -> Iterator[Document]:
+def is_naming(column: str) -> bool:
+    """Whether a column's name (snake_case, kebab-case or camelCase) says that it names, links or numbers rows."""
+    words = re.split(r"[\W_]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", column).lower().strip("_"))
+    return words[-1] in NAMING_WORDS or (words[-1].isdigit() and words[0] in NAMING_WORDS)
+
+
+def listed(table: Table) -> str:
+    """All columns with their kinds, for errors."""
+    return ", ".join(f"{name} ({kind})" for name, kind in table.columns.items()) or "none"
+
+
+def table_documents(table: Table, field: TextField, start: int) -> Iterator[Document]:
     """Yield one document a row, from row `start` on; a null is an empty document."""
-    name_column = next((name for name in NAME_COLUMNS if name in table.columns and name != field), None)
-    kind = table.columns[field]
-    wanted = [field] if name_column is None else [field, name_column]
-    beside = [name for name in BESIDE_MESSAGES if kind == "messages" and name in table.columns]
-    for row in table.rows(start, [*wanted, *beside]):
+    single = {name for name, kind in table.columns.items() if kind != REPEATED}
+    name_column = next((name for name in NAME_COLUMNS if name in single and name not in field.columns), None)
+    beside = [name for name in BESIDE_MESSAGES if field.conversations and name in single - {*field.columns}]
+    wanted = [*field.columns, *([name_column] if name_column is not None else []), *beside]
+    for row in table.rows(start, wanted):
         label = row.values.get(name_column) if name_column is not None else None
         name, _ = without_surrogates(row.place if label is None or label == "" else str(label))
-        value = row.values.get(field)
-        if value is None and kind == "messages":
-            value = []
-        if isinstance(value, list) != (kind == "messages") and value is not None:
-            raise ValueError(f"{row.place}: column {field!r} holds {type(value).__name__}, in a column of {kind}")
-        if isinstance(value, list):
+        check_values(row, field, table)
+        if field.conversations:
             extra = {column: row.values.get(column) for column in beside}
-            yield conversation(value, extra, name=name, where=f"{row.place}: column {field!r}", repaired=row.repaired)
+            where = f"{row.place}: column {field.name!r}"
+            messages = row_messages(row, field, table)
+            yield conversation(messages, extra, name=name, where=where, repaired=row.repaired)
             continue
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{row.place}: column {field!r} holds {type(value).__name__}, not text: {value!r:.80}")
-        text, replaced = without_surrogates(value or "")
+        text, replaced = without_surrogates(row.values[field.columns[0]] or "")
         yield Document(name=name, text=text, repaired=row.repaired or replaced)
 
 
-def conversation(value: list[Any], beside: Mapping[str, Any], *, name: str, where: str, repaired: bool) -> Document:
-    """Make a document of a list of messages, all that they hold, and what stands in the columns beside them."""
-    messages = []
-    for number, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{where}, message {number}: not an object with a role and content: {message!r:.80}")
-        content = message.get("content")
-        parts = content if isinstance(content, list) else ()
-        if not isinstance(content, str | list | dict | None) or not all(isinstance(part, dict) for part in parts):
-            kind = type(content).__name__
-            raise ValueError(f"{where}, message {number}: content is {kind}, not text or a list of objects")
-        clean, replaced = repaired_strings({key: item for key, item in message.items() if item is not None})
-        messages.append(clean)
-        repaired = repaired or replaced
-    given, replaced = repaired_strings({key: from_json(item) for key, item in beside.items()})
-    return Document(name=name, messages=messages, repaired=repaired or replaced, **given)
+def check_values(row: TableRow, field: TextField, table: Table) -> None:
+    """Refuse a row without the field's columns, and values of another kind than their column's."""
+    for column in field.columns:
+        if column not in row.values:
+            raise ValueError(
+                f"{row.place}: has no {column!r}, which is read as the text; its keys: {', '.join(row.values)}. Give "
+                "the row that key (null for an empty document), remove the row, or choose another --text_field"
+            )
+        value, kind = row.values[column], table.columns[column]
+        wanted: type = list if kind in (MESSAGES, TURNS) else str
+        if value is not None and not isinstance(value, wanted):
+            expected = "text" if wanted is str else f"a list of {kind}"
+            raise ValueError(
+                f"{row.place}: column {column!r} holds {type(value).__name__}, not {expected}: {value!r:.80}; give "
+                "all rows the same kind of value, or choose another column with --text_field"
+            )
 
 
-def from_json(value: Any) -> Any:
-    """Read a list that a column holds as JSON text, as columns of one type must; all else stays."""
-    try:
-        return parse_json(value) if isinstance(value, str) else value
-    except ValueError:  # told as no list of objects, where the conversation is rendered
-        return value
+def row_messages(row: TableRow, field: TextField, table: Table) -> list[Any]:
+    """Return the messages of all columns of the field, joined; of two texts, the first is the user's."""
+    messages = list[Any]()
+    for column, role in zip(field.columns, ("user", "assistant"), strict=False):
+        value = row.values[column]
+        if table.columns[column] == TURNS:
+            where = f"{row.place}: column {column!r}, message "
+            messages += [as_message(turn, f"{where}{number}") for number, turn in enumerate(value or [])]
+        elif table.columns[column] == MESSAGES:
+            messages += value or []
+        else:
+            messages.append({"role": role, "content": value or ""})
+    return messages

@@ -2,8 +2,7 @@
 that the library `datasets` saved.
 
 It promises an order that depends on names alone (sorted by path), an identity that depends on names and
-bytes alone, and that nothing is left out without a note. Hidden files and links inside a folder are left
-out; files of different formats are not mixed.
+bytes alone, and that nothing is left out without a note. Files of different formats are not mixed.
 """
 
 import glob
@@ -17,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from jobs.sources.arrow import dataset_table
-from jobs.sources.columns import table_documents, text_column
+from jobs.sources.columns import table_documents, text_field
+from jobs.sources.compressed import BYTE_ORDER_MARK, opened
 from jobs.sources.documents import Document, Source, TextIdentity, decode, without_surrogates
-from jobs.sources.formats import format_of
+from jobs.sources.folders import walked
+from jobs.sources.formats import check_format, format_of
+from jobs.sources.splits import DEFAULT_SPLIT, of_split
 
-SNIFFED_BYTES = 8192
-"""A NUL byte among this many first bytes marks a file as binary (git's rule, with git's number)."""
 BLOCK_BYTES = 1 << 20
 """Read at once while hashing (arbitrary)."""
 SAVED_MARKS = ("state.json", "dataset_dict.json")
 """What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave in a folder."""
-DEFAULT_SPLIT = "train"
 
 
 def is_glob(spec: str) -> bool:
@@ -46,27 +45,29 @@ def local_source(spec: str, *, name: str, split: str | None, field: str | None) 
     path = Path(spec)
     if any((path / mark).is_file() for mark in SAVED_MARKS):
         return saved_source(path, name=name, split=split, field=field)
-    if split not in (None, DEFAULT_SPLIT):
-        raise ValueError(f"{spec} has no splits, so --split {split} does not apply; give the split's own file")
     files, note = found(spec)
+    if not path.is_file():
+        files = of_split(files, split, spec, asked_for=is_glob(spec))
+    elif split not in (None, DEFAULT_SPLIT):
+        raise ValueError(f"{spec} has no splits, so --split {split} does not apply; it is read as it is")
+    for file in files.values():
+        check_readable(file)
     formats = Counter(map(format_of, files.values()))
     if len(formats) > 1:
         counts = ", ".join(f"{count} {form.name}" for form, count in sorted(formats.items(), key=lambda of: of[0].name))
         raise ValueError(f"{spec} mixes kinds of files ({counts}); choose one with a glob such as 'folder/**/*.txt'")
     [form] = formats
-    for file in files.values():
-        check_readable(file)
     if form.table is None:
         if field is not None:
             raise ValueError(f"{spec} is plain text without columns, so --text_field {field} does not apply")
         return Source(name=name, read=partial(text_documents, files), identify=partial(identity, files), note=note)
     table = form.table(files)
-    column = text_column(table, field, spec)
+    column = text_field(table, field, spec)
     return Source(
         name=name,
         read=partial(table_documents, table, column),
-        conversations=table.columns[column] == "messages",
-        identify=partial(identity, files, field=column),
+        conversations=column.conversations,
+        identify=partial(identity, files, field=column.name),
         note=note,
     )
 
@@ -80,39 +81,24 @@ def found(spec: str) -> tuple[dict[str, Path], str | None]:
 
 
 def check_readable(path: Path) -> None:
-    """Refuse what is no regular file or may not be read."""
+    """Refuse what is no regular file, may not be read, or is of no format that is read."""
     if not path.is_file():
         raise ValueError(f"{path} is neither a regular file nor a folder, nor a link to one")
     try:
         path.open("rb").close()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; check its mode and owner") from error
-
-
-def walked(folder: Path) -> tuple[dict[str, Path], str | None]:
-    """Return the regular files below a folder, name → path by name, and a note of what was left out."""
-    files, left_out = dict[str, Path](), 0
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        entries = [Path(root, entry) for entry in folders + names]
-        out = {path for path in entries if path.name.startswith(".") or path.is_symlink()}
-        folders[:] = [entry for entry in folders if Path(root, entry) not in out]
-        left_out += len(out)
-        files |= {path.relative_to(folder).as_posix(): path for path in entries if path not in out and path.is_file()}
-    note = f"{left_out} hidden or linked entries of {folder} left out" if left_out else None
-    if not files:
-        raise ValueError(f"the folder {folder} holds no files to read" + (f" ({note})" if note else ""))
-    return dict(sorted(files.items())), note
+    check_format(path)
 
 
 def matched(pattern: str) -> dict[str, Path]:
     """Return the files that a glob names, name → path sorted; links are followed, for they were asked for."""
     paths = [path for path in sorted(set(glob.glob(pattern, recursive=True))) if os.path.isfile(path)]
     if not paths:
-        raise ValueError(f"no file matches {pattern!r} (from {os.getcwd()}); quote it, and use ** for subfolders")
+        raise ValueError(
+            f"no file matches {pattern!r} (from {os.getcwd()}); quote it, and use ** for subfolders; "
+            "a bracket or star that is part of a name is written [[] or [*]"
+        )
     top = os.path.commonpath([os.path.dirname(path) for path in paths]) or "."
     return {Path(os.path.relpath(path, top)).as_posix(): Path(path) for path in paths}
 
@@ -139,14 +125,10 @@ def text_documents(files: Mapping[str, Path], start: int) -> Iterator[Document]:
 
 
 def read_text(path: Path) -> tuple[str, bool]:
-    """Return a file's text without its byte order mark, and whether invalid UTF-8 was replaced."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    if b"\0" in data[:SNIFFED_BYTES]:
-        raise ValueError(f"{path} is a binary file (a NUL byte at {data.index(0)}), not text; leave it out with a glob")
-    return decode(data.removeprefix(b"\xef\xbb\xbf"))
+    """Return a file's text, decompressed and without its byte order mark, and whether invalid UTF-8 was replaced."""
+    with opened(path) as stream:
+        data = stream.read()
+    return decode(data.removeprefix(BYTE_ORDER_MARK))
 
 
 def saved_source(folder: Path, *, name: str, split: str | None, field: str | None) -> Source:
@@ -168,10 +150,10 @@ def saved_source(folder: Path, *, name: str, split: str | None, field: str | Non
         split = None
     files = {Path(file["filename"]).name: Path(file["filename"]) for file in data.cache_files}
     table = dataset_table(data, split or folder.name)
-    column = text_column(table, field, str(folder))
+    column = text_field(table, field, str(folder))
     return Source(
         name=name,
         read=partial(table_documents, table, column),
-        conversations=table.columns[column] == "messages",
-        identify=partial(identity, files, split=split, field=column),
+        conversations=column.conversations,
+        identify=partial(identity, files, split=split, field=column.name),
     )

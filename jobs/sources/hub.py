@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jobs.sources.arrow import dataset_table
-from jobs.sources.columns import Table, table_documents, text_column
+from jobs.sources.columns import Table, table_documents
+from jobs.sources.columns import text_field as chosen_field
 from jobs.sources.documents import Document, Source, TextIdentity
-from jobs.sources.files import DEFAULT_SPLIT
+from jobs.sources.splits import DEFAULT_SPLIT
 from jobs.sources.wikitext import CONFIGS, PUBLISHED_ARTICLES, REPOSITORY, articles
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -35,20 +36,20 @@ def hub_source(
     """Return the source for a hub data set, one document a row."""
     split = split or DEFAULT_SPLIT
     table, commit = hub_table(repository, config, split, revision)
-    field = text_column(table, text_field, repository)
+    field = chosen_field(table, text_field, repository)
     known: TextIdentity = {
         "data": repository,
         "config": config,
         "revision": commit,
         "split": split,
-        "field": field,
+        "field": field.name,
         "document": "row",
     }
     return Source(
         name=name,
         read=partial(table_documents, table, field),
         identify=lambda: known,
-        conversations=table.columns[field] == "messages",
+        conversations=field.conversations,
     )
 
 

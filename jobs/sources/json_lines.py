@@ -1,7 +1,5 @@
 """JSON lines: an object a line, its keys the columns. Memory is bounded by one line."""
 
-import gzip
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -9,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.sources.columns import Table, TableRow
+from jobs.sources.compressed import lines
+from jobs.sources.conversations import MESSAGES, TURNS, kind_of_list
 from jobs.sources.documents import decode
 from store.records import parse_json
 
@@ -17,14 +17,14 @@ SAMPLED_ROWS = 100
 
 
 def json_table(files: Mapping[str, Path]) -> Table:
-    """Return the rows of JSON-lines files (name → path, in order); `.gz` ones are decompressed."""
+    """Return the rows of JSON-lines files (name → path, in order)."""
     columns: dict[str, str] = {}
     for row in islice(json_rows(files, 0), SAMPLED_ROWS):
         for name, value in row.values.items():
             kind = json_kind(value)
             known = columns.get(name, "null")
-            if {known, kind} == {"messages", "list"}:  # reported as a broken message, where it is read
-                kind = known = "messages"
+            if {known, kind} in ({MESSAGES, "list"}, {TURNS, "list"}):  # reported as a broken message, where it is read
+                kind = known = known if kind == "list" else kind
             columns[name] = kind if known == "null" else known if kind in (known, "null") else "mixed"
     return Table(columns=columns, rows=partial(json_rows, files))
 
@@ -35,8 +35,8 @@ def json_kind(value: object) -> str:
         return "null"
     if isinstance(value, str):
         return "text"
-    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
-        return "messages"
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return kind_of_list(value) or "list"
     return type(value).__name__
 
 
@@ -54,23 +54,24 @@ def json_rows(files: Mapping[str, Path], start: int, columns: Sequence[str] = ()
             yield TableRow(place=f"{name}:{number}", values=json_object(text, path, number), repaired=repaired)
 
 
-def lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, decompressed if its name ends in `.gz`, without a byte order mark."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            for number, line in enumerate(stream):
-                yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-
-
 def json_object(text: str, path: Path, number: int) -> dict[str, Any]:
     """Parse one line, which must hold one JSON object."""
     try:
         values = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error}); one object a line is expected") from error
+        raise ValueError(
+            f"{path}, line {number}: not JSON ({error}); one object a line is expected{remedy(text)}"
+        ) from error
     if not isinstance(values, dict):
         kind = type(values).__name__
-        raise ValueError(f"{path}, line {number}: holds a {kind}; one JSON object a line is expected")
+        raise ValueError(f"{path}, line {number}: holds a {kind}; one JSON object a line is expected{remedy(text)}")
     return values
+
+
+def remedy(text: str) -> str:
+    """Say how to make JSON lines of a file in which this line is part of one array, or of one object."""
+    if text.lstrip().startswith("["):
+        return ". Of a file that is one array, make JSON lines: jq -c '.[]' FILE > FILE.jsonl"
+    if text.strip() == "{":
+        return ". Of an object over many lines, make JSON lines: jq -c . FILE > FILE.jsonl"
+    return ""

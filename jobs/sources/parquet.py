@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.sources.arrow import BATCH_ROWS, arrow_columns, batch_rows
+from jobs.sources.arrow import BATCH_ROWS, arrow_columns, batch_rows, refuse_repeated
 from jobs.sources.columns import Table, TableRow
 
 
@@ -34,6 +34,7 @@ def parquet_rows(files: Mapping[str, Path], start: int, columns: Sequence[str]) 
             if missing := [column for column in columns if column not in file.schema_arrow.names]:
                 listed = ", ".join(file.schema_arrow.names)
                 raise ValueError(f"{path} has no column {missing[0]!r}; its columns: {listed}")
+            refuse_repeated(file.schema_arrow, columns, path)
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             group, first = 0, 0
             while group < len(sizes) and first + sizes[group] <= start:

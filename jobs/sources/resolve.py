@@ -9,11 +9,13 @@ import os
 import re
 from pathlib import Path
 
+from jobs.sources.compressed import OPENERS
 from jobs.sources.demo import DEMO_TEXTS, demo_source
 from jobs.sources.documents import Document, Source
-from jobs.sources.files import DEFAULT_SPLIT, is_glob, local_source
+from jobs.sources.files import is_glob, local_source
 from jobs.sources.formats import described, is_file_name
 from jobs.sources.hub import hub_source, wikitext_source
+from jobs.sources.splits import DEFAULT_SPLIT
 from jobs.sources.wikitext import CONFIGS
 
 __all__ = ["Document", "Source", "group_name", "resolve_source"]
@@ -91,7 +93,7 @@ def group_name(spec: str) -> str:
         return usable(spec.rpartition("/")[2]) or "data"
     last = os.path.abspath(path)
     if not os.path.isdir(path):
-        last = re.sub(r"\.[A-Za-z][A-Za-z0-9]*(\.gz)?$", "", last)
+        last = re.sub(rf"\.[A-Za-z][A-Za-z0-9]*({'|'.join(map(re.escape, OPENERS))})?$", "", last)
     return next(filter(None, map(usable, reversed(Path(last).parts))), "data")
 
 

@@ -1,0 +1,77 @@
+"""The files of a folder that are its data.
+
+It promises that nothing is left out without a note: hidden files, what tools leave beside data, stores, and links,
+except for those of a hub's cache, which is made of links.
+"""
+
+import os
+from collections import Counter
+from fnmatch import fnmatch
+from pathlib import Path
+
+LEFT_BY_TOOLS = (
+    *("_SUCCESS", "_committed_*", "_started_*", "_temporary", "_metadata", "_common_metadata", "_delta_log", "*.crc"),
+    *("__MACOSX", "Thumbs.db", "desktop.ini", "__pycache__"),
+)
+"""Names of what Spark, Hadoop, archivers and desktops leave beside data."""
+STORE_MARKS = ("zarr.json", ".zgroup", ".zarray")
+"""What a Zarr store has in its folder."""
+RESULTS_SUFFIX = ".results"
+"""The ending of a folder with what was computed of the store whose name comes before it."""
+
+
+def walked(folder: Path) -> tuple[dict[str, Path], str | None]:
+    """Return the data files below a folder, name → path by name, and a note of what was left out.
+
+    Raises
+    ------
+    ValueError
+        When a folder cannot be read, is itself a store, or has no such files; it says what it has.
+    """
+    files, left_out = dict[str, Path](), Counter[str]()
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    if is_store(folder):
+        raise ValueError(f"{folder} is a Zarr store or its results, not a folder of texts; give the texts' own folder")
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        reasons = {entry: why_left_out(Path(root, entry)) for entry in folders + names}
+        left_out.update(filter(None, reasons.values()))
+        folders[:] = [entry for entry in folders if reasons[entry] is None]
+        kept = [Path(root, entry) for entry in names if reasons[entry] is None]
+        files |= {path.relative_to(folder).as_posix(): path for path in kept if path.is_file()}
+    listed = ", ".join(f"{number} {reason}" for reason, number in sorted(left_out.items()))
+    note = f"{listed} entries of {folder} left out" if listed else None
+    if not files:
+        links = "; links are followed in a glob such as 'folder/*'" if left_out[LINKED] else ""
+        raise ValueError(f"the folder {folder} holds no files to read" + (f" ({note}{links})" if note else ""))
+    return dict(sorted(files.items())), note
+
+
+LINKED = "hidden or linked"
+
+
+def why_left_out(path: Path) -> str | None:
+    """Return what an entry of a folder is that keeps it out of the data, or None."""
+    if path.name.startswith(".") or (path.is_symlink() and not is_cached(path)):
+        return LINKED
+    if any(fnmatch(path.name, pattern) for pattern in LEFT_BY_TOOLS):
+        return "auxiliary"
+    return "store's" if path.is_dir() and is_store(path) else None
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a Zarr store, or holds what was computed of one."""
+    store = folder.name.removesuffix(RESULTS_SUFFIX)
+    beside = [folder, *([folder.with_name(store)] if store not in ("", folder.name) else [])]
+    return any((place / mark).is_file() for place in beside for mark in STORE_MARKS)
+
+
+def is_cached(link: Path) -> bool:
+    """Whether a link leads from a snapshot in a hub's cache to a file of the same repository, as all there do."""
+    target = link.resolve()
+    repository = target.parent.parent
+    return (
+        target.is_file() and target.parent.name == "blobs" and repository / "snapshots" in link.parent.resolve().parents
+    )
