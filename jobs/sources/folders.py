@@ -16,6 +16,8 @@ LEFT_BY_TOOLS = (
 """Names of what Spark, Hadoop, archivers and desktops leave beside data."""
 STORE_MARKS = ("zarr.json", ".zgroup", ".zarray")
 """What a Zarr store has in its folder."""
+LINKED = "hidden or linked"
+"""What a note says of entries that are left out for their name or for being a link."""
 RESULTS_SUFFIX = ".results"
 """The ending of a folder with what was computed of the store whose name comes before it."""
 
@@ -49,9 +51,6 @@ def walked(folder: Path) -> tuple[dict[str, Path], str | None]:
     return dict(sorted(files.items())), note
 
 
-LINKED = "hidden or linked"
-
-
 def why_left_out(path: Path) -> str | None:
     """Return what an entry of a folder is that keeps it out of the data, or None."""
     if path.name.startswith(".") or (path.is_symlink() and not is_cached(path)):
@@ -65,7 +64,7 @@ def is_store(folder: Path) -> bool:
     """Whether a folder is a Zarr store, or holds what was computed of one."""
     store = folder.name.removesuffix(RESULTS_SUFFIX)
     beside = [folder, *([folder.with_name(store)] if store not in ("", folder.name) else [])]
-    return any((place / mark).is_file() for place in beside for mark in STORE_MARKS)
+    return any(os.path.isfile(place / mark) for place in beside for mark in STORE_MARKS)
 
 
 def is_cached(link: Path) -> bool:
@@ -73,5 +72,7 @@ def is_cached(link: Path) -> bool:
     target = link.resolve()
     repository = target.parent.parent
     return (
-        target.is_file() and target.parent.name == "blobs" and repository / "snapshots" in link.parent.resolve().parents
+        os.path.isfile(target)
+        and target.parent.name == "blobs"
+        and repository / "snapshots" in link.parent.resolve().parents
     )
