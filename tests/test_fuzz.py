@@ -588,7 +588,7 @@ def port(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]
     thread.start()
     yield listener.getsockname()[1]
     server.should_exit = True
-    thread.join(20)
+    thread.join(HUNG_S)
     listener.close()
 
 
