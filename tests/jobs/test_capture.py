@@ -23,8 +23,11 @@ from patience import HUNG_S
 import store
 from jobs import status
 from jobs.capturing.options import MIXTRAL, PRESETS, CaptureConfig, parse_capture
+from store import CaptureGroup
 from store.lease import lease
 from workers import engine, environment
+from workers.models.description import default_quantization
+from workers.models.footprint import operations_per_token
 from workers.text.tokenizer import TextTokenizer, load_tokenizer
 from workers.tiny import tiny_checkpoint
 
@@ -100,10 +103,32 @@ def test_one_or_several_data_sets_become_groups_of_one_store(
     assert "--name is given 1 times and --dataset 2 times" in unequal.err
 
 
-def test_the_defaults_are_mixtral_in_nf4_with_double_quantization() -> None:
+def test_the_defaults_are_mixtral_in_nf4_on_a_gpu_and_unquantized_on_a_cpu() -> None:
     config = parse_capture(["--dataset", "wikitext-103", "--local"])
-    assert (config.dataset, config.local, config.quantization, config.bos) == (("wikitext-103",), True, "nf4", "none")
+    assert (config.dataset, config.local, config.quantization, config.bos) == (("wikitext-103",), True, None, "none")
+    tiny = tiny_checkpoint()
+    assert [default_quantization(tiny, None, device) for device in ("cuda", "cpu")] == ["nf4", "none"]
     assert config.model == MIXTRAL == "mistralai/Mixtral-8x7B-Instruct-v0.1"
+
+
+def test_a_shard_on_a_cpu_is_so_large_that_a_slow_one_takes_seconds_and_resumes_at_its_size(
+    tmp_path: Path, command: Command
+) -> None:
+    facts = json.loads((tiny_checkpoint() / "config.json").read_text(encoding="utf-8"))
+    hidden, inner, heads = facts["hidden_size"], facts["intermediate_size"], facts["num_attention_heads"]
+    head = facts.get("head_dim") or hidden // heads
+    attention = 2 * hidden * head * (heads + facts["num_key_value_heads"])
+    experts = hidden * facts["num_local_experts"] + facts["num_experts_per_tok"] * 3 * hidden * inner
+    operations = 2 * facts["num_hidden_layers"] * (attention + experts)
+    assert operations_per_token(tiny_checkpoint()) == operations
+    text = tmp_path / "text.txt"
+    text.write_text("one two three", encoding="utf-8")
+    options = ["--local", "--device", "cpu", "--model", "tiny", "--dataset", text, "--store", tmp_path / "s"]
+    assert command(*options, "--sequence_length", "64").status == 0
+    group = CaptureGroup(tmp_path / "s", "text")
+    assert group.layout.rows_per_shard == 2**36 // operations // 64 // 64 * 64  # whole inner chunks
+    assert group.identity["quantization"] == "none"
+    assert command(*options, "--sequence_length", "64").status == 0
 
 
 def test_what_print_config_prints_config_takes_and_the_command_line_goes_before_it(
