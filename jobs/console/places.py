@@ -80,5 +80,5 @@ def _names(path: str) -> list[str] | None:
     """The data sets of what may be a store."""
     try:
         return store.dataset_names(path) if path else None
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # no store, or what can be none, such as a bucket's root
         return None

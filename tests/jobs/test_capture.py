@@ -619,8 +619,9 @@ def test_another_bos_token_is_another_capture(
     for folder in copies:
         folder.parent.mkdir()
         subprocess.run(["cp", "-r", tiny_checkpoint(), folder], check=True)
-    settings = json.loads((copies[1] / "tokenizer_config.json").read_text())
-    (copies[1] / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "</s>"}))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second one goes before the first
+        settings = json.loads((copies[1] / name).read_text())
+        (copies[1] / name).write_text(json.dumps(settings | {"bos_token": "</s>"}))
     assert command("--dataset", texts, *options, "--model", copies[0], "--bos", "row").status == 0
     refused = command("--dataset", texts, *options, "--model", copies[1], "--bos", "row")
     assert refused.status == 2

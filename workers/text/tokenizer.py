@@ -217,6 +217,8 @@ class TextTokenizer:
         Of the model, for messages.
     limit_tokens
         Give the first so many ids of a text or conversation only.
+    template_date
+        What chat templates take for the day of the run.
 
     Attributes
     ----------
