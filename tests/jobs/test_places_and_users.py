@@ -1,0 +1,73 @@
+"""Users without a name, home or folder to write in, and names that stand for nothing: one line, and the reason."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import pytest
+from conftest import Ran
+
+from analysis.scanning import kernel
+from jobs.capturing.options import parse_capture
+from jobs.console import terminal
+from store import CaptureGroup
+from workers.tiny import model_path
+
+Command = Callable[..., Ran]
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_kernel_compiles_where_no_folder_for_its_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = numba.njit
+
+    def without_cache(**options: Any) -> Any:
+        if options.pop("cache", False):
+            raise RuntimeError("cannot cache function: no locator available")
+        return compiled(**options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(numba, "njit", without_cache)
+        add_one = kernel(lambda number: number + 1)
+    assert add_one(2) == 3
+
+
+def test_a_user_without_a_home_is_given_a_name_for_it_and_asked_for_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "home", nobody)
+        monkeypatch.setenv("HOME", "/somewhere")
+        terminal._name_a_home()
+    assert Path.home() == Path(terminal.NO_HOME)
+    monkeypatch.delenv("EXPERT_ATLAS_STORE", raising=False)
+    with pytest.raises(ValueError, match="this user has no home folder; name a folder with --store"):
+        _ = parse_capture(["--dataset", "x"]).store_path
+
+
+@pytest.mark.parametrize("script", ["capture", "quantize"])
+def test_a_model_s_name_with_a_typo_is_an_error_before_torch_is_imported(script: str, tmp_path: Path) -> None:
+    arguments = {"capture": ["--local", "--dataset", "x"], "quantize": []}[script]
+    given = ["--model", "tinny", *arguments] if script == "capture" else ["tinny", str(tmp_path / "out")]
+    code = f"import sys\nfrom jobs import {script}\ntry:\n    {script}.main({given!r})\nexcept ValueError as error:\n"
+    code += "    print(error, '|', 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "there is no model 'tinny'" in done.stdout
+    assert done.stdout.endswith("| False\n")
+
+
+def test_a_model_in_the_home_folder_is_found_wherever_its_name_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "mx").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert model_path("~/models/mx") == tmp_path / "models" / "mx"
+
+
+def test_the_root_of_a_bucket_is_no_store() -> None:
+    for place in ("s3://bucket", "s3://bucket/"):
+        with pytest.raises(ValueError, match=r"s3://bucket is a bucket's root.*use s3://bucket/prefix"):
+            CaptureGroup(place, "a")
