@@ -61,7 +61,7 @@ class CaptureConfig:
     quantization: Literal["nf4", "fp4", "int8", "none"] | None = None
     """Precision of the weights; nf4 is NF4 with double quantization. Routers are left as they are. Default: that of the
     capture that is resumed, else what the checkpoint is stored in, else nf4 on a GPU and none on a CPU, where 4 bits
-    take ten times as long."""
+    are slower."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the model computes in. Default: bfloat16 on a GPU, float32 on a CPU."""
     quantize_gates: bool = False

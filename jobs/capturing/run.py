@@ -32,7 +32,7 @@ from workers.text.tokenizer import ROLES, TextTokenizer, load_tokenizer
 from workers.tiny import model_path
 
 BATCH_TOKENS = {"cuda": 32_768, "cpu": 8_192}
-CPU_SHARD_OPERATIONS = 2**36  # of a shard on a CPU: three seconds of two cores with the tiny Mixtral (measured)
+CPU_SHARD_OPERATIONS = 2**36  # of a shard on a CPU: three seconds with the tiny Mixtral (from cpu.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,8 @@ class Run:
             return self.config.quantization
         begun = {name: group.identity.get("quantization") for name, group in self._begun().items()}
         if len(set(begun.values())) > 1:
-            told = ", ".join(f"{name} with {kind}" for name, kind in begun.items())
-            raise ValueError(f"the captures were begun with different precisions ({told}): give --quantization")
+            listed = ", ".join(f"{name} with {kind}" for name, kind in begun.items())
+            raise ValueError(f"the captures were begun with different precisions ({listed}): give --quantization")
         if begun:
             return str(next(iter(begun.values())))
         return default_quantization(self.model, self.config.model_revision, self.device)
