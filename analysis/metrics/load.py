@@ -13,6 +13,8 @@ import xarray as xr
 
 from analysis.attributes import described
 from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, scan, sizes
+from analysis.statistics.jackknife import enough_documents
+from analysis.statistics.overdispersion import drawn, spread_of, units_of
 
 WEIGHT_UNIT = 2.0**-24  # every finite float16 is a whole multiple of its smallest subnormal
 
@@ -151,7 +153,7 @@ def balance_of(load: xr.Dataset) -> xr.Dataset:
     Parameters
     ----------
     load : xr.Dataset
-        From `expert_load`, or from `Resampled(Load())`, whose replicates are kept.
+        From `expert_load`, or of `Jackknife(Load())`, whose replicates are kept.
 
     Returns
     -------
@@ -189,6 +191,46 @@ def balance_of(load: xr.Dataset) -> xr.Dataset:
         null="of an even load: by variable",
         definition="summaries of the shares f_e of a layer's choices",
         source="MaxVio: Wang et al. 2024 (loss-free balancing); balancedness: SGLang; Jain et al. 1984; Gini 1912",
+    )
+
+
+def balance_null(counts: xr.Dataset, *, draws: int = 400) -> xr.Dataset:
+    """What `balance_of` gives of this many documents where every expert has the same share.
+
+    Parameters
+    ----------
+    counts : xr.Dataset
+        From `Jackknife(ExpertCounts())`.
+    draws : int
+        Sets of documents that are drawn, with the lengths and the spread of the capture's own.
+
+    Returns
+    -------
+    xr.Dataset
+        float64 (of, layer): each variable of `balance_of`, its `mean`, and the ends `low` and `high` of the middle 95 %
+        of the draws. A measure within them is as even as these documents can show. NaN where there are fewer than
+        `MIN_EFFECTIVE_DOCUMENTS` effective documents: their spread is not known.
+    """
+    choices, experts = int(counts.attrs["experts_per_token"]), counts.sizes["expert"]
+    even = np.full(experts, choices / experts)
+    share = np.full((draws, counts.sizes["layer"], experts), np.nan)
+    if enough_documents(counts):
+        for index, units in enumerate(units_of(counts)):
+            spread = spread_of(units, choices)
+            random = np.random.default_rng(index)
+            share[:, index] = drawn(units.tokens, even, spread, choices, draws, random)[0]
+    coords = {name: counts[name].values for name in ("layer", "expert")}
+    of_experts = share_of_experts(xr.DataArray(share, coords, ("draw", *coords)))
+    of_draws = balance_of(xr.Dataset({"share": of_experts}, attrs=counts.attrs))
+    middle = of_draws.quantile([0.025, 0.975], "draw").drop_vars("quantile").rename(quantile="of")
+    found = xr.concat([of_draws.mean("draw", skipna=False).expand_dims("of"), middle], "of", combine_attrs="override")
+    return described(
+        found.assign_coords(of=["mean", "low", "high"]),
+        n=counts.attrs["n"],
+        null="is the null",
+        estimator=f"{draws} drawn sets of documents",
+        definition="balance_of, of documents drawn around even shares with their own lengths and spread",
+        source="Mosimann 1962 (Dirichlet-multinomial)",
     )
 
 

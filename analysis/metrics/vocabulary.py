@@ -19,8 +19,8 @@ import xarray as xr
 from analysis.attributes import described
 from analysis.metrics.tokens import TokenCounts, token_experts_of
 from analysis.scanning import Array, Block, Reducer, State, scan, sizes
+from analysis.statistics.hashing import mixed
 from analysis.statistics.information import association
-from analysis.statistics.resampling import mixed
 
 DRAWN_AT_ONCE = 2**22  # numbers: bounds memory (arbitrary)
 NORMAL_FROM = 1024  # occurrences from which counts are drawn as normal: the sample's own error is larger (arbitrary)
