@@ -121,7 +121,7 @@ def listed(table: Table) -> str:
 
 
 def table_documents(table: Table, field: TextField, start: int) -> Iterator[Document]:
-    """Yield one document a row, from row `start` on; a null is an empty document."""
+    """Yield one document a row, from row `start` on; a null is an empty document, a row of another form a fault."""
     single = {name for name, kind in table.columns.items() if kind != REPEATED}
     name_column = next((name for name in NAME_COLUMNS if name in single and name not in field.columns), None)
     beside = [name for name in BESIDE_MESSAGES if field.conversations and name in single - {*field.columns}]
@@ -129,15 +129,22 @@ def table_documents(table: Table, field: TextField, start: int) -> Iterator[Docu
     for row in table.rows(start, wanted):
         label = row.values.get(name_column) if name_column is not None else None
         name, _ = without_surrogates(row.place if label is None or label == "" else str(label))
-        check_values(row, field, table)
-        if field.conversations:
-            extra = {column: row.values.get(column) for column in beside}
-            where = f"{row.place}: column {field.name!r}"
-            messages = row_messages(row, field, table)
-            yield conversation(messages, extra, name=name, where=where, repaired=row.repaired)
-            continue
-        text, replaced = without_surrogates(row.values[field.columns[0]] or "")
-        yield Document(name=name, text=text, repaired=row.repaired or replaced)
+        try:
+            document = row_document(row, field, table, beside, name)
+        except ValueError as error:
+            document = Document(name=name, fault=str(error))
+        yield document
+
+
+def row_document(row: TableRow, field: TextField, table: Table, beside: Sequence[str], name: str) -> Document:
+    """Make a document of a row; a ValueError says where the row has not the form of the others."""
+    check_values(row, field, table)
+    if field.conversations:
+        extra = {column: row.values.get(column) for column in beside}
+        where = f"{row.place}: column {field.name!r}"
+        return conversation(row_messages(row, field, table), extra, name=name, where=where, repaired=row.repaired)
+    text, replaced = without_surrogates(row.values[field.columns[0]] or "")
+    return Document(name=name, text=text, repaired=row.repaired or replaced)
 
 
 def check_values(row: TableRow, field: TextField, table: Table) -> None:
