@@ -1,7 +1,8 @@
 """A capture's attributes as netCDF holds them, and back.
 
 In a group's `zarr.json` some attributes are mappings (`identity`, `environment`, `configuration`). netCDF knows
-numbers, texts and lists of them. The attributes of a Dataset hold a mapping as JSON text, and leave out what is None.
+numbers, texts and lists of them. The attributes of a Dataset hold a mapping as JSON text and true as 1, and leave out
+what is None.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ if TYPE_CHECKING:
 
 
 def flat(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes with each mapping as JSON text, without those that are None."""
-    given = {name: value for name, value in attrs.items() if value is not None}
-    return {name: json.dumps(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+    """Attributes with each mapping as JSON text and each bool as a number, without those that are None."""
+    return {name: _held(value) for name, value in attrs.items() if value is not None}
+
+
+def _held(value: Any) -> Any:
+    if isinstance(value, bool):
+        return int(value)
+    return json.dumps(value) if isinstance(value, Mapping) else value
 
 
 def attributes(capture: xr.Dataset) -> dict[str, Any]:
