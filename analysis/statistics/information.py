@@ -3,7 +3,7 @@
 All in bits. The plain estimates are biased: an entropy is found too small and a mutual information too large, by about
 (cells − 1) / (2 n ln 2). Miller (1955) and Madow subtract that with the cells that were seen; both are given, and an
 association of nothing shows how much of the plain one is bias. Works on any counts with named dimensions, so that
-replicates of `analysis.statistics.resampling` and layers go along.
+replicates of `Jackknife` and layers go along.
 """
 
 from __future__ import annotations
