@@ -44,6 +44,7 @@ def contrast(
     *,
     replicates: int = REPLICATES,
     level: float = 0.95,
+    block_tokens: int | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
@@ -52,11 +53,13 @@ def contrast(
     Parameters
     ----------
     captures : mapping of str to xr.Dataset
-        Two or more captures of one model, by name. A text of one document has no documents to compare: see `in_blocks`.
+        Two or more captures of one model, by name. A text of one document can only be tested in blocks.
     replicates : int
         Drawn sets of documents, at least 20 a layer.
     level : float
         Of the intervals.
+    block_tokens : int, optional
+        Take blocks of so many tokens for documents: see `Jackknife`.
     threads, progress
         See `analysis.scan`; progress is that of one capture after the other.
 
@@ -87,7 +90,9 @@ def contrast(
     """
     refuse_incomparable(captures)
     counts = {
-        name: scan(capture, [Jackknife(ExpertCounts())], threads=threads, progress=progress)[0]
+        name: scan(capture, [Jackknife(ExpertCounts(), block_tokens=block_tokens)], threads=threads, progress=progress)[
+            0
+        ]
         for name, capture in captures.items()
     }
     return contrast_of(counts, replicates=replicates, level=level, threads=threads)
@@ -168,7 +173,7 @@ def why_untested(found: xr.Dataset) -> str:
     if not tokens.size:
         return "no token is counted"
     if found.attrs["documents"] == 1 or len(tokens) == 1:
-        return "one document: no test possible"
+        return "one document: no test possible, unless block_tokens takes blocks of it for documents"
     effective = effective_documents(tokens)
     if effective < MIN_EFFECTIVE_DOCUMENTS:
         return (
