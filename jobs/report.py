@@ -43,6 +43,9 @@ class ReportConfig:
     figures: Path | None = None
     """A folder, made where it is missing: every chart goes there as SVG, PDF and PNG, for papers. The paths of a token
     by itself are saved in the page."""
+    block_tokens: int | None = None
+    """Take blocks of so many tokens for documents in intervals and tests: for texts that are one long document. That
+    neighbouring blocks resemble each other is then not seen, and intervals are somewhat too narrow."""
     cluster: bool = False
     """Read the stores on the Ray cluster of $RAY_ADDRESS, which must see them, or on one that is started here."""
 
@@ -52,6 +55,8 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(ReportConfig, prog="python jobs/report.py", args=arguments, use_underscores=True)
     if not config.stores:
         raise ValueError("name at least one store, such as demo.zarr")
+    if config.block_tokens is not None and config.block_tokens < 1:
+        raise ValueError(f"--block_tokens {config.block_tokens}: at least 1")
     refuse_no_file("output", config.output)
     _give_memory_back()
     from analysis.report.page import (  # the chart libraries take a second: --help does not wait for them
@@ -67,7 +72,9 @@ def main(arguments: list[str]) -> int:
 
             stack.enter_context(connection())
             where["runner_of"] = ClusterRunner
-        drawn = write_report(config.stores, config.output, progress=_progress(), **where)
+        drawn = write_report(
+            config.stores, config.output, progress=_progress(), block_tokens=config.block_tokens, **where
+        )
     for answers in drawn.answers:
         if not answers.state.complete:
             log(f"note: {answers.state}")

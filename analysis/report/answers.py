@@ -25,9 +25,13 @@ def answer(
     label: str,
     ask: Ask | None = None,
     sections: Sequence[Section] = SECTIONS,
+    block_tokens: int | None = None,
 ) -> Answers:
-    """Scan one capture once, as much of it as is there, or `ask` who knows the answers already."""
-    asked = Asked(data=data, state=state, label=label)
+    """Scan one capture once, as much of it as is there, or `ask` who knows the answers already.
+
+    `block_tokens` makes blocks of so many tokens the units in place of documents.
+    """
+    asked = Asked(data=data, state=state, label=label, block_tokens=block_tokens)
     wanted = {section.id: section.ask(asked) for section in sections}
     reducers = _once(wanted)
     counted = dict(zip(reducers, (ask or partial(scan, data))(list(reducers.values())), strict=True))

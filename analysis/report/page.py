@@ -88,6 +88,7 @@ def write_report(
     *,
     progress: Callable[[str, int, int], None] | None = None,
     runner_of: Callable[[Path, Coverage], Runner] = lambda path, state: accumulate,
+    block_tokens: int | None = None,
 ) -> Report:
     """Draw every data set of some stores on one page.
 
@@ -101,6 +102,8 @@ def write_report(
         Called with a data set's label, shards read and shards in all.
     runner_of
         Who reads the shards of a store, in so far as the answers are not kept already; default this process.
+    block_tokens
+        Take blocks of so many tokens for documents in intervals and tests: see `Jackknife`.
 
     Returns
     -------
@@ -125,7 +128,7 @@ def write_report(
     for label, (path, state, data) in opened.items():
         on_shard = None if progress is None else lambda done, total, label=label: progress(label, done, total)
         ask = partial(measure, path, state.dataset, state=state, progress=on_shard, runner=runner_of(path, state))
-        answers.append(answer(data, state, label, ask))
+        answers.append(answer(data, state, label, ask, block_tokens=block_tokens))
     report = report_of(answers)
     page = render(report)
     with whole_file(output) as unfinished:

@@ -24,6 +24,8 @@ class Asked:
     data: xr.Dataset
     state: Coverage
     label: str
+    block_tokens: int | None = None
+    """Blocks of so many tokens are units in place of documents."""
 
 
 Found = Mapping[str, xr.Dataset]

@@ -13,7 +13,7 @@ from analysis.statistics.jackknife import Jackknife
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
     """Mean weights and margins, by units of documents."""
-    return {"weights": Jackknife(MeanWeights())}
+    return {"weights": Jackknife(MeanWeights(), block_tokens=asked.block_tokens)}
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:

@@ -14,7 +14,7 @@ from analysis.statistics.jackknife import Jackknife, interval
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
     """The load, and the choices by units of documents: `counts`."""
-    return {"load": Load(), "counts": Jackknife(ExpertCounts())}
+    return {"load": Load(), "counts": Jackknife(ExpertCounts(), block_tokens=asked.block_tokens)}
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
