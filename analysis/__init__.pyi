@@ -80,3 +80,4 @@ from .statistics.resampling import Thinned as Thinned
 from .statistics.resampling import false_discovery as false_discovery
 from .statistics.resampling import interval as interval
 from .statistics.resampling import p_value as p_value
+from .statistics.sampling import SampledRows as SampledRows

@@ -101,7 +101,7 @@ def measure(
     kept = open_objects(beside(path), scratch=".scratch")
     about = [identity, state.digest, layers and list(layers), asdict(only)]
     keys = [_key(dataset, about, reducer) for reducer in reducers]
-    read = (key and _read(kept, key, reducer.init(capture)) for key, reducer in zip(keys, reducers, strict=True))
+    read = (_read(kept, key, reducer.init(capture)) for key, reducer in zip(keys, reducers, strict=True))
     states = {index: state for index, state in enumerate(read) if state is not None}
     if asked := [index for index in range(len(reducers)) if index not in states]:
         shards = shards_to_read(capture, only)
@@ -139,9 +139,9 @@ def _key(dataset: str, about: Sequence[object], reducer: Reducer) -> str | None:
     return f"{dataset}/{hashlib.sha256(asked.encode()).hexdigest()}.npz"
 
 
-def _read(kept: Objects, key: str, form: State) -> State | None:
+def _read(kept: Objects, key: str | None, form: State) -> State | None:
     """What was counted, or None where it is not kept, not whole, or not of that form."""
-    data = kept.get(key)
+    data = kept.get(key) if key else None
     if data is None:
         return None
     try:

@@ -172,6 +172,7 @@ REDUCERS: dict[str, tuple[Reducer, int]] = {
     "Repetition": (analysis.Repetition((1, 4)), pairs()),
     "Resampled": (analysis.Resampled(analysis.ExpertCounts(3), 4), tokens()),
     "SampledRoutes": (analysis.SampledRoutes(50), 50),
+    "SampledRows": (analysis.SampledRows(analysis.Load(), 1), tokens()),
     "SegmentRouting": (analysis.SegmentRouting((4,)), tokens()),
     "Thinned": (analysis.Thinned(analysis.Load(), 1.0), tokens()),
     "TokenCounts": (analysis.TokenCounts(), tokens()),
