@@ -27,6 +27,7 @@ from .metrics.contexts import TopContexts as TopContexts
 from .metrics.contexts import top_contexts as top_contexts
 from .metrics.contrast import contrast as contrast
 from .metrics.document_scores import document_scores as document_scores
+from .metrics.layer_pairs import LayerPairs as LayerPairs
 from .metrics.load import ExpertCounts as ExpertCounts
 from .metrics.load import Load as Load
 from .metrics.load import balance_of as balance_of
