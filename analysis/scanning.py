@@ -150,8 +150,8 @@ def scan(
     Raises
     ------
     ValueError
-        When a captured token names an expert or a token id that the model does not have, or a reducer's result does
-        not say what it is (`analysis.described`).
+        When a captured token names an expert or a token id that the model does not have, a reducer needs what the
+        capture does not have, such as weights, or its result does not say what it is (`analysis.described`).
     """
     states = accumulate(dataset, reducers, shards_to_read(dataset, only), only=only, threads=threads, progress=progress)
     return finish(reducers, states, dataset)
@@ -175,6 +175,10 @@ def accumulate(
 
     Other parameters, and errors, are those of `scan`.
     """
+    for reducer in reducers:
+        if missing := sorted(reducer.needs - {"code"} - set(map(str, dataset.variables))):
+            where, what = dataset.attrs.get("dataset", "the capture"), ", ".join(missing)
+            raise ValueError(f"{type(reducer).__name__} needs {what}, and the routes of {where} came without")
     names = {"expert", "token"}.union(*(reducer.needs - {"code"} for reducer in reducers))
     needs_code = any("code" in reducer.needs for reducer in reducers) and coded(dataset)
     # Bare variables: coordinates would be loaded with every shard for nothing.

@@ -5,7 +5,8 @@ durable, and a reader knows what is missing. It imports nothing of the other pac
 
 - To read: `open_capture`, `open_tree`, `dataset_names`.
 - To know what is there, and whether it holds: `coverage`, `verify`.
-- To write: `CaptureGroup` with its `Layout`, `Plan` and `Rows`.
+- To write routes that are at hand: `write_capture`. To plan and capture: `CaptureGroup` with its `Layout`, `Plan` and
+  `Rows`.
 
 xarray and dask, which take two seconds, are imported only by whoever reads: drivers and workers write.
 """
@@ -17,6 +18,7 @@ from store.group import CaptureGroup
 from store.layout import Layout
 from store.plan import Plan, Rows
 from store.verification import Findings, verify
+from store.writing import write_capture
 
 if TYPE_CHECKING:
     from store.reader import dataset_names, open_capture, open_tree
@@ -33,6 +35,7 @@ __all__ = [
     "open_capture",
     "open_tree",
     "verify",
+    "write_capture",
 ]
 
 

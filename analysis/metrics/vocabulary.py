@@ -133,9 +133,9 @@ def vocabulary_specialization_of(
     xr.Dataset
         float64 (layer): `specialization`, the mean over token ids of the largest share of a token's occurrences
         that one expert gets (OLMoE, section 5), and `specialization_weighted`, its mean over occurrences; `null` and
-        `null_weighted`, what shuffled identities give, with the standard deviations `null_sd` and `null_weighted_sd` of tokens that are
-        drawn independently and of so many draws: shuffles, which share what there is, have smaller ones, the weighted
-        by far;
+        `null_weighted`, what shuffled identities give, with the standard deviations `null_sd` and `null_weighted_sd` of
+        tokens that are drawn independently and of so many draws: shuffles, which share what there is, have smaller
+        ones, the weighted by far;
         `mutual_information` of token and expert in bits, and `corrected` by Miller–Madow (null 0). NaN where no token
         occurs often enough.
 
