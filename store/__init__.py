@@ -4,7 +4,7 @@ What it promises: a shard is whole or absent, a commit record is written only af
 durable, and a reader knows what is missing. It imports nothing of the other packages.
 
 - To read: `open_capture`, `open_tree`, `dataset_names`.
-- To know what is there, and whether it holds: `coverage`, `verify`.
+- To know what is there, whether it holds, and of which model it is: `coverage`, `verify`, `model_differences`.
 - To write routes that are at hand: `write_capture`. To plan and capture: `CaptureGroup` with its `Layout`, `Plan` and
   `Rows`.
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
+from store.identity import model_differences
 from store.layout import Layout
 from store.plan import Plan, Rows
 from store.verification import Findings, verify
@@ -32,6 +33,7 @@ __all__ = [
     "Rows",
     "coverage",
     "dataset_names",
+    "model_differences",
     "open_capture",
     "open_tree",
     "verify",

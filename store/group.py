@@ -88,7 +88,7 @@ class CaptureGroup(PlannedGroup):
             if name not in layout.arrays():
                 group.objects.clear(group._key(name))
         contents = {"piece": np.array(pieces, dtype=object), "layer": np.array(layout.layers, dtype="int32")}
-        changes = {}
+        changes: dict[str, bytes] = {}
         for name, spec in layout.arrays().items():
             changes |= _whole(name, spec, contents.get(name, np.empty(0)))
         changes["token/plan.json"] = as_json(Plan().record())

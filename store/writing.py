@@ -59,8 +59,9 @@ def write_capture(
     pieces : sequence of str, optional
         The tokenizer's piece for each token id; default the ids themselves, up to the largest.
     attrs : mapping, optional
-        Facts of the capture, as JSON values: `model`, `revision`, `quantization`, `special_token_ids` (default none:
-        every token counts), whence the routes are. They are its identity: with others it is another capture.
+        Facts of the capture, as JSON values: `special_token_ids` (default none: every token counts), what is known of
+        `store.identity.MODEL`, such as `model`, `model_revision` and `quantization`, and whence the routes are. They
+        are its identity: with others it is another capture.
     rows_per_shard : int, optional
         Default as many as a capture has: about 262,144 positions.
 
@@ -233,7 +234,8 @@ class _Checker:
         some = unknown.any(axis=(2, 3)) & ~unknown.all(axis=(2, 3)) & filled
         self._refuse(some, f"a token has {fill}, for unknown, among its choices: give it for all of them or none")
         dtype = np.dtype(self.layout.arrays()["expert"].dtype)
-        return np.where(filled[..., None, None], expert.astype(dtype), dtype.type(fill))
+        checked: np.ndarray = np.where(filled[..., None, None], expert.astype(dtype), dtype.type(fill))
+        return checked
 
     def _weight(self, weight: np.ndarray, known: np.ndarray) -> np.ndarray:
         wrong = known & ~(np.abs(weight) <= LARGEST_WEIGHT)
