@@ -31,7 +31,7 @@ TEXT = (
     *("bos", "bos_id", "chat_template", "template_date", "sequence_length", "skip_unrenderable"),
     *("limit_documents", "limit_tokens", "rows_per_shard", "batch_tokens", "schema_version"),
 )
-"""Fields that decide which tokens are routed, in which rows and batches, and how they are stored; and all `text_...`."""
+"""Fields that decide which tokens are routed, in which rows and batches, and how they are stored; so do `text_...`."""
 
 
 def model_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -245,7 +245,7 @@ class _Checker:
     def _documents(self, block: Block, rows: int) -> np.ndarray:
         if "document_id" not in block:
             return np.arange(self.rows, self.rows + rows, dtype=np.int64)
-        document = self._array(block, "document_id", (rows,), "iu").astype(np.int64)
+        document: np.ndarray = self._array(block, "document_id", (rows,), "iu").astype(np.int64)
         before = np.concatenate([[max(self.document, 0)], document[:-1]])
         self._refuse(document < before, "it is of document {}, and documents ascend from 0 on", document)
         self.document = int(document[-1]) if rows else self.document
@@ -347,9 +347,9 @@ class _Writer:
         starts = np.diff(rows.document_id, prepend=self.counts.document) > 0
         begun = np.maximum.accumulate(np.where(starts, np.arange(len(rows)), -1))
         before = np.where(begun >= 0, (ends - rows.length)[begun], -self.offset)
-        offset = ends - rows.length - before
-        self.offset = int(offset[-1] + rows.length[-1])
-        return offset.astype(np.int32)
+        offset: np.ndarray = (ends - rows.length - before).astype(np.int32)
+        self.offset = int(offset[-1]) + int(rows.length[-1])
+        return offset
 
     def _planned(self, shard: int, rows: Rows) -> bool:
         """Whether a shard is planned with these rows."""
