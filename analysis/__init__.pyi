@@ -27,6 +27,7 @@ from .metrics.contexts import TopContexts as TopContexts
 from .metrics.contexts import top_contexts as top_contexts
 from .metrics.contrast import contrast as contrast
 from .metrics.document_scores import document_scores as document_scores
+from .metrics.layer_pairs import LayerPairs as LayerPairs
 from .metrics.load import ExpertCounts as ExpertCounts
 from .metrics.load import Load as Load
 from .metrics.load import balance_null as balance_null
@@ -80,5 +81,5 @@ from .statistics.information import entropy as entropy
 from .statistics.jackknife import Jackknife as Jackknife
 from .statistics.jackknife import interval as interval
 from .statistics.parts import Parts as Parts
-from .statistics.parts import Thinned as Thinned
+from .statistics.sampling import SampledRows as SampledRows
 from .statistics.testing import false_discovery as false_discovery

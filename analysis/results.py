@@ -2,8 +2,9 @@
 
 What a reducer has counted is kept, not what is made of it: small arrays of integers in ``STORE.results/``, for a folder
 as for a bucket. Their key is made of the capture's identity, of what of it is committed, to the checksums of its
-objects, of the reducer with its parameters, and of the selection: whatever could change a number makes another key.
-Old answers are never wrong and may be deleted at any time.
+objects, of the code of the reducer and of the scan, of the reducer's parameters and of the selection: whatever could
+change a number makes another key (`analysis.fingerprint`). Where it cannot be told what a reducer computes, nothing is
+kept. Old answers are never wrong and may be deleted at any time.
 
 Promises: an answer is what `analysis.scan` would give, to the bit. Does not know any metric.
 """
@@ -16,22 +17,19 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import xarray as xr
 
+from analysis.fingerprint import fingerprint
 from analysis.scanning import EVERYTHING, Reducer, Selection, State, accumulate, finish, shards_to_read
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.identity import identity_hash
 from store.objects import Objects, open_objects
 from store.reader import open_covered
-
-VERSION = 1
-"""Of the reducers together: another one when any of them counts otherwise under the same parameters."""
 
 
 class Runner(Protocol):
@@ -91,7 +89,7 @@ def measure(
     FileNotFoundError
         When there is no such capture.
     ValueError
-        When it cannot be read, a layer was not captured, or a reducer has a parameter without a name, such as a lambda.
+        When it cannot be read, or a layer was not captured.
     """
     state = state or coverage(path, dataset)
     capture = open_covered(path, state)
@@ -101,8 +99,8 @@ def measure(
         capture = capture.sel(layer=list(layers))
     identity = identity_hash(CaptureGroup(path, dataset).identity)
     kept = open_objects(beside(path), scratch=".scratch")
-    about = [VERSION, identity, state.digest, layers and list(layers), asdict(only)]
-    keys = [f"{dataset}/{_hash([*about, *question(reducer)])}.npz" for reducer in reducers]
+    about = [identity, state.digest, layers and list(layers), asdict(only)]
+    keys = [_key(dataset, about, reducer) for reducer in reducers]
     read = (_read(kept, key, reducer.init(capture)) for key, reducer in zip(keys, reducers, strict=True))
     states = {index: state for index, state in enumerate(read) if state is not None}
     if asked := [index for index in range(len(reducers)) if index not in states]:
@@ -111,7 +109,8 @@ def measure(
         found = runner(capture, wanted, shards, only=only, threads=threads, progress=progress)
         for index, counted in zip(asked, found, strict=True):
             states[index] = counted
-            _keep(kept, keys[index], counted)
+            if key := keys[index]:
+                _keep(kept, key, counted)
     return finish(reducers, [states[index] for index in range(len(reducers))], capture)
 
 
@@ -120,38 +119,29 @@ def beside(path: Path | str) -> str:
     return f"{str(path).rstrip('/')}.results"
 
 
-def question(reducer: Reducer) -> list[object]:
-    """What a reducer counts: its class and its parameters."""
-    return [_name(type(reducer)), sorted((name, _comparable(value)) for name, value in vars(reducer).items())]
+def question(reducer: Reducer) -> str:
+    """What a reducer counts, as a hash: of its code, its parameters, and how a scan feeds it.
+
+    Raises
+    ------
+    ValueError
+        When it cannot be told what it counts: see `analysis.fingerprint`.
+    """
+    return fingerprint(reducer, accumulate)
 
 
-def _comparable(value: object) -> object:
-    """A parameter as JSON that is the same in every process."""
-    if isinstance(value, Reducer):
-        return question(value)
-    if isinstance(value, np.ndarray):
-        return [value.dtype.str, value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
-    if isinstance(value, partial):
-        return [_comparable(value.func), repr(value.args), repr(sorted(value.keywords.items()))]
-    return _name(value) if callable(value) else repr(value)
+def _key(dataset: str, about: Sequence[object], reducer: Reducer) -> str | None:
+    """Where an answer is kept; None where it cannot be told of what it is the answer."""
+    try:
+        asked = json.dumps([*about, question(reducer)], sort_keys=True)
+    except ValueError:
+        return None
+    return f"{dataset}/{hashlib.sha256(asked.encode()).hexdigest()}.npz"
 
 
-def _name(named: Any) -> str:
-    if "<" in named.__qualname__:
-        raise ValueError(
-            f"{named.__qualname__} has no name by which its answer can be kept: give a function or class of a module,"
-            " or use analysis.scan"
-        )
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def _hash(about: object) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def _read(kept: Objects, key: str, form: State) -> State | None:
+def _read(kept: Objects, key: str | None, form: State) -> State | None:
     """What was counted, or None where it is not kept, not whole, or not of that form."""
-    data = kept.get(key)
+    data = kept.get(key) if key else None
     if data is None:
         return None
     try:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 import numba
@@ -24,6 +25,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from analysis.attributes import refuse_undescribed
+from analysis.fingerprint import fingerprint, frozen
 
 Array = NDArray[Any]
 Block = dict[str, Array]
@@ -33,6 +35,7 @@ documents; and `code`, uint8 (doc, layer, position): see `coded`."""
 State = dict[str, NDArray[Any]]
 """What a reducer accumulates: integer arrays by name, so that sums are exact in any order."""
 
+COMPUTED = frozenset({"code", "document"})  # what a block holds that the store does not
 CODES = 254  # ordered choices of a token that are counted as one number: E**k at most, 64 for Mixtral
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -63,12 +66,33 @@ EVERYTHING = Selection()
 def kernel(function: _Function) -> _Function:
     """Compile a numpy loop to machine code that runs without the interpreter lock.
 
-    It is kept for the next process where some folder can be written: beside the code, or in the user's cache.
+    It is kept for the next process where some folder can be written: beside the code, or in the user's cache. It is
+    compiled anew when its file changes, or what the file takes from others by name: kernels that it may call, and
+    constants.
     """
+    compiled = numba.njit(nogil=True)(function)
     try:
-        return cast(_Function, numba.njit(nogil=True, cache=True)(function))
-    except RuntimeError:  # neither can: a read-only installation under an arbitrary user id, as in containers
-        return cast(_Function, numba.njit(nogil=True)(function))
+        taken = _taken(function)
+        compiled.enable_caching()
+    except (RuntimeError, ValueError):  # no folder can be written, as in containers; no file, as in notebooks
+        return cast(_Function, compiled)
+    cache = compiled._cache._cache_file  # numba compares only the function's own file with what it was compiled from
+    cache._source_stamp = (cache._source_stamp, taken)
+    return cast(_Function, compiled)
+
+
+def _taken(function: Callable[..., Any]) -> str:
+    """A fingerprint of what a function's file has taken from others so far that machine code may hold.
+
+    Raises
+    ------
+    ValueError
+        When the function is in no file, or that cannot be told.
+    """
+    own = function.__code__.co_filename
+    if not Path(own).is_file():
+        raise ValueError(f"{own} is no file")
+    return fingerprint(frozen(function.__globals__, own))
 
 
 class Reducer(ABC):
@@ -128,8 +152,8 @@ def scan(
     Raises
     ------
     ValueError
-        When a captured token names an expert or a token id that the model does not have, or a reducer's result does
-        not say what it is (`analysis.described`).
+        When a captured token names an expert or a token id that the model does not have, a reducer needs what the
+        capture does not have, such as weights, or its result does not say what it is (`analysis.described`).
     """
     states = accumulate(dataset, reducers, shards_to_read(dataset, only), only=only, threads=threads, progress=progress)
     return finish(reducers, states, dataset)
@@ -154,7 +178,11 @@ def accumulate(
     Other parameters, and errors, are those of `scan`.
     """
     needs = frozenset[str]().union(*(reducer.needs for reducer in reducers))
-    names = {"expert", "token"} | (needs - {"code", "document"})
+    names = {"expert", "token"} | (needs - COMPUTED)
+    for reducer in reducers:
+        if missing := sorted(reducer.needs - COMPUTED - set(map(str, dataset.variables))):
+            where, what = dataset.attrs.get("dataset", "the capture"), ", ".join(missing)
+            raise ValueError(f"{type(reducer).__name__} needs {what}, and the routes of {where} came without")
     needs_code = "code" in needs and coded(dataset)
     # The running number of a row's document, counted over all rows, whichever of them are read.
     document = np.unique(dataset["document_id"].values, return_inverse=True)[1] if "document" in needs else None

@@ -19,7 +19,6 @@ from jobs.console.places import capture_at
 from jobs.console.tables import Column, Facts, print_line, print_table, stdout_console
 from jobs.console.terminal import reporting, run_job
 
-PROVENANCE = ("model", "quantization", "environment")
 MEASURES = ("same_set", "overlap", "same_first", "first_difference", "margin", "margin_at_flips")
 
 
@@ -55,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
     from analysis.metrics.agreement import Agreement, paired  # numba takes a second: --help does not wait for it
     from analysis.scanning import scan
-    from store import attributes, open_capture
+    from store import attributes, model_differences, open_capture
 
     captures = []
     for place in (config.one, config.other):
@@ -69,10 +68,11 @@ def main(arguments: list[str]) -> int:
     rows.append({"layer": "by chance", **{column: found[column].attrs["null"] for column in MEASURES}})
     console = stdout_console()
     print_table(console, COLUMNS, rows)
-    for name in PROVENANCE:
-        one, other = (attributes(capture).get(name) for capture in captures)
-        if one != other:
-            print_line(console, f"{name}: {one} and {other}")
+    provenance = [attributes(capture) for capture in captures]
+    differ = model_differences(*provenance)
+    one, other = (each.get("environment") for each in provenance)
+    for name, values in {**differ, **({"environment": (one, other)} if one != other else {})}.items():
+        print_line(console, f"{name}: {values[0]} and {values[1]}")
     n, different = found.attrs["n"], found.attrs["any_difference"]
     print_line(console, f"{n:,} tokens in both; {different:.2%} of them differ in some layer's experts")
     return 0

@@ -4,8 +4,9 @@ What it promises: a shard is whole or absent, a commit record is written only af
 durable, and a reader knows what is missing. It imports nothing of the other packages.
 
 - To read: `open_capture`, `open_tree`, `dataset_names`, `attributes`.
-- To know what is there, and whether it holds: `coverage`, `verify`.
-- To write: `CaptureGroup` with its `Layout`, `Plan` and `Rows`.
+- To know what is there, whether it holds, and of which model it is: `coverage`, `verify`, `model_differences`.
+- To write routes that are at hand: `write_capture`. To plan and capture: `CaptureGroup` with its `Layout`, `Plan` and
+  `Rows`.
 
 xarray and dask, which take two seconds, are imported only by whoever reads: drivers and workers write.
 """
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from store.attributes import attributes
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
+from store.identity import model_differences
 from store.layout import Layout
 from store.plan import Plan, Rows
 from store.verification import Findings, verify
+from store.writing import write_capture
 
 if TYPE_CHECKING:
     from store.reader import dataset_names, open_capture, open_tree
@@ -32,9 +35,11 @@ __all__ = [
     "attributes",
     "coverage",
     "dataset_names",
+    "model_differences",
     "open_capture",
     "open_tree",
     "verify",
+    "write_capture",
 ]
 
 

@@ -21,7 +21,7 @@ import google_crc32c
 import numpy as np
 
 from store.identity import Identity, identity_hash, refuse_other_identity
-from store.layout import OPTIONAL, SCHEMA_VERSION, Layout
+from store.layout import OPTIONAL, ArraySpec, Layout
 from store.plan import Plan, Rows
 from store.planned import PlannedGroup, group_metadata, valid_name
 from store.records import as_json, parse_record
@@ -84,19 +84,16 @@ class CaptureGroup(PlannedGroup):
         group.objects.put_new("zarr.json", group_metadata({}))
         if exists:
             return group
-        for name in ("role", *OPTIONAL):  # of a creation that was killed, of a capture with other arrays
+        for name in ("weight", "role", *OPTIONAL):  # of a creation that was killed, of a capture with other arrays
             if name not in layout.arrays():
                 group.objects.clear(group._key(name))
         contents = {"piece": np.array(pieces, dtype=object), "layer": np.array(layout.layers, dtype="int32")}
-        changes = {}
+        changes: dict[str, bytes] = {}
         for name, spec in layout.arrays().items():
-            values = contents.get(name, np.empty(0))
-            changes[f"{name}/zarr.json"] = spec.metadata(len(values))
-            for start in range(0, len(values), spec.step):
-                changes[f"{name}/{spec.key(start // spec.step)}"] = spec.encode(values[start : start + spec.step])
+            changes |= _whole(name, spec, contents.get(name, np.empty(0)))
         changes["token/plan.json"] = as_json(Plan().record())
         group._change(changes, still=lambda: group.objects.get(group._key("zarr.json")) is None)
-        facts = layout.attrs() | {"schema_version": SCHEMA_VERSION, "identity": identity}
+        facts = layout.attrs() | {"schema_version": layout.schema_version, "identity": identity}
         metadata = group_metadata({**attrs, **facts})
         # A put whose answer was lost is tried again by the store's client, and then finds its own object.
         if not group.objects.put_new(group._key("zarr.json"), metadata) and (
@@ -104,6 +101,17 @@ class CaptureGroup(PlannedGroup):
         ):
             raise RuntimeError(f"{group.path}/{dataset} was made by another job at the same time: run this again")
         return group
+
+    def settle_pieces(self, pieces: Sequence[str]) -> None:
+        """Give the group another vocabulary, while its plan is not complete: where it is known only from the tokens.
+
+        What was opened of the group before still has the former one.
+        """
+        before = self.plan
+        assert not before.complete, "the plan is complete: the group never changes again"
+        changes = _whole("piece", self.layout.arrays()["piece"], np.array(pieces, dtype=object))
+        changes["zarr.json"] = group_metadata({**self.attrs, "vocab_size": len(pieces)})
+        self._change(changes, still=lambda: self.plan == before)
 
     # The shards
 
@@ -275,6 +283,14 @@ class CaptureGroup(PlannedGroup):
         found = self.objects.get_many([self._key(f"{folder}/{name}") for name in names])
         shards = {int(Path(key).stem): data for key, data in found.items()}
         return dict(sorted(shards.items()))
+
+
+def _whole(name: str, spec: ArraySpec, values: np.ndarray) -> dict[str, bytes]:
+    """The objects of an array that is written at once, by their keys."""
+    objects = {f"{name}/zarr.json": spec.metadata(len(values))}
+    for start in range(0, len(values), spec.step):
+        objects[f"{name}/{spec.key(start // spec.step)}"] = spec.encode(values[start : start + spec.step])
+    return objects
 
 
 def _are_texts(value: object) -> bool:

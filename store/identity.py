@@ -21,6 +21,40 @@ LATER: dict[str, Any] = {
 with that value is left out of an identity, so that captures begun before it resume and compare as before."""
 
 
+MODEL = (
+    *("model", "model_revision", "quantization", "compute_dtype", "gate_precision", "expert_backend", "attention"),
+    *("routing_version", "tokenizer", "layers", "num_experts", "experts_per_token"),
+)
+"""Fields that decide which experts a token gets, whatever the text is."""
+
+TEXT = (
+    *("bos", "bos_id", "chat_template", "template_date", "sequence_length", "skip_unrenderable"),
+    *("limit_documents", "limit_tokens", "rows_per_shard", "batch_tokens", "schema_version"),
+)
+"""Fields that decide which tokens are routed, in which rows and batches, and how they are stored; so do `text_...`."""
+
+
+def model_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """In what the models of two captures differ; what differs in their texts alone is left out.
+
+    Where this is empty, differences between their routes are differences between their texts.
+
+    Parameters
+    ----------
+    one, other
+        Attributes of the captures, as `store.open_capture` gives them. Of a capture without `identity` the attributes
+        of the same names are compared.
+
+    Returns
+    -------
+    dict
+        The fields of `MODEL` that differ, in that order, with both values; None where a capture does not say.
+    """
+    here, there = ({**LATER, **side.get("identity", side)} for side in (one, other))
+    values = {name: json.loads(json.dumps([here.get(name), there.get(name)])) for name in MODEL}  # tuples equal lists
+    return {name: (first, second) for name, (first, second) in values.items() if first != second}
+
+
 def identity_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """An identity from all its fields: those of `LATER` that have their first value are left out."""
     return {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}

@@ -21,6 +21,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 SCHEMA_VERSION = 1
+WITHOUT_WEIGHTS = 2  # the schema version of a group without `weight`: code that knows only the first would look for it
 SHARD_TOKENS = 262_144  # positions in a shard: 12 s of an H200, 26-90 s of smaller GPUs (measured)
 ROW_CHUNK = 65_536  # entries in a chunk of the one-dimensional arrays
 CHUNK_ROWS, CHUNK_POSITIONS = 64, 512  # inner chunk; all layers in it: full scans ran 5 times faster (measured)
@@ -138,6 +139,8 @@ class Layout:
     """Names of the speakers where the data set is made of conversations."""
     record: tuple[str, ...] = ()
     """Names of the arrays of `OPTIONAL` that the capture has. They belong into the capture's identity too."""
+    weights: bool = True
+    """Whether there is `weight`; False where routes came from elsewhere without it."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "rows_per_shard", "num_experts", "experts_per_token", "vocab_size"):
@@ -149,6 +152,8 @@ class Layout:
             raise ValueError(f"layers is {self.layers!r:.80}, and must hold numbers from 0 on")
         if not all(isinstance(role, str) for role in self.roles):
             raise ValueError(f"roles is {self.roles!r:.80}, and must hold names")
+        if type(self.weights) is not bool:
+            raise ValueError(f"weights is {self.weights!r:.80}, and must be true or false")
         if unknown := [name for name in self.record if name not in OPTIONAL]:
             known = ", ".join(OPTIONAL) or "none"
             raise ValueError(f"record names {unknown[0]!r:.80}, which this version cannot record; it can: {known}")
@@ -177,8 +182,15 @@ class Layout:
         return cls(**{**fields, **{name: tuple(values) for name, values in lists.items()}})
 
     def attrs(self) -> dict[str, Any]:
-        """The group's attributes that describe this layout, without `record` where it is empty, as in older stores."""
-        return {name: value for name, value in asdict(self).items() if name != "record" or value}
+        """The group's attributes that describe this layout, without those that older stores do not have, where they
+        say nothing: an empty `record`, and `weights`."""
+        said = {"record": bool(self.record), "weights": not self.weights}
+        return {name: value for name, value in asdict(self).items() if said.get(name, True)}
+
+    @property
+    def schema_version(self) -> int:
+        """The oldest version of the schema that has all these arrays."""
+        return SCHEMA_VERSION if self.weights else WITHOUT_WEIGHTS
 
     @property
     def missing_expert(self) -> int:
@@ -250,6 +262,8 @@ class Layout:
                 attrs={"long_name": "layer, as the model numbers it", "units": "1"},
             ),
         }  # fmt: skip
+        if not self.weights:
+            del arrays["weight"]
         if self.roles:
             flags = {"flag_values": list(range(len(self.roles))), "flag_meanings": " ".join(self.roles)}
             arrays["role"] = ArraySpec(

@@ -16,7 +16,7 @@ import zarr
 from zarr.abc.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from store.layout import ROW_CHUNK, SCHEMA_VERSION, ArraySpec, Layout
+from store.layout import ROW_CHUNK, SCHEMA_VERSION, WITHOUT_WEIGHTS, ArraySpec, Layout
 from store.objects import open_objects
 from store.plan import LATER, Plan, Rows
 from store.records import as_json, parse_record
@@ -66,10 +66,10 @@ class PlannedGroup:
         except ValueError as error:
             raise ValueError(f"{self.path}/{self._key('zarr.json')} {error}") from error
         version = attrs.get("schema_version") if isinstance(attrs, dict) else None
-        if version != SCHEMA_VERSION:
+        if type(version) is not int or version not in (SCHEMA_VERSION, WITHOUT_WEIGHTS):
             raise ValueError(
                 f"{self.path}/{self.dataset} is no capture that this version reads: its schema_version is {version!r},"
-                f" and {SCHEMA_VERSION} is known here"
+                f" and {SCHEMA_VERSION} and {WITHOUT_WEIGHTS} are known here"
             )
         return dict(attrs)
 

@@ -25,6 +25,7 @@ import workers
 from analysis import described, scan
 from analysis.attributes import REQUIRED
 from analysis.scanning import Reducer
+from analysis.statistics import parts
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (analysis, store, workers)
@@ -168,13 +169,14 @@ REDUCERS: dict[str, tuple[Reducer, int]] = {
     "Confidence": (analysis.Confidence(), tokens()),
     "ExpertCounts": (analysis.ExpertCounts(), tokens()),
     "Jackknife": (analysis.Jackknife(analysis.ExpertCounts(3), 4), tokens()),
+    "LayerPairs": (analysis.LayerPairs([(0, 2), (2, 1)]), tokens()),
     "Load": (analysis.Load(), tokens()),
     "MeanWeights": (analysis.MeanWeights(), tokens()),
     "Parts": (analysis.Parts(analysis.Load(), 1, parts.halves), tokens()),
     "Repetition": (analysis.Repetition((1, 4)), pairs()),
     "SampledRoutes": (analysis.SampledRoutes(50), 50),
+    "SampledRows": (analysis.SampledRows(analysis.Load(), 1), tokens()),
     "SegmentRouting": (analysis.SegmentRouting((4,)), tokens()),
-    "Thinned": (analysis.Thinned(analysis.Load(), 1.0), tokens()),
     "TokenCounts": (analysis.TokenCounts(), tokens()),
     "TokenPaths": (
         analysis.TokenPaths([3, 0]),
@@ -217,6 +219,31 @@ def test_a_result_says_what_it_is_and_of_how_much(name: str) -> None:
 def test_what_a_reducer_counted_says_what_it_is_and_of_how_much(name: str) -> None:
     reducer, n = REDUCERS[name]
     assert_says_what_it_is(scan(CAPTURE, [reducer])[0], n)
+
+
+AWAITED = {"count", "rank"}
+"""Names of xarray's that many results still have: `result.count` is a method, `result["count"]` the numbers."""
+
+
+def hidden(result: Any) -> set[str]:
+    """Names of a result's variables that xarray has for itself: `result.NAME` would not give the numbers."""
+    names = set(map(str, result.variables)) if isinstance(result, xr.Dataset) else {str(result.name), *result.coords}
+    return names & {*dir(xr.Dataset), *dir(xr.DataArray)}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_no_variable_of_a_result_has_a_name_of_xarray_s(name: str) -> None:
+    assert hidden(METRICS[name][0](CAPTURE)) <= AWAITED
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+def test_no_variable_that_a_reducer_counted_has_a_name_of_xarray_s(name: str) -> None:
+    assert hidden(scan(CAPTURE, [REDUCERS[name][0]])[0]) <= AWAITED
+
+
+def test_a_name_of_xarray_s_is_found() -> None:
+    values = ("layer", np.arange(2))
+    assert hidden(xr.Dataset({"weighted": values, "share": values}, {"load": values})) == {"weighted", "load"}
 
 
 @pytest.mark.parametrize("missing", REQUIRED)

@@ -23,7 +23,7 @@ ROOMS = {
     "workers": ["shard", "environment", "tiny", "text", "models", "recorder", "replica", "engine", "notebook"],
     "jobs": ["console", "sources", "capturing", "cluster"],  # and then the scripts
     "analysis": [
-        *["escaping", "attributes", "scanning", "statistics", "results", "charts", "metrics"],
+        *["escaping", "attributes", "fingerprint", "scanning", "statistics", "results", "charts", "metrics"],
         *["exports", "report", "explorer", "examples"],
     ],
 }

@@ -9,6 +9,7 @@ import altair as alt
 import xarray as xr
 
 from analysis.charts.theme import POINTS, QUIET, Drawing, layered, percent, rounded, visible
+from analysis.statistics.sampling import of_how_many
 
 _DASHES = [4, 3]  # pixels drawn, and left out
 
@@ -136,6 +137,8 @@ def cache_chart(caches: Mapping[str, xr.Dataset]) -> Drawing:
     )
     n = sum(found.attrs["n"] for found in caches.values())
     subtitle = [f"n = {n:,} tokens; dashed: uniform independent routing"]
+    parts = {visible(label): of_how_many(found) for label, found in caches.items()}
+    subtitle += [f"{label}: {part}, as a sample" for label, part in parts.items() if part]
     chart = layered(
         points,
         drawn,

@@ -33,7 +33,7 @@ from analysis.explorer.parts import MARK, Occurrences, Part
 from analysis.metrics.choices import Choices
 from analysis.metrics.contexts import TopContexts
 from analysis.metrics.load import ExpertCounts, Load
-from analysis.results import VERSION, beside, question
+from analysis.results import beside, question
 from analysis.scanning import Reducer, State, accumulate, merge
 from analysis.statistics.jackknife import Jackknife
 from store.coverage import Coverage, coverage
@@ -133,7 +133,7 @@ class CaptureIndex:
         state, capture = self._open()
         self.identity = identity_hash(CaptureGroup(self.path, self.dataset).identity)
         counted = [question(reducer) for reducer in reducers(capture).values()]
-        self.folder = self.root / self.dataset / f"index-{_hash([VERSION, MARK, self.identity, counted])[:16]}"
+        self.folder = self.root / self.dataset / f"index-{_hash([MARK, self.identity, counted])[:16]}"
         kept, sums = self._kept(capture)
         parts = self._parts(state, capture, kept, {})
         if len(parts) < len(kept):  # some are of shards that were captured again, or gone, or damaged

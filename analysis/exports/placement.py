@@ -43,7 +43,7 @@ def gpu_load(load: xr.Dataset, num_gpus: int, placements: Sequence[Placement] = 
     Returns
     -------
     xr.Dataset
-        `gpu_of_expert` int64 (placement, layer, expert); `load` int64 (placement, layer, gpu), in choices; float64
+        `gpu_of_expert` int64 (placement, layer, expert); `gpu_load` int64 (placement, layer, gpu), in choices; float64
         (placement, layer): `imbalance`, maximum over mean of the GPUs' load, and `balancedness`, mean over maximum,
         NaN where nothing was counted. Their `null` is what an even load of all experts gives: 1 where `num_gpus`
         divides E.
@@ -70,7 +70,7 @@ def gpu_load(load: xr.Dataset, num_gpus: int, placements: Sequence[Placement] = 
         xr.Dataset(
             {
                 "gpu_of_expert": (("placement", "layer", "expert"), where),
-                "load": loads,
+                "gpu_load": loads,
                 "imbalance": (most / mean.where(mean > 0)).assign_attrs(null=null),
                 "balancedness": (mean / most.where(most > 0)).assign_attrs(null=1 / null),
             },

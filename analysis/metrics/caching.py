@@ -172,7 +172,8 @@ def cache_hits_of(counts: xr.Dataset) -> xr.Dataset:
         Over (policy, cache_size, layer): `hits` int64, in choices; `hit_rate` float64; and `hit_rate_preloaded`, as the
         paper's code counts: over all tokens, where an expert that finds a free place counts as found. `null`
         (policy, cache_size) is the exact expectation of `hit_rate` for independent uniform routing in rows as long
-        as these, NaN for Belady. NaN when nothing was counted. Attribute `n`: the tokens in `hit_rate`.
+        as these, NaN for Belady. NaN when nothing was counted. Attribute `n`: the tokens in `hit_rate`; where rows
+        were sampled, `rows_sampled` of `rows_counted` (see `SampledRows`).
     """
     own = hit_rates(counts, counts["policy"].values != "segment", "policy")
     choices, experts = counts.attrs["experts_per_token"], counts.attrs["num_experts"]
@@ -183,7 +184,8 @@ def cache_hits_of(counts: xr.Dataset) -> xr.Dataset:
         n=counts.attrs["n"],
         counted=SCORED,
         tokens=counts.attrs["tokens"],
-        estimator="simulation of every row, caches empty at its start",
+        **{name: counts.attrs[name] for name in ("rows_sampled", "rows_counted") if name in counts.attrs},
+        estimator="simulation of whole rows, caches empty at a row's start",
         null="variable `null`: hit_rate if every token chose independently and uniformly, whatever the layer; NaN for a"
         " policy that looks ahead",
         definition=CONVENTION,

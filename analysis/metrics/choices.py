@@ -5,13 +5,15 @@ fit in one byte (`analysis.scanning.coded`: Mixtral's do) a joint histogram of t
 holds everything, at one increment a token and layer; for other models the same tables are counted one by one. Both ways
 are exact and equal (a test holds it).
 
-"Neighbouring" layers are neighbours among those captured: dense layers lie between them in some models. Both
-conventions of the field are here and named: **all** pairs of a token's choices, or pairs of neighbouring **ranks**
-(co-activation); **all** pairs of choices at two layers, the **first** choices, or choices of equal **rank** (flow).
+"Neighbouring" layers are neighbours among those captured: dense layers lie between them in some models. The
+conventions of the field are here and named: **all** pairs of a token's choices, or pairs of neighbouring ranks, in one
+direction or as OLMoE's code counts them (co-activation); **all** pairs of choices at two layers, the **first** choices,
+or choices of equal **rank** (flow). Flow between any two layers is counted by `analysis.metrics.layer_pairs`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import comb
 from typing import ClassVar, Literal
 
@@ -19,9 +21,10 @@ import numpy as np
 import xarray as xr
 
 from analysis.attributes import described
+from analysis.metrics.layer_pairs import LayerPairs
 from analysis.scanning import Array, Block, Reducer, State, coded, kernel, labelled, scan, sizes
 
-Together = Literal["all", "adjacent"]
+Together = Literal["all", "adjacent", "olmoe"]
 Followed = Literal["all", "first", "rank"]
 
 
@@ -112,7 +115,7 @@ def coactivation(dataset: xr.Dataset, *, by: Together = "all", threads: int | No
     ----------
     dataset : xr.Dataset
         A capture.
-    by : {"all", "adjacent"}
+    by : {"all", "adjacent", "olmoe"}
         See `coactivation_of`.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
@@ -132,37 +135,66 @@ def coactivation_of(counts: xr.Dataset, *, by: Together = "all") -> xr.Dataset:
     ----------
     counts : xr.Dataset
         From `Choices`.
-    by : {"all", "adjacent"}
-        "all": the share of expert i's tokens that also chose j, whatever the ranks (OLMoE eq. 6). "adjacent": the
-        share of the tokens where i is at some rank but the last whose next rank is j; OLMoE's published code counts
-        so. For k = 2 the second is P(second choice j given first choice i).
+    by : {"all", "adjacent", "olmoe"}
+        "all": the share of expert i's tokens that also chose j, whatever the ranks: equation 6 of OLMoE's paper.
+        "olmoe": the share of them that have j at a neighbouring rank, before i or after it: OLMoE's published code,
+        and so the paper's figures. For k = 2 the two are the same. "adjacent", ours: of the tokens where i is at some
+        rank but the last, the share whose next rank is j. For k = 2 that is P(second choice j given first choice i).
 
     Returns
     -------
     xr.Dataset
         `count` int64 in tokens, `probability` float64, over (layer, expert, other_expert); NaN where an expert was
-        never chosen. Null of `probability`: (k − 1)/(E − 1) for "all", 1/(E − 1) for "adjacent", where j ≠ i.
+        never chosen. Null of `probability` where j ≠ i: (k − 1)/(E − 1) for "all", 2(k − 1)/(k(E − 1)) for "olmoe",
+        1/(E − 1) for "adjacent". For "all" and "olmoe" `count` is symmetric.
+
+    Raises
+    ------
+    ValueError
+        When there is no such convention.
     """
+    if by not in _TOGETHER:
+        raise ValueError(f"by={by!r}: choices are joined by {', '.join(map(repr, _TOGETHER))}")
     choices, experts = counts.sizes["k"], counts.sizes["expert"]
-    count = counts[f"together_{by}"]
-    chosen = counts["chosen"].sum("k") if by == "all" else count.sum("other_expert")
-    null = (choices - 1 if by == "all" else 1) / (experts - 1) if choices > 1 else np.nan
+    count, chosen = counts["together_all" if by == "all" else "together_adjacent"], counts["chosen"].sum("k")
+    if by == "adjacent":
+        chosen = count.sum("other_expert")
+    elif by == "olmoe":
+        count = count + count.transpose("layer", "other_expert", "expert").values
+    neighbours = {"all": choices - 1, "olmoe": 2 * (choices - 1) / choices, "adjacent": 1}[by]
+    definition, source = _TOGETHER[by]
     return described(
         xr.Dataset({"count": count, "probability": count / chosen.where(chosen > 0)}),
         n=counts.attrs["n"],
         estimator="maximum likelihood",
-        null=null,
-        definition="P(j given i) = N_ij / N_i over all pairs of one token's choices"
-        if by == "all"
-        else "P(j at rank r + 1 given i at rank r), ranks pooled",
-        source="OLMoE (Muennighoff et al. 2024), equation 6"
-        if by == "all"
-        else "OLMoE's code, which joins neighbouring ranks",
+        null=neighbours / (experts - 1) if choices > 1 else np.nan,
+        definition=definition,
+        source=source,
     )
 
 
-def transitions(dataset: xr.Dataset, *, by: Followed = "first", threads: int | None = None) -> xr.Dataset:
-    """How tokens move between neighbouring layers.
+_TOGETHER: dict[str, tuple[str, str]] = {
+    "all": (
+        "P(j given i) = N_ij / N_i over all pairs of one token's choices",
+        "OLMoE (Muennighoff et al. 2024), equation 6",
+    ),
+    "adjacent": ("P(j at rank r + 1 given i at rank r), ranks pooled", "-"),
+    "olmoe": (
+        "(A_ij + A_ji) / N_i, where A_ij counts i at rank r and j at rank r + 1, and N_i all tokens that chose i",
+        "OLMoE's code, run_moe_analysis.py, do_correlation_analysis",
+    ),
+}
+"""Definition and source of each way of joining a token's choices."""
+
+
+def transitions(
+    dataset: xr.Dataset,
+    *,
+    by: Followed = "first",
+    layers: Sequence[tuple[int, int]] | None = None,
+    threads: int | None = None,
+) -> xr.Dataset:
+    """How tokens move from layer to layer: between neighbouring ones, or any that are named.
 
     Parameters
     ----------
@@ -170,6 +202,9 @@ def transitions(dataset: xr.Dataset, *, by: Followed = "first", threads: int | N
         A capture.
     by : {"first", "all", "rank"}
         See `transitions_of`.
+    layers : sequence of pair of int, optional
+        From which layer to which, by the model's own numbers, such as [(0, 15), (7, 31)]; default each captured layer
+        to the next one.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
 
@@ -177,17 +212,23 @@ def transitions(dataset: xr.Dataset, *, by: Followed = "first", threads: int | N
     -------
     xr.Dataset
         See `transitions_of`.
+
+    Raises
+    ------
+    ValueError
+        When a layer was not captured, or `layers` holds no pairs.
     """
-    return transitions_of(scan(dataset, [Choices()], threads=threads)[0], by=by)
+    reducer = Choices() if layers is None else LayerPairs(layers)
+    return transitions_of(scan(dataset, [reducer], threads=threads)[0], by=by)
 
 
 def transitions_of(counts: xr.Dataset, *, by: Followed = "first") -> xr.Dataset:
-    """Transitions from what `Choices` counted.
+    """Transitions from what `Choices` or `LayerPairs` counted.
 
     Parameters
     ----------
     counts : xr.Dataset
-        From `Choices`.
+        From `Choices`, or for any two layers from `LayerPairs`.
     by : {"first", "all", "rank"}
         Which pairs of choices: "first" choices at both layers, "all" k² pairs, or pairs of equal "rank".
 
@@ -195,18 +236,22 @@ def transitions_of(counts: xr.Dataset, *, by: Followed = "first") -> xr.Dataset:
     -------
     xr.Dataset
         `count` int64, `probability` P(e' given e) and `lift` P(e' given e)/P(e') float64, over (layer, expert,
-        next_expert), where `layer` is the lower one; coordinate `next_layer` (layer). NaN where an expert was never
-        chosen. Null of `probability`: 1/E, of `lift`: 1. A capture of one layer gives an empty `layer`.
+        next_expert), where `layer` is the lower one; coordinate `next_layer` (layer). From `LayerPairs` they are over
+        (pair, expert, next_expert), with the coordinates `layer` and `next_layer` (pair). NaN where an expert was
+        never chosen. Null of `probability`: 1/E, of `lift`: 1. A capture of one layer gives an empty `layer`.
     """
-    count = counts[f"followed_{by}"].rename(lower_layer="layer", upper_layer="next_layer")
+    count = counts[f"followed_{by}"]
+    if "lower_layer" in count.dims:
+        count = count.rename(lower_layer="layer", upper_layer="next_layer")
     leaving, arriving = count.sum("next_expert"), count.sum("expert")
     probability = count / leaving.where(leaving > 0)
     pairs = count.sum(("expert", "next_expert"))
     lift = probability * pairs / arriving.where(arriving > 0)
+    to = "next_layer" if "pair" in count.dims else "the next captured layer"
     over = {
-        "first": "first choice e' at the next captured layer given first choice e",
-        "all": "a choice e' at the next captured layer given a choice e, over all pairs of choices",
-        "rank": "e' at the next captured layer given e at the same rank, ranks pooled",
+        "first": f"first choice e' at {to} given first choice e",
+        "all": f"a choice e' at {to} given a choice e, over all pairs of choices",
+        "rank": f"e' at {to} given e at the same rank, ranks pooled",
     }
     arrive = "probability over the share of all tokens that arrive at next_expert"
     return described(
@@ -224,7 +269,7 @@ def transitions_of(counts: xr.Dataset, *, by: Followed = "first") -> xr.Dataset:
         null=1 / counts.sizes["expert"],
         null_lift=1.0,
         definition=f"probability = P({over[by]}); lift = probability / P(e')",
-        source="OLMoE (Muennighoff et al. 2024), cross-layer flow; its code joins equal ranks",
+        source="OLMoE (Muennighoff et al. 2024), cross-layer flow; its run_routing_analysis.py joins equal ranks",
     )
 
 

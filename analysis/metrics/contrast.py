@@ -34,6 +34,7 @@ from analysis.statistics.differences import (
 )
 from analysis.statistics.jackknife import MIN_EFFECTIVE_DOCUMENTS, Jackknife, effective_documents, left_out
 from analysis.statistics.overdispersion import units_of
+from store import attributes, model_differences
 
 REPLICATES = 999  # drawn sets of documents; never fewer than make a layer by itself significant after adjustment
 REPLICATES_A_LAYER = 20
@@ -80,7 +81,8 @@ def contrast(
 
         NaN where a data set has no token that counts. A data set of fewer than `MIN_EFFECTIVE_DOCUMENTS` effective
         documents (Kish 1965) has shares and differences, but takes no part in tests, intervals, or the mean of the
-        others; attribute `untested` names it with the reason. Attributes `n`: each data set's tokens; `documents` and
+        others; attribute `untested` names it with the reason. Attribute `models_differ` says in what the captures' models
+        differ, such as quantization: then differences are not those of the texts alone. Attributes `n`: each data set's tokens; `documents` and
         `effective_documents` of each.
 
     Raises
@@ -95,7 +97,9 @@ def contrast(
         ]
         for name, capture in captures.items()
     }
-    return contrast_of(counts, replicates=replicates, level=level, threads=threads)
+    return contrast_of(counts, replicates=replicates, level=level, threads=threads).assign_attrs(
+        models_differ=models_differ(captures)
+    )
 
 
 def contrast_of(
@@ -181,6 +185,18 @@ def why_untested(found: xr.Dataset) -> str:
             f" {MIN_EFFECTIVE_DOCUMENTS:.0f}"
         )
     return ""
+
+
+def models_differ(captures: Mapping[str, xr.Dataset]) -> dict[str, str]:
+    """In what captures differ from the first one but for the texts, by name; empty where all are of one model."""
+    provenance = {name: attributes(capture) for name, capture in captures.items()}
+    first = next(iter(provenance.values()))
+    found = {name: model_differences(first, other) for name, other in provenance.items()}
+    return {
+        name: "; ".join(f"{field} is {one} and {other}" for field, (one, other) in differ.items())
+        for name, differ in found.items()
+        if differ
+    }
 
 
 def refuse_incomparable(captures: Mapping[str, xr.Dataset]) -> None:

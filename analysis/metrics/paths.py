@@ -192,8 +192,9 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
     -------
     xr.Dataset
         Over `position`, the token's number in its document: `token` int32, `piece` str, `row` int64; over (position,
-        layer, k): `expert`, of the store's own type, and `weight` float16. Special tokens have no position and are
-        left out; tokens not captured yet are left out and counted in the attribute `tokens_missing`.
+        layer, k): `expert`, of the store's own type, and `weight` float16, where the capture has it. Special tokens
+        have no position and are left out; tokens not captured yet are left out and counted in the attribute
+        `tokens_missing`.
 
     Raises
     ------
@@ -202,26 +203,25 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
     """
     number = document_number(dataset, document)
     rows = np.flatnonzero(dataset["document_id"].values == number)
-    names = ("token", "length", "offset", "expert", "weight")
-    own = xr.Dataset({name: dataset[name].variable for name in names}).isel(doc=rows).load()
+    routes = [name for name in ("expert", "weight") if name in dataset]
+    own = xr.Dataset({name: dataset[name].variable for name in ("token", "length", "offset", *routes)})
+    own = own.isel(doc=rows).load()
     order = np.argsort(own["offset"].values, kind="stable")
-    own, rows = own.isel(doc=order), rows[order]
+    own, rows = own.isel(doc=order).transpose("doc", "position", "layer", "k"), rows[order]
     token = own["token"].values
     inside = np.arange(token.shape[1]) < own["length"].values[:, None]
     is_text = inside & ~np.isin(token, special_tokens(dataset))
-    expert = own["expert"].transpose("doc", "position", "layer", "k").values
+    expert = own["expert"].values
     kept = is_text & (expert[:, :, 0, 0] != np.iinfo(expert.dtype).max)
     if "captured" in dataset:
         kept &= dataset["captured"].values[rows, None]
     position = own["offset"].values[:, None] + np.cumsum(is_text, axis=1) - 1
     ids = token[kept]
-    weight = own["weight"].transpose("doc", "position", "layer", "k").values
     path = xr.Dataset(
         {
             "token": ("position", ids),
             "row": ("position", np.broadcast_to(rows[:, None], token.shape)[kept]),
-            "expert": (("position", "layer", "k"), expert[kept]),
-            "weight": (("position", "layer", "k"), weight[kept]),
+            **{name: (("position", "layer", "k"), own[name].values[kept]) for name in routes},
         },
         coords={
             "position": position[kept],

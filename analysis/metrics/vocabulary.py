@@ -132,10 +132,10 @@ def vocabulary_specialization_of(
     -------
     xr.Dataset
         float64 (layer): `specialization`, the mean over token ids of the largest share of a token's occurrences
-        that one expert gets (OLMoE, section 5), and `weighted`, its mean over occurrences; `null` and `null_weighted`,
-        what shuffled identities give, with the standard deviations `null_sd` and `null_weighted_sd` of tokens that are
-        drawn independently and of so many draws: shuffles, which share what there is, have smaller ones, the weighted
-        by far;
+        that one expert gets (OLMoE, section 5), and `specialization_weighted`, its mean over occurrences; `null` and
+        `null_weighted`, what shuffled identities give, with the standard deviations `null_sd` and `null_weighted_sd` of
+        tokens that are drawn independently and of so many draws: shuffles, which share what there is, have smaller
+        ones, the weighted by far;
         `mutual_information` of token and expert in bits, and `corrected` by Miller–Madow (null 0). NaN where no token
         occurs often enough.
 
@@ -153,7 +153,7 @@ def vocabulary_specialization_of(
     occurrences = frequent["tokens"].values
     largest = (frequent["count"] / frequent["tokens"]).max("expert") if len(occurrences) else None
     layers = table["layer"].values
-    names = ("specialization", "weighted", "null", "null_weighted", "null_sd", "null_weighted_sd")
+    names = ("specialization", "specialization_weighted", "null", "null_weighted", "null_sd", "null_weighted_sd")
     found = {name: np.full(len(layers), np.nan) for name in names}
     if largest is not None:
         alike, by_count = np.full(len(occurrences), 1 / len(occurrences)), occurrences / occurrences.sum()
@@ -170,7 +170,7 @@ def vocabulary_specialization_of(
                 of_tokens = weight**2 @ deviation[at] ** 2
                 found[f"null{suffix}_sd"][index] = np.sqrt(of_tokens + on_grid**2 @ deviation**2 / draws)
             share = largest.isel(layer=index).values
-            found["specialization"][index], found["weighted"][index] = share.mean(), by_count @ share
+            found["specialization"][index], found["specialization_weighted"][index] = share.mean(), by_count @ share
     choices, experts = routes.sizes["k"], table.sizes["expert"]
     information = association(frequent["count"], "token_id", "expert", bias=(experts - choices) / (experts - 1))
     result = xr.Dataset({name: ("layer", values) for name, values in found.items()}, coords={"layer": layers})

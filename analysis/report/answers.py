@@ -48,6 +48,7 @@ def _once(wanted: Mapping[str, Mapping[str, Reducer]]) -> dict[str, Reducer]:
     reducers: dict[str, Reducer] = {}
     for section, asked in wanted.items():
         for name, reducer in asked.items():
-            if question(reducers.setdefault(name, reducer)) != question(reducer):
+            first = reducers.setdefault(name, reducer)
+            if first is not reducer and question(first) != question(reducer):
                 raise ValueError(f"section {section}: another section asks for something else under the name {name!r}")
     return reducers

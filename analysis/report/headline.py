@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.report.section import Answers
+from analysis.report.sections.contrast import why_apart
 
 TOKEN_SCORE = 6.0  # standard errors: of millions of independent tokens none would be told by chance (arbitrary)
 
@@ -25,7 +26,9 @@ def sentences(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[str]
         elif apart is not None and each in compared:
             found.append(_specialist(each, apart))
         else:
-            found.append(f"{each.label}: {each['load'].attrs['n']:,} tokens. {_busiest([each])}")
+            apart_from = why_apart(captured[0], each)
+            reason = f" Not compared with {captured[0].label}: {apart_from}." if apart_from else ""
+            found.append(f"{each.label}: {each['load'].attrs['n']:,} tokens.{reason} {_busiest([each])}")
     if apart is not None:
         found.append(_busiest(compared))
     return found + [sentence for sentence in [_token(captured)] if sentence]

@@ -1,7 +1,7 @@
 """Counts of parts of the documents, chosen by a hash of their ids: no list of them is needed, nor an order.
 
-Promises: the same parts in any order, on any chunks and machines. Does not know any metric: `Parts` and `Thinned`
-repeat any reducer.
+Promises: the same parts in any order, on any chunks and machines. Does not know any metric: `Parts` repeats any
+reducer whose result is a sum.
 """
 
 from __future__ import annotations
@@ -68,44 +68,6 @@ class Parts(Reducer):
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """The reducer's results along `replicate`: 0 is the whole."""
         return stacked(self.reducer, state, dataset)
-
-
-class Thinned(Reducer):
-    """A reducer over a part of the documents: for what is slow to count.
-
-    Parameters
-    ----------
-    reducer : Reducer
-        Any.
-    share : float
-        Of the documents that are counted, on average; 1 is all.
-    """
-
-    def __init__(self, reducer: Reducer, share: float) -> None:
-        if not 0 < share <= 1:
-            raise ValueError(f"share={share}: above 0, and at most 1")
-        self.reducer, self.share = reducer, share
-
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What the reducer needs, and which document a row is of."""
-        return self.reducer.needs | {"document_id"}
-
-    def init(self, dataset: xr.Dataset) -> State:
-        """The reducer's."""
-        return self.reducer.init(dataset)
-
-    def update(self, state: State, block: Block) -> None:
-        """Add the chosen rows of one shard."""
-        self.reducer.update(state, rows_of(block, uniform(block["document_id"], 1)[0] < self.share))
-
-    def merge(self, state: State, other: State) -> State:
-        """The reducer's."""
-        return self.reducer.merge(state, other)
-
-    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The reducer's result, whose `n` is what was counted."""
-        return self.reducer.finish(state, dataset).assign_attrs(share_of_documents=self.share)
 
 
 def rows_of(block: Block, rows: Array) -> Block:

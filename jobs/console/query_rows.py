@@ -107,10 +107,10 @@ class DocumentPath:
                 console.print(line, soft_wrap=True)
 
     def as_json(self) -> dict[str, Any]:
-        """The same for a script, with the weights: a row a token, `expert` and `weight` as [layer][k]."""
+        """The same for a script, with weights if there are any: a row a token, `expert` and `weight` as [layer][k]."""
         names = {"position": "position", "token": "token_id", "piece": "piece", "expert": "expert", "weight": "weight"}
         ordered = self.path.transpose("position", "layer", "k")
-        columns = {key: ordered[name].values.tolist() for name, key in names.items()}
+        columns = {key: ordered[name].values.tolist() for name, key in names.items() if name in ordered.variables}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         return {**self.path.attrs, "layers": self.path["layer"].values.tolist(), "rows": rows}
 

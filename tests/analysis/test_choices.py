@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from analysis.metrics.choices import (
     coactivation_of,
     layer_overlap_of,
     random_overlap,
+    transitions,
     transitions_of,
 )
 from analysis.metrics.load import Load, expert_load
@@ -38,7 +40,7 @@ some = settings(max_examples=20, deadline=None)
 def test_choices_equal_a_loop_over_tokens(capture: xr.Dataset) -> None:
     layers, k, n = capture.sizes["layer"], capture.sizes["k"], 0
     chosen: Counter[tuple[int, ...]] = Counter()
-    together: dict[str, Counter[tuple[int, ...]]] = {"all": Counter(), "adjacent": Counter()}
+    together: dict[str, Counter[tuple[int, ...]]] = {"all": Counter(), "adjacent": Counter(), "olmoe": Counter()}
     followed: dict[str, Counter[tuple[int, ...]]] = {"all": Counter(), "first": Counter(), "rank": Counter()}
     jaccard: list[list[float]] = [[] for _ in range(layers - 1)]
     for _, routes, _ in routed_tokens(capture):
@@ -48,6 +50,8 @@ def test_choices_equal_a_loop_over_tokens(capture: xr.Dataset) -> None:
             chosen.update((layer, rank, e) for rank, e in enumerate(here))
             together["all"].update((layer, a, b) for i, a in enumerate(here) for j, b in enumerate(here) if i != j)
             together["adjacent"].update((layer, a, b) for a, b in pairwise(here))
+            for a, b in pairwise(here):  # as their do_correlation_analysis
+                together["olmoe"].update([(layer, a, b), (layer, b, a)])
         for layer, (here, there) in enumerate(pairwise(experts)):
             followed["all"].update((layer, a, b) for a in here for b in there)
             followed["first"][layer, here[0], there[0]] += 1
@@ -55,7 +59,7 @@ def test_choices_equal_a_loop_over_tokens(capture: xr.Dataset) -> None:
             jaccard[layer].append(len({*here} & {*there}) / len({*here} | {*there}))
     counts = scan(capture, [Choices()])[0]
     assert counts.attrs["n"] == n
-    tables = {"chosen": chosen, **{f"together_{by}": found for by, found in together.items()}}
+    tables = {"chosen": chosen, **{f"together_{by}": together[by] for by in ("all", "adjacent")}}
     tables |= {f"followed_{by}": found for by, found in followed.items()}
     for name, wanted in tables.items():
         got = counts[name].values
@@ -64,8 +68,10 @@ def test_choices_equal_a_loop_over_tokens(capture: xr.Dataset) -> None:
     for by, found in together.items():
         table = coactivation_of(counts, by=by)  # type: ignore[arg-type]
         for (layer, a, b), times in found.items():
-            of_a = sum(c for (at, r, e), c in chosen.items() if (at, e) == (layer, a) and (by == "all" or r < k - 1))
+            last = k - 1 if by == "adjacent" else k
+            of_a = sum(c for (at, r, e), c in chosen.items() if (at, e) == (layer, a) and r < last)
             assert float(table["probability"][layer, a, b]) == pytest.approx(times / of_a)
+            assert int(table["count"][layer, a, b]) == times
     for by, found in followed.items():
         table = transitions_of(counts, by=by)  # type: ignore[arg-type]
         for (layer, a, b), times in found.items():
@@ -77,6 +83,67 @@ def test_choices_equal_a_loop_over_tokens(capture: xr.Dataset) -> None:
     if n:
         np.testing.assert_allclose(layer_overlap_of(counts)["jaccard"], [np.mean(each) for each in jaccard])
     assert layer_overlap_of(counts)["next_layer"].values.tolist() == capture["layer"].values[1:].tolist()
+
+
+def test_for_two_choices_all_pairs_are_olmoe_s_and_another_convention_is_refused() -> None:
+    counts = scan(make_capture(), [Choices()])[0]
+    one, other = (coactivation_of(counts, by=by) for by in ("all", "olmoe"))  # type: ignore[arg-type]
+    assert one["probability"].equals(other["probability"])
+    assert one.attrs["null"] == other.attrs["null"]
+    assert not one["count"].equals(coactivation_of(counts, by="adjacent")["count"])
+    with pytest.raises(ValueError, match=r"by='rank': choices are joined by 'all', 'adjacent', 'olmoe'"):
+        coactivation_of(counts, by="rank")  # type: ignore[arg-type]
+
+
+@some
+@given(captures(), st.data())
+def test_transitions_between_any_two_layers_equal_a_loop_over_tokens(capture: xr.Dataset, data: st.DataObject) -> None:
+    numbers = capture["layer"].values.tolist()
+    pairs = data.draw(st.lists(st.tuples(st.sampled_from(numbers), st.sampled_from(numbers)), min_size=1, max_size=3))
+    followed: dict[str, Counter[tuple[int, ...]]] = {"all": Counter(), "first": Counter(), "rank": Counter()}
+    n = 0
+    for _, routes, _ in routed_tokens(capture):
+        n += 1
+        for pair, layers in enumerate(pairs):
+            here, there = ([int(e) for e in routes[numbers.index(layer)]] for layer in layers)
+            followed["all"].update((pair, a, b) for a in here for b in there)
+            followed["first"][pair, here[0], there[0]] += 1
+            followed["rank"].update((pair, a, b) for a, b in zip(here, there, strict=True))
+    for by, wanted in followed.items():
+        found = transitions(capture, by=by, layers=pairs)  # type: ignore[arg-type]
+        assert found.attrs["n"] == n
+        assert list(zip(found["layer"].values.tolist(), found["next_layer"].values.tolist(), strict=True)) == pairs
+        got = found["count"].transpose("pair", "expert", "next_expert").values
+        assert {tuple(map(int, place)): int(got[tuple(place)]) for place in np.argwhere(got)} == dict(wanted)
+        for (pair, a, b), times in wanted.items():
+            leaving = sum(c for (at, x, _), c in wanted.items() if (at, x) == (pair, a))
+            arriving = sum(c for (at, _, y), c in wanted.items() if (at, y) == (pair, b))
+            every = sum(c for (at, _, _), c in wanted.items() if at == pair)
+            assert float(found["probability"][pair, a, b]) == pytest.approx(times / leaving)
+            assert float(found["lift"][pair, a, b]) == pytest.approx(times * every / leaving / arriving)
+
+
+def test_neighbouring_layers_that_are_named_are_those_of_the_default() -> None:
+    capture = make_capture(layers=(1, 3, 4), documents=30)
+    for by in ("first", "all", "rank"):
+        default = transitions(capture, by=by)  # type: ignore[arg-type]
+        named = transitions(capture, by=by, layers=[(1, 3), (3, 4)], threads=3)  # type: ignore[arg-type]
+        for name in ("count", "probability", "lift"):
+            np.testing.assert_array_equal(named[name].values, default[name].values)
+        assert named["next_layer"].values.tolist() == default["next_layer"].values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([(0, 2)], r"layers \[0, 2\] were not captured; the capture has \[1, 3, 4\]"),
+        ([], r"layers=\[\]: give pairs of layers"),
+        ([(1, 3, 4)], r"layers=\[\(1, 3, 4\)\]: give pairs of layers"),
+    ],
+)
+def test_layers_that_are_no_pairs_or_were_not_captured_are_refused(layers: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        transitions(make_capture(layers=(1, 3, 4)), layers=layers)
 
 
 @some
@@ -313,7 +380,7 @@ def test_uniform_routing_gives_the_exact_nulls(experts: int, k: int) -> None:
     within(expert_load(capture)["share"], 1 / experts, tokens)
     for by in ("first", "all", "rank"):
         within(transitions_of(counts, by=by)["probability"], 1 / experts, tokens / experts * 0.8)  # type: ignore[arg-type]
-    for by in ("all", "adjacent") if k > 1 else ():
+    for by in ("all", "adjacent", "olmoe") if k > 1 else ():
         table = coactivation_of(counts, by=by)  # type: ignore[arg-type]
         off = ~np.eye(experts, dtype=bool)
         values = table["probability"].where(xr.DataArray(off, dims=("expert", "other_expert")), table.attrs["null"])

@@ -67,7 +67,7 @@ def test_placements_and_their_imbalance_equal_a_loop_over_experts(load: xr.Datas
     gpus = data.draw(st.integers(1, min(experts, 9)))
     result = gpu_load(load, gpus)
     assert result["placement"].values.tolist() == list(PLACEMENTS)
-    assert result["load"].dims == ("placement", "layer", "gpu")
+    assert result["gpu_load"].dims == ("placement", "layer", "gpu")
     assert result.attrs["n"] == load.attrs["n"]
     for layer, count in enumerate(counts(load)):
         for placement in PLACEMENTS:
@@ -75,7 +75,7 @@ def test_placements_and_their_imbalance_equal_a_loop_over_experts(load: xr.Datas
             where = placed(count, gpus, placement)
             work = [sum(c for c, at in zip(count, where, strict=True) if at == gpu) for gpu in range(gpus)]
             assert cell["gpu_of_expert"].values.tolist() == where
-            assert cell["load"].values.tolist() == work
+            assert cell["gpu_load"].values.tolist() == work
             mean = sum(work) / gpus
             np.testing.assert_allclose(cell["imbalance"], max(work) / mean if mean else np.nan)
             np.testing.assert_allclose(cell["balancedness"], mean / max(work) if mean else np.nan)

@@ -3,15 +3,18 @@
 import os
 import pickle
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
+from analysis.statistics.resampling import Resampled, poisson_weights
 from fake_model import fake_capture, words
 
-from analysis import results
+from analysis import results, scanning
+from analysis.metrics import load
 from analysis.metrics.choices import Choices
 from analysis.metrics.document_scores import DocumentScores
 from analysis.metrics.load import Load
@@ -19,7 +22,6 @@ from analysis.metrics.repetition import Repetition
 from analysis.metrics.tokens import TokenCounts
 from analysis.results import measure
 from analysis.scanning import Reducer, Selection, accumulate, scan
-from analysis.statistics.resampling import Resampled, poisson_weights
 from store import CaptureGroup, open_capture
 
 QUESTIONS: list[Reducer] = [Choices(), Repetition((1, 2)), Load(), TokenCounts()]
@@ -124,12 +126,52 @@ def test_what_was_not_captured_is_refused(store: Path) -> None:
         measure(store, "other", [Load()])
 
 
-def test_another_version_of_the_reducers_counts_anew(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+MINE = """
+import numpy as np
+from analysis.metrics.load import Load
+class Mine(Load):
+    def update(self, state, block):
+        state["count"] += {step} * int(block["counted"].sum())
+"""
+
+
+def mine(step: int) -> Reducer:
+    """What a notebook's cell defines, under one name each time."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(MINE.format(step=step), names)
+    made: Reducer = names["Mine"]()
+    return made
+
+
+def test_an_edited_reducer_is_counted_anew_also_in_a_notebook(store: Path) -> None:
     runner = Counting()
-    measure(store, "fake", [Load()], runner=runner)
-    monkeypatch.setattr(results, "VERSION", results.VERSION + 1)
-    measure(store, "fake", [Load()], runner=runner)
-    assert len(runner.asked) == 2
+    found = [measure(store, "fake", [mine(step)], runner=runner)[0] for step in (1, 2, 1)]
+    assert runner.asked == [["Mine"], ["Mine"]], "the third is the first"
+    assert found[1]["count"].equals(2 * found[0]["count"])
+    xr.testing.assert_identical(found[2], found[0])
+
+
+def test_an_edit_of_what_a_reducer_or_the_scan_calls_counts_anew(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Counting()
+    for module, name in ((load, "_add_choices"), (scanning, "_excluded_tokens")):
+        measure(store, "fake", [Load()], runner=runner)
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, own=own: own(*given))
+        measure(store, "fake", [Load()], runner=runner)
+    assert len(runner.asked) == 3
+
+
+def test_nothing_is_kept_of_what_may_count_anything(store: Path) -> None:
+    class Noisy(Load):
+        def __init__(self) -> None:
+            self.random = np.random.default_rng(0)
+
+    runner = Counting()
+    for _ in range(2):
+        found = measure(store, "fake", [Noisy(), Load()], runner=runner)
+    assert runner.asked == [["Noisy", "Load"], ["Noisy"]]
+    xr.testing.assert_identical(*found)
+    assert len(list(Path(f"{store}.results").rglob("*.npz"))) == 1
 
 
 ON_A_CLUSTER = """
@@ -164,11 +206,14 @@ def test_a_scan_on_a_cluster_equals_one_in_this_process(store: Path, tmp_path: P
     assert progress[-1] == (5, 5)
 
 
-def test_arrays_among_the_parameters_are_told_apart_and_what_has_no_name_is_refused(store: Path) -> None:
+def test_arrays_and_functions_among_the_parameters_are_told_apart(store: Path) -> None:
     tables = [np.zeros((2, 2, 32, 8), np.int64) for _ in range(2)]
     tables[1][0, 0, 5, 5] = 1
-    questions = [results.question(DocumentScores(table, poisson_weights)) for table in tables]
-    assert results._hash(questions[0]) != results._hash(questions[1])
-    assert results._hash(questions[0]) == results._hash(results.question(DocumentScores(tables[0], poisson_weights)))
-    with pytest.raises(ValueError, match="<lambda> has no name by which its answer can be kept"):
-        measure(store, "fake", [Resampled(Load(), 3, weights=lambda *asked: poisson_weights(*asked))])
+    first, second, again = (results.question(DocumentScores(tables[at], poisson_weights)) for at in (0, 1, 0))
+    assert first != second
+    assert first == again
+    runner = Counting()
+    for seed in (0, 1, 1):
+        weights = partial(poisson_weights, seed=seed)
+        measure(store, "fake", [Resampled(Load(), 3, weights=lambda *asked, use=weights: use(*asked))], runner=runner)
+    assert len(runner.asked) == 2

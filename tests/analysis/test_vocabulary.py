@@ -49,7 +49,9 @@ def test_specialization_and_association_equal_a_loop(capture: xr.Dataset, min_co
         n = sum(count for count, _ in shares.values())
         assert (found.attrs["n"], found.attrs["token_ids"]) == (n, len(shares))
         assert float(found["specialization"][layer]) == pytest.approx(sum(s for _, s in shares.values()) / len(shares))
-        assert float(found["weighted"][layer]) == pytest.approx(sum(c * s for c, s in shares.values()) / n)
+        assert float(found["specialization_weighted"][layer]) == pytest.approx(
+            sum(c * s for c, s in shares.values()) / n
+        )
         cells = Counter((x, int(e)) for x, expert, _ in routed if x in shares for e in expert[layer])
         total = sum(cells.values())
         of_token, of_expert = Counter(), Counter()

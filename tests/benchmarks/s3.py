@@ -29,8 +29,7 @@ import xarray as xr  # noqa: E402
 from s3_server import make_bucket, start_server, stop_server, variables  # noqa: E402
 from zarr.storage import FsspecStore, ObjectStore  # noqa: E402
 
-from store import CaptureGroup, Layout, coverage  # noqa: E402
-from store.plan import Plan, Rows  # noqa: E402
+from store import write_capture  # noqa: E402
 from store.s3 import AT_ONCE, S3Objects  # noqa: E402
 
 SMALL, MANY = b"x" * 1500, 3000  # a commit record's size; objects in a listing
@@ -126,27 +125,17 @@ def shards(client: Any, prefix: str) -> dict[str, Any]:
 
 def make_capture(url: str) -> int:
     """A capture of Mixtral's shape, of choices that do not compress; bytes of its shards."""
-    random = np.random.default_rng(0)
-    layout = Layout(
-        sequence_length=POSITIONS, rows_per_shard=128, layers=tuple(range(LAYERS)), num_experts=8,
-        experts_per_token=2, vocab_size=1,
-    )  # fmt: skip
-    group = CaptureGroup.create(url, "routes", layout=layout, identity={}, attrs={}, pieces=["a"])
-    count = SHARDS * layout.rows_per_shard
-    rows = Rows(
-        token=random.integers(0, 32_000, (count, POSITIONS)).astype(np.int32),
-        length=np.full(count, POSITIONS, np.int32),
-        document_id=np.arange(count),
-        offset=np.zeros(count, np.int32),
+    random, shape = np.random.default_rng(0), (128, POSITIONS, LAYERS, 2)  # 128 rows are a shard
+    blocks = (
+        {
+            "token": random.integers(0, 32_000, shape[:2]),
+            "expert": random.integers(0, 8, shape),
+            "weight": random.random(shape),
+        }
+        for _ in range(SHARDS)
     )
-    plan = Plan(complete=True, rows=count, tokens=count * POSITIONS, documents=count)
-    group.publish(rows, [str(number) for number in range(count)], plan)
-    shape = (layout.rows_per_shard, POSITIONS, LAYERS, 2)
-    for shard in range(SHARDS):
-        expert = random.integers(0, 8, shape).astype(np.uint8)
-        weight = random.random(shape).astype(np.float16)
-        group.commit(shard, {"expert": expert, "weight": weight}, rows=group.read_rows(shard), facts={})
-    return coverage(url, "routes").bytes_done
+    written = write_capture(url, "routes", blocks=blocks, num_experts=8, layers=range(LAYERS), rows_per_shard=128)
+    return written.bytes_done
 
 
 def read(client: Any) -> dict[str, float]:

@@ -24,6 +24,7 @@ import store
 from jobs import status
 from jobs.capturing.options import MIXTRAL, PRESETS, CaptureConfig, parse_capture
 from store import CaptureGroup
+from store.identity import MODEL, TEXT
 from store.lease import lease
 from workers import engine, environment
 from workers.models.description import default_quantization
@@ -501,6 +502,8 @@ def test_the_provenance_is_complete_and_holds_no_secret(
     attrs = group.attrs
     assert attrs.keys() >= PROVENANCE
     assert attrs["identity"].keys() >= IDENTITY
+    told = {name for name in attrs["identity"] if not name.startswith("text_")}
+    assert told <= {*MODEL, *TEXT}, "a new field decides the model's choices, or the text: say which"
     versions = {"torch", "transformers", "bitsandbytes", "zarr", "python"}
     assert attrs["environment"].keys() >= versions, "of the planner"
     assert group.environment is not None

@@ -4,11 +4,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numba
 import pytest
 from conftest import Ran
+from numba.core.dispatcher import Dispatcher
 
 from analysis.scanning import kernel
 from jobs.capturing.options import parse_capture
@@ -21,15 +20,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_kernel_compiles_where_no_folder_for_its_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = numba.njit
-
-    def without_cache(**options: Any) -> Any:
-        if options.pop("cache", False):
-            raise RuntimeError("cannot cache function: no locator available")
-        return compiled(**options)
+    def unwritable(self: Dispatcher) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
 
     with monkeypatch.context() as patch:
-        patch.setattr(numba, "njit", without_cache)
+        patch.setattr(Dispatcher, "enable_caching", unwritable)
         add_one = kernel(lambda number: number + 1)
     assert add_one(2) == 3
 

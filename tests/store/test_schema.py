@@ -1,15 +1,11 @@
 """A store of every schema version there ever was opens, reads, verifies and goes on, with the code as it is now.
 
 `tests/stores/schema-N` is kept as it was written by the first version that wrote it, and never made again; one is added
-with the number: `python tests/store/test_schema.py`, once, when `SCHEMA_VERSION` has grown.
+with the number, once, when it has grown: `write` or `capture` makes it. Version 2 is that of routes without weights.
 """
 
 import shutil
-import sys
 from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import numpy as np
 import pytest
@@ -17,8 +13,9 @@ import xarray as xr
 from fake_model import ROLES, fake_capture, fake_choice, fake_layout, store_files, words
 
 from analysis.metrics.load import expert_load
-from store import CaptureGroup, coverage, open_capture
-from store.layout import SCHEMA_VERSION
+from analysis.metrics.position import position_load
+from store import CaptureGroup, coverage, open_capture, write_capture
+from store.layout import SCHEMA_VERSION, WITHOUT_WEIGHTS
 from store.verification import verify
 
 STORES = Path(__file__).parents[1] / "stores"
@@ -55,6 +52,39 @@ def test_a_store_of_that_version_opens_reads_and_holds(version: int) -> None:
         np.testing.assert_array_equal(plain["expert"].values, expert)
 
 
+def write(path: Path) -> None:
+    """What the store without weights holds: the choices of the fake model for rows of any tokens."""
+    token = np.random.default_rng(0).integers(0, 1000, (9, 8))
+    position, layer, k = np.indices((8, 3, 2))
+    expert, _ = fake_choice(token[..., None, None], position, layer, k, 8)
+    write_capture(
+        path,
+        "routes",
+        blocks=[{"token": token, "expert": expert, "document_id": np.arange(9) // 2}],
+        num_experts=8,
+        layers=(0, 1, 2),
+        rows_per_shard=4,
+        attrs={"model": "fake"},
+    )
+
+
+def test_a_store_without_weights_opens_reads_holds_and_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "routes.zarr"
+    shutil.copytree(STORES / f"schema-{WITHOUT_WEIGHTS}", path)
+    before = store_files(path)
+    write(path)
+    assert store_files(path) == before
+    found = verify(CaptureGroup(path, "routes"))
+    assert (found.shards, found.plan) == ({}, [])
+    routes = open_capture(path, "routes").compute()
+    assert routes.attrs["schema_version"] == WITHOUT_WEIGHTS
+    assert "weight" not in routes
+    for row, position, layer, k in np.ndindex(routes["expert"].shape):
+        wanted, _ = fake_choice(int(routes["token"][row, position]), position, layer, k, 8)
+        assert routes["expert"].values[row, position, layer, k] == wanted
+    assert position_load(routes).attrs["n"] == coverage(path, "routes").tokens_done == 72
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_capture_of_that_version_goes_on_and_is_left_as_it_is(version: int, tmp_path: Path) -> None:
     path = tmp_path / "routes.zarr"
@@ -63,7 +93,3 @@ def test_a_capture_of_that_version_goes_on_and_is_left_as_it_is(version: int, tm
     capture(path)
     after = store_files(path)
     assert {key: data for key, data in after.items() if "/partial" not in key} == before
-
-
-if __name__ == "__main__":
-    capture(STORES / f"schema-{SCHEMA_VERSION}")

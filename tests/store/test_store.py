@@ -510,7 +510,7 @@ def test_the_identitys_hash_depends_on_every_value_and_on_no_order() -> None:
     ("content", "message"),
     [
         ("{}", "is no capture that this version reads: its schema_version is None"),
-        ('{"attributes": {"schema_version": 99}}', "schema_version is 99, and 1 is known here"),
+        ('{"attributes": {"schema_version": 99}}', "schema_version is 99, and 1 and 2 are known here"),
         ("not JSON", "is not JSON"),
     ],
 )

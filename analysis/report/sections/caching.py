@@ -9,15 +9,15 @@ from analysis.metrics.caching import CacheCounts, cache_hits_of
 from analysis.report.figures import ALL, Figure, about, figure
 from analysis.report.section import Answers, Asked, Found, Section
 from analysis.scanning import Reducer
-from analysis.statistics.parts import Thinned
+from analysis.statistics.sampling import SampledRows, of_how_many
 
 CACHED_TOKENS = 2**20  # about; simulating caches takes as long as all other counting (arbitrary)
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """Caches of all sizes, over a part of the documents."""
-    share = min(1.0, CACHED_TOKENS / max(1, asked.state.tokens_done))
-    return {"caches": Thinned(CacheCounts(policies=("lru", "belady")), share)}
+    """Caches of all sizes, over a part of the rows."""
+    one_in = min(-(-asked.state.tokens_done // CACHED_TOKENS), asked.data.sizes["doc"])
+    return {"caches": SampledRows(CacheCounts(policies=("lru", "belady")), max(1, one_in))}
 
 
 def answer(found: Found, asked: Asked) -> Found:
@@ -28,7 +28,10 @@ def answer(found: Found, asked: Asked) -> Found:
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
     """Hit rates by cache size."""
     drawn = cache_chart({each.label: each["caches"] for each in answers})
-    yield figure("lines", "caching", ALL, drawn, about(answers[0]["caches"], "none: whole rows are simulated once"))
+    parts = {each.label: of_how_many(each["caches"]) for each in answers}
+    of = "; ".join(f"{label}: {part}, chosen by a hash" for label, part in parts.items() if part)
+    spread = f"none: whole rows are simulated once{of and f' ({of})'}"
+    yield figure("lines", "caching", ALL, drawn, about(answers[0]["caches"], spread))
 
 
 SECTION = Section(

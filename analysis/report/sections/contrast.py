@@ -10,6 +10,7 @@ from analysis.report.figures import Figure, about, figure
 from analysis.report.section import Answers, Asked, Section
 from analysis.report.sections import load
 from analysis.scanning import Reducer
+from store import model_differences
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
@@ -20,14 +21,17 @@ def ask(asked: Asked) -> Mapping[str, Reducer]:
 def contrast_between(answers: Sequence[Answers]) -> xr.Dataset | None:
     """How the data sets of the first one's model differ, as far as they are captured; None where it is alone."""
     captured = [each for each in answers if each["load"].attrs["n"]]
-    alike = {each.label: each["counts"] for each in captured if _model(each) == _model(captured[0])}
+    alike = {each.label: each["counts"] for each in captured if not why_apart(captured[0], each)}
     return contrast_of(alike) if len(alike) > 1 else None
 
 
-def _model(each: Answers) -> tuple[object, ...]:
-    """What data sets must have in common to be contrasted."""
-    load = each["load"]
-    return each.attrs.get("model"), load.sizes["k"], load.sizes["expert"], *load["layer"].values.tolist()
+def why_apart(one: Answers, other: Answers) -> str:
+    """Why two data sets are not contrasted, in words: they are not of one model. Empty where they are."""
+    shapes = [(each["load"]["layer"].values.tolist(), *each["load"]["count"].shape[1:]) for each in (one, other)]
+    if shapes[0] != shapes[1]:
+        return "other layers, choices or experts"
+    differ = model_differences(one.attrs, other.attrs)
+    return "; ".join(f"{name} is {here} and {there}" for name, (here, there) in differ.items())
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:

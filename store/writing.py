@@ -1,0 +1,366 @@
+"""Routes that are at hand, written as a capture: one call, a shard at a time.
+
+What it writes is a capture like any other, in the same grid and through the same plan and commits: `verify` reads it
+back, and whoever opens it sees no difference. The call may be killed and made again: what is there already is compared
+with what it gives, and the rest is added. In memory are one shard and one block.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from store.coverage import Coverage, coverage
+from store.group import CaptureGroup, object_sums
+from store.layout import MISSING_TOKEN, SHARD_CHOICES, Layout, default_rows_per_shard
+from store.lease import lease
+from store.plan import Plan, Rows
+
+NAMES = {"token", "expert", "weight", "length", "document_id"}
+LARGEST_WEIGHT = float(np.finfo(np.float16).max)
+
+Block = Mapping[str, np.ndarray]
+
+
+def write_capture(
+    path: Path | str,
+    name: str,
+    *,
+    blocks: Iterable[Mapping[str, Any]],
+    num_experts: int,
+    layers: Sequence[int],
+    pieces: Sequence[str] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+    rows_per_shard: int | None = None,
+) -> Coverage:
+    """Write routes as a capture in a store, streaming; the same call again adds what is missing.
+
+    Parameters
+    ----------
+    path
+        The store: a folder, or s3://bucket/prefix. It is made where it is not there.
+    name
+        The capture's name in it: 1 to 128 of a-z, 0-9, '.', '_' and '-'.
+    blocks : iterable of mapping of str to array
+        Rows in their order, some at a time, as many as one likes. `token`, integers (rows, P): ids; `expert`, integers
+        (rows, P, layers, k): choices, largest weight first, the fill value (255, or 65535 where there are more than 255
+        experts) in all layers where a token's choices are not known. Optional, in all blocks or in none: `weight`,
+        floats like `expert`, kept in 16 bits; `length`, integers (rows): tokens in the row, 1 to P, default those
+        before the first id below 0; `document_id`, integers (rows), ascending from 0 on: the document that the row is
+        a window of, default one for each row. What lies at and beyond a row's length is not looked at.
+    num_experts : int
+        E of each layer.
+    layers : sequence of int
+        The model's own numbers of the layers that have experts, in the order of `expert`.
+    pieces : sequence of str, optional
+        The tokenizer's piece for each token id; default the ids themselves, up to the largest.
+    attrs : mapping, optional
+        Facts of the capture, as JSON values: `special_token_ids` (default none: every token counts), what is known of
+        `store.identity.MODEL`, such as `model`, `model_revision` and `quantization`, and whence the routes are. They
+        are its identity: with others it is another capture.
+    rows_per_shard : int, optional
+        Default as many as a capture has: about 262,144 positions.
+
+    Returns
+    -------
+    Coverage
+        What is there; complete.
+
+    Raises
+    ------
+    ValueError
+        When a block has not these arrays, shapes or types, an expert or token is out of range, documents do not
+        ascend, there is no row, or the store holds another capture, or other routes, under that name. The message says
+        which block and row. What was written before stays, and is not complete.
+    RuntimeError
+        When another job writes the same capture.
+    """
+    found = iter(blocks)
+    first = next(found, None)
+    if first is None:
+        raise ValueError("blocks holds no row: there is nothing to write")
+    layout = _layout(first, num_experts, layers, pieces, rows_per_shard)
+    facts = {"special_token_ids": [], **(attrs or {})}
+    identity = {**facts, **layout.attrs(), "written": 1, "pieces": None if pieces is None else _hash(list(pieces))}
+    group = CaptureGroup(path, name)
+    with lease(group):
+        group = CaptureGroup.create(
+            path, name, layout=layout, identity=identity, attrs=facts, pieces=["0"] if pieces is None else pieces
+        )
+        _Writer(group, layout, known=pieces is not None).write(_chained(first, found))
+    return coverage(path, name)
+
+
+def _chained(first: Block, others: Iterator[Block]) -> Iterator[Block]:
+    yield first
+    yield from others
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _layout(
+    block: Block, num_experts: int, layers: Sequence[int], pieces: Sequence[str] | None, rows_per_shard: int | None
+) -> Layout:
+    """The grid, from the first block."""
+    _refuse_names(block, NAMES & block.keys() | {"token", "expert"}, 0)
+    token, expert = np.asarray(block["token"]), np.asarray(block["expert"])
+    if token.ndim != 2 or expert.ndim != 4 or 0 in token.shape[1:] or 0 in expert.shape[1:]:
+        raise ValueError(
+            f"block 0: token has the shape {token.shape} and expert {expert.shape}; give (rows, P) and"
+            " (rows, P, layers, k), with P and k 1 or more"
+        )
+    positions, choices = token.shape[1], expert.shape[3]
+    if choices > num_experts:
+        raise ValueError(f"block 0: a token has {choices} choices, and there are {num_experts} experts")
+    most = max(1, SHARD_CHOICES // (positions * max(1, len(layers)) * choices))
+    return Layout(
+        sequence_length=positions,
+        rows_per_shard=rows_per_shard or min(default_rows_per_shard(positions), most),
+        layers=tuple(int(layer) for layer in layers),
+        num_experts=num_experts,
+        experts_per_token=choices,
+        vocab_size=1 if pieces is None else len(pieces),
+        weights="weight" in block,
+    )
+
+
+def _refuse_names(block: Block, wanted: set[str], number: int) -> None:
+    """A ValueError where a block has other arrays than it should."""
+    if block.keys() != wanted:
+        raise ValueError(
+            f"block {number} has the arrays {sorted(block)}, and {sorted(wanted)} are wanted: token and expert, and of"
+            " weight, length and document_id the same in all blocks"
+        )
+
+
+@dataclass(kw_only=True)
+class _Checked:
+    """Rows as the store has them."""
+
+    token: np.ndarray
+    length: np.ndarray
+    document_id: np.ndarray
+    routes: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def part(self, rows: slice) -> "_Checked":
+        routes = {name: values[rows] for name, values in self.routes.items()}
+        return _Checked(
+            token=self.token[rows], length=self.length[rows], document_id=self.document_id[rows], routes=routes
+        )
+
+
+def _joined(parts: Sequence[_Checked]) -> _Checked:
+    """Rows one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    token, length, document_id = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("token", "length", "document_id")
+    )
+    routes = {name: np.concatenate([part.routes[name] for part in parts]) for name in parts[0].routes}
+    return _Checked(token=token, length=length, document_id=document_id, routes=routes)
+
+
+class _Checker:
+    """Looks at blocks one after the other, and gives their rows as the store has them."""
+
+    def __init__(self, layout: Layout, *, known: bool) -> None:
+        self.layout, self.known = layout, known
+        self.names: set[str] = set()
+        self.number, self.rows, self.document, self.largest_token = -1, 0, -1, 0
+
+    def check(self, block: Block) -> _Checked:
+        """One block; a ValueError says what is wrong with it."""
+        self.number += 1
+        self.names = self.names or set(block)
+        _refuse_names(block, self.names, self.number)
+        layout, rows = self.layout, len(block["token"])
+        shape = (rows, layout.sequence_length)
+        choices = (*shape, len(layout.layers), layout.experts_per_token)
+        token = self._array(block, "token", shape, "iu")
+        length = self._length(block, token)
+        filled = np.arange(layout.sequence_length) < length[:, None]
+        routes = {"expert": self._expert(self._array(block, "expert", choices, "iu"), filled)}
+        if layout.weights:
+            known = routes["expert"] != layout.missing_expert
+            routes["weight"] = self._weight(self._array(block, "weight", choices, "f"), known)
+        checked = _Checked(
+            token=self._token(token, filled), length=length, document_id=self._documents(block, rows), routes=routes
+        )
+        self.rows += rows
+        return checked
+
+    def _array(self, block: Block, name: str, shape: tuple[int, ...], kinds: str) -> np.ndarray:
+        values = np.asarray(block[name])
+        if values.shape != shape or values.dtype.kind not in kinds:
+            kind = "floats" if kinds == "f" else "integers"
+            raise ValueError(
+                f"block {self.number}: {name} is {values.dtype} {values.shape}, and {kind} {shape} are wanted"
+            )
+        return values
+
+    def _length(self, block: Block, token: np.ndarray) -> np.ndarray:
+        positions = token.shape[1]
+        if "length" in block:
+            length = self._array(block, "length", (len(token),), "iu").astype(np.int64)
+        else:
+            length = np.where((token < 0).any(axis=1), (token < 0).argmax(axis=1), positions)
+        self._refuse(
+            (length < 1) | (length > positions), f"its length is {{}}, and 1 to {positions} are possible", length
+        )
+        return length.astype(np.int32)
+
+    def _token(self, token: np.ndarray, filled: np.ndarray) -> np.ndarray:
+        most = self.layout.vocab_size if self.known else 2**31 - 1
+        wrong = filled & ((token < 0) | (token >= most))
+        self._refuse(wrong, f"it holds token {{}}, and 0 to {most - 1} are possible", token)
+        token = np.where(filled, token.astype(np.int32), np.int32(MISSING_TOKEN))
+        self.largest_token = max(self.largest_token, int(token.max(initial=0)))
+        return token
+
+    def _expert(self, expert: np.ndarray, filled: np.ndarray) -> np.ndarray:
+        experts, fill = self.layout.num_experts, self.layout.missing_expert
+        unknown = expert == fill
+        wrong = filled[..., None, None] & ((expert < 0) | (expert >= experts)) & ~unknown
+        self._refuse(wrong, f"it holds expert {{}}, and 0 to {experts - 1} are possible, or {fill} for unknown", expert)
+        some = unknown.any(axis=(2, 3)) & ~unknown.all(axis=(2, 3)) & filled
+        self._refuse(some, f"a token has {fill}, for unknown, among its choices: give it for all of them or none")
+        dtype = np.dtype(self.layout.arrays()["expert"].dtype)
+        checked: np.ndarray = np.where(filled[..., None, None], expert.astype(dtype), dtype.type(fill))
+        return checked
+
+    def _weight(self, weight: np.ndarray, known: np.ndarray) -> np.ndarray:
+        wrong = known & ~(np.abs(weight) <= LARGEST_WEIGHT)
+        self._refuse(wrong, "it holds the weight {}, which 16 bits cannot hold", weight)
+        return np.where(known, weight, 0).astype(np.float16)
+
+    def _documents(self, block: Block, rows: int) -> np.ndarray:
+        if "document_id" not in block:
+            return np.arange(self.rows, self.rows + rows, dtype=np.int64)
+        document: np.ndarray = self._array(block, "document_id", (rows,), "iu").astype(np.int64)
+        before = np.concatenate([[max(self.document, 0)], document[:-1]])
+        self._refuse(document < before, "it is of document {}, and documents ascend from 0 on", document)
+        self.document = int(document[-1]) if rows else self.document
+        return document
+
+    def _refuse(self, wrong: np.ndarray, what: str, values: np.ndarray | None = None) -> None:
+        """A ValueError that names the first row, counted from the capture's, in which something is wrong."""
+        if wrong.any():
+            place = tuple(np.argwhere(wrong)[0])
+            value = "" if values is None else values[place]
+            raise ValueError(f"block {self.number}, row {self.rows + int(place[0])}: {what.format(value)}")
+
+
+@dataclass(kw_only=True)
+class _Counts:
+    """What the plan counts."""
+
+    rows: int = 0
+    tokens: int = 0
+    document: int = -1
+    """The last one so far, which may go on."""
+    of_document: int = 0
+    """Its rows."""
+    documents_seen: int = 0
+    cut: int = 0
+
+    def add(self, rows: _Checked) -> None:
+        document = rows.document_id
+        starts = np.diff(document, prepend=self.document) > 0
+        self.rows, self.tokens = self.rows + len(rows), self.tokens + int(rows.length.sum())
+        self.documents_seen, self.cut = self.documents_seen + int(starts.sum()), self.cut + int((~starts).sum())
+        since = int(np.flatnonzero(starts)[-1]) if starts.any() else None
+        self.of_document = len(rows) - since if since is not None else self.of_document + len(rows)
+        self.document = int(document[-1])
+
+    def plan(self, *, complete: bool) -> Plan:
+        """The plan's record: the last document is counted when all is there."""
+        documents = self.document + complete
+        return Plan(
+            complete=complete,
+            rows=self.rows,
+            tokens=self.tokens,
+            documents=documents,
+            documents_empty=documents - (self.documents_seen - (not complete)),
+            pairs_cut=self.cut,
+            rows_of_next_document=0 if complete else self.of_document,
+        )
+
+
+@dataclass
+class _Writer:
+    """Makes shards of rows, and each durable before the next."""
+
+    group: CaptureGroup
+    layout: Layout
+    known: bool
+    counts: _Counts = field(default_factory=_Counts)
+    offset: int = 0
+    """Tokens of the last document so far."""
+
+    def write(self, blocks: Iterable[Block]) -> None:
+        self.valid, wrong = self.group.commits()
+        for shard in wrong:
+            self.group.discard(shard)
+        checker, waiting, step = _Checker(self.layout, known=self.known), list[_Checked](), self.layout.rows_per_shard
+        for block in blocks:
+            waiting.append(checker.check(block))
+            while sum(map(len, waiting)) > step:  # the last shard waits for the end
+                rows = _joined(waiting)
+                self._shard(rows.part(slice(step)), complete=False)
+                waiting = [rows.part(slice(step, None))]
+        rows = _joined(waiting)
+        if not len(rows):
+            raise ValueError("blocks holds no row: there is nothing to write")
+        if not self.known and not self.group.plan.complete:
+            self.group.settle_pieces([str(number) for number in range(checker.largest_token + 1)])
+            self.group = CaptureGroup(self.group.path, self.group.dataset)
+        self._shard(rows, complete=True)
+
+    def _shard(self, rows: _Checked, *, complete: bool) -> None:
+        """Plan and commit one shard, or see that it is there."""
+        start, shard = self.counts.rows, self.counts.rows // self.layout.rows_per_shard
+        planned = Rows(token=rows.token, length=rows.length, document_id=rows.document_id, offset=self._offsets(rows))
+        self.counts.add(rows)
+        plan, now = self.counts.plan(complete=complete), self.group.plan
+        if now.rows == start and not now.complete:
+            names = [f"document {number}" for number in range(now.documents, plan.documents)]
+            self.group.publish(planned, names, plan)
+        elif not self._planned(shard, planned) or (complete and now != plan):
+            raise self._other(shard, "tokens")
+        if not self.group.commit(shard, rows.routes, rows=planned, facts={}):
+            arrays, record = self.layout.arrays(), self.valid[shard]
+            if any(object_sums(arrays[name].encode(values)) != record[name] for name, values in rows.routes.items()):
+                raise self._other(shard, "choices or weights")
+
+    def _offsets(self, rows: _Checked) -> np.ndarray:
+        """Tokens of its document before each row."""
+        ends = np.cumsum(rows.length, dtype=np.int64)
+        starts = np.diff(rows.document_id, prepend=self.counts.document) > 0
+        begun = np.maximum.accumulate(np.where(starts, np.arange(len(rows)), -1))
+        before = np.where(begun >= 0, (ends - rows.length)[begun], -self.offset)
+        offset: np.ndarray = (ends - rows.length - before).astype(np.int32)
+        self.offset = int(offset[-1]) + int(rows.length[-1])
+        return offset
+
+    def _planned(self, shard: int, rows: Rows) -> bool:
+        """Whether a shard is planned with these rows."""
+        start, stop = self.group.span(shard, self.group.plan)
+        names = ("token", "length", "document_id", "offset")
+        return stop - start == len(rows.length) and all(
+            np.array_equal(self.group.values(name, start, stop), getattr(rows, name)) for name in names
+        )
+
+    def _other(self, shard: int, what: str) -> ValueError:
+        return ValueError(
+            f"{self.group.path}/{self.group.dataset} holds other {what} in shard {shard} than the blocks: give another"
+            " name, or remove that folder"
+        )
