@@ -42,7 +42,7 @@ def model_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[
     Parameters
     ----------
     one, other
-        Attributes of the captures, as `store.open_capture` gives them. Of a capture without `identity` the attributes
+        Attributes of the captures, as `store.attributes` gives them. Of a capture without `identity` the attributes
         of the same names are compared.
 
     Returns

@@ -81,9 +81,9 @@ def contrast(
 
         NaN where a data set has no token that counts. A data set of fewer than `MIN_EFFECTIVE_DOCUMENTS` effective
         documents (Kish 1965) has shares and differences, but takes no part in tests, intervals, or the mean of the
-        others; attribute `untested` names it with the reason. Attribute `models_differ` says in what the captures' models
-        differ, such as quantization: then differences are not those of the texts alone. Attributes `n`: each data set's tokens; `documents` and
-        `effective_documents` of each.
+        others; attribute `untested` names it with the reason. Attribute `models_differ` says in what the captures'
+        models differ, such as quantization: then differences are not those of the texts alone. Attributes `n`: each
+        data set's tokens; `documents` and `effective_documents` of each.
 
     Raises
     ------

@@ -67,7 +67,7 @@ def paired_contrast(
     if len(captures) != 2:
         raise ValueError(f"{len(captures)} captures: documents are paired in two")
     ids = [np.unique(capture["document_id"].values) for capture in captures.values()]
-    common = np.intersect1d(*ids)
+    common = np.intersect1d(ids[0], ids[1])
     if not common.size:
         raise ValueError(f"{' and '.join(captures)} have no document_id in common: nothing can be paired")
     counts = [

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from analysis.statistics.resampling import Resampled, poisson_weights
 from fake_model import fake_capture, words
 
 from analysis import results, scanning
@@ -22,6 +21,7 @@ from analysis.metrics.repetition import Repetition
 from analysis.metrics.tokens import TokenCounts
 from analysis.results import measure
 from analysis.scanning import Reducer, Selection, accumulate, scan
+from analysis.statistics.parts import Parts, halves
 from store import CaptureGroup, open_capture
 
 QUESTIONS: list[Reducer] = [Choices(), Repetition((1, 2)), Load(), TokenCounts()]
@@ -179,6 +179,7 @@ import pickle, sys
 from jobs.cluster.scans import ClusterRunner
 from jobs.cluster.connection import connection
 from analysis.results import measure
+from analysis.statistics.parts import Parts, halves
 from store import coverage
 from test_results import QUESTIONS
 store, out = sys.argv[1:]
@@ -209,11 +210,11 @@ def test_a_scan_on_a_cluster_equals_one_in_this_process(store: Path, tmp_path: P
 def test_arrays_and_functions_among_the_parameters_are_told_apart(store: Path) -> None:
     tables = [np.zeros((2, 2, 32, 8), np.int64) for _ in range(2)]
     tables[1][0, 0, 5, 5] = 1
-    first, second, again = (results.question(DocumentScores(tables[at], poisson_weights)) for at in (0, 1, 0))
+    first, second, again = (results.question(DocumentScores(tables[at], halves)) for at in (0, 1, 0))
     assert first != second
     assert first == again
     runner = Counting()
     for seed in (0, 1, 1):
-        weights = partial(poisson_weights, seed=seed)
-        measure(store, "fake", [Resampled(Load(), 3, weights=lambda *asked, use=weights: use(*asked))], runner=runner)
+        belongs = partial(halves, seed=seed)
+        measure(store, "fake", [Parts(Load(), 1, lambda document, use=belongs: use(document))], runner=runner)
     assert len(runner.asked) == 2
