@@ -126,7 +126,6 @@ def bursty(
     world: int = 0,
     documents: int = 40,
     burst: float = 0.05,
-    taste: float = 2.0,
     **shape: Any,
 ) -> xr.Dataset:
     """A capture whose documents have words of their own, and whose routes depend on `by` alone: document or token.

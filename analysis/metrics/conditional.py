@@ -70,7 +70,8 @@ def token_information_of(routes: xr.Dataset, *, draws: int = 100) -> xr.Dataset:
     xr.Dataset
         float64 (layer), in bits: `mutual_information` by maximum likelihood, far too large in short documents; `null`
         and `null_high`, the mean and the 95 % quantile after shuffles; `corrected`, the difference to the mean, 0 on
-        average where documents are all that routes depend on. NaN where there is no token.
+        average where documents are all that routes depend on. It is too small rather than too large: a token that
+        occurs once in its document adds as much to the null. NaN where there is no token.
     """
     document = routes["document_id"].values
     found = conditional_information(routes["expert"], routes["token_id"].values, document, draws=draws)
@@ -157,8 +158,8 @@ def position_information(
     -------
     xr.Dataset
         float64 (layer), in bits: `mutual_information` by maximum likelihood; `null` and `null_high`, the mean and the
-        95 % quantile after shuffles; `corrected`, the difference to the mean, and at least that much where tokens occur
-        once a document. NaN where there is no token.
+        95 % quantile after shuffles; `corrected`, the difference to the mean, too small rather than too large: a token
+        that occurs once in its document adds as much to the null. NaN where there is no token.
     """
     [routes] = scan(dataset, [SampledRoutes(size)], threads=threads)
     starts = _starts(bins, dataset.sizes["position"])
