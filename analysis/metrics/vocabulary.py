@@ -126,9 +126,9 @@ def vocabulary_specialization_of(
     -------
     xr.Dataset
         float64 (layer): `specialization`, the mean over token ids of the largest share of a token's occurrences
-        that one expert gets (OLMoE, section 5), and `weighted_specialization`, its mean over occurrences; `null` and
-        `weighted_null`, their means over the shuffles, with the standard deviations of one shuffle `null_sd` and
-        `weighted_null_sd`, NaN where there is one shuffle only; `mutual_information` of token and expert in bits, its
+        that one expert gets (OLMoE, section 5), and `specialization_weighted`, its mean over occurrences; `null` and
+        `null_weighted`, their means over the shuffles, with the standard deviations of one shuffle `null_sd` and
+        `null_weighted_sd`, NaN where there is one shuffle only; `mutual_information` of token and expert in bits, its
         mean over the shuffles `null_information`, and `corrected`, the difference, which is 0 where documents are all
         that routes depend on. NaN where no token occurs often enough.
 
@@ -146,11 +146,11 @@ def vocabulary_specialization_of(
     frequent = table["tokens"].values[table["tokens"].values >= min_count]
     result = {
         "specialization": own["plain"],
-        "weighted_specialization": own["weighted"],
+        "specialization_weighted": own["weighted"],
         "null": mean["plain"],
-        "weighted_null": mean["weighted"],
+        "null_weighted": mean["weighted"],
         "null_sd": deviation["plain"],
-        "weighted_null_sd": deviation["weighted"],
+        "null_weighted_sd": deviation["weighted"],
         "mutual_information": own["information"].assign_attrs(units="bits"),
         "null_information": mean["information"].assign_attrs(units="bits"),
         "corrected": (own["information"] - mean["information"]).assign_attrs(units="bits", null=0.0),
@@ -163,7 +163,7 @@ def vocabulary_specialization_of(
         min_count=min_count,
         draws=len(drawn),
         choice=table.attrs["choice"],
-        null="null, weighted_null and null_information: token identities shuffled within documents",
+        null="null, null_weighted and null_information: token identities shuffled within documents",
         estimator="mean over token ids, or over occurrences; mutual information by maximum likelihood, corrected by its"
         " mean over the shuffles",
         definition=f"mean over tokens x of max over experts e of N_xe / N_x, N_xe by {table.attrs['choice']} choice",

@@ -6,6 +6,7 @@ experts counted as tests; where nothing is beyond chance, that is what is said.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -73,7 +74,7 @@ def _token(answers: Sequence[Answers]) -> str | None:
     for each in answers:
         found = each["token_excess"]
         usual = found["expected"] / found["tokens"]
-        spread = np.sqrt(found["expected"] * (1 - usual).clip(0))
+        spread: Any = np.sqrt(found["expected"] * (1 - usual).clip(0))
         surely = (found["p"] * tests <= SURE) & (spread > 0)  # Bonferroni
         score = ((found["count"] - found["expected"]) / spread.where(surely)).fillna(0.0)
         if score.size and float(score.max()) > best:

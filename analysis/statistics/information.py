@@ -100,7 +100,7 @@ def association(counts: xr.DataArray, one: str, other: str, *, bias: float = 1.0
     expected = rows * columns / n
     chi_square = ((counts - expected) ** 2 / expected.where(expected > 0)).sum((one, other))
     seen = [(rows > 0).sum(one), (columns > 0).sum(other)]
-    smaller: Any = np.minimum(*seen) - 1
+    smaller: Any = np.minimum(seen[0], seen[1]) - 1
     null = _null(counts.transpose(..., one, other), plain - corrected, n, seen, bias, draws)
     scale = 1 / np.sqrt(n * smaller.where(smaller > 0))
     return xr.Dataset(

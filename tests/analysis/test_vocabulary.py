@@ -52,7 +52,7 @@ def test_specialization_and_association_equal_a_loop(capture: xr.Dataset, min_co
         assert (found.attrs["n"], found.attrs["token_ids"]) == (n, len(shares))
         assert float(found["specialization"][layer]) == pytest.approx(sum(s for _, s in shares.values()) / len(shares))
         weighted = sum(c * s for c, s in shares.values()) / n
-        assert float(found["weighted_specialization"][layer]) == pytest.approx(weighted)
+        assert float(found["specialization_weighted"][layer]) == pytest.approx(weighted)
         cells = Counter((x, int(e)) for x, expert in routed if x in shares for e in expert[layer])
         total = sum(cells.values())
         of_token, of_expert = Counter(), Counter()
@@ -82,7 +82,7 @@ def test_the_null_is_what_identities_shuffled_within_documents_give(experts: int
             shares = list(largest_shares(shuffled.tolist(), list(expert[:, layer]), 5).values())
             plain.append(sum(share for _, share in shares) / len(shares))
             weighted.append(sum(n * share for n, share in shares) / sum(n for n, _ in shares))
-        for name, values in (("null", plain), ("weighted_null", weighted)):
+        for name, values in (("null", plain), ("null_weighted", weighted)):
             deviation = float(found[f"{name}_sd"][layer])
             assert float(found[name][layer]) == pytest.approx(np.mean(values), abs=4 * deviation * math.sqrt(2 / 20))
             assert 0.4 * np.std(values) < deviation < 2.5 * np.std(values), name
@@ -92,7 +92,7 @@ def test_words_that_only_share_a_document_are_at_the_null_and_words_with_experts
     """Shuffled among all documents, as it once was, the null of the first would be far below it."""
     common = {"documents": 50, "layers": range(4), "rows_per_shard": 1000}
     alone, own = (vocabulary_specialization(bursty(by, **common), draws=8) for by in ("document", "token"))
-    for name, null in (("specialization", "null"), ("weighted_specialization", "weighted_null")):
+    for name, null in (("specialization", "null"), ("specialization_weighted", "null_weighted")):
         assert bool((abs(alone[name] - alone[null]) < 5 * alone[f"{null}_sd"]).all())
         assert bool((own[name] > own[null] + 10 * own[f"{null}_sd"]).all())
     assert bool((abs(alone["corrected"]) < 0.05).all())
@@ -104,7 +104,7 @@ def test_words_that_only_share_a_document_are_at_the_null_and_words_with_experts
 
 def test_routes_that_know_no_tokens_are_at_the_null() -> None:
     found = vocabulary_specialization(make_capture(seed=2, documents=300, strength=0), min_count=10, draws=8)
-    for name, null in (("specialization", "null"), ("weighted_specialization", "weighted_null")):
+    for name, null in (("specialization", "null"), ("specialization_weighted", "null_weighted")):
         assert bool((abs(found[name] - found[null]) < 6 * found[f"{null}_sd"]).all())
     assert bool((abs(found["corrected"]) < 0.01).all())
 
