@@ -308,8 +308,6 @@ def _table(counts: xr.Dataset) -> xr.Dataset:
         definition=f"share = N_xe / N_x: occurrences of token x with expert e {_AMONG[counts.attrs['choice']]}, over"
         " all of x; lift = share / (N_e / T)",
         source=_SOURCE,
-        choice=counts.attrs["choice"],
-        experts_per_token=choices,
     )
 
 
