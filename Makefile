@@ -23,7 +23,7 @@ check: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python tests/benchmarks/cpu.py
-	$(BIN)/python tests/benchmarks/intervals.py -o tests/benchmarks/results/intervals.json
+	$(BIN)/python tests/benchmarks/inference.py
 
 # The environment: exactly the locked versions, hashes checked. uv is fetched into the environment itself.
 .venv/ready: requirements.lock

@@ -34,6 +34,7 @@ from .metrics.document_scores import document_scores as document_scores
 from .metrics.excess import token_excess_of as token_excess_of
 from .metrics.load import ExpertCounts as ExpertCounts
 from .metrics.load import Load as Load
+from .metrics.load import balance_null as balance_null
 from .metrics.load import balance_of as balance_of
 from .metrics.load import domain_specialization as domain_specialization
 from .metrics.load import expert_load as expert_load
@@ -82,8 +83,8 @@ from .statistics.growth import enough as enough
 from .statistics.growth import growth as growth
 from .statistics.information import association as association
 from .statistics.information import entropy as entropy
-from .statistics.resampling import Resampled as Resampled
-from .statistics.resampling import Thinned as Thinned
-from .statistics.resampling import false_discovery as false_discovery
-from .statistics.resampling import interval as interval
-from .statistics.resampling import p_value as p_value
+from .statistics.jackknife import Jackknife as Jackknife
+from .statistics.jackknife import interval as interval
+from .statistics.parts import Parts as Parts
+from .statistics.parts import Thinned as Thinned
+from .statistics.testing import false_discovery as false_discovery

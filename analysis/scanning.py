@@ -28,7 +28,8 @@ from analysis.attributes import refuse_undescribed
 Array = NDArray[Any]
 Block = dict[str, Array]
 """The decoded arrays of one shard by variable name; `counted`, bool (doc, position): tokens to count; `row`, int64
-(doc): the rows' numbers; and where a reducer needs it `code`, uint8 (doc, layer, position): see `coded`."""
+(doc): the rows' numbers; and where a reducer needs them `document`, int64 (doc): the running numbers of the rows'
+documents; and `code`, uint8 (doc, layer, position): see `coded`."""
 State = dict[str, NDArray[Any]]
 """What a reducer accumulates: integer arrays by name, so that sums are exact in any order."""
 
@@ -152,8 +153,11 @@ def accumulate(
 
     Other parameters, and errors, are those of `scan`.
     """
-    names = {"expert", "token"}.union(*(reducer.needs - {"code"} for reducer in reducers))
-    needs_code = any("code" in reducer.needs for reducer in reducers) and coded(dataset)
+    needs = frozenset[str]().union(*(reducer.needs for reducer in reducers))
+    names = {"expert", "token"} | (needs - {"code", "document"})
+    needs_code = "code" in needs and coded(dataset)
+    # The running number of a row's document, counted over all rows, whichever of them are read.
+    document = np.unique(dataset["document_id"].values, return_inverse=True)[1] if "document" in needs else None
     # Bare variables: coordinates would be loaded with every shard for nothing.
     variables = xr.Dataset({name: dataset[name].variable for name in sorted(names)})
     wanted, excluded = _wanted_rows(dataset, only), _excluded_tokens(dataset, only)
@@ -171,6 +175,8 @@ def accumulate(
                     return states
                 block = _decode(variables.isel(doc=rows), dataset, rows.start)
                 block["length"], block["row"] = length[rows], np.arange(rows.start, rows.stop)
+                if document is not None:
+                    block["document"] = document[rows]
                 _mark(block, dataset, rows.start, excluded, only, needs_code)
                 for reducer, state in zip(reducers, states, strict=True):
                     reducer.update(state, block)

@@ -25,6 +25,7 @@ import workers
 from analysis import described, scan
 from analysis.attributes import REQUIRED
 from analysis.scanning import Reducer
+from analysis.statistics import parts
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (analysis, store, workers)
@@ -181,10 +182,11 @@ REDUCERS: dict[str, tuple[Reducer, int]] = {
     "Choices": (analysis.Choices(), tokens()),
     "Confidence": (analysis.Confidence(), tokens()),
     "ExpertCounts": (analysis.ExpertCounts(), tokens()),
+    "Jackknife": (analysis.Jackknife(analysis.ExpertCounts(3), 4), tokens()),
     "Load": (analysis.Load(), tokens()),
     "MeanWeights": (analysis.MeanWeights(), tokens()),
+    "Parts": (analysis.Parts(analysis.Load(), 1, parts.halves), tokens()),
     "Repetition": (analysis.Repetition((1, 4)), pairs()),
-    "Resampled": (analysis.Resampled(analysis.ExpertCounts(3), 4), tokens()),
     "SampledRoutes": (analysis.SampledRoutes(), tokens()),
     "SegmentRouting": (analysis.SegmentRouting((4,)), tokens()),
     "ShuffledTokenCounts": (analysis.ShuffledTokenCounts(), tokens()),

@@ -21,7 +21,7 @@ def load_heatmap(load: xr.Dataset, ends: xr.Dataset, *, spread: float | None = N
     load : xr.Dataset
         From `analysis.metrics.load.expert_load`.
     ends : xr.Dataset
-        `low` and `high` of the shares (layer, expert), from `analysis.statistics.resampling.interval`.
+        `low` and `high` of the shares (layer, expert), from `analysis.interval`.
     spread : float, optional
         Distance from the even share (in the unit of `share`) that has the full colour; give one value for
         charts that lie side by side. Default: this load's own, see `load_spread`.
@@ -87,13 +87,13 @@ def contrast_heatmap(apart: xr.Dataset, data_set: str, *, spread: float) -> Draw
     """
     own = apart.sel(data_set=data_set).drop_dims("other_data_set").transpose("layer", "expert")
     names = ("share", "difference", "difference_low", "difference_high")
-    values = {name: own[name].values for name in names} | {"q": own["difference_q"].values}
+    values = {name: own[name].values for name in names} | {"p": own["difference_p"].values}
     rows = [
         {
             "layer": int(layer),
             "expert": int(expert),
             **{name: percent(values[name][at, e]) for name in names},
-            "q": rounded(values["q"][at, e]),
+            "p": rounded(values["p"][at, e]),
         }
         for at, layer in enumerate(own["layer"].values)
         for e, expert in enumerate(own["expert"].values)
@@ -109,14 +109,14 @@ def contrast_heatmap(apart: xr.Dataset, data_set: str, *, spread: float) -> Draw
             alt.Tooltip("difference:Q", title="more than the others, points"),
             alt.Tooltip("difference_low:Q", title="95 % from"),
             alt.Tooltip("difference_high:Q", title="to"),
-            alt.Tooltip("q:Q", title="q by shuffling"),
+            alt.Tooltip("p:Q", title="p, of all cells together"),
         ],
         own.sizes["layer"],
         title="Tokens that reach the expert, difference in points",
-        subtitle=f"n = {apart.attrs['documents'][data_set]:,} documents; 0 is neutral, pale where q > 0.05",
+        subtitle=f"n = {apart.attrs['documents'][data_set]:,} documents; 0 is neutral, pale where p > 0.05",
         description=f"Heat map of how many more tokens of {visible(data_set)} reach each expert.",
     )
-    pale = alt.condition("datum.q <= 0.05", alt.value(1), alt.value(0.3))
+    pale = alt.condition("datum.p <= 0.05", alt.value(1), alt.value(0.3))
     return Drawing(drawing.chart.encode(opacity=pale), drawing.rows)
 
 
@@ -126,7 +126,7 @@ def repetition_heatmap(repeated: xr.Dataset, pairs: Sequence[int], *, spread: fl
     Parameters
     ----------
     repeated : xr.Dataset
-        `estimate`, `low` and `high` of `any_shared` (lag, layer), from `analysis.statistics.resampling.interval`; its
+        `estimate`, `low` and `high` of `any_shared` (lag, layer), from `analysis.interval`; its
         attribute `null` is the share by chance.
     pairs : sequence of int
         Of each lag.

@@ -17,7 +17,7 @@ from analysis.metrics.choices import coactivation_of, transitions_of
 from analysis.metrics.position import position_load_of
 from analysis.metrics.tokens import TokenOrder
 from analysis.scanning import Array
-from analysis.statistics.resampling import interval
+from analysis.statistics.jackknife import interval
 
 
 class Profiles:
@@ -32,7 +32,7 @@ class Profiles:
     def __init__(self, view: View) -> None:
         self.view = view
         load = view.now.result("load")
-        self.load = interval(load["share"])
+        self.load = interval(load["share"], scale="share")
         self.mass = load["mass_share"].isel(replicate=0)
         choices = view.now.result("choices")
         self.together = coactivation_of(choices)

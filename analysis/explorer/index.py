@@ -34,8 +34,8 @@ from analysis.metrics.choices import Choices
 from analysis.metrics.contexts import TopContexts
 from analysis.metrics.load import ExpertCounts, Load
 from analysis.results import VERSION, beside, question
-from analysis.scanning import Reducer, State, accumulate, merge, sizes
-from analysis.statistics.resampling import Resampled
+from analysis.scanning import Reducer, State, accumulate, merge
+from analysis.statistics.jackknife import Jackknife
 from store.coverage import Coverage, coverage
 from store.files import whole_file
 from store.group import CaptureGroup
@@ -44,7 +44,6 @@ from store.reader import open_covered
 
 PARTS_AT_ONCE = 32  # shards between two savings of the sums (arbitrary)
 ABANDONED_S = 86_400.0  # after which a file that was not finished is taken for a killed process's (arbitrary)
-REPLICATES, REPLICATED = 200, 2**22  # of the load's bootstrap, and numbers held for it
 
 Sums = dict[str, State]
 """What each of `reducers` has counted, by its name."""
@@ -52,10 +51,8 @@ Sums = dict[str, State]
 
 def reducers(capture: xr.Dataset) -> dict[str, Reducer]:
     """What is summed up over the parts of a capture."""
-    layers, choices, experts = sizes(capture)
-    fitting = REPLICATED // (2 * layers * choices * experts)
     return {
-        "load": Resampled(Load(), min(REPLICATES, max(99, fitting))),
+        "load": Jackknife(Load()),
         "choices": Choices(),
         "position": ExpertCounts(32),
         "contexts": TopContexts(),

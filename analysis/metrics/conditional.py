@@ -17,7 +17,7 @@ import xarray as xr
 
 from analysis.attributes import described
 from analysis.metrics.contrast import refuse_incomparable
-from analysis.metrics.load import Bins, _starts
+from analysis.metrics.load import Bins, range_starts
 from analysis.metrics.sample import SampledRoutes
 from analysis.scanning import scan
 from analysis.statistics.conditional import conditional_information
@@ -162,7 +162,7 @@ def position_information(
         that occurs once in its document adds as much to the null. NaN where there is no token.
     """
     [routes] = scan(dataset, [SampledRoutes(size)], threads=threads)
-    starts = _starts(bins, dataset.sizes["position"])
+    starts = range_starts(bins, dataset.sizes["position"])
     place = np.searchsorted(starts, routes["position"].values, side="right")
     token, document = routes["token_id"].values, routes["document_id"].values
     found = conditional_information(routes["expert"], place, token, within=document, draws=draws)

@@ -1,17 +1,23 @@
 """How data sets differ in which experts they use: where, by how much, and whether it is more than chance.
 
-Two questions with two answers. How large is the difference? An interval from resampled documents. Could it be nothing?
-A p-value from shuffling: if the label of a document meant nothing, how often would the difference be as large? The
-shuffle keeps documents whole, for tokens of one document resemble each other.
+What is compared is a data set's share of tokens that reach an expert, over all its tokens. Documents are the unit:
+tokens of one document resemble each other. Data sets may have documents of other lengths, other numbers of them, and
+documents that differ more among themselves, so that labels of documents cannot be shuffled: they are not exchangeable,
+even where the shares are equal. Instead each difference is divided by its own standard error over documents, and the
+largest of these statistics is compared with that of drawn documents, which have each data set's own lengths and spread
+around one common share (`analysis.statistics.overdispersion`). That largest statistic also gives intervals which hold
+all true differences together, so that one which was picked for its size is held as well (Westfall & Young 1993).
 
 Promises: constant memory, the same result in any order. Does not know which tokens carry a difference.
+`docs/0010-inference.md` says what simulations show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import pairwise
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -19,13 +25,25 @@ import xarray as xr
 from analysis.attributes import described
 from analysis.metrics.load import ExpertCounts, share_of_experts
 from analysis.scanning import Array, scan
-from analysis.statistics.resampling import Resampled, false_discovery, interval, p_value, poisson_weights, split_weights
+from analysis.statistics.differences import (
+    ByChance,
+    Differences,
+    by_chance,
+    p_adjusted,
+    p_by_layer,
+    quantile_of_largest,
+)
+from analysis.statistics.jackknife import MIN_EFFECTIVE_DOCUMENTS, Jackknife, effective_documents, left_out
+from analysis.statistics.overdispersion import units_of
+
+REPLICATES = 999  # drawn sets of documents; never fewer than make a layer by itself significant after adjustment
+REPLICATES_A_LAYER = 20
 
 
 def contrast(
     captures: Mapping[str, xr.Dataset],
     *,
-    replicates: int = 500,
+    replicates: int = REPLICATES,
     level: float = 0.95,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -35,9 +53,9 @@ def contrast(
     Parameters
     ----------
     captures : mapping of str to xr.Dataset
-        Two or more captures of one model, by name.
+        Two or more captures of one model, by name. A text of one document has no documents to compare: see `in_blocks`.
     replicates : int
-        Of the bootstrap, and of the shuffle.
+        Drawn sets of documents, at least 20 a layer.
     level : float
         Of the intervals.
     threads, progress
@@ -46,14 +64,22 @@ def contrast(
     Returns
     -------
     xr.Dataset
-        float64. Over (layer): `divergence`, the Jensen–Shannon divergence in bits of the data sets' shares (Lin 1991;
-        data sets weigh equally), which is too large by about `divergence_by_chance`, its mean after shuffling;
-        `divergence_corrected`, without its bias, with the interval `divergence_low` to `divergence_high`, none below
-        0; and `p`. Over (data_set, layer, expert): `share` of the data set's tokens that reach the expert,
-        `difference` to the mean of the other data sets, with `difference_low`, `difference_high`, `difference_p`
-        (two-sided) and `difference_q`, which is adjusted for all cells together (Benjamini–Hochberg). Over (data_set,
-        other_data_set, layer): `total_variation`, half the sum of absolute differences of the shares of choices. NaN
-        where a data set has no token that counts. Attribute `n`: each data set's tokens.
+        float64. Over (layer): `divergence`, the Jensen–Shannon divergence in bits of the data sets' shares of choices
+        (Lin 1991; data sets weigh equally), which is about `divergence_by_chance` where all have the same shares;
+        `divergence_corrected`, without its bias, with the interval `divergence_low` to `divergence_high`, none below 0;
+        and `p`, of the largest studentized difference of two data sets at the layer. Over (data_set, layer, expert):
+        `share` of the data set's tokens that reach the expert; `difference` to the mean of the other data sets, with
+        the interval `difference_low` to `difference_high`, and `difference_p`. Over (data_set, other_data_set, layer,
+        expert): `pairwise_difference` of two data sets, with `pairwise_low` and `pairwise_high`. Over (data_set,
+        other_data_set, layer): `total_variation`, half the sum of absolute differences of the shares of choices.
+
+        Intervals of differences hold all of them together, over data sets, layers and experts, and `difference_p` is
+        adjusted for all of them likewise (single-step max-T, Westfall & Young 1993): the largest of many may be picked.
+
+        NaN where a data set has no token that counts. A data set of fewer than `MIN_EFFECTIVE_DOCUMENTS` effective
+        documents (Kish 1965) has shares and differences, but takes no part in tests, intervals, or the mean of the
+        others; attribute `untested` names it with the reason. Attributes `n`: each data set's tokens; `documents` and
+        `effective_documents` of each.
 
     Raises
     ------
@@ -61,86 +87,97 @@ def contrast(
         When there are fewer than two captures, or they have other layers or experts.
     """
     refuse_incomparable(captures)
-    documents = {name: count_documents(capture) for name, capture in captures.items()}
     counts = {
-        name: scan(capture, [contrast_counts(documents, name, replicates)], threads=threads, progress=progress)[0]
+        name: scan(capture, [Jackknife(ExpertCounts())], threads=threads, progress=progress)[0]
         for name, capture in captures.items()
     }
-    return contrast_of(counts, documents, level=level)
+    return contrast_of(counts, replicates=replicates, level=level, threads=threads)
 
 
-def count_documents(capture: xr.Dataset) -> int:
-    """Documents that have a row."""
-    return int(np.unique(capture["document_id"].values).size)
+def contrast_of(
+    counts: Mapping[str, xr.Dataset], *, replicates: int = REPLICATES, level: float = 0.95, threads: int | None = None
+) -> xr.Dataset:
+    """`contrast` from what `Jackknife(ExpertCounts())` counted of each data set."""
+    if not 0 < level < 1 or replicates < 1:
+        raise ValueError(f"level={level}, replicates={replicates}: between 0 and 1, and at least 1")
+    names, first = list(counts), next(iter(counts.values()))
+    choices = int(first.attrs["experts_per_token"])
+    replicates = max(replicates, REPLICATES_A_LAYER * first.sizes["layer"])
+    untested = {name: reason for name, found in counts.items() if (reason := why_untested(found))}
+    tested = [index for index, name in enumerate(names) if name not in untested]
+    units = [units_of(found) for found in counts.values()]
+    share = np.stack([_shares(found)[0] for found in counts.values()]) * choices  # (data_set, layer, expert)
+    variance = np.full(share.shape, np.nan)
+    for index in tested:
+        variance[index] = [layer.variance for layer in units[index]]
+    others = _others(len(names), tested)
+    apart, pairs = Differences(others, share, variance), Differences(_pairs(len(names)), share, variance)
 
+    def of_layer(layer: int) -> ByChance:
+        own = [units[index][layer] for index in tested]
+        return by_chance(own, others[tested][:, tested], choices, replicates, layer)
 
-def contrast_counts(documents: Mapping[str, int], name: str, replicates: int = 500) -> Resampled:
-    """What is to be counted of one data set of a contrast; `documents` of each, in the contrast's order."""
-    edges = np.concatenate([[0.0], np.cumsum(list(documents.values())) / max(1, sum(documents.values()))])
-    # Another seed for each data set: its documents have the same numbers as the others'.
-    weights = partial(_weights, edges=edges.tolist(), seed=list(documents).index(name) + 1)
-    return Resampled(ExpertCounts(), replicates * (1 + len(documents)), weights)
-
-
-def contrast_of(counts: Mapping[str, xr.Dataset], documents: Mapping[str, int], *, level: float = 0.95) -> xr.Dataset:
-    """`contrast` from what was counted of each data set."""
-    names, choices = list(counts), next(iter(counts.values())).attrs["experts_per_token"]
-    by_name = xr.DataArray(names, dims="data_set", name="data_set")
-    each = xr.concat([found["count"] for found in counts.values()], by_name)
-    replicates = (each.sizes["replicate"] - 1) // (1 + len(names))
-    resampled = each.isel(replicate=slice(0, replicates + 1))
-    # Replicate 0 are the data sets as they are; then what falls on each side, from all of them.
-    sides = [each.isel(replicate=slice(n * replicates + 1, (n + 1) * replicates + 1)) for n in range(1, 1 + len(names))]
-    alike = {"replicate": np.arange(1, replicates + 1)}
-    relabelled = xr.concat([side.sum("data_set").assign_coords(alike) for side in sides], by_name)
-    own = resampled.isel(replicate=slice(0, 1))
-    by_chance = xr.concat([own, relabelled], "replicate")
-
-    # A divergence of samples is too large by what sampling adds, and one of resampled samples by that once more.
-    of_resampled = _divergence(resampled)
-    bias = of_resampled.isel(replicate=slice(1, None)).mean("replicate") - of_resampled.isel(replicate=0, drop=True)
-    divergence = interval(of_resampled, level)
-    reach = interval(_difference(resampled) * choices, level)
-    p = p_value(abs(_difference(by_chance)))
-    share = share_of_experts(own.isel(replicate=0, drop=True))
-    apart = abs(share - share.rename(data_set="other_data_set")).sum("expert", skipna=False) / 2
+    with ThreadPoolExecutor(max(1, threads or os.cpu_count() or 1)) as pool:
+        chance = list(pool.map(of_layer, range(share.shape[1]))) if len(tested) > 1 else []
+    pairwise = np.array([each.pairwise for each in chance])  # (layer, replicate); nothing where nothing is tested
+    from_others = np.array([each.from_others for each in chance])
+    labels = {"data_set": names, "layer": first["layer"].values, "expert": first["expert"].values}
+    cell, pair = ("data_set", "layer", "expert"), ("data_set", "other_data_set", "layer", "expert")
+    low, high = apart.ends(quantile_of_largest(from_others, level))
+    pairwise_low, pairwise_high = pairs.ends(quantile_of_largest(pairwise, level))
+    of_chance = [float(_divergence(each.share / each.share.sum(-1, keepdims=True)).mean()) for each in chance] or [
+        np.nan
+    ] * share.shape[1]
+    own = xr.DataArray(share / choices, dims=cell)
+    total_variation = abs(own - own.rename(data_set="other_data_set")).sum("expert", skipna=False) / 2
+    result = xr.Dataset(
+        {
+            **_divergences(counts, tested, level),
+            "divergence_by_chance": ("layer", of_chance),
+            "p": ("layer", p_by_layer(abs(pairs.statistic), pairwise)),
+            "share": (cell, share, {"long_name": "share of the data set's tokens that reach the expert"}),
+            "difference": (cell, apart.estimate),
+            "difference_low": (cell, low),
+            "difference_high": (cell, high),
+            "difference_p": (cell, p_adjusted(abs(apart.statistic), from_others)),
+            "pairwise_difference": (pair, pairs.estimate),
+            "pairwise_low": (pair, pairwise_low),
+            "pairwise_high": (pair, pairwise_high),
+            "total_variation": total_variation,
+        },
+        {**labels, "other_data_set": names},
+    )
     return described(
-        xr.Dataset(
-            {
-                "divergence": divergence["estimate"].assign_attrs(units="bits"),
-                "divergence_corrected": (divergence["estimate"] - bias).clip(0),
-                "divergence_low": (divergence["low"] - 2 * bias).clip(0),
-                "divergence_high": (divergence["high"] - 2 * bias).clip(0),
-                "divergence_by_chance": _divergence(by_chance).isel(replicate=slice(1, None)).mean("replicate"),
-                "p": p_value(_divergence(by_chance)),
-                "share": (share * choices).assign_attrs(
-                    long_name="share of the data set's tokens that reach the expert"
-                ),
-                "difference": reach["estimate"],
-                "difference_low": reach["low"],
-                "difference_high": reach["high"],
-                "difference_p": p,
-                "difference_q": false_discovery(p),
-                "total_variation": apart,
-            }
-        ),
-        n={name: found.attrs["n"] for name, found in counts.items()},
-        documents=dict(documents),
+        result,
+        n={name: int(found.attrs["n"]) for name, found in counts.items()},
+        documents={name: int(found.attrs["documents"]) for name, found in counts.items()},
+        effective_documents={name: round(effective_documents(left_out(found)), 1) for name, found in counts.items()},
+        untested=untested,
         replicates=replicates,
         level=level,
         null=0.0,
-        estimator="plug-in; intervals: Poisson bootstrap over documents; p: documents shuffled between data sets",
+        estimator="plug-in; differences: simultaneous intervals and max-T p-values over documents, from drawn documents"
+        " of each data set's lengths and spread; divergence: jackknife over documents",
         definition="divergence = H(mean of the data sets' shares) - mean of their H; difference = share of the data"
         " set's tokens that reach the expert - mean of the others'",
-        source="Lin 1991 (Jensen–Shannon); SteerMoE (risk difference)",
+        source="Lin 1991 (Jensen–Shannon); Westfall & Young 1993 (max-T); SteerMoE (risk difference)",
     )
 
 
-def _weights(document: Array, replicates: int, *, edges: Sequence[float], seed: int) -> Array:
-    """The bootstrap's weights, then for each side whether a document falls on it."""
-    each = replicates // len(edges)
-    sides = [split_weights(document, each, low, high, seed)[1:] for low, high in pairwise(edges)]
-    return np.concatenate([poisson_weights(document, each), *sides])
+def why_untested(found: xr.Dataset) -> str:
+    """Why a data set takes no part in tests and intervals, in words; empty where it does."""
+    tokens = left_out(found)
+    if not tokens.size:
+        return "no token is counted"
+    if found.attrs["documents"] == 1 or len(tokens) == 1:
+        return "one document: no test possible"
+    effective = effective_documents(tokens)
+    if effective < MIN_EFFECTIVE_DOCUMENTS:
+        return (
+            f"{found.attrs['documents']} documents, as unequal as {effective:.1f} of one length: no test below"
+            f" {MIN_EFFECTIVE_DOCUMENTS:.0f}"
+        )
+    return ""
 
 
 def refuse_incomparable(captures: Mapping[str, xr.Dataset]) -> None:
@@ -156,19 +193,63 @@ def refuse_incomparable(captures: Mapping[str, xr.Dataset]) -> None:
             raise ValueError(f"{first} and {name} are not of one model: (layers, E, k) = {here} and {there}")
 
 
-def _divergence(count: xr.DataArray) -> xr.DataArray:
-    """Jensen–Shannon, in bits, over `data_set`."""
-
-    def bits(share: xr.DataArray) -> xr.DataArray:
-        return -(share * np.log2(share.where(share > 0))).sum("expert").where(share.notnull().all("expert"))
-
-    share = share_of_experts(count)
-    mean = share.mean("data_set", skipna=False)
-    return bits(mean) - bits(share).mean("data_set", skipna=False)
+def _others(sets: int, tested: list[int]) -> Array:
+    """Weights of each data set less the mean of the other tested ones: (data_set, data_set)."""
+    weights = np.eye(sets)
+    for own in range(sets):
+        others = [index for index in tested if index != own]
+        weights[own, others or [own]] = -1 / len(others) if others else np.nan
+    return weights
 
 
-def _difference(count: xr.DataArray) -> xr.DataArray:
-    """Of each data set's shares of choices from the mean of the others'."""
-    share = share_of_experts(count)
-    sets = share.sizes["data_set"]
-    return (share - share.mean("data_set")) * (sets / (sets - 1))
+def _pairs(sets: int) -> Array:
+    """Weights of each data set less each other one: (data_set, data_set, data_set)."""
+    one = np.eye(sets)
+    return one[:, None] - one[None, :]
+
+
+def _shares(found: xr.Dataset) -> Array:
+    """Shares of choices, float64 (replicate, layer, expert)."""
+    return share_of_experts(found["count"]).transpose("replicate", "layer", "expert").values
+
+
+def _divergences(counts: Mapping[str, xr.Dataset], tested: list[int], level: float) -> dict[str, Any]:
+    """The divergence, without its bias, and its interval: each data set's units are left out in turn."""
+    from scipy.special import stdtrit
+
+    shares = [_shares(found) for found in counts.values()]
+    whole = _divergence(np.stack([each[0] for each in shares]))
+    bias, variance, of_degrees = (np.zeros(whole.shape) for _ in range(3))
+    for own, found in enumerate(counts.values()):
+        if own not in tested:
+            bias, variance = bias * np.nan, variance * np.nan
+            continue
+        units = found.sizes["replicate"] - 1
+        replicates = np.stack(
+            [np.broadcast_to(each[0], shares[own][1:].shape) if n != own else each[1:] for n, each in enumerate(shares)]
+        )
+        left = _divergence(replicates)  # (unit, layer)
+        bias += (units - 1) * (left.mean(0) - whole)
+        found_here = ((left - whole) ** 2).sum(0) * (units - 1) / units
+        variance += found_here
+        of_degrees += found_here**2 / (effective_documents(left_out(found)) - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        degrees = np.where(of_degrees > 0, variance**2 / of_degrees, 1.0)  # Welch (1947)
+    reach = stdtrit(degrees, (1 + level) / 2) * np.sqrt(variance)
+    return {
+        "divergence": ("layer", whole, {"units": "bits"}),
+        "divergence_corrected": ("layer", np.maximum(whole - bias, 0)),
+        "divergence_low": ("layer", np.maximum(whole - bias - reach, 0)),
+        "divergence_high": ("layer", np.maximum(whole - bias + reach, 0)),
+    }
+
+
+def _divergence(share: Array) -> Array:
+    """Jensen–Shannon in bits, of shares of choices (data_set, ..., expert)."""
+
+    def bits(share: Array) -> Array:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            parts = np.where(share == 0, 0.0, share * np.log2(share))
+        return np.asarray(-parts.sum(-1))
+
+    return bits(share.mean(0)) - bits(share).mean(0)

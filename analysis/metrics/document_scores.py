@@ -19,7 +19,7 @@ from analysis.attributes import described
 from analysis.metrics.contrast import refuse_incomparable
 from analysis.metrics.load import ExpertCounts
 from analysis.scanning import Array, Block, Reducer, State, kernel, scan
-from analysis.statistics.resampling import Resampled, Weights, split_weights
+from analysis.statistics.parts import Belongs, Parts, halves
 
 UNIT = 2.0**-20  # bits; logarithms are rounded to it, so that sums are exact in any order
 DEFINITION = "score = sum over tokens, layers and choices of log2 of the data set's share of the expert / tokens"
@@ -34,12 +34,12 @@ class DocumentScores(Reducer):
     tables : int64 array, shape (2, candidates, layers, experts)
         Logarithms in `UNIT` bits; the first is for documents of the first half.
     split : callable
-        Whose replicate 1 are the documents of the first half.
+        Which documents are in the first half.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"document_id"})
 
-    def __init__(self, tables: Array, split: Weights) -> None:
+    def __init__(self, tables: Array, split: Belongs) -> None:
         self.tables, self.split = tables, split
 
     def init(self, dataset: xr.Dataset) -> State:
@@ -53,7 +53,7 @@ class DocumentScores(Reducer):
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
         document = block["document_id"].astype(np.int64)
-        table = 1 - self.split(document, 1)[1]
+        table = 1 - self.split(document)[0].astype(np.int64)
         _add(block["expert"], block["counted"], document, table, self.tables, state["score"], state["tokens"])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
@@ -109,10 +109,10 @@ def document_scores(
     """
     refuse_incomparable(captures)
     names = list(captures)
-    splits = [partial(split_weights, low=0.0, high=0.5, seed=number + 1) for number in range(len(names))]
+    splits = [partial(halves, seed=number + 1) for number in range(len(names))]
     logarithms = []
     for name, split, capture in zip(names, splits, captures.values(), strict=True):
-        asked = Resampled(ExpertCounts(), 1, weights=split)
+        asked = Parts(ExpertCounts(), 1, split)
         whole, first = scan(capture, [asked], threads=threads, progress=progress)[0]["count"].values
         if not (first.sum() and (whole - first).sum()):
             raise ValueError(f"{name} has too few documents: none of them in one of its halves")

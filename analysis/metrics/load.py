@@ -13,6 +13,8 @@ import xarray as xr
 
 from analysis.attributes import described
 from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, scan, sizes
+from analysis.statistics.jackknife import enough_documents
+from analysis.statistics.overdispersion import drawn, spread_of, units_of
 
 WEIGHT_UNIT = 2.0**-24  # every finite float16 is a whole multiple of its smallest subnormal
 
@@ -84,7 +86,7 @@ class ExpertCounts(Reducer):
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: `count` (layer, expert), and before these (start) where there are ranges."""
         layers, _, experts = sizes(dataset)
-        ranges = () if self.bins is None else (len(_starts(self.bins, dataset.sizes["position"])),)
+        ranges = () if self.bins is None else (len(range_starts(self.bins, dataset.sizes["position"])),)
         return {"count": np.zeros((*ranges, layers, experts), dtype=np.int64)}
 
     def update(self, state: State, block: Block) -> None:
@@ -93,7 +95,7 @@ class ExpertCounts(Reducer):
         if self.bins is None:
             _add_experts(expert, counted, count)
             return
-        starts = _starts(self.bins, counted.shape[1])
+        starts = range_starts(self.bins, counted.shape[1])
         for index, (start, stop) in enumerate(pairwise([*starts, counted.shape[1]])):
             _add_experts(expert[:, start:stop], counted[:, start:stop], count[index])
 
@@ -102,7 +104,7 @@ class ExpertCounts(Reducer):
         _, choices, experts = sizes(dataset)
         coords: dict[str, Any] = {"layer": dataset["layer"].values, "expert": np.arange(experts)}
         if self.bins is not None:
-            coords = {"start": _starts(self.bins, dataset.sizes["position"]), **coords}
+            coords = {"start": range_starts(self.bins, dataset.sizes["position"]), **coords}
         count = labelled(state["count"], *coords, **coords).assign_attrs(units="choices")
         own = count.isel(replicate=0) if "replicate" in count.dims else count
         ranges = (
@@ -151,7 +153,7 @@ def balance_of(load: xr.Dataset) -> xr.Dataset:
     Parameters
     ----------
     load : xr.Dataset
-        From `expert_load`, or from `Resampled(Load())`, whose replicates are kept.
+        From `expert_load`, or of `Jackknife(Load())`, whose replicates are kept.
 
     Returns
     -------
@@ -189,6 +191,46 @@ def balance_of(load: xr.Dataset) -> xr.Dataset:
         null="of an even load: by variable",
         definition="summaries of the shares f_e of a layer's choices",
         source="MaxVio: Wang et al. 2024 (loss-free balancing); balancedness: SGLang; Jain et al. 1984; Gini 1912",
+    )
+
+
+def balance_null(counts: xr.Dataset, *, draws: int = 400) -> xr.Dataset:
+    """What `balance_of` gives of this many documents where every expert has the same share.
+
+    Parameters
+    ----------
+    counts : xr.Dataset
+        From `Jackknife(ExpertCounts())`.
+    draws : int
+        Sets of documents that are drawn, with the lengths and the spread of the capture's own.
+
+    Returns
+    -------
+    xr.Dataset
+        float64 (of, layer): each variable of `balance_of`, its `mean`, and the ends `low` and `high` of the middle 95 %
+        of the draws. A measure within them is as even as these documents can show. NaN where there are fewer than
+        `MIN_EFFECTIVE_DOCUMENTS` effective documents: their spread is not known.
+    """
+    choices, experts = int(counts.attrs["experts_per_token"]), counts.sizes["expert"]
+    even = np.full(experts, choices / experts)
+    share = np.full((draws, counts.sizes["layer"], experts), np.nan)
+    if enough_documents(counts):
+        for index, units in enumerate(units_of(counts)):
+            spread = spread_of(units, choices)
+            random = np.random.default_rng(index)
+            share[:, index] = drawn(units.tokens, even, spread, choices, draws, random)[0]
+    coords = {name: counts[name].values for name in ("layer", "expert")}
+    of_experts = share_of_experts(xr.DataArray(share, coords, ("draw", *coords)))
+    of_draws = balance_of(xr.Dataset({"share": of_experts}, attrs=counts.attrs))
+    middle = of_draws.quantile([0.025, 0.975], "draw").drop_vars("quantile").rename(quantile="of")
+    found = xr.concat([of_draws.mean("draw", skipna=False).expand_dims("of"), middle], "of", combine_attrs="override")
+    return described(
+        found.assign_coords(of=["mean", "low", "high"]),
+        n=counts.attrs["n"],
+        null="is the null",
+        estimator=f"{draws} drawn sets of documents",
+        definition="balance_of, of documents drawn around even shares with their own lengths and spread",
+        source="Mosimann 1962 (Dirichlet-multinomial)",
     )
 
 
@@ -251,7 +293,7 @@ def _add_choices(expert: Array, weight_bits: Array, counted: Array, count: Array
     return True
 
 
-def _starts(bins: Bins, positions: int) -> list[int]:
+def range_starts(bins: Bins, positions: int) -> list[int]:
     """The first position of each range."""
     if bins == "doubling":
         return [start for start in (0, *(2**power for power in range(32))) if start < positions]

@@ -19,8 +19,8 @@ import xarray as xr
 from analysis.attributes import described
 from analysis.metrics.paths import SOURCE, WindowCounts
 from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.statistics.hashing import mixed
 from analysis.statistics.information import entropy
-from analysis.statistics.resampling import mixed
 
 TOPS = (10, 100, 1_000, 10_000)
 BUCKETS = 2**22  # in which paths are counted first, to find the frequent ones: 32 MB (arbitrary)

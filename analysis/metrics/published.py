@@ -20,7 +20,8 @@ import xarray as xr
 from analysis.attributes import described
 from analysis.metrics.load import Load, share_of_experts
 from analysis.scanning import scan
-from analysis.statistics.resampling import Resampled
+from analysis.statistics.jackknife import Jackknife, left_out
+from analysis.statistics.overdispersion import Units, drawn, spread_of
 
 BLOCK_TOKENS = 2048
 """Tokens of a published block: the concatenated text, cut."""
@@ -88,7 +89,7 @@ def validation(
         many rows as were published are counted, the first ones; a beginning-of-sequence token, one of the published
         208,896, is not.
     replicates : int
-        Of the bootstrap.
+        Sets of blocks that are drawn for `sampling`.
     threads, progress
         See `analysis.scan`; progress is that of one capture after the other.
 
@@ -109,16 +110,32 @@ def validation(
     for name, capture in captures.items():
         refuse_other_model(capture["layer"].values.tolist(), int(capture.attrs["num_experts"]), capture.sizes["k"])
         blocks = capture.sel(layer=known["layer"].values).isel(doc=slice(known.attrs["n"] // BLOCK_TOKENS))
-        # A text is one document: what is resampled are its blocks.
+        # A text is one document: its blocks are the units.
         blocks = blocks.assign(document_id=("doc", np.arange(blocks.sizes["doc"])))
-        [load] = scan(blocks, [Resampled(Load(), replicates)], threads=threads, progress=progress)
-        by_rank = load["count"]
-        choice = xr.DataArray(list(FORMS), dims="choice", name="choice")
-        counts[name] = xr.concat([by_rank.isel(k=0, drop=True), by_rank.sum("k")], choice)
-        tokens.append(int(by_rank.isel(replicate=0, k=0, layer=0).sum()))
+        [load] = scan(blocks, [Jackknife(Load())], threads=threads, progress=progress)
+        tokens.append(int(load["count"].isel(replicate=0, k=0, layer=0).sum()))
         if not tokens[-1]:
             raise ValueError(f"no token of {name} is captured: there is nothing to compare")
+        counts[name] = _with_samples(load, replicates)
     return compared(counts, known).assign(tokens=("domain", tokens))
+
+
+def _with_samples(load: xr.Dataset, samples: int) -> xr.DataArray:
+    """Counts of choices, the own ones and those of drawn blocks: float64 (replicate, choice, layer, expert)."""
+    by_rank, tokens = load["count"].transpose("replicate", "layer", "k", "expert").values, left_out(load)
+    found = []
+    for choices in (1, CHOICES):
+        count = by_rank[:, :, :choices].sum(2)
+        own = np.empty((1 + samples, *count.shape[1:]))
+        own[0] = count[0]
+        for layer in range(count.shape[1]):
+            units = Units(count=(count[0, layer] - count[1:, layer]).astype(float), tokens=tokens)
+            spread, random = spread_of(units, choices), np.random.default_rng([layer, choices])
+            shares, _ = drawn(tokens, units.share, spread, choices, samples, random)
+            own[1:, layer] = shares * tokens.sum()
+        found.append(own)
+    coords = {"choice": list(FORMS), "layer": load["layer"].values, "expert": load["expert"].values}
+    return xr.DataArray(np.stack(found, 1), coords, ("replicate", *coords))
 
 
 def compared(counts: Mapping[str, xr.DataArray], known: xr.Dataset) -> xr.Dataset:
@@ -127,7 +144,8 @@ def compared(counts: Mapping[str, xr.DataArray], known: xr.Dataset) -> xr.Datase
     Parameters
     ----------
     counts : mapping of str to xr.DataArray
-        For each domain (replicate, choice, layer, expert), in choices; replicate 0 is the data's own.
+        For each domain (replicate, choice, layer, expert), in choices; replicate 0 is the data's own, and the others
+        are samples of the same size and kind.
     known : xr.Dataset
         From `published_counts`.
 
@@ -152,7 +170,7 @@ def compared(counts: Mapping[str, xr.DataArray], known: xr.Dataset) -> xr.Datase
     distance = total_variation(own, others)
     between = total_variation(known["count"], others)
     between = between.where(between["domain"] != between["published"]).min("published").sel(domain=list(counts))
-    # A replicate differs from the data as the data do from what they are a sample of. Two samples differ by √2 as much.
+    # A sample differs from the data as the data do from what they are a sample of. Two samples differ by √2 as much.
     spread = total_variation(drawn.isel(replicate=slice(1, None)), own) * np.sqrt(2)
     nearest = others["published"].isel(published=distance.argmin("published")).drop_vars("published")
     to_own = xr.concat([distance.sel(domain=name, published=name, drop=True) for name in counts], names)
@@ -172,7 +190,7 @@ def compared(counts: Mapping[str, xr.DataArray], known: xr.Dataset) -> xr.Datase
         ),
         n=dict(zip(counts, map(int, tokens), strict=True)),
         published_tokens=known.attrs["n"],
-        estimator="plug-in; sampling: Poisson bootstrap over blocks",
+        estimator="plug-in; sampling: drawn blocks with the spread of the own ones",
         null="sampling",
         definition="total variation: half the sum over experts of the absolute differences of two shares of choices",
         source=known.attrs["source"],

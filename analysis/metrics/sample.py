@@ -16,7 +16,7 @@ import xarray as xr
 from analysis.attributes import described
 from analysis.metrics.tokens import layer_index
 from analysis.scanning import Array, Block, Reducer, State, sizes
-from analysis.statistics.resampling import mixed
+from analysis.statistics.hashing import mixed
 
 
 class SampledRoutes(Reducer):

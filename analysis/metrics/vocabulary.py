@@ -21,8 +21,8 @@ import xarray as xr
 from analysis.attributes import described
 from analysis.metrics.tokens import Choice, TokenCounts
 from analysis.scanning import Array, Block, State, kernel, scan
+from analysis.statistics.hashing import mixed
 from analysis.statistics.information import mutual_information
-from analysis.statistics.resampling import mixed
 
 
 class ShuffledTokenCounts(TokenCounts):

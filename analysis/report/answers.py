@@ -7,9 +7,9 @@ the documents, and says of how many tokens. Does not know what is asked: the sec
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import xarray as xr
 
-from analysis.metrics.contrast import count_documents
 from analysis.report.section import Answers, Asked, Section
 from analysis.report.sections.all import SECTIONS
 from analysis.results import question
@@ -24,14 +24,10 @@ def answer(
     state: Coverage,
     label: str,
     ask: Ask | None = None,
-    documents: Mapping[str, int] | None = None,
     sections: Sequence[Section] = SECTIONS,
 ) -> Answers:
-    """Scan one capture once, as much of it as is there, or `ask` who knows the answers already.
-
-    `documents` of each data set that this one, by its label, is contrasted with, itself included.
-    """
-    asked = Asked(data=data, state=state, label=label, documents=documents or {})
+    """Scan one capture once, as much of it as is there, or `ask` who knows the answers already."""
+    asked = Asked(data=data, state=state, label=label)
     wanted = {section.id: section.ask(asked) for section in sections}
     reducers = _once(wanted)
     counted = dict(zip(reducers, (ask or partial(scan, data))(list(reducers.values())), strict=True))
@@ -39,7 +35,13 @@ def answer(
     for section in sections:
         own = {name: counted[name] for name in wanted[section.id]}
         found |= section.answer(own, asked) if section.answer else own
-    return Answers(label=label, state=state, attrs=data.attrs, documents=count_documents(data), found=found)
+    return Answers(
+        label=label,
+        state=state,
+        attrs=data.attrs,
+        documents=int(np.unique(data["document_id"].values).size),
+        found=found,
+    )
 
 
 def _once(wanted: Mapping[str, Mapping[str, Reducer]]) -> dict[str, Reducer]:

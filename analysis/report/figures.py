@@ -13,7 +13,7 @@ import xarray as xr
 
 from analysis.charts.lines import lines
 from analysis.charts.theme import Drawing
-from analysis.statistics.resampling import interval
+from analysis.statistics.jackknife import Scale, how, interval
 
 ALL = "all data sets"
 NO_INTERVAL = "none: it is counted once, over all tokens"
@@ -81,27 +81,17 @@ def about(result: xr.Dataset, spread: str) -> str:
     return " ".join(f"{name.capitalize()}: {text}." for name, text in told.items() if text not in (None, "-"))
 
 
-def band(values: xr.DataArray, *, centred: bool = False) -> tuple[xr.DataArray, xr.DataArray]:
-    """The ends of an interval, from replicates.
-
-    Parameters
-    ----------
-    values : xr.DataArray
-        With dimension `replicate`, of which 0 are the data.
-    centred : bool
-        Take off the bias that resampling adds: for what is no mean, such as entropies, which samples of samples make
-        smaller once more.
-    """
-    found = interval(values)
-    bias: Any = 0.0
-    if centred:
-        bias = values.isel(replicate=slice(1, None)).mean("replicate", skipna=False) - found["estimate"]
-    return found["low"] - bias, found["high"] - bias
+def band(
+    values: xr.DataArray, *, scale: Scale = "linear", corrected: bool = False
+) -> tuple[xr.DataArray, xr.DataArray]:
+    """The ends of the interval of a jackknife's values; see `analysis.interval`."""
+    found = interval(values, scale=scale, corrected=corrected)
+    return found["low"], found["high"]
 
 
-def resampled(values: xr.DataArray | xr.Dataset) -> str:
+def spread(values: xr.DataArray | xr.Dataset) -> str:
     """Which interval `band` gives, in words."""
-    return f"95 %, percentiles of {values.sizes['replicate'] - 1} resamples of whole documents (Poisson bootstrap)"
+    return how(values.sizes["replicate"] - 1)
 
 
 def line_figure(

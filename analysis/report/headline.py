@@ -1,8 +1,8 @@
 """What a report says, in words computed from the data.
 
-Promises: a specialist is named only where shuffling documents between the data sets shows that the layer differs, with
-its shares and their interval; a token's expert only where documents do not explain it, with all tokens, layers and
-experts counted as tests; where nothing is beyond chance, that is what is said.
+Promises: a specialist is named only where the data set differs from each other one by intervals that hold all
+differences together; a token's expert only where documents do not explain it, with all tokens, layers and experts
+counted as tests; where nothing is beyond chance, or nothing can be tested, that is what is said.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,8 @@ import numpy as np
 import xarray as xr
 
 from analysis.report.section import Answers
-from analysis.statistics.resampling import false_discovery
 
-SURE = 0.05  # largest share of false finds among what is told (Benjamini–Hochberg)
+SURE = 0.05  # probability that a token is told where documents explain all of them (Bonferroni)
 
 
 def sentences(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[str]:
@@ -35,24 +34,39 @@ def sentences(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[str]
 
 
 def _specialist(each: Answers, apart: xr.Dataset) -> str:
-    """The expert that a data set uses more than the others do, by the lower end of the interval."""
+    """The expert that a data set uses more than each other one does, by the lowest end of its intervals."""
     head = f"{each.label}: {each['load'].attrs['n']:,} tokens."
-    q, own = false_discovery(apart["p"]), apart.sel(data_set=each.label)
-    least = own["difference_low"].where(q <= SURE).fillna(0.0)
+    untested = apart.attrs["untested"]
+    if each.label in untested:
+        return f"{head} Not compared with the others: {untested[each.label]}."
+    others = [name for name in apart["data_set"].values.tolist() if name != each.label and name not in untested]
+    if not others:
+        return f"{head} Not compared: no other data set has enough documents."
+    own = apart.sel(data_set=each.label, other_data_set=others)
+    least = own["pairwise_low"].min("other_data_set").fillna(0.0)
     if float(least.max()) <= 0:
-        return (
-            f"{head} No expert gets more of them than of the other data sets' tokens beyond chance (smallest q over the"
-            f" layers {float(q.min()):.2f}, {apart.attrs['replicates']} shuffles of documents)."
-        )
+        return f"{head} {_no_specialist(own)}"
     cell = own.isel(least.argmax(("layer", "expert")))
-    reach, difference = float(cell["share"]), float(cell["difference"])
-    low, high = (100 * float(cell[f"difference_{end}"]) for end in ("low", "high"))
-    even = each["load"].attrs["null"] * each["load"].sizes["k"]
+    nearest = cell.isel(other_data_set=int(cell["pairwise_low"].argmin("other_data_set")))
+    low, high = (100 * float(nearest[f"pairwise_{end}"]) for end in ("low", "high"))
+    reach, even = float(cell["share"]), each["load"].attrs["null"] * each["load"].sizes["k"]
+    rival = f"{nearest['other_data_set'].item()}{', the nearest' if len(others) > 1 else ''}"
     return (
         f"{head} Its specialist is expert {int(cell['expert'])} at layer {int(cell['layer'])}: {reach:.0%} of them"
-        f" reach it, and {reach - difference:.0%} in the other data sets ({low:.0f} to {high:.0f} points apart, 95 %"
-        f" interval over documents; {even:.0%} would be even)."
+        f" reach it, and {reach - float(nearest['pairwise_difference']):.0%} of those of {rival} ({low:.1f} to"
+        f" {high:.1f} points more, 95 % interval over documents of all experts, layers and data sets together;"
+        f" {even:.0%} would be even)."
     )
+
+
+def _no_specialist(own: xr.Dataset) -> str:
+    """What is said of a data set without one: whether it differs from others at all."""
+    differs = ((own["pairwise_low"] > 0) | (own["pairwise_high"] < 0)).any(("layer", "expert"))
+    names = own["other_data_set"].values[differs.values].tolist()
+    none = "No expert gets more of them than of each other data set's tokens beyond chance"
+    if names:
+        return f"{none}, though its shares differ from those of {' and '.join(names)}."
+    return f"{none}, nor do its shares differ from theirs (documents compared, all experts and layers together)."
 
 
 def _busiest(answers: Sequence[Answers]) -> str:

@@ -31,7 +31,7 @@ from analysis.report.figures import Figure, Option
 from analysis.report.headline import sentences
 from analysis.report.section import Answers, Section
 from analysis.report.sections.all import SECTIONS
-from analysis.report.sections.contrast import contrast_between, contrasted
+from analysis.report.sections.contrast import contrast_between
 from analysis.results import Runner, measure
 from analysis.scanning import accumulate
 from store import Coverage, coverage, dataset_names
@@ -121,12 +121,11 @@ def write_report(
     for path, name in found:
         state = coverage(path, name)
         opened[name if len(paths) == 1 else f"{path}/{name}"] = path, state, open_covered(path, state)
-    documents = contrasted({label: data for label, (_, _, data) in opened.items()})
     answers = []
     for label, (path, state, data) in opened.items():
         on_shard = None if progress is None else lambda done, total, label=label: progress(label, done, total)
         ask = partial(measure, path, state.dataset, state=state, progress=on_shard, runner=runner_of(path, state))
-        answers.append(answer(data, state, label, ask, documents if label in documents else None))
+        answers.append(answer(data, state, label, ask))
     report = report_of(answers)
     page = render(report)
     with whole_file(output) as unfinished:

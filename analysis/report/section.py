@@ -5,7 +5,7 @@ thing under the same name: it is counted once.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import xarray as xr
@@ -15,7 +15,6 @@ from analysis.scanning import Reducer
 from store import Coverage
 
 TOKEN_MIN_COUNT = 20  # a lift of a rarer token is mostly luck (arbitrary)
-BAND_REPLICATES = 199  # behind the bands of lines: ends that hold 95 % within 1.1 points (arbitrary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +24,6 @@ class Asked:
     data: xr.Dataset
     state: Coverage
     label: str
-    documents: Mapping[str, int] = field(default_factory=dict)
-    """Documents of each data set that this one is contrasted with, by label, itself included; empty without any."""
 
 
 Found = Mapping[str, xr.Dataset]

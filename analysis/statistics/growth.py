@@ -8,6 +8,7 @@ metric.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import xarray as xr
 
 from analysis.attributes import described
 from analysis.scanning import Block, Reducer, State, labelled, scan
-from analysis.statistics.resampling import Resampled, nested_weights
+from analysis.statistics.parts import Parts, nested
 
 
 class Tokens(Reducer):
@@ -79,7 +80,7 @@ def growth(
         raise ValueError(f"halvings={halvings}: at least 1")
     found, counted = scan(
         dataset,
-        [Resampled(each, halvings, weights=nested_weights) for each in (reducer, Tokens())],
+        [Parts(each, halvings, partial(nested, halvings=halvings)) for each in (reducer, Tokens())],
         threads=threads,
         progress=progress,
     )

@@ -11,13 +11,12 @@ from analysis.metrics.choices import Choices, coactivation_of
 from analysis.metrics.load import Load, balance_of
 from analysis.scanning import Selection, scan
 from analysis.statistics.growth import enough, growth
-from analysis.statistics.resampling import nested_weights
+from analysis.statistics.parts import nested
 
 
 def test_parts_are_nested_halves_of_the_documents() -> None:
-    weights = nested_weights(np.arange(20_000), 6)
-    assert (weights[0] == 1).all()
-    for larger, smaller in pairwise(weights):
+    parts = nested(np.arange(20_000), 6)
+    for larger, smaller in pairwise([np.full(20_000, True), *parts]):
         assert (smaller <= larger).all()
         assert abs(smaller.sum() / larger.sum() - 0.5) < 5 * np.sqrt(0.25 / larger.sum())
 
@@ -26,7 +25,7 @@ def test_parts_are_nested_halves_of_the_documents() -> None:
 def test_a_part_is_what_its_documents_give_alone(chunk: int | None) -> None:
     capture = make_capture(seed=4, documents=30, chunked=False)
     capture = capture if chunk is None else capture.chunk({"doc": chunk})
-    inside = nested_weights(np.arange(30), 3).astype(bool)
+    inside = [np.full(30, True), *nested(np.arange(30), 3)]
     curve = growth(capture, Choices(joint=False), halvings=3)
     loads = growth(capture, Load(), halvings=3)
     for part in range(4):

@@ -14,7 +14,7 @@ from analysis.metrics.document_scores import PRIOR, document_scores
 from analysis.metrics.token_contributions import token_contributions
 from analysis.metrics.tokens import TokenCounts
 from analysis.scanning import Selection, scan
-from analysis.statistics.resampling import split_weights
+from analysis.statistics import parts as parts_of
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_documents_are_scored_by_the_other_half(whole: xr.Dataset) -> None:
     counts, halves = {}, {}
     for number, (name, part) in enumerate(parts.items()):
         ids = np.unique(part["document_id"].values)
-        first = split_weights(np.arange(240), 1, 0.0, 0.5, seed=number + 1)[1]
+        first = parts_of.halves(np.arange(240), seed=number + 1)[0]
         halves[name] = first
         for half in (0, 1):
             count = np.full((3, 8), PRIOR)

@@ -8,7 +8,7 @@ from test_scan import few, routed_tokens
 
 from analysis.metrics.confidence import Confidence, MeanWeights
 from analysis.scanning import scan
-from analysis.statistics.resampling import Resampled
+from analysis.statistics.jackknife import Jackknife, unit_of
 
 
 @few
@@ -29,14 +29,13 @@ def test_mean_weights_equal_a_loop_and_the_histograms_means(capture: xr.Dataset)
         assert bool(found["mean_margin"].isnull().all())
 
 
-def test_resampled_mean_weights_are_those_of_the_documents_that_were_drawn() -> None:
+def test_mean_weights_can_leave_documents_out() -> None:
     capture = make_capture(documents=30, special_token_ids=())
-    found = scan(capture, [Resampled(MeanWeights(), 7)])[0]
+    found = scan(capture, [Jackknife(MeanWeights(), 7)])[0]
     weight, length = capture["weight"].values.astype(float), capture["length"].values
     document = capture["document_id"].values
-    from analysis.statistics.resampling import poisson_weights
-
-    times = poisson_weights(document, 7)
+    unit = unit_of(np.unique(document, return_inverse=True)[1], 7)
+    times = np.array([np.ones_like(unit), *(unit != number for number in range(7))])
     for replicate in range(8):
         total, tokens = np.zeros(capture.sizes["layer"]), 0
         for row, size in enumerate(length):

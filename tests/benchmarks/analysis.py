@@ -38,14 +38,14 @@ from analysis.metrics.choices import Choices  # noqa: E402
 from analysis.metrics.repetition import Repetition  # noqa: E402
 from analysis.metrics.tokens import TokenCounts  # noqa: E402
 from analysis.scanning import Reducer, scan  # noqa: E402
-from analysis.statistics.resampling import Resampled  # noqa: E402
+from analysis.statistics.jackknife import Jackknife  # noqa: E402
 
 SETS: dict[str, Callable[[], list[Reducer]]] = {
     "first set": lambda: [Choices(), Repetition()],
     "full set": lambda: [Choices(), Repetition(), TokenCounts()],
     "first set, 200 replicates": lambda: [
-        Resampled(Choices(joint=False), 200),
-        Resampled(Repetition(joint=False), 200),
+        Jackknife(Choices(joint=False), 200),
+        Jackknife(Repetition(joint=False), 200),
     ],
 }
 COUNTERS_TOKENS, DASK_TOKENS, DUCKDB_TOKENS = 100_000, 2_000_000, 2_000_000

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT)]
 
 from analysis.metrics.agreement import Agreement, agreement, paired  # noqa: E402
 from analysis.scanning import scan  # noqa: E402
-from analysis.statistics.resampling import Resampled, interval  # noqa: E402
+from analysis.statistics.jackknife import Jackknife, interval  # noqa: E402
 from jobs.demo import TEXTS  # noqa: E402
 from jobs.sources.demo import demo_source  # noqa: E402
 from workers import capture_texts  # noqa: E402
@@ -52,7 +52,6 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 BACK_ENDS = {"bfloat16": ("grouped_mm", "eager", "batched_mm"), "nf4": ("sorted", "unfused")}
 """Which the captures of that precision may be computed with; the first is what a capture on a GPU takes."""
 ALONE, BATCHED = 512, 32_768
-REPLICATES = 400
 
 
 @cache
@@ -74,10 +73,10 @@ def captured(precision: str, device: str, batch_tokens: int = BATCHED, back_end:
 
 
 def compared(one: xr.Dataset, other: xr.Dataset) -> dict[str, Any]:
-    """Agreement by layer and by margin; the intervals are those of resampled documents."""
+    """Agreement by layer and by margin; the intervals are those of the jackknife over documents."""
     whole = agreement(one, other)
-    drawn = scan(paired(one, other), [Resampled(Agreement(), REPLICATES)])[0]
-    found = interval(drawn["same_set"])
+    drawn = scan(paired(one, other), [Jackknife(Agreement())])[0]
+    found = interval(drawn["same_set"], scale="share")
     return {
         "tokens": whole.attrs["n"],
         "differ_somewhere": whole.attrs["any_difference"],
@@ -171,7 +170,6 @@ def main() -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
         "texts": dict(TEXTS),
         "sequence_length": 512,
-        "replicates": REPLICATES,
         "pairs": found,
     }
     options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")

@@ -9,7 +9,7 @@ from analysis.metrics.caching import CacheCounts, cache_hits_of
 from analysis.report.figures import ALL, Figure, about, figure
 from analysis.report.section import Answers, Asked, Found, Section
 from analysis.scanning import Reducer
-from analysis.statistics.resampling import Thinned
+from analysis.statistics.parts import Thinned
 
 CACHED_TOKENS = 2**20  # about; simulating caches takes as long as all other counting (arbitrary)
 

@@ -5,15 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import xarray as xr
 
 from analysis.metrics.confidence import MeanWeights
-from analysis.report.figures import Figure, band, line_figure, resampled
-from analysis.report.section import BAND_REPLICATES, Answers, Asked, Section
+from analysis.report.figures import Figure, band, line_figure, spread
+from analysis.report.section import Answers, Asked, Section
 from analysis.scanning import Reducer
-from analysis.statistics.resampling import Resampled
+from analysis.statistics.jackknife import Jackknife
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """Mean weights and margins, over resampled documents."""
-    return {"weights": Resampled(MeanWeights(), BAND_REPLICATES)}
+    """Mean weights and margins, by units of documents."""
+    return {"weights": Jackknife(MeanWeights())}
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
@@ -30,8 +30,8 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
             "weight",
             [each["weights"] for each in answers],
             "tokens",
-            resampled(answers[0]["weights"]),
-            interval={label: band(values) for label, values in means.items()},
+            spread(answers[0]["weights"]),
+            interval={label: band(values, scale="share") for label, values in means.items()},
         )
 
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import xarray as xr
 
-from analysis.metrics.load import balance_of, share_of_experts
+from analysis.metrics.load import balance_null, balance_of, share_of_experts
 from analysis.metrics.vocabulary import vocabulary_specialization_of
-from analysis.report.figures import Figure, band, line_figure, resampled
+from analysis.report.figures import Figure, band, line_figure, spread
 from analysis.report.section import TOKEN_MIN_COUNT, Answers, Asked, Found, Section
 from analysis.report.sections import load, repetition, tokens
 from analysis.report.sections.repetition import repeated
@@ -19,9 +19,12 @@ def ask(asked: Asked) -> Mapping[str, Reducer]:
 
 
 def answer(found: Found, asked: Asked) -> Found:
-    """`words`: vocabulary specialization."""
+    """`words`: vocabulary specialization; `balance_null`: how even even loads look."""
     counts, shuffled = found["token_counts"], found["shuffled_tokens"]
-    return {"words": vocabulary_specialization_of(counts, [shuffled], min_count=TOKEN_MIN_COUNT)}
+    return {
+        "balance_null": balance_null(found["counts"]),
+        "words": vocabulary_specialization_of(counts, [shuffled], min_count=TOKEN_MIN_COUNT),
+    }
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:
@@ -48,7 +51,7 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:
                 "bits",
                 [apart.assign_attrs(n=sum(apart.attrs["documents"].values()))],
                 "documents",
-                f"95 %, {apart.attrs['replicates']} resamples of whole documents, less the bias that resampling adds",
+                "95 %, jackknife over units of whole documents of each data set, without the bias it finds",
                 nulls=[0.0],
                 interval={both: (apart["divergence_low"], apart["divergence_high"])},
             )
@@ -64,9 +67,9 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:
             "share of pairs",
             [repeated(each, "first_repeated") for each in answers],
             "pairs of neighbours",
-            resampled(answers[0]["repetition"]),
+            spread(answers[0]["repetition"]),
             nulls=[each["repetition"]["first_repeated"].attrs["null"] for each in answers],
-            interval={label: band(values) for label, values in neighbours.items()},
+            interval={label: band(values, scale="share") for label, values in neighbours.items()},
         ),
         line_figure(
             "effective-experts",
@@ -75,16 +78,16 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:
             "experts",
             [balance_of(each["load"]) for each in answers],
             "tokens",
-            f"{resampled(answers[0]['resampled'])}, less the bias that resampling adds",
-            nulls=[float(each["load"].sizes["expert"]) for each in answers],
-            interval={label: band(values, centred=True) for label, values in balances.items()},
+            f"{spread(answers[0]['counts'])}, without the bias that it finds",
+            by_chance={each.label: each["balance_null"]["effective_experts"].sel(of="mean") for each in answers},
+            interval={label: band(values, corrected=True) for label, values in balances.items()},
         ),
     ]
 
 
 def _effective_experts(each: Answers) -> xr.DataArray:
     """Over replicates."""
-    share = share_of_experts(each["resampled"]["count"])
+    share = share_of_experts(each["counts"]["count"])
     return balance_of(xr.Dataset({"share": share}, attrs=each["load"].attrs))["effective_experts"]
 
 

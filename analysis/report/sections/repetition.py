@@ -6,17 +6,17 @@ import xarray as xr
 
 from analysis.charts.heatmaps import repetition_heatmap
 from analysis.metrics.repetition import Repetition, first_repeated_by_load
-from analysis.report.figures import Figure, about, band, figure, line_figure, resampled
-from analysis.report.section import BAND_REPLICATES, Answers, Asked, Section
+from analysis.report.figures import Figure, about, band, figure, line_figure, spread
+from analysis.report.section import Answers, Asked, Section
 from analysis.scanning import Reducer
-from analysis.statistics.resampling import Resampled, interval
+from analysis.statistics.jackknife import Jackknife, interval
 
 LAGS = tuple(2**power for power in range(8))  # distances at which tokens are compared, as far as rows are so long
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """Repetition at several lags, over resampled documents."""
-    return {"repetition": Resampled(Repetition(lags(asked.data), joint=False), BAND_REPLICATES)}
+    """Repetition at several lags, by units of documents."""
+    return {"repetition": Jackknife(Repetition(lags(asked.data), joint=False))}
 
 
 def lags(data: xr.Dataset) -> tuple[int, ...]:
@@ -45,26 +45,26 @@ def repetition_by_lag(answers: Sequence[Answers]) -> Iterator[Figure]:
             "share of pairs",
             [repeated(each, variable) for each in answers],
             "pairs of neighbours",
-            resampled(answers[0]["repetition"]),
+            spread(answers[0]["repetition"]),
             over="lag",
             axis="lag, tokens",
             nulls=[each["repetition"][variable].attrs["null"] for each in answers],
             by_chance=by_load if variable == "first_repeated" else None,
-            interval={label: band(values) for label, values in means.items()},
+            interval={label: band(values, scale="share") for label, values in means.items()},
             counted={each.label: pairs_by_lag(each) for each in answers},
         )
 
 
 def repetition_by_layer(answers: Sequence[Answers]) -> Iterator[Figure]:
     """Repetition at each layer and distance, a heat map for each data set."""
-    found, spread = {}, 0.05
+    found, widest = {}, 0.05
     for each in answers:
         null = each["repetition"]["any_shared"].attrs["null"]
-        found[each.label] = interval(each["repetition"]["any_shared"]).assign_attrs(null=null)
-        spread = max(spread, float(abs(found[each.label]["estimate"] - null).max()))
+        found[each.label] = interval(each["repetition"]["any_shared"], scale="share").assign_attrs(null=null)
+        widest = max(widest, float(abs(found[each.label]["estimate"] - null).max()))
     for each in answers:
-        drawn = repetition_heatmap(found[each.label], each["repetition"].attrs["pairs_by_lag"], spread=spread)
-        definition = about(repeated(each, "any_shared"), resampled(each["repetition"]))
+        drawn = repetition_heatmap(found[each.label], each["repetition"].attrs["pairs_by_lag"], spread=widest)
+        definition = about(repeated(each, "any_shared"), spread(each["repetition"]))
         yield figure("repetition", f"repetition-{each.label}", each.label, drawn, definition)
 
 

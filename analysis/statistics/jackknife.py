@@ -1,0 +1,196 @@
+"""How sure a number is: the whole computed again with a part of the documents left out.
+
+Documents are the unit: tokens of one document resemble each other, so that an interval over tokens would be far too
+narrow. Up to `UNITS` documents are each a unit; more are joined into that many units at random, which a delete-a-group
+jackknife takes as they are (Kott 2001, The delete-a-group jackknife). What is counted is kept by unit, so that memory
+does not grow with the store. An interval is a Student t interval whose degrees of freedom are those of the effective
+number of documents, which is smaller than their number where they differ in length (Kish 1965). Where few documents
+hold most of the tokens there is no interval at all.
+
+Promises: the same result in any order and for any numbering of at most `UNITS` documents. Does not know any metric:
+`Jackknife` repeats any reducer whose result is a sum. `docs/0010-inference.md` says what simulations show.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+
+from analysis.scanning import Array, Block, Reducer, State
+from analysis.statistics.hashing import mixed
+
+UNITS = 128  # a standard error of so many is off by 6 %, and its t quantile by 1 % (Kott 2001)
+MIN_EFFECTIVE_DOCUMENTS = 3.0  # of fewer, simulated intervals hold the truth too seldom (tests/benchmarks/inference.py)
+
+Scale = Literal["linear", "share"]
+
+
+class Jackknife(Reducer):
+    """A reducer, and what it gives when each unit of documents is left out.
+
+    Parameters
+    ----------
+    reducer : Reducer
+        One whose accumulators are sums over rows, and small: `units` times them are held by each thread.
+    units : int
+        At most so many; a document is a unit of its own where there are no more documents than this.
+    """
+
+    def __init__(self, reducer: Reducer, units: int = UNITS) -> None:
+        if units < 2:
+            raise ValueError(f"units={units}: at least 2")
+        if type(reducer).merge is not Reducer.merge:
+            raise ValueError(f"{type(reducer).__name__} is no sum over rows: no part of it can be left out")
+        self.reducer, self.units = reducer, units
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What the reducer needs, and which document a row is of."""
+        return self.reducer.needs | {"document"}
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Zeros: what the reducer accumulates, with units before it; and `unit_tokens` (unit)."""
+        one = self.reducer.init(dataset)
+        state = {name: np.zeros((self.units, *array.shape), np.int64) for name, array in one.items()}
+        return {**state, "unit_tokens": np.zeros(self.units, np.int64)}
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard, each run of rows to the unit of its document."""
+        unit = unit_of(block["document"], self.units)
+        of_rows = np.count_nonzero(block["counted"], axis=1)
+        np.add.at(state["unit_tokens"], unit, of_rows)
+        occupied = np.flatnonzero(of_rows)
+        for rows in np.split(occupied, np.flatnonzero((np.diff(occupied) != 1) | (np.diff(unit[occupied]) != 0)) + 1):
+            if len(rows):
+                part = slice(rows[0], rows[-1] + 1)
+                sums = {name: array[unit[rows[0]]] for name, array in state.items() if name != "unit_tokens"}
+                self.reducer.update(sums, {name: array[part] for name, array in block.items()})
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """The reducer's result along `replicate`: 0 is the whole, and each other one leaves a unit out.
+
+        The coordinate `left_out` int64 (replicate) is how many tokens that is; attributes `units` and `documents` say
+        how many there are. Units without a token are left away.
+        """
+        tokens = state["unit_tokens"]
+        seen = np.flatnonzero(tokens)
+        states = {name: without_each(array[seen]) for name, array in state.items() if name != "unit_tokens"}
+        found = stacked(self.reducer, states, dataset)
+        captured = dataset["captured"].values if "captured" in dataset else ...
+        documents = int(np.unique(dataset["document_id"].values[captured]).size)
+        sizes = ("replicate", np.concatenate([[0], tokens[seen]]), {"units": "tokens"})
+        return found.assign_coords(left_out=sizes).assign_attrs(units=len(seen), documents=documents)
+
+
+def without_each(by_unit: Array) -> Array:
+    """The sum over units, then the sums that leave each unit out: shape (units, ...) to (1 + units, ...)."""
+    whole = by_unit.sum(axis=0, keepdims=True)
+    return np.concatenate([whole, whole - by_unit])
+
+
+def stacked(reducer: Reducer, states: State, dataset: xr.Dataset) -> xr.Dataset:
+    """A reducer's results of many states, along `replicate`."""
+    replicates = len(next(iter(states.values())))
+    if reducer.stacks:
+        return reducer.finish(states, dataset).assign_coords(replicate=np.arange(replicates))
+    each = [reducer.finish({name: array[n] for name, array in states.items()}, dataset) for n in range(replicates)]
+    own, names = each[0], list(each[0].data_vars)
+    values = {name: np.stack([result[name].values for result in each]) for name in names}  # not xarray's: slow
+    return xr.Dataset(
+        {name: (("replicate", *own[name].dims), values[name], own[name].attrs) for name in names},
+        {**own.coords, "replicate": np.arange(replicates)},
+        own.attrs,
+    )
+
+
+def unit_of(document: Array, units: int) -> Array:
+    """Which unit documents are in, by their running numbers: int64 to int64 below `units`.
+
+    The first `units` documents are each alone in one; of each further `units` documents every unit gets one at random.
+    """
+    block, place = np.divmod(document.astype(np.int64), units)
+    numbers, which = np.unique(block, return_inverse=True)
+    with np.errstate(over="ignore"):
+        key = mixed((numbers[:, None] * units + np.arange(units)).astype(np.uint64))
+    order = np.where(numbers[:, None] == 0, np.arange(units), np.argsort(key, axis=1))
+    unit: Array = order[which, place]
+    return unit
+
+
+def effective_documents(unit_tokens: Array) -> float:
+    """How many documents of equal length would tell as much: (Σ T)² / Σ T² of the units' tokens (Kish 1965)."""
+    tokens = np.asarray(unit_tokens, float)
+    return float(tokens.sum() ** 2 / (tokens**2).sum()) if tokens.any() else 0.0
+
+
+def left_out(found: xr.Dataset) -> Array:
+    """Tokens of each unit of a jackknife's result: float64 (unit)."""
+    return np.asarray(found["left_out"].values[1:], float)
+
+
+def enough_documents(found: xr.Dataset) -> bool:
+    """Whether a jackknife's result is of enough effective documents for an interval."""
+    return effective_documents(left_out(found)) >= MIN_EFFECTIVE_DOCUMENTS
+
+
+def interval(values: Any, level: float = 0.95, *, scale: Scale = "linear", corrected: bool = False) -> xr.Dataset:
+    """An estimate with its interval, from a jackknife.
+
+    Parameters
+    ----------
+    values : xr.DataArray
+        A function of a result of `Jackknife`: with dimension `replicate`, of which 0 is the whole, and its coordinate
+        `left_out`. Without the coordinate all units count as of one size.
+    level : float
+        That the interval is to cover.
+    scale : {"linear", "share"}
+        "share" for values between 0 and 1: the interval is symmetric in the logarithm of the odds, and so within 0 and
+        1; a share of exactly 0 or 1 has no interval.
+    corrected : bool
+        Take off the bias of what is no mean, such as an entropy, as the jackknife finds it (Quenouille 1956).
+
+    Returns
+    -------
+    xr.Dataset
+        `estimate`, `low`, `high` and `standard_error`, float64, with the dims of `values` but `replicate`. The interval
+        is estimate ± t · standard error, with the quantile of Student's t for one less than the effective documents.
+        NaN where a replicate has no value, and everywhere where there are fewer than `MIN_EFFECTIVE_DOCUMENTS`.
+
+    Raises
+    ------
+    ValueError
+        When the level is not between 0 and 1.
+    """
+    from scipy.special import stdtrit
+
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: between 0 and 1")
+    estimate, left = values.isel(replicate=0, drop=True), values.isel(replicate=slice(1, None))
+    tokens = values["left_out"].values[1:] if "left_out" in values.coords else np.ones(left.sizes["replicate"])
+    units, effective = left.sizes["replicate"], effective_documents(tokens)
+    known = effective >= MIN_EFFECTIVE_DOCUMENTS
+    error: Any = np.sqrt(((left - estimate) ** 2).sum("replicate", skipna=False) * ((units - 1) / max(units, 1)))
+    error = error.where(known)
+    if corrected:
+        estimate = estimate - (units - 1) * (left.mean("replicate", skipna=False) - estimate)
+    quantile = float(stdtrit(effective - 1, (1 + level) / 2)) if known else np.nan
+    low, high = _ends(estimate, quantile * error, scale)
+    return xr.Dataset({"estimate": estimate, "low": low, "high": high, "standard_error": error}).assign_attrs(
+        level=level, units=units, effective_documents=round(effective, 1), estimator=how(units, level)
+    )
+
+
+def _ends(estimate: Any, reach: Any, scale: Scale) -> tuple[Any, Any]:
+    """The ends of an interval, given how far it reaches on the scale of the values."""
+    if scale == "linear":
+        return estimate - reach, estimate + reach
+    inside = estimate.where((estimate > 0) & (estimate < 1))
+    odds, stretch = np.log(inside / (1 - inside)), reach / (inside * (1 - inside))
+    return tuple(1 / (1 + np.exp(-(odds + side * stretch))) for side in (-1, 1))
+
+
+def how(units: int, level: float = 0.95) -> str:
+    """Which interval `interval` gives, in words."""
+    return f"{level:.0%}, jackknife over {units} units of whole documents, Student's t of the effective documents"

@@ -1,0 +1,149 @@
+"""What chance gives where tokens of one document resemble each other: documents drawn, and statistics made of them.
+
+A document's tokens go to experts by shares of its own, so that counts vary more from document to document than those of
+independent tokens would. The model is the Dirichlet-multinomial one (Mosimann 1962, On the compound multinomial
+distribution): shares of a document are drawn around those of all documents, with one `spread` for a layer and data
+set, which is found from the documents' own counts. Documents have the lengths that they have.
+
+What is drawn is not trusted for its variance, only for the shape of studentized statistics: a difference over its
+standard error, which is found anew from each drawn set of documents. Such statistics hardly depend on the model
+where there are many documents; where there are few, its skewness and discreteness are what a t table lacks.
+
+Promises: the same numbers for the same seed. Does not know data sets, nor what is tested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from analysis.scanning import Array, kernel
+from analysis.statistics.jackknife import left_out
+
+NORMAL_FROM = 25.0  # variance of a unit's count from which it is drawn as normal: skewness below 0.2 (arbitrary)
+LEAST_SPREAD = 1e-9  # below which documents are taken to be alike
+
+
+@dataclass(frozen=True)
+class Units:
+    """Tokens that reach each expert at one layer, by unit of documents."""
+
+    count: Array
+    """float64 (unit, expert)."""
+    tokens: Array
+    """float64 (unit), none of them 0."""
+
+    @property
+    def share(self) -> Array:
+        """Share of all tokens that reach each expert: float64 (expert)."""
+        share: Array = self.count.sum(0) / self.tokens.sum()
+        return share
+
+    @property
+    def variance(self) -> Array:
+        """Of `share`, from how the units differ: float64 (expert).
+
+        Linearized, each unit's residual made larger for its part in the share (Bell & McCaffrey 2002, CR2).
+        """
+        part = self.tokens / self.tokens.sum()
+        residual = self.count - np.outer(self.tokens, self.share)
+        variance: Array = (residual**2 / (1 - part)[:, None]).sum(0) / self.tokens.sum() ** 2
+        return variance
+
+
+def units_of(counts: xr.Dataset) -> list[Units]:
+    """Each layer's units, from what `Jackknife(ExpertCounts())` counted."""
+    count = counts["count"].transpose("replicate", "layer", "expert").values.astype(float)
+    tokens = left_out(counts)
+    return [Units(count=count[0, layer] - count[1:, layer], tokens=tokens) for layer in range(count.shape[1])]
+
+
+def spread_of(units: Units, choices: int) -> float:
+    """How much units' shares differ beyond what their tokens do: 0 for independent tokens, below 1.
+
+    By moments: E (N − q T)² is T q (1 − q) within a unit, and T² spread q (k − q) between units, summed over experts.
+    """
+    share, tokens, total = units.share, units.tokens, units.tokens.sum()
+    within, between = float((share * (1 - share)).sum()), float((share * (choices - share)).sum())
+    squares = ((units.count - np.outer(tokens, share)) ** 2).sum(1) / (1 - tokens / total)
+    if between <= 0:
+        return 0.0
+    return float(np.clip((squares.sum() - within * total) / (between * (tokens**2).sum()), 0.0, 0.99))
+
+
+def drawn(
+    tokens: Array, share: Array, spread: float, choices: int, draws: int, random: np.random.Generator
+) -> tuple[Array, Array]:
+    """Shares of drawn sets of documents and their variances.
+
+    Parameters
+    ----------
+    tokens : float64 array, shape (units,)
+        How many each unit has.
+    share : float64 array, shape (experts,)
+        Of tokens that reach each expert, which documents are drawn around; sums to `choices`.
+    spread : float
+        As `spread_of` gives it.
+    choices : int
+        Experts of a token.
+    draws : int
+        Sets of documents.
+    random : numpy.random.Generator
+
+    Returns
+    -------
+    share, variance : float64 arrays, shape (draws, experts)
+        As `Units` has them.
+    """
+    shape = draws, len(share)
+    shares, variances = np.empty(shape), np.empty(shape)
+    _draw(random, tokens.astype(float), share.astype(float), spread, choices, shares, variances)
+    return shares, variances
+
+
+@kernel
+def _draw(
+    random: np.random.Generator,
+    tokens: Array,
+    share: Array,
+    spread: float,
+    choices: int,
+    shares: Array,
+    variances: Array,
+) -> None:
+    """Fill in shares and variances, a drawn set of documents at a time."""
+    draws, experts = shares.shape
+    total = tokens.sum()
+    alike = spread < LEAST_SPREAD
+    concentration = 0.0 if alike else (1 - spread) / spread
+    own, count, square, product = share.copy(), np.empty(experts), np.empty(experts), np.empty(experts)
+    lengths = 0.0
+    for unit in range(tokens.size):
+        lengths += tokens[unit] ** 2 / (1 - tokens[unit] / total)
+    for draw in range(draws):
+        count[:], square[:], product[:] = 0, 0, 0
+        for unit in range(tokens.size):
+            larger = 1 / (1 - tokens[unit] / total)
+            if not alike:
+                whole = 0.0
+                for expert in range(experts):
+                    own[expert] = random.standard_gamma(concentration * share[expert] / choices)
+                    whole += own[expert]
+                for expert in range(experts):
+                    own[expert] = min(choices * own[expert] / whole, 1.0) if whole > 0 else share[expert]
+            for expert in range(experts):
+                mean = tokens[unit] * own[expert]
+                variance = mean * (1 - own[expert])
+                if variance > NORMAL_FROM:
+                    n = mean + np.sqrt(variance) * random.standard_normal()
+                else:
+                    n = float(random.binomial(np.int64(tokens[unit]), own[expert]))
+                count[expert] += n
+                square[expert] += larger * n * n
+                product[expert] += larger * n * tokens[unit]
+        for expert in range(experts):
+            mean = count[expert] / total
+            residual = square[expert] - 2 * mean * product[expert] + mean * mean * lengths
+            shares[draw, expert], variances[draw, expert] = mean, max(residual, 0.0) / total**2
