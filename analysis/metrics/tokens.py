@@ -315,7 +315,9 @@ def _beside(table: xr.Dataset, shuffled: xr.Dataset) -> xr.Dataset:
     """A table with the lift within documents."""
     by_chance = shuffled["count"].sel(token_id=table["token_id"]).drop_vars("piece")
     within = (table["count"] / by_chance.clip(1)).transpose(*table["count"].dims)
-    return table.assign(lift_within=within.assign_attrs(long_name="count over that of tokens shuffled in documents"))
+    about = f"{table.attrs['definition']}; lift_within = N_xe over that of tokens shuffled within their documents"
+    within = within.assign_attrs(long_name="count over that of tokens shuffled within documents")
+    return table.assign(lift_within=within).assign_attrs(definition=about)
 
 
 def _rank(table: xr.Dataset, *, top: int, by: TokenOrder, min_count: int) -> xr.Dataset:
