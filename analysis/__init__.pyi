@@ -38,6 +38,7 @@ from .metrics.load import balance_null as balance_null
 from .metrics.load import balance_of as balance_of
 from .metrics.load import domain_specialization as domain_specialization
 from .metrics.load import expert_load as expert_load
+from .metrics.paired import paired_contrast as paired_contrast
 from .metrics.path_diversity import whole_paths as whole_paths
 from .metrics.path_diversity import window_diversity as window_diversity
 from .metrics.path_diversity import window_diversity_of as window_diversity_of

@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
 
     from analysis.metrics.agreement import Agreement, paired  # numba takes a second: --help does not wait for it
     from analysis.scanning import scan
-    from store import open_capture
+    from store import attributes, open_capture
 
     captures = []
     for place in (config.one, config.other):
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
     console = stdout_console()
     print_table(console, COLUMNS, rows)
     for name in PROVENANCE:
-        one, other = (capture.attrs.get(name) for capture in captures)
+        one, other = (attributes(capture).get(name) for capture in captures)
         if one != other:
             print_line(console, f"{name}: {one} and {other}")
     n, different = found.attrs["n"], found.attrs["any_difference"]

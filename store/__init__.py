@@ -3,7 +3,7 @@
 What it promises: a shard is whole or absent, a commit record is written only after the data that it names are
 durable, and a reader knows what is missing. It imports nothing of the other packages.
 
-- To read: `open_capture`, `open_tree`, `dataset_names`.
+- To read: `open_capture`, `open_tree`, `dataset_names`, `attributes`.
 - To know what is there, and whether it holds: `coverage`, `verify`.
 - To write: `CaptureGroup` with its `Layout`, `Plan` and `Rows`.
 
@@ -12,6 +12,7 @@ xarray and dask, which take two seconds, are imported only by whoever reads: dri
 
 from typing import TYPE_CHECKING, Any
 
+from store.attributes import attributes
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.layout import Layout
@@ -28,6 +29,7 @@ __all__ = [
     "Layout",
     "Plan",
     "Rows",
+    "attributes",
     "coverage",
     "dataset_names",
     "open_capture",

@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
+from store.attributes import flat
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.objects import open_objects
@@ -73,7 +74,8 @@ def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = Fal
         position, layer, k), `token` int32 (doc, position), `length`, `document_id`, `offset` and `captured` over
         (doc), `name` (document), `piece` (token_id); for conversations also `role` uint8 (doc, position); and what
         `Layout.record` names. A `doc` is a row: a window of a document. Positions at or beyond `length` hold fill
-        values: `expert` 255 or 65535, `weight` 0, `token` -1, `role` 255.
+        values: `expert` 255 or 65535, `weight` 0, `token` -1, `role` 255. Attributes are such that netCDF holds them;
+        `attributes` gives them with mappings.
 
     Raises
     ------
@@ -122,7 +124,7 @@ def open_covered(path: Path | str, state: Coverage) -> xr.Dataset:
     if not _are_numbers(special := attrs.get("special_token_ids", [])):
         raise ValueError(f"{path}/{state.dataset}/zarr.json holds {special!r:.80} for special_token_ids, not numbers")
     attrs["environment"] = group.environment or attrs.get("environment")  # of the workers; as planned before the first
-    return xr.Dataset(variables, attrs={**attrs, "dataset": state.dataset})
+    return xr.Dataset(variables, attrs=flat({**attrs, "dataset": state.dataset}))
 
 
 def _are_numbers(value: object) -> bool:

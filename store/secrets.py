@@ -10,7 +10,7 @@ import re
 VARIABLES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 SHORTEST = 8  # characters of a secret; a shorter value would be found in ordinary words (arbitrary)
 _USER = re.compile(r"(?<=://)[^\s/@'\"]*(?::[^\s@'\"]*)?@")
-_QUERY = re.compile(r"(https?://[^\s?#'\"<>]*)[?#][^\s'\"<>]*", re.IGNORECASE)
+_QUERY = re.compile(r"(\b(?!s3:)[a-z][a-z0-9+.-]*://[^\s?#'\"<>]*)[?#][^\s'\"<>]*", re.IGNORECASE)  # S3's have none
 
 
 def without_secrets(text: str) -> str:

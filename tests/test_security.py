@@ -389,6 +389,9 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"s3://AKIA:{SECRET}/+x@bucket/y", "s3://…@bucket/y"),
         (f"HTTP://{SECRET}@h", "HTTP://…@h"),
         ("http://h:8080/a?b", "http://h:8080/a?…"),
+        (f"ftp://h/a.txt?key={SECRET} gone", "ftp://h/a.txt?… gone"),
+        (f"abfs+https://h/a#{SECRET}", "abfs+https://h/a?…"),
+        ("s3://bucket/run#1?.zarr", "s3://bucket/run#1?.zarr"),
         ("s3://bucket/routes.zarr, what? and you@example.org", "s3://bucket/routes.zarr, what? and you@example.org"),
         ("org/name:config texts/*.txt a?b#c", "org/name:config texts/*.txt a?b#c"),
     ],
@@ -421,7 +424,9 @@ def test_neither_print_config_nor_the_store_holds_a_secret_of_an_address(tmp_pat
     assert not [name for name, data in files.items() if SECRET.encode() in data]
 
 
-@pytest.mark.parametrize("address", [SIGNED, f"https://user:{SECRET}@host/x", f"ftp://user:{SECRET}@host/x"])
+@pytest.mark.parametrize(
+    "address", [SIGNED, f"https://user:{SECRET}@host/x", f"ftp://user:{SECRET}@host/x?key={SECRET}"]
+)
 def test_an_address_that_is_no_data_set_is_refused_without_its_secrets(
     command: Command, tmp_path: Path, address: str
 ) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from store.attributes import flat
 from store.layout import Layout
 from store.plan import Rows
 from workers.engine import ModelEngine
@@ -115,5 +116,5 @@ def _dataset(layout: Layout, arrays: Mapping[str, np.ndarray], attrs: Mapping[st
     return xr.Dataset(
         {name: (specs[name].dims if name in specs else ("doc",), values) for name, values in arrays.items()},
         coords={"layer": np.array(layout.layers, dtype=np.int32)},
-        attrs={**layout.attrs(), **attrs, "dataset": "texts"},
+        attrs=flat({**layout.attrs(), **attrs, "dataset": "texts"}),
     )

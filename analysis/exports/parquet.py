@@ -36,6 +36,7 @@ from analysis.metrics.paths import document_path
 from analysis.metrics.tokens import TokenCounts
 from analysis.results import measure
 from analysis.scanning import Array, Reducer
+from store.attributes import attributes
 from store.coverage import Coverage, coverage
 from store.files import whole_file
 from store.reader import dataset_names, open_covered
@@ -212,7 +213,7 @@ def write_captures(captures: Iterable[CaptureToWrite], folder: Path | str) -> li
             for rows in _token_experts(tokens, load, capture):
                 _add(write["token_experts"], "token_experts", {"data_set": name, **rows})
             missing = 0 if "captured" not in capture else int((~capture["captured"].values).sum())
-            about[name] = {"tokens_counted": load.attrs["n"], "rows_missing": missing, "attrs": capture.attrs}
+            about[name] = {"tokens_counted": load.attrs["n"], "rows_missing": missing, "attrs": attributes(capture)}
         for writer in write.values():
             writer.add_key_value_metadata({"captures": json.dumps(about)})
     return [folder / f"{table}.parquet" for table in SCHEMAS]

@@ -26,7 +26,6 @@ from analysis.attributes import described
 from analysis.metrics.load import ExpertCounts, share_of_experts
 from analysis.scanning import Array, scan
 from analysis.statistics.differences import (
-    ByChance,
     Differences,
     by_chance,
     p_adjusted,
@@ -45,6 +44,7 @@ def contrast(
     *,
     replicates: int = REPLICATES,
     level: float = 0.95,
+    block_tokens: int | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
@@ -53,11 +53,13 @@ def contrast(
     Parameters
     ----------
     captures : mapping of str to xr.Dataset
-        Two or more captures of one model, by name. A text of one document has no documents to compare: see `in_blocks`.
+        Two or more captures of one model, by name. A text of one document can only be tested in blocks.
     replicates : int
         Drawn sets of documents, at least 20 a layer.
     level : float
         Of the intervals.
+    block_tokens : int, optional
+        Take blocks of so many tokens for documents: see `Jackknife`.
     threads, progress
         See `analysis.scan`; progress is that of one capture after the other.
 
@@ -88,7 +90,9 @@ def contrast(
     """
     refuse_incomparable(captures)
     counts = {
-        name: scan(capture, [Jackknife(ExpertCounts())], threads=threads, progress=progress)[0]
+        name: scan(capture, [Jackknife(ExpertCounts(), block_tokens=block_tokens)], threads=threads, progress=progress)[
+            0
+        ]
         for name, capture in captures.items()
     }
     return contrast_of(counts, replicates=replicates, level=level, threads=threads)
@@ -113,27 +117,26 @@ def contrast_of(
     others = _others(len(names), tested)
     apart, pairs = Differences(others, share, variance), Differences(_pairs(len(names)), share, variance)
 
-    def of_layer(layer: int) -> ByChance:
+    def of_layer(layer: int) -> tuple[Array, Array, float]:
         own = [units[index][layer] for index in tested]
-        return by_chance(own, others[tested][:, tested], choices, replicates, layer)
+        chance = by_chance(own, others[tested][:, tested], choices, replicates, layer)
+        divergence = _divergence(chance.share / chance.share.sum(-1, keepdims=True))
+        return chance.pairwise, chance.from_others, float(divergence.mean())
 
     with ThreadPoolExecutor(max(1, threads or os.cpu_count() or 1)) as pool:
         chance = list(pool.map(of_layer, range(share.shape[1]))) if len(tested) > 1 else []
-    pairwise = np.array([each.pairwise for each in chance])  # (layer, replicate); nothing where nothing is tested
-    from_others = np.array([each.from_others for each in chance])
+    pairwise = np.array([each[0] for each in chance])  # (layer, replicate); nothing where nothing is tested
+    from_others = np.array([each[1] for each in chance])
     labels = {"data_set": names, "layer": first["layer"].values, "expert": first["expert"].values}
     cell, pair = ("data_set", "layer", "expert"), ("data_set", "other_data_set", "layer", "expert")
     low, high = apart.ends(quantile_of_largest(from_others, level))
     pairwise_low, pairwise_high = pairs.ends(quantile_of_largest(pairwise, level))
-    of_chance = [float(_divergence(each.share / each.share.sum(-1, keepdims=True)).mean()) for each in chance] or [
-        np.nan
-    ] * share.shape[1]
     own = xr.DataArray(share / choices, dims=cell)
     total_variation = abs(own - own.rename(data_set="other_data_set")).sum("expert", skipna=False) / 2
     result = xr.Dataset(
         {
             **_divergences(counts, tested, level),
-            "divergence_by_chance": ("layer", of_chance),
+            "divergence_by_chance": ("layer", [each[2] for each in chance] or np.full(share.shape[1], np.nan)),
             "p": ("layer", p_by_layer(abs(pairs.statistic), pairwise)),
             "share": (cell, share, {"long_name": "share of the data set's tokens that reach the expert"}),
             "difference": (cell, apart.estimate),
@@ -170,7 +173,7 @@ def why_untested(found: xr.Dataset) -> str:
     if not tokens.size:
         return "no token is counted"
     if found.attrs["documents"] == 1 or len(tokens) == 1:
-        return "one document: no test possible"
+        return "one document: no test possible, unless block_tokens takes blocks of it for documents"
     effective = effective_documents(tokens)
     if effective < MIN_EFFECTIVE_DOCUMENTS:
         return (
@@ -194,11 +197,11 @@ def refuse_incomparable(captures: Mapping[str, xr.Dataset]) -> None:
 
 
 def _others(sets: int, tested: list[int]) -> Array:
-    """Weights of each data set less the mean of the other tested ones: (data_set, data_set)."""
+    """Weights of each data set less the mean of the other tested ones, or of all others where none is tested."""
     weights = np.eye(sets)
     for own in range(sets):
-        others = [index for index in tested if index != own]
-        weights[own, others or [own]] = -1 / len(others) if others else np.nan
+        others = [index for index in tested if index != own] or [index for index in range(sets) if index != own]
+        weights[own, others] = -1 / len(others)
     return weights
 
 

@@ -14,7 +14,7 @@ from analysis.report.section import Answers, Asked, Section
 from analysis.report.sections.all import SECTIONS
 from analysis.results import question
 from analysis.scanning import Reducer, scan
-from store import Coverage
+from store import Coverage, attributes
 
 Ask = Callable[[Sequence[Reducer]], list[xr.Dataset]]
 
@@ -35,13 +35,8 @@ def answer(
     for section in sections:
         own = {name: counted[name] for name in wanted[section.id]}
         found |= section.answer(own, asked) if section.answer else own
-    return Answers(
-        label=label,
-        state=state,
-        attrs=data.attrs,
-        documents=int(np.unique(data["document_id"].values).size),
-        found=found,
-    )
+    documents = int(np.unique(data["document_id"].values).size)
+    return Answers(label=label, state=state, attrs=attributes(data), documents=documents, found=found)
 
 
 def _once(wanted: Mapping[str, Mapping[str, Reducer]]) -> dict[str, Reducer]:

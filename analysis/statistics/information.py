@@ -1,10 +1,10 @@
-"""Entropy, association and conditional mutual information of counts, with what chance gives of so few observations.
+"""Entropy and association of counts, with what chance gives of so few observations.
 
 All in bits. The plain estimates are biased: an entropy is found too small and a mutual information too large, by about
 (cells − 1) / (2 n ln 2). Miller (1955) and Madow subtract that with the cells that were seen. It does not suffice where
-cells are many: of 3,000 independent observations in 64 × 64 cells they leave 0.5 bits. There the null is drawn: random
+cells are many: of 3,000 independent observations in 64 × 64 cells they leave 0.57 bits. There the null is drawn: random
 tables with the sums of rows and columns that the counts have. Works on any counts with named dimensions, so that
-replicates of `analysis.statistics.resampling` and layers go along.
+replicates of `Jackknife` and layers go along.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ from analysis.statistics.hashing import mixed
 UNITS = 128  # a standard error of so many is off by 6 %, and its t quantile by 1 % (Kott 2001)
 MIN_EFFECTIVE_DOCUMENTS = 3.0  # of fewer, simulated intervals hold the truth too seldom (tests/benchmarks/inference.py)
 
+BLOCKS = 2**32  # at most in a document
+
 Scale = Literal["linear", "share"]
 
 
@@ -36,19 +38,24 @@ class Jackknife(Reducer):
         One whose accumulators are sums over rows, and small: `units` times them are held by each thread.
     units : int
         At most so many; a document is a unit of its own where there are no more documents than this.
+    block_tokens : int, optional
+        Take blocks of about so many tokens for documents, each made of whole rows: for texts of one long document. That
+        neighbouring blocks resemble each other is then not seen, so that intervals are somewhat too narrow.
     """
 
-    def __init__(self, reducer: Reducer, units: int = UNITS) -> None:
+    def __init__(self, reducer: Reducer, units: int = UNITS, block_tokens: int | None = None) -> None:
         if units < 2:
             raise ValueError(f"units={units}: at least 2")
+        if block_tokens is not None and block_tokens < 1:
+            raise ValueError(f"block_tokens={block_tokens}: at least 1")
         if type(reducer).merge is not Reducer.merge:
             raise ValueError(f"{type(reducer).__name__} is no sum over rows: no part of it can be left out")
-        self.reducer, self.units = reducer, units
+        self.reducer, self.units, self.block_tokens = reducer, units, block_tokens
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """What the reducer needs, and which document a row is of."""
-        return self.reducer.needs | {"document"}
+        return self.reducer.needs | {"document"} | ({"offset"} if self.block_tokens else set())
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: what the reducer accumulates, with units before it; and `unit_tokens` (unit)."""
@@ -58,7 +65,7 @@ class Jackknife(Reducer):
 
     def update(self, state: State, block: Block) -> None:
         """Add one shard, each run of rows to the unit of its document."""
-        unit = unit_of(block["document"], self.units)
+        unit = unit_of(self._numbers(block["document"], block.get("offset")), self.units)
         of_rows = np.count_nonzero(block["counted"], axis=1)
         np.add.at(state["unit_tokens"], unit, of_rows)
         occupied = np.flatnonzero(of_rows)
@@ -71,17 +78,25 @@ class Jackknife(Reducer):
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """The reducer's result along `replicate`: 0 is the whole, and each other one leaves a unit out.
 
-        The coordinate `left_out` int64 (replicate) is how many tokens that is; attributes `units` and `documents` say
-        how many there are. Units without a token are left away.
+        The coordinates `left_out` int64 (replicate) and `unit` say how many tokens that is and which unit; attributes
+        `units` and `documents` say how many there are. Units without a token are left away.
         """
         tokens = state["unit_tokens"]
         seen = np.flatnonzero(tokens)
         states = {name: without_each(array[seen]) for name, array in state.items() if name != "unit_tokens"}
         found = stacked(self.reducer, states, dataset)
         captured = dataset["captured"].values if "captured" in dataset else ...
-        documents = int(np.unique(dataset["document_id"].values[captured]).size)
+        offset = dataset["offset"].values[captured] if self.block_tokens else None
+        documents = int(np.unique(self._numbers(dataset["document_id"].values[captured], offset)).size)
         sizes = ("replicate", np.concatenate([[0], tokens[seen]]), {"units": "tokens"})
-        return found.assign_coords(left_out=sizes).assign_attrs(units=len(seen), documents=documents)
+        unit = ("replicate", np.concatenate([[-1], seen]))
+        return found.assign_coords(left_out=sizes, unit=unit).assign_attrs(units=len(seen), documents=documents)
+
+    def _numbers(self, document: Array, offset: Array | None) -> Array:
+        """Running numbers of documents, or different numbers for different blocks of them."""
+        if self.block_tokens is None or offset is None:
+            return document
+        return document.astype(np.int64) * BLOCKS + offset // self.block_tokens
 
 
 def without_each(by_unit: Array) -> Array:

@@ -51,7 +51,7 @@ def estimate_tokens(run: Run, source: Source, sequence_length: int) -> TokenEsti
     """
     characters, sample = [], []
     chooser = random.Random(0)  # the same sample every time
-    for index, document in enumerate(islice(source.documents(), run.config.limit_documents)):
+    for index, document in enumerate(islice(source.documents(faulty=True), run.config.limit_documents)):
         size = document.characters
         characters.append(size)
         slot = index if index < SAMPLE_DOCUMENTS else chooser.randrange(index + 1)

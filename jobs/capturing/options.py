@@ -94,8 +94,8 @@ class CaptureConfig:
     bos: Literal["none", "document", "row"] = "none"
     """Where a beginning-of-sequence token is put."""
     skip_unrenderable: bool = False
-    """Leave out conversations that the chat template cannot take, instead of stopping at the first. They are counted
-    and named in the log, in status and in the attributes."""
+    """Leave out rows without a text, and conversations that have another form or that the chat template cannot take,
+    instead of stopping at the first. They are counted and named in the log, in status and in the attributes."""
     template_date: str = "2024-07-26"
     """What chat templates take for the day of the run, which some write: YYYY-MM-DD. So the tokens are the same every
     day."""

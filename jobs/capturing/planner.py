@@ -53,28 +53,27 @@ def encode(
     Raises
     ------
     Unrenderable
-        The chat template cannot take a document; the message names it. Where such documents are skipped, one has no
-        tokens, and its `fault` says why.
+        A document has a fault, or the chat template cannot take it; the message names it. Where such documents are
+        skipped, one has no tokens, and its `fault` says why.
     """
+    nothing = np.empty(0, np.int32), np.empty(0, np.uint8)
     texts = iter(tokenizer.encode_batch([d.text for d in documents if d.messages is None]))
     for document in documents:
+        encoded: tuple[np.ndarray, np.ndarray | None] = nothing
         if document.messages is None:
-            yield document, next(texts), None
-        elif not document.messages:
-            yield document, np.empty(0, np.int32), np.empty(0, np.uint8)
-        else:
+            encoded = next(texts), None
+        elif document.messages:
             beside = {"tools": document.tools, "documents": document.documents}
             try:
                 encoded = tokenizer.chat(document.messages, **{k: v for k, v in beside.items() if v is not None})
             except Unrenderable as error:
-                if not skip_unrenderable:
-                    raise Unrenderable(
-                        f"document {document.name!r}: {error}; --skip_unrenderable leaves such documents out"
-                    ) from error
-                document, encoded = replace(document, fault=str(error)), (np.empty(0, np.int32), np.empty(0, np.uint8))
+                document = replace(document, fault=str(error))
             except ValueError as error:
                 raise ValueError(f"document {document.name!r}: {error}") from error
-            yield document, *encoded
+        if document.fault is not None and not skip_unrenderable:
+            where = "" if document.fault.startswith(document.name) else f"document {document.name!r}: "
+            raise Unrenderable(f"{where}{document.fault}; --skip_unrenderable leaves such documents out")
+        yield document, *encoded
 
 
 def default_sequence_length(
@@ -85,7 +84,8 @@ def default_sequence_length(
     Known before the data set is tokenized, and the same every time.
     """
     longest = 0
-    for batch in _batches(islice(source.documents(), min(1000, limit_documents or 1000))):
+    documents = source.documents(faulty=True)
+    for batch in _batches(islice(documents, min(1000, limit_documents or 1000))):
         encoded = encode(batch, tokenizer, skip_unrenderable=skip_unrenderable)
         longest = max([longest, *(len(ids) for _, ids, _ in encoded)])
         if longest > SEQUENCE_LENGTHS[-1]:
@@ -137,7 +137,8 @@ class Planner:
         step = max(1, PUBLISH_POSITIONS // self.layout.sequence_length // rows) * rows
         skip = self.plan.rows_of_next_document
         document = self.plan.documents
-        for batch in _batches(islice(self.source.documents(document), self._remaining(document))):
+        documents = self.source.documents(document, faulty=True)
+        for batch in _batches(islice(documents, self._remaining(document))):
             for item, ids, roles in encode(batch, self.tokenizer, skip_unrenderable=self.skip_unrenderable):
                 self._add(document, item, ids, roles, skip)
                 document, skip = document + 1, 0

@@ -182,7 +182,7 @@ class Run:
             When the rows would be longer than the model's positions, or the data set has no document.
         """
         config, model = self.config, self.described
-        if next(iter(source.documents()), None) is None:
+        if next(source.documents(faulty=True), None) is None:
             raise ValueError(f"{name}: the data set holds no document")
         length = config.sequence_length or self._settled(name, "sequence_length")
         length = length or default_sequence_length(

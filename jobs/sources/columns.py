@@ -28,6 +28,8 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 """Columns of messages that are what one would capture, whatever else there is."""
 BESIDE_MESSAGES = ("tools", "documents")
 """Columns that a chat template takes beside the messages."""
+SYSTEM_COLUMNS = ("system", "system_prompt")
+"""Columns beside messages whose text is the system message, which comes first."""
 REPEATED = "several of this name"
 """The kind of a column whose name others have too."""
 
@@ -73,11 +75,12 @@ def text_field(table: Table, asked: str | None, where: str) -> TextField:
         When `asked` is no column, or none or several columns could be meant; it lists them.
     """
     columns = asked_columns(table, asked, where) if asked is not None else plausible_columns(table, where)
-    for column in columns:
-        if table.columns[column] == REPEATED:
-            raise ValueError(f"{where} has several columns named {column!r}; rename or remove all but one of them")
     kinds = {table.columns[column] for column in columns}
-    return TextField(columns=columns, conversations=len(columns) > 1 or bool(kinds & {MESSAGES, TURNS}))
+    conversations = len(columns) > 1 or bool(kinds & {MESSAGES, TURNS})
+    for column in (*columns, *(BESIDE_MESSAGES + SYSTEM_COLUMNS if conversations else ())):
+        if table.columns.get(column) == REPEATED:
+            raise ValueError(f"{where} has several columns named {column!r}; rename or remove all but one of them")
+    return TextField(columns=columns, conversations=conversations)
 
 
 def asked_columns(table: Table, asked: str, where: str) -> tuple[str, ...]:
@@ -121,23 +124,31 @@ def listed(table: Table) -> str:
 
 
 def table_documents(table: Table, field: TextField, start: int) -> Iterator[Document]:
-    """Yield one document a row, from row `start` on; a null is an empty document."""
+    """Yield one document a row, from row `start` on; a null is an empty document, a row of another form a fault."""
     single = {name for name, kind in table.columns.items() if kind != REPEATED}
     name_column = next((name for name in NAME_COLUMNS if name in single and name not in field.columns), None)
-    beside = [name for name in BESIDE_MESSAGES if field.conversations and name in single - {*field.columns}]
-    wanted = [*field.columns, *([name_column] if name_column is not None else []), *beside]
-    for row in table.rows(start, wanted):
+    beside = (*BESIDE_MESSAGES, *SYSTEM_COLUMNS) if field.conversations else ()
+    wanted = dict.fromkeys(filter(None, [*field.columns, name_column, *(name for name in beside if name in single)]))
+    for row in table.rows(start, list(wanted)):
         label = row.values.get(name_column) if name_column is not None else None
         name, _ = without_surrogates(row.place if label is None or label == "" else str(label))
-        check_values(row, field, table)
-        if field.conversations:
-            extra = {column: row.values.get(column) for column in beside}
-            where = f"{row.place}: column {field.name!r}"
-            messages = row_messages(row, field, table)
-            yield conversation(messages, extra, name=name, where=where, repaired=row.repaired)
-            continue
-        text, replaced = without_surrogates(row.values[field.columns[0]] or "")
-        yield Document(name=name, text=text, repaired=row.repaired or replaced)
+        try:
+            document = row_document(row, field, table, name)
+        except ValueError as error:
+            document = Document(name=name, fault=str(error))
+        yield document
+
+
+def row_document(row: TableRow, field: TextField, table: Table, name: str) -> Document:
+    """Make a document of a row; a ValueError says where the row has not the form of the others."""
+    check_values(row, field, table)
+    if field.conversations:
+        extra = {column: row.values.get(column) for column in BESIDE_MESSAGES if column not in field.columns}
+        messages = with_system(row_messages(row, field, table), row, field)
+        where = f"{row.place}: column {field.name!r}"
+        return conversation(messages, extra, name=name, where=where, repaired=row.repaired)
+    text, replaced = without_surrogates(row.values[field.columns[0]] or "")
+    return Document(name=name, text=text, repaired=row.repaired or replaced)
 
 
 def check_values(row: TableRow, field: TextField, table: Table) -> None:
@@ -170,4 +181,25 @@ def row_messages(row: TableRow, field: TextField, table: Table) -> list[Any]:
             messages += value or []
         else:
             messages.append({"role": role, "content": value or ""})
+    return messages
+
+
+def with_system(messages: list[Any], row: TableRow, field: TextField) -> list[Any]:
+    """Put the text of a column for the system message before the messages, where there are any.
+
+    Raises
+    ------
+    ValueError
+        When it is no text, or another system message is there.
+    """
+    given = {name: row.values.get(name) for name in SYSTEM_COLUMNS if name not in field.columns}
+    given = {name: text for name, text in given.items() if text not in (None, "")}
+    for name, text in given.items() if messages else ():
+        if not isinstance(text, str):
+            raise ValueError(f"{row.place}: column {name!r} holds {type(text).__name__}, not text: {text!r:.80}")
+        message = {"role": "system", "content": text}
+        first = messages[0] if isinstance(messages[0], dict) else {}
+        if first.get("role") == "system" and first.get("content") != text:
+            raise ValueError(f"{row.place}: column {name!r} is not its only system message: {text!r:.40}; keep one")
+        messages = messages if first.get("role") == "system" else [message, *messages]
     return messages

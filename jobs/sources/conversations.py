@@ -13,11 +13,12 @@ PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"
 SPEAKERS = {
     "human": "user",
     "gpt": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
+    **dict.fromkeys(("observation", "function_response", "function-response", "tool_response"), "tool"),
     **{role: role for role in ("user", "assistant", "system", "tool")},
 }
 """Who speaks in ShareGPT's turns → the role that a chat template knows."""
+CALLERS = ("function_call", "function-call", "tool_call")
+"""Speakers whose turns are calls of the assistant, as JSON text."""
 
 
 def kind_of_list(keys: Iterable[Iterable[str]]) -> str | None:
@@ -38,12 +39,31 @@ def as_message(turn: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
         raise ValueError(f"{where}: not an object with from and value: {turn!r:.80}")
-    if turn["from"] not in SPEAKERS:
-        raise ValueError(
-            f"{where}: the speaker {turn['from']!r} is none of {', '.join(SPEAKERS)}; give it one of these names"
-        )
     others = {key: item for key, item in turn.items() if key not in ("from", "value")}
+    if turn["from"] in CALLERS:
+        return {"role": "assistant", "tool_calls": tool_calls(turn.get("value"), where), **others}
+    if turn["from"] not in SPEAKERS:
+        known = ", ".join((*SPEAKERS, *CALLERS))
+        raise ValueError(f"{where}: the speaker {turn['from']!r} is none of {known}; give it one of these names")
     return {"role": SPEAKERS[turn["from"]], "content": turn.get("value"), **others}
+
+
+def tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return the calls in one of ShareGPT's turns, an object or a list of them in JSON, as chat templates take them.
+
+    Raises
+    ------
+    ValueError
+        When it holds anything else than names and arguments.
+    """
+    found = from_json(value)
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and call.keys() == {"name", "arguments"} for call in calls):
+        raise ValueError(
+            f'{where}: a call must be {{"name": ..., "arguments": ...}} in JSON, or a list of them: {value!r:.80}'
+        )
+    functions = [{"name": call["name"], "arguments": from_json(call["arguments"])} for call in calls]
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def conversation(value: list[Any], beside: Mapping[str, Any], *, name: str, where: str, repaired: bool) -> Document:
@@ -52,6 +72,10 @@ def conversation(value: list[Any], beside: Mapping[str, Any], *, name: str, wher
     for number, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{where}, message {number}: not an object with a role and content: {message!r:.80}")
+        if message.get("function_call") is not None:
+            raise ValueError(
+                f"{where}, message {number}: holds a function_call; chat templates read tool_calls instead"
+            )
         content = message.get("content")
         parts = content if isinstance(content, list) else ()
         if not isinstance(content, str | list | dict | None) or not all(isinstance(part, dict) for part in parts):

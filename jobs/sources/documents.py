@@ -33,7 +33,7 @@ class Document:
     repaired: bool = False
     """Whether something in the text or the messages was replaced by U+FFFD."""
     fault: str | None = None
-    """Why it cannot be rendered, for a document that is skipped."""
+    """Why it has no text, or cannot be rendered: it stops a capture, or is skipped."""
 
     @property
     def characters(self) -> int:
@@ -48,7 +48,7 @@ class Source:
     name: str
     """The default name of its group in the store, of `[a-z0-9._-]`."""
     read: Callable[[int], Iterator[Document]]
-    """Documents from the given one on."""
+    """Documents from the given one on, those with a fault too."""
     identify: Callable[[], TextIdentity]
     """Computes the identity; for local files that reads all their bytes."""
     conversations: bool = False
@@ -63,9 +63,18 @@ class Source:
         """The identity, computed when first asked for."""
         return self.identify()
 
-    def documents(self, start: int = 0) -> Iterator[Document]:
-        """Yield the documents in their fixed order, without the first `start`."""
-        return self.read(start)
+    def documents(self, start: int = 0, *, faulty: bool = False) -> Iterator[Document]:
+        """Yield the documents in their fixed order, without the first `start`.
+
+        Raises
+        ------
+        ValueError
+            At a document with a fault, unless `faulty` ones are wanted too.
+        """
+        for document in self.read(start):
+            if document.fault is not None and not faulty:
+                raise ValueError(document.fault)
+            yield document
 
 
 def decode(data: bytes) -> tuple[str, bool]:

@@ -69,7 +69,7 @@ def is_store(folder: Path) -> bool:
 
 def is_cached(link: Path) -> bool:
     """Whether a link leads from a snapshot in a hub's cache to a file of the same repository, as all there do."""
-    target = link.resolve()
+    target = Path(os.path.realpath(link))  # of a link that leads to itself, Path.resolve raises a RuntimeError
     repository = target.parent.parent
     return (
         os.path.isfile(target)

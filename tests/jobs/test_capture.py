@@ -505,7 +505,7 @@ def test_the_provenance_is_complete_and_holds_no_secret(
     assert attrs["environment"].keys() >= versions, "of the planner"
     assert group.environment is not None
     assert group.environment.keys() >= {*versions, "device"}, "of the workers"
-    assert store.open_capture(tmp_path / "s.zarr", "texts").attrs["environment"] == group.environment
+    assert store.attributes(store.open_capture(tmp_path / "s.zarr", "texts"))["environment"] == group.environment
     assert (attrs["documents"], attrs["documents_empty"], attrs["documents_repaired"]) == (4, 1, 0)
     assert attrs["configuration"]["dataset"] == [str(texts)]
     record = json.loads((tmp_path / "s.zarr/texts/expert/commits/0.json").read_text())
@@ -577,7 +577,7 @@ def test_the_notebooks_rows_are_the_hubs_first_ones_cut_at_128_tokens(tmp_path: 
     assert data.sizes["position"] == 128 < len(ids[3])
     for row, document in enumerate(data["document_id"].values.tolist()):
         assert data["token"].values[row, : data["length"].values[row]].tolist() == ids[document][:128].tolist()
-    identity = data.attrs["identity"]
+    identity = store.attributes(data)["identity"]
     wanted = {"quantization": "fp4", "compute_dtype": "float16", "gate_precision": "fp4", "bos": "none"}
     wanted |= {"text_split": "test", "text_document": "row", "limit_documents": 8, "limit_tokens": 128}
     assert identity.items() >= wanted.items()
@@ -594,7 +594,7 @@ def test_conversations_that_begin_with_a_null_keep_their_roles(
     assert command("--dataset", tmp_path / "chat.jsonl", *options).status == 0
     data = store.open_capture(tmp_path / "s.zarr", "chat")
     assert "role" in data
-    assert data.attrs["identity"]["chat_template"]
+    assert store.attributes(data)["identity"]["chat_template"]
     assert data.attrs["documents_empty"] == 1
 
 

@@ -64,15 +64,72 @@ def test_turns_of_sharegpt_become_messages(tmp_path: Path, kind: str, column: st
 
 
 def test_every_speaker_of_sharegpt_has_a_role_and_other_names_are_refused(tmp_path: Path) -> None:
-    said = ("system", "human", "function_call", "observation", "gpt", "user", "tool", "assistant")
+    said = ("system", "human", "observation", "gpt", "user", "tool", "assistant", "tool_response")
     turns = [{"from": name, "value": name, "weight": 1} for name in said]
     (found,) = messages(resolve_source(write(tmp_path / "t.jsonl", {"conversations": turns})))
-    roles = ["system", "user", "assistant", "tool", "assistant", "user", "tool", "assistant"]
+    roles = ["system", "user", "tool", "assistant", "user", "tool", "assistant", "tool"]
     assert [message["role"] for message in found] == roles
     assert [message["content"] for message in found] == list(said)
     path = write(tmp_path / "u.jsonl", {"conversations": [*TURNS, {"from": "narrator", "value": "x"}]})
     with pytest.raises(ValueError, match=r"u\.jsonl:1: column 'conversations', message 2: the speaker 'narrator' is"):
         messages(resolve_source(path))
+
+
+CALL = {"name": "weather", "arguments": {"city": "Turin"}}
+
+
+@KINDS
+@pytest.mark.parametrize("speaker", ["function_call", "function-call", "tool_call"])
+@pytest.mark.parametrize("value", [CALL, [CALL], {**CALL, "arguments": json.dumps(CALL["arguments"])}])
+def test_a_call_in_sharegpt_becomes_what_a_chat_template_takes(
+    tmp_path: Path, kind: str, speaker: str, value: Any
+) -> None:
+    turns = [TURNS[0], {"from": speaker, "value": json.dumps(value)}, {"from": "observation", "value": "sunny"}]
+    called = {"role": "assistant", "tool_calls": [{"type": "function", "function": CALL}]}
+    (found,) = messages(resolve_source(write(tmp_path / f"t.{kind}", {"conversations": turns})))
+    assert found == [CHAT[0], called, {"role": "tool", "content": "sunny"}]
+
+
+@pytest.mark.parametrize("value", ["weather(Turin)", "[]", '{"name": "f"}', '{"name": "f", "parameters": {}}', None])
+def test_a_call_of_another_form_is_refused_by_name(tmp_path: Path, value: Any) -> None:
+    path = write(tmp_path / "t.jsonl", {"conversations": [TURNS[0], {"from": "function_call", "value": value}]})
+    with pytest.raises(ValueError, match=r"t\.jsonl:1: column 'conversations', message 1: a call must be .*in JSON"):
+        messages(resolve_source(path))
+
+
+def test_a_call_in_the_old_field_of_a_message_is_refused_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", {"messages": [CHAT[0], {"role": "assistant", "function_call": CALL}]})
+    with pytest.raises(ValueError, match="message 1: holds a function_call; chat templates read tool_calls instead"):
+        messages(resolve_source(path))
+
+
+@KINDS
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize("beside", [{"conversations": TURNS}, {"messages": CHAT}])
+def test_a_column_beside_the_messages_holds_the_system_message(
+    tmp_path: Path, kind: str, column: str, beside: dict[str, Any]
+) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    assert messages(resolve_source(write(tmp_path / f"a.{kind}", {column: "Be brief.", **beside}))) == [[system, *CHAT]]
+    assert messages(resolve_source(write(tmp_path / f"b.{kind}", {column: "", **beside}))) == [CHAT]
+    same = {column: "Be brief.", "messages": [system, *CHAT]}
+    assert messages(resolve_source(write(tmp_path / f"c.{kind}", same))) == [[system, *CHAT]]
+    with pytest.raises(ValueError, match=rf"d\.{kind}:1: column '{column}' is not its only system message: 'Or long.'"):
+        messages(resolve_source(write(tmp_path / f"d.{kind}", {**same, column: "Or long."})))
+
+
+def test_columns_beside_the_messages_count_in_later_rows_too_and_must_be_single_and_text(tmp_path: Path) -> None:
+    rows = [{"messages": CHAT}] * 101 + [{"messages": CHAT, "system": "Be brief.", "tools": [{"type": "function"}]}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    *_, last = resolve_source(str(tmp_path / "t.jsonl")).documents()
+    assert last.messages == [{"role": "system", "content": "Be brief."}, *CHAT]
+    assert last.tools == [{"type": "function"}]
+    with pytest.raises(ValueError, match=r"u\.jsonl:1: column 'system' holds list, not text"):
+        messages(resolve_source(write(tmp_path / "u.jsonl", {"messages": CHAT, "system": ["Be brief."]})))
+    twice = pa.table([pa.array([CHAT]), pa.array(["a"]), pa.array(["b"])], names=["messages", "system", "system"])
+    pq.write_table(twice, tmp_path / "v.parquet")
+    with pytest.raises(ValueError, match=r"v\.parquet has several columns named 'system'"):
+        resolve_source(str(tmp_path / "v.parquet"))
 
 
 @KINDS

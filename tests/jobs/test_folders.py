@@ -98,6 +98,15 @@ def test_what_tools_leave_beside_data_is_left_out_with_a_note(tmp_path: Path) ->
     assert names(fill(tmp_path / "code", "__init__.py", "_private.py")) == ["__init__.py", "_private.py"]
 
 
+def test_links_that_lead_to_themselves_are_left_out(tmp_path: Path) -> None:
+    folder = fill(tmp_path, "a.jsonl")
+    (tmp_path / "one.jsonl").symlink_to("one.jsonl")
+    (tmp_path / "two").symlink_to("three")
+    (tmp_path / "three").symlink_to("two")
+    assert names(folder) == ["a.jsonl"]
+    assert "3 hidden or linked" in str(resolve_source(folder).note)
+
+
 @pytest.mark.parametrize("zarr_format", [2, 3])
 def test_a_store_in_the_folder_of_the_data_is_no_data(tmp_path: Path, zarr_format: int) -> None:
     folder = fill(tmp_path, "a.txt")

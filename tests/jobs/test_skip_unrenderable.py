@@ -1,15 +1,20 @@
 """A conversation that the chat template cannot take stops a capture, or is left out, counted and named where asked."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Ran
 
 from jobs import status
+from jobs.capturing.planner import encode
+from jobs.sources.resolve import resolve_source
 from store import CaptureGroup, Plan, coverage, open_capture
+from workers.text.tokenizer import load_tokenizer
 from workers.tiny import tiny_checkpoint
 
 Command = Callable[..., Ran]
@@ -60,6 +65,52 @@ def test_where_asked_it_is_left_out_counted_and_named(
     assert capture("--skip_unrenderable").status == 0  # nothing to do
     assert "skip_unrenderable: the store has True, this run has False" in capture().err
     assert coverage(tmp_path / "s", "chats").complete
+
+
+SAID = {"role": "user", "content": "Hi"}
+BROKEN = {
+    "a string in place of a message": [SAID, "Hello"],
+    "no role": [SAID, {"content": "Hello"}],
+    "a number as content": [SAID, {"role": "assistant", "content": 5}],
+    "a string among the parts": [{"role": "user", "content": ["Hi"]}],
+    "a string in place of the messages": "Hi",
+    "a role that no template has": [SAID, {"role": "narrator", "content": "Hello"}],
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_a_conversation_of_another_form_is_skipped_too_and_else_stops_the_capture(broken: Any, tmp_path: Path) -> None:
+    rows = [{"id": f"chat {n}", "messages": [SAID]} for n in range(101)] + [{"id": "odd", "messages": broken}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:2]]))
+    source = resolve_source(str(tmp_path / "c.jsonl"))
+    tokenizer = load_tokenizer(tiny_checkpoint())
+    documents = list(source.documents(faulty=True))
+    *_, odd, before, last = encode(documents, tokenizer, skip_unrenderable=True)
+    assert (odd[0].name, len(odd[1]), last[0].fault) == ("odd", 0, None)
+    assert len(before[1]) == len(last[1]) > 0
+    assert odd[0].fault
+    with pytest.raises(ValueError, match=f"document 'odd': {re.escape(odd[0].fault)}; --skip_unrenderable leaves"):
+        list(encode(documents, tokenizer))
+
+
+def test_a_row_of_another_form_is_skipped_counted_and_named_and_else_stops_the_capture(
+    tmp_path: Path, command: Command
+) -> None:
+    rows = [{"messages": [SAID]}, {"messages": [SAID, "Hello"]}, {"prompt": "Hi"}, {"messages": [SAID]}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--dataset", tmp_path / "c.jsonl", "--store", tmp_path / "s", "--local", "--model", "tiny"]
+    stopped = command(*options)
+    assert stopped.status == 2
+    assert "c.jsonl:2: column 'messages', message 1: not an object with a role and content: 'Hello'" in stopped.err
+    assert "--skip_unrenderable leaves such documents out" in stopped.err
+    ran = command(*options, "--skip_unrenderable")
+    assert ran.status == 0, ran.err
+    assert "document 1 ('c.jsonl:2') is skipped: c.jsonl:2: column 'messages', message 1: not an object" in ran.err
+    assert "document 2 ('c.jsonl:3') is skipped: c.jsonl:3: has no 'messages'" in ran.err
+    attrs = CaptureGroup(tmp_path / "s", "c").attrs
+    assert (attrs["documents"], attrs["documents_skipped"]) == (4, 2)
+    assert attrs["skipped"] == ["c.jsonl:2", "c.jsonl:3"]
+    assert "2 documents that cannot be rendered are skipped" in command(tmp_path / "s", main=status.main).out
 
 
 def test_a_plan_without_skipped_documents_is_kept_as_before() -> None:

@@ -88,6 +88,15 @@ def test_it_is_captured_committed_and_opened_here_and_by_plain_xarray(store: Pat
     assert CaptureGroup(store, "fake").layout.routes == ("expert", "weight", "margin")
 
 
+def test_it_leaves_through_xarray_as_the_others_do(store: Path, tmp_path: Path) -> None:
+    routes = open_capture(store, "fake")
+    routes.to_netcdf(tmp_path / "routes.nc", engine="h5netcdf")
+    routes.chunk(doc=3, layer=1).to_zarr(tmp_path / "copy.zarr", consolidated=False)
+    with xr.open_dataset(tmp_path / "routes.nc", engine="h5netcdf") as copy:
+        xr.testing.assert_equal(copy, routes.compute())
+    xr.testing.assert_equal(xr.open_zarr(tmp_path / "copy.zarr", consolidated=False), routes.compute())
+
+
 def test_its_bytes_are_counted_and_change_the_digest(store: Path, tmp_path: Path) -> None:
     without = fake_capture(tmp_path / "without.zarr", TEXTS)
     size = sum(record_of(store, shard)["margin"]["bytes"] for shard in range(SHARDS))

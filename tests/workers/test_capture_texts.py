@@ -54,6 +54,14 @@ def test_texts_in_memory_are_texts_in_a_store(tiny_model: LoadedModel, folder: P
     xr.testing.assert_equal(expert_load(memory), expert_load(stored))
 
 
+def test_captured_texts_leave_as_netcdf(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    memory = workers.capture_texts(tiny_model, ["one two three", ""])
+    memory.to_netcdf(tmp_path / "texts.nc", engine="h5netcdf")
+    with xr.open_dataset(tmp_path / "texts.nc", engine="h5netcdf") as copy:
+        xr.testing.assert_equal(copy, memory)
+        assert copy.attrs.keys() == memory.attrs.keys()
+
+
 def test_a_folder_is_loaded_and_captured_as_a_loaded_model_is(tiny_model: LoadedModel) -> None:
     quantization = tiny_model.provenance["quantization"]
     given = workers.capture_texts(tiny_model.folder, ["one two three"], quantization=quantization)

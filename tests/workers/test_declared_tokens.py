@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from workers.text.declared import MISTRAL_VOCABULARY
 from workers.text.tokenizer import TextTokenizer, load_tokenizer, sentencepiece_tokenizer
 from workers.tiny import tiny_checkpoint
 
@@ -232,3 +233,43 @@ def test_a_model_file_follows_the_settings_about_its_prefix_or_says_that_it_cann
     for config, files in (({"chat_template": CHATML}, {}), ({}, {"added_tokens.json": {"<x>": 32000}})):
         with pytest.raises(ValueError, match=r"says legacy: false.*copy the model's tokenizer\.json"):
             load_tokenizer(folder(tmp_path / "b", "tokenizer.model", {"legacy": False, **config}, files))
+
+
+def test_files_by_version_are_refused_since_transformers_reads_another_than_tokenizer_json(tmp_path: Path) -> None:
+    small(pre_tokenizers.ByteLevel()).save(str(tmp_path / "tokenizer.json"))
+    small(pre_tokenizers.ByteLevel(add_prefix_space=False)).save(str(tmp_path / "tokenizer.4.0.0.json"))
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.0.json"]}))
+    stock = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert stock("a").input_ids == stock("a").input_ids != stock(" a").input_ids, "not those of tokenizer.json"
+    with pytest.raises(ValueError, match=r"says fast_tokenizer_files: tokenizer\.4\.0\.0\.json, one of which counts"):
+        load_tokenizer(tmp_path)
+    config.write_text(json.dumps({"fast_tokenizer_files": ["tokenizer.json"]}))
+    assert (
+        load_tokenizer(tmp_path).encode_batch(["a"])[0].tolist()
+        == load_tokenizer(tmp_path).encode_batch([" a"])[0].tolist()
+    )
+
+
+def test_the_pattern_that_a_setting_asks_for_must_be_in_the_tokenizer(tmp_path: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, "aB", *(f"filler {n}" for n in range(MISTRAL_VOCABULARY))]
+    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[("a", "B")]))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    wrong, right = tmp_path / "wrong", tmp_path / "right"
+    wrong.mkdir()
+    backend.save(str(wrong / "tokenizer.json"))
+    (wrong / "tokenizer_config.json").write_text(json.dumps({"fix_mistral_regex": True}))
+    (wrong / "config.json").write_text(json.dumps({"model_type": "mistral", "transformers_version": "4.57.0"}))
+    stock = PreTrainedTokenizerFast.from_pretrained(wrong)
+    assert stock("aB").input_ids != backend.encode("aB").ids, "the setting changes ids"
+    with pytest.raises(
+        ValueError, match="says fix_mistral_regex: true, and the tokenizer beside it splits words other"
+    ):
+        load_tokenizer(wrong)
+    stock.save_pretrained(right)
+    assert json.loads((right / "tokenizer_config.json").read_text())["fix_mistral_regex"] is True
+    (ids,) = load_tokenizer(right).encode_batch(["aB 12, x\n"])
+    assert ids.tolist() == stock("aB 12, x\n").input_ids

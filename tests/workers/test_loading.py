@@ -22,10 +22,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from workers.engine import ModelEngine
 from workers.models import quantizer
-from workers.models.checkpoint import Checkpoint, find_checkpoint, fingerprint
+from workers.models.checkpoint import Checkpoint, find_checkpoint, fingerprint, tensor_names
 from workers.models.description import build_skeleton
 from workers.models.footprint import estimate_bytes, estimate_checkpoint
 from workers.models.loading import LoadedModel, describe_model, layer_devices, load_model
+from workers.models.saving import quantize_checkpoint
 from workers.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,16 @@ IDS = torch.arange(0, 32_000, 320)[None]  # 100 tokens
 @pytest.fixture(scope="module")
 def tiny() -> Path:
     return tiny_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def fused(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint as transformers 5 keeps it in memory: two tensors for all experts of a layer."""
+    folder = tmp_path_factory.mktemp("models") / "fused"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    model.save_pretrained(folder, save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in tensor_names(folder)
+    return folder
 
 
 @pytest.fixture
@@ -164,6 +175,31 @@ def test_unquantized_equals_the_stock_model(tiny: Path) -> None:
     loaded = load_model(tiny, quantization="none", device="cpu")
     stock = transformers.AutoModel.from_pretrained(tiny, dtype=torch.float32, experts_implementation="eager")
     assert torch.equal(hidden_states(loaded.model), hidden_states(stock))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_a_checkpoint_with_fused_experts_loads_as_the_original_does(tiny: Path, fused: Path, quantization: str) -> None:
+    wanted, got = (
+        load_model(folder, quantization=quantization, device="cpu").model.state_dict() for folder in (tiny, fused)
+    )
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():  # scales too: a quantized matrix has them in its state
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor), name
+
+
+def test_a_checkpoint_with_fused_experts_is_not_written_in_4_bits(fused: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="experts of a layer as one tensor"):
+        quantize_checkpoint(fused, tmp_path / "nf4", device="cpu")
+
+
+def test_fused_experts_of_another_number_are_refused(fused: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(fused, tmp_path / "fused")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj"
+    save_file(tensors | {name: tensors[name][:7].contiguous()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing_keys: layers\.0\.mlp\.experts\.7\.w2\.weight"):
+        load_model(folder, quantization="nf4", device="cpu")
 
 
 def unfused(num_experts: int, hidden: int, inner: int) -> quantizer.UnfusedExperts:

@@ -5,7 +5,8 @@ quantizes Linears and passes those by without a word (bitsandbytes issue 1849), 
 into 91 GB where 24.5 are expected. The quantizers here take the fused module of each layer apart on the meta
 device, into one gated MLP an expert whose three Linears bear the checkpoint's own names (w1, w3, w2 for
 Mixtral), and drop the converters that would have fused them. From there on the stock loader quantizes matrix
-by matrix as it reads, one matrix above the final size at its peak.
+by matrix as it reads, one matrix above the final size at its peak; of a checkpoint that transformers 5 has saved
+fused, one layer's experts.
 
 Promises: a module that comes out computes what the fused one computes. Does not know checkpoints, routers or
 devices: `workers.models.loading` checks after every load that the matrices really are quantized.
@@ -21,7 +22,7 @@ from unittest import mock
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.integrations.moe import _default_apply_gate
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -126,6 +127,43 @@ def _expert_leaves(model: nn.Module) -> ExpertLeaves:
     return ExpertLeaves(*leaves)
 
 
+class SplitExperts(ConversionOps):  # type: ignore[misc]
+    """Takes the experts of a layer apart that a checkpoint keeps as one tensor: of each expert, gate above up."""
+
+    def __init__(self, patterns: list[str]) -> None:
+        self.patterns = patterns  # of an expert's matrices, with * for its number
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        """Name the matrices of one tensor (experts, rows, columns)."""
+        [[fused]] = input_dict.values()
+        return {
+            pattern.replace("*", str(number)): matrix
+            for number, expert in enumerate(fused)
+            for pattern, matrix in zip(self.patterns, expert.chunk(len(self.patterns)), strict=True)
+        }
+
+
+class QuantizeEach(ConversionOps):  # type: ignore[misc]
+    """A quantizer's own operation for each of several matrices; it may know of one only."""
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str, **kwargs: Any) -> dict[str, Any]:
+        """Quantize each matrix under its own name."""
+        if len(input_dict) == 1:
+            found: dict[str, Any] = self.stock.convert(input_dict, full_layer_name=full_layer_name, **kwargs)
+            return found
+        each = (self.stock.convert({name: value}, full_layer_name=name, **kwargs) for name, value in input_dict.items())
+        return {name: value for quantized in each for name, value in quantized.items()}
+
+
+def _splitting(fusing: Any) -> Any:
+    """The converter that takes apart what this one fuses."""
+    first = [pattern.replace("*", "0") for pattern in fusing.source_patterns]
+    return WeightConverter(fusing.target_patterns, first, operations=[SplitExperts(fusing.source_patterns)])
+
+
 def _refuse_special(name: str, fused: nn.Module) -> None:
     """`Expert` is the plain gated MLP; a family whose experts do more must not be computed as one."""
     special = [flag for flag in ("has_bias", "is_transposed", "has_post_expert_norm") if getattr(fused, flag, False)]
@@ -164,10 +202,14 @@ class _Unfusing:
         super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> Any:
-        """Drop the fusing converters (transformers passes the model from 5.11 or so on)."""
+        """Have experts taken apart where they would be fused (transformers passes the model from 5.11 or so on)."""
         fusing = {id(converter) for converter in _fusing_converters(weight_conversions).values()}
-        kept = [transform for transform in weight_conversions if id(transform) not in fusing]
+        kept = [_splitting(each) if id(each) in fusing else each for each in weight_conversions]
         return super().update_weight_conversions(kept, *model)  # type: ignore[misc]
+
+    def get_quantize_ops(self) -> QuantizeEach:
+        """The stock operation, for as many matrices as one tensor holds."""
+        return QuantizeEach(super().get_quantize_ops())  # type: ignore[misc]
 
 
 class Unfusing4bit(_Unfusing, Bnb4BitHfQuantizer):  # type: ignore[misc]
@@ -266,6 +308,12 @@ def four_bit_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
     wanted = {f"{name}.weight" for name in four_bit_linears(skeleton)}
     found = {name: own for name, own in own_names(skeleton, names).items() if own in wanted}
     if missing := sorted(wanted - set(found.values())):
+        if fused := [name for name in names if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
+            raise ValueError(
+                f"the checkpoint keeps the experts of a layer as one tensor ({fused[0]}), as transformers 5 can save"
+                " them, and 4-bit files hold one for each expert: capture it as it is, it is quantized while it loads,"
+                " or give the original checkpoint"
+            )
         raise ValueError(
             f"{len(missing)} of the {len(wanted)} matrices that should be in 4 bits are not in the checkpoint:"
             f" {', '.join(missing[:5])}"

@@ -11,7 +11,7 @@ it is not), and one of `added_tokens.json` is matched as it is written, also whe
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,14 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from store.records import parse_json
 
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+MISTRAL_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""What transformers 5 splits words with where `fix_mistral_regex` is true (`tokenization_utils_tokenizers.py`)."""
+MISTRAL_VOCABULARY = 100_000
+"""It does so in vocabularies larger than this, and not for every model_type and version."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -127,6 +135,8 @@ def follow_settings(backend: Tokenizer, folder: Path, settings: Mapping[str, Any
     if isinstance(wanted, bool) and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         backend.pre_tokenizer.add_prefix_space = wanted
     steps = list(_steps(json.loads(backend.to_str())))
+    _refuse_other_file(folder, settings)
+    _refuse_other_pattern(folder, settings, backend.get_vocab_size(), steps)
     does = {
         "add_prefix_space": any(
             step["type"] == "Prepend"
@@ -142,6 +152,29 @@ def follow_settings(backend: Tokenizer, folder: Path, settings: Mapping[str, Any
                 f"{folder / CONFIG_FILES[0]} says {name}: {json.dumps(settings[name])}, and the tokenizer beside it "
                 f"does {'' if done else 'not '}do so: save it again with the transformers version it was made for"
             )
+
+
+def _refuse_other_file(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer with files by version of transformers, which takes the newest that is not above its own."""
+    files = settings.get("fast_tokenizer_files") or []
+    if others := [file for file in files if file != "tokenizer.json"]:
+        raise ValueError(
+            f"{folder / CONFIG_FILES[0]} says fast_tokenizer_files: {', '.join(map(str, others))}, one of which counts "
+            "in place of tokenizer.json: copy that one to tokenizer.json, and remove the setting"
+        )
+
+
+def _refuse_other_pattern(
+    folder: Path, settings: Mapping[str, Any], vocab_size: int, steps: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse a tokenizer without the pattern that transformers would put into it."""
+    asked = settings.get("fix_mistral_regex") and vocab_size > MISTRAL_VOCABULARY
+    if asked and not any(step.get("pattern") == {"Regex": MISTRAL_PATTERN} for step in steps):
+        raise ValueError(
+            f"{folder / CONFIG_FILES[0]} says fix_mistral_regex: true, and the tokenizer beside it splits words "
+            "otherwise: save it with AutoTokenizer.from_pretrained(..., fix_mistral_regex=True), or remove the "
+            "setting if it is not meant"
+        )
 
 
 def _steps(serialized: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,180 @@
+"""Which experts the same documents use in two captures: another checkpoint, another precision, a translation.
+
+Documents are compared each with itself, so that what differs between documents does not hide what differs between the
+captures. If the captures were alike, each document's two counts could be exchanged: signs are flipped, which is exact
+where documents have as many tokens in both, however they differ among each other (sign-flip test; Fisher 1935, The
+design of experiments, section 21).
+
+Promises: constant memory, the same result in any order. Does not compare tokens: see `agreement` for captures of the
+same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import xarray as xr
+
+from analysis.attributes import described
+from analysis.metrics.contrast import refuse_incomparable
+from analysis.metrics.load import ExpertCounts
+from analysis.scanning import Array, scan
+from analysis.statistics.differences import p_adjusted, p_by_layer, quantile_of_largest, studentized
+from analysis.statistics.jackknife import MIN_EFFECTIVE_DOCUMENTS, Jackknife, effective_documents
+
+REPLICATES = 1999  # flips of signs
+MIN_UNITS = 6  # of fewer, the smallest p of flipped signs is above 5 %
+
+
+def paired_contrast(
+    captures: Mapping[str, xr.Dataset],
+    *,
+    replicates: int = REPLICATES,
+    level: float = 0.95,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """How two captures of the same documents differ, layer by layer and expert by expert.
+
+    Parameters
+    ----------
+    captures : mapping of str to xr.Dataset
+        Two captures, by name. Documents are paired by `document_id`; those that only one has are left out.
+    replicates : int
+        Flips of signs.
+    level : float
+        Of the intervals.
+    threads, progress
+        See `analysis.scan`; progress is that of one capture after the other.
+
+    Returns
+    -------
+    xr.Dataset
+        float64: `share` (data_set, layer, expert) of tokens that reach the expert; over (layer, expert) `difference`,
+        the first capture's share less the second's, with the interval `difference_low` to `difference_high`, which
+        holds all of them together, and `difference_p`, adjusted for all of them (single-step max-T, Westfall & Young
+        1993); `p` (layer), of the largest studentized difference of the layer. Intervals and p are NaN where there are
+        fewer than six units of documents, or three effective ones; attribute `untested` gives the reason. Attributes
+        `documents`, paired, and `unpaired`, left out of each capture.
+
+    Raises
+    ------
+    ValueError
+        When there are not two captures, they have other layers or experts, or no document in common.
+    """
+    refuse_incomparable(captures)
+    if len(captures) != 2:
+        raise ValueError(f"{len(captures)} captures: documents are paired in two")
+    ids = [np.unique(capture["document_id"].values) for capture in captures.values()]
+    common = np.intersect1d(*ids)
+    if not common.size:
+        raise ValueError(f"{' and '.join(captures)} have no document_id in common: nothing can be paired")
+    counts = [
+        scan(_only(capture, common), [Jackknife(ExpertCounts())], threads=threads, progress=progress)[0]
+        for capture in captures.values()
+    ]
+    choices = int(counts[0].attrs["experts_per_token"])
+    count, tokens = _by_unit(counts)
+    total = tokens.sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = count.sum(1) / total[:, None, None]  # (data_set, layer, expert)
+        pooled = count.sum((0, 1)) / total.sum()
+        part = tokens.sum(0) / total.sum()
+    alike = _residuals(count, tokens, np.stack([pooled, pooled]))
+    difference, error = _sum_of(alike, part)
+    reason = _why_untested(tokens)
+    largest, centred = np.zeros((0, 0)), np.zeros((0, 0))
+    if not reason:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (replicates, len(part)))
+        largest, centred = (_flipped(each, part, signs) for each in (alike, _residuals(count, tokens, share)))
+    reach = quantile_of_largest(centred, level) * error
+    cell = ("layer", "expert")
+    statistic = abs(studentized(difference, error))
+    return described(
+        xr.Dataset(
+            {
+                "share": (("data_set", *cell), share),
+                "difference": (cell, difference),
+                "difference_low": (cell, difference - reach),
+                "difference_high": (cell, difference + reach),
+                "difference_p": (cell, p_adjusted(statistic, largest)),
+                "p": ("layer", p_by_layer(statistic, largest)),
+            },
+            {"data_set": list(captures), **{name: counts[0][name].values for name in cell}},
+        ),
+        n=dict(zip(captures, (int(n) for n in total), strict=True)),
+        documents=len(common),
+        unpaired={name: len(own) - len(common) for name, own in zip(captures, ids, strict=True)},
+        untested=reason,
+        experts_per_token=choices,
+        replicates=replicates,
+        level=level,
+        null=0.0,
+        estimator="plug-in; flipped signs of whole documents, studentized",
+        definition="share of the first capture's tokens that reach the expert - the second's, of the same documents",
+        source="Fisher 1935 (sign-flip test); Westfall & Young 1993 (max-T)",
+    )
+
+
+def _only(capture: xr.Dataset, documents: Array) -> xr.Dataset:
+    """The rows of some documents."""
+    rows = np.isin(capture["document_id"].values, documents)
+    return capture if rows.all() else capture.isel(doc=rows)
+
+
+def _by_unit(counts: list[xr.Dataset]) -> tuple[Array, Array]:
+    """Choices (data_set, unit, layer, expert) and tokens (data_set, unit), units in the order of both."""
+    units = np.unique(np.concatenate([found["unit"].values[1:] for found in counts])).astype(int)
+    count, tokens = [], []
+    for found in counts:
+        own = found["count"].transpose("replicate", "layer", "expert").values.astype(float)
+        at = np.searchsorted(units, found["unit"].values[1:].astype(int))
+        by_unit = np.zeros((len(units), *own.shape[1:]))
+        by_unit[at] = own[0] - own[1:]
+        count.append(by_unit)
+        tokens.append(np.zeros(len(units)))
+        tokens[-1][at] = found["left_out"].values[1:]
+    return np.stack(count), np.stack(tokens)
+
+
+def _residuals(count: Array, tokens: Array, share: Array) -> Array:
+    """What each unit adds to the difference, beyond these shares: (unit, layer, expert)."""
+    total = tokens.sum(1)
+    one, other = ((count[side] - tokens[side][:, None, None] * share[side]) / max(total[side], 1.0) for side in (0, 1))
+    residuals: Array = one - other
+    return residuals
+
+
+def _sum_of(residuals: Array, part: Array) -> tuple[Array, Array]:
+    """The sum over units, and its standard error (Bell & McCaffrey 2002, CR2)."""
+    whole = residuals.sum(0)
+    apart = residuals - part[:, None, None] * whole
+    return whole, np.sqrt((apart**2 / (1 - np.minimum(part, 1 - 1e-12))[:, None, None]).sum(0))
+
+
+def _flipped(residuals: Array, part: Array, signs: Array) -> Array:
+    """The largest studentized sum of each layer with flipped signs: (layer, replicate)."""
+    larger = (1 / (1 - part))[:, None]
+    found = []
+    for layer in range(residuals.shape[1]):
+        own = residuals[:, layer]
+        whole = signs @ own
+        squares = (own**2 * larger).sum(0) - 2 * whole * (signs @ (own * part[:, None] * larger))
+        squares += whole**2 * float((part[:, None] ** 2 * larger).sum())
+        found.append(abs(studentized(whole, np.sqrt(np.maximum(squares, 0)))).max(1))
+    return np.array(found)
+
+
+def _why_untested(tokens: Array) -> str:
+    """Why nothing is tested, in words; empty where it is."""
+    units, effective = tokens.shape[1], effective_documents(tokens.sum(0))
+    if not tokens.sum(1).all():
+        return "no token is counted in one of the captures"
+    if units < MIN_UNITS:
+        return f"{units} documents: flipped signs of fewer than {MIN_UNITS} cannot be significant"
+    if effective < MIN_EFFECTIVE_DOCUMENTS:
+        return (
+            f"{units} units, as unequal as {effective:.1f} of one length: no test below {MIN_EFFECTIVE_DOCUMENTS:.0f}"
+        )
+    return ""
