@@ -20,6 +20,10 @@ from .metrics.choices import coactivation_of as coactivation_of
 from .metrics.choices import layer_overlap_of as layer_overlap_of
 from .metrics.choices import transitions as transitions
 from .metrics.choices import transitions_of as transitions_of
+from .metrics.conditional import domain_information as domain_information
+from .metrics.conditional import position_information as position_information
+from .metrics.conditional import token_information as token_information
+from .metrics.conditional import token_information_of as token_information_of
 from .metrics.confidence import Confidence as Confidence
 from .metrics.confidence import MeanWeights as MeanWeights
 from .metrics.confidence import router_confidence as router_confidence
@@ -27,6 +31,7 @@ from .metrics.contexts import TopContexts as TopContexts
 from .metrics.contexts import top_contexts as top_contexts
 from .metrics.contrast import contrast as contrast
 from .metrics.document_scores import document_scores as document_scores
+from .metrics.excess import token_excess_of as token_excess_of
 from .metrics.layer_pairs import LayerPairs as LayerPairs
 from .metrics.load import ExpertCounts as ExpertCounts
 from .metrics.load import Load as Load
@@ -50,6 +55,7 @@ from .metrics.published import validation as validation
 from .metrics.repetition import Repetition as Repetition
 from .metrics.repetition import first_repeated_by_load as first_repeated_by_load
 from .metrics.repetition import repetition as repetition
+from .metrics.sample import SampledRoutes as SampledRoutes
 from .metrics.segments import SegmentRouting as SegmentRouting
 from .metrics.segments import segment_cache_hits as segment_cache_hits
 from .metrics.segments import segment_cache_hits_of as segment_cache_hits_of
@@ -62,7 +68,7 @@ from .metrics.tokens import expert_tokens as expert_tokens
 from .metrics.tokens import expert_tokens_of as expert_tokens_of
 from .metrics.tokens import token_experts as token_experts
 from .metrics.tokens import token_experts_of as token_experts_of
-from .metrics.vocabulary import SampledRoutes as SampledRoutes
+from .metrics.vocabulary import ShuffledTokenCounts as ShuffledTokenCounts
 from .metrics.vocabulary import pointwise_of as pointwise_of
 from .metrics.vocabulary import vocabulary_specialization as vocabulary_specialization
 from .metrics.vocabulary import vocabulary_specialization_of as vocabulary_specialization_of
@@ -74,6 +80,7 @@ from .scanning import Reducer as Reducer
 from .scanning import Selection as Selection
 from .scanning import State as State
 from .scanning import scan as scan
+from .statistics.conditional import conditional_information as conditional_information
 from .statistics.growth import enough as enough
 from .statistics.growth import growth as growth
 from .statistics.information import association as association

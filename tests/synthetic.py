@@ -5,6 +5,7 @@ shape (layers, experts, choices, windows, shards) is the caller's; nothing is wr
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -116,6 +117,37 @@ def make_capture(
         },
     )
     return capture.chunk({"doc": rows_per_shard}) if chunked else capture
+
+
+def bursty(
+    by: str,
+    *,
+    seed: int = 0,
+    world: int = 0,
+    documents: int = 40,
+    burst: float = 0.05,
+    **shape: Any,
+) -> xr.Dataset:
+    """A capture whose documents have words of their own, and whose routes depend on `by` alone: document or token.
+
+    `world` is the seed of the tastes of tokens, so that captures of other texts may share them; `burst` is the
+    parameter of the Dirichlet distribution from which each document's words are drawn.
+    """
+    capture = make_capture(seed=seed, documents=documents, strength=0, special_token_ids=(), **shape).compute()
+    random, tastes = np.random.default_rng(seed + 1), np.random.default_rng(world)
+    vocabulary, experts = capture.sizes["token_id"], capture.attrs["num_experts"]
+    layers, choices = capture.sizes["layer"], capture.sizes["k"]
+    words = random.dirichlet(np.full(vocabulary, burst), documents)
+    of_token = tastes.normal(size=(vocabulary, layers, experts)) * 2
+    of_document = random.normal(size=(documents, layers, experts)) * 2
+    for row, document in enumerate(capture["document_id"].values):
+        n = int(capture["length"][row])
+        token = random.choice(vocabulary, n, p=words[document])
+        preferred = of_document[[document] * n] if by == "document" else of_token[token]
+        score = preferred + random.gumbel(size=preferred.shape)
+        capture["token"].values[row, :n] = token
+        capture["expert"].values[row, :n] = np.argsort(-score, axis=-1)[..., :choices]
+    return capture
 
 
 @st.composite

@@ -81,8 +81,8 @@ def counts(*reducers: Reducer) -> list[xr.Dataset]:
 
 
 def words(capture: xr.Dataset) -> xr.Dataset:
-    table, routes = scan(capture, [analysis.TokenCounts(), analysis.SampledRoutes()])
-    return analysis.vocabulary_specialization_of(table, routes, min_count=3, draws=5)
+    table, shuffled = scan(capture, [analysis.TokenCounts(), analysis.ShuffledTokenCounts()])
+    return analysis.vocabulary_specialization_of(table, [shuffled], min_count=3)
 
 
 METRICS: dict[str, tuple[Ask, object]] = {
@@ -108,6 +108,10 @@ METRICS: dict[str, tuple[Ask, object]] = {
         lambda c: analysis.document_scores({"a": c, "b": OTHER}),
         documents(CAPTURE) + documents(OTHER),
     ),
+    "domain_information": (
+        lambda c: analysis.domain_information({"a": c, "b": OTHER}, draws=2),
+        tokens() + tokens(OTHER),
+    ),
     "domain_specialization": (lambda c: analysis.domain_specialization(analysis.expert_load(c)), tokens()),
     "expert_load": (analysis.expert_load, tokens()),
     "expert_tokens": (lambda c: analysis.expert_tokens(c, 1), tokens()),
@@ -122,6 +126,7 @@ METRICS: dict[str, tuple[Ask, object]] = {
     "growth": (lambda c: analysis.growth(c, analysis.Load(), halvings=2), tokens()),
     "layer_overlap_of": (lambda c: analysis.layer_overlap_of(counts(analysis.Choices())[0]), tokens()),
     "pointwise_of": (lambda c: analysis.pointwise_of(analysis.token_experts(c)), tokens()),
+    "position_information": (lambda c: analysis.position_information(c, draws=2), tokens()),
     "position_load": (analysis.position_load, tokens()),
     "position_load_of": (
         lambda c: analysis.position_load_of(counts(analysis.ExpertCounts("doubling"))[0]),
@@ -140,8 +145,17 @@ METRICS: dict[str, tuple[Ask, object]] = {
         lambda c: analysis.token_contributions(c, OTHER),
         {"one": tokens(), "other": tokens(OTHER)},
     ),
+    "token_excess_of": (
+        lambda c: analysis.token_excess_of(counts(analysis.SampledRoutes())[0], min_count=2),
+        tokens(),
+    ),
     "token_experts": (lambda c: analysis.token_experts(c, 1), tokens()),
     "token_experts_of": (lambda c: analysis.token_experts_of(counts(analysis.TokenCounts())[0], [2, 0]), tokens()),
+    "token_information": (lambda c: analysis.token_information(c, draws=2), tokens()),
+    "token_information_of": (
+        lambda c: analysis.token_information_of(counts(analysis.SampledRoutes())[0], draws=2),
+        tokens(),
+    ),
     "top_contexts": (analysis.top_contexts, places(20)),
     "transitions": (analysis.transitions, tokens()),
     "transitions_of": (lambda c: analysis.transitions_of(counts(analysis.Choices())[0], by="all"), tokens()),
@@ -160,7 +174,7 @@ METRICS: dict[str, tuple[Ask, object]] = {
 }
 """A call of each public function that gives a labelled result, and the `n` that it must have."""
 
-NO_METRICS = {"association", "described", "entropy", "interval"}
+NO_METRICS = {"association", "conditional_information", "described", "entropy", "interval"}
 """They take what metrics gave, or counts of anything."""
 
 REDUCERS: dict[str, tuple[Reducer, int]] = {
@@ -174,9 +188,10 @@ REDUCERS: dict[str, tuple[Reducer, int]] = {
     "MeanWeights": (analysis.MeanWeights(), tokens()),
     "Parts": (analysis.Parts(analysis.Load(), 1, parts.halves), tokens()),
     "Repetition": (analysis.Repetition((1, 4)), pairs()),
-    "SampledRoutes": (analysis.SampledRoutes(50), 50),
+    "SampledRoutes": (analysis.SampledRoutes(), tokens()),
     "SampledRows": (analysis.SampledRows(analysis.Load(), 1), tokens()),
     "SegmentRouting": (analysis.SegmentRouting((4,)), tokens()),
+    "ShuffledTokenCounts": (analysis.ShuffledTokenCounts(), tokens()),
     "TokenCounts": (analysis.TokenCounts(), tokens()),
     "TokenPaths": (
         analysis.TokenPaths([3, 0]),

@@ -8,7 +8,8 @@ import xarray as xr
 
 from analysis.charts.theme import TOKENS, Drawing, layered, percent, rounded, visible
 
-STRONG_LIFT = 8.0  # lift at which a token is coloured in full strength; arbitrary
+STRONG_LIFT = 8.0  # lift within documents at which a token is coloured in full strength; arbitrary
+_WITHIN = "times the same tokens, shuffled in their documents"
 
 
 def token_chart(tokens: xr.Dataset) -> Drawing:
@@ -17,9 +18,11 @@ def token_chart(tokens: xr.Dataset) -> Drawing:
     Parameters
     ----------
     tokens : xr.Dataset
-        From `analysis.metrics.tokens.expert_tokens`, with a `layer` dimension of at least one.
+        From `analysis.expert_tokens`, with a `layer` dimension of at least one. Where `expert_tokens_of` was given
+        shuffled tokens too, the colour is the lift within documents.
     """
-    names = ("token_id", "piece", "tokens", "share", "lift")
+    colour_by = "lift_within" if "lift_within" in tokens else "lift"
+    names = ("token_id", "piece", "tokens", "share", "lift", *[name for name in ("lift_within",) if name in tokens])
     values = {name: tokens[name].transpose("layer", "expert", "rank").values for name in names}
     rows = [
         {
@@ -29,7 +32,7 @@ def token_chart(tokens: xr.Dataset) -> Drawing:
             "piece": visible(str(values["piece"][at, expert, rank])),
             "tokens": int(values["tokens"][at, expert, rank]),
             "share": percent(values["share"][at, expert, rank]),
-            "lift": rounded(values["lift"][at, expert, rank]),
+            **{name: rounded(values[name][at, expert, rank]) for name in names[4:]},
         }
         for at, expert, rank in np.argwhere(values["token_id"] >= 0)  # in the order layer, expert, rank
     ]
@@ -41,11 +44,13 @@ def token_chart(tokens: xr.Dataset) -> Drawing:
             alt.Tooltip("layer:O"),
             alt.Tooltip("expert:O"),
             alt.Tooltip("share:Q", title="share of its occurrences, %"),
-            alt.Tooltip("lift:Q", title="times chance"),
+            alt.Tooltip("lift:Q", title="times all tokens"),
+            *[alt.Tooltip(f"{name}:Q", title=_WITHIN) for name in names[5:]],
             alt.Tooltip("tokens:Q", title="occurrences", format=","),
         ],
     )
-    scaled = alt.Color("lift:Q", title="times as often as the average token").scale(
+    legend = _WITHIN if colour_by == "lift_within" else "times as often as the average token"
+    scaled = alt.Color(f"{colour_by}:Q", title=legend).scale(
         type="log", domain=[1, STRONG_LIFT], range="ramp", interpolate="rgb", clamp=True
     )
     colour = scaled.legend(orient="bottom", values=[1, 2, 4, 8], gradientLength=180)
@@ -57,7 +62,7 @@ def token_chart(tokens: xr.Dataset) -> Drawing:
         words,
         title=alt.Title(
             "Tokens: lift, times the average",
-            subtitle=[f"n = {tokens.attrs['n']:,} tokens", f"ordered by {order}, of those seen {least}+ times"],
+            subtitle=[f"n = {tokens.attrs['n']:,} tokens", f"ordered by {order} over all tokens, seen {least}+ times"],
         ),
         width="container",
         height=24 * tokens.sizes["expert"],

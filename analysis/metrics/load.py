@@ -86,7 +86,7 @@ class ExpertCounts(Reducer):
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: `count` (layer, expert), and before these (start) where there are ranges."""
         layers, _, experts = sizes(dataset)
-        ranges = () if self.bins is None else (len(_starts(self.bins, dataset.sizes["position"])),)
+        ranges = () if self.bins is None else (len(range_starts(self.bins, dataset.sizes["position"])),)
         return {"count": np.zeros((*ranges, layers, experts), dtype=np.int64)}
 
     def update(self, state: State, block: Block) -> None:
@@ -95,7 +95,7 @@ class ExpertCounts(Reducer):
         if self.bins is None:
             _add_experts(expert, counted, count)
             return
-        starts = _starts(self.bins, counted.shape[1])
+        starts = range_starts(self.bins, counted.shape[1])
         for index, (start, stop) in enumerate(pairwise([*starts, counted.shape[1]])):
             _add_experts(expert[:, start:stop], counted[:, start:stop], count[index])
 
@@ -104,7 +104,7 @@ class ExpertCounts(Reducer):
         _, choices, experts = sizes(dataset)
         coords: dict[str, Any] = {"layer": dataset["layer"].values, "expert": np.arange(experts)}
         if self.bins is not None:
-            coords = {"start": _starts(self.bins, dataset.sizes["position"]), **coords}
+            coords = {"start": range_starts(self.bins, dataset.sizes["position"]), **coords}
         count = labelled(state["count"], *coords, **coords).assign_attrs(units="choices")
         own = count.isel(replicate=0) if "replicate" in count.dims else count
         ranges = (
@@ -293,7 +293,7 @@ def _add_choices(expert: Array, weight_bits: Array, counted: Array, count: Array
     return True
 
 
-def _starts(bins: Bins, positions: int) -> list[int]:
+def range_starts(bins: Bins, positions: int) -> list[int]:
     """The first position of each range."""
     if bins == "doubling":
         return [start for start in (0, *(2**power for power in range(32))) if start < positions]

@@ -46,20 +46,23 @@ def position_load_of(counts: xr.Dataset) -> xr.Dataset:
     -------
     xr.Dataset
         `count` int64 and `share` float64 (start, layer, expert), where `start` is a range's first position;
-        `mutual_information` float64 (layer) in bits, corrected, null 0. NaN where nothing was counted.
+        `mutual_information` float64 (layer) in bits, less what chance gives, null 0; `by_chance_high` float64 (layer),
+        what it exceeds one time in 20 where tokens are independent of each other and of their positions. NaN where
+        nothing was counted. Other words stand at other positions: `analysis.position_information` leaves that out.
     """
     count, experts, choices = counts["count"], counts.sizes["expert"], counts.attrs["experts_per_token"]
-    bias = (experts - choices) / (experts - 1)
+    found = association(count, "start", "expert", bias=(experts - choices) / (experts - 1))
     return described(
         xr.Dataset(
             {
                 "count": count,
                 "share": share_of_experts(count).assign_attrs(null=1 / experts),
-                "mutual_information": association(count, "start", "expert", bias=bias)["corrected"],
+                "mutual_information": found["corrected"],
+                "by_chance_high": found["null_information_high"] - found["null_information"],
             }
         ),
         n=counts.attrs["n"],
-        estimator="maximum likelihood; mutual information by Miller–Madow",
+        estimator="maximum likelihood; mutual information less its null (see analysis.association)",
         null=1 / experts,
         ranges=counts.attrs["ranges"],
         definition="share of the choices of tokens in a range of positions; mutual information of range and expert",

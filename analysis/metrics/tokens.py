@@ -17,8 +17,10 @@ from analysis.attributes import described
 from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes
 
 TokenOrder = Literal["count", "lift"]
+Choice = Literal["any", "first"]
 Layers = int | Sequence[int] | None
 
+_AMONG = {"any": "among the k choices", "first": "as the first choice"}
 _SOURCE = "OLMoE (Muennighoff et al. 2024), section 5, vocabulary specialization; OpenMoE (Xue et al. 2024)"
 
 
@@ -29,17 +31,26 @@ class TokenCounts(Reducer):
     ----------
     layers : sequence of int, optional
         The model's layer numbers to count; default all that were captured.
+    choice : {"any", "first"}
+        Count a token at an expert that is any of its k choices, or only at its first choice.
+
+    Raises
+    ------
+    ValueError
+        When the choice is another word.
     """
 
-    def __init__(self, layers: Sequence[int] | None = None) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[int] | None = None, choice: Choice = "any") -> None:
+        if choice not in ("any", "first"):
+            raise ValueError(f"choice={choice!r}: 'any' counts all choices of a token, 'first' its first one")
+        self.layers, self.choice = layers, choice
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: `count` (token_id, layer, expert) and `tokens` (token_id), and layer indices.
 
         A token's counts lie together, in 32 bits: a quarter of the time that a table for each layer takes (measured).
         """
-        index = _layer_index(dataset["layer"].values, self.layers)
+        index = layer_index(dataset["layer"].values, self.layers)
         vocabulary, (_, _, experts) = dataset.sizes["token_id"], sizes(dataset)
         return {
             "count": np.zeros((vocabulary, index.size, experts), dtype=np.uint32),
@@ -52,7 +63,8 @@ class TokenCounts(Reducer):
         arrays = (block["expert"], block["token"], block["counted"])
         if state["tokens"].sum() + arrays[2].size > np.iinfo(state["count"].dtype).max:
             state["count"] = state["count"].astype(np.int64)
-        _add_tokens(*arrays, state["index"], state["count"], state["tokens"])
+        choices = 1 if self.choice == "first" else block["expert"].shape[-1]
+        _add_tokens(*arrays, state["index"], choices, state["count"], state["tokens"])
 
     def merge(self, state: State, other: State) -> State:
         """Sum the counts; both hold the same layers."""
@@ -64,10 +76,13 @@ class TokenCounts(Reducer):
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """The counts, labelled."""
-        return label_counts(state["count"], state["tokens"], dataset["layer"].values[state["index"]], dataset)
+        layers = dataset["layer"].values[state["index"]]
+        return label_counts(state["count"], state["tokens"], layers, dataset, self.choice)
 
 
-def label_counts(count: Array, tokens: Array, layers: Sequence[int] | Array, dataset: xr.Dataset) -> xr.Dataset:
+def label_counts(
+    count: Array, tokens: Array, layers: Sequence[int] | Array, dataset: xr.Dataset, choice: Choice = "any"
+) -> xr.Dataset:
     """What `TokenCounts` gives, from counts that were made elsewhere.
 
     Parameters
@@ -78,6 +93,8 @@ def label_counts(count: Array, tokens: Array, layers: Sequence[int] | Array, dat
         The model's layer numbers.
     dataset : xr.Dataset
         The capture.
+    choice : {"any", "first"}
+        Which choices were counted.
 
     Returns
     -------
@@ -101,9 +118,10 @@ def label_counts(count: Array, tokens: Array, layers: Sequence[int] | Array, dat
         n=int(tokens.sum()),
         estimator="counts",
         null="every table even",
-        definition="occurrences of a token with an expert among the k choices at a layer; occurrences of the token",
+        definition=f"occurrences of a token with an expert {_AMONG[choice]} at a layer; occurrences of the token",
         source=_SOURCE,
-        experts_per_token=choices,
+        choice=choice,
+        experts_per_token=1 if choice == "first" else choices,
     )
 
 
@@ -203,6 +221,7 @@ def expert_tokens_of(
     top: int = 20,
     by: TokenOrder = "count",
     min_count: int = 1,
+    shuffled: xr.Dataset | None = None,
 ) -> xr.Dataset:
     """For every expert, its first tokens, from what `TokenCounts` counted; one layer at a time in memory.
 
@@ -218,13 +237,17 @@ def expert_tokens_of(
         Order: by how often the expert got the token, or by how much more often than other tokens.
     min_count : int
         Tokens that occur less often are left out; a lift of a rare token is mostly luck.
+    shuffled : xr.Dataset, optional
+        From `ShuffledTokenCounts`, of the same capture and layers.
 
     Returns
     -------
     xr.Dataset
         Over (layer, expert, rank): `token_id` int64 (-1 where the expert has fewer tokens), `piece`, `count`
         and `tokens` int64, `share` of the token's occurrences and `lift` float64. Ties go to the more
-        frequent, then to the lower id. For one layer number the result has no `layer` dimension.
+        frequent, then to the lower id. With `shuffled` also `lift_within` float64: the count over that of tokens
+        shuffled within their documents, where 0 counts as 1; its null is 1, while a lift may be that of the token's
+        documents. For one layer number the result has no `layer` dimension.
 
     Raises
     ------
@@ -232,9 +255,13 @@ def expert_tokens_of(
         When a layer was not counted, or the order or a number makes no sense.
     """
     check_ranking(top=top, by=by, min_count=min_count)
-    wanted = _at(counts, layer)
-    tables = (_table(wanted.isel(layer=slice(at, at + 1))) for at in range(wanted.sizes["layer"]))
-    ranked = [_rank(table, top=top, by=by, min_count=min_count) for table in tables]
+    wanted, by_chance = _at(counts, layer), None if shuffled is None else _at(shuffled, layer)
+    ranked = []
+    for part in (slice(at, at + 1) for at in range(wanted.sizes["layer"])):
+        table = _table(wanted.isel(layer=part))
+        if by_chance is not None:
+            table = _beside(table, by_chance.isel(layer=part))
+        ranked.append(_rank(table, top=top, by=by, min_count=min_count))
     result = xr.concat(ranked, "layer", combine_attrs="override").assign_attrs(order=by, min_count=min_count)
     return result.isel(layer=0) if _is_one(layer) else result
 
@@ -278,16 +305,28 @@ def _table(counts: xr.Dataset) -> xr.Dataset:
         estimator="maximum likelihood",
         null=choices / counts.sizes["expert"],
         null_lift=1.0,
-        definition="share = N_xe / N_x: occurrences of token x with expert e among the k choices, over all"
-        " of x; lift = share / (N_e / T)",
+        definition=f"share = N_xe / N_x: occurrences of token x with expert e {_AMONG[counts.attrs['choice']]}, over"
+        " all of x; lift = share / (N_e / T)",
         source=_SOURCE,
     )
+
+
+def _beside(table: xr.Dataset, shuffled: xr.Dataset) -> xr.Dataset:
+    """A table with the lift within documents."""
+    by_chance = shuffled["count"].sel(token_id=table["token_id"]).drop_vars("piece")
+    within = (table["count"] / by_chance.clip(1)).transpose(*table["count"].dims)
+    about = f"{table.attrs['definition']}; lift_within = N_xe over that of tokens shuffled within their documents"
+    within = within.assign_attrs(long_name="count over that of tokens shuffled within documents")
+    return table.assign(lift_within=within).assign_attrs(definition=about)
 
 
 def _rank(table: xr.Dataset, *, top: int, by: TokenOrder, min_count: int) -> xr.Dataset:
     """The first `top` tokens of each expert in a table."""
     dims = ("layer", "expert", "token_id")
-    values = {name: table[name].transpose(*dims).values for name in ("count", "share", "lift")}
+    absent = {"token_id": -1, "piece": "", "count": 0, "tokens": 0, "share": np.nan, "lift": np.nan}
+    if "lift_within" in table:
+        absent["lift_within"] = np.nan
+    values = {name: table[name].transpose(*dims).values for name in absent if table[name].ndim == len(dims)}
     shape = values["count"].shape
     for name in ("tokens", "token_id", "piece"):
         values[name] = np.broadcast_to(table[name].values, shape)
@@ -297,7 +336,6 @@ def _rank(table: xr.Dataset, *, top: int, by: TokenOrder, min_count: int) -> xr.
     keys = (-values["count"],) if by == "count" else (-values["count"], -values["share"])
     order = np.lexsort((*keys, ~listed), axis=-1)[..., :top]
     empty = ~np.take_along_axis(listed, order, -1)
-    absent = {"token_id": -1, "piece": "", "count": 0, "tokens": 0, "share": np.nan, "lift": np.nan}
     ranked = {}
     for name, missing in absent.items():
         picked = np.take_along_axis(values[name], order, -1)
@@ -321,12 +359,12 @@ def _at(counts: xr.Dataset, layer: Layers) -> xr.Dataset:
     """The counts at some layers; nothing is copied where that is all of them, or one."""
     if layer is None:
         return counts
-    index = _layer_index(counts["layer"].values, _numbers(layer))
+    index = layer_index(counts["layer"].values, _numbers(layer))
     whole = index.tolist() == list(range(counts.sizes["layer"]))
     return counts if whole else counts.isel(layer=slice(index[0], index[0] + 1) if index.size == 1 else index)
 
 
-def _layer_index(layers: Array, wanted: Sequence[int] | None) -> Array:
+def layer_index(layers: Array, wanted: Sequence[int] | None) -> Array:
     """Where some layers are among those of a capture."""
     captured = [int(number) for number in layers]
     if unknown := sorted(set(wanted or ()) - set(captured)):
@@ -335,8 +373,10 @@ def _layer_index(layers: Array, wanted: Sequence[int] | None) -> Array:
 
 
 @kernel
-def _add_tokens(expert: Array, token: Array, counted: Array, index: Array, count: Array, tokens: Array) -> None:
-    rows, positions, _, choices = expert.shape
+def _add_tokens(
+    expert: Array, token: Array, counted: Array, index: Array, choices: int, count: Array, tokens: Array
+) -> None:
+    rows, positions, _, _ = expert.shape
     for row in range(rows):
         for position in range(positions):
             if not counted[row, position]:

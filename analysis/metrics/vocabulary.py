@@ -1,89 +1,77 @@
 """Do experts specialize in words? How much a token's identity tells of its experts, beside what chance would show.
 
 The largest share of a token's occurrences that one expert gets is large for rare tokens whatever the routing: of a
-token seen once, it is 1. So the null stands beside it: what the same numbers of occurrences give when they are drawn
-from all tokens alike, as if identities had been shuffled among the routes. It is drawn from a sample of routes that are
-kept whole, so that choices of one token remain different experts and unequal loads remain unequal.
+token seen once, it is 1. And it is large where routes depend on the document and the token is in few of them. So the
+null stands beside it: the same table, counted after token identities were shuffled within each document. What a
+document does to its routes stays, and what a token does to them is gone.
 
-Promises: the sample is the same in any order and any chunking; draws have a fixed seed.
+Promises: a shuffle is that of a store's shards, the same for any number of threads, machines and any order of shards. A
+document that reaches over shards is shuffled within each of its parts, so that another cut of the rows into shards
+gives another shuffle, of the same kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 import xarray as xr
 
 from analysis.attributes import described
-from analysis.metrics.tokens import TokenCounts, token_experts_of
-from analysis.scanning import Array, Block, Reducer, State, scan, sizes
+from analysis.metrics.tokens import Choice, TokenCounts
+from analysis.scanning import Array, Block, State, kernel, scan
 from analysis.statistics.hashing import mixed
-from analysis.statistics.information import association
-
-DRAWN_AT_ONCE = 2**22  # numbers: bounds memory (arbitrary)
-NORMAL_FROM = 1024  # occurrences from which counts are drawn as normal: the sample's own error is larger (arbitrary)
-_GRID = np.unique(np.round(np.geomspace(1, 2**48, 300))).astype(np.int64)  # of occurrences: 12 % apart (arbitrary)
+from analysis.statistics.information import mutual_information
 
 
-class SampledRoutes(Reducer):
-    """All choices of some tokens, chosen by a hash of their document and their place in it.
+class ShuffledTokenCounts(TokenCounts):
+    """`TokenCounts` after token identities were shuffled within each document: what documents alone give.
+
+    The counted tokens of a document's consecutive rows in a shard are permuted among their places, by a generator whose
+    seed is a hash of the document, of the first row's offset in it, and of `draw`.
 
     Parameters
     ----------
-    size : int
-        Tokens kept; fewer where fewer count.
+    layers, choice
+        See `TokenCounts`.
+    draw : int
+        Which shuffle: each number is another one.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"document_id", "offset"})
 
-    def __init__(self, size: int = 65_536) -> None:
-        if size < 1:
-            raise ValueError(f"size={size}: at least 1")
-        self.size = size
-
-    def init(self, dataset: xr.Dataset) -> State:
-        """Nothing: `key` uint64 (token) and `expert` (token, layer, k)."""
-        layers, choices, _ = sizes(dataset)
-        return {"key": np.zeros(0, np.uint64), "expert": np.zeros((0, layers, choices), dataset["expert"].dtype)}
+    def __init__(self, layers: Sequence[int] | None = None, choice: Choice = "any", draw: int = 0) -> None:
+        super().__init__(layers, choice)
+        self.draw = draw
 
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
-        row, position = np.nonzero(block["counted"])
-        with np.errstate(over="ignore"):
-            of_row = mixed(mixed(block["document_id"].astype(np.uint64)) + block["offset"].astype(np.uint64))
-            key = mixed(of_row[row] + position.astype(np.uint64))
-        few = np.flatnonzero(key <= np.partition(key, self.size - 1)[self.size - 1]) if len(key) > self.size else ...
-        own = {"key": key[few], "expert": block["expert"][row[few], position[few]]}
-        state.update(self.merge(state, own))
-
-    def merge(self, state: State, other: State) -> State:
-        """The tokens of the smallest keys of both."""
-        key, expert = (np.concatenate([state[name], other[name]]) for name in ("key", "expert"))
-        first = np.argsort(key, kind="stable")[: self.size]
-        return {"key": key[first], "expert": expert[first]}
+        token = shuffled_tokens(block["token"], block["counted"], block["document_id"], block["offset"], self.draw)
+        super().update(state, {**block, "token": token})
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The routes, in order of their hashes."""
-        _, choices, experts = sizes(dataset)
-        return described(
-            xr.Dataset(
-                {"expert": (("token", "layer", "k"), state["expert"])}, coords={"layer": dataset["layer"].values}
-            ),
-            n=len(state["key"]),
-            estimator="sample by hash",
-            null=choices / experts,
-            definition="choices of the tokens whose hashes are smallest",
-            source="bottom-k sketches (Cohen & Kaplan 2007)",
-        )
+        """The counts, labelled."""
+        counts = super().finish(state, dataset)
+        estimator = "counts after one shuffle of token identities within documents"
+        return counts.assign_attrs(estimator=estimator, draw=self.draw)
+
+
+def shuffled_tokens(token: Array, counted: Array, document_id: Array, offset: Array, draw: int) -> Array:
+    """Token ids (row, position) with the counted ones permuted within runs of rows of one document."""
+    with np.errstate(over="ignore"):
+        seed = mixed(mixed(mixed(document_id.astype(np.uint64)) + offset.astype(np.uint64)) + np.uint64(draw))
+    shuffled = np.ascontiguousarray(token).copy()
+    _shuffle(shuffled.reshape(-1), counted, document_id, seed)
+    return shuffled
 
 
 def vocabulary_specialization(
     dataset: xr.Dataset,
     *,
+    choice: Choice = "any",
     min_count: int = 20,
-    draws: int = 200,
+    draws: int = 1,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
@@ -93,8 +81,13 @@ def vocabulary_specialization(
     ----------
     dataset : xr.Dataset
         A capture.
-    min_count, draws
+    choice : {"any", "first"}
+        OLMoE's two forms: a token is at an expert that is any of its k choices, or only at its first one (top-1).
+    min_count
         See `vocabulary_specialization_of`.
+    draws : int
+        Shuffles behind the null. Each is a table as large as that of `TokenCounts` in every thread, and takes about as
+        long: one is enough where many tokens are frequent, several give the null's spread on small data.
     threads, progress
         See `analysis.scan`.
 
@@ -106,87 +99,103 @@ def vocabulary_specialization(
     Raises
     ------
     ValueError
-        When `min_count` or `draws` is below 1.
+        When `min_count` or `draws` is below 1, or the choice is another word.
     """
-    counts, routes = scan(dataset, [TokenCounts(), SampledRoutes()], threads=threads, progress=progress)
-    return vocabulary_specialization_of(token_experts_of(counts), routes, min_count=min_count, draws=draws)
+    if draws < 1:
+        raise ValueError(f"draws={draws}: at least 1")
+    asked = [TokenCounts(choice=choice), *(ShuffledTokenCounts(choice=choice, draw=draw) for draw in range(draws))]
+    table, *shuffled = scan(dataset, asked, threads=threads, progress=progress)
+    return vocabulary_specialization_of(table, shuffled, min_count=min_count)
 
 
 def vocabulary_specialization_of(
-    table: xr.Dataset, routes: xr.Dataset, *, min_count: int = 20, draws: int = 200
+    table: xr.Dataset, shuffled: Sequence[xr.Dataset], *, min_count: int = 20
 ) -> xr.Dataset:
-    """Vocabulary specialization from what `TokenCounts` and `SampledRoutes` counted.
+    """Vocabulary specialization from what `TokenCounts` and `ShuffledTokenCounts` counted.
 
     Parameters
     ----------
     table : xr.Dataset
-        From `TokenCounts`, or from `token_experts_of`.
-    routes : xr.Dataset
-        From `SampledRoutes`, of the same layers.
+        From `TokenCounts`.
+    shuffled : sequence of xr.Dataset
+        From `ShuffledTokenCounts`, of the same tokens, layers and choice; one for each draw.
     min_count : int
         Tokens that occur less often are left out.
-    draws : int
-        Of the null, for each number of occurrences.
 
     Returns
     -------
     xr.Dataset
         float64 (layer): `specialization`, the mean over token ids of the largest share of a token's occurrences
         that one expert gets (OLMoE, section 5), and `specialization_weighted`, its mean over occurrences; `null` and
-        `null_weighted`, what shuffled identities give, with the standard deviations `null_sd` and `null_weighted_sd` of
-        tokens that are drawn independently and of so many draws: shuffles, which share what there is, have smaller
-        ones, the weighted by far;
-        `mutual_information` of token and expert in bits, and `corrected` by Miller–Madow (null 0). NaN where no token
-        occurs often enough.
+        `null_weighted`, their means over the shuffles, with the standard deviations of one shuffle `null_sd` and
+        `null_weighted_sd`, NaN where there is one shuffle only; `mutual_information` of token and expert in bits, its
+        mean over the shuffles `null_information`, and `corrected`, the difference, which is 0 where documents are all
+        that routes depend on. NaN where no token occurs often enough.
 
     Raises
     ------
     ValueError
-        When `min_count` or `draws` is below 1, or the tables are not of the same layers.
+        When `min_count` is below 1, there is no shuffle, or the tables are not of the same tokens and layers.
     """
-    if min_count < 1 or draws < 1:
-        raise ValueError(f"min_count={min_count}, draws={draws}: both must be at least 1")
-    if table["layer"].values.tolist() != routes["layer"].values.tolist():
-        here, there = (each["layer"].values.tolist() for each in (table, routes))
-        raise ValueError(f"the tables are of other layers: {here} and {there}")
-    frequent = table.isel(token_id=table["tokens"].values >= min_count)
-    occurrences = frequent["tokens"].values
-    largest = (frequent["count"] / frequent["tokens"]).max("expert") if len(occurrences) else None
-    layers = table["layer"].values
-    names = ("specialization", "specialization_weighted", "null", "null_weighted", "null_sd", "null_weighted_sd")
-    found = {name: np.full(len(layers), np.nan) for name in names}
-    if largest is not None:
-        alike, by_count = np.full(len(occurrences), 1 / len(occurrences)), occurrences / occurrences.sum()
-        for index in range(len(layers)):
-            expert = routes["expert"].values[:, index]
-            grid, mean, deviation = _null(expert, table.sizes["expert"], occurrences, int(table.attrs["n"]), draws)
-            at, above = _between(grid, occurrences)
-            for suffix, weight in (("", alike), ("_weighted", by_count)):
-                on_grid = np.zeros(len(grid))
-                np.add.at(on_grid, at, weight * (1 - above))
-                np.add.at(on_grid, np.minimum(at + 1, len(grid) - 1), weight * above)
-                found[f"null{suffix}"][index] = on_grid @ mean
-                # Of tokens by themselves, and of the draws, which all tokens of one point of the grid share.
-                of_tokens = weight**2 @ deviation[at] ** 2
-                found[f"null{suffix}_sd"][index] = np.sqrt(of_tokens + on_grid**2 @ deviation**2 / draws)
-            share = largest.isel(layer=index).values
-            found["specialization"][index], found["specialization_weighted"][index] = share.mean(), by_count @ share
-    choices, experts = routes.sizes["k"], table.sizes["expert"]
-    information = association(frequent["count"], "token_id", "expert", bias=(experts - choices) / (experts - 1))
-    result = xr.Dataset({name: ("layer", values) for name, values in found.items()}, coords={"layer": layers})
+    if min_count < 1 or not shuffled:
+        raise ValueError(f"min_count={min_count}, {len(shuffled)} shuffled tables: both must be at least 1")
+    own, *drawn = (_summary(each, min_count) for each in (table, *_alike(table, shuffled)))
+    by_chance = xr.concat(drawn, "draw")
+    mean = by_chance.mean("draw", skipna=False)
+    deviation = by_chance.std("draw", ddof=1, skipna=False) if len(drawn) > 1 else mean * np.nan
+    frequent = table["tokens"].values[table["tokens"].values >= min_count]
+    result = {
+        "specialization": own["plain"],
+        "specialization_weighted": own["weighted"],
+        "null": mean["plain"],
+        "null_weighted": mean["weighted"],
+        "null_sd": deviation["plain"],
+        "null_weighted_sd": deviation["weighted"],
+        "mutual_information": own["information"].assign_attrs(units="bits"),
+        "null_information": mean["information"].assign_attrs(units="bits"),
+        "corrected": (own["information"] - mean["information"]).assign_attrs(units="bits", null=0.0),
+    }
     return described(
-        result.assign({name: information[name] for name in ("mutual_information", "corrected")}),
-        n=int(occurrences.sum()),
+        xr.Dataset(result, coords={"layer": table["layer"].values}),
+        n=int(frequent.sum()),
         counted=f"occurrences of tokens that occur {min_count} times or more",
-        token_ids=len(occurrences),
+        token_ids=len(frequent),
         min_count=min_count,
-        draws=draws,
-        routes_sampled=routes.attrs["n"],
-        null="null, null_weighted; 0 for mutual information",
-        estimator="mean over token ids, or over occurrences; the null by drawing each token's occurrences from"
-        " sampled routes of all tokens",
-        definition="mean over tokens x of max over experts e of N_xe / N_x",
+        draws=len(drawn),
+        choice=table.attrs["choice"],
+        null="null, null_weighted and null_information: token identities shuffled within documents",
+        estimator="mean over token ids, or over occurrences; mutual information by maximum likelihood, corrected by its"
+        " mean over the shuffles",
+        definition=f"mean over tokens x of max over experts e of N_xe / N_x, N_xe by {table.attrs['choice']} choice",
         source="OLMoE (Muennighoff et al. 2024), section 5, vocabulary specialization",
+    )
+
+
+def _alike(table: xr.Dataset, shuffled: Sequence[xr.Dataset]) -> Sequence[xr.Dataset]:
+    """The shuffled tables, where they can be of the same capture."""
+    for each in shuffled:
+        here, there = (one["layer"].values.tolist() for one in (table, each))
+        if here != there:
+            raise ValueError(f"the tables are of other layers: {here} and {there}")
+        if not np.array_equal(table["tokens"], each["tokens"]) or table.attrs["choice"] != each.attrs["choice"]:
+            raise ValueError(
+                f"the tables are of other tokens or choices: {table.attrs['n']:,} tokens by {table.attrs['choice']}"
+                f" choice, and {each.attrs['n']:,} by {each.attrs['choice']}; count both in one scan"
+            )
+    return shuffled
+
+
+def _summary(table: xr.Dataset, min_count: int) -> xr.Dataset:
+    """Mean largest share over token ids and over occurrences, and mutual information in bits, of frequent tokens."""
+    frequent = table.isel(token_id=np.flatnonzero(table["tokens"].values >= min_count))
+    count, occurrences = frequent["count"].astype(np.int64), frequent["tokens"]
+    most, n = count.max("expert"), float(occurrences.sum()) or np.nan
+    return xr.Dataset(
+        {
+            "plain": (most / occurrences).sum("token_id") / (len(occurrences) or np.nan),
+            "weighted": most.sum("token_id") / n,
+            "information": mutual_information(count, "token_id", "expert"),
+        }
     )
 
 
@@ -218,34 +227,28 @@ def pointwise_of(table: xr.Dataset) -> xr.Dataset:
     )
 
 
-def _null(expert: Array, experts: int, occurrences: Array, tokens: int, draws: int) -> tuple[Array, Array, Array]:
-    """Mean and standard deviation of a token's largest share, for each number of occurrences, when drawn from all.
-
-    Computed on a grid of occurrences, which is given first. Drawn with replacement, and drawn together as far as
-    drawing without it does: by the square root of (tokens − n) / (tokens − 1).
-    """
-    random = np.random.default_rng(0)
-    chosen = np.zeros((len(expert), experts))
-    np.put_along_axis(chosen, expert.astype(np.int64), 1.0, axis=1)
-    share, cov = chosen.mean(0), np.atleast_2d(np.cov(chosen.T, bias=True))
-    low, high = occurrences.min(), occurrences.max()
-    grid = _GRID[max(0, np.searchsorted(_GRID, low, "right") - 1) : np.searchsorted(_GRID, high) + 1]
-    mean, deviation = np.zeros(len(grid)), np.zeros(len(grid))
-    for index, n in enumerate(grid):
-        if n < NORMAL_FROM:
-            step = max(1, DRAWN_AT_ONCE // (int(n) * experts))
-            parts = (min(step, draws - start) for start in range(0, draws, step))
-            drawn = np.concatenate([chosen[random.integers(len(chosen), size=(part, n))].mean(1) for part in parts])
-        else:
-            drawn = random.multivariate_normal(share, cov / n, size=draws, method="svd")
-        together = np.sqrt(max(tokens - n, 0) / max(tokens - 1, 1))
-        largest: Any = (share + (drawn - share) * together).max(1)
-        mean[index], deviation[index] = largest.mean(), largest.std()
-    return grid, mean, deviation
-
-
-def _between(grid: Array, occurrences: Array) -> tuple[Array, Array]:
-    """The point of the grid at or below each number, and how far towards the next one it lies, in the logarithm."""
-    at = np.clip(np.searchsorted(grid, occurrences, "right") - 1, 0, max(len(grid) - 2, 0))
-    step = np.log(grid[np.minimum(at + 1, len(grid) - 1)] / grid[at])
-    return at, np.divide(np.log(occurrences / grid[at]), step, out=np.zeros(len(at)), where=step > 0)
+@kernel
+def _shuffle(token: Array, counted: Array, document_id: Array, seed: Array) -> None:
+    """Permute the counted tokens of each run of rows of one document, in place (Fisher & Yates, by SplitMix64)."""
+    rows, positions = counted.shape
+    place = np.empty(counted.size, dtype=np.int64)
+    start = 0
+    while start < rows:
+        stop, n = start, 0
+        while stop < rows and document_id[stop] == document_id[start]:
+            for position in range(positions):
+                if counted[stop, position]:
+                    place[n] = stop * positions + position
+                    n += 1
+            stop += 1
+        state = seed[start]
+        for last in range(n - 1, 0, -1):
+            state += np.uint64(0x9E3779B97F4A7C15)
+            number = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            number ^= number >> np.uint64(31)
+            # Of the upper 32 bits, the part below last + 1 (Lemire 2019), even to one in 2**32 / n.
+            other = np.int64(((number >> np.uint64(32)) * np.uint64(last + 1)) >> np.uint64(32))
+            here, there = place[last], place[other]
+            token[here], token[there] = token[there], token[here]
+        start = stop

@@ -1,10 +1,12 @@
 """What a report says, in words computed from the data.
 
 Promises: a specialist is named only where the data set differs from each other one by intervals that hold all
-differences together; where nothing is beyond chance, or nothing can be tested, that is what is said.
+differences together; a token's expert only where documents do not explain it, with all tokens, layers and experts
+counted as tests; where nothing is beyond chance, or nothing can be tested, that is what is said.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -12,7 +14,7 @@ import xarray as xr
 from analysis.report.section import Answers
 from analysis.report.sections.contrast import why_apart
 
-TOKEN_SCORE = 6.0  # standard errors: of millions of independent tokens none would be told by chance (arbitrary)
+SURE = 0.05  # probability that a token is told where documents explain all of them (Bonferroni)
 
 
 def sentences(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[str]:
@@ -83,19 +85,28 @@ def _busiest(answers: Sequence[Answers]) -> str:
 
 
 def _token(answers: Sequence[Answers]) -> str | None:
-    """The token of which it is least likely that its expert got so much of it by chance."""
-    best, sentence = TOKEN_SCORE, None
+    """The token that goes to an expert most surely beyond what its documents explain; None where none does."""
+    tests = sum(each["token_excess"]["p"].size for each in answers)
+    best, sentence = 0.0, None
     for each in answers:
-        listed = each["tokens"]
-        usual = (listed["share"] / listed["lift"]).clip(0, 1)  # the expert's share of all tokens
-        score = (listed["share"] - usual) / np.sqrt(usual * (1 - usual) / listed["tokens"])
-        score = score.where((listed["token_id"] >= 0) & (usual < 1)).fillna(0.0)
+        found = each["token_excess"]
+        usual = found["expected"] / found["tokens"]
+        spread: Any = np.sqrt(found["expected"] * (1 - usual).clip(0))
+        surely = (found["p"] * tests <= SURE) & (spread > 0)  # Bonferroni
+        score = ((found["count"] - found["expected"]) / spread.where(surely)).fillna(0.0)
         if score.size and float(score.max()) > best:
             best = float(score.max())
-            cell, all_tokens = (data.isel(score.argmax(score.dims)) for data in (listed, usual))
-            sentence = (
-                f"Tokens have their experts: at layer {int(cell['layer'])}, {float(cell['share']):.0%} of the"
-                f" {int(cell['tokens']):,} “{cell['piece'].item()}” in {each.label} go to expert"
-                f" {int(cell['expert'])}, which gets {float(all_tokens):.0%} of all tokens."
-            )
+            at = score.argmax(score.dims)
+            sentence = _told(each, found.isel(at), float(usual.isel(at)))
     return sentence
+
+
+def _told(each: Answers, cell: xr.Dataset, usual: float) -> str:
+    """A token and its expert, in words."""
+    of, n = cell.attrs["of"], cell.attrs["n"]
+    sampled = f" in {n:,} of its {of:,} tokens, a sample of whole documents" if n < of else ""
+    return (
+        f"Tokens have their experts: at layer {int(cell['layer'])}, {float(cell['count'] / cell['tokens']):.0%} of the"
+        f" {int(cell['tokens']):,} “{cell['piece'].item()}” in {each.label}{sampled} go to expert"
+        f" {int(cell['expert'])}; shuffled within their documents, {usual:.0%} would."
+    )

@@ -31,16 +31,20 @@ def bits(values: Iterable[int]) -> tuple[float, float]:
 @given(st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=2, max_size=5))
 def test_association_equals_sums_over_the_table(rows: list[list[int]]) -> None:
     counts = xr.DataArray([rows, [[0] * 3] * len(rows)], dims=("layer", "a", "b"))
-    found = association(counts, "a", "b")
-    assert all(bool(np.isnan(found[name][1])) for name in found if name != "n"), "nothing was observed"
+    found = association(counts, "a", "b", draws=5)
+    missing = [name for name in found if name not in ("n", "drawn")]
+    assert all(bool(np.isnan(found[name][1])) for name in missing), "nothing was observed"
     n = sum(map(sum, rows))
     if not n:
         return
     columns, flat = list(zip(*rows, strict=True)), [value for row in rows for value in row]
     parts = [bits(map(sum, rows)), bits(map(sum, columns)), bits(flat)]
-    for index, name in enumerate(("mutual_information", "corrected")):
-        wanted = parts[0][index] + parts[1][index] - parts[2][index]
-        assert float(found[name][0]) == pytest.approx(wanted, abs=1e-12)
+    plain, corrected = (parts[0][index] + parts[1][index] - parts[2][index] for index in range(2))
+    assert float(found["mutual_information"][0]) == pytest.approx(plain, abs=1e-12)
+    by_chance = float(found["null_information"][0])
+    assert float(found["corrected"][0]) == pytest.approx(plain - by_chance, abs=1e-12)
+    if not found["drawn"][0]:
+        assert by_chance == pytest.approx(plain - corrected, abs=1e-12)
     assert float(entropy(counts, ("a", "b"))["corrected"][0]) == pytest.approx(parts[2][1])
     seen = [[i for i, row in enumerate(rows) if sum(row)], [j for j, column in enumerate(columns) if sum(column)]]
     chi = sum(
@@ -57,13 +61,58 @@ def test_association_equals_sums_over_the_table(rows: list[list[int]]) -> None:
     assert float(found["best_guess_alone"][0]) == pytest.approx(max(map(sum, columns)) / n)
 
 
-def test_the_correction_takes_most_of_the_bias_away() -> None:
-    random = np.random.default_rng(0)
-    tables = np.stack([random.multinomial(400, np.full(64, 1 / 64)).reshape(8, 8) for _ in range(300)])
-    found = association(xr.DataArray(tables, dims=("run", "a", "b")), "a", "b")
-    plain, corrected = float(found["mutual_information"].mean()), float(found["corrected"].mean())
-    assert plain == pytest.approx(49 / (2 * 400 * math.log(2)), rel=0.1), "of independent things: all of it bias"
-    assert abs(corrected) < plain / 10
+def independent(random: np.random.Generator, cells: int, n: int, times: int) -> xr.DataArray:
+    """Tables (run, a, b) of two things of which neither tells of the other."""
+    pairs = random.integers(0, cells, (times, n)) * cells + random.integers(0, cells, (times, n))
+    tables = [np.bincount(own, minlength=cells**2).reshape(cells, cells) for own in pairs]
+    return xr.DataArray(np.stack(tables), dims=("run", "a", "b"))
+
+
+@pytest.mark.parametrize(("n", "drawn"), [(400, True), (4000, False)])
+def test_the_null_of_independent_things_is_what_they_have(n: int, drawn: bool) -> None:
+    found = association(independent(np.random.default_rng(0), 8, n, 150), "a", "b")
+    assert set(found["drawn"].values.tolist()) == {drawn}
+    assert float(found["mutual_information"].mean()) == pytest.approx(49 / (2 * n * math.log(2)), rel=0.1), "all bias"
+    for name, null in (("mutual_information", "null_information"), ("cramers_v", "null_cramers_v")):
+        error = float(found[name].std()) / math.sqrt(150)
+        assert abs(float((found[name] - found[null]).mean())) < 4 * error
+        beyond = float((found[name] > found[f"{null}_high"]).mean())
+        assert abs(beyond - 0.05) < 3 * math.sqrt(0.05 * 0.95 / 150), name
+
+
+def test_the_null_of_few_observations_in_many_cells_is_drawn() -> None:
+    """Miller and Madow leave more than half a bit here."""
+    found = association(independent(np.random.default_rng(0), 64, 3000, 4), "a", "b", draws=30)
+    assert bool((found["mutual_information"] > 1).all())
+    assert bool((abs(found["corrected"]) < 0.04).all())
+    assert bool((found["cramers_v"] < found["null_cramers_v_high"] * 1.03).all())
+    routes = make_capture(documents=160, sequence_length=16, num_experts=64, strength=0, layers=range(4))
+    assert 2500 < routes.sizes["doc"] * 16 < 6000
+    for by, bias in (("first", 1.0), ("all", (62 / 63) ** 2)):
+        moves = association(transitions(routes, by=by)["count"], "expert", "next_expert", bias=bias, draws=30)
+        assert bool(moves["drawn"].all())
+        assert bool((abs(moves["corrected"]) < 0.04).all()), by
+
+
+def test_the_drawn_null_is_the_mean_over_all_tables_with_the_same_sums() -> None:
+    counts = xr.DataArray([[3, 1], [1, 4]], dims=("a", "b"))
+    ways = {first: math.comb(4, first) * math.comb(5, 4 - first) for first in range(5)}  # of 9 with sums 4, 5 and 4, 5
+    values = {}
+    for first in ways:
+        flat, n = [first, 4 - first, 4 - first, 1 + first], 9
+        expected = [4 * 4 / n, 4 * 5 / n, 5 * 4 / n, 5 * 5 / n]
+        chi = sum((c - e) ** 2 / e for c, e in zip(flat, expected, strict=True))
+        values[first] = (sum(c / n * math.log2(c / e) for c, e in zip(flat, expected, strict=True) if c), chi)
+    total = sum(ways.values())
+    found = association(counts, "a", "b", draws=4000)
+    information = sum(ways[first] * values[first][0] for first in ways) / total
+    cramers_v = sum(ways[first] * math.sqrt(values[first][1] / 9) for first in ways) / total
+    assert float(found["null_information"]) == pytest.approx(information, rel=0.05)
+    assert float(found["null_cramers_v"]) == pytest.approx(cramers_v, rel=0.05)
+    halved = association(counts, "a", "b", bias=0.5, draws=4000)
+    assert float(halved["null_information"]) == pytest.approx(float(found["null_information"]) / 2)
+    with pytest.raises(ValueError, match="draws=0: at least 1"):
+        association(counts, "a", "b", draws=0)
 
 
 def test_association_knows_all_and_nothing() -> None:
@@ -139,6 +188,8 @@ def test_uniform_routes_tell_nothing_of_position_or_the_next_layer() -> None:
     degrees = 7 * 7
     spread = 5 * math.sqrt(2 * degrees) / (2 * n * math.log(2))  # of chi² / (2 n ln 2)
     assert float(abs(found["mutual_information"]).max()) < spread
+    assert bool((found["by_chance_high"] > 0).all())
+    assert float(found["by_chance_high"].max()) < spread
     moves = association(transitions(capture)["count"], "expert", "next_expert")
     assert float(abs(moves["corrected"]).max()) < spread
     learned = make_capture(documents=400, sequence_length=64, rows_per_shard=64, strength=2, chunked=False)

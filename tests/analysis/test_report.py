@@ -9,17 +9,18 @@ from pathlib import Path
 import altair as alt
 import numpy as np
 import pytest
-from synthetic import HOSTILE, make_capture, state_of
+from analysis.statistics.resampling import poisson_weights
+from synthetic import HOSTILE, bursty, make_capture, state_of
 
 from analysis.charts.paths import MAX_TOKEN_LINKS
 from analysis.report import page as report
 from analysis.report.answers import answer
 from analysis.report.headline import sentences
+from analysis.report.sections import tokens as tokens_section
 from analysis.report.sections.all import SECTIONS
 from analysis.report.sections.contrast import contrast_between
 from analysis.report.sections.contrast import contrasted as contrasted_documents
 from analysis.scanning import scan
-from analysis.statistics.resampling import poisson_weights
 
 
 def answers_of(label, **options):
@@ -151,12 +152,39 @@ def test_a_token_that_has_an_expert_of_its_own_is_told_as_numpy_counts_it():
     routes.values[token == 7, 1] = [5, 2]  # always, at the second layer
     data = data.assign(expert=routes.chunk(data["expert"].chunksizes)).assign_attrs(model="m")
     *_, sentence = told([answer(data, state_of(data), "a")])
-    pair = routes.values[:, :, 1][token >= 0]
     expert = int(re.search(r"go to expert (\d)", sentence)[1])
     assert expert in (2, 5)
-    share = (pair == expert).any(-1).mean()
-    assert f"at layer 1, 100% of the {(token == 7).sum():,} " in sentence
-    assert f"gets {share:.0%} of all tokens" in sentence
+    usual = 0.0
+    for document in np.unique(data["document_id"]):
+        mine = (data["document_id"].values == document)[:, None] & (token >= 0)
+        usual += (token[mine] == 7).sum() * (routes.values[mine][:, 1] == expert).any(-1).mean() if mine.any() else 0
+    assert f"at layer 1, 100% of the {(token == 7).sum():,} “▁w7” in a go to expert" in sentence
+    assert sentence.endswith(f"; shuffled within their documents, {usual / (token == 7).sum():.0%} would.")
+
+
+def test_a_token_of_a_sample_is_told_as_one_of_a_sample(monkeypatch):
+    monkeypatch.setattr(tokens_section, "ROUTES_SAMPLED", 600)
+    data = bursty("token", documents=60).assign_attrs(model="m")
+    answers = answer(data, state_of(data), "a")
+    n, of = (answers["token_excess"].attrs[name] for name in ("n", "of"))
+    assert 600 <= n < 616 < of == int(data["length"].sum())
+    *_, sentence = told([answers])
+    assert f" in a in {n:,} of its {of:,} tokens, a sample of whole documents go to expert" in sentence
+
+
+def test_no_token_is_told_where_documents_are_all_that_routes_depend_on():
+    """Over all tokens each of these pages had one: words are in few documents, and these have their experts."""
+    for seed in range(6):
+        data = bursty("document", seed=seed, documents=60, sequence_length=64).assign_attrs(model="m")
+        answers = answer(data, state_of(data), "a")
+        listed = answers["tokens"]
+        usual = listed["share"] / listed["lift"]
+        score = (listed["share"] - usual) / np.sqrt(usual * (1 - usual) / listed["tokens"])
+        assert float(score.max()) > 10
+        assert len(told([answers])) == 1
+        assert float(listed["lift"].max()) > 2
+        assert float(listed["lift_within"].weighted(listed["tokens"]).mean()) < 1.2, "and tiles are pale"
+    assert "largest lift over all tokens" in page_of(answers)
 
 
 def test_data_sets_of_different_models_are_not_contrasted():

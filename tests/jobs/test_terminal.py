@@ -26,8 +26,10 @@ from rich.console import Console
 from synthetic import HOSTILE, make_capture, state_of
 
 import analysis.report.page
+from analysis.metrics.excess import token_excess_of
 from analysis.metrics.load import expert_load
 from analysis.metrics.paths import document_path
+from analysis.metrics.sample import SampledRoutes
 from analysis.metrics.tokens import TokenCounts, expert_tokens, token_experts
 from analysis.report.section import Answers
 from analysis.scanning import scan
@@ -476,7 +478,7 @@ def test_the_demo_ends_with_what_it_found_and_the_report_s_path(
             state=state_of(routes),
             attrs=routes.attrs,
             documents=1,
-            found={"load": expert_load(routes), "tokens": expert_tokens(routes, by="lift", min_count=5)},
+            found={"load": expert_load(routes), "token_excess": token_excess_of(scan(routes, [SampledRoutes()])[0])},
         )
         for name, routes in captures.items()
     ]

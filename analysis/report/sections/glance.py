@@ -5,30 +5,25 @@ from collections.abc import Mapping, Sequence
 import xarray as xr
 
 from analysis.metrics.load import balance_null, balance_of, share_of_experts
-from analysis.metrics.vocabulary import SampledRoutes, vocabulary_specialization_of
+from analysis.metrics.vocabulary import vocabulary_specialization_of
 from analysis.report.figures import Figure, band, line_figure, spread
 from analysis.report.section import TOKEN_MIN_COUNT, Answers, Asked, Found, Section
 from analysis.report.sections import load, repetition, tokens
 from analysis.report.sections.repetition import repeated
 from analysis.scanning import Reducer
 
-ROUTES_SAMPLED, NULL_DRAWS = 16_384, 50  # behind the null of specialization in words (arbitrary)
-
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """Load, repetition, the counts of all tokens, and routes for their null."""
-    counts = {**load.ask(asked), **repetition.ask(asked), **tokens.ask(asked)}
-    return {**counts, "routes": SampledRoutes(ROUTES_SAMPLED)}
+    """Load, repetition, and the counts of all tokens as they are and shuffled."""
+    return {**load.ask(asked), **repetition.ask(asked), **tokens.ask(asked)}
 
 
 def answer(found: Found, asked: Asked) -> Found:
     """`words`: vocabulary specialization; `balance_null`: how even even loads look."""
-    counts = found["token_counts"]
-    routes = found["routes"].sel(layer=counts["layer"])
-    null = balance_null(found["counts"])
+    counts, shuffled = found["token_counts"], found["shuffled_tokens"]
     return {
-        "balance_null": null,
-        "words": vocabulary_specialization_of(counts, routes, min_count=TOKEN_MIN_COUNT, draws=NULL_DRAWS),
+        "balance_null": balance_null(found["counts"]),
+        "words": vocabulary_specialization_of(counts, [shuffled], min_count=TOKEN_MIN_COUNT),
     }
 
 
@@ -42,7 +37,7 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:
             "mean over tokens",
             [each["words"] for each in answers],
             "occurrences of tokens seen 20 times or more",
-            "none: the table of all tokens is too large to resample; what shuffled identities give is drawn instead",
+            "none: the table of all tokens is too large to resample; dashed are tokens shuffled within documents",
             by_chance={each.label: each["words"]["null"] for each in answers},
         )
     ]

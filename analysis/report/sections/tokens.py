@@ -6,24 +6,34 @@ import numpy as np
 import xarray as xr
 
 from analysis.charts.tokens import token_chart
+from analysis.metrics.excess import token_excess_of
+from analysis.metrics.sample import SampledRoutes
 from analysis.metrics.tokens import TokenCounts, expert_tokens_of
+from analysis.metrics.vocabulary import ShuffledTokenCounts
 from analysis.report.figures import Figure, Option, about, figure
 from analysis.report.section import TOKEN_MIN_COUNT, Answers, Asked, Found, Section
 from analysis.scanning import Reducer, sizes
 
 TOKENS_LISTED = 8
 TOKEN_ROWS = 4_096  # tokens listed for a data set: twice Mixtral's 32 layers of 8 experts (arbitrary)
+ROUTES_SAMPLED = 65_536  # tokens of whole documents, in which tokens and experts are compared (arbitrary)
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """How often each token went to each expert, at the layers that are listed."""
-    return {"token_counts": TokenCounts(token_layers(asked.data))}
+    """How often each token went to each expert, at the listed layers; the same shuffled, and a sample of documents."""
+    layers = token_layers(asked.data)
+    return {
+        "token_counts": TokenCounts(layers),
+        "shuffled_tokens": ShuffledTokenCounts(layers),
+        "routes": SampledRoutes(ROUTES_SAMPLED, layers),
+    }
 
 
 def answer(found: Found, asked: Asked) -> Found:
-    """`tokens`: the first ones of each expert."""
-    counts = found["token_counts"]
-    return {"tokens": expert_tokens_of(counts, top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT)}
+    """`tokens`: the first ones of each expert; `token_excess`: what is more than their documents explain."""
+    counts, shuffled = found["token_counts"], found["shuffled_tokens"]
+    listed = expert_tokens_of(counts, top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT, shuffled=shuffled)
+    return {"tokens": listed, "token_excess": token_excess_of(found["routes"], min_count=TOKEN_MIN_COUNT)}
 
 
 def token_layers(data: xr.Dataset) -> list[int]:
@@ -39,7 +49,11 @@ def reading(answers: Sequence[Answers]) -> str:
     listed = {int(number) for each in answers for number in each["tokens"]["layer"].values}
     many = len({int(number) for each in answers for number in each["load"]["layer"].values})
     some = f" (at {len(listed)} of {many} layers: all would make the page too large)" if len(listed) < many else ""
-    return f"The tokens that an expert gets most out of proportion{some}. ▁ is a space, <0x0A> a line feed."
+    return (
+        f"The tokens with the largest lift over all tokens at each expert{some}. A token may be here because of the"
+        " documents it is in. Its colour is the lift within documents: how many times as often as when tokens are"
+        " shuffled within documents; pale means that the documents explain it. ▁ is a space, <0x0A> a line feed."
+    )
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
@@ -55,7 +69,7 @@ def _listed(each: Answers) -> Figure:
         f"tokens-{each.label}",
         each.label,
         token_chart(each["tokens"]),
-        about(each["tokens"], "none: a lift is listed where its token occurs 20 times or more"),
+        about(each["tokens"], f"none: a lift is listed where its token occurs {TOKEN_MIN_COUNT} times or more"),
         by="layer",
         options=[Option(value=layer, name=f"layer-{layer}", row={"layer": layer}) for layer in layers],
     )
