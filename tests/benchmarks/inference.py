@@ -262,7 +262,7 @@ def tables(simulations: int) -> dict[str, tuple[Callable[[Any], dict[str, Any]],
         "balance": (
             balance,
             [
-                (kind, spread, n, e, some)
+                (kind, spread, n, e, some // 2)
                 for kind in ("200", "200 ± 1")
                 for spread in (None, 40)
                 for n in (20, 100)
