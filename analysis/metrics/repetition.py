@@ -62,7 +62,7 @@ class Repetition(Reducer):
         for index, lag in enumerate(self.lags):
             state["pairs"][index] += np.count_nonzero(counted[:, lag:] & counted[:, :-lag])
             if "joint" in state:
-                add_joint(block["code"], block["code"], block["length"], lag, state["joint"][index])
+                add_joint(block["code"], 0, block["length"], lag, state["joint"][index])
         if "count" in state:
             _add_sets(block["expert"], counted, np.array(self.lags), state["count"])
 
