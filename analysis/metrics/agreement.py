@@ -13,7 +13,8 @@ import numpy as np
 import xarray as xr
 
 from analysis.attributes import described
-from analysis.metrics.choices import in_common, overlap_summary, random_overlap
+from analysis.metrics.choice_kernels import in_common
+from analysis.metrics.choices import overlap_summary, random_overlap
 from analysis.metrics.load import WEIGHT_UNIT
 from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes
 

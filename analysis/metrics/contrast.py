@@ -15,7 +15,7 @@ Promises: constant memory, the same result in any order. Does not know which tok
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,7 +33,7 @@ from analysis.statistics.differences import (
     quantile_of_largest,
 )
 from analysis.statistics.jackknife import MIN_EFFECTIVE_DOCUMENTS, Jackknife, effective_documents, left_out
-from analysis.statistics.overdispersion import units_of
+from analysis.statistics.overdispersion import Units, units_of
 from store import attributes, model_differences
 
 REPLICATES = 999  # drawn sets of documents; never fewer than make a layer by itself significant after adjustment
@@ -109,38 +109,29 @@ def contrast_of(
     if not 0 < level < 1 or replicates < 1:
         raise ValueError(f"level={level}, replicates={replicates}: between 0 and 1, and at least 1")
     names, first = list(counts), next(iter(counts.values()))
-    choices = int(first.attrs["experts_per_token"])
-    replicates = max(replicates, REPLICATES_A_LAYER * first.sizes["layer"])
+    choices, layers = int(first.attrs["experts_per_token"]), first.sizes["layer"]
+    replicates = max(replicates, REPLICATES_A_LAYER * layers)
     untested = {name: reason for name, found in counts.items() if (reason := why_untested(found))}
     tested = [index for index, name in enumerate(names) if name not in untested]
-    units = [units_of(found) for found in counts.values()]
+    units = {index: units_of(counts[names[index]]) for index in tested}
     share = np.stack([_shares(found)[0] for found in counts.values()]) * choices  # (data_set, layer, expert)
     variance = np.full(share.shape, np.nan)
-    for index in tested:
-        variance[index] = [layer.variance for layer in units[index]]
+    for index, own in units.items():
+        variance[index] = [layer.variance for layer in own]
     others = _others(len(names), tested)
     apart, pairs = Differences(others, share, variance), Differences(_pairs(len(names)), share, variance)
-
-    def of_layer(layer: int) -> tuple[Array, Array, float]:
-        own = [units[index][layer] for index in tested]
-        chance = by_chance(own, others[tested][:, tested], choices, replicates, layer)
-        divergence = _divergence(chance.share / chance.share.sum(-1, keepdims=True))
-        return chance.pairwise, chance.from_others, float(divergence.mean())
-
-    with ThreadPoolExecutor(max(1, threads or os.cpu_count() or 1)) as pool:
-        chance = list(pool.map(of_layer, range(share.shape[1]))) if len(tested) > 1 else []
-    pairwise = np.array([each[0] for each in chance])  # (layer, replicate); nothing where nothing is tested
-    from_others = np.array([each[1] for each in chance])
+    of_tested = others[tested][:, tested]
+    pairwise, from_others, divergence = _chance(list(units.values()), of_tested, choices, layers, replicates, threads)
     labels = {"data_set": names, "layer": first["layer"].values, "expert": first["expert"].values}
     cell, pair = ("data_set", "layer", "expert"), ("data_set", "other_data_set", "layer", "expert")
     low, high = apart.ends(quantile_of_largest(from_others, level))
     pairwise_low, pairwise_high = pairs.ends(quantile_of_largest(pairwise, level))
-    own = xr.DataArray(share / choices, dims=cell)
-    total_variation = abs(own - own.rename(data_set="other_data_set")).sum("expert", skipna=False) / 2
+    part = xr.DataArray(share / choices, dims=cell)
+    total_variation = abs(part - part.rename(data_set="other_data_set")).sum("expert", skipna=False) / 2
     result = xr.Dataset(
         {
             **_divergences(counts, tested, level),
-            "divergence_by_chance": ("layer", [each[2] for each in chance] or np.full(share.shape[1], np.nan)),
+            "divergence_by_chance": ("layer", divergence),
             "p": ("layer", p_by_layer(abs(pairs.statistic), pairwise)),
             "share": (cell, share, {"long_name": "share of the data set's tokens that reach the expert"}),
             "difference": (cell, apart.estimate),
@@ -210,6 +201,24 @@ def refuse_incomparable(captures: Mapping[str, xr.Dataset]) -> None:
         )
         if here != there:
             raise ValueError(f"{first} and {name} are not of one model: (layers, E, k) = {here} and {there}")
+
+
+def _chance(
+    units: Sequence[Sequence[Units]], others: Array, choices: int, layers: int, replicates: int, threads: int | None
+) -> tuple[Array, Array, Array]:
+    """What drawn documents give: the largest statistics (layer, replicate), of pairs and of one data set and the mean
+    of others, which are empty where fewer than two data sets are tested; and the mean divergence (layer)."""
+    if len(units) < 2:
+        return np.zeros((0, 0)), np.zeros((0, 0)), np.full(layers, np.nan)
+
+    def of_layer(layer: int) -> tuple[Array, Array, float]:
+        chance = by_chance([own[layer] for own in units], others, choices, replicates, layer)
+        divergence = _divergence(chance.share / chance.share.sum(-1, keepdims=True))
+        return chance.pairwise, chance.from_others, float(divergence.mean())
+
+    with ThreadPoolExecutor(max(1, threads or os.cpu_count() or 1)) as pool:
+        pairwise, from_others, divergence = zip(*pool.map(of_layer, range(layers)), strict=True)
+    return np.array(pairwise), np.array(from_others), np.array(divergence)
 
 
 def _others(sets: int, tested: list[int]) -> Array:

@@ -13,7 +13,8 @@ import numpy as np
 import xarray as xr
 
 from analysis.attributes import described
-from analysis.metrics.choices import add_joint, overlap_summary, random_overlap, shared_experts
+from analysis.metrics.choice_kernels import add_joint
+from analysis.metrics.choices import overlap_summary, random_overlap, shared_experts
 from analysis.metrics.load import share_of_experts
 from analysis.scanning import Array, Block, Reducer, State, coded, kernel, labelled, scan, sizes
 

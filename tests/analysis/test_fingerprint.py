@@ -17,7 +17,8 @@ import pytest
 
 import analysis
 from analysis.fingerprint import fingerprint
-from analysis.metrics.choices import Choices, in_common
+from analysis.metrics.choice_kernels import in_common
+from analysis.metrics.choices import Choices
 from analysis.scanning import Selection, accumulate
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +128,7 @@ def test_references_in_a_circle_end() -> None:
 
 def test_it_is_the_same_in_every_process() -> None:
     code = "from analysis.fingerprint import fingerprint\nfrom analysis.scanning import accumulate, Selection\n"
-    code += "from analysis.metrics.choices import Choices, in_common\n"
+    code += "from analysis.metrics.choice_kernels import in_common\nfrom analysis.metrics.choices import Choices\n"
     code += "print(fingerprint(accumulate, Choices(), in_common, Selection(), {'a', 'b', 'c'}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     wanted = fingerprint(accumulate, Choices(), in_common, Selection(), {"a", "b", "c"})
