@@ -57,6 +57,12 @@ def documents(capture: xr.Dataset) -> int:
     return len(set(capture["document_id"].values[counted(capture).any(1)].tolist()))
 
 
+def tokens_of_common(capture: xr.Dataset, other: xr.Dataset) -> int:
+    """Tokens of the documents that both captures have."""
+    common = np.isin(capture["document_id"].values, other["document_id"].values)
+    return int(counted(capture)[common].sum())
+
+
 def occurrences(least: int) -> int:
     """Occurrences of tokens that occur so often."""
     return sum(n for n in Counter(CAPTURE["token"].values[counted(CAPTURE)].tolist()).values() if n >= least)
@@ -87,6 +93,10 @@ def words(capture: xr.Dataset) -> xr.Dataset:
 
 METRICS: dict[str, tuple[Ask, object]] = {
     "agreement": (lambda c: analysis.agreement(c, c), tokens()),
+    "balance_null": (
+        lambda c: analysis.balance_null(counts(analysis.Jackknife(analysis.ExpertCounts()))[0], draws=5),
+        tokens(),
+    ),
     "balance_of": (lambda c: analysis.balance_of(analysis.expert_load(c)), tokens()),
     "cache_hits": (lambda c: analysis.cache_hits(c, [2, 3]), pairs()),
     "cache_hits_of": (lambda c: analysis.cache_hits_of(counts(analysis.CacheCounts())[0]), pairs()),
@@ -125,6 +135,10 @@ METRICS: dict[str, tuple[Ask, object]] = {
     "gpu_load": (lambda c: analysis.gpu_load(analysis.expert_load(c), 2), tokens()),
     "growth": (lambda c: analysis.growth(c, analysis.Load(), halvings=2), tokens()),
     "layer_overlap_of": (lambda c: analysis.layer_overlap_of(counts(analysis.Choices())[0]), tokens()),
+    "paired_contrast": (
+        lambda c: analysis.paired_contrast({"a": c, "b": OTHER}, replicates=5),
+        {"a": tokens_of_common(CAPTURE, OTHER), "b": tokens_of_common(OTHER, CAPTURE)},
+    ),
     "pointwise_of": (lambda c: analysis.pointwise_of(analysis.token_experts(c)), tokens()),
     "position_information": (lambda c: analysis.position_information(c, draws=2), tokens()),
     "position_load": (analysis.position_load, tokens()),

@@ -222,7 +222,7 @@ def balance_null(counts: xr.Dataset, *, draws: int = 400) -> xr.Dataset:
     coords = {name: counts[name].values for name in ("layer", "expert")}
     of_experts = share_of_experts(xr.DataArray(share, coords, ("draw", *coords)))
     of_draws = balance_of(xr.Dataset({"share": of_experts}, attrs=counts.attrs))
-    middle = of_draws.quantile([0.025, 0.975], "draw").drop_vars("quantile").rename(quantile="of")
+    middle = of_draws.quantile([0.025, 0.975], "draw", skipna=False).drop_vars("quantile").rename(quantile="of")
     found = xr.concat([of_draws.mean("draw", skipna=False).expand_dims("of"), middle], "of", combine_attrs="override")
     return described(
         found.assign_coords(of=["mean", "low", "high"]),
