@@ -231,15 +231,16 @@ def test_one_document_a_data_set_is_not_tested_and_says_so():
     whole = {name: make_capture(seed=seed, documents=40) for seed, name in enumerate("ab")}
     no_test = "one document: no test possible"
     one, other = (make_capture(seed=seed, documents=1) for seed in (0, 3))
-    answers = few(a=one, b=other)
+    answers = contrasted(a=one, b=other)
     said = told(answers)
     for sentence in said[:2]:
         assert f"Not compared with the others: {no_test}" in sentence
         assert "Its specialist" not in sentence
         assert "No expert" not in sentence
-    page = contrast_page(answers)
+    page = page_of(*answers)
     assert page.count(no_test) >= 2
     assert {row["p"] for row in contrast_cells(page)} == {None}
+    assert {row["low"] for row in figures_of(page, "load")[0]["tables"]["cells"]} == {None}
     beside = told(few(a=one, b=whole["b"]))
     assert no_test in beside[0]
     assert "Not compared: no other data set has enough documents." in beside[1]
