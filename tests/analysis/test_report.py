@@ -567,7 +567,7 @@ def test_repetition_by_lag_has_its_nulls_and_the_interval_over_documents():
     page = page_of(answers)
     lines, heat = lines_of(page), figures_of(page, "repetition")[0]["tables"]["cells"]
     tokens = tokens_of_documents(data)
-    first = answers["load"]["count"].isel(k=0).values / answers["load"].attrs["n"]
+    first = answers["load"]["counts"].isel(k=0).values / answers["load"].attrs["n"]
     for at, lag in enumerate((1, 2, 4, 8)):
         of_rows = [(shared.sum(0), same.sum(0), len(shared)) for shared, same in pairs_of(data, lag)]
         pairs = without_each(by_document(data, [count for _, _, count in of_rows]))
@@ -675,7 +675,7 @@ def test_load_by_position_is_drawn_against_the_expert_s_own_mean():
     assert len({row["expert"] for row in rows}) == 6
     for row in rows:
         layer, expert = map(int, re.fullmatch(r"layer (\d+), expert (\d+)", row["expert"]).groups())
-        count = answers["position"]["count"].sel(layer=layer)
+        count = answers["position"]["counts"].sel(layer=layer)
         usual = count.sel(expert=expert).sum() / count.sum()
         here = count.sel(start=row["start"])
         assert row["value"] == pytest.approx(float(here.sel(expert=expert) / here.sum() / usual), rel=1e-3)
