@@ -89,7 +89,7 @@ def counted(count: np.ndarray, tokens: np.ndarray) -> xr.Dataset:
     np.add.at(by_unit, unit, count)
     np.add.at(unit_tokens, unit, tokens)
     return xr.Dataset(
-        {"count": (("replicate", "layer", "expert"), without_each(by_unit))},
+        {"counts": (("replicate", "layer", "expert"), without_each(by_unit))},
         {
             "layer": np.arange(count.shape[1]),
             "expert": np.arange(count.shape[2]),

@@ -28,7 +28,7 @@ def load_heatmap(load: xr.Dataset, ends: xr.Dataset, *, spread: float | None = N
     """
     null, n = load.attrs["null"], load.attrs["n"]
     spread = load_spread(load) if spread is None else spread
-    tokens = load["count"].sum("k").transpose("layer", "expert").values
+    tokens = load["counts"].sum("k").transpose("layer", "expert").values
     share, weight = (load[name].transpose("layer", "expert").values for name in ("share", "mass_share"))
     low, high = (ends[name].transpose("layer", "expert").values for name in ("low", "high"))
     rows = [

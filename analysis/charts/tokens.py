@@ -23,7 +23,7 @@ def token_chart(tokens: xr.Dataset) -> Drawing:
     """
     colour_by = "lift_within" if "lift_within" in tokens else "lift"
     names = ("token_id", "piece", "tokens", "share", "lift", *[name for name in ("lift_within",) if name in tokens])
-    values = {name: tokens[name].transpose("layer", "expert", "rank").values for name in names}
+    values = {name: tokens[name].transpose("layer", "expert", "place").values for name in names}
     rows = [
         {
             "layer": int(tokens["layer"].values[at]),
@@ -34,7 +34,7 @@ def token_chart(tokens: xr.Dataset) -> Drawing:
             "share": percent(values["share"][at, expert, rank]),
             **{name: rounded(values[name][at, expert, rank]) for name in names[4:]},
         }
-        for at, expert, rank in np.argwhere(values["token_id"] >= 0)  # in the order layer, expert, rank
+        for at, expert, rank in np.argwhere(values["token_id"] >= 0)  # in the order layer, expert, place
     ]
     base = alt.Chart(alt.NamedData(name=TOKENS)).encode(
         x=alt.X("rank:O", title="rank").axis(labelAngle=0).scale(paddingInner=0.04),

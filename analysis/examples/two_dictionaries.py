@@ -21,14 +21,14 @@ def main(path: str, dataset: str, layer: int, top: int) -> None:
     print(f"expert -> tokens, at layer {layer} of {dataset}")
     for expert in ranked["expert"].values.tolist():
         here = ranked.sel(expert=expert)
-        found = zip(here["piece"].values.tolist(), here["count"].values.tolist(), strict=True)
+        found = zip(here["piece"].values.tolist(), here["counts"].values.tolist(), strict=True)
         print(f"  {expert}: {{{', '.join(f'{piece!r}: {count}' for piece, count in found if count)}}}")
 
     table = token_experts(routes, layer)
     print(f"token -> experts, the {top} most frequent of {table.sizes['token_id']:,} tokens")
     for token in table["token_id"].values[(-table["tokens"].values).argsort(kind="stable")[:top]]:
         row = table.sel(token_id=token)
-        counts = {expert: count for expert, count in enumerate(row["count"].values.tolist()) if count}
+        counts = {expert: count for expert, count in enumerate(row["counts"].values.tolist()) if count}
         print(f"  {row['piece'].item()!r}: {dict(sorted(counts.items(), key=lambda item: -item[1]))}")
 
 

@@ -83,7 +83,7 @@ class Profiles:
     def _tokens(self, layer: int, expert: int, by: TokenOrder) -> list[dict[str, Any]]:
         """The first tokens."""
         found = self.view.top(layer, by).sel(expert=expert)
-        columns = {name: found[name].values.tolist() for name in ("token_id", "count", "tokens", "share", "lift")}
+        columns = {name: found[name].values.tolist() for name in ("token_id", "counts", "tokens", "share", "lift")}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return [row | {"text": self.view.texts[row["token_id"]]} for row in rows if row["token_id"] >= 0]
 
@@ -110,7 +110,7 @@ class Profiles:
         at, view = self.view.layers.index(layer), self.view
         found: dict[str, Any] = {"comes_from": None, "goes_to": None}
         if at > 0:
-            arriving = self.moves["count"].isel(layer=at - 1).sel(next_expert=expert).values
+            arriving = self.moves["counts"].isel(layer=at - 1).sel(next_expert=expert).values
             share = arriving / arriving.sum() if arriving.sum() else np.full(view.experts, np.nan)
             found["comes_from"] = {"layer": view.layers[at - 1], "experts": _ranked(share)}
         if at < len(view.layers) - 1:
@@ -121,7 +121,7 @@ class Profiles:
     def _positions(self, layer: int, expert: int) -> list[dict[str, Any]]:
         """Its share of the choices by range of positions, and of how many."""
         own = self.position["share"].sel(layer=layer, expert=expert)
-        choices = self.position["count"].sel(layer=layer).sum("expert").values.tolist()
+        choices = self.position["counts"].sel(layer=layer).sum("expert").values.tolist()
         return [
             {"start": int(start), "share": _number(share), "choices": number}
             for start, share, number in zip(own["start"].values, own.values, choices, strict=True)

@@ -252,8 +252,8 @@ def _long(values: xr.Dataset, dims: tuple[str, ...], table: str) -> dict[str, Ar
 
 def _by_choice(load: xr.Dataset) -> xr.Dataset:
     """Counts, and shares by choice, which sum to 1 over (k, expert) at a layer; NaN where nothing was counted."""
-    found = load[["count"]]
-    for name, amount in (("share", load["count"]), ("mass_share", load["mass"])):
+    found = load[["counts"]].rename(counts="count")
+    for name, amount in (("share", load["counts"]), ("mass_share", load["mass"])):
         total = amount.sum(("k", "expert"))
         found[name] = amount / total.where(total > 0)
     return found
@@ -262,14 +262,19 @@ def _by_choice(load: xr.Dataset) -> xr.Dataset:
 def _transitions(choices: xr.Dataset) -> Iterator[dict[str, Any]]:
     """Pairs of choices at neighbouring layers, a convention at a time."""
     for by in CONVENTIONS:
-        columns = _long(transitions_of(choices, by=by), ("layer", "expert", "next_expert"), "transitions")
+        moves = transitions_of(choices, by=by).rename(counts="count")
+        columns = _long(moves, ("layer", "expert", "next_expert"), "transitions")
         yield {"by": by, **columns}
 
 
 def _token_experts(tokens: xr.Dataset, load: xr.Dataset, capture: xr.Dataset) -> Iterator[dict[str, Any]]:
     """Pairs of a token and an expert that occur, some tokens at a time; formulas as in `analysis.metrics.tokens`."""
-    counts, occurrences, piece = tokens["count"].values, tokens["tokens"].values, capture["piece"].values.astype(object)
-    per_expert = load["count"].sum("k").transpose("layer", "expert").values
+    counts, occurrences, piece = (
+        tokens["counts"].values,
+        tokens["tokens"].values,
+        capture["piece"].values.astype(object),
+    )
+    per_expert = load["counts"].sum("k").transpose("layer", "expert").values
     seen, step = np.flatnonzero(occurrences), max(1, ROWS // per_expert.size)
     for start in range(0, seen.size, step):
         ids = seen[start : start + step]

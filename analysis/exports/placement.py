@@ -108,7 +108,7 @@ def load_matrix(load: xr.Dataset) -> Array:
     int64 array, shape (layers, experts)
         In choices.
     """
-    return load["count"].sum("k").transpose("layer", "expert").values.astype(np.int64)
+    return load["counts"].sum("k").transpose("layer", "expert").values.astype(np.int64)
 
 
 def write_sglang_load(path: Path | str, load: xr.Dataset, num_hidden_layers: int | None = None) -> None:

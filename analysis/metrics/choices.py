@@ -146,9 +146,9 @@ def coactivation_of(counts: xr.Dataset, *, by: Together = "all") -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        `count` int64 in tokens, `probability` float64, over (layer, expert, other_expert); NaN where an expert was
+        `counts` int64 in tokens, `probability` float64, over (layer, expert, other_expert); NaN where an expert was
         never chosen. Null of `probability` where j ≠ i: (k − 1)/(E − 1) for "all", 2(k − 1)/(k(E − 1)) for "olmoe",
-        1/(E − 1) for "adjacent". For "all" and "olmoe" `count` is symmetric.
+        1/(E − 1) for "adjacent". For "all" and "olmoe" `counts` is symmetric.
 
     Raises
     ------
@@ -166,7 +166,7 @@ def coactivation_of(counts: xr.Dataset, *, by: Together = "all") -> xr.Dataset:
     neighbours = {"all": choices - 1, "olmoe": 2 * (choices - 1) / choices, "adjacent": 1}[by]
     definition, source = _TOGETHER[by]
     return described(
-        xr.Dataset({"count": count, "probability": count / chosen.where(chosen > 0)}),
+        xr.Dataset({"counts": count, "probability": count / chosen.where(chosen > 0)}),
         n=counts.attrs["n"],
         estimator="maximum likelihood",
         null=neighbours / (experts - 1) if choices > 1 else np.nan,
@@ -237,7 +237,7 @@ def transitions_of(counts: xr.Dataset, *, by: Followed = "first") -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        `count` int64, `probability` P(e' given e) and `lift` P(e' given e)/P(e') float64, over (layer, expert,
+        `counts` int64, `probability` P(e' given e) and `lift` P(e' given e)/P(e') float64, over (layer, expert,
         next_expert), where `layer` is the lower one; coordinate `next_layer` (layer). From `LayerPairs` they are over
         (pair, expert, next_expert), with the coordinates `layer` and `next_layer` (pair). NaN where an expert was
         never chosen. Null of `probability`: 1/E, of `lift`: 1. A capture of one layer gives an empty `layer`.
@@ -259,7 +259,7 @@ def transitions_of(counts: xr.Dataset, *, by: Followed = "first") -> xr.Dataset:
     return described(
         xr.Dataset(
             {
-                "count": count.assign_attrs(
+                "counts": count.assign_attrs(
                     long_name="tokens" if by == "first" else "pairs of choices", units="tokens"
                 ),
                 "probability": probability.assign_attrs(long_name="share of the expert's tokens"),

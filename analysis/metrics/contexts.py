@@ -60,11 +60,11 @@ class TopContexts(Reducer):
         }
         coords = {"layer": dataset["layer"].values, "expert": np.arange(sizes(dataset)[2])}
         found = {
-            name: (("layer", "expert", "rank"), values, {"long_name": about})
+            name: (("layer", "expert", "place"), values, {"long_name": about})
             for name, (values, about) in variables.items()
         }
         return described(
-            xr.Dataset(found, {**coords, "rank": np.arange(1, self.top + 1)}),
+            xr.Dataset(found, {**coords, "place": np.arange(1, self.top + 1)}),
             n=int(known.sum()),
             counted="places",
             estimator="exact",
@@ -90,7 +90,7 @@ def top_contexts(dataset: xr.Dataset, *, top: int = 20, threads: int | None = No
     Returns
     -------
     xr.Dataset
-        Over (layer, expert, rank): `row` and `position` int64, -1 where the expert was chosen in fewer rows, and
+        Over (layer, expert, place): `row` and `position` int64, -1 where the expert was chosen in fewer rows, and
         `weight` float16, there NaN.
 
     Raises

@@ -238,7 +238,7 @@ def _pairs(sets: int) -> Array:
 
 def _shares(found: xr.Dataset) -> Array:
     """Shares of choices, float64 (replicate, layer, expert)."""
-    return share_of_experts(found["count"]).transpose("replicate", "layer", "expert").values
+    return share_of_experts(found["counts"]).transpose("replicate", "layer", "expert").values
 
 
 def _divergences(counts: Mapping[str, xr.Dataset], tested: list[int], level: float) -> dict[str, Any]:

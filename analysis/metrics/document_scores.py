@@ -113,7 +113,7 @@ def document_scores(
     logarithms = []
     for name, split, capture in zip(names, splits, captures.values(), strict=True):
         asked = Parts(ExpertCounts(), 1, split)
-        whole, first = scan(capture, [asked], threads=threads, progress=progress)[0]["count"].values
+        whole, first = scan(capture, [asked], threads=threads, progress=progress)[0]["counts"].values
         if not (first.sum() and (whole - first).sum()):
             raise ValueError(f"{name} has too few documents: none of them in one of its halves")
         likely = [(half + PRIOR) / (half + PRIOR).sum(-1, keepdims=True) for half in (whole - first, first)]

@@ -30,7 +30,7 @@ def token_excess_of(routes: xr.Dataset, *, min_count: int = 20) -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        Over (token_id, layer, expert): `count` int64, `expected` float64, its mean when tokens are shuffled within
+        Over (token_id, layer, expert): `counts` int64, `expected` float64, its mean when tokens are shuffled within
         their documents, and `p` float64, an upper bound of the probability of so large a count then, for one cell by
         itself; `tokens` int64 and the coordinate `piece` (token_id), the token's occurrences and text.
 
@@ -59,7 +59,7 @@ def token_excess_of(routes: xr.Dataset, *, min_count: int = 20) -> xr.Dataset:
     p = np.where(count >= expected + 1, tail, 1.0)
     dims = ("token_id", "layer", "expert")
     result = xr.Dataset(
-        {"count": (dims, count), "expected": (dims, expected), "p": (dims, p), "tokens": ("token_id", n)},
+        {"counts": (dims, count), "expected": (dims, expected), "p": (dims, p), "tokens": ("token_id", n)},
         coords={
             "token_id": ids[frequent],
             "layer": routes["layer"].values,

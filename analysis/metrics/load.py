@@ -48,7 +48,7 @@ class Load(Reducer):
         per_expert = count.sum("k")
         result = xr.Dataset(
             {
-                "count": count.assign_attrs(long_name="times chosen, by rank of the choice", units="tokens"),
+                "counts": count.assign_attrs(long_name="times chosen, by rank of the choice", units="tokens"),
                 "mass": mass.assign_attrs(long_name="gate weight, by rank of the choice", units="tokens"),
                 "share": share_of_experts(per_expert).assign_attrs(long_name="share of choices"),
                 "mass_share": share_of_experts(of_expert).assign_attrs(long_name="share of gate weight"),
@@ -100,7 +100,7 @@ class ExpertCounts(Reducer):
             _add_experts(expert[:, start:stop], counted[:, start:stop], count[index])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The counts, labelled: `count` int64 (layer, expert), or (start, layer, expert)."""
+        """The counts, labelled: `counts` int64 (layer, expert), or (start, layer, expert)."""
         _, choices, experts = sizes(dataset)
         coords: dict[str, Any] = {"layer": dataset["layer"].values, "expert": np.arange(experts)}
         if self.bins is not None:
@@ -111,7 +111,7 @@ class ExpertCounts(Reducer):
             {} if self.bins is None else {"ranges": f"of {'doubling' if self.bins == 'doubling' else 'equal'} length"}
         )
         return described(
-            xr.Dataset({"count": count}),
+            xr.Dataset({"counts": count}),
             n=int(own.isel(layer=slice(1)).sum()) // choices,
             estimator="counts",
             null="every table even",
@@ -135,7 +135,7 @@ def expert_load(dataset: xr.Dataset, *, threads: int | None = None) -> xr.Datase
     Returns
     -------
     xr.Dataset
-        `count` int64 and `mass` float64, the sum of weights (layer, k, expert), in tokens; `share` and `mass_share`
+        `counts` int64 and `mass` float64, the sum of weights (layer, k, expert), in tokens; `share` and `mass_share`
         float64 (layer, expert), both summing to 1 over experts and NaN when no token was counted. Attribute `n`:
         tokens counted; `null`: the even share 1/E.
 
@@ -249,7 +249,7 @@ def domain_specialization(load: xr.Dataset) -> xr.Dataset:
         choice alone, which sums to 1, null 1/E. NaN where nothing was counted.
     """
     choices, experts = load.sizes["k"], load.sizes["expert"]
-    first = load["count"].isel(k=0, drop=True)
+    first = load["counts"].isel(k=0, drop=True)
     tokens = first.sum("expert")
     return described(
         xr.Dataset(

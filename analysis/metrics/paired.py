@@ -128,7 +128,7 @@ def _by_unit(counts: list[xr.Dataset]) -> tuple[Array, Array]:
     units = np.unique(np.concatenate([found["unit"].values[1:] for found in counts])).astype(int)
     count, tokens = [], []
     for found in counts:
-        own = found["count"].transpose("replicate", "layer", "expert").values.astype(float)
+        own = found["counts"].transpose("replicate", "layer", "expert").values.astype(float)
         at = np.searchsorted(units, found["unit"].values[1:].astype(int))
         by_unit = np.zeros((len(units), *own.shape[1:]))
         by_unit[at] = own[0] - own[1:]

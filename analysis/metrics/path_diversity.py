@@ -93,7 +93,7 @@ def window_diversity_of(counts: Sequence[xr.Dataset]) -> xr.Dataset:
 def _diversity(counts: xr.Dataset) -> xr.Dataset:
     """Of windows of one length, from each layer on."""
     starts = counts.sizes["start"]
-    count = xr.DataArray(counts["count"].values.reshape(starts, -1), dims=("layer", "window"))
+    count = xr.DataArray(counts["counts"].values.reshape(starts, -1), dims=("layer", "window"))
     bits = entropy(count, "window")
     ordered = -np.sort(-count.values, axis=1)
     covered = np.cumsum(ordered, axis=1)[:, [min(top, ordered.shape[1]) - 1 for top in TOPS]]
@@ -123,7 +123,7 @@ class PathBuckets(Reducer):
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """The counts."""
         return described(
-            xr.Dataset({"count": ("bucket", state["count"])}),
+            xr.Dataset({"counts": ("bucket", state["count"])}),
             n=int(state["count"].sum()),
             estimator="counts",
             null=1 / BUCKETS,
@@ -185,7 +185,7 @@ class Paths(Reducer):
             xr.Dataset(
                 {
                     "expert": (("path", "layer"), paths["expert"][order]),
-                    "count": ("path", paths["count"][order]),
+                    "counts": ("path", paths["count"][order]),
                     "key": ("path", paths["key"][order]),
                 },
                 coords={"layer": dataset["layer"].values},
@@ -227,7 +227,7 @@ def whole_paths(
     Returns
     -------
     xr.Dataset
-        `expert`, of the store's own type (path, layer), `count` int64 and `share` of all tokens float64 (path): the
+        `expert`, of the store's own type (path, layer), `counts` int64 and `share` of all tokens float64 (path): the
         most frequent ones. `coverage` float64 (top): share of tokens that take one of the 10, 100, 1,000, 10,000 most
         frequent paths, and `proven` bool (top), whether it is exact; else it is a lower bound. float64, without
         dimensions: `distinct`, the number of different paths, with `distinct_sd`, `once`, those
@@ -246,14 +246,14 @@ def whole_paths(
     halvings = max(0, int(np.ceil(np.log2(max(1, int(dataset["length"].sum())) / kept))))
     frequent, most_elsewhere = None, 0
     if halvings:
-        bucket = scan(dataset, [PathBuckets()], threads=threads, progress=progress)[0]["count"].values
+        bucket = scan(dataset, [PathBuckets()], threads=threads, progress=progress)[0]["counts"].values
         many = min(BUCKETS >> halvings, kept)
         most_elsewhere = int(np.partition(bucket, -many - 1)[-many - 1])
         frequent = bucket > most_elsewhere
         n = int(bucket.sum())
     wanted = Paths(halvings, frequent)
     paths = scan(dataset, [wanted], threads=threads, progress=progress)[0]
-    count = paths["count"].values
+    count = paths["counts"].values
     if not halvings:
         n = int(count.sum())
     if not n:
@@ -270,7 +270,7 @@ def whole_paths(
     once = float(stands_for[count == 1].sum())
     listed: dict[str, Any] = {
         "expert": paths["expert"][:room].variable,
-        "count": ("path", count[:room], {"units": "tokens"}),
+        "counts": ("path", count[:room], {"units": "tokens"}),
         "share": ("path", count[:room] / n),
         "coverage": ("top", covered[np.array(tops) - 1] / n),
         "proven": ("top", proven),

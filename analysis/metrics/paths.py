@@ -55,11 +55,11 @@ class WindowCounts(Reducer):
         _add_windows(block["expert"], block["counted"], self.n, experts, count, state["tokens"])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The counts, labelled: `count` int64 (start, first, rest), where `rest` is a number in base E."""
+        """The counts, labelled: `counts` int64 (start, first, rest), where `rest` is a number in base E."""
         layer = dataset["layer"].values
         coords = {"start": layer[: len(layer) - self.n + 1], "layer": layer}
         return described(
-            xr.Dataset({"count": (("start", "first", "rest"), state["count"], {"units": "tokens"})}, coords),
+            xr.Dataset({"counts": (("start", "first", "rest"), state["count"], {"units": "tokens"})}, coords),
             n=int(state["tokens"][0]),
             estimator="counts",
             null="every table even",
@@ -121,7 +121,7 @@ def frequent_windows_of(counts: xr.Dataset, *, top: int = 20, by: WindowOrder = 
     Returns
     -------
     xr.Dataset
-        `layer` and `expert` int64 (window, step), `count` int64, `share` of all tokens and `expected` count by the
+        `layer` and `expert` int64 (window, step), `counts` int64, `share` of all tokens and `expected` count by the
         transitions float64 (window). Null of `share`: E**-n. Ties go to the earlier layer, then to the lower experts.
 
     Raises
@@ -132,7 +132,7 @@ def frequent_windows_of(counts: xr.Dataset, *, top: int = 20, by: WindowOrder = 
     _check_order(by)
     num_experts, layer, tokens = counts.sizes["first"], counts["layer"].values, int(counts.attrs["n"])
     n = len(layer) - counts.sizes["start"] + 1
-    tables = counts["count"].values.reshape(-1, *[num_experts] * n)
+    tables = counts["counts"].values.reshape(-1, *[num_experts] * n)
     count, expected = tables.ravel(), np.stack([_expected(table) for table in tables]).ravel()
     # What is rarer than expected, or as frequent, is no surprise.
     times = np.divide(count, expected, out=np.ones_like(expected), where=(count > 0) & (expected > 0))
@@ -146,7 +146,7 @@ def frequent_windows_of(counts: xr.Dataset, *, top: int = 20, by: WindowOrder = 
             {
                 "layer": (("window", "step"), layer[start[:, None] + steps]),
                 "expert": (("window", "step"), code[:, None] // num_experts ** (n - 1 - steps) % num_experts),
-                "count": ("window", count[order], {"units": "tokens"}),
+                "counts": ("window", count[order], {"units": "tokens"}),
                 "share": ("window", count[order] / max(tokens, 1), {"long_name": "share of all tokens"}),
                 "expected": ("window", expected[order], {"long_name": "by the transitions", "units": "tokens"}),
             },

@@ -45,17 +45,17 @@ def position_load_of(counts: xr.Dataset) -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        `count` int64 and `share` float64 (start, layer, expert), where `start` is a range's first position;
+        `counts` int64 and `share` float64 (start, layer, expert), where `start` is a range's first position;
         `mutual_information` float64 (layer) in bits, less what chance gives, null 0; `by_chance_high` float64 (layer),
         what it exceeds one time in 20 where tokens are independent of each other and of their positions. NaN where
         nothing was counted. Other words stand at other positions: `analysis.position_information` leaves that out.
     """
-    count, experts, choices = counts["count"], counts.sizes["expert"], counts.attrs["experts_per_token"]
+    count, experts, choices = counts["counts"], counts.sizes["expert"], counts.attrs["experts_per_token"]
     found = association(count, "start", "expert", bias=(experts - choices) / (experts - 1))
     return described(
         xr.Dataset(
             {
-                "count": count,
+                "counts": count,
                 "share": share_of_experts(count).assign_attrs(null=1 / experts),
                 "mutual_information": found["corrected"],
                 "by_chance_high": found["null_information_high"] - found["null_information"],
@@ -83,11 +83,11 @@ def dependent_experts(load: xr.Dataset, top: int = 6) -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        Over (rank): `layer` and `expert` int64; `information` float64, what they contribute to their layer's mutual
-        information, in bits. Over (rank, start): `times` float64, the expert's share of the choices at these positions
-        over its share at all, null 1; `tokens` int64 (rank, start), the tokens there. NaN where nothing was counted.
+        Over (place): `layer` and `expert` int64; `information` float64, what they contribute to their layer's mutual
+        information, in bits. Over (place, start): `times` float64, the expert's share of the choices at these positions
+        over its share at all, null 1; `tokens` int64 (place, start), the tokens there. NaN where nothing was counted.
     """
-    count = load["count"].transpose("layer", "expert", "start")
+    count = load["counts"].transpose("layer", "expert", "start")
     choices = count.sum("expert")
     of_expert = count.sum("start")
     share = of_expert / of_expert.sum("expert").where(choices.sum("start") > 0)
@@ -101,13 +101,13 @@ def dependent_experts(load: xr.Dataset, top: int = 6) -> xr.Dataset:
     return described(
         xr.Dataset(
             {
-                "layer": ("rank", load["layer"].values[layer]),
-                "expert": ("rank", load["expert"].values[expert]),
-                "information": ("rank", flat[order], {"units": "bits"}),
-                "times": (("rank", "start"), times.values[layer, expert], {"null": 1.0}),
-                "tokens": (("rank", "start"), np.rint(choices.values[layer] / max(1.0, float(k))).astype(np.int64)),
+                "layer": ("place", load["layer"].values[layer]),
+                "expert": ("place", load["expert"].values[expert]),
+                "information": ("place", flat[order], {"units": "bits"}),
+                "times": (("place", "start"), times.values[layer, expert], {"null": 1.0}),
+                "tokens": (("place", "start"), np.rint(choices.values[layer] / max(1.0, float(k))).astype(np.int64)),
             },
-            coords={"rank": np.arange(1, len(order) + 1), "start": load["start"].values},
+            coords={"place": np.arange(1, len(order) + 1), "start": load["start"].values},
         ),
         n=load.attrs["n"],
         estimator="maximum likelihood",

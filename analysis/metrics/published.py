@@ -37,7 +37,7 @@ def published_counts() -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        `count` int64 (choice, domain, layer, expert), in choices: of the first alone, and of the first or second.
+        `counts` int64 (choice, domain, layer, expert), in choices: of the first alone, and of the first or second.
         Attributes `n`, tokens of each domain, `model` and `source`.
     """
     held = json.loads((Path(__file__).parent / "mixtral_published.json").read_text(encoding="utf-8"))
@@ -45,7 +45,7 @@ def published_counts() -> xr.Dataset:
     counts = np.array([[[held[key][d][str(layer)] for layer in layers] for d in domains] for key in FORMS.values()])
     coords = {"choice": list(FORMS), "domain": domains, "layer": layers, "expert": np.arange(counts.shape[-1])}
     return described(
-        xr.Dataset({"count": (("choice", "domain", "layer", "expert"), counts)}, coords),
+        xr.Dataset({"counts": (("choice", "domain", "layer", "expert"), counts)}, coords),
         n=int(counts[0, 0, 0].sum()),
         counted="tokens of each domain",
         estimator="counts",
@@ -113,7 +113,7 @@ def validation(
         # A text is one document: its blocks are the units.
         blocks = blocks.assign(document_id=("doc", np.arange(blocks.sizes["doc"])))
         [load] = scan(blocks, [Jackknife(Load())], threads=threads, progress=progress)
-        tokens.append(int(load["count"].isel(replicate=0, k=0, layer=0).sum()))
+        tokens.append(int(load["counts"].isel(replicate=0, k=0, layer=0).sum()))
         if not tokens[-1]:
             raise ValueError(f"no token of {name} is captured: there is nothing to compare")
         counts[name] = _with_samples(load, replicates)
@@ -122,7 +122,7 @@ def validation(
 
 def _with_samples(load: xr.Dataset, samples: int) -> xr.DataArray:
     """Counts of choices, the own ones and those of drawn blocks: float64 (replicate, choice, layer, expert)."""
-    by_rank, tokens = load["count"].transpose("replicate", "layer", "k", "expert").values, left_out(load)
+    by_rank, tokens = load["counts"].transpose("replicate", "layer", "k", "expert").values, left_out(load)
     found = []
     for choices in (1, CHOICES):
         count = by_rank[:, :, :choices].sum(2)
@@ -166,9 +166,9 @@ def compared(counts: Mapping[str, xr.DataArray], known: xr.Dataset) -> xr.Datase
         raise ValueError(f"no counts are published for {unknown}; they are for {known['domain'].values.tolist()}")
     names = xr.DataArray(list(counts), dims="domain", name="domain")
     drawn = xr.concat(list(counts.values()), names)
-    own, others = drawn.isel(replicate=0, drop=True), known["count"].rename(domain="published")
+    own, others = drawn.isel(replicate=0, drop=True), known["counts"].rename(domain="published")
     distance = total_variation(own, others)
-    between = total_variation(known["count"], others)
+    between = total_variation(known["counts"], others)
     between = between.where(between["domain"] != between["published"]).min("published").sel(domain=list(counts))
     # A sample differs from the data as the data do from what they are a sample of. Two samples differ by √2 as much.
     spread = total_variation(drawn.isel(replicate=slice(1, None)), own) * np.sqrt(2)

@@ -83,7 +83,7 @@ class Repetition(Reducer):
         first = count.sel(same_first=True, drop=True).sum("shared_experts") / pairs.where(pairs > 0)
         summary = overlap_summary(count.sum("same_first"))
         null = {"first_repeated": 1 / experts, **random_overlap(choices, experts)}
-        result = summary.assign(count=count, first_repeated=first)
+        result = summary.assign(counts=count, first_repeated=first)
         for name, value in null.items():
             result[name].attrs.update(null=value, units="share of pairs")
         return described(
@@ -117,7 +117,7 @@ def repetition(dataset: xr.Dataset, *, lags: Sequence[int] = (1,), threads: int 
     -------
     xr.Dataset
         Over (lag, layer), float64: `first_repeated`, `any_shared`, `same_set`, `jaccard`, each with its `null`, and
-        `count` int64 (lag, layer, shared_experts, same_first). For k = 2 of 8 experts the nulls are 1/8, 13/28, 1/28
+        `counts` int64 (lag, layer, shared_experts, same_first). For k = 2 of 8 experts the nulls are 1/8, 13/28, 1/28
         and 5/28. NaN where there is no pair. Nothing says on which side of them a model lies.
 
     Raises
@@ -143,7 +143,7 @@ def first_repeated_by_load(load: xr.Dataset) -> xr.DataArray:
         least 1/E, which is the null of an even load. NaN where nothing was counted. Of whole sets of experts the load
         does not tell as much.
     """
-    share = share_of_experts(load["count"].isel(k=0, drop=True))
+    share = share_of_experts(load["counts"].isel(k=0, drop=True))
     return described(
         (share**2).sum("expert", skipna=False),
         n=load.attrs["n"],

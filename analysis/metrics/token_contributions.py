@@ -46,7 +46,7 @@ def token_contributions(
     xr.Dataset
         Over (layer, expert), float64: `difference`, the share of `one`'s tokens that reach the expert less that of
         `other`'s, and its parts `usage`, from how often tokens occur, and `routing`, from where the same tokens go.
-        Over (layer, expert, rank), largest first whatever the sign: `token_id` int64 (-1 where there is none), `piece`
+        Over (layer, expert, place), largest first whatever the sign: `token_id` int64 (-1 where there is none), `piece`
         str, and float64 the token's `contribution`, `token_usage` and `token_routing`, which over all tokens add up to
         the above.
         A token that only one data set has is a matter of usage.
@@ -86,7 +86,7 @@ def _contributions(one: xr.Dataset, other: xr.Dataset, pieces: Array, top: int) 
     seen = np.flatnonzero(one["tokens"].values + other["tokens"].values)
     share, goes = [], []
     for side in (one, other):
-        tokens, count = side["tokens"].values[seen, None], side["count"].values[seen]
+        tokens, count = side["tokens"].values[seen, None], side["counts"].values[seen]
         share.append(tokens / tokens.sum())
         goes.append(np.divide(count, tokens, out=np.full(count.shape, np.nan), where=tokens > 0))
     goes = [np.where(np.isnan(mine), its, mine) for mine, its in (goes, goes[::-1])]
@@ -100,9 +100,9 @@ def _contributions(one: xr.Dataset, other: xr.Dataset, pieces: Array, top: int) 
     return xr.Dataset(
         {
             **{name: ("expert", part.sum(-1)) for name, part in zip(sums, values, strict=True)},
-            "token_id": (("expert", "rank"), np.where(none, -1, ids)),
-            "piece": (("expert", "rank"), np.where(none, "", pieces[ids])),
-            **{name: (("expert", "rank"), part) for name, part in zip(names, listed, strict=True)},
+            "token_id": (("expert", "place"), np.where(none, -1, ids)),
+            "piece": (("expert", "place"), np.where(none, "", pieces[ids])),
+            **{name: (("expert", "place"), part) for name, part in zip(names, listed, strict=True)},
         },
-        coords={"expert": np.arange(len(values[0])), "rank": np.arange(1, order.shape[1] + 1)},
+        coords={"expert": np.arange(len(values[0])), "place": np.arange(1, order.shape[1] + 1)},
     )

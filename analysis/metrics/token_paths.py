@@ -143,7 +143,7 @@ def telling(paths: xr.Dataset, load: xr.Dataset, count: int, *, min_count: int) 
     """
     paths = paths.isel(token_id=np.flatnonzero(paths["tokens"].values >= min_count))
     paths = paths.isel(token_id=np.argsort(-paths["tokens"].values, kind="stable"))
-    usual = load["count"].isel(k=0, drop=True)
+    usual = load["counts"].isel(k=0, drop=True)
     usual = usual / usual.sum("expert")
     own = paths["first"] / paths["tokens"]
     bits = (own * np.log2((own / usual).where(own > 0))).fillna(0.0).transpose("token_id", "layer", "expert")

@@ -99,13 +99,13 @@ def label_counts(
     Returns
     -------
     xr.Dataset
-        `count` (token_id, layer, expert) and `tokens` (token_id), in tokens, as they are; `piece` (token_id).
+        `counts` (token_id, layer, expert) and `tokens` (token_id), in tokens, as they are; `piece` (token_id).
     """
     _, choices, experts = sizes(dataset)
     return described(
         xr.Dataset(
             {
-                "count": (("token_id", "layer", "expert"), count, {"units": "tokens"}),
+                "counts": (("token_id", "layer", "expert"), count, {"units": "tokens"}),
                 "tokens": ("token_id", tokens, {"units": "tokens"}),
             },
             coords={
@@ -164,7 +164,7 @@ def token_experts_of(counts: xr.Dataset, layer: Layers = None) -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        `count` int64, `share` and `lift` float64 (layer, token_id, expert), `tokens` int64 (token_id); the
+        `counts` int64, `share` and `lift` float64 (layer, token_id, expert), `tokens` int64 (token_id); the
         coordinate `piece` makes ids readable. `share` sums to k over experts; its null is k/E, that of
         `lift` is 1 (NaN for an expert that was never chosen).
 
@@ -243,7 +243,7 @@ def expert_tokens_of(
     Returns
     -------
     xr.Dataset
-        Over (layer, expert, rank): `token_id` int64 (-1 where the expert has fewer tokens), `piece`, `count`
+        Over (layer, expert, place): `token_id` int64 (-1 where the expert has fewer tokens), `piece`, `counts`
         and `tokens` int64, `share` of the token's occurrences and `lift` float64. Ties go to the more
         frequent, then to the lower id. With `shuffled` also `lift_within` float64: the count over that of tokens
         shuffled within their documents, where 0 counts as 1; its null is 1, while a lift may be that of the token's
@@ -278,7 +278,7 @@ def _table(counts: xr.Dataset) -> xr.Dataset:
     """Counts, shares and lifts of the tokens that occur."""
     tokens, choices = counts["tokens"].values, int(counts.attrs["experts_per_token"])
     seen = np.flatnonzero(tokens)
-    counted = counts["count"].values[seen].astype(np.int64).swapaxes(0, 1)
+    counted = counts["counts"].values[seen].astype(np.int64).swapaxes(0, 1)
     count = xr.DataArray(np.ascontiguousarray(counted), dims=("layer", "token_id", "expert"))
     occurrences = xr.DataArray(tokens[seen], dims=("token_id",))
     n = int(occurrences.sum())
@@ -287,7 +287,7 @@ def _table(counts: xr.Dataset) -> xr.Dataset:
     lift = share * n / per_expert.where(per_expert > 0)
     result = xr.Dataset(
         {
-            "count": count.assign_attrs(long_name="times the token was sent to the expert", units="tokens"),
+            "counts": count.assign_attrs(long_name="times the token was sent to the expert", units="tokens"),
             "tokens": occurrences.assign_attrs(long_name="occurrences of the token", units="tokens"),
             "share": share.assign_attrs(long_name="share of the token's occurrences sent to the expert"),
             "lift": lift.assign_attrs(long_name="share over the share of all tokens sent to the expert"),
@@ -313,8 +313,8 @@ def _table(counts: xr.Dataset) -> xr.Dataset:
 
 def _beside(table: xr.Dataset, shuffled: xr.Dataset) -> xr.Dataset:
     """A table with the lift within documents."""
-    by_chance = shuffled["count"].sel(token_id=table["token_id"]).drop_vars("piece")
-    within = (table["count"] / by_chance.clip(1)).transpose(*table["count"].dims)
+    by_chance = shuffled["counts"].sel(token_id=table["token_id"]).drop_vars("piece")
+    within = (table["counts"] / by_chance.clip(1)).transpose(*table["counts"].dims)
     about = f"{table.attrs['definition']}; lift_within = N_xe over that of tokens shuffled within their documents"
     within = within.assign_attrs(long_name="count over that of tokens shuffled within documents")
     return table.assign(lift_within=within).assign_attrs(definition=about)
@@ -323,26 +323,26 @@ def _beside(table: xr.Dataset, shuffled: xr.Dataset) -> xr.Dataset:
 def _rank(table: xr.Dataset, *, top: int, by: TokenOrder, min_count: int) -> xr.Dataset:
     """The first `top` tokens of each expert in a table."""
     dims = ("layer", "expert", "token_id")
-    absent = {"token_id": -1, "piece": "", "count": 0, "tokens": 0, "share": np.nan, "lift": np.nan}
+    absent = {"token_id": -1, "piece": "", "counts": 0, "tokens": 0, "share": np.nan, "lift": np.nan}
     if "lift_within" in table:
         absent["lift_within"] = np.nan
     values = {name: table[name].transpose(*dims).values for name in absent if table[name].ndim == len(dims)}
-    shape = values["count"].shape
+    shape = values["counts"].shape
     for name in ("tokens", "token_id", "piece"):
         values[name] = np.broadcast_to(table[name].values, shape)
-    listed = (values["count"] > 0) & (values["tokens"] >= min_count)
+    listed = (values["counts"] > 0) & (values["tokens"] >= min_count)
     # lexsort: the last key leads, and equals keep their order, which is that of ids. An expert's tokens have
     # the same order by lift as by share, and equal shares are equal floats.
-    keys = (-values["count"],) if by == "count" else (-values["count"], -values["share"])
+    keys = (-values["counts"],) if by == "count" else (-values["counts"], -values["share"])
     order = np.lexsort((*keys, ~listed), axis=-1)[..., :top]
     empty = ~np.take_along_axis(listed, order, -1)
     ranked = {}
     for name, missing in absent.items():
         picked = np.take_along_axis(values[name], order, -1)
         picked[empty] = missing
-        ranked[name] = (("layer", "expert", "rank"), picked, table[name].attrs)
+        ranked[name] = (("layer", "expert", "place"), picked, table[name].attrs)
     coords = {"layer": table["layer"].values, "expert": table["expert"].values}
-    return xr.Dataset(ranked, {**coords, "rank": np.arange(1, order.shape[-1] + 1)}, table.attrs)
+    return xr.Dataset(ranked, {**coords, "place": np.arange(1, order.shape[-1] + 1)}, table.attrs)
 
 
 def _numbers(layer: Layers) -> Sequence[int] | None:

@@ -188,7 +188,7 @@ def _alike(table: xr.Dataset, shuffled: Sequence[xr.Dataset]) -> Sequence[xr.Dat
 def _summary(table: xr.Dataset, min_count: int) -> xr.Dataset:
     """Mean largest share over token ids and over occurrences, and mutual information in bits, of frequent tokens."""
     frequent = table.isel(token_id=np.flatnonzero(table["tokens"].values >= min_count))
-    count, occurrences = frequent["count"].astype(np.int64), frequent["tokens"]
+    count, occurrences = frequent["counts"].astype(np.int64), frequent["tokens"]
     most, n = count.max("expert"), float(occurrences.sum()) or np.nan
     return xr.Dataset(
         {
@@ -212,13 +212,13 @@ def pointwise_of(table: xr.Dataset) -> xr.Dataset:
     xr.Dataset
         `token_given_expert`, the share of an expert's tokens that are this one, and `pmi`, pointwise mutual information
         log2(P(e given x) / P(e)) in bits (Church & Hanks 1990), −inf where never; float64 (layer, token_id, expert), as
-        the table's `count`. NaN for experts that were never chosen. Null of `pmi`: 0.
+        the table's `counts`. NaN for experts that were never chosen. Null of `pmi`: 0.
     """
-    of_expert = table["count"].sum("token_id")
+    of_expert = table["counts"].sum("token_id")
     with np.errstate(divide="ignore"):
         pmi = np.log2(table["lift"])
     return described(
-        xr.Dataset({"token_given_expert": table["count"] / of_expert.where(of_expert > 0), "pmi": pmi}),
+        xr.Dataset({"token_given_expert": table["counts"] / of_expert.where(of_expert > 0), "pmi": pmi}),
         n=table.attrs["n"],
         null=0.0,
         estimator="maximum likelihood",

@@ -93,7 +93,7 @@ def _token(answers: Sequence[Answers]) -> str | None:
         usual = found["expected"] / found["tokens"]
         spread: Any = np.sqrt(found["expected"] * (1 - usual).clip(0))
         surely = (found["p"] * tests <= SURE) & (spread > 0)  # Bonferroni
-        score = ((found["count"] - found["expected"]) / spread.where(surely)).fillna(0.0)
+        score = ((found["counts"] - found["expected"]) / spread.where(surely)).fillna(0.0)
         if score.size and float(score.max()) > best:
             best = float(score.max())
             at = score.argmax(score.dims)
@@ -106,7 +106,7 @@ def _told(each: Answers, cell: xr.Dataset, usual: float) -> str:
     of, n = cell.attrs["of"], cell.attrs["n"]
     sampled = f" in {n:,} of its {of:,} tokens, a sample of whole documents" if n < of else ""
     return (
-        f"Tokens have their experts: at layer {int(cell['layer'])}, {float(cell['count'] / cell['tokens']):.0%} of the"
+        f"Tokens have their experts: at layer {int(cell['layer'])}, {float(cell['counts'] / cell['tokens']):.0%} of the"
         f" {int(cell['tokens']):,} “{cell['piece'].item()}” in {each.label}{sampled} go to expert"
         f" {int(cell['expert'])}; shuffled within their documents, {usual:.0%} would."
     )

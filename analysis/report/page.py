@@ -207,10 +207,10 @@ def _windows(windows: xr.Dataset | None) -> list[dict[str, Any]]:
         {
             "layers": f"{int(each['layer'][0])}–{int(each['layer'][-1])}",
             "experts": " → ".join(str(int(expert)) for expert in each["expert"].values),
-            "tokens": int(each["count"]),
+            "tokens": int(each["counts"]),
             "share": float(each["share"]),
             "times": float(each["share"]) / windows.attrs["null"],
-            "predicted": float(each["count"]) / float(each["expected"]),
+            "predicted": float(each["counts"]) / float(each["expected"]),
         }
         for each in (windows.isel(window=index) for index in range(windows.sizes["window"]))
     ]

@@ -189,7 +189,7 @@ def interval(values: Any, level: float = 0.95, *, scale: Scale = "linear", corre
     known = effective >= MIN_EFFECTIVE_DOCUMENTS
     error: Any = np.sqrt(((left - estimate) ** 2).sum("replicate", skipna=False) * ((units - 1) / max(units, 1)))
     error = error.where(known)
-    if corrected:
+    if corrected and units:
         estimate = estimate - (units - 1) * (left.mean("replicate", skipna=False) - estimate)
     quantile = float(stdtrit(effective - 1, (1 + level) / 2)) if known else np.nan
     low, high = _ends(estimate, quantile * error, scale)
@@ -209,4 +209,4 @@ def _ends(estimate: Any, reach: Any, scale: Scale) -> tuple[Any, Any]:
 
 def how(units: int, level: float = 0.95) -> str:
     """Which interval `interval` gives, in words."""
-    return f"{level:.0%}, jackknife over {units} units of whole documents, Student's t of the effective documents"
+    return f"{100 * level:g} %, jackknife over {units} units of whole documents, Student's t of the effective documents"

@@ -55,7 +55,7 @@ class Units:
 
 def units_of(counts: xr.Dataset) -> list[Units]:
     """Each layer's units, from what `Jackknife(ExpertCounts())` counted."""
-    count = counts["count"].transpose("replicate", "layer", "expert").values.astype(float)
+    count = counts["counts"].transpose("replicate", "layer", "expert").values.astype(float)
     tokens = left_out(counts)
     return [Units(count=count[0, layer] - count[1:, layer], tokens=tokens) for layer in range(count.shape[1])]
 

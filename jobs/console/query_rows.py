@@ -139,8 +139,8 @@ def token_answer(capture: "xr.Dataset", token: int, layers: list[int], counts: "
         table = token_experts_of(counts, layer)
         if occurrences:
             found = table.sel(token_id=token)
-            order = (-found["count"]).argsort(kind="stable").values.tolist()
-            rows += [{"layer": layer, **_numbers(found, expert)} for expert in order if found["count"][expert]]
+            order = (-found["counts"]).argsort(kind="stable").values.tolist()
+            rows += [{"layer": layer, **_numbers(found, expert)} for expert in order if found["counts"][expert]]
     title = f"{piece} (id {token}) in {capture.attrs['dataset']}: {occurrences:,} occurrences; {_chance(table)}"
     facts = {"token_id": token, "piece": piece, "tokens": occurrences, **table.attrs}
     return Listed(title=title, columns=EXPERTS, facts=facts, rows=rows, section="layer")
@@ -148,7 +148,7 @@ def token_answer(capture: "xr.Dataset", token: int, layers: list[int], counts: "
 
 def _numbers(found: "xr.Dataset", expert: int) -> dict[str, Any]:
     own = found.isel(expert=expert)
-    return {"expert": expert, **{name: own[name].item() for name in ("count", "share", "lift")}}
+    return {"expert": expert, "count": own["counts"].item(), **{name: own[name].item() for name in ("share", "lift")}}
 
 
 def expert_answer(
@@ -165,6 +165,7 @@ def expert_answer(
     from analysis.metrics.tokens import expert_tokens_of
 
     found = expert_tokens_of(counts, layer, top=top, by=by, min_count=min_count).sel(expert=expert)
+    found = found.rename(counts="count", place="rank")
     values = {name: found[name].values.tolist() for name in ("rank", *found.data_vars)}
     rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
     least = f"; tokens that occur less than {min_count} times are left out" * (min_count > 1)

@@ -71,7 +71,7 @@ def test_choices_equal_a_loop_over_tokens(capture: xr.Dataset) -> None:
             last = k - 1 if by == "adjacent" else k
             of_a = sum(c for (at, r, e), c in chosen.items() if (at, e) == (layer, a) and r < last)
             assert float(table["probability"][layer, a, b]) == pytest.approx(times / of_a)
-            assert int(table["count"][layer, a, b]) == times
+            assert int(table["counts"][layer, a, b]) == times
     for by, found in followed.items():
         table = transitions_of(counts, by=by)  # type: ignore[arg-type]
         for (layer, a, b), times in found.items():
@@ -90,7 +90,7 @@ def test_for_two_choices_all_pairs_are_olmoe_s_and_another_convention_is_refused
     one, other = (coactivation_of(counts, by=by) for by in ("all", "olmoe"))  # type: ignore[arg-type]
     assert one["probability"].equals(other["probability"])
     assert one.attrs["null"] == other.attrs["null"]
-    assert not one["count"].equals(coactivation_of(counts, by="adjacent")["count"])
+    assert not one["counts"].equals(coactivation_of(counts, by="adjacent")["counts"])
     with pytest.raises(ValueError, match=r"by='rank': choices are joined by 'all', 'adjacent', 'olmoe'"):
         coactivation_of(counts, by="rank")  # type: ignore[arg-type]
 
@@ -113,7 +113,7 @@ def test_transitions_between_any_two_layers_equal_a_loop_over_tokens(capture: xr
         found = transitions(capture, by=by, layers=pairs)  # type: ignore[arg-type]
         assert found.attrs["n"] == n
         assert list(zip(found["layer"].values.tolist(), found["next_layer"].values.tolist(), strict=True)) == pairs
-        got = found["count"].transpose("pair", "expert", "next_expert").values
+        got = found["counts"].transpose("pair", "expert", "next_expert").values
         assert {tuple(map(int, place)): int(got[tuple(place)]) for place in np.argwhere(got)} == dict(wanted)
         for (pair, a, b), times in wanted.items():
             leaving = sum(c for (at, x, _), c in wanted.items() if (at, x) == (pair, a))
@@ -128,7 +128,7 @@ def test_neighbouring_layers_that_are_named_are_those_of_the_default() -> None:
     for by in ("first", "all", "rank"):
         default = transitions(capture, by=by)  # type: ignore[arg-type]
         named = transitions(capture, by=by, layers=[(1, 3), (3, 4)], threads=3)  # type: ignore[arg-type]
-        for name in ("count", "probability", "lift"):
+        for name in ("counts", "probability", "lift"):
             np.testing.assert_array_equal(named[name].values, default[name].values)
         assert named["next_layer"].values.tolist() == default["next_layer"].values.tolist()
 
@@ -312,11 +312,11 @@ def test_published_counts_as_a_stream_of_routes_are_given_back_exactly(domain: s
         np.testing.assert_array_equal(counts["followed_rank"][index], rank[index], step)
     for layer in layers:
         top2 = np.array(PUBLISHED["expert_counts_top2"][domain][str(layer)])
-        np.testing.assert_array_equal(load["count"].sel(layer=layer).sum("k"), top2)
+        np.testing.assert_array_equal(load["counts"].sel(layer=layer).sum("k"), top2)
         one = PUBLISHED["expert_counts_top1"][domain][str(layer)]
-        np.testing.assert_array_equal(load["count"].sel(layer=layer, k=0), one)
+        np.testing.assert_array_equal(load["counts"].sel(layer=layer, k=0), one)
         np.testing.assert_array_equal(load["share"].sel(layer=layer), top2 / top2.sum())
-    assert int(coactivation(capture)["count"].sum()) == 2 * 208_896 * len(layers)
+    assert int(coactivation(capture)["counts"].sum()) == 2 * 208_896 * len(layers)
 
 
 def stream(a: float, b: float, c: float, tokens: int, seed: int) -> np.ndarray:

@@ -157,7 +157,7 @@ def test_a_token_s_excess_is_what_a_loop_over_documents_finds() -> None:
             for e in range(8):
                 cell = found.isel(layer=layer).sel(token_id=x, expert=e)
                 mean = sum(both[x, d] * of_document[d, e] / tokens_of[d] for d in tokens_of)
-                assert (int(cell["count"]), int(cell["tokens"])) == (cells[x, e], n)
+                assert (int(cell["counts"]), int(cell["tokens"])) == (cells[x, e], n)
                 assert float(cell["expected"]) == pytest.approx(mean)
                 share, least = mean / n, cells[x, e]
                 tail = sum(math.comb(n, i) * share**i * (1 - share) ** (n - i) for i in range(least, n + 1))

@@ -238,13 +238,13 @@ def test_a_token_s_places_are_as_many_as_its_map_says(address: str, store: Path)
 def test_an_expert_s_page_says_what_the_metrics_say(address: str, store: Path) -> None:
     capture = open_capture(store, "fake")
     share = expert_load(capture)["share"].sel(layer=1, expert=4)
-    top = expert_tokens(capture, layer=1, by="count").sel(expert=4, rank=1)
+    top = expert_tokens(capture, layer=1, by="count").sel(expert=4, place=1)
     pair = coactivation(capture)["probability"].sel(layer=1, expert=4)
     partner, moves = int(pair.fillna(0).values.argmax()), transitions(capture)["probability"].sel(layer=1, expert=4)
     page = text_of(asked(f"{address}/fake/expert/1/4")[2])
     assert f"fake{float(share):.1%}" in page.replace(" ", "")
-    assert f"{int(top['count']):,} {int(top['tokens']):,} {float(top['share']):.1%}" in page.replace("  ", " ") or (
-        f"{int(top['count']):,}{int(top['tokens']):,}{float(top['share']):.1%}" in page.replace(" ", "")
+    assert f"{int(top['counts']):,} {int(top['tokens']):,} {float(top['share']):.1%}" in page.replace("  ", " ") or (
+        f"{int(top['counts']):,}{int(top['tokens']):,}{float(top['share']):.1%}" in page.replace(" ", "")
     )
     assert f"{partner}{float(pair.max()):.1%}" in page.replace(" ", "")
     assert f"{int(moves.values.argmax())}{float(moves.max()):.1%}" in page.replace(" ", "")

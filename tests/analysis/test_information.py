@@ -89,7 +89,7 @@ def test_the_null_of_few_observations_in_many_cells_is_drawn() -> None:
     routes = make_capture(documents=160, sequence_length=16, num_experts=64, strength=0, layers=range(4))
     assert 2500 < routes.sizes["doc"] * 16 < 6000
     for by, bias in (("first", 1.0), ("all", (62 / 63) ** 2)):
-        moves = association(transitions(routes, by=by)["count"], "expert", "next_expert", bias=bias, draws=30)
+        moves = association(transitions(routes, by=by)["counts"], "expert", "next_expert", bias=bias, draws=30)
         assert bool(moves["drawn"].all())
         assert bool((abs(moves["corrected"]) < 0.04).all()), by
 
@@ -129,7 +129,7 @@ def test_balance_and_specialization_are_those_of_the_shares(capture: xr.Dataset)
     balance, special = balance_of(load), domain_specialization(load)
     experts, k = capture.attrs["num_experts"], capture.sizes["k"]
     for layer in range(capture.sizes["layer"]):
-        count = [int(c) for c in load["count"][layer].sum("k")]
+        count = [int(c) for c in load["counts"][layer].sum("k")]
         if not sum(count):
             assert all(bool(np.isnan(balance[name][layer])) for name in balance)
             continue
@@ -151,7 +151,7 @@ def test_balance_and_specialization_are_those_of_the_shares(capture: xr.Dataset)
             assert float(balance[name][layer]) == pytest.approx(value, abs=1e-12), name
         n = load.attrs["n"]
         np.testing.assert_allclose(special["any_choice"][layer], [c / n for c in count])
-        np.testing.assert_allclose(special["first_choice"][layer], load["count"][layer, 0] / n)
+        np.testing.assert_allclose(special["first_choice"][layer], load["counts"][layer, 0] / n)
     assert special["any_choice"].attrs["null"] == k / experts
 
 
@@ -175,7 +175,7 @@ def test_load_by_position_equals_a_loop(capture: xr.Dataset, bins: int) -> None:
             if routes[0, 0] != fill and int(data["token"][row, p]) not in capture.attrs["special_token_ids"]:
                 wanted.update((p // width, layer, int(e)) for layer, chosen in enumerate(routes) for e in chosen)
     found = position_load(capture, bins=bins)
-    got = found["count"].transpose("start", "layer", "expert").values
+    got = found["counts"].transpose("start", "layer", "expert").values
     assert {tuple(map(int, place)): int(got[tuple(place)]) for place in np.argwhere(got)} == dict(wanted)
     assert found["start"].values.tolist() == list(range(0, positions, width))
     assert found.attrs["n"] == sum(wanted.values()) // (capture.sizes["k"] * capture.sizes["layer"])
@@ -190,10 +190,10 @@ def test_uniform_routes_tell_nothing_of_position_or_the_next_layer() -> None:
     assert float(abs(found["mutual_information"]).max()) < spread
     assert bool((found["by_chance_high"] > 0).all())
     assert float(found["by_chance_high"].max()) < spread
-    moves = association(transitions(capture)["count"], "expert", "next_expert")
+    moves = association(transitions(capture)["counts"], "expert", "next_expert")
     assert float(abs(moves["corrected"]).max()) < spread
     learned = make_capture(documents=400, sequence_length=64, rows_per_shard=64, strength=2, chunked=False)
-    assert float(association(transitions(learned)["count"], "expert", "next_expert")["corrected"].min()) > 10 * spread
+    assert float(association(transitions(learned)["counts"], "expert", "next_expert")["corrected"].min()) > 10 * spread
 
 
 def test_bins_of_no_length_are_refused() -> None:

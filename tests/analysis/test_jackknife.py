@@ -43,7 +43,7 @@ def test_a_replicate_is_the_capture_without_a_unit(seed: int, shape: tuple[int, 
         assert found[0]["left_out"].values.tolist() == [0, *tokens.values()]
         for replicate, number in enumerate([None, *tokens]):
             part = capture if number is None else capture.isel(doc=unit != number)
-            for result, whole, name in zip(found, scan(part, asked), ("followed_all", "count"), strict=True):
+            for result, whole, name in zip(found, scan(part, asked), ("followed_all", "counts"), strict=True):
                 np.testing.assert_array_equal(result[name].sel(replicate=replicate), whole[name])
 
 
@@ -109,7 +109,7 @@ def test_intervals_of_95_percent_hold_the_truth_about_that_often(
     for _ in range(4):
         documents = Documents(random, lengths(random, kind, number), spread, experts=experts)
         found = counted(documents.counts(100), documents.tokens)
-        share, truth = share_of_experts(found["count"]), documents.reach / documents.reach.sum()
+        share, truth = share_of_experts(found["counts"]), documents.reach / documents.reach.sum()
         ends = interval(share, scale="share")
         if not bool(ends["low"].isel(expert=0).notnull().any()):
             continue

@@ -195,7 +195,7 @@ def test_what_it_says_beside_its_results_is_so_and_nothing_warns(run: Run) -> No
     )
     assert "arning" not in said
     assert len(re.findall(r"(?m)^\S+: complete, ", said)) == 3
-    tops = re.findall(r"expert: (\d); .*?times chance: ([\d.]+)", shown(run, "lift", "image/svg+xml"))
+    tops = re.findall(r"expert: (\d); .*?times all tokens: ([\d.]+)", shown(run, "lift", "image/svg+xml"))
     assert {expert for expert, lift in tops if float(lift) > 3} == set("0123456"), "experts of a layer come apart"
-    apart = re.findall(r"q by shuffling: ([\d.]+)", shown(run, "contrast", "image/svg+xml"))
-    assert 32 < sum(float(q) <= 0.05 for q in apart) < 64, "some cells are pale, most are not"
+    apart = re.findall(r"p, of all cells together: ([\d.]+)", shown(run, "contrast", "image/svg+xml"))
+    assert 32 < sum(float(p) <= 0.05 for p in apart) < 64, "some cells are pale, most are not"

@@ -319,14 +319,14 @@ def test_the_worked_queries_answer_as_xarray_does(tmp_path: Path, monkeypatch: p
     tokens, bits, path = (duckdb.sql(query.query) for query in queries)
 
     wanted = expert_tokens(capture, 3, top=10, by="lift", min_count=20).sel(expert=5)
-    wanted = wanted.isel(rank=wanted["token_id"].values >= 0)
-    assert wanted.sizes["rank"] > 3
+    wanted = wanted.rename(counts="count").isel(place=wanted["token_id"].values >= 0)
+    assert wanted.sizes["place"] > 3
     assert tokens.columns == ["data_set", "piece", "token_id", "count", "tokens", "share", "lift"]
     found = dict(zip(tokens.columns, zip(*tokens.fetchall(), strict=True), strict=True))
     for name in ("piece", "token_id", "count", "tokens", "share", "lift"):
         assert list(found[name]) == wanted[name].values.tolist(), name
 
-    count = transitions(capture, by="first")["count"]
+    count = transitions(capture, by="first")["counts"]
     assert bool((count == 0).any()), "the logarithm of 0 is not taken"
     joint = count / count.sum(("expert", "next_expert"))
     independent = joint.sum("expert") * joint.sum("next_expert")

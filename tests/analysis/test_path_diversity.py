@@ -61,7 +61,7 @@ def test_whole_paths_equal_a_counter(capture: xr.Dataset) -> None:
     n = sum(counts.values())
     wanted = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:5]
     listed = [tuple(path) for path in found["expert"].transpose("path", "layer").values.tolist()]
-    assert list(zip(listed, found["count"].values.tolist(), strict=True)) == wanted
+    assert list(zip(listed, found["counts"].values.tolist(), strict=True)) == wanted
     assert (found.attrs["n"], int(found["distinct"]), float(found["distinct_sd"])) == (n, len(counts), 0)
     assert float(found["entropy"]) == pytest.approx(bits(counts), abs=1e-12)
     assert float(found["unseen"]) == sum(count == 1 for count in counts.values()) / n
@@ -83,7 +83,7 @@ def test_frequent_paths_are_exact_and_the_others_estimated(large: xr.Dataset) ->
     for kept in (2**13, 2**11):
         found = whole_paths(large, kept=kept, top=30)
         assert float(found["distinct_sd"]) > 0
-        assert found["count"].values.tolist() == ordered[:30]
+        assert found["counts"].values.tolist() == ordered[:30]
         assert [counts[tuple(path)] for path in found["expert"].values.tolist()] == ordered[:30]
         for top, proven in zip(TOPS, found["proven"].values, strict=True):
             coverage = float(found["coverage"].sel(top=top)) * n

@@ -38,7 +38,7 @@ def loads(draw: st.DrawFn) -> xr.Dataset:
 def counts(load: xr.Dataset) -> list[list[int]]:
     """Choices of each expert, by layer."""
     return [
-        [int(load["count"].isel(layer=layer, expert=expert).sum()) for expert in range(load.sizes["expert"])]
+        [int(load["counts"].isel(layer=layer, expert=expert).sum()) for expert in range(load.sizes["expert"])]
         for layer in range(load.sizes["layer"])
     ]
 
@@ -85,13 +85,13 @@ def test_placements_and_their_imbalance_equal_a_loop_over_experts(load: xr.Datas
 def test_an_even_load_is_as_even_as_the_null_says_and_the_balanced_placement_mends_an_uneven_one() -> None:
     capture = make_capture(documents=60, num_experts=6, experts_per_token=2)
     load = expert_load(capture)
-    even = load.assign(count=xr.full_like(load["count"], 5))
+    even = load.assign(counts=xr.full_like(load["counts"], 5))
     for gpus, null in ((1, 1), (2, 1), (3, 1), (6, 1), (4, 4 / 3), (5, 5 / 3)):
         result = gpu_load(even, gpus)
         np.testing.assert_allclose(result["imbalance"], null)
         np.testing.assert_allclose(result["balancedness"], 1 / null)
         assert result.attrs["null"] == result["imbalance"].attrs["null"] == pytest.approx(null)
-    skewed = even.assign(count=load["count"] * 0 + xr.DataArray([9, 8, 7, 3, 2, 1], dims="expert"))
+    skewed = even.assign(counts=load["counts"] * 0 + xr.DataArray([9, 8, 7, 3, 2, 1], dims="expert"))
     assert gpu_load(skewed, 3)["imbalance"].isel(layer=0).values.tolist() == [17 / 10, 12 / 10, 1]
 
 

@@ -25,7 +25,7 @@ def test_ranges_that_double_equal_a_loop_over_positions(capture: xr.Dataset) -> 
                 wanted.update((start, layer, int(e)) for layer, chosen in enumerate(routes) for e in chosen)
     found = position_load(capture, bins="doubling")
     assert found["start"].values.tolist() == [0, 1, 2, 4]  # of rows of eight positions
-    count = found["count"].transpose("start", "layer", "expert").values
+    count = found["counts"].transpose("start", "layer", "expert").values
     starts = found["start"].values
     got = {(int(starts[s]), int(la), int(e)): int(count[s, la, e]) for s, la, e in np.argwhere(count)}
     assert got == dict(wanted)
@@ -39,7 +39,7 @@ def test_the_experts_that_mind_the_position_most_are_those_that_a_loop_finds() -
     load = position_load(capture.assign(expert=routes), bins="doubling")
     found = dependent_experts(load, top=5)
     assert (int(found["layer"][0]), int(found["expert"][0])) == (3, 5)
-    share = load["count"].transpose("layer", "start", "expert").values.astype(float)
+    share = load["counts"].transpose("layer", "start", "expert").values.astype(float)
     share /= share.sum((1, 2), keepdims=True)
     information = {}
     for layer in range(3):
@@ -57,11 +57,11 @@ def test_the_experts_that_mind_the_position_most_are_those_that_a_loop_finds() -
         plain[layer] += bits  # of all experts together: the layer's mutual information, before it is corrected
     assert plain[3] > load["mutual_information"].sel(layer=3) > 0
     at_first = share[1, 0, 5] / share[1, 0].sum() / share[1, :, 5].sum()
-    assert float(found["times"].isel(rank=0, start=0)) == pytest.approx(at_first)
+    assert float(found["times"].isel(place=0, start=0)) == pytest.approx(at_first)
     assert at_first > 2
     rows = int((capture["length"] > 0).sum())
-    assert int(found["tokens"].isel(rank=0, start=0)) == rows
-    assert int(found["tokens"].isel(rank=0).sum()) == load.attrs["n"]
+    assert int(found["tokens"].isel(place=0, start=0)) == rows
+    assert int(found["tokens"].isel(place=0).sum()) == load.attrs["n"]
 
 
 def test_nothing_captured_minds_no_position() -> None:

@@ -47,7 +47,7 @@ def test_the_published_counts_are_those_of_the_file() -> None:
     assert known.attrs["n"] == TOKENS == 102 * validation.BLOCK_TOKENS
     for domain in DOMAINS:
         for layer in (0, 7, 15):
-            of = known["count"].sel(domain=domain, layer=layer)
+            of = known["counts"].sel(domain=domain, layer=layer)
             assert of.sel(choice="first").values.tolist() == PUBLISHED["expert_counts_top1"][domain][str(layer)]
             assert of.sel(choice="first or second").values.tolist() == counts_of(domain, "top2", layer).tolist()
             assert int(of.sum()) == 3 * TOKENS
@@ -58,8 +58,8 @@ def test_distances_scale_and_verdicts_equal_numpy() -> None:
     random = np.random.default_rng(4)
     known = published_counts()
     drawn = {name: random.integers(1, 2000, (31, 2, 3, 8)) for name in DOMAINS}
-    drawn["c4"][0] = known["count"].sel(domain="c4") + random.integers(0, 500, (2, 3, 8))
-    drawn["github"][0, :, :2] = known["count"].sel(domain="c4").values[:, :2]
+    drawn["c4"][0] = known["counts"].sel(domain="c4") + random.integers(0, 500, (2, 3, 8))
+    drawn["github"][0, :, :2] = known["counts"].sel(domain="c4").values[:, :2]
     coords = {"choice": known["choice"].values, "layer": [0, 7, 15]}
     found = compared(
         {n: xr.DataArray(a, coords, ("replicate", "choice", "layer", "expert")) for n, a in drawn.items()}, known
@@ -86,7 +86,7 @@ def test_distances_scale_and_verdicts_equal_numpy() -> None:
 
 def test_a_model_that_is_far_from_all_is_not_confirmed_though_it_lies_on_the_right_side() -> None:
     known = published_counts()
-    skewed = known["count"].sel(domain=["c4"]) + 3 * TOKENS * (known["expert"] == 0)
+    skewed = known["counts"].sel(domain=["c4"]) + 3 * TOKENS * (known["expert"] == 0)
     counts = {"c4": xr.concat([skewed.isel(domain=0, drop=True)] * 3, "replicate")}
     found = compared(counts, known)
     assert not found["confirmed"].any()
@@ -94,8 +94,8 @@ def test_a_model_that_is_far_from_all_is_not_confirmed_though_it_lies_on_the_rig
 
 
 def test_the_distance_of_nothing_is_not_zero() -> None:
-    nothing = xr.zeros_like(published_counts()["count"])
-    assert bool(total_variation(nothing, published_counts()["count"]).isnull().all())
+    nothing = xr.zeros_like(published_counts()["counts"])
+    assert bool(total_variation(nothing, published_counts()["counts"]).isnull().all())
     with pytest.raises(ValueError, match=r"no counts are published for \['arxiv'\]; they are for \['c4', 'github'\]"):
         compared({"arxiv": nothing}, published_counts())
 

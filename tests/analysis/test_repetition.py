@@ -26,7 +26,7 @@ def test_sets_of_many_experts_are_compared_as_python_compares_them(experts: int,
             for layer in range(capture.sizes["layer"]):
                 one, other = expert[row, p, layer].tolist(), expert[row, p + lag, layer].tolist()
                 wanted[layer, len({*one} & {*other}), int(one[0] == other[0])] += 1
-        got = found["count"].isel(lag=index).transpose("layer", "shared_experts", "same_first").values
+        got = found["counts"].isel(lag=index).transpose("layer", "shared_experts", "same_first").values
         np.testing.assert_array_equal(got, wanted)
 
 

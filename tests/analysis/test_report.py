@@ -9,18 +9,22 @@ from pathlib import Path
 import altair as alt
 import numpy as np
 import pytest
-from analysis.statistics.resampling import poisson_weights
+from scipy.stats import t as student
 from synthetic import HOSTILE, bursty, make_capture, state_of
 
 from analysis.charts.paths import MAX_TOKEN_LINKS
 from analysis.report import page as report
 from analysis.report.answers import answer
 from analysis.report.headline import sentences
+from analysis.report.sections import contrast as contrast_section
+from analysis.report.sections import load as load_section
 from analysis.report.sections import tokens as tokens_section
 from analysis.report.sections.all import SECTIONS
 from analysis.report.sections.contrast import contrast_between
-from analysis.report.sections.contrast import contrasted as contrasted_documents
 from analysis.scanning import scan
+
+OF_SENTENCES = (load_section.SECTION, contrast_section.SECTION, tokens_section.SECTION)
+"""The sections whose answers the page's sentences are made of."""
 
 
 def answers_of(label, **options):
@@ -29,19 +33,23 @@ def answers_of(label, **options):
     return answer(data, state_of(data, options.get("missing", ())), label)
 
 
-def contrasted(missing=(), **captures):
+def contrasted(missing=(), sections=SECTIONS, block_tokens=None, **captures):
     """The report's answers about captures that are compared with each other; the last one lacks some shards."""
-    captures = {label: data.assign_attrs(model="m", quantization="nf4") for label, data in captures.items()}
-    documents, last = contrasted_documents(captures), list(captures)[-1]
-    return [
-        answer(
-            data,
-            state_of(data, missing if label == last else ()),
-            label,
-            documents=documents if label in documents else None,
-        )
-        for label, data in captures.items()
-    ]
+    common = {"model": "m", "quantization": "nf4"}
+    made = {label: data.assign_attrs(common | data.attrs) for label, data in captures.items()}
+    lacks = {list(captures)[-1]: missing}
+    options = {"sections": sections, "block_tokens": block_tokens}
+    return [answer(data, state_of(data, lacks.get(label, ())), label, **options) for label, data in made.items()]
+
+
+def few(**captures):
+    """The answers that the sentences need."""
+    return contrasted(sections=OF_SENTENCES, **captures)
+
+
+def contrast_page(answers):
+    """The page with no charts but those of how the data sets differ."""
+    return report.render(report.report_of(answers, [contrast_section.SECTION]))
 
 
 def told(answers):
@@ -116,33 +124,156 @@ def planted(data, layer, expert, share):
     return data.assign(expert=routes.chunk(data["expert"].chunksizes))
 
 
+def avoiding(data, avoided=0):
+    """A copy in which no token reaches that expert: each one that did gets one of those that it had not."""
+    routes, random = data["expert"].compute().copy(), np.random.default_rng(2)
+    for chosen in routes.values.reshape(-1, data.sizes["k"]):
+        if avoided in chosen:
+            chosen[chosen == avoided] = random.choice(np.setdiff1d(np.arange(8), [*chosen, avoided]))
+    return data.assign(expert=routes.chunk(data["expert"].chunksizes))
+
+
+def reached(data, layer, expert):
+    """The tokens of each document that count, and those of them that reach an expert: (document)."""
+    data = data.compute()
+    counts = (data["token"].values >= 0) & (data["token"].values != 1)  # 1 is special
+    reach = (data["expert"].sel(layer=layer).values == expert).any(-1) & counts
+    ids = data["document_id"].values
+    both = [(counts[ids == one].sum(), reach[ids == one].sum()) for one in np.unique(ids)]
+    return np.array([pair for pair in both if pair[0]]).T
+
+
+def without_each(of_documents):
+    """The sum over documents, and the sums that lack one of them: (1 + documents, ...)."""
+    rows = np.arange(len(of_documents))
+    return np.array([of_documents.sum(0), *(of_documents[rows != lacks].sum(0) for lacks in rows)])
+
+
+def standard_error(values):
+    """Of what was computed of all documents, and again without each of them (1 + documents, ...)."""
+    documents = len(values) - 1
+    return np.sqrt((documents - 1) / documents * ((values[1:] - values[0]) ** 2).sum(0))
+
+
+def interval_over(values, tokens, *, share=False, corrected=False):
+    """The ends of the 95 % interval of such values, of documents of so many tokens."""
+    reach = student.ppf(0.975, tokens.sum() ** 2 / (tokens**2).sum() - 1) * standard_error(values)
+    if not share:
+        middle = values[0] - (len(tokens) - 1) * (values[1:].mean(0) - values[0]) if corrected else values[0]
+        return middle - reach, middle + reach
+    odds = np.log(values[0] / (1 - values[0]))
+    return tuple(1 / (1 + np.exp(-odds - side * reach / values[0] / (1 - values[0]))) for side in (-1, 1))
+
+
+SPECIALIST = re.compile(
+    r"Its specialist is expert (\d) at layer (\d): (\d+)% of them reach it, and (\d+)% of those of (\w+)"
+    r"(?:, the nearest)? \(([\d.]+) to ([\d.]+) points more, 95 % interval over documents of all experts,"
+    r" layers and data sets together;"
+    r" 25% would be even\)"
+)
+
+
 def test_a_planted_specialist_is_named_with_its_shares_and_swapping_the_data_sets_swaps_what_is_said():
     one, other = (make_capture(seed=seed, documents=120, layers=(0, 4, 9), strength=0) for seed in (1, 2))
     other = planted(other, layer=4, expert=6, share=0.5)
-    said = told(contrasted(one=one, other=other))
+    said = told(few(one=one, other=other))
     assert len(said) == 3
-    assert "other: " in said[1]
-    assert "Its specialist is expert 6 at layer 4: 6" in said[1]
-    numbers = re.search(r"(\d+)% of them reach it, and (\d+)% in .* \((\d+) to (\d+) points apart", said[1])
-    reach, usual, low, high = map(int, numbers.groups())
-    assert low < reach - usual < high
-    assert reach == pytest.approx(100 * (1 / 4 + 0.5 * 3 / 4), abs=3)
-    assert "25% would be even" in said[1]
+    expert, layer, reach, usual, rival, low, high = SPECIALIST.search(said[1]).groups()
+    assert said[1].startswith("other: ")
+    assert (expert, layer, rival) == ("6", "4", "one")
+    counted = [reached(data, 4, 6) for data in (other, one)]
+    share = [have.sum() / tokens.sum() for tokens, have in counted]
+    assert [int(reach), int(usual)] == [round(100 * each) for each in share]
+    assert float(low) < 100 * 0.5 * 3 / 4 < float(high)
+    assert (float(low) + float(high)) / 2 == pytest.approx(100 * (share[0] - share[1]), abs=0.1)
+    error = np.hypot(*(standard_error(np.divide(*without_each(each.T).T[::-1])) for each in counted))
+    wider = (float(high) - float(low)) / 2 / (100 * error)
+    one_test, all_tests = student.ppf([1 - 0.025, 1 - 0.025 / 24], 100)  # the latter is Bonferroni's
+    assert one_test + 0.5 < wider < all_tests + 0.1
     assert "busiest expert is 6 at layer 4 on other" in said[2]
-    assert told(contrasted(other=other, one=one)) == [said[1], said[0], said[2]]
+    again = told(few(other=other, one=one))
+    assert again[2] == said[2]
+    assert SPECIALIST.search(again[0]).groups()[:5] == SPECIALIST.search(said[1]).groups()[:5]
+    assert SPECIALIST.sub("", again[1]) == SPECIALIST.sub("", said[0])
 
 
 def test_of_uniform_routes_no_more_than_chance_is_said():
     finds = 0
     for seed in range(0, 24, 2):
         pair = {name: make_capture(seed=seed + at, documents=60, strength=0) for at, name in enumerate("ab")}
-        said = told(contrasted(**pair))
+        said = told(few(**pair))
         assert len(said) == 3  # and nothing of tokens
-        beyond = ["beyond chance (smallest q over the layers" in sentence for sentence in said[:2]]
-        assert beyond[0] == beyond[1]
-        assert not beyond[0] or "999 shuffles of documents" in said[0]
-        finds += not all(beyond)
+        equal = ["nor do its shares differ from theirs" in sentence for sentence in said[:2]]
+        assert equal[0] == equal[1]
+        finds += not all(equal)
     assert finds <= 2  # of twelve, where one in twenty is expected
+
+
+def test_nobody_is_the_specialist_of_an_expert_that_another_data_set_avoids():
+    for seed in (0, 10):
+        a, b, c = (make_capture(seed=seed + at, documents=90, strength=0) for at in range(3))
+        said = told(few(a=a, b=b, c=avoiding(c)))
+        for sentence in said[:2]:
+            assert "Its specialist" not in sentence
+            assert "though its shares differ from those of c." in sentence
+        assert "expert 0 " not in said[2]
+        alone = told(few(a=a, b=avoiding(b), c=avoiding(c)))
+        assert SPECIALIST.search(alone[0])[1] == "0", "both others avoid it"
+        assert ", the nearest (" in alone[0]
+
+
+def contrast_cells(page):
+    """The rows of all maps of how the data sets differ."""
+    return [row for figure in figures_of(page, "domains") for row in figure["tables"]["cells"]]
+
+
+def test_one_document_a_data_set_is_not_tested_and_says_so():
+    whole = {name: make_capture(seed=seed, documents=40) for seed, name in enumerate("ab")}
+    no_test = "one document: no test possible"
+    one, other = (make_capture(seed=seed, documents=1) for seed in (0, 3))
+    answers = contrasted(a=one, b=other)
+    said = told(answers)
+    for sentence in said[:2]:
+        assert f"Not compared with the others: {no_test}" in sentence
+        assert "Its specialist" not in sentence
+        assert "No expert" not in sentence
+    page = page_of(*answers)
+    assert page.count(no_test) >= 2
+    assert {row["p"] for row in contrast_cells(page)} == {None}
+    assert {row["low"] for row in figures_of(page, "load")[0]["tables"]["cells"]} == {None}
+    beside = told(few(a=one, b=whole["b"]))
+    assert no_test in beside[0]
+    assert "Not compared: no other data set has enough documents." in beside[1]
+    enough = few(**whole)
+    assert not [sentence for sentence in told(enough) if no_test in sentence or "Not compared" in sentence]
+    assert all(0 < row["p"] <= 1 for row in contrast_cells(contrast_page(enough)))
+
+
+def test_blocks_of_a_text_of_one_document_are_compared():
+    captures = {name: make_capture(seed=seed, documents=60, strength=0) for seed, name in enumerate("ab")}
+    captures["b"] = planted(captures["b"], layer=1, expert=6, share=0.5)
+    for name, data in captures.items():
+        start = np.concatenate([[0], np.cumsum(data["length"].values)[:-1]])
+        captures[name] = data.assign(document_id=data["document_id"] * 0, offset=("doc", start))
+    assert all("one document" in sentence for sentence in told(few(**captures))[:2])
+    said = told(contrasted(sections=OF_SENTENCES, block_tokens=64, **captures))
+    assert SPECIALIST.search(said[1]).groups()[:2] == ("6", "1")
+
+
+def test_what_is_said_of_seven_documents_against_eight_is_what_their_map_shows():
+    a, b = (make_capture(seed=seed, documents=number, strength=0) for seed, number in ((1, 7), (2, 8)))
+    for other, differs in ((planted(b, layer=1, expert=6, share=0.9), True), (b, False)):
+        answers = few(a=a, b=other)
+        assert [each.documents for each in answers] == [7, 8]
+        said, rows = told(answers), contrast_cells(contrast_page(answers))
+        assert all(0 < row["p"] <= 1 for row in rows)
+        sure = {(row["layer"], row["expert"]) for row in rows if row["p"] <= 0.05}
+        assert bool(sure) == differs
+        assert not sure or (1, 6) in sure
+        assert ("Its specialist is expert 6 at layer 1" in said[1]) == differs
+        assert ("No expert gets more" in said[1]) != differs
+        assert any("nor do its shares differ" in sentence for sentence in said) != differs
+        assert not [sentence for sentence in said if "nan" in sentence.lower()]
 
 
 def test_a_token_that_has_an_expert_of_its_own_is_told_as_numpy_counts_it():
@@ -187,10 +318,33 @@ def test_no_token_is_told_where_documents_are_all_that_routes_depend_on():
     assert "largest lift over all tokens" in page_of(answers)
 
 
-def test_data_sets_of_different_models_are_not_contrasted():
-    one, other = (make_capture(seed=seed, documents=20, strength=0) for seed in (1, 2))
-    assert contrasted_documents({"one": one.assign_attrs(model="m"), "other": other.assign_attrs(model="n")}) == {}
-    assert len(told([answers_of("one", seed=1, strength=0), answers_of("other", strength=0)])) == 2
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"model": "n"}, "model is m and n"),
+        ({"quantization": "int8"}, "quantization is nf4 and int8"),
+        ({"model_revision": "main"}, "model_revision is None and main"),
+        ({"sequence_length": 512}, None),
+    ],
+)
+def test_data_sets_of_other_models_are_not_contrasted_and_the_page_says_why(changed, reason):
+    one, other, third = (make_capture(seed=seed, documents=20, strength=0) for seed in (1, 2, 3))
+    answers = few(one=one, other=other.assign_attrs(changed), third=third)
+    page, said = contrast_page(answers), told(answers)
+    shown = ["one", "third"] if reason else ["one", "other", "third"]
+    names = re.findall(r'data-kind="domains" data-number="\d+" data-name="domains-([^"]*)"', page)
+    assert names == shown
+    assert [sentence for sentence in said if "Not compared" in sentence] == ([said[1]] if reason else [])
+    if reason:
+        assert f" Not compared with one: {reason}. The busiest expert" in said[1]
+        assert f"Not compared with one: {reason}." in html.unescape(page)
+
+
+def test_two_data_sets_of_other_models_leave_nothing_to_contrast():
+    answers = few(one=make_capture(seed=1), other=make_capture(seed=2).assign_attrs(quantization="int8"))
+    assert contrast_between(answers) is None
+    assert "quantization is nf4 and int8" in told(answers)[1]
+    assert "Not compared" not in told(answers)[0]
 
 
 def test_an_incomplete_capture_says_so_and_which_shards_are_missing():
@@ -342,6 +496,9 @@ def test_lines_hold_what_the_metrics_say_and_their_nulls():
     for row in lines["effective-experts"]:
         load = by_name[row["data_set"]]["load"]["share"].sel(layer=row["layer"]).values
         assert row["value"] == pytest.approx(2 ** -(load * np.log2(load)).sum(), rel=1e-3)
+        even = by_name[row["data_set"]]["balance_null"]["effective_experts"].sel(of="mean", layer=row["layer"])
+        assert row["by_chance"] == pytest.approx(even.item(), rel=1e-3)
+        assert 4 < row["by_chance"] < 8
     for row in lines["caching"]:
         of = by_name[row["data_set"]]["caches"].sel(policy=row["policy"], cache_size=row["cache_size"])
         assert row["hit_rate"] == pytest.approx(100 * of["hit_rate"].mean().item(), rel=1e-3)
@@ -359,17 +516,22 @@ def test_each_chart_tells_its_definition_and_source():
 
 def test_data_sets_that_differ_are_contrasted_cell_by_cell():
     other = planted(make_capture(seed=2, documents=120, strength=0), layer=1, expert=6, share=0.5)
-    answers = contrasted(one=make_capture(seed=1, documents=120, strength=0), other=other)
-    page, apart = page_of(*answers), contrast_between(answers)
+    captures = {"one": make_capture(seed=1, documents=120, strength=0), "other": other}
+    answers = few(**captures)
+    page, apart = contrast_page(answers), contrast_between(answers)
     for label, figure in zip(("one", "other"), figures_of(page, "domains"), strict=True):
         rows = figure["tables"]["cells"]
         for row in rows:
             cell = apart.sel(data_set=label, layer=row["layer"], expert=row["expert"])
             assert row["difference"] == pytest.approx(100 * cell["difference"].item(), rel=1e-3)
-            assert row["q"] == pytest.approx(cell["difference_q"].item(), rel=1e-3)
-        sure = [(row["layer"], row["expert"]) for row in rows if row["q"] <= 0.05]
+            assert row["p"] == pytest.approx(cell["difference_p"].item(), rel=1e-3)
+            for end in ("low", "high"):
+                assert row[f"difference_{end}"] == pytest.approx(100 * cell[f"difference_{end}"].item(), rel=1e-3)
+            tokens, have = reached(captures[label], row["layer"], row["expert"])
+            assert row["share"] == pytest.approx(100 * have.sum() / tokens.sum(), rel=1e-3)
+        sure = [(row["layer"], row["expert"]) for row in rows if row["p"] <= 0.05]
         assert (1, 6) in sure
-        assert sum(layer != 1 for layer, _ in sure) <= 1  # one in twenty may be chance
+        assert {layer for layer, _ in sure} == {1}
 
 
 def pairs_of(data, lag):
@@ -386,56 +548,70 @@ def pairs_of(data, lag):
         yield (one[..., :, None] == other[..., None, :]).any((2, 3)), one[..., 0] == other[..., 0]
 
 
-def test_repetition_by_lag_has_its_nulls_and_the_band_of_resampled_documents():
+def by_document(data, of_rows):
+    """Numbers of rows, summed over the rows of each document that has a token: (document, ...)."""
+    ids, of_rows = data["document_id"].values, np.array(of_rows)
+    counted = ((data["token"].values >= 0) & (data["token"].values != 1)).sum(1)  # 1 is special
+    return np.array([of_rows[ids == one].sum(0) for one in np.unique(ids) if counted[ids == one].any()])
+
+
+def tokens_of_documents(data):
+    """How many count in each document that has any: float64 (document)."""
+    counted = (data["token"].values >= 0) & (data["token"].values != 1)
+    return by_document(data, counted.sum(1)).astype(float)
+
+
+def test_repetition_by_lag_has_its_nulls_and_the_interval_over_documents():
     data = make_capture(seed=4, documents=60, layers=(0, 3)).assign_attrs(model="m")
     answers = answer(data, state_of(data), "a")
     page = page_of(answers)
     lines, heat = lines_of(page), figures_of(page, "repetition")[0]["tables"]["cells"]
-    times = poisson_weights(data["document_id"].values, 199)  # (replicate, row)
-    first = answers["load"]["count"].isel(k=0).values / answers["load"].attrs["n"]
+    tokens = tokens_of_documents(data)
+    first = answers["load"]["counts"].isel(k=0).values / answers["load"].attrs["n"]
     for at, lag in enumerate((1, 2, 4, 8)):
         of_rows = [(shared.sum(0), same.sum(0), len(shared)) for shared, same in pairs_of(data, lag)]
-        pairs = np.array([count for _, _, count in of_rows])
+        pairs = without_each(by_document(data, [count for _, _, count in of_rows]))
         for which, chart in enumerate(("shared-by-lag", "first-by-lag")):
-            found = np.array([row[which] for row in of_rows])
-            drawn = (times @ found) / (times @ pairs)[:, None]  # (replicate, layer)
+            found = without_each(by_document(data, [row[which] for row in of_rows]))
+            share = found / pairs[:, None]  # (1 + document, layer)
             row = lines[chart][at]
-            assert (row["lag"], row["n"]) == (lag, pairs.sum())
-            assert row["value"] == pytest.approx(drawn[0].mean(), rel=1e-3)
-            band = np.quantile(drawn[1:].mean(1), [0.025, 0.975])
-            assert [row["low"], row["high"]] == pytest.approx(band.tolist(), rel=1e-3)
+            assert (row["lag"], row["n"]) == (lag, pairs[0])
+            assert row["value"] == pytest.approx(share[0].mean(), rel=1e-3)
+            ends = interval_over(share.mean(1), tokens, share=True)
+            assert (row["low"], row["high"]) == pytest.approx(ends, rel=1e-3)
             if which:
                 assert row["by_chance"] == pytest.approx((first**2).sum(1).mean(), rel=1e-3)
                 continue
+            ends = interval_over(share, tokens, share=True)
             for layer in range(2):
                 [cell] = [c for c in heat if (c["layer"], c["lag"]) == ((0, 3)[layer], lag)]
-                assert cell["share"] == pytest.approx(100 * drawn[0, layer], rel=1e-3)
-                band = 100 * np.quantile(drawn[1:, layer], [0.025, 0.975])
-                assert [cell["low"], cell["high"]] == pytest.approx(band.tolist(), rel=1e-3)
-                assert cell["pairs"] == pairs.sum()
+                wanted = [100 * each[layer] for each in (share[0], *ends)]
+                assert [cell["share"], cell["low"], cell["high"]] == pytest.approx(wanted, rel=1e-3)
+                assert cell["pairs"] == pairs[0]
     nulls = [figure["tables"].get("null") for figure in figures_of(page, "lines")]
     assert [{"null": 13 / 28}] in nulls
     assert [{"null": 1 / 8}] in nulls
 
 
-def test_bands_of_load_and_effective_experts_are_those_of_resampled_documents():
+def test_bands_of_load_and_effective_experts_are_intervals_over_documents():
     data = make_capture(seed=4, documents=60, layers=(0, 3)).assign_attrs(model="m")
     page = page_of(answer(data, state_of(data), "a"))
     expert, token = data["expert"].values, data["token"].values
     counted = (token >= 0) & (token != 1)  # 1 is special
     chosen = [expert[row, counted[row]] for row in range(len(token))]
-    of_rows = np.array([[np.bincount(row[:, at].ravel(), minlength=8) for at in range(2)] for row in chosen])
-    times = poisson_weights(data["document_id"].values, 999)
-    count = np.einsum("rd,dle->rle", times, of_rows)
-    share = count / count.sum(-1, keepdims=True)
+    of_rows = [[np.bincount(row[:, at].ravel(), minlength=8) for at in range(2)] for row in chosen]
+    count, tokens = without_each(by_document(data, of_rows)), tokens_of_documents(data)
+    share = count / count.sum(-1, keepdims=True)  # (1 + document, layer, expert)
+    ends = interval_over(share, tokens, share=True)
     for cell in figures_of(page, "load")[0]["tables"]["cells"]:
-        drawn = 100 * share[:, (0, 3).index(cell["layer"]), cell["expert"]]
-        assert cell["share"] == pytest.approx(drawn[0], rel=1e-3)
-        assert [cell["low"], cell["high"]] == pytest.approx(np.quantile(drawn[1:], [0.025, 0.975]).tolist(), rel=1e-3)
+        at = (0, 3).index(cell["layer"]), cell["expert"]
+        wanted = [100 * each[at] for each in (share[0], *ends)]
+        assert [cell["share"], cell["low"], cell["high"]] == pytest.approx(wanted, rel=1e-3)
     effective = np.prod(share**-share, axis=-1)
-    for row, drawn in zip(lines_of(page)["effective-experts"], effective.T, strict=True):
-        band = np.quantile(drawn[1:], [0.025, 0.975]) - (drawn[1:].mean() - drawn[0])
-        assert [row["value"], row["low"], row["high"]] == pytest.approx([drawn[0], *band], rel=1e-3)
+    ends = interval_over(effective, tokens, corrected=True)
+    for at, row in enumerate(lines_of(page)["effective-experts"]):
+        wanted = [each[at] for each in (effective[0], *ends)]
+        assert [row["value"], row["low"], row["high"]] == pytest.approx(wanted, rel=1e-3)
         assert row["low"] < row["value"] < row["high"]
 
 
@@ -488,7 +664,8 @@ def test_models_of_other_shapes_have_pictures_and_nulls_of_their_own():
     for row in lines_of(page)["neighbours"]:
         assert row["by_chance"] == {"small": 1 / 8, "large": 1 / 16}[row["data_set"]]
     for row in lines_of(page)["effective-experts"]:
-        assert row["by_chance"] == {"small": 8, "large": 16}[row["data_set"]]
+        experts = {"small": 8, "large": 16}[row["data_set"]]
+        assert experts / 2 < row["by_chance"] < experts
 
 
 def test_load_by_position_is_drawn_against_the_expert_s_own_mean():
@@ -498,7 +675,7 @@ def test_load_by_position_is_drawn_against_the_expert_s_own_mean():
     assert len({row["expert"] for row in rows}) == 6
     for row in rows:
         layer, expert = map(int, re.fullmatch(r"layer (\d+), expert (\d+)", row["expert"]).groups())
-        count = answers["position"]["count"].sel(layer=layer)
+        count = answers["position"]["counts"].sel(layer=layer)
         usual = count.sel(expert=expert).sum() / count.sum()
         here = count.sel(start=row["start"])
         assert row["value"] == pytest.approx(float(here.sel(expert=expert) / here.sum() / usual), rel=1e-3)

@@ -147,7 +147,7 @@ def test_an_edited_reducer_is_counted_anew_also_in_a_notebook(store: Path) -> No
     runner = Counting()
     found = [measure(store, "fake", [mine(step)], runner=runner)[0] for step in (1, 2, 1)]
     assert runner.asked == [["Mine"], ["Mine"]], "the third is the first"
-    assert found[1]["count"].equals(2 * found[0]["count"])
+    assert found[1]["counts"].equals(2 * found[0]["counts"])
     xr.testing.assert_identical(found[2], found[0])
 
 

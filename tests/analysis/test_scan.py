@@ -55,7 +55,7 @@ def test_load_equals_a_loop_over_tokens(capture: xr.Dataset) -> None:
     load = expert_load(capture)
     assert load.attrs["n"] == n
     assert load.attrs["null"] == 1 / experts
-    np.testing.assert_array_equal(load["count"].transpose("layer", "k", "expert"), count)
+    np.testing.assert_array_equal(load["counts"].transpose("layer", "k", "expert"), count)
     if n:
         np.testing.assert_allclose(load["share"].transpose("layer", "expert"), count.sum(1) / (k * n))
         np.testing.assert_allclose(load["mass_share"], mass / mass.sum(1, keepdims=True), rtol=1e-12)
@@ -81,10 +81,10 @@ def test_token_tables_equal_the_two_dictionaries_of_a_loop(capture: xr.Dataset) 
     for (layer, x, e), times in sent.items():
         cell = table.sel(layer=layer, token_id=x, expert=e)
         to_expert = sum(c for (at, _, other), c in sent.items() if (at, other) == (layer, e))
-        assert int(cell["count"]) == times
+        assert int(cell["counts"]) == times
         assert float(cell["share"]) == times / occurrences[x]
         np.testing.assert_allclose(cell["lift"], (times / occurrences[x]) / (to_expert / n))
-    assert int(table["count"].sum()) == sum(sent.values())
+    assert int(table["counts"].sum()) == sum(sent.values())
     xr.testing.assert_identical(token_experts(capture, last), table.sel(layer=last))
 
     for by, key in (
@@ -113,19 +113,19 @@ def test_transitions_and_windows_equal_a_loop_over_tokens(capture: xr.Dataset) -
         for i in range(len(layers) - size + 1):
             grams[tuple(layers[i : i + size]), tuple(first[i : i + size])] += 1
     moves = transitions(capture)
-    assert int(moves["count"].sum()) == sum(pairs.values())
+    assert int(moves["counts"].sum()) == sum(pairs.values())
     for (layer, a, b), times in pairs.items():
         cell = moves.sel(layer=layer, expert=a, next_expert=b)
         leaving = sum(c for (at, x, _), c in pairs.items() if (at, x) == (layer, a))
         arriving = sum(c for (at, _, y), c in pairs.items() if (at, y) == (layer, b))
-        assert int(cell["count"]) == times
+        assert int(cell["counts"]) == times
         np.testing.assert_allclose(cell["probability"], times / leaving)
         np.testing.assert_allclose(cell["lift"], times / leaving / (arriving / n))
     assert moves["next_layer"].values.tolist() == layers[1:]
 
     top = frequent_windows(capture, size, top=7)
     windows = zip(top["layer"].values.tolist(), top["expert"].values.tolist(), strict=True)
-    got = [((tuple(at), tuple(path)), int(c)) for (at, path), c in zip(windows, top["count"], strict=True)]
+    got = [((tuple(at), tuple(path)), int(c)) for (at, path), c in zip(windows, top["counts"], strict=True)]
     assert got == sorted(grams.items(), key=lambda item: (-item[1], item[0]))[:7]
     np.testing.assert_allclose(top["share"], [c / n for _, c in got])
     assert top.attrs["null"] == capture.attrs["num_experts"] ** -size
@@ -144,7 +144,7 @@ def test_transitions_and_windows_equal_a_loop_over_tokens(capture: xr.Dataset) -
     surprising = frequent_windows(capture, size, top=5, by="surprise")
     bits = {gram: c * math.log2(c / by_transitions(*gram)) for gram, c in grams.items()}
     wanted = sorted((value for value in bits.values() if value > 1e-6), reverse=True)[:5]
-    found = surprising["count"] * np.log2(surprising["count"] / surprising["expected"])
+    found = surprising["counts"] * np.log2(surprising["counts"] / surprising["expected"])
     np.testing.assert_allclose(found, wanted, atol=1e-9)
 
 
@@ -312,7 +312,7 @@ def test_nothing_captured_gives_empty_answers_not_errors() -> None:
     capture = make_capture(missing=range(100))
     results = all_of(capture)
     assert [result.attrs["n"] for result in results] == [0] * 7
-    assert results[4].sizes["window"] == results[5].sizes["token_id"] == results[6].sizes["rank"] == 0
+    assert results[4].sizes["window"] == results[5].sizes["token_id"] == results[6].sizes["place"] == 0
 
 
 def test_every_metric_says_what_it_is() -> None:

@@ -77,7 +77,7 @@ def test_a_token_that_goes_elsewhere_is_routing_and_one_that_is_frequent_is_usag
     rarer = whole.assign(token=(whole["token"].dims, np.where(token == 9, 1, token)))  # 1 is special: not counted
     used = token_contributions(rarer, one)
     assert float(abs(used["routing"]).max()) < 1e-12
-    assert int(used["token_id"].sel(expert=0, rank=1)[0]) in range(40)
+    assert int(used["token_id"].sel(expert=0, place=1)[0]) in range(40)
 
 
 def test_documents_are_scored_by_the_other_half(whole: xr.Dataset) -> None:
@@ -92,7 +92,7 @@ def test_documents_are_scored_by_the_other_half(whole: xr.Dataset) -> None:
         for half in (0, 1):
             count = np.full((3, 8), PRIOR)
             only = Selection(documents=tuple(d for d in ids.tolist() if first[d] == half))
-            table = scan(part, [TokenCounts()], only=only)[0]["count"].sum("token_id")
+            table = scan(part, [TokenCounts()], only=only)[0]["counts"].sum("token_id")
             counts[name, half] = count + table.transpose("layer", "expert").values
     for name, part in parts.items():
         mine = found.isel(document=found["data_set"].values == name)

@@ -139,7 +139,7 @@ def test_a_shuffle_is_the_same_for_any_threads_and_order_of_shards() -> None:
     for again in (scan(capture, ask, threads=3)[0], scan(turned, ask, threads=2)[0]):
         xr.testing.assert_identical(again, wanted)
     xr.testing.assert_equal(wanted["tokens"], other["tokens"])
-    assert bool((wanted["count"] != other["count"]).any())
+    assert bool((wanted["counts"] != other["counts"]).any())
 
 
 @some
@@ -181,9 +181,9 @@ def test_the_lift_within_documents_is_over_the_shuffled_count() -> None:
     listed = expert_tokens_of(counts, 1, by="lift", shuffled=shuffled)
     assert int((listed["token_id"] >= 0).sum()) > 50
     for place in np.argwhere(listed["token_id"].values >= 0):
-        cell = listed.isel(expert=place[0], rank=place[1])
-        by_chance = int(shuffled["count"].sel(token_id=cell["token_id"], layer=1, expert=cell["expert"]))
-        assert float(cell["lift_within"]) == int(cell["count"]) / max(by_chance, 1)
+        cell = listed.isel(expert=place[0], place=place[1])
+        by_chance = int(shuffled["counts"].sel(token_id=cell["token_id"], layer=1, expert=cell["expert"]))
+        assert float(cell["lift_within"]) == int(cell["counts"]) / max(by_chance, 1)
     assert "lift_within" not in expert_tokens_of(counts, 1)
 
 
@@ -192,8 +192,8 @@ def test_pointwise_information_is_the_logarithm_of_the_lift() -> None:
     found = pointwise_of(table)
     for x, e in ((0, 2), (3, 5), (7, 1)):
         cell = table.sel(token_id=x, expert=e)
-        count, n = int(cell["count"]), table.attrs["n"]
-        of_expert, of_token = int(table["count"].sel(expert=e).sum()), int(cell["tokens"])
+        count, n = int(cell["counts"]), table.attrs["n"]
+        of_expert, of_token = int(table["counts"].sel(expert=e).sum()), int(cell["tokens"])
         assert float(found["token_given_expert"].sel(token_id=x, expert=e)) == count / of_expert
         wanted = math.log2(count * n / of_expert / of_token) if count else -math.inf
         assert float(found["pmi"].sel(token_id=x, expert=e)) == pytest.approx(wanted)

@@ -1,4 +1,4 @@
-"""Mean weights and margins against those of the histograms, and resampled."""
+"""Mean weights and margins against those of the histograms, and without documents."""
 
 import numpy as np
 import xarray as xr

@@ -111,7 +111,7 @@ def main() -> None:
     routes = captures()
     apart = contrast(routes, replicates=REPLICATES)
     loads = [expert_load(each) for each in routes.values()]
-    together = sum(load["count"].sum("k") for load in loads)
+    together = sum(load["counts"].sum("k") for load in loads)
     whole = xr.Dataset({"share": share_of_experts(together)}, attrs={"n": sum(load.attrs["n"] for load in loads)})
     result = {
         "date": datetime.now(UTC).date().isoformat(),

@@ -74,10 +74,10 @@ def test_a_token_s_experts_are_those_of_a_scan(store: Path, ask: Callable[..., R
             wanted = []
             for layer in layers:
                 at = table.sel(layer=layer)
-                for expert in sorted(range(8), key=lambda e: (-int(at["count"][e]), e)):
-                    if int(at["count"][expert]):
+                for expert in sorted(range(8), key=lambda e: (-int(at["counts"][e]), e)):
+                    if int(at["counts"][expert]):
                         share, lift = float(at["share"][expert]), float(at["lift"][expert])
-                        count = int(at["count"][expert])
+                        count = int(at["counts"][expert])
                         wanted.append([f"{layer}", f"{expert}", f"{count}", f"{share:.4f}", f"{lift:.2f}"])
             assert cells(done.out) == wanted
 
@@ -97,10 +97,10 @@ def test_an_expert_s_tokens_are_those_of_a_scan(store: Path, ask: Callable[..., 
         wanted = []
         for by in ("count", "lift"):
             found = expert_tokens(capture, 2, by=by, top=top, min_count=least).sel(expert=5)  # type: ignore[arg-type]
-            for row in (found.isel(rank=index) for index in range(found.sizes["rank"])):
+            for row in (found.isel(place=index) for index in range(found.sizes["place"])):
                 if int(row["token_id"]) >= 0:
-                    about = [f"{int(row['rank'])}", str(row["piece"].values), *(f"{int(row['token_id'])}",)]
-                    counts = [f"{int(row[name])}" for name in ("count", "tokens")]
+                    about = [f"{int(row['place'])}", str(row["piece"].values), *(f"{int(row['token_id'])}",)]
+                    counts = [f"{int(row[name])}" for name in ("counts", "tokens")]
                     wanted.append([*about, *counts, f"{float(row['share']):.4f}", f"{float(row['lift']):.2f}"])
         assert cells(done.out) == wanted
         assert ("tokens that occur less than 2 times are left out" in done.out) == (least == 2)

@@ -413,16 +413,17 @@ def test_query_s_json_is_what_the_analysis_says(store: Path, command: Callable[.
         "null_lift": 1,
     }
     assert answer["definition"] == table.attrs["definition"]
-    assert len(answer["rows"]) == int((own["count"] > 0).sum())
+    assert len(answer["rows"]) == int((own["counts"] > 0).sum())
     for row in answer["rows"]:
         cell = own.sel(layer=row["layer"], expert=row["expert"])
         assert [row[name] for name in ("count", "share", "lift")] == [
-            cell[n].item() for n in ("count", "share", "lift")
+            cell[n].item() for n in ("counts", "share", "lift")
         ]
 
     for answer, by in zip(asked("--expert", "2:5", "--top", 4)["answers"], ("count", "lift"), strict=True):
         listed = expert_tokens(routes, 2, by=by, top=4).sel(expert=5)  # type: ignore[arg-type]
         assert (answer["layer"], answer["expert"], answer["order"], answer["min_count"]) == (2, 5, by, 1)
+        listed = listed.rename(counts="count", place="rank")
         for name in ("rank", "token_id", "piece", "count", "tokens", "share", "lift"):
             assert [row[name] for row in answer["rows"]] == listed[name].values.tolist()
 

@@ -101,7 +101,7 @@ def test_experts_specialize_in_texts_and_in_tokens_beyond_chance_and_share_the_l
         )
         assert bool((informative > 2 * by_chance).all())
     loads = [expert_load(capture) for capture in routes.values()]
-    share = sum(load["count"].sum("k") for load in loads)
+    share = sum(load["counts"].sum("k") for load in loads)
     violation = 8 * (share / share.sum("expert")).max("expert") - 1
     assert float(violation.max()) < 0.5
 

@@ -27,7 +27,7 @@ def contrast_between(answers: Sequence[Answers]) -> xr.Dataset | None:
 
 def why_apart(one: Answers, other: Answers) -> str:
     """Why two data sets are not contrasted, in words: they are not of one model. Empty where they are."""
-    shapes = [(each["load"]["layer"].values.tolist(), *each["load"]["count"].shape[1:]) for each in (one, other)]
+    shapes = [(each["load"]["layer"].values.tolist(), *each["load"]["counts"].shape[1:]) for each in (one, other)]
     if shapes[0] != shapes[1]:
         return "other layers, choices or experts"
     differ = model_differences(one.attrs, other.attrs)

@@ -87,7 +87,7 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:
 
 def _effective_experts(each: Answers) -> xr.DataArray:
     """Over replicates."""
-    share = share_of_experts(each["counts"]["count"])
+    share = share_of_experts(each["counts"]["counts"])
     return balance_of(xr.Dataset({"share": share}, attrs=each["load"].attrs))["effective_experts"]
 
 

@@ -21,7 +21,7 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
     """Load by layer and expert, on one colour scale."""
     widest = load_spread(*(each["load"] for each in answers))
     for each in answers:
-        ends = interval(share_of_experts(each["counts"]["count"]), scale="share")
+        ends = interval(share_of_experts(each["counts"]["counts"]), scale="share")
         drawn = load_heatmap(each["load"], ends, spread=widest)
         yield figure("load", f"load-{each.label}", each.label, drawn, about(each["load"], spread(each["counts"])))
 

@@ -72,7 +72,7 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 def _ways(each: Answers) -> Iterator[tuple[Way, dict[str, Any]]]:
     """All tokens of a data set, then some by themselves, each with what names it."""
     label, every = visible(each.label), "all tokens"
-    first, followed = each["load"]["count"].isel(k=0, drop=True), each["choices"]["followed_first"]
+    first, followed = each["load"]["counts"].isel(k=0, drop=True), each["choices"]["followed_first"]
     way = Way(counted="tokens", n=each["load"].attrs["n"], first=first, followed=followed)
     named = {"group": label, "label": every, "caption": f"{label}: {every}", "name": each.label}
     yield way, {**named, "row": {"data_set": label, "token": every}}

@@ -36,7 +36,7 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
     )
     for each in answers:
         found = dependent_experts(each["position"])
-        ranked = [found.isel(rank=index) for index in range(found.sizes["rank"])]
+        ranked = [found.isel(place=index) for index in range(found.sizes["place"])]
         names = [f"layer {int(one['layer'])}, expert {int(one['expert'])}" for one in ranked]
         drawn = lines(
             {name: one["times"] for name, one in zip(names, ranked, strict=True)},
