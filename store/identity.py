@@ -16,6 +16,7 @@ LATER: dict[str, Any] = {
     "routing_version": 1,
     "template_date": None,
     "skip_unrenderable": False,
+    "matmul": "bf16",
 }
 """Fields that came after the first captures, with the value that stands for what was done before they existed. A field
 with that value is left out of an identity, so that captures begun before it resume and compare as before."""

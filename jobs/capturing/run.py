@@ -109,6 +109,7 @@ class Run:
             self.device,
             dtype=config.dtype,
             quantize_gates=config.quantize_gates,
+            matmul=config.matmul,
         )
 
     @cached_property
@@ -147,6 +148,7 @@ class Run:
                 quantization=self.quantization,
                 dtype=config.dtype,
                 quantize_gates=config.quantize_gates,
+                matmul=config.matmul,
                 device=self.device,
                 gpus=max(1, int(config.gpus_per_worker)) if self.device == "cuda" else 1,
             ),

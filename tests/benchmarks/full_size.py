@@ -9,7 +9,7 @@ from torch import nn
 
 from workers.models.description import find_routers, quantization_config
 from workers.models.loading import LoadedModel
-from workers.models.quantizer import quantize_skeleton
+from workers.models.quantizers import quantize_skeleton
 
 WIDTH = {
     "hidden_size": 4096,
@@ -73,7 +73,7 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
     return model.eval().requires_grad_(False)
 
 
-def as_loaded(model: Any) -> LoadedModel:
+def as_loaded(model: Any, matmul: str = "bf16") -> LoadedModel:
     """The model, as if `load_model` had loaded it."""
     return LoadedModel(
         folder=Path(),
@@ -81,5 +81,5 @@ def as_loaded(model: Any) -> LoadedModel:
         routers=find_routers(model),
         num_experts=WIDTH["num_local_experts"],
         experts_per_token=WIDTH["num_experts_per_tok"],
-        provenance={"model": "random", "expert_backend": "sorted"},
+        provenance={"model": "random", "expert_backend": "sorted", "matmul": matmul},
     )

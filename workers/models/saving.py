@@ -69,7 +69,7 @@ def quantize_checkpoint(
     OSError
         When the result cannot be written.
     """
-    from workers.models.quantizer import four_bit_names, own_names  # bitsandbytes takes seconds to import
+    from workers.models.quantizer import own_names, quantized_names  # bitsandbytes takes seconds to import
 
     device = usable_device(device)
     if quantization not in FOUR_BITS:
@@ -82,7 +82,7 @@ def quantize_checkpoint(
         raise ValueError(f"{checkpoint.folder} is quantized already, in {stored}: it loads as it is")
     skeleton, settings = quantized_skeleton(checkpoint, quantization, dtype)
     names = tensor_names(checkpoint.folder)
-    matrices = four_bit_names(skeleton, names)
+    matrices = quantized_names(skeleton, names)
     _refuse_small_disk(out, estimate_checkpoint(checkpoint, quantization, dtype))
 
     partial = out.with_name(f"{out.name}.partial-{uuid4().hex}")  # another run may be writing the same
