@@ -40,8 +40,10 @@ from store.layout import Layout  # noqa: E402
 from store.lease import lease  # noqa: E402
 from store.plan import Plan, Rows  # noqa: E402
 from workers.engine import ModelEngine, drop_last_experts  # noqa: E402
+from workers.models import fp8  # noqa: E402
 from workers.models.description import find_routers  # noqa: E402
 from workers.models.mixtral import MixtralForward  # noqa: E402
+from workers.models.products import Fp8Products  # noqa: E402
 from workers.recorder import RouteRecorder, _LastRouterDone  # noqa: E402
 from workers.replica import Assignment, Replica  # noqa: E402
 
@@ -73,6 +75,29 @@ def gemms(layers: int, tokens: int) -> Run:
                 for part in [16_384] * (size // 16_384) + [size % 16_384] * bool(size % 16_384):
                     hidden[:part] @ weights["both"].T
                     inner[:part] @ weights["down"].T
+
+    return run
+
+
+def fp8_gemms(layers: int, tokens: int) -> Run:
+    """`gemms` in e4m3 with a scale a row, as `workers.models.products.Fp8Products` multiplies."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    weights = {name: fp8.rounded(random_matrix(shape, generator)) for name, shape in {
+        "qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "both": (2 * INNER, HIDDEN), "down": (HIDDEN, INNER)
+    }.items()}  # fmt: skip
+    products = Fp8Products(torch.bfloat16)
+    hidden = fp8.rounded(random_matrix((tokens, HIDDEN), generator))
+    inner = fp8.rounded(random_matrix((16_384, INNER), generator))
+    edges = [round(tokens * CHOICES * part / EXPERTS) for part in range(EXPERTS + 1)]
+    parts = [part.stop - part.start for start, end in pairwise(edges) for part in products.parts(start, end)]
+
+    def run() -> None:
+        for layer in range(layers):
+            products.multiply(hidden, weights["qkv"])
+            products.multiply(hidden, weights["o"])
+            for part in parts if layer + 1 < layers else []:
+                products.multiply(fp8.RowScaled(*(one[:part] for one in hidden)), weights["both"])
+                products.multiply(fp8.RowScaled(*(one[:part] for one in inner)), weights["down"])
 
     return run
 

@@ -84,7 +84,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
 
     def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, torch.Tensor]:
         """Two parameters for each one."""
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for name, value in input_dict.items():
             values, scale = rounded(value[0] if isinstance(value, list) else value)
             found |= {name: values, f"{name}_scale": scale[:, 0]}
@@ -109,11 +109,13 @@ class RowScaledQuantizer(Unfusing, HfQuantizer):  # type: ignore[misc]
         for module in linears:
             module.settle()
         if self.pre_quantized:
-            stored = [part for module in linears for part in (module.weight, module.weight_scale)]
+            stored: list[torch.Tensor] = []
+            for module in linears:
+                stored += [module.weight, module.weight_scale]
             cast_unquantized(model, getattr(torch, self.quantization_config.dtype), stored)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
-    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Also what decides whether another shape than the module's is an error."""
         owner, _, leaf = param_name.rpartition(".")
         scaled = isinstance(model.get_submodule(owner), RowScaledLinear)

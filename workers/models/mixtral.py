@@ -11,6 +11,7 @@ Where the layers lie on several GPUs, the hidden states go from one to the next.
 Deterministic: no atomic additions; each product's shape depends on the micro-batch alone.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -44,14 +45,14 @@ class MixtralForward:
         config = model.config
         return quantization in (*FOUR_BITS, "fp8") and not config.sliding_window and config.hidden_act == "silu"
 
-    def __init__(self, model: nn.Module, matmul: str = "bf16") -> None:
-        config: Any = model.config
-        self.model: Any = model
+    def __init__(self, model: Any, matmul: str = "bf16") -> None:
+        config = model.config
+        self.model = model
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.hidden = config.hidden_size
         self.head = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.products = products_of(matmul, self.model.embed_tokens.weight.dtype)
-        for layer in self.model.layers:
+        self.products = products_of(matmul, model.embed_tokens.weight.dtype)
+        for layer in model.layers:
             groups = [_qkv(layer.self_attn), (layer.self_attn.o_proj,)]
             for expert in getattr(layer.mlp, "experts", ()):
                 groups += _matrices(expert)
@@ -120,19 +121,37 @@ class MixtralForward:
         slot_TK = torch.empty_like(order_S)
         slot_TK[order_S] = torch.arange(len(order_S), device=order_S.device)
         token_S = order_S // choices
-        ends = torch.searchsorted(sorted_S, torch.arange(len(experts), device=sorted_S.device), right=True).tolist()
+        bounds = torch.searchsorted(sorted_S, torch.arange(len(experts), device=sorted_S.device), right=True)
+        ends = _fetched(bounds)
         products = self.products
+        taken = products.taken(operand, token_S)  # while the ends are on their way
         rows_SH = torch.empty(len(token_S), self.hidden, dtype=products.dtype, device=token_S.device)
-        for expert, (start, end) in zip(experts, pairwise([0, *ends]), strict=True):
+        for expert, (start, end) in zip(experts, pairwise([0, *ends()]), strict=True):
             if start < end:
                 both, down = (
                     products.matrix(place, *linears)
                     for place, linears in zip(("both", "down"), _matrices(expert), strict=True)
                 )
                 for part in products.parts(start, end):
-                    both_SI2 = products.multiply(products.taken(operand, token_S[part]), both)
+                    both_SI2 = products.multiply(products.rows(taken, part), both)
                     products.multiply(products.gated(both_SI2), down, out=rows_SH[part])
         return rows_SH, slot_TK.view(-1, choices)
+
+
+def _fetched(numbers: torch.Tensor) -> Callable[[], list[int]]:
+    """A few numbers, once they are on the host: what is launched until they are asked for runs meanwhile."""
+    copy = numbers.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event() if numbers.is_cuda else None  # type: ignore[no-untyped-call]
+    if copied is not None:
+        copied.record(torch.cuda.current_stream(numbers.device))
+
+    def wait() -> list[int]:
+        if copied is not None:
+            copied.synchronize()
+        found: list[int] = copy.tolist()
+        return found
+
+    return wait
 
 
 def _qkv(attention: Any) -> tuple[Any, ...]:

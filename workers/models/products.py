@@ -64,8 +64,12 @@ class Products:
         return swiglu(both_SI2)
 
     def taken(self, operand: Any, token_S: torch.Tensor) -> Any:
-        """Some rows of an operand."""
+        """The operand's rows of these tokens."""
         return operand[token_S]
+
+    def rows(self, operand: Any, part: slice) -> Any:
+        """Some of an operand's rows."""
+        return operand[part]
 
     def moved(self, operand: Any, device: torch.device) -> Any:
         """An operand on another device."""
@@ -148,6 +152,10 @@ class Fp8Products(Products):
         """See `Products`."""
         values = operand.values.view(torch.uint8)[token_S].view(E4M3)  # torch picks no rows of e4m3
         return RowScaled(values, operand.scale[token_S])
+
+    def rows(self, operand: RowScaled, part: slice) -> RowScaled:
+        """See `Products`."""
+        return RowScaled(operand.values[part], operand.scale[part])
 
     def moved(self, operand: RowScaled, device: torch.device) -> RowScaled:
         """See `Products`."""

@@ -168,7 +168,7 @@ class Unfusing:
         return super().update_weight_conversions(kept, *model)  # type: ignore[misc]
 
 
-def cast_unquantized(model: nn.Module, dtype: torch.dtype, but: Iterable[nn.Parameter] = ()) -> None:
+def cast_unquantized(model: nn.Module, dtype: torch.dtype, but: Iterable[torch.Tensor] = ()) -> None:
     """Have all that no quantizer made in the compute dtype, or in float32 where transformers says so."""
     in_full = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     kept = set(map(id, but))
