@@ -33,7 +33,9 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def rounded_apart(one: fp8.RowScaled, other: fp8.RowScaled) -> list[float]:
     """Of scales as above; of values 0, or infinite where more than one in 200 differ, or one by more than a step."""
-    step = (one.values.view(torch.uint8).int() - other.values.view(torch.uint8).int()).abs()
+    bits = torch.stack([part.values.view(torch.uint8).int() for part in (one, other)])
+    ours, theirs = torch.where(bits < 128, bits, 128 - bits)  # as steps from 0, which has two signs
+    step = (ours - theirs).abs()
     near = bool(step.max() <= 1) and float((step > 0).double().mean()) <= 1 / 200
     return [apart(one.scale, other.scale), 0.0 if near else float("inf")]
 

@@ -8,6 +8,8 @@ import transformers
 from torch import nn
 
 from workers.models.description import find_routers, quantization_config
+from workers.models.fp8 import rounded
+from workers.models.fp8_loading import RowScaledLinear
 from workers.models.loading import LoadedModel
 from workers.models.quantizers import quantize_skeleton
 
@@ -55,6 +57,12 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
+        if isinstance(module, RowScaledLinear):
+            if leaf == "weight":
+                values, scale = rounded(random_matrix(tuple(parameter.shape), generator))
+                module.weight = nn.Parameter(values, requires_grad=False)
+                module.weight_scale = nn.Parameter(scale[:, 0], requires_grad=False)
+            continue
         if parameter.ndim == 1:
             made = nn.Parameter(torch.ones_like(parameter, device="cuda"), requires_grad=False)
         else:

@@ -201,8 +201,9 @@ def stored_quantization(checkpoint: Checkpoint) -> str | None:
 def _row_scaled(settings: dict[str, Any]) -> bool:
     """Whether a published checkpoint's settings say e4m3 with one scale a matrix or a row."""
     match settings.get("quant_method"):
-        case "fp8":
-            return not settings.get("weight_block_size") and settings.get("fmt", "e4m3") == "e4m3"
+        case "fp8":  # transformers means blocks where nothing is said of activations either
+            whole = "activation_scheme" in settings and not settings.get("weight_block_size")
+            return whole and settings.get("fmt", "e4m3") == "e4m3"
         case "fbgemm_fp8":
             return True
         case "modelopt":

@@ -155,7 +155,7 @@ class Fp8Products(Products):
 
     def rows(self, operand: RowScaled, part: slice) -> RowScaled:
         """See `Products`."""
-        return RowScaled(operand.values[part], operand.scale[part])
+        return RowScaled(operand.values[part], operand.scale[part].clone())  # cuBLAS wants them aligned
 
     def moved(self, operand: RowScaled, device: torch.device) -> RowScaled:
         """See `Products`."""
