@@ -36,11 +36,14 @@ from ray_head import RAY, Head, ray_head  # noqa: E402
 
 from store import coverage  # noqa: E402
 
+OPTIONS: list[str] = []
+"""More of what a user would type."""
+
 
 def command(model: Path, store: Path, documents: int, *how: str) -> list[str]:
     """What a user would type."""
     capture = [sys.executable, str(ROOT / "jobs" / "capture.py"), *how, "--model", str(model)]
-    return [*capture, "--dataset", "demo:prose", "--limit_documents", str(documents), "--store", str(store)]
+    return [*capture, "--dataset", "demo:prose", "--limit_documents", str(documents), "--store", str(store), *OPTIONS]
 
 
 class Card:
@@ -147,9 +150,12 @@ def main() -> None:
     parser.add_argument("--spill_from", type=int, default=18)
     parser.add_argument("--replicas", type=int, nargs="*", default=[], help="also as jobs, with so many workers")
     parser.add_argument("--once", action="store_true", help="leave out the run that is killed")
+    parser.add_argument("--matmul", choices=("bf16", "fp8"), default="bf16")
+    parser.add_argument("--batch_tokens", type=int, default=32_768)
     parser.add_argument("--submitted_only", action="store_true", help="leave out both that are not submitted")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
+    OPTIONS[:] = ["--matmul", options.matmul, "--batch_tokens", str(options.batch_tokens)]
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "gpu": torch.cuda.get_device_name(),
@@ -157,6 +163,8 @@ def main() -> None:
         "python": sys.version.split()[0],
         "layers": options.layers,
         "weights": "nf4",
+        "matmul": options.matmul,
+        "batch_tokens": options.batch_tokens,
         "checkpoint": f"random, in the published layout, {'bf16' if options.stored == 'none' else options.stored}",
         "sequence_length_and_shard": "defaults",
     }

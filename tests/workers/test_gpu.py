@@ -103,16 +103,19 @@ def test_logits_that_are_not_finite_stop_the_shard_with_layer_and_row(
             gate.weight.copy_(kept)
 
 
-def test_a_lost_device_ends_its_process_and_another_one_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("matmul", ["bf16", "fp8"])
+def test_a_lost_device_ends_its_process_and_another_one_goes_on_with_the_same_bytes(
+    tmp_path: Path, matmul: str
+) -> None:
     paths = [str(ROOT), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     also = {"PYTHONPATH": os.pathsep.join(paths)}
     happened, stores = tmp_path / "happened", [tmp_path / "ray.zarr", tmp_path / "local.zarr"]
     with ray_head(ROOT, **also) as head:
-        driver = [sys.executable, HERE / "gpu_driver.py", stores[0], happened]
+        driver = [sys.executable, HERE / "gpu_driver.py", stores[0], happened, matmul]
         done = head.run(driver, ROOT, RAY_ADDRESS=head.address)
     assert done.returncode == 0, done.stderr
     assert happened.exists(), "the device was never lost"
-    given = options(str(stores[1]))
+    given = options(str(stores[1]), matmul)
     arguments = [f"--{name}={value[0] if isinstance(value, tuple) else value}" for name, value in given.items()]
     capture = [sys.executable, ROOT / "jobs" / "capture.py", "--local", *arguments]
     alone = subprocess.run(capture, env={**os.environ, **also}, capture_output=True, text=True, check=False)
@@ -127,13 +130,17 @@ def test_a_lost_device_ends_its_process_and_another_one_goes_on_with_the_same_by
     assert coverage(stores[0], "demo-prose").complete
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none", "int8"])
-def test_a_model_over_two_gpus_chooses_as_on_one(quantization: str) -> None:
+@pytest.mark.parametrize(
+    ("quantization", "matmul"), [("nf4", "bf16"), ("nf4", "fp8"), ("fp8", "fp8"), ("none", "bf16"), ("int8", "bf16")]
+)
+def test_a_model_over_two_gpus_chooses_as_on_one(quantization: str, matmul: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     from workers.engine import load_engine
 
-    one, two = (load_engine("tiny", quantization=quantization, device="cuda", gpus=gpus) for gpus in (1, 2))
+    one, two = (
+        load_engine("tiny", quantization=quantization, matmul=matmul, device="cuda", gpus=gpus) for gpus in (1, 2)
+    )
     places = [layer.input_layernorm.weight.device.index for layer in two.model.layers]
     assert places == [0, 0, 0, 0, 1, 1, 1, 1]
     random = np.random.default_rng(0)

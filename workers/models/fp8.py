@@ -43,7 +43,9 @@ def plain_rounded(rows_RC: torch.Tensor) -> RowScaled:
     """A matrix in e4m3, from any floating-point dtype."""
     rows = rows_RC.float()
     most_R1 = rows.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
-    return RowScaled((rows * (LARGEST / most_R1)).to(E4M3), most_R1 / LARGEST)
+    # By tensors: torch divides by a number, and a number by a tensor, through reciprocals, which moves exact ties.
+    largest_R1 = torch.full_like(most_R1, LARGEST)
+    return RowScaled((rows * (largest_R1 / most_R1)).to(E4M3), most_R1 / largest_R1)
 
 
 def plain_rounded_swiglu(both_SI2: torch.Tensor) -> RowScaled:
@@ -87,7 +89,7 @@ def plain_dequantize_rounded(weight: Any, scale_R1: torch.Tensor, out_RC: torch.
 
     values = torch.empty(out_RC.shape, dtype=torch.float32, device=out_RC.device)
     plain_dequantize(weight, values)
-    out_RC.copy_(values * (1 / scale_R1))
+    out_RC.copy_(values * (torch.ones_like(scale_R1) / scale_R1))
 
 
 def plain_restored(matrix: RowScaled, out_RC: torch.Tensor) -> None:

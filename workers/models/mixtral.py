@@ -55,7 +55,7 @@ class MixtralForward:
         for layer in model.layers:
             groups = [_qkv(layer.self_attn), (layer.self_attn.o_proj,)]
             for expert in getattr(layer.mlp, "experts", ()):
-                groups += _matrices(expert)
+                groups += _linears(expert)
             for linears in groups:
                 self.products.prepare(*linears)
 
@@ -124,18 +124,20 @@ class MixtralForward:
         bounds = torch.searchsorted(sorted_S, torch.arange(len(experts), device=sorted_S.device), right=True)
         ends = _fetched(bounds)
         products = self.products
-        taken = products.taken(operand, token_S)  # while the ends are on their way
+        taken, first = products.taken(operand, token_S), self._matrices(experts[0])  # while the ends are on their way
         rows_SH = torch.empty(len(token_S), self.hidden, dtype=products.dtype, device=token_S.device)
         for expert, (start, end) in zip(experts, pairwise([0, *ends()]), strict=True):
             if start < end:
-                both, down = (
-                    products.matrix(place, *linears)
-                    for place, linears in zip(("both", "down"), _matrices(expert), strict=True)
-                )
+                both, down = first if expert is experts[0] else self._matrices(expert)
                 for part in products.parts(start, end):
                     both_SI2 = products.multiply(products.rows(taken, part), both)
                     products.multiply(products.gated(both_SI2), down, out=rows_SH[part])
         return rows_SH, slot_TK.view(-1, choices)
+
+    def _matrices(self, expert: Any) -> tuple[Any, Any]:
+        """An expert's, ready for its products."""
+        both, down = _linears(expert)
+        return self.products.matrix("both", *both), self.products.matrix("down", *down)
 
 
 def _fetched(numbers: torch.Tensor) -> Callable[[], list[int]]:
@@ -159,7 +161,7 @@ def _qkv(attention: Any) -> tuple[Any, ...]:
     return attention.q_proj, attention.k_proj, attention.v_proj
 
 
-def _matrices(expert: Any) -> list[tuple[Any, ...]]:
+def _linears(expert: Any) -> list[tuple[Any, ...]]:
     """Gate and up, which are multiplied as one, and down."""
     gate, up, down = (expert.get_submodule(leaf) for leaf in expert.leaves)
     return [(gate, up), (down,)]

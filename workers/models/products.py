@@ -27,6 +27,7 @@ from workers.models.fp8 import (
 from workers.models.kernels import add_norm, dequantize, swiglu
 
 ROWS = 16_384  # slots of an expert that are computed at a time: bounds memory when routing is skewed (arbitrary)
+FP8_ROWS = 32_768  # the same in fp8: 0.3 % faster than 16,384 at 65,536 tokens a micro-batch (an H200)
 FP8_STEP = 16  # both sizes of a matrix must be multiples of it where cards multiply in fp8
 
 
@@ -181,7 +182,7 @@ class Fp8Products(Products):
 
     def parts(self, start: int, end: int) -> Iterator[slice]:
         """See `Products`; of nearly equal sizes, since a product of few rows takes as long as one of many."""
-        many = -(-(end - start) // ROWS)
+        many = -(-(end - start) // FP8_ROWS)
         edges = [start + (end - start) * part // many for part in range(many + 1)]
         for first, last in pairwise(edges):
             yield slice(first, last)
