@@ -1,7 +1,7 @@
 """A capture of the tiny model through Ray whose first worker's GPU is lost in the middle, really.
 
-Arguments: the store, a file that is written when it happens, and bf16 or fp8 for the products. Exit status and messages are those of
-`jobs/capture.py`.
+Arguments: the store, a file that is written when it happens, and bf16 or fp8 for the products. Exit status and messages
+are those of `jobs/capture.py`.
 """
 
 import sys

@@ -38,13 +38,15 @@ def random_matrix(shape: tuple[int, ...], generator: torch.Generator, std: float
     return (values * (shape[-1] ** -0.5 if std is None else std)).to(torch.bfloat16)
 
 
-def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eager") -> Any:
+def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eager", *, keep: bool = False) -> Any:
     """transformers' base model on the GPU, quantized matrix by matrix; seed 0.
 
     Parameters
     ----------
     experts
         transformers' back-end of fused experts, where nothing is quantized.
+    keep
+        Keep what a 4-bit matrix was made from, as `original` of its module.
     """
     config = full_size_config(layers)
     with torch.device("meta"):
@@ -70,6 +72,8 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
             shape = (module.out_features, module.in_features) if linear else tuple(parameter.shape)
             values = random_matrix(shape, generator, 1.0 if "embed" in name else None)
             if linear:
+                if keep:
+                    module.original = values
                 kind = type(parameter)
                 made = kind(
                     values, requires_grad=False, quant_type=quantization, compress_statistics=True, module=module

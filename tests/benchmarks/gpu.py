@@ -412,6 +412,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "gpu": torch.cuda.get_device_name(),
+        "hardware": f"one {torch.cuda.get_device_name()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "triton")},
         "layers": options.layers,
         "rows": table.rows,

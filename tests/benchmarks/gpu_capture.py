@@ -145,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--stored", choices=("none", "nf4"), default="none", help="quantization of the checkpoint")
+    parser.add_argument("--model", type=Path, help="such a checkpoint that is there already")
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--spill", type=Path, help="folder on another file system, for the layers from --spill_from on")
     parser.add_argument("--spill_from", type=int, default=18)
@@ -169,10 +170,11 @@ def main() -> None:
         "sequence_length_and_shard": "defaults",
     }
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / f"mixtral-width-{options.layers}-layers"
-        started = time.monotonic()
-        make_checkpoint(model, options.layers, options.stored, options.spill, options.spill_from)
-        result["seconds_to_make_checkpoint"] = round(time.monotonic() - started, 1)
+        model = options.model or Path(folder) / f"mixtral-width-{options.layers}-layers"
+        if options.model is None:
+            started = time.monotonic()
+            make_checkpoint(model, options.layers, options.stored, options.spill, options.spill_from)
+            result["seconds_to_make_checkpoint"] = round(time.monotonic() - started, 1)
         result["checkpoint_gb"] = round(checkpoint_gb(model), 2)
         torch.cuda.empty_cache()
         with Card() as card:
