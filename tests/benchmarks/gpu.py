@@ -36,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from full_size import WIDTH, as_loaded, full_size_model, random_matrix  # noqa: E402
 
 from store.group import CaptureGroup  # noqa: E402
+from store.identity import identity_of  # noqa: E402
 from store.layout import Layout  # noqa: E402
 from store.lease import lease  # noqa: E402
 from store.plan import Plan, Rows  # noqa: E402
@@ -316,7 +317,9 @@ def written(
         return alternate({"forward": lambda: ours(ids)}, seconds)["forward"]
 
     with tempfile.TemporaryDirectory() as folder:
-        group = CaptureGroup.create(folder, "random", layout=layout, identity={}, attrs={}, pieces=["a"])
+        group = CaptureGroup.create(
+            folder, "random", layout=layout, identity=identity_of({"matmul": matmul}), attrs={}, pieces=["a"]
+        )
         number = np.arange(rows)
         planned = Rows(token=token, length=length, document_id=number, offset=np.zeros(rows, np.int32))
         plan = Plan(complete=True, rows=rows, tokens=rows * POSITIONS, documents=rows)

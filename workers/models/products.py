@@ -65,12 +65,13 @@ class Products:
         return swiglu(both_SI2)
 
     def taken(self, operand: Any, token_S: torch.Tensor) -> Any:
-        """The operand's rows of these tokens."""
-        return operand[token_S]
+        """The operand's rows of these tokens, for `rows`."""
+        return operand, token_S
 
-    def rows(self, operand: Any, part: slice) -> Any:
-        """Some of an operand's rows."""
-        return operand[part]
+    def rows(self, taken: Any, part: slice) -> Any:
+        """Some of them, as an operand."""
+        operand, token_S = taken
+        return operand[token_S[part]]
 
     def moved(self, operand: Any, device: torch.device) -> Any:
         """An operand on another device."""
@@ -150,13 +151,13 @@ class Fp8Products(Products):
         return rounded_swiglu(both_SI2)
 
     def taken(self, operand: RowScaled, token_S: torch.Tensor) -> RowScaled:
-        """See `Products`."""
+        """See `Products`; at once, while the host waits: they are half as large."""
         values = operand.values.view(torch.uint8)[token_S].view(E4M3)  # torch picks no rows of e4m3
         return RowScaled(values, operand.scale[token_S])
 
-    def rows(self, operand: RowScaled, part: slice) -> RowScaled:
+    def rows(self, taken: RowScaled, part: slice) -> RowScaled:
         """See `Products`."""
-        return RowScaled(operand.values[part], operand.scale[part].clone())  # cuBLAS wants them aligned
+        return RowScaled(taken.values[part], taken.scale[part].clone())  # cuBLAS wants them aligned
 
     def moved(self, operand: RowScaled, device: torch.device) -> RowScaled:
         """See `Products`."""
