@@ -18,8 +18,9 @@ import tyro
 from jobs.console.places import capture_at
 from jobs.console.tables import Column, Facts, print_line, print_table, stdout_console
 from jobs.console.terminal import reporting, run_job
+from store.identity import LATER
 
-PROVENANCE = ("model", "quantization", "environment")
+PROVENANCE = ("model", "quantization", "matmul", "environment")
 MEASURES = ("same_set", "overlap", "same_first", "first_difference", "margin", "margin_at_flips")
 
 
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
     console = stdout_console()
     print_table(console, COLUMNS, rows)
     for name in PROVENANCE:
-        one, other = (capture.attrs.get(name) for capture in captures)
+        one, other = (capture.attrs.get(name, LATER.get(name)) for capture in captures)
         if one != other:
             print_line(console, f"{name}: {one} and {other}")
     n, different = found.attrs["n"], found.attrs["any_difference"]

@@ -259,6 +259,7 @@ class Run:
             "title": f"routes of {self.described['model']} on {prepared.name}",
             "model": self.described["model"],
             "quantization": self.described["quantization"],
+            "matmul": self.described["matmul"],
             "window_rule": f"documents are cut into rows of at most sequence_length tokens; none share a row{limit}",
             "bos": config.bos,
             "special_token_ids": self.tokenizer.special_ids,
