@@ -11,8 +11,8 @@ import xarray as xr
 from store.layout import Layout
 from store.plan import Rows
 from workers.engine import ModelEngine
-from workers.models.description import default_quantization
 from workers.models.loading import LoadedModel, load_model
+from workers.models.stored import default_quantization
 from workers.shard import route_rows
 from workers.text.rows import BosRule, document_rows, padded
 from workers.text.tokenizer import load_tokenizer

@@ -24,8 +24,9 @@ from store.identity import identity_of
 from store.layout import SCHEMA_VERSION, SHARD_TOKENS, Layout, default_rows_per_shard
 from workers.engine import load_engine
 from workers.environment import environment
-from workers.models.description import ModelDescription, default_quantization, describe_model
+from workers.models.description import ModelDescription, describe_model
 from workers.models.footprint import operations_per_token
+from workers.models.stored import default_quantization
 from workers.replica import Assignment
 from workers.shard import ROUTING_VERSION
 from workers.text.tokenizer import ROLES, TextTokenizer, load_tokenizer

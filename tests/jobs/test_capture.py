@@ -27,8 +27,8 @@ from jobs.capturing.options import MIXTRAL, PRESETS, CaptureConfig, parse_captur
 from store import CaptureGroup
 from store.lease import lease
 from workers import engine, environment
-from workers.models.description import default_quantization
 from workers.models.footprint import operations_per_token
+from workers.models.stored import default_quantization
 from workers.text.tokenizer import TextTokenizer, load_tokenizer
 from workers.tiny import tiny_checkpoint
 

@@ -18,9 +18,10 @@ from transformers.models.mixtral.modeling_mixtral import apply_rotary_pos_emb
 from workers import describe_model, load_model, tiny_checkpoint
 from workers.engine import ModelEngine
 from workers.models import fp8
-from workers.models.description import default_quantization
 from workers.models.footprint import estimate_bytes
 from workers.models.loading import LoadedModel
+from workers.models.stored import default_quantization
+from workers.recorder import WEIGHT_TOLERANCE
 
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 Spoil = Callable[[dict[str, torch.Tensor]], None]
@@ -188,6 +189,24 @@ def test_the_bytes_told_are_those_of_one_byte_a_value_and_a_scale_a_row() -> Non
     assert loaded.provenance["quantized_expert_matrices"] == 8 * 8 * 3
 
 
+def test_the_proof_of_capture_holds_in_fp8_no_false_alarm_and_no_other_batch_or_layer_passes() -> None:
+    assert np.exp(2 * 2.0**-4) - 1 < WEIGHT_TOLERANCE, "two logits below 16, each a step of bfloat16 away"
+    engine = ModelEngine(
+        load_model(tiny_checkpoint(), quantization="nf4", matmul="fp8", dtype="bfloat16", device="cpu")
+    )
+    recorder, random = engine.recorder, np.random.default_rng(2)
+    before: dict[int, Any] = {}
+    with torch.inference_mode(), recorder.attached():
+        for batch in range(4):
+            token = torch.from_numpy(random.integers(3, 32_000, (4, 33)))
+            assert (recorder.record(engine.forward, token, np.full(4, 33))[2] == -1).all(), "a false alarm"
+            own = dict(recorder._choices)
+            planted = [dict(zip(own, [*list(own.values())[1:], own[0]], strict=True)), *[before] * bool(batch)]
+            for recorder._choices in planted:
+                assert (recorder._checked(torch.arange(4 * 33))[2][:, 2] >= 0).all(), "a planted fault passed"
+            before = own
+
+
 # --- Published checkpoints ------------------------------------------------------------------------------------------
 
 
@@ -332,9 +351,7 @@ def test_what_cannot_be_multiplied_in_fp8_is_rejected_with_what_can(tmp_path: Pa
     shutil.copytree(tiny, tmp_path / "windowed")
     file = tmp_path / "windowed" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sliding_window": 16}))
-    with pytest.raises(
-        ValueError, match=r"--matmul fp8 needs a forward of the family's own .* MixtralModel in nf4 has"
-    ):
+    with pytest.raises(ValueError, match=r"--matmul fp8 needs a forward of the family's own .* MixtralModel in nf4"):
         describe_model(tmp_path / "windowed", matmul="fp8", device_type="cpu")
 
 

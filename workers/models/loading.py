@@ -24,7 +24,6 @@ from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config, 
 from workers.models.description import (
     BLOCK,
     EXPERTS_OF_TRANSFORMERS,
-    FOUR_BITS,
     ModelDescription,
     build_skeleton,
     compute_dtype,
@@ -32,9 +31,9 @@ from workers.models.description import (
     describe_model,
     find_routers,
     quantization_config,
-    stored_quantization,
 )
 from workers.models.footprint import estimate_checkpoint, quantized_skeleton
+from workers.models.stored import FOUR_BITS, stored_quantization
 
 __all__ = [
     "LoadedModel",

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from workers.models.description import FOUR_BITS
 from workers.models.kernels import rotate
 from workers.models.products import products_of
+from workers.models.stored import FOUR_BITS
 
 
 class MixtralForward:

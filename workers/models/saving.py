@@ -23,14 +23,13 @@ from safetensors.torch import save_file
 
 from workers.models.checkpoint import INDEX, find_checkpoint, read_config, tensor_names, weight_files
 from workers.models.description import (
-    FOUR_BITS,
     compute_dtype,
     describe_checkpoint,
     find_routers,
-    stored_quantization,
 )
 from workers.models.footprint import estimate_checkpoint, quantized_skeleton
 from workers.models.loading import usable_device
+from workers.models.stored import FOUR_BITS, stored_quantization
 
 COPIED = ("*.json", "tokenizer*", "merges.txt", "*.jinja", "LICENSE*")
 
