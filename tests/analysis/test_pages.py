@@ -141,6 +141,25 @@ def test_what_fp8_changes_at_full_width_is_the_result_s(row: str, pair: str) -> 
     assert all(router["two_runs_equal"] for router in found)
 
 
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ("bfloat16", "float32 → bfloat16"),
+        ("fp8, bf16", "float32 → fp8"),
+        ("fp8, fp8", "float32 → fp8, fp8 products"),
+        ("NF4, bf16", "float32 → nf4"),
+        ("NF4, fp8", "float32 → nf4, fp8 products"),
+    ],
+)
+def test_what_fp8_changes_in_the_tiny_model_is_the_result_s(row: str, pair: str) -> None:
+    found = result("fp8-tiny.json")["tiny"][pair]
+    [told] = [values for name, *values in rows(FP8, 6) if name == row]
+    differ = [1 - same for same in found["same_set"]]
+    wanted = [differ[0], differ[3], differ[7], sum(differ) / 8, found["differ_somewhere"]]
+    assert told == [percent(round(value, 7)) for value in wanted]
+    assert f"({found['tokens']:,} tokens)" in FP8
+
+
 def test_the_speeds_in_fp8_are_the_result_s() -> None:
     measured = result("gpu-fp8.json")["rows"]
     for what, tokens, rate, ratio, memory in rows(FP8, 5):

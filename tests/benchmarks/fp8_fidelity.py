@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +30,8 @@ import fidelity  # noqa: E402
 import precision  # noqa: E402
 from full_size import WIDTH, as_loaded, full_size_model  # noqa: E402
 
+from jobs.demo import TEXTS  # noqa: E402
+from jobs.sources.demo import demo_source  # noqa: E402
 from workers.engine import ModelEngine, load_engine  # noqa: E402
 from workers.models import fp8  # noqa: E402
 from workers.models.mixtral import MixtralForward  # noqa: E402
@@ -61,15 +63,29 @@ TINY = {
 """Reference to what is compared with it."""
 
 
-def of_the_tiny_model() -> dict[str, Any]:
-    """Pairs of captures of the held-out texts."""
+def of_the_tiny_model(device: str = "cuda") -> dict[str, Any]:
+    """Pairs of captures of the held-out texts; a CPU adds up in float32 anyway."""
     names = {*TINY, *(name for others in TINY.values() for name in others)} - {EXACT}
-    routes = {name: precision.captured(name, "cuda") for name in sorted(names)}
-    routes[EXACT] = exactly(lambda: precision.captured("nf4, fp8 products", "cuda"))
-    pairs = [(one, other) for one, others in TINY.items() for other in others]
+    routes = {name: precision.captured(name, device) for name in sorted(names)}
+    if device == "cuda":
+        routes[EXACT] = exactly(lambda: precision.captured("nf4, fp8 products", device))
+    pairs = [(one, other) for one, others in TINY.items() for other in others if other in routes]
     with ThreadPoolExecutor() as pool:
         compared = pool.map(lambda pair: precision.compared(*(routes[name] for name in pair)), pairs)
         return {" → ".join(pair): found for pair, found in zip(pairs, compared, strict=True)}
+
+
+def starts_of_texts() -> list[str]:
+    """The first 12,000 characters of the demo's first held-out documents, about 36,000 of each text."""
+    found = []
+    for name, many in TEXTS.items():
+        taken = 0
+        for document in islice(demo_source(name).read(0), many):
+            found.append(document.text[:12_000])
+            taken += len(found[-1])
+            if taken > 36_000:
+                break
+    return found
 
 
 # --- Full width -----------------------------------------------------------------------------------------------------
@@ -225,12 +241,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--positions", type=int, default=2048)
+    parser.add_argument("--cpu", action="store_true", help="the tiny model on a CPU, with the starts of the texts")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": None if options.cpu else torch.cuda.get_device_name(),
         "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "triton")},
         "margins": MARGINS,
     }
@@ -239,6 +256,9 @@ def main() -> None:
         "proof": lambda: proofs(4),
         "tiny": of_the_tiny_model,
     }
+    if options.cpu:
+        precision.texts = starts_of_texts
+        parts = {"tiny": lambda: of_the_tiny_model("cpu")}
     for name, measure in parts.items():
         with torch.inference_mode():
             result[name] = measure()
