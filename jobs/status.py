@@ -1,8 +1,8 @@
 """How far captures are, and whether they still hold: `python jobs/status.py STORE [--verify]`; works while they run."""
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from jobs.console.tables import Bars, Column, Facts, print_json, print_line, pri
 from jobs.console.terminal import log, reporting, run_job, shown
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
+from store.identity import LATER
 from store.lease import lease_holder
 from store.verification import Findings, verify
 
@@ -44,7 +45,8 @@ class StatusConfig:
     """For scripts: one JSON document on standard output instead of the table, with the keys store, whole (whether the
     exit status is 0), and data_sets. Each of these has data_set; state, as in the table; complete; holds (whether all
     that is committed was read back as it was committed; null without --verify); plan_complete (whether the text is
-    planned to its end: before, all counts are of what is planned so far); shards_total, shards_done, missing (shards);
+    planned to its end: before, all counts are of what is planned so far); quantization and matmul (what the weights are
+    stored in, and what their products are computed in); shards_total, shards_done, missing (shards);
     rows, documents, documents_empty, documents_repaired, documents_skipped, skipped (the names of the first 100),
     tokens_planned, tokens_done, bytes_done, seconds (of workers); digest (SHA-256 of what is planned and committed);
     wrong (shard and reason, of shards that do not hold); quarantined (shard, documents and errors); lost (objects of
@@ -63,6 +65,7 @@ class Looked:
     found: Findings | None = None
     """By --verify."""
     holder: str | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
 
     @property
@@ -102,7 +105,7 @@ def _look(store: str, name: str, *, deep: bool) -> Looked:
         return Looked(data_set=name, found=found, error=str(error))
     if holder := lease_holder(group):
         log(shown(f"{name}: being captured by {holder}"))
-    return Looked(data_set=name, state=state, found=found, holder=holder)
+    return Looked(data_set=name, state=state, found=found, holder=holder, identity=LATER | group.identity)
 
 
 def _verified(group: CaptureGroup) -> Findings:
@@ -132,6 +135,8 @@ def facts(one: Looked) -> dict[str, Any]:
         "data_set": one.data_set,
         "complete": state is not None and state.complete,
         "holds": one.holds,
+        "quantization": one.identity.get("quantization"),
+        "matmul": one.identity.get("matmul"),
         **{key: None if state is None else fact(state) for key, fact in KNOWN.items()},
         "wrong": [{"shard": shard, "reason": reason} for shard, reason in sorted(wrong.items())],
         "plan_faults": None if found is None else found.plan,
@@ -203,6 +208,12 @@ def _ratio(over: str, under: str, form: str) -> Callable[[Facts], str]:
     return lambda row: format(row[over] / row[under], form) if row[under] else "-"
 
 
+def _precision(row: Facts) -> str:
+    """What the weights are stored in, and their products where they are in another precision than usual."""
+    kept, matmul = row["quantization"] or "-", row["matmul"]
+    return kept if matmul in (None, LATER["matmul"]) else f"{kept}, {matmul} products"
+
+
 def _shards(row: Facts) -> str:
     if row["error"] is not None:
         return "-"
@@ -226,6 +237,7 @@ COLUMNS = (
     Column(name="bytes", text=_count("bytes_done"), spare=4),
     Column(name="bytes/token", text=_ratio("bytes_done", "tokens_done", ".1f"), spare=7),
     Column(name="tokens/s a worker", text=_ratio("tokens_done", "seconds", ",.0f"), spare=6),
+    Column(name="weights", text=_precision, left=True, spare=9),
     Column(name="state", text=lambda row: row["state"], left=True, style=_colour),
 )
 

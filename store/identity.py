@@ -16,14 +16,24 @@ LATER: dict[str, Any] = {
     "routing_version": 1,
     "template_date": None,
     "skip_unrenderable": False,
+    "matmul": "bf16",
 }
 """Fields that came after the first captures, with the value that stands for what was done before they existed. A field
 with that value is left out of an identity, so that captures begun before it resume and compare as before."""
 
 
 MODEL = (
-    *("model", "model_revision", "quantization", "compute_dtype", "gate_precision", "expert_backend", "attention"),
-    *("routing_version", "tokenizer", "layers", "num_experts", "experts_per_token"),
+    *(
+        "model",
+        "model_revision",
+        "quantization",
+        "matmul",
+        "compute_dtype",
+        "gate_precision",
+        "expert_backend",
+        "attention",
+    ),
+    *("attention", "routing_version", "tokenizer", "layers", "num_experts", "experts_per_token"),
 )
 """Fields that decide which experts a token gets, whatever the text is."""
 

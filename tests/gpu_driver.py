@@ -1,7 +1,7 @@
 """A capture of the tiny model through Ray whose first worker's GPU is lost in the middle, really.
 
-Arguments: the store, and a file that is written when it happens. Exit status and messages are those of
-`jobs/capture.py`.
+Arguments: the store, a file that is written when it happens, and bf16 or fp8 for the products. Exit status and messages
+are those of `jobs/capture.py`.
 """
 
 import sys
@@ -58,16 +58,16 @@ class BreakingRun(Run):
         )
 
 
-def options(store: str) -> dict[str, Any]:
+def options(store: str, matmul: str) -> dict[str, Any]:
     """Eight shards or so of real text."""
     small = {"sequence_length": 256, "rows_per_shard": 16, "batch_tokens": 4096, "limit_documents": 4}
-    return {"model": "tiny", "dataset": ("demo:prose",), "store": store, "device": "cuda", **small}
+    return {"model": "tiny", "dataset": ("demo:prose",), "store": store, "device": "cuda", "matmul": matmul, **small}
 
 
 def main(arguments: list[str]) -> int:
     """Capture; 0 when complete."""
-    store, happened = arguments
-    config = CaptureConfig(workers=1, **options(store))
+    store, happened, matmul = arguments
+    config = CaptureConfig(workers=1, **options(store, matmul))
     with connected(config) as cluster:
         run = BreakingRun(config, cluster.device, Path(happened))
         return exit_status(capture_datasets(run, run.sources(), cluster.capture))

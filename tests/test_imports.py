@@ -34,8 +34,10 @@ LOAD_MODELS = {
     "workers/text/chat.py",
     "workers/models/checkpoint.py",
     "workers/models/description.py",
+    "workers/models/fp8_loading.py",
     "workers/models/loading.py",
     "workers/models/quantizer.py",
+    "workers/models/quantizers.py",
 }
 """The modules that may name transformers: those that describe, load, quantize and train a model, and chat templates."""
 SCRIPTS = sorted(

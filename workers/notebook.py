@@ -12,8 +12,8 @@ from store.attributes import flat
 from store.layout import Layout
 from store.plan import Rows
 from workers.engine import ModelEngine
-from workers.models.description import default_quantization
 from workers.models.loading import LoadedModel, load_model
+from workers.models.stored import default_quantization
 from workers.shard import route_rows
 from workers.text.rows import BosRule, document_rows, padded
 from workers.text.tokenizer import load_tokenizer
@@ -25,6 +25,7 @@ def capture_texts(
     texts: Sequence[str],
     *,
     quantization: str | None = None,
+    matmul: str = "bf16",
     sequence_length: int = 2048,
     batch_tokens: int = 8192,
     bos: BosRule = "none",
@@ -38,8 +39,10 @@ def capture_texts(
     texts
         One document each.
     quantization
-        "nf4", "fp4", "int8" or "none"; ignored for a model that is loaded. Default: what the checkpoint is stored in,
-        else nf4 on a GPU and none on a CPU.
+        "nf4", "fp4", "fp8", "int8" or "none"; ignored for a model that is loaded. Default: what the checkpoint is
+        stored in, else nf4 on a GPU and none on a CPU.
+    matmul
+        "bf16" or "fp8", as for `load_model`; ignored for a model that is loaded.
     sequence_length
         Tokens in a row at most; longer texts are cut into several rows.
     batch_tokens
@@ -71,7 +74,7 @@ def capture_texts(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         path = model_path(model)
         quantization = quantization or default_quantization(path, None, device)
-        model = load_model(path, quantization=quantization, device=device)
+        model = load_model(path, quantization=quantization, matmul=matmul, device=device)
     most = model.provenance["max_position_embeddings"]
     if not 1 <= sequence_length <= most:
         raise ValueError(f"sequence_length is {sequence_length}, and must be 1 to {most}, the positions of the model")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from store.group import CaptureGroup
-from store.identity import differences
+from store.identity import LATER, differences
 from store.lease import lease_token
 from workers.environment import SAME_BYTES_NEEDS, environment
 from workers.shard import ROUTING_VERSION, Engine, capture_shard
@@ -75,7 +75,7 @@ class Replica:
             self._refuse_other(group, group.environment or here, here)
         self._engine = assignment.make_engine()
         for group in self._groups.values():
-            known = {name: value for name, value in self._engine.description.items() if name in group.identity}
+            known = {name: value for name, value in self._engine.description.items() if name in group.identity | LATER}
             known |= {"routing_version": ROUTING_VERSION}
             begun = {name: group.identity[name] for name in known if name in group.identity}
             if lines := differences(begun, known):

@@ -93,6 +93,7 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
         "shards": f"about {math.ceil(text.rows / layout.rows_per_shard):,} of {layout.rows_per_shard:,} rows",
         "filled": f"{filled:.1%} of the positions hold a token",
         "store": f"about {text.tokens * (choices * BYTES_A_CHOICE + BYTES_A_TOKEN):,.0f} bytes in {config.store_path}",
+        "precision": f"weights in {run.quantization}, their products in {run.described['matmul']}",
         "device memory": f"{weight_bytes:,} bytes of weights on {run.device}, {run.batch_tokens:,} tokens at a time",
         "host memory": f"about {_host_bytes(prepared):,} bytes for the shards in flight",
         "time": time,

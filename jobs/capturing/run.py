@@ -24,8 +24,9 @@ from store.identity import identity_of
 from store.layout import SCHEMA_VERSION, SHARD_TOKENS, Layout, default_rows_per_shard
 from workers.engine import load_engine
 from workers.environment import environment
-from workers.models.description import ModelDescription, default_quantization, describe_model
+from workers.models.description import ModelDescription, describe_model
 from workers.models.footprint import operations_per_token
+from workers.models.stored import default_quantization
 from workers.replica import Assignment
 from workers.shard import ROUTING_VERSION
 from workers.text.tokenizer import ROLES, TextTokenizer, load_tokenizer
@@ -109,6 +110,7 @@ class Run:
             self.device,
             dtype=config.dtype,
             quantize_gates=config.quantize_gates,
+            matmul=config.matmul,
         )
 
     @cached_property
@@ -147,6 +149,7 @@ class Run:
                 quantization=self.quantization,
                 dtype=config.dtype,
                 quantize_gates=config.quantize_gates,
+                matmul=config.matmul,
                 device=self.device,
                 gpus=max(1, int(config.gpus_per_worker)) if self.device == "cuda" else 1,
             ),
@@ -257,6 +260,7 @@ class Run:
             "title": f"routes of {self.described['model']} on {prepared.name}",
             "model": self.described["model"],
             "quantization": self.described["quantization"],
+            "matmul": self.described["matmul"],
             "window_rule": f"documents are cut into rows of at most sequence_length tokens; none share a row{limit}",
             "bos": config.bos,
             "special_token_ids": self.tokenizer.special_ids,

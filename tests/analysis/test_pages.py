@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 CARD = (ROOT / "workers" / "tiny-mixtral" / "README.md").read_text()
 FOUR_BITS = (ROOT / "docs" / "0005-four-bits.md").read_text()
+FP8 = (ROOT / "docs" / "0011-fp8.md").read_text()
 
 
 def result(name: str) -> Any:
@@ -118,3 +119,70 @@ def test_each_row_of_the_second_table_is_the_result_s(row: str, pair: str) -> No
     wanted = [percent(round(value, 7)) for value in (differ[0], differ[7], sum(differ) / 8, found["differ_somewhere"])]
     assert told == (wanted if tokens != 2 else ["0", "0", "0", "two tokens"])
     assert f"{found['tokens']:,} tokens" in FOUR_BITS
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ("bf16 products → fp8 products, the same NF4 weights", "bf16 products → fp8 products"),
+        ("the same, added up in float32", "bf16 products → fp8 products, added up in float32"),
+        ("NF4 weights in float32 → bf16 products", "dequantized, float32 → bf16 products"),
+        ("NF4 weights in float32 → fp8 products", "dequantized, float32 → fp8 products"),
+        ("unquantized in float32 → NF4 weights in float32", "unquantized, float32 → dequantized, float32"),
+        ("unquantized in float32 → NF4, bf16 products", "unquantized, float32 → bf16 products"),
+        ("unquantized in float32 → NF4, fp8 products", "unquantized, float32 → fp8 products"),
+    ],
+)
+def test_what_fp8_changes_at_full_width_is_the_result_s(row: str, pair: str) -> None:
+    found = result("gpu-fp8-fidelity.json")["full_width"]
+    [told] = [values for name, *values in rows(FP8, 6) if name == row]
+    assert told == [percent(router[pair]["differ"]) for router in found]
+    assert {router["tokens"] for router in found} == {32_768}
+    assert all(router["two_runs_equal"] for router in found)
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ("bfloat16", "float32 → bfloat16"),
+        ("fp8, bf16", "float32 → fp8"),
+        ("fp8, fp8", "float32 → fp8, fp8 products"),
+        ("NF4, bf16", "float32 → nf4"),
+        ("NF4, fp8", "float32 → nf4, fp8 products"),
+    ],
+)
+def test_what_fp8_changes_in_the_tiny_model_is_the_result_s(row: str, pair: str) -> None:
+    found = result("fp8-tiny.json")["tiny"][pair]
+    [told] = [values for name, *values in rows(FP8, 6) if name == row]
+    differ = [1 - same for same in found["same_set"]]
+    wanted = [differ[0], differ[3], differ[7], sum(differ) / 8, found["differ_somewhere"]]
+    assert told == [percent(round(value, 7)) for value in wanted]
+    assert f"({found['tokens']:,} tokens)" in FP8
+
+
+def test_the_speeds_in_fp8_are_the_result_s() -> None:
+    measured = result("gpu-fp8.json")["rows"]
+    for what, tokens, rate, ratio, memory in rows(FP8, 5):
+        weights, matmul = (name.lower() for name in what.split(", ")[:2])
+        system = "fp8 captured" + ", added up in float32" * ("added" in what) if matmul == "fp8" else "captured"
+        wanted = {"system": system, "weights": weights, "matmul": matmul, "tokens": int(tokens.replace(",", ""))}
+        [row] = [row for row in measured if wanted.items() <= row.items()]
+        assert rate == f"{row['tokens_per_s']:,}"
+        assert ratio in ("", f"{row.get('ratio_to_fp8 gemms', 0):.3f}")
+        if matmul == "fp8":  # of the other the file has a note
+            assert memory == f"{row['peak_gib']:.1f} GiB"
+
+
+def test_the_proof_s_counts_in_fp8_are_the_result_s() -> None:
+    found = result("gpu-fp8-fidelity.json")["proof"]
+    assert {"tiny, fp8", "full width, fp8", "tiny, bf16", "full width, bf16"} == found.keys()
+    for one in found.values():
+        assert (one["false_alarms"], one["missed"]) == (0, {"batch": 0, "layer": 0})
+        assert one["least_share_of_a_sample_with_the_same_set"] == 1
+    planted = sum(sum(found[f"{model}, fp8"]["planted"].values()) for model in ("tiny", "full width"))
+    assert f"{planted:,} planted faults" in " ".join(FP8.split())
+    largest = [
+        max(found[f"{model}, {way}"]["largest_relative_difference_of_a_weight"] for model in ("tiny", "full width"))
+        for way in ("bf16", "fp8")
+    ]
+    assert f"{largest[0]:.1%} with bf16 and {largest[1]:.1%} with fp8".replace("%", " %") in " ".join(FP8.split())

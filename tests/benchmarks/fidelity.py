@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from full_size import WIDTH, full_size_model  # noqa: E402
 
-from workers.models import mixtral as ours  # noqa: E402
+from workers.models.mixtral import MixtralForward  # noqa: E402
 
 CHOICES, HEADS, GROUPS = 2, WIDTH["num_attention_heads"], WIDTH["num_key_value_heads"]
 
@@ -83,29 +83,24 @@ def mixed(layer: Any, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tenso
 class Recorded:
     """What our forward's routers saw and chose, and the residual that each layer began with."""
 
-    def __init__(self, model: Any, ids: torch.Tensor) -> None:
+    def __init__(self, model: Any, ids: torch.Tensor, matmul: str = "bf16") -> None:
         self.begun: list[torch.Tensor] = []
         self.expert: list[torch.Tensor] = []
         self.weight: list[torch.Tensor] = []
-        original = ours.MixtralForward._attention
         handles = [layer.mlp.gate.register_forward_hook(self._keep) for layer in model.layers]
-        residuals, recorded = [], self
-        add_norm = ours.add_norm
+        forward = MixtralForward(model, matmul)
+        original = forward.products.normed
 
-        def noted(residual: torch.Tensor, *rest: Any) -> torch.Tensor:
-            result = add_norm(residual, *rest)
-            residuals.append(residual)
+        def noted(residual: torch.Tensor, *rest: Any, routed: bool) -> Any:
+            result = original(residual, *rest, routed=routed)
+            if not routed:
+                self.begun.append(residual.clone())
             return result
 
-        def attention(self: Any, *arguments: Any) -> torch.Tensor:
-            recorded.begun.append(residuals[-1].clone())
-            return original(self, *arguments)
-
-        ours.add_norm, ours.MixtralForward._attention = noted, attention  # type: ignore[assignment, method-assign]
+        forward.products.normed = noted  # type: ignore[method-assign]
         try:
-            ours.MixtralForward(model)(ids)
+            forward(ids)
         finally:
-            ours.add_norm, ours.MixtralForward._attention = add_norm, original  # type: ignore[method-assign]
             for handle in handles:
                 handle.remove()
 

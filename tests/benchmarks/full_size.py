@@ -8,8 +8,10 @@ import transformers
 from torch import nn
 
 from workers.models.description import find_routers, quantization_config
+from workers.models.fp8 import rounded
+from workers.models.fp8_loading import RowScaledLinear
 from workers.models.loading import LoadedModel
-from workers.models.quantizer import quantize_skeleton
+from workers.models.quantizers import quantize_skeleton
 
 WIDTH = {
     "hidden_size": 4096,
@@ -36,13 +38,15 @@ def random_matrix(shape: tuple[int, ...], generator: torch.Generator, std: float
     return (values * (shape[-1] ** -0.5 if std is None else std)).to(torch.bfloat16)
 
 
-def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eager") -> Any:
+def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eager", *, keep: bool = False) -> Any:
     """transformers' base model on the GPU, quantized matrix by matrix; seed 0.
 
     Parameters
     ----------
     experts
         transformers' back-end of fused experts, where nothing is quantized.
+    keep
+        Keep what a 4-bit matrix was made from, as `original` of its module.
     """
     config = full_size_config(layers)
     with torch.device("meta"):
@@ -55,6 +59,12 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
+        if isinstance(module, RowScaledLinear):
+            if leaf == "weight":
+                values, scale = rounded(random_matrix(tuple(parameter.shape), generator))
+                module.weight = nn.Parameter(values, requires_grad=False)
+                module.weight_scale = nn.Parameter(scale[:, 0], requires_grad=False)
+            continue
         if parameter.ndim == 1:
             made = nn.Parameter(torch.ones_like(parameter, device="cuda"), requires_grad=False)
         else:
@@ -62,6 +72,8 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
             shape = (module.out_features, module.in_features) if linear else tuple(parameter.shape)
             values = random_matrix(shape, generator, 1.0 if "embed" in name else None)
             if linear:
+                if keep:
+                    module.original = values
                 kind = type(parameter)
                 made = kind(
                     values, requires_grad=False, quant_type=quantization, compress_statistics=True, module=module
@@ -73,7 +85,7 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
     return model.eval().requires_grad_(False)
 
 
-def as_loaded(model: Any) -> LoadedModel:
+def as_loaded(model: Any, matmul: str = "bf16") -> LoadedModel:
     """The model, as if `load_model` had loaded it."""
     return LoadedModel(
         folder=Path(),
@@ -81,5 +93,5 @@ def as_loaded(model: Any) -> LoadedModel:
         routers=find_routers(model),
         num_experts=WIDTH["num_local_experts"],
         experts_per_token=WIDTH["num_experts_per_tok"],
-        provenance={"model": "random", "expert_backend": "sorted"},
+        provenance={"model": "random", "expert_backend": "sorted", "matmul": matmul},
     )

@@ -36,12 +36,15 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from full_size import WIDTH, as_loaded, full_size_model, random_matrix  # noqa: E402
 
 from store.group import CaptureGroup  # noqa: E402
+from store.identity import identity_of  # noqa: E402
 from store.layout import Layout  # noqa: E402
 from store.lease import lease  # noqa: E402
 from store.plan import Plan, Rows  # noqa: E402
 from workers.engine import ModelEngine, drop_last_experts  # noqa: E402
+from workers.models import fp8  # noqa: E402
 from workers.models.description import find_routers  # noqa: E402
 from workers.models.mixtral import MixtralForward  # noqa: E402
+from workers.models.products import Fp8Products  # noqa: E402
 from workers.recorder import RouteRecorder, _LastRouterDone  # noqa: E402
 from workers.replica import Assignment, Replica  # noqa: E402
 
@@ -77,6 +80,29 @@ def gemms(layers: int, tokens: int) -> Run:
     return run
 
 
+def fp8_gemms(layers: int, tokens: int) -> Run:
+    """`gemms` in e4m3 with a scale a row, as `workers.models.products.Fp8Products` multiplies."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    weights = {name: fp8.rounded(random_matrix(shape, generator)) for name, shape in {
+        "qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "both": (2 * INNER, HIDDEN), "down": (HIDDEN, INNER)
+    }.items()}  # fmt: skip
+    products = Fp8Products(torch.bfloat16)
+    hidden = fp8.rounded(random_matrix((tokens, HIDDEN), generator))
+    inner = fp8.rounded(random_matrix((16_384, INNER), generator))
+    edges = [round(tokens * CHOICES * part / EXPERTS) for part in range(EXPERTS + 1)]
+    parts = [part.stop - part.start for start, end in pairwise(edges) for part in products.parts(start, end)]
+
+    def run() -> None:
+        for layer in range(layers):
+            products.multiply(hidden, weights["qkv"])
+            products.multiply(hidden, weights["o"])
+            for part in parts if layer + 1 < layers else []:
+                products.multiply(fp8.RowScaled(*(one[:part] for one in hidden)), weights["both"])
+                products.multiply(fp8.RowScaled(*(one[:part] for one in inner)), weights["down"])
+
+    return run
+
+
 def captured(model: Any, ours: MixtralForward, ids: torch.Tensor) -> Run:
     """Our forward with its proof and its copy to the host."""
     recorder = RouteRecorder(find_routers(model), EXPERTS, CHOICES)
@@ -88,6 +114,19 @@ def captured(model: Any, ours: MixtralForward, ids: torch.Tensor) -> Run:
                 part.to("cpu", non_blocking=True)
 
     return run
+
+
+def adding_exactly(run: Run) -> Run:
+    """The same without fast accumulation."""
+
+    def exactly() -> None:
+        fp8.FAST_ACCUMULATION = False
+        try:
+            run()
+        finally:
+            fp8.FAST_ACCUMULATION = True
+
+    return exactly
 
 
 def stock(model: Any, ids: torch.Tensor) -> Run:
@@ -175,8 +214,14 @@ class Table:
     def __init__(self, seconds: float) -> None:
         self.seconds, self.rows = seconds, []  # type: float, list[dict[str, Any]]
 
-    def measure(self, ids: torch.Tensor, make: dict[str, Callable[[], Run]], weights: dict[str, str]) -> None:
-        """A row for each contestant at one shape; a ratio to the matrix products where they took part."""
+    def measure(self, ids: torch.Tensor, make: dict[str, Callable[[], Run]], kinds: dict[str, tuple[str, str]]) -> None:
+        """A row for each contestant at one shape; a ratio to the matrix products where they took part.
+
+        Parameters
+        ----------
+        kinds
+            Weights and products of those that are not in nf4 and bf16.
+        """
         gc.collect()
         torch.cuda.empty_cache()
         peaks, contestants = {}, {}
@@ -187,15 +232,12 @@ class Table:
             torch.cuda.synchronize()
             peaks[name] = torch.cuda.max_memory_allocated() / GIB
         for name, second in (took := alternate(contestants, self.seconds)).items():
-            row = {
-                "system": name,
-                "weights": weights.get(name, "nf4"),
-                "tokens": ids.numel(),
-                "positions": ids.shape[1],
-            }
+            weights, matmul = kinds.get(name, ("nf4", "bf16"))
+            row = {"system": name, "weights": weights, "matmul": matmul}
+            row |= {"tokens": ids.numel(), "positions": ids.shape[1]}
             row |= {"tokens_per_s": round(ids.numel() / second), "peak_gib": round(peaks[name], 2)}
-            for other in ("gemms", "forward"):
-                if other in took and name in ("forward", "captured") and other != name:
+            for other in ("gemms", "forward") if matmul == "bf16" else ("fp8 gemms", "fp8 forward"):
+                if other in took and name.endswith(("forward", "captured")) and other != name:
                     row[f"ratio_to_{other}"] = round(took[other] / second, 4)
             self.add(row)
 
@@ -215,7 +257,21 @@ class Table:
             make["transformers' forward, stopped at the last router"] = partial(stock, model, ids)
         if rivals:
             make["gemms"] = partial(gemms, len(model.layers), ids.numel())
-        self.measure(ids, make, {"gemms": "bf16"})
+        self.measure(ids, make, {"gemms": ("bf16", "bf16")})
+
+    def in_fp8(self, model: Any, ids: torch.Tensor, weights: str = "nf4") -> None:
+        """Our forward with fp8 products, with and without capture, beside them alone and beside bf16 products."""
+        ours = MixtralForward(model, "fp8")
+        make: dict[str, Callable[[], Run]] = {
+            "fp8 forward": lambda: partial(ours, ids),
+            "fp8 captured": partial(captured, model, ours, ids),
+            "fp8 captured, added up in float32": lambda: adding_exactly(captured(model, ours, ids)),
+            "fp8 gemms": partial(fp8_gemms, len(model.layers), ids.numel()),
+        }
+        if weights == "nf4":
+            make["captured"] = partial(captured, model, MixtralForward(model), ids)
+        kinds = {name: (weights, "fp8") for name in make if name != "captured"}
+        self.measure(ids, make, kinds | {"fp8 gemms": ("fp8", "fp8")})
 
 
 def under_a_cap(table: Table, model: Any, cap_gib: float, sizes: list[int]) -> None:
@@ -236,11 +292,13 @@ def under_a_cap(table: Table, model: Any, cap_gib: float, sizes: list[int]) -> N
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def written(table: Table, model: Any, shards: int) -> None:
+def written(
+    table: Table, model: Any, shards: int, matmul: str = "bf16", tokens: int = 32_768, seconds: float = 30
+) -> None:
     """Whole shards, committed to a store on disk while the next is computed, against the same forward without any.
 
     The rate of a capture is that between its first and its last commit: a capture of a week has no end worth counting.
-    The forward alone runs as long before it and after it.
+    The forward alone runs for some seconds before it and after it.
     """
     layout = Layout(
         sequence_length=POSITIONS,
@@ -252,14 +310,16 @@ def written(table: Table, model: Any, shards: int) -> None:
     )
     rows = 128 * shards
     token = np.random.default_rng(0).integers(0, WIDTH["vocab_size"], (rows, POSITIONS), dtype=np.int32)
-    length, ids = np.full(rows, POSITIONS, np.int32), tokens_of(32_768, POSITIONS)
-    ours = MixtralForward(model)
+    length, ids = np.full(rows, POSITIONS, np.int32), tokens_of(tokens, POSITIONS)
+    ours = MixtralForward(model, matmul)
 
     def forwards() -> float:
-        return alternate({"forward": lambda: ours(ids)}, 12 * shards / 2)["forward"]
+        return alternate({"forward": lambda: ours(ids)}, seconds)["forward"]
 
     with tempfile.TemporaryDirectory() as folder:
-        group = CaptureGroup.create(folder, "random", layout=layout, identity={}, attrs={}, pieces=["a"])
+        group = CaptureGroup.create(
+            folder, "random", layout=layout, identity=identity_of({"matmul": matmul}), attrs={}, pieces=["a"]
+        )
         number = np.arange(rows)
         planned = Rows(token=token, length=length, document_id=number, offset=np.zeros(rows, np.int32))
         plan = Plan(complete=True, rows=rows, tokens=rows * POSITIONS, documents=rows)
@@ -268,13 +328,13 @@ def written(table: Table, model: Any, shards: int) -> None:
         before = forwards()
         with lease(group) as held:
             replica = Replica()
-            engine = ModelEngine(as_loaded(model))
+            engine = ModelEngine(as_loaded(model, matmul))
             assignment = Assignment(
                 store=folder,
                 leases={"random": held.token},
                 make_engine=lambda: engine,
                 device="cuda",
-                batch_tokens=32_768,
+                batch_tokens=tokens,
             )
             replica.load(assignment)
             with ThreadPoolExecutor(2) as pool:  # one shard is written while the next one is computed
@@ -282,7 +342,8 @@ def written(table: Table, model: Any, shards: int) -> None:
         after = forwards()
         commits = sorted(file.stat().st_mtime for file in Path(folder).glob("*/expert/commits/*.json"))
     second = (commits[-1] - commits[0]) / (shards - 1) / (layout.rows_per_shard * POSITIONS / ids.numel())
-    row = {"system": "captured and written", "weights": "nf4", "tokens": ids.numel(), "positions": POSITIONS}
+    row = {"system": "captured and written", "weights": "nf4", "matmul": matmul}
+    row |= {"tokens": ids.numel(), "positions": POSITIONS}
     row |= {"tokens_per_s": round(ids.numel() / second), "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2)}
     row |= {"shards": shards, "forward_before_tokens_per_s": round(ids.numel() / before)}
     row |= {"forward_after_tokens_per_s": round(ids.numel() / after)}
@@ -294,15 +355,15 @@ def unquantized(table: Table, layers: int) -> None:
     for experts, tokens in (("eager", 32_768), ("grouped_mm", 16_384)):
         model, ids = full_size_model(layers, "none", experts), tokens_of(tokens, POSITIONS)
         name = f"transformers' output_router_logits, {experts} experts"
-        table.measure(ids, {name: partial(router_logits, model, ids)}, {name: "bf16"})
+        table.measure(ids, {name: partial(router_logits, model, ids)}, {name: ("bf16", "bf16")})
         del model
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def profile(model: Any, tokens: int) -> None:
-    """Print the kernels of one forward, by time."""
-    ours, ids = MixtralForward(model), tokens_of(tokens, POSITIONS)
+def profile(model: Any, tokens: int, matmul: str = "bf16") -> list[dict[str, Any]]:
+    """The kernels of one forward, by time; printed too."""
+    ours, ids = MixtralForward(model, matmul), tokens_of(tokens, POSITIONS)
     ours(ids)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
         ours(ids)
@@ -312,6 +373,28 @@ def profile(model: Any, tokens: int) -> None:
     for event in events[:24]:
         took = event.self_device_time_total
         print(f"{took / 1e3:9.2f} ms {took / total:6.1%} {event.count:6d} {event.key[:60]}")
+    kernels = [{"kernel": one.key[:80], "ms": one.self_device_time_total / 1e3, "count": one.count} for one in events]
+    return kernels[:24]
+
+
+def only_fp8(table: Table, result: dict[str, Any], layers: int, shards: int, output: Path) -> None:
+    """The rows of fp8 products, over weights in NF4 and in e4m3; written after each part."""
+    model = full_size_model(layers)
+    drop_last_experts(as_loaded(model))
+    for tokens in (65_536, 32_768):
+        table.in_fp8(model, tokens_of(tokens, POSITIONS))
+        output.write_text(json.dumps(result, indent=1) + "\n")
+    if shards:
+        written(table, model, shards, "fp8", 65_536, 6)
+    result["kernels_of_a_forward_of_65536_tokens"] = profile(model, 65_536, "fp8")
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = full_size_model(layers, "fp8")
+    drop_last_experts(as_loaded(model))
+    table.in_fp8(model, tokens_of(65_536, POSITIONS), "fp8")
+    output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
@@ -325,17 +408,22 @@ def main() -> None:
     parser.add_argument("--cap_gib", type=float, default=23.5)
     parser.add_argument("--no_bf16", action="store_true", help="leave out what needs a card of 96 GiB")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--fp8", action="store_true", help="the rows of fp8 products, and no others")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     table = Table(options.seconds)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "gpu": torch.cuda.get_device_name(),
+        "hardware": f"one {torch.cuda.get_device_name()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "triton")},
         "layers": options.layers,
         "rows": table.rows,
     }
     with torch.inference_mode():
+        if options.fp8:
+            only_fp8(table, result, options.layers, options.shards, options.output)
+            return
         model = full_size_model(options.layers)
         ids = tokens_of(128, 128)
         table.measure(ids, {"the notebook, hooks on mlp.gate": partial(notebook, model, ids)}, {})

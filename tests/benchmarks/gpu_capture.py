@@ -36,11 +36,14 @@ from ray_head import RAY, Head, ray_head  # noqa: E402
 
 from store import coverage  # noqa: E402
 
+OPTIONS: list[str] = []
+"""More of what a user would type."""
+
 
 def command(model: Path, store: Path, documents: int, *how: str) -> list[str]:
     """What a user would type."""
     capture = [sys.executable, str(ROOT / "jobs" / "capture.py"), *how, "--model", str(model)]
-    return [*capture, "--dataset", "demo:prose", "--limit_documents", str(documents), "--store", str(store)]
+    return [*capture, "--dataset", "demo:prose", "--limit_documents", str(documents), "--store", str(store), *OPTIONS]
 
 
 class Card:
@@ -142,14 +145,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--stored", choices=("none", "nf4"), default="none", help="quantization of the checkpoint")
+    parser.add_argument("--model", type=Path, help="such a checkpoint that is there already")
     parser.add_argument("--documents", type=int, default=60)
     parser.add_argument("--spill", type=Path, help="folder on another file system, for the layers from --spill_from on")
     parser.add_argument("--spill_from", type=int, default=18)
     parser.add_argument("--replicas", type=int, nargs="*", default=[], help="also as jobs, with so many workers")
     parser.add_argument("--once", action="store_true", help="leave out the run that is killed")
+    parser.add_argument("--matmul", choices=("bf16", "fp8"), default="bf16")
+    parser.add_argument("--batch_tokens", type=int, default=32_768)
     parser.add_argument("--submitted_only", action="store_true", help="leave out both that are not submitted")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
+    OPTIONS[:] = ["--matmul", options.matmul, "--batch_tokens", str(options.batch_tokens)]
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "gpu": torch.cuda.get_device_name(),
@@ -157,14 +164,17 @@ def main() -> None:
         "python": sys.version.split()[0],
         "layers": options.layers,
         "weights": "nf4",
+        "matmul": options.matmul,
+        "batch_tokens": options.batch_tokens,
         "checkpoint": f"random, in the published layout, {'bf16' if options.stored == 'none' else options.stored}",
         "sequence_length_and_shard": "defaults",
     }
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / f"mixtral-width-{options.layers}-layers"
-        started = time.monotonic()
-        make_checkpoint(model, options.layers, options.stored, options.spill, options.spill_from)
-        result["seconds_to_make_checkpoint"] = round(time.monotonic() - started, 1)
+        model = options.model or Path(folder) / f"mixtral-width-{options.layers}-layers"
+        if options.model is None:
+            started = time.monotonic()
+            make_checkpoint(model, options.layers, options.stored, options.spill, options.spill_from)
+            result["seconds_to_make_checkpoint"] = round(time.monotonic() - started, 1)
         result["checkpoint_gb"] = round(checkpoint_gb(model), 2)
         torch.cuda.empty_cache()
         with Card() as card:

@@ -21,14 +21,15 @@ from fake_model import store_files
 from patience import HUNG_S
 
 import store
+from analysis.report.command import command as reproducing
 from jobs import status
 from jobs.capturing.options import MIXTRAL, PRESETS, CaptureConfig, parse_capture
 from store import CaptureGroup
 from store.identity import MODEL, TEXT
 from store.lease import lease
 from workers import engine, environment
-from workers.models.description import default_quantization
 from workers.models.footprint import operations_per_token
+from workers.models.stored import default_quantization
 from workers.text.tokenizer import TextTokenizer, load_tokenizer
 from workers.tiny import tiny_checkpoint
 
@@ -361,6 +362,7 @@ def test_two_runs_in_different_folders_give_equal_bytes(
         (("--limit_documents", "2"), "limit_documents", "None", "2"),
         (("--limit_tokens", "9"), "limit_tokens", "None", "9"),
         (("--quantization", "nf4"), "quantization", "'none'", "'nf4'"),
+        (("--quantization", "fp8", "--matmul", "fp8"), "matmul", "'bf16'", "'fp8'"),
         (("--batch_tokens", "64"), "batch_tokens", "8192", "64"),
         (("--bos", "row"), "bos", "'none'", "'row'"),
         (("--rows_per_shard", "8"), "rows_per_shard", "4", "8"),
@@ -726,3 +728,23 @@ def test_a_length_that_was_asked_for_is_not_taken_for_the_default(
     refused = command("--dataset", texts, *without)
     assert refused.status == 2
     assert "sequence_length: the store has 32" in refused.err
+
+
+def test_fp8_products_are_told_before_and_after_and_two_runs_of_them_are_equal_to_the_byte(
+    command: Command, options: tuple[str, ...], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = (*options, "--quantization", "nf4", "--matmul", "fp8")
+    dry = command("--dataset", texts, *how, "--dry_run")
+    assert said(dry.out, "precision") == "weights in nf4, their products in fp8"
+    for store_path in ("one.zarr", "two.zarr"):
+        assert command("--dataset", texts, *how, "--store", tmp_path / store_path).status == 0
+    assert without_times(tmp_path / "one.zarr") == without_times(tmp_path / "two.zarr")
+    group = store.CaptureGroup(tmp_path / "one.zarr", "texts")
+    assert (group.identity["matmul"], group.attrs["matmul"]) == ("fp8", "fp8")
+    assert "nf4, fp8 products" in command(tmp_path / "one.zarr", main=status.main).out
+    told = json.loads(command(tmp_path / "one.zarr", "--json", main=status.main).out)["data_sets"][0]
+    assert (told["quantization"], told["matmul"]) == ("nf4", "fp8")
+    assert "--matmul fp8" in str(reproducing(group.attrs))
+    refused = command("--dataset", texts, *options, "--quantization", "none", "--matmul", "fp8")
+    assert refused.status == 2
+    assert "fp8 products are for weights in nf4, fp4 or fp8, and quantization is 'none'" in refused.err

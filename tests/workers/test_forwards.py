@@ -24,8 +24,9 @@ class OlmoeForward:
     """Applies OLMoE as transformers does, and counts how often."""
 
     expert_backend: ClassVar[str] = "counted"
+    matmuls: ClassVar[tuple[str, ...]] = ("bf16",)
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, matmul: str) -> None:
         self.model, self.calls = model, 0
 
     @classmethod
@@ -85,6 +86,7 @@ def test_a_forward_is_used_only_where_it_says_that_it_applies(olmoe: Path) -> No
     [
         ("nf4", {}, True),
         ("fp4", {}, True),
+        ("fp8", {}, True),
         ("int8", {}, False),
         ("none", {}, False),
         ("nf4", {"sliding_window": 16}, False),

@@ -14,17 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from card_golden import ENGINES, KEPT, golden
 from gpu_driver import options
 from ray_head import ray_head
 
 from store import CaptureGroup, Layout, coverage
 from store.plan import Plan, Rows
-from workers.shard import RoutingError, capture_shard
+from workers.models import fp8
+from workers.shard import ROUTING_VERSION, RoutingError, capture_shard
 
 HERE = Path(__file__).parents[1]
 ROOT = HERE.parent
 GIB = 2**30
 POSITIONS, ROWS = 2048, 64
+NEAR_TIE = 0.01  # difference of two weights under which another card may choose otherwise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 
@@ -100,16 +103,19 @@ def test_logits_that_are_not_finite_stop_the_shard_with_layer_and_row(
             gate.weight.copy_(kept)
 
 
-def test_a_lost_device_ends_its_process_and_another_one_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("matmul", ["bf16", "fp8"])
+def test_a_lost_device_ends_its_process_and_another_one_goes_on_with_the_same_bytes(
+    tmp_path: Path, matmul: str
+) -> None:
     paths = [str(ROOT), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     also = {"PYTHONPATH": os.pathsep.join(paths)}
     happened, stores = tmp_path / "happened", [tmp_path / "ray.zarr", tmp_path / "local.zarr"]
     with ray_head(ROOT, **also) as head:
-        driver = [sys.executable, HERE / "gpu_driver.py", stores[0], happened]
+        driver = [sys.executable, HERE / "gpu_driver.py", stores[0], happened, matmul]
         done = head.run(driver, ROOT, RAY_ADDRESS=head.address)
     assert done.returncode == 0, done.stderr
     assert happened.exists(), "the device was never lost"
-    given = options(str(stores[1]))
+    given = options(str(stores[1]), matmul)
     arguments = [f"--{name}={value[0] if isinstance(value, tuple) else value}" for name, value in given.items()]
     capture = [sys.executable, ROOT / "jobs" / "capture.py", "--local", *arguments]
     alone = subprocess.run(capture, env={**os.environ, **also}, capture_output=True, text=True, check=False)
@@ -124,13 +130,17 @@ def test_a_lost_device_ends_its_process_and_another_one_goes_on_with_the_same_by
     assert coverage(stores[0], "demo-prose").complete
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none", "int8"])
-def test_a_model_over_two_gpus_chooses_as_on_one(quantization: str) -> None:
+@pytest.mark.parametrize(
+    ("quantization", "matmul"), [("nf4", "bf16"), ("nf4", "fp8"), ("fp8", "fp8"), ("none", "bf16"), ("int8", "bf16")]
+)
+def test_a_model_over_two_gpus_chooses_as_on_one(quantization: str, matmul: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     from workers.engine import load_engine
 
-    one, two = (load_engine("tiny", quantization=quantization, device="cuda", gpus=gpus) for gpus in (1, 2))
+    one, two = (
+        load_engine("tiny", quantization=quantization, matmul=matmul, device="cuda", gpus=gpus) for gpus in (1, 2)
+    )
     places = [layer.input_layernorm.weight.device.index for layer in two.model.layers]
     assert places == [0, 0, 0, 0, 1, 1, 1, 1]
     random = np.random.default_rng(0)
@@ -138,3 +148,71 @@ def test_a_model_over_two_gpus_chooses_as_on_one(quantization: str) -> None:
     found, wanted = two.route(token, length), one.route(token, length)
     for name in ("expert", "weight"):
         np.testing.assert_array_equal(found[name], wanted[name])
+
+
+@pytest.fixture(scope="module")
+def here() -> dict[str, np.ndarray]:
+    """What the kernels of this code give on this card."""
+    return golden()
+
+
+def test_the_kernels_give_on_a_card_what_was_kept_or_another_routing_version(here: dict[str, np.ndarray]) -> None:
+    """Where this fails and the change is meant, raise `ROUTING_VERSION` and make `tests/stores/card.npz` anew."""
+    kept = dict(np.load(KEPT))
+    assert kept["with/routing_version"] == str(ROUTING_VERSION)
+    assert kept.keys() == here.keys()
+    same_place = all(kept[name] == here[name] for name in kept if name.startswith("with/"))
+    for name in (name for name in kept if name.startswith("kernel/")):
+        step = 2.0**-3 if name.endswith("values") else 2.0**-7  # of e4m3, of bfloat16
+        np.testing.assert_allclose(here[name], kept[name], rtol=step, atol=2.0**-9, err_msg=name)
+        assert np.mean(here[name] == kept[name]) >= (1 if same_place else 0.99), name
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_routes_on_a_card_are_those_that_were_kept_or_another_routing_version(
+    here: dict[str, np.ndarray], name: str
+) -> None:
+    kept = dict(np.load(KEPT))
+    expert, weight = (kept[f"route/{name}/{array}"] for array in ("expert", "weight"))
+    same = (np.sort(here[f"route/{name}/expert"], -1) == np.sort(expert, -1)).all(-1)
+    assert same.mean() > 0.98
+    sure = same & (np.abs(weight[..., 0].astype(float) - weight[..., 1]) > NEAR_TIE)
+    np.testing.assert_array_equal(here[f"route/{name}/expert"][sure], expert[sure])
+    np.testing.assert_allclose(here[f"route/{name}/weight"][sure], weight[sure].astype(float), atol=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_a_product_in_fp8_is_its_plain_form_but_for_what_the_card_adds_up_with(rows: int) -> None:
+    left, right = (fp8.rounded(torch.randn(count, 512, device="cuda").bfloat16()) for count in (rows, 96))
+    ours, theirs = (torch.empty(rows, 96, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    fp8.multiply(left, right, ours)
+    fp8.plain_multiply(left, right, theirs)
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=2.0**-7, atol=0.05)
+
+
+@pytest.mark.parametrize(("quantization", "matmul"), [("nf4", "fp8"), ("fp8", "fp8"), ("fp8", "bf16")])
+def test_two_runs_in_fp8_are_equal_to_the_byte_and_near_the_cpu_s(quantization: str, matmul: str) -> None:
+    from workers.engine import load_engine
+
+    token = np.random.default_rng(0).integers(3, 32_000, (16, 512)).astype(np.int32)
+    length = np.random.default_rng(1).integers(1, 513, 16)
+    filled = np.arange(512) < length[:, None]
+    one, other = (
+        load_engine("tiny", quantization=quantization, matmul=matmul, device="cuda").route(token, length)
+        for _ in range(2)
+    )
+    slow = load_engine("tiny", quantization=quantization, matmul=matmul, device="cpu").route(token, length)
+    for name in ("expert", "weight"):
+        np.testing.assert_array_equal(one[name][filled], other[name][filled])
+    differ = (np.sort(one["expert"], -1) != np.sort(slow["expert"], -1)).any(-1)[filled]
+    assert differ.mean() < 0.1
+
+
+def test_an_older_card_is_rejected_before_loading_with_both_capabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers.models.loading import load_model
+    from workers.tiny import tiny_checkpoint
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    for given in ({"quantization": "fp8"}, {"quantization": "nf4", "matmul": "fp8"}):
+        with pytest.raises(ValueError, match=r"compute capability 8\.9 or more .* has 8\.0: use --matmul bf16"):
+            load_model(tiny_checkpoint(), device="cuda", **given)

@@ -12,10 +12,10 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, apply_rotary_pos_emb
 
 from workers.models.kernels import add_norm, rotate, swiglu
-from workers.models.mixtral import ROWS, _parts
+from workers.models.products import FP8_ROWS, ROWS, Fp8Products, Products
 
 DRIVER = Path(__file__).parents[1] / "kernels_driver.py"
-CASES = 11
+CASES, ON_A_CARD = 17, 2
 STEPS = {"torch.float32": 2e-6, "torch.bfloat16": 2.0**-7}
 
 
@@ -50,11 +50,12 @@ def test_what_is_added_stays_in_the_residual_and_the_norm_is_transformers_own() 
         torch.testing.assert_close(normed, norm(before + mixed).detach())
 
 
-def test_an_expert_s_slots_are_computed_in_parts_that_hold_each_once() -> None:
-    for start, end in ((0, 1), (7, 7 + ROWS), (3, 4 + 2 * ROWS)):
-        parts = list(_parts(start, end))
+@pytest.mark.parametrize(("kind", "most"), [(Products, ROWS), (Fp8Products, FP8_ROWS)])
+def test_an_expert_s_slots_are_computed_in_parts_that_hold_each_once(kind: type[Products], most: int) -> None:
+    for start, end in ((0, 1), (7, 7 + most), (3, 4 + 2 * most)):
+        parts = list(kind(torch.float32).parts(start, end))
         assert [slot for part in parts for slot in range(part.start, part.stop)] == list(range(start, end))
-        assert max(part.stop - part.start for part in parts) <= ROWS
+        assert max(part.stop - part.start for part in parts) <= most
 
 
 def compared(**environment: str) -> dict[str, dict[str, list[float]]]:
@@ -65,20 +66,20 @@ def compared(**environment: str) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def expect_equal(found: dict[str, dict[str, list[float]]]) -> None:
+def expect_equal(found: dict[str, dict[str, list[float]]], cases: int) -> None:
     for dtype, differences in found.items():
-        assert len(differences) == CASES
+        assert len(differences) == cases
         for name, relative in differences.items():
             assert max(relative) <= STEPS[dtype], (dtype, name, relative)
-            if name.startswith("dequantize") and dtype == "torch.bfloat16":
+            if name in ("dequantize nf4", "dequantize fp4") and dtype == "torch.bfloat16":
                 assert relative == [0.0], "the compute dtype of a GPU: the very weights that bitsandbytes gives"
 
 
 def test_every_kernel_computes_its_plain_form_interpreted() -> None:
-    expect_equal(compared(TRITON_INTERPRET="1"))
+    expect_equal(compared(TRITON_INTERPRET="1"), CASES)
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 def test_every_kernel_computes_its_plain_form_on_a_gpu() -> None:
-    expect_equal(compared())
+    expect_equal(compared(), CASES + ON_A_CARD)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from workers.engine import ModelEngine
-from workers.models import quantizer
+from workers.models import quantizer, quantizers
 from workers.models.checkpoint import Checkpoint, find_checkpoint, fingerprint, tensor_names
 from workers.models.description import build_skeleton
 from workers.models.footprint import estimate_bytes, estimate_checkpoint
@@ -400,8 +400,8 @@ def test_a_broken_checkpoint_is_refused_with_folder_and_fault(broken: Path, faul
 
 def test_a_load_that_skips_the_experts_silently_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = dict(AUTO_QUANTIZER_MAPPING)
-    monkeypatch.setattr(quantizer, "Unfusing4bit", stock["bitsandbytes_4bit"])
-    monkeypatch.setattr(quantizer, "Unfusing8bit", stock["bitsandbytes_8bit"])
+    for kind in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
+        monkeypatch.setitem(quantizers.OURS, kind, stock[kind])
     for quantization in ("nf4", "int8"):
         with pytest.raises(ValueError, match=r"16 tensors, first layers\.0\.mlp\.experts\.gate_up_proj is a Param"):
             load_model(tiny, quantization=quantization, device="cpu")
@@ -434,7 +434,7 @@ def test_transformers_own_quantizers_are_back_after_a_load_and_after_a_failed_on
 def test_arguments_that_cannot_be_met_are_refused_with_what_would_do(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="'q4' is none of nf4, fp4, int8, none"):
+    with pytest.raises(ValueError, match="'q4' is none of nf4, fp4, fp8, int8, none"):
         load_model(tiny, quantization="q4", device="cpu")
     with pytest.raises(ValueError, match="routers are quantized as nf4 or fp4, and quantization is 'int8'"):
         load_model(tiny, quantization="int8", quantize_gates=True, device="cpu")

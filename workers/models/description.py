@@ -12,11 +12,13 @@ import torch
 import transformers
 from torch import nn
 
-from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config
+from workers.models.checkpoint import Checkpoint, find_checkpoint
 from workers.models.forwards import own_forward
+from workers.models.stored import FOUR_BITS, stored_quantization
 
-FOUR_BITS = ("nf4", "fp4")
-QUANTIZATIONS = (*FOUR_BITS, "int8", "none")
+QUANTIZATIONS = (*FOUR_BITS, "fp8", "int8", "none")
+MATMULS = ("bf16", "fp8")
+FP8_CAPABILITY = (8, 9)  # of the first cards that compute with e4m3: L4, RTX 4090; H100 has 9.0
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 EXPERTS_OF_TRANSFORMERS = ("eager", "grouped_mm")  # values of `expert_backend` that its loader takes
 
@@ -33,7 +35,10 @@ class ModelDescription(TypedDict):
     model_revision: str
     """Hub commit, or ``sha256:…``, the fingerprint of a local folder."""
     quantization: str
-    """nf4, fp4, int8 or none; nf4 and fp4 mean blocks of 64 with double quantization."""
+    """nf4, fp4, fp8, int8 or none; nf4 and fp4 mean blocks of 64 with double quantization, fp8 means e4m3 with one
+    scale a row."""
+    matmul: str
+    """What the products with quantized matrices are computed in: bf16, which stands for `compute_dtype`, or fp8."""
     compute_dtype: str
     """float32, bfloat16 or float16: of activations, of weights that are not quantized, and of those that are, once
     dequantized."""
@@ -61,6 +66,7 @@ def describe_model(
     *,
     dtype: str | None = None,
     quantize_gates: bool = False,
+    matmul: str = "bf16",
 ) -> ModelDescription:
     """Describe what `load_model` with the same arguments would load; reads the configuration and no weights.
 
@@ -68,7 +74,7 @@ def describe_model(
 
     Parameters
     ----------
-    model, revision, quantization, dtype, quantize_gates
+    model, revision, quantization, dtype, quantize_gates, matmul
         As for `load_model`.
     device_type
         "cuda" or "cpu": decides the compute dtype where `dtype` is not given, and what computes the experts.
@@ -85,7 +91,12 @@ def describe_model(
     """
     checkpoint = find_checkpoint(model, revision, weights=False)
     return describe_checkpoint(
-        checkpoint, quantization, device_type, compute_dtype(device_type, dtype), quantize_gates=quantize_gates
+        checkpoint,
+        quantization,
+        device_type,
+        compute_dtype(device_type, dtype),
+        quantize_gates=quantize_gates,
+        matmul=matmul,
     )
 
 
@@ -141,44 +152,6 @@ def compute_dtype(device_type: str, asked: str | None = None) -> torch.dtype:
     return dtype
 
 
-def default_quantization(model: str | Path, revision: str | None, device_type: str) -> str:
-    """What a model is captured in where nothing was asked for: what it is stored in, else nf4 on a GPU, none on a CPU.
-
-    On a CPU a 4-bit matrix is dequantized before each of its products.
-    """
-    stored = stored_quantization(find_checkpoint(model, revision, weights=False))
-    return stored or ("none" if device_type == "cpu" else "nf4")
-
-
-def stored_quantization(checkpoint: Checkpoint) -> str | None:
-    """In what a checkpoint's weights are stored: nf4, fp4, or None where they are not quantized.
-
-    Raises
-    ------
-    ValueError
-        When they are stored in a form that is not read here.
-    """
-    config = read_config(checkpoint.folder)
-    stored = config.get("quantization_config")
-    if stored is None:
-        return None
-    settings = stored if isinstance(stored, dict) else {}
-    kind = settings.get("bnb_4bit_quant_type")
-    if settings.get("quant_method") != "bitsandbytes" or not settings.get("load_in_4bit") or kind not in FOUR_BITS:
-        found = settings.get("quant_method", stored), *(["8 bits"] if settings.get("load_in_8bit") else [])
-        raise ValueError(
-            f"{checkpoint.folder} (model_type {config.get('model_type')}) holds weights that are quantized already"
-            f" ({', '.join(map(str, found))}): only those of bitsandbytes in nf4 or fp4 are read; give the original"
-            " checkpoint, or where that is quantized itself (gpt_oss, deepseek_v3) a copy in bfloat16"
-        )
-    if not settings.get("bnb_4bit_use_double_quant"):
-        raise ValueError(
-            f"{checkpoint.folder} holds {kind} weights without double quantization, and {kind} means with it here:"
-            f" give the original checkpoint (python jobs/quantize.py writes one in {kind})"
-        )
-    return str(kind)
-
-
 def _expert_backend(skeleton: Any, quantization: str, device_type: str) -> str:
     """What computes the experts: a forward of the family's own, or one of transformers' ways.
 
@@ -194,13 +167,23 @@ def _expert_backend(skeleton: Any, quantization: str, device_type: str) -> str:
 
 
 def describe_checkpoint(
-    checkpoint: Checkpoint, quantization: str, device_type: str, dtype: torch.dtype, *, quantize_gates: bool
+    checkpoint: Checkpoint,
+    quantization: str,
+    device_type: str,
+    dtype: torch.dtype,
+    *,
+    quantize_gates: bool,
+    matmul: str = "bf16",
 ) -> ModelDescription:
     """`describe_model` for a checkpoint that is found already."""
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization {quantization!r} is none of {', '.join(QUANTIZATIONS)}")
+    if matmul not in MATMULS:
+        raise ValueError(f"matmul {matmul!r} is none of {', '.join(MATMULS)}")
     if quantize_gates and quantization not in FOUR_BITS:
         raise ValueError(f"routers are quantized as {' or '.join(FOUR_BITS)}, and quantization is {quantization!r}")
+    if "fp8" in (quantization, matmul):
+        _refuse_fp8(quantization, matmul, device_type, dtype)
     stored = stored_quantization(checkpoint)
     if stored not in (None, quantization):
         raise ValueError(
@@ -215,11 +198,18 @@ def describe_checkpoint(
             f"{checkpoint.folder} holds a {type(skeleton).__name__} (model_type {config.model_type!r}), "
             "which has no routers: only mixture-of-experts models can be captured"
         )
+    own = own_forward(skeleton, quantization)
+    if matmul not in (own.matmuls if own else MATMULS[:1]):
+        raise ValueError(
+            f"--matmul {matmul} needs a forward of the family's own that multiplies in it, and"
+            f" {type(skeleton).__name__} in {quantization} has none: use --matmul bf16"
+        )
     computed_in = str(dtype).removeprefix("torch.")
     return ModelDescription(
         model=checkpoint.model,
         model_revision=checkpoint.revision,
         quantization=quantization,
+        matmul=matmul,
         compute_dtype=computed_in,
         gate_precision=quantization if quantize_gates else computed_in,
         expert_backend=_expert_backend(skeleton, quantization, device_type),
@@ -230,6 +220,22 @@ def describe_checkpoint(
         vocab_size=_read(config, ("vocab_size",)),
         max_position_embeddings=_read(config, ("max_position_embeddings",)),
     )
+
+
+def _refuse_fp8(quantization: str, matmul: str, device_type: str, dtype: torch.dtype) -> None:
+    """Say what is missing for weights or products in fp8."""
+    if matmul == "fp8" and quantization not in (*FOUR_BITS, "fp8"):
+        raise ValueError(f"fp8 products are for weights in nf4, fp4 or fp8, and quantization is {quantization!r}")
+    if device_type != "cuda":
+        return
+    if matmul == "fp8" and dtype != torch.bfloat16:
+        raise ValueError(f"fp8 products give bfloat16 on a GPU, and the compute dtype is {dtype}: use --dtype bfloat16")
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) < FP8_CAPABILITY:
+        raise ValueError(
+            f"fp8 needs a card of compute capability {'.'.join(map(str, FP8_CAPABILITY))} or more (L4, RTX 4090, H100),"
+            f" and {torch.cuda.get_device_name()} has {'.'.join(map(str, found))}: use --matmul bf16, and another"
+            " --quantization than fp8"
+        )
 
 
 def num_experts(config: Any) -> int:
@@ -252,11 +258,15 @@ def _read(config: Any, names: tuple[str, ...]) -> int:
 
 
 def quantization_config(quantization: str, skeleton: nn.Module, dtype: torch.dtype) -> Any:
-    """bitsandbytes' settings as transformers takes them, or None for ``none``; routers stay as they are."""
+    """Settings as transformers takes them, or None for ``none``; routers stay as they are."""
     if quantization == "none":
         return None
     routers = set(find_routers(skeleton).values())
     names = [name for name, module in skeleton.named_modules() if module in routers]
+    if quantization == "fp8":
+        from workers.models.fp8_loading import RowScaledConfig  # it imports bitsandbytes, which takes seconds
+
+        return RowScaledConfig(names, str(dtype).removeprefix("torch."))
     if quantization == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=names)
     return transformers.BitsAndBytesConfig(

@@ -80,7 +80,7 @@ def quantized_skeleton(checkpoint: Checkpoint, quantization: str, dtype: torch.d
     skeleton = build_skeleton(checkpoint, dtype)
     settings = quantization_config(quantization, skeleton, dtype)
     if settings is not None:
-        from workers.models.quantizer import quantize_skeleton  # bitsandbytes takes seconds to import
+        from workers.models.quantizers import quantize_skeleton  # bitsandbytes takes seconds to import
 
         quantize_skeleton(skeleton, settings)
     return skeleton, settings

@@ -19,12 +19,16 @@ class Forward(Protocol):
     ----------
     model
         A loaded model, for which `applies` was true.
+    matmul
+        One of its `matmuls`.
     """
 
     expert_backend: ClassVar[str]
     """The value of `expert_backend` in the identity of captures made with it."""
+    matmuls: ClassVar[tuple[str, ...]]
+    """In what it can multiply: bf16, fp8."""
 
-    def __init__(self, model: Any) -> None: ...
+    def __init__(self, model: Any, matmul: str) -> None: ...
 
     @classmethod
     def applies(cls, model: Any, quantization: str) -> bool:
@@ -35,7 +39,7 @@ class Forward(Protocol):
         model
             transformers' model, perhaps on the meta device.
         quantization
-            nf4, fp4, int8 or none.
+            nf4, fp4, fp8, int8 or none.
         """
         ...
 
@@ -57,10 +61,10 @@ def own_forward(model: Any, quantization: str) -> type[Forward] | None:
     return forward if forward is not None and forward.applies(model, quantization) else None
 
 
-def forward_of(model: Any, expert_backend: str) -> Callable[..., Any]:
+def forward_of(model: Any, expert_backend: str, matmul: str) -> Callable[..., Any]:
     """What applies a loaded model: its family's forward where that is the `expert_backend`, else the model itself."""
     forward = _of_family(model)
-    return forward(model) if forward is not None and forward.expert_backend == expert_backend else model
+    return forward(model, matmul) if forward is not None and forward.expert_backend == expert_backend else model
 
 
 def _of_family(model: Any) -> type[Forward] | None:

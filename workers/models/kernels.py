@@ -29,7 +29,7 @@ def plain_dequantize(weight: Any, out: torch.Tensor) -> None:
     from bitsandbytes.functional import dequantize_4bit  # takes seconds to import
 
     state = copy(weight.quant_state)
-    state.shape = torch.Size((out.numel() // state.blocksize, state.blocksize))
+    state.shape, state.dtype = torch.Size((out.numel() // state.blocksize, state.blocksize)), out.dtype
     out.copy_(dequantize_4bit(weight.data, state).view_as(out))
 
 

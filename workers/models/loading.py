@@ -1,4 +1,4 @@
-"""A mixture-of-experts model from a checkpoint, in 4 bits, 8 bits or unquantized, ready to be captured.
+"""A mixture-of-experts model from a checkpoint, in 4 bits, fp8, 8 bits or unquantized, ready to be captured.
 
 Promises: what is loaded is what was asked for. After every load the report of transformers is clean, every
 matrix of every expert is quantized, and every router is in its full precision, or a ValueError says which
@@ -24,7 +24,6 @@ from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config, 
 from workers.models.description import (
     BLOCK,
     EXPERTS_OF_TRANSFORMERS,
-    FOUR_BITS,
     ModelDescription,
     build_skeleton,
     compute_dtype,
@@ -32,9 +31,9 @@ from workers.models.description import (
     describe_model,
     find_routers,
     quantization_config,
-    stored_quantization,
 )
 from workers.models.footprint import estimate_checkpoint, quantized_skeleton
+from workers.models.stored import FOUR_BITS, stored_quantization
 
 __all__ = [
     "LoadedModel",
@@ -42,6 +41,10 @@ __all__ = [
     "describe_model",
     "load_model",
 ]
+
+
+SCALES_OF_ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale")
+"""Ends of names in published fp8 checkpoints that are not used: here each token has a scale of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,7 @@ def load_model(
     quantization: str = "nf4",
     dtype: str | None = None,
     quantize_gates: bool = False,
+    matmul: str = "bf16",
     device: str | torch.device = "cuda",
     gpus: int = 1,
 ) -> LoadedModel:
@@ -81,13 +85,16 @@ def load_model(
     revision
         Branch, tag or commit of a hub model.
     quantization
-        Applied while loading: ``nf4`` and ``fp4`` (double quantization, blocks of 64), ``int8`` (LLM.int8),
-        or ``none``. A checkpoint that is quantized already (`workers.models.saving`, or transformers with its routers
-        left out) loads as it is, and must be in what is asked for.
+        Applied while loading: ``nf4`` and ``fp4`` (double quantization, blocks of 64), ``fp8`` (e4m3 with one scale a
+        row), ``int8`` (LLM.int8), or ``none``. A checkpoint that is quantized already (`workers.models.saving`,
+        transformers with its routers left out, or e4m3 with one scale a matrix or a row) loads as it is, and must be in
+        what is asked for.
     dtype
         Compute dtype: ``float32``, ``bfloat16`` or ``float16``; by default float32 on a CPU, else bfloat16.
     quantize_gates
         Round the routers' weights to `quantization` too, as transformers 4 does by default.
+    matmul
+        What products with quantized matrices are computed in: ``bf16``, which stands for `dtype`, or ``fp8``.
     device
         Where the model goes.
     gpus
@@ -106,7 +113,9 @@ def load_model(
     target = usable_device(device)
     checkpoint = find_checkpoint(model, revision, weights=True)
     computed_in = compute_dtype(target.type, dtype)
-    description = describe_checkpoint(checkpoint, quantization, target.type, computed_in, quantize_gates=quantize_gates)
+    description = describe_checkpoint(
+        checkpoint, quantization, target.type, computed_in, quantize_gates=quantize_gates, matmul=matmul
+    )
     weight_bytes = estimate_checkpoint(checkpoint, quantization, computed_in)
     devices = _devices(target, gpus)
     for each in devices if target.type == "cuda" else ():
@@ -227,7 +236,11 @@ def _from_pretrained(
             # Experts that differ in shape cannot be fused.
             raise ValueError(f"{checkpoint.folder} could not be loaded ({_versions()}): {error}") from error
     # The base model leaves the head out; nothing else may be missing, left over or of another shape.
-    report["unexpected_keys"] = {key for key in report["unexpected_keys"] if not key.startswith("lm_head.")}
+    report["unexpected_keys"] = {
+        key
+        for key in report["unexpected_keys"]
+        if not (key.startswith("lm_head.") or key.endswith(SCALES_OF_ACTIVATIONS))
+    }
     # Under a quantizer, transformers 5.17 takes an unquantized tensor of another shape without a word.
     shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
     report["mismatched_keys"] = {
@@ -246,17 +259,20 @@ def _from_pretrained(
 
 
 def _check_stored(checkpoint: Checkpoint, description: ModelDescription, dtype: torch.dtype) -> None:
-    """Refuse a quantized checkpoint that has other matrices in 4 bits than a load of the original one would have.
+    """Refuse a quantized checkpoint that has other matrices quantized than a load of the original one would have.
 
     transformers 4 quantizes the routers too, unless they are named in llm_int8_skip_modules.
     """
-    from workers.models.quantizer import four_bit_names  # bitsandbytes takes seconds to import
+    from workers.models.quantizer import quantized_names  # bitsandbytes takes seconds to import
 
     skeleton, _ = quantized_skeleton(checkpoint, description["quantization"], dtype)
     names = tensor_names(checkpoint.folder)
-    found = {name.partition(".quant_state.")[0] for name in names if ".quant_state." in name}
+    if description["quantization"] == "fp8":
+        found = {name.removesuffix("_scale") for name in names if name.endswith(".weight_scale")}
+    else:
+        found = {name.partition(".quant_state.")[0] for name in names if ".quant_state." in name}
     found = {name for name in found if not name.startswith("lm_head.")}  # which is not loaded
-    wanted = set(four_bit_names(skeleton, names))
+    wanted = set(quantized_names(skeleton, names))
     for what, matrices in (("must not be", found - wanted), ("should be", wanted - found)):
         if matrices:
             first = ", ".join(sorted(matrices)[:5])
@@ -288,9 +304,9 @@ def _quiet() -> Iterator[None]:
 def _quantizers(quantization: str) -> AbstractContextManager[None]:
     if quantization == "none":
         return nullcontext()
-    from workers.models import quantizer  # bitsandbytes takes seconds to import
+    from workers.models.quantizers import own_quantizers  # bitsandbytes takes seconds to import
 
-    return quantizer.unfusing_quantizers()
+    return own_quantizers()
 
 
 def _check_precision(
@@ -356,6 +372,8 @@ def _matrix_fault(parameter: torch.Tensor, quantization: str) -> str | None:
     if quantization == "int8":
         fits = kind == "Int8Params" and parameter.dtype == torch.int8
         return None if fits else f"a {kind} of {parameter.dtype}, not int8"
+    if quantization == "fp8":
+        return None if parameter.dtype == torch.float8_e4m3fn else f"a {kind} of {parameter.dtype}, not e4m3"
     state = getattr(parameter, "quant_state", None)
     if kind != "Params4bit" or state is None:
         return f"a {kind} of {parameter.dtype}, not a quantized Params4bit"

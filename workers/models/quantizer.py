@@ -13,8 +13,7 @@ devices: `workers.models.loading` checks after every load that the matrices real
 """
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,7 +23,6 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.integrations.moe import _default_apply_gate
-from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
@@ -194,8 +192,8 @@ def unfuse_experts(model: nn.Module) -> None:
         model.set_submodule(name, UnfusedExperts(module, leaves))
 
 
-class _Unfusing:
-    """What both quantizers add to their stock counterpart: experts as Linears, before those are replaced."""
+class Unfusing:
+    """What quantizers add to their stock counterpart: experts as Linears, before those are replaced."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         unfuse_experts(model)
@@ -212,7 +210,16 @@ class _Unfusing:
         return QuantizeEach(super().get_quantize_ops())  # type: ignore[misc]
 
 
-class Unfusing4bit(_Unfusing, Bnb4BitHfQuantizer):  # type: ignore[misc]
+def cast_unquantized(model: nn.Module, dtype: torch.dtype, but: Iterable[torch.Tensor] = ()) -> None:
+    """Have all that no quantizer made in the compute dtype, or in float32 where transformers says so."""
+    in_full = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    kept = set(map(id, but))
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and id(parameter) not in kept:
+            parameter.data = parameter.data.to(torch.float32 if any(part in name for part in in_full) else dtype)
+
+
+class Unfusing4bit(Unfusing, Bnb4BitHfQuantizer):  # type: ignore[misc]
     """NF4 and FP4."""
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
@@ -223,36 +230,23 @@ class Unfusing4bit(_Unfusing, Bnb4BitHfQuantizer):  # type: ignore[misc]
         already brings the dtype of the device that quantized it, and transformers leaves all else in the file's.
         """
         dtype = self.quantization_config.bnb_4bit_compute_dtype
-        for module in four_bit_linears(model).values():
+        for module in quantized_linears(model).values():
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
             if (state := getattr(module.weight, "quant_state", None)) is not None:
                 state.dtype = dtype
-        in_full = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-        for name, parameter in model.named_parameters():
-            if self.pre_quantized and type(parameter) is nn.Parameter and parameter.is_floating_point():
-                parameter.data = parameter.data.to(torch.float32 if any(part in name for part in in_full) else dtype)
+        if self.pre_quantized:
+            cast_unquantized(model, dtype)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 
-class Unfusing8bit(_Unfusing, Bnb8BitHfQuantizer):  # type: ignore[misc]
+class Unfusing8bit(Unfusing, Bnb8BitHfQuantizer):  # type: ignore[misc]
     """LLM.int8."""
 
 
-@contextmanager
-def unfusing_quantizers() -> Iterator[None]:
-    """Inside, transformers loads bitsandbytes models through the classes above; outside, as ever."""
-    ours = {"bitsandbytes_4bit": Unfusing4bit, "bitsandbytes_8bit": Unfusing8bit}
-    stock = {method: auto.AUTO_QUANTIZER_MAPPING[method] for method in ours}
-    auto.AUTO_QUANTIZER_MAPPING.update(ours)
-    try:
-        yield
-    finally:
-        auto.AUTO_QUANTIZER_MAPPING.update(stock)
-
-
-def four_bit_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules, by name, whose matrix is in 4 bits, or should be."""
-    return {name: module for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules, by name, whose matrix is in 4 bits or in e4m3, or should be."""
+    kinds = ("Linear4bit", "RowScaledLinear")
+    return {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}
 
 
 def packed_in_four_bits(matrix: torch.Tensor, quantization: str) -> tuple[torch.Tensor, Any]:
@@ -285,13 +279,13 @@ def own_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def four_bit_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
-    """Which tensors of a checkpoint are 4-bit matrices of the model.
+def quantized_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
+    """Which tensors of a checkpoint are matrices of the model that are quantized.
 
     Parameters
     ----------
     skeleton
-        Of the base model, after `quantize_skeleton`.
+        Of the base model, after `workers.models.quantizers.quantize_skeleton`.
     names
         As the checkpoint calls them.
 
@@ -303,9 +297,9 @@ def four_bit_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
     Raises
     ------
     ValueError
-        When a 4-bit matrix of the model has no tensor.
+        When a quantized matrix of the model has no tensor.
     """
-    wanted = {f"{name}.weight" for name in four_bit_linears(skeleton)}
+    wanted = {f"{name}.weight" for name in quantized_linears(skeleton)}
     found = {name: own for name, own in own_names(skeleton, names).items() if own in wanted}
     if missing := sorted(wanted - set(found.values())):
         if fused := [name for name in names if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]:
@@ -315,13 +309,7 @@ def four_bit_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
                 " or give the original checkpoint"
             )
         raise ValueError(
-            f"{len(missing)} of the {len(wanted)} matrices that should be in 4 bits are not in the checkpoint:"
+            f"{len(missing)} of the {len(wanted)} matrices that should be quantized are not in the checkpoint:"
             f" {', '.join(missing[:5])}"
         )
     return found
-
-
-def quantize_skeleton(model: nn.Module, settings: Any) -> None:
-    """Give a model on the meta device the modules it will have once loaded with these settings."""
-    kind = Unfusing8bit if settings.load_in_8bit else Unfusing4bit
-    kind(settings, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})

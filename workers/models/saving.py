@@ -23,14 +23,13 @@ from safetensors.torch import save_file
 
 from workers.models.checkpoint import INDEX, find_checkpoint, read_config, tensor_names, weight_files
 from workers.models.description import (
-    FOUR_BITS,
     compute_dtype,
     describe_checkpoint,
     find_routers,
-    stored_quantization,
 )
 from workers.models.footprint import estimate_checkpoint, quantized_skeleton
 from workers.models.loading import usable_device
+from workers.models.stored import FOUR_BITS, stored_quantization
 
 COPIED = ("*.json", "tokenizer*", "merges.txt", "*.jinja", "LICENSE*")
 
@@ -69,7 +68,7 @@ def quantize_checkpoint(
     OSError
         When the result cannot be written.
     """
-    from workers.models.quantizer import four_bit_names, own_names  # bitsandbytes takes seconds to import
+    from workers.models.quantizer import own_names, quantized_names  # bitsandbytes takes seconds to import
 
     device = usable_device(device)
     if quantization not in FOUR_BITS:
@@ -82,7 +81,7 @@ def quantize_checkpoint(
         raise ValueError(f"{checkpoint.folder} is quantized already, in {stored}: it loads as it is")
     skeleton, settings = quantized_skeleton(checkpoint, quantization, dtype)
     names = tensor_names(checkpoint.folder)
-    matrices = four_bit_names(skeleton, names)
+    matrices = quantized_names(skeleton, names)
     _refuse_small_disk(out, estimate_checkpoint(checkpoint, quantization, dtype))
 
     partial = out.with_name(f"{out.name}.partial-{uuid4().hex}")  # another run may be writing the same
