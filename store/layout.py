@@ -95,7 +95,7 @@ class ArraySpec:
         except Exception as error:  # codecs raise whatever they run into
             raise ValueError(str(error) or repr(error)) from error
 
-    def _in_memory(self, size: int) -> "tuple[dict[str, Buffer], zarr.Array[Any]]":
+    def _in_memory(self, size: int) -> tuple[dict[str, Buffer], zarr.Array[Any]]:
         objects: dict[str, Buffer] = {}
         array = zarr.create_array(
             MemoryStore(objects),
