@@ -22,6 +22,7 @@ from rich.console import Console
 from jobs import capture
 from jobs.console.tables import Bars, Column, Facts, print_line, print_table, stdout_console
 from jobs.console.terminal import run_job
+from jobs.sources.demo import demo_source
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -42,6 +43,8 @@ def main(arguments: list[str]) -> int:
     """
     if arguments:
         raise ValueError(f"the demo has no options, and {arguments[0]!r} was given: python jobs/capture.py has them")
+    for text in TEXTS:
+        demo_source(text)  # a package that is missing is an error before the first capture
     started = time.monotonic()
     for text, documents in TEXTS.items():
         options = ["--dataset", text, "--limit_documents", str(documents), "--store", str(STORE)]

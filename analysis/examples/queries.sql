@@ -14,7 +14,7 @@ LIMIT 10;
 --    choices: the mean of log2(lift), 0 if they are independent. Estimated from counts it is a little too high, by about
 --    (E - 1)^2 / (2 T ln 2) bits for E experts and T tokens.
 SELECT data_set, layer, next_layer,
-       sum(count * log2(lift)) FILTER (WHERE count > 0) / sum(count) AS bits
+       sum(count * log2(nullif(lift, 0))) FILTER (WHERE count > 0) / sum(count) AS bits  -- DuckDB 1.2 filters last
 FROM 'tables/transitions.parquet'
 WHERE "by" = 'first'
 GROUP BY ALL

@@ -174,7 +174,7 @@ def balance_of(load: xr.Dataset) -> xr.Dataset:
     )
     values = {
         "max_violation": share.max("expert") * experts - 1,
-        "variation": share.std("expert") * experts,
+        "variation": share.std("expert", skipna=False) * experts,  # a layer is counted as a whole, or not at all
         "entropy": bits,
         "relative_entropy": bits / np.log2(experts) if experts > 1 else bits * np.nan,
         "effective_experts": 2.0**bits,

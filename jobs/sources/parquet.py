@@ -52,6 +52,8 @@ def parquet_batches(
     file: pq.ParquetFile, path: Path, groups: list[int], columns: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
     """Yield the given row groups of a parquet file in batches."""
+    if not groups:  # pyarrow 18 fails
+        return
     try:
         yield from file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(columns))
     except (OSError, pa.ArrowException) as error:

@@ -1,16 +1,19 @@
 """Users without a name, home or folder to write in, and names that stand for nothing: one line, and the reason."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 from conftest import Ran
 from numba.core.dispatcher import Dispatcher
 
 from analysis.scanning import kernel
 from jobs.capturing.options import parse_capture
+from jobs.cluster import connection
 from jobs.console import terminal
 from store import CaptureGroup
 from workers.tiny import model_path
@@ -41,6 +44,42 @@ def test_a_user_without_a_home_is_given_a_name_for_it_and_asked_for_a_store(monk
     monkeypatch.delenv("EXPERT_ATLAS_STORE", raising=False)
     with pytest.raises(ValueError, match="this user has no home folder; name a folder with --store"):
         _ = parse_capture(["--dataset", "x"]).store_path
+
+
+def test_a_ray_that_a_user_without_a_writable_home_starts_has_its_token_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens: list[str | None] = []
+
+    def init(**_: Any) -> None:
+        tokens.append(os.environ.get("RAY_AUTH_TOKEN"))
+        if tokens[-1] is None:
+            raise PermissionError(13, "Permission denied", "/nonexistent")  # where Ray would keep the token it makes
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(os, "environ", {})
+    connection._connect()
+    connection._connect()
+    first, second, third = tokens
+    assert first is None
+    assert second == third
+    assert len(bytes.fromhex(str(second))) == 32
+
+
+def test_a_folder_that_ray_cannot_write_is_named_with_the_variable_that_sets_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def init(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/tmp/ray")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(connection, "catch_sigterm", lambda: None)
+    monkeypatch.setattr(os, "environ", {})
+    with (
+        pytest.raises(ValueError, match=r"cannot write its files .*'/tmp/ray'.*: set RAY_TMPDIR to a folder"),
+        connection.connection(),
+    ):
+        raise AssertionError("connected")
 
 
 @pytest.mark.parametrize("script", ["capture", "quantize"])

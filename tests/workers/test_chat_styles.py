@@ -107,8 +107,9 @@ def theirs(style: str, day: str = "2024-07-26") -> Any:
 @pytest.mark.parametrize("style", STYLES)
 def test_ids_are_those_of_apply_chat_template_or_the_conversation_is_refused_there_too(style: str, talk: str) -> None:
     messages, beside = TALKS[talk]["messages"], {k: v for k, v in TALKS[talk].items() if k != "messages"}
+    said = [{k: v for k, v in message.items() if v is not None} for message in messages]  # older ones write "None"
     try:
-        expected = theirs(style).apply_chat_template(messages, return_dict=False, **beside)
+        expected = theirs(style).apply_chat_template(said, return_dict=False, **beside)
     except Exception:
         with pytest.raises(Unrenderable, match="refuses the messages"):
             ours(style).chat(messages, **beside)
