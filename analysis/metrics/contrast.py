@@ -271,4 +271,5 @@ def _divergence(share: Array) -> Array:
             parts = np.where(share == 0, 0.0, share * np.log2(share))
         return np.asarray(-parts.sum(-1))
 
-    return bits(share.mean(0)) - bits(share).mean(0)
+    divergence: Array = bits(share.mean(0)) - bits(share).mean(0)
+    return divergence

@@ -96,7 +96,8 @@ class Jackknife(Reducer):
         """Running numbers of documents, or different numbers for different blocks of them."""
         if self.block_tokens is None or offset is None:
             return document
-        return document.astype(np.int64) * BLOCKS + offset // self.block_tokens
+        blocks: Array = document.astype(np.int64) * BLOCKS + offset // self.block_tokens
+        return blocks
 
 
 def without_each(by_unit: Array) -> Array:
