@@ -22,7 +22,6 @@ FP8_CAPABILITY = (8, 9)  # of the first cards that compute with e4m3: L4, RTX 40
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 EXPERTS_OF_TRANSFORMERS = ("eager", "grouped_mm")  # values of `expert_backend` that its loader takes
 
-BLOCK = 64  # values that share a scale in NF4 and FP4; bitsandbytes' own, checked after every load
 _NUM_EXPERTS_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN_NAMES = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
 

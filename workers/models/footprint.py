@@ -11,13 +11,13 @@ from torch import nn
 
 from workers.models.checkpoint import Checkpoint, find_checkpoint
 from workers.models.description import (
-    BLOCK,
     build_skeleton,
     compute_dtype,
     experts_per_token,
     num_experts,
     quantization_config,
 )
+from workers.models.stored import BLOCK
 
 _SCALE_BLOCK = 256  # scales that share a scale of their own under double quantization; likewise
 

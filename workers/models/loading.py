@@ -22,7 +22,6 @@ from torch import nn
 
 from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config, tensor_names
 from workers.models.description import (
-    BLOCK,
     EXPERTS_OF_TRANSFORMERS,
     ModelDescription,
     build_skeleton,
@@ -33,7 +32,7 @@ from workers.models.description import (
     quantization_config,
 )
 from workers.models.footprint import estimate_checkpoint, quantized_skeleton
-from workers.models.stored import FOUR_BITS, stored_quantization
+from workers.models.stored import BLOCK, FOUR_BITS, stored_quantization
 
 __all__ = [
     "LoadedModel",

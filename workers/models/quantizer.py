@@ -25,7 +25,7 @@ from transformers.integrations.moe import _default_apply_gate
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
-from workers.models.description import BLOCK
+from workers.models.stored import BLOCK
 
 # It would warn, on import, that a CPU kernel which we switch off (see Unfusing4bit) cannot be fetched.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

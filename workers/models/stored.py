@@ -9,6 +9,7 @@ from typing import Any
 from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config
 
 FOUR_BITS = ("nf4", "fp4")
+BLOCK = 64  # values that share a scale in NF4 and FP4; bitsandbytes' own, checked after every load
 
 
 def default_quantization(model: str | Path, revision: str | None, device_type: str) -> str:
