@@ -15,7 +15,9 @@ from synthetic import EXPERTS, make_capture
 from analysis.explorer import index as index_module
 from analysis.explorer.index import CaptureIndex, index_folder, reducers
 from analysis.metrics.contexts import TopContexts, top_contexts
+from analysis.metrics.load import Load
 from analysis.scanning import accumulate, merge, scan, shards_to_read
+from analysis.statistics.jackknife import Jackknife
 from store import CaptureGroup, open_capture
 
 TEXTS = [words(90, number) for number in range(5)] + [words(40, 1)] * 2
@@ -204,7 +206,8 @@ def test_a_process_that_dies_while_it_indexes_loses_one_batch_at_most(
 
 def test_other_reducers_are_another_index(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = CaptureIndex(store, "fake")
-    monkeypatch.setattr(index_module, "REPLICATES", 100)
+    own = index_module.reducers
+    monkeypatch.setattr(index_module, "reducers", lambda capture: {**own(capture), "load": Jackknife(Load(), 9)})
     assert CaptureIndex(store, "fake").folder != one.folder
 
 

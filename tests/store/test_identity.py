@@ -43,6 +43,7 @@ OTHERS = {
     "model": "org/other",
     "model_revision": "b2",
     "quantization": "none",
+    "matmul": "fp8",
     "compute_dtype": "float32",
     "gate_precision": "quantization",
     "expert_backend": "eager",
