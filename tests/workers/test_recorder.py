@@ -18,8 +18,7 @@ from torch import nn
 from store import CaptureGroup, Layout
 from store.plan import Plan, Rows
 from workers.engine import ModelEngine
-from workers.models import kernels
-from workers.models import mixtral as forward
+from workers.models import kernels, products
 from workers.models.description import find_routers
 from workers.models.loading import LoadedModel, load_model
 from workers.models.mixtral import MixtralForward
@@ -147,7 +146,7 @@ def test_routes_are_the_models_own_choice(tiny_model: LoadedModel, monkeypatch: 
         handles.append(tiny_model.model.layers[layer].mlp.experts.register_forward_pre_hook(keep))
     if isinstance(engine.forward, MixtralForward):  # which applies the experts' matrices itself
         monkeypatch.setattr(engine.forward, "_experts", kept_experts(engine.forward, used))
-        monkeypatch.setattr(forward, "add_norm", kept_weights(used))
+        monkeypatch.setattr(products, "add_norm", kept_weights(used))
     expert, weight = engine.route(rows.token, rows.length).values()
     for handle in handles:
         handle.remove()

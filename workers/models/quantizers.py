@@ -10,7 +10,11 @@ from transformers.quantizers import auto
 from workers.models.fp8_loading import METHOD, RowScaledConfig, RowScaledQuantizer
 from workers.models.quantizer import Unfusing4bit, Unfusing8bit
 
-OURS = {"bitsandbytes_4bit": Unfusing4bit, "bitsandbytes_8bit": Unfusing8bit, METHOD: RowScaledQuantizer}
+OURS: dict[str, Any] = {
+    "bitsandbytes_4bit": Unfusing4bit,
+    "bitsandbytes_8bit": Unfusing8bit,
+    METHOD: RowScaledQuantizer,
+}
 
 
 @contextmanager
@@ -30,6 +34,10 @@ def own_quantizers() -> Iterator[None]:
 
 def quantize_skeleton(model: nn.Module, settings: Any) -> None:
     """Give a model on the meta device the modules it will have once loaded with these settings."""
+    if settings.quant_method == METHOD:
+        name = METHOD
+    else:
+        name = "bitsandbytes_8bit" if settings.load_in_8bit else "bitsandbytes_4bit"
     with own_quantizers():
-        quantizer = auto.AutoHfQuantizer.from_config(settings, pre_quantized=settings.quant_method == METHOD)
+        quantizer = OURS[name](settings, pre_quantized=name == METHOD)
         quantizer.preprocess_model(model, device_map={"": "cpu"})
