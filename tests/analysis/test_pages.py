@@ -186,3 +186,34 @@ def test_the_proof_s_counts_in_fp8_are_the_result_s() -> None:
         for way in ("bf16", "fp8")
     ]
     assert f"{largest[0]:.1%} with bf16 and {largest[1]:.1%} with fp8".replace("%", " %") in " ".join(FP8.split())
+
+
+def test_the_page_of_inference_tells_the_rejections_of_the_result() -> None:
+    page, found = (ROOT / "docs" / "0010-inference.md").read_text(), result("inference.json")
+    told = [row for row in rows(page, 13) if "/" in row[2]]
+    heads = [
+        (5, 5),
+        (5, 50),
+        (8, 8),
+        (8, 400),
+        (12, 12),
+        (12, 100),
+        (20, 20),
+        (20, 100),
+        (50, 50),
+        (50, 400),
+        (100, 100),
+    ]
+    assert len(told) == 12
+    for length, spread, *cells in told:
+        of = {
+            tuple(row["documents"]): f"{100 * row['rejected']:.1f} / {100 * row['rejected_by_shuffling']:.1f}"
+            for row in found["rejections"]
+            if (row["lengths"], row["spread"]) == (length, spread)
+        }
+        assert cells == [of[head] for head in heads]
+    for row in found["rejections"]:  # two simulation errors, of those that were tested, beside 3 to 7 %
+        tested = row["simulations"] * (1 - row["untested"])
+        assert (
+            0.03 - 2 * (0.03 * 0.97 / tested) ** 0.5 <= row["rejected"] <= 0.07 + 2 * (0.07 * 0.93 / tested) ** 0.5
+        ), row
