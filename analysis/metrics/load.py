@@ -194,7 +194,7 @@ def balance_of(load: xr.Dataset) -> xr.Dataset:
     )
 
 
-def balance_null(counts: xr.Dataset, *, draws: int = 400) -> xr.Dataset:
+def balance_null(counts: xr.Dataset, *, draws: int = 200) -> xr.Dataset:
     """What `balance_of` gives of this many documents where every expert has the same share.
 
     Parameters
