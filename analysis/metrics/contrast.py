@@ -182,12 +182,13 @@ def models_differ(captures: Mapping[str, xr.Dataset]) -> dict[str, str]:
     """In what captures differ from the first one but for the texts, by name; empty where all are of one model."""
     provenance = {name: attributes(capture) for name, capture in captures.items()}
     first = next(iter(provenance.values()))
-    found = {name: model_differences(first, other) for name, other in provenance.items()}
-    return {
-        name: "; ".join(f"{field} is {one} and {other}" for field, (one, other) in differ.items())
-        for name, differ in found.items()
-        if differ
-    }
+    return {name: differ for name, other in provenance.items() if (differ := differences_in_words(first, other))}
+
+
+def differences_in_words(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """In what the models of two captures differ, from their attributes, with both values; empty where in nothing."""
+    differ = model_differences(one, other)
+    return "; ".join(f"{field} is {here} and {there}" for field, (here, there) in differ.items())
 
 
 def refuse_incomparable(captures: Mapping[str, xr.Dataset]) -> None:

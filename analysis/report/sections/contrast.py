@@ -5,12 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import xarray as xr
 
 from analysis.charts.heatmaps import contrast_heatmap
-from analysis.metrics.contrast import contrast_of
+from analysis.metrics.contrast import contrast_of, differences_in_words
 from analysis.report.figures import Figure, about, figure
 from analysis.report.section import Answers, Asked, Section
 from analysis.report.sections import load
 from analysis.scanning import Reducer
-from store import model_differences
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
@@ -30,8 +29,7 @@ def why_apart(one: Answers, other: Answers) -> str:
     shapes = [(each["load"]["layer"].values.tolist(), *each["load"]["counts"].shape[1:]) for each in (one, other)]
     if shapes[0] != shapes[1]:
         return "other layers, choices or experts"
-    differ = model_differences(one.attrs, other.attrs)
-    return "; ".join(f"{name} is {here} and {there}" for name, (here, there) in differ.items())
+    return differences_in_words(one.attrs, other.attrs)
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
