@@ -55,7 +55,7 @@ def paired_contrast(
         the first capture's share less the second's, with the interval `difference_low` to `difference_high`, which
         holds all of them together, and `difference_p`, adjusted for all of them (single-step max-T, Westfall & Young
         1993); `p` (layer), of the largest studentized difference of the layer. Intervals and p are NaN where there are
-        fewer than six units of documents, or three effective ones; attribute `untested` gives the reason. Attributes
+        fewer than six units of documents, or four effective ones; attribute `untested` gives the reason. Attributes
         `documents`, paired, and `unpaired`, left out of each capture.
 
     Raises

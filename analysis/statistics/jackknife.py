@@ -22,7 +22,7 @@ from analysis.scanning import Array, Block, Reducer, State
 from analysis.statistics.hashing import mixed
 
 UNITS = 128  # a standard error of so many is off by 6 %, and its t quantile by 1 % (Kott 2001)
-MIN_EFFECTIVE_DOCUMENTS = 3.0  # of fewer, simulated intervals hold the truth too seldom (tests/benchmarks/inference.py)
+MIN_EFFECTIVE_DOCUMENTS = 4.0  # of fewer, simulated intervals hold the truth too seldom (tests/benchmarks/inference.py)
 
 BLOCKS = 2**32  # at most in a document
 

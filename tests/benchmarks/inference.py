@@ -129,6 +129,8 @@ def selection(task: tuple[str, str, tuple[int, ...], float, int]) -> dict[str, A
             [side.reach for side in sides], dims=("data_set", "expert"), coords={"data_set": list(names)}
         )
         true = share - (share.sum("data_set") - share) / (len(sides) - 1)
+        if bool(found["difference_low"].isnull().all()):  # too few effective documents: no interval is printed
+            continue
         inside = (found["difference_low"] <= true) & (true <= found["difference_high"])
         cell = found["difference_low"].argmax(...)
         held.append(bool(inside.isel(cell)))
@@ -144,6 +146,7 @@ def selection(task: tuple[str, str, tuple[int, ...], float, int]) -> dict[str, A
         "documents": list(numbers),
         "planted": planted,
         "simulations": simulations,
+        "untested": round(1 - len(held) / simulations, 4),
         "picked_held": round(float(np.mean(held)), 4),
         "all_held": round(float(np.mean(all_held)), 4),
         "estimate_over_truth": round(float(np.median(ratio)), 2) if ratio else None,
