@@ -17,6 +17,7 @@ import torch
 
 from workers.engine import load_engine
 from workers.models import fp8, kernels
+from workers.models.four_bits import FourBits
 from workers.shard import ROUTING_VERSION
 
 KEPT = Path(__file__).parent / "stores" / "card.npz"
@@ -58,10 +59,10 @@ def of_kernels() -> dict[str, np.ndarray]:
             random(96, 320, seed=10), requires_grad=False, quant_type=kind, compress_statistics=True
         ).to("cuda")  # fmt: skip
         found[kind] = torch.empty(96, 320, dtype=torch.bfloat16, device="cuda")
-        kernels.dequantize(weight, found[kind])
-        scale = fp8.row_scales(weight)
+        kernels.dequantize(FourBits.of(weight), found[kind])
+        scale = fp8.row_scales(FourBits.of(weight), 96)
         numbers[f"{kind} to e4m3"] = fp8.RowScaled(torch.empty(96, 320, dtype=fp8.E4M3, device="cuda"), scale)
-        fp8.dequantize_rounded(weight, *reversed(numbers[f"{kind} to e4m3"]))
+        fp8.dequantize_rounded(FourBits.of(weight), *reversed(numbers[f"{kind} to e4m3"]))
     for name, number in numbers.items():
         found |= {f"{name}, values": number.values, f"{name}, scales": number.scale}
     left, right = fp8.rounded(random(48, 320, seed=11)), fp8.rounded(random(96, 320, seed=12))

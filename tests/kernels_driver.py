@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,17 @@ import bitsandbytes
 import torch
 
 from workers.models import fp8, kernels
+from workers.models.four_bits import FourBits
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def by_bitsandbytes(weight: Any, out: torch.Tensor) -> None:
+    """Its own values; shown one row a block, since on CPUs with AVX-512 it begins a block anew in each row."""
+    state = copy(weight.quant_state)
+    state.shape, state.dtype = torch.Size((out.numel() // state.blocksize, state.blocksize)), out.dtype
+    out.copy_(bitsandbytes.functional.dequantize_4bit(weight.data, state).view_as(out))
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -75,19 +84,21 @@ def cases(dtype: torch.dtype) -> dict[str, list[float]]:
             matrix, requires_grad=False, quant_type=kind, compress_statistics=True
         ).to(DEVICE)  # fmt: skip
         ours, theirs = torch.empty_like(matrix), torch.empty_like(matrix)
-        kernels.dequantize(weight, ours)
-        kernels.plain_dequantize(weight, theirs)
-        found[f"dequantize {kind}"] = [apart(ours, theirs)]
+        kernels.dequantize(FourBits.of(weight), ours)
+        by_bitsandbytes(weight, theirs)
+        plain = torch.empty_like(matrix)
+        kernels.plain_dequantize(FourBits.of(weight), plain)
+        found[f"dequantize {kind}"] = [apart(ours, theirs), apart(plain, theirs)]
         if INTERPRETED:
             continue  # what follows has a card's own instructions in it
         matrix = random(96, 320)  # 480 blocks, five a row
         weight = bitsandbytes.nn.Params4bit(
             matrix, requires_grad=False, quant_type=kind, compress_statistics=True
         ).to(DEVICE)  # fmt: skip
-        scale = fp8.row_scales(weight)
+        scale = fp8.row_scales(FourBits.of(weight), 96)
         ours, theirs = (torch.empty(matrix.shape, dtype=fp8.E4M3, device=DEVICE) for _ in range(2))
-        fp8.dequantize_rounded(weight, scale, ours)
-        fp8.plain_dequantize_rounded(weight, scale, theirs)
+        fp8.dequantize_rounded(FourBits.of(weight), scale, ours)
+        fp8.plain_dequantize_rounded(FourBits.of(weight), scale, theirs)
         found[f"dequantize {kind} to e4m3"] = rounded_apart(*(fp8.RowScaled(one, scale) for one in (ours, theirs)))
     for width in (64, 1500):
         rows = random(6, width)

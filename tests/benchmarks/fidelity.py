@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from full_size import WIDTH, full_size_model  # noqa: E402
 
-from workers.models.mixtral import MixtralForward  # noqa: E402
+from workers.models.decoder import MixtralForward  # noqa: E402
 
 CHOICES, HEADS, GROUPS = 2, WIDTH["num_attention_heads"], WIDTH["num_key_value_heads"]
 

@@ -34,7 +34,7 @@ from jobs.demo import TEXTS  # noqa: E402
 from jobs.sources.demo import demo_source  # noqa: E402
 from workers.engine import ModelEngine, load_engine  # noqa: E402
 from workers.models import fp8  # noqa: E402
-from workers.models.mixtral import MixtralForward  # noqa: E402
+from workers.models.decoder import MixtralForward  # noqa: E402
 from workers.recorder import SAMPLE_AGREEING, RouteRecorder  # noqa: E402
 
 MARGINS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)

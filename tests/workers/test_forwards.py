@@ -14,8 +14,8 @@ from test_families import POSITIONS, VOCABULARY, checkpoint_of
 
 from workers import capture_texts, describe_model, load_model, tiny_checkpoint
 from workers.engine import ModelEngine
+from workers.models.decoder import MixtralForward
 from workers.models.forwards import FORWARDS, own_forward
-from workers.models.mixtral import MixtralForward
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,7 +113,7 @@ def test_the_forwards_are_not_imported_before_a_model_needs_them() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     assert "workers.models.forwards" in done
-    assert {"workers.models.mixtral", "workers.models.kernels"}.isdisjoint(done)
+    assert {"workers.models.decoder", "workers.models.kernels"}.isdisjoint(done)
 
 
 def test_a_notebook_captures_with_it_too(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ from store import CaptureGroup, Layout
 from store.plan import Plan, Rows
 from workers.engine import ModelEngine
 from workers.models import kernels, products
+from workers.models.decoder import MixtralForward
 from workers.models.description import find_routers
 from workers.models.loading import LoadedModel, load_model
-from workers.models.mixtral import MixtralForward
 from workers.recorder import SAMPLE, RouteRecorder, choices, in_order
 from workers.shard import OutOfMemory, RoutingError, capture_shard, route_rows
 

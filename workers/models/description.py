@@ -45,8 +45,8 @@ class ModelDescription(TypedDict):
     """Of the routers' weights: `compute_dtype`, or `quantization` where they were rounded to it, as transformers 4
     does."""
     expert_backend: str
-    """That of the family's own forward (`workers.models.forwards`; Mixtral's is ``sorted``), ``unfused`` (one Linear a
-    matrix, in transformers' forward), or transformers' ``eager`` or ``grouped_mm`` over fused experts."""
+    """``sorted`` (Mixtral: products of one expert after the other), ``grouped`` (one product for many experts),
+    ``unfused`` (int8: one Linear a matrix), or transformers' ``eager`` or ``grouped_mm`` where nothing is quantized."""
     attention: str
     """transformers' ``sdpa``, or ``eager`` for a family that has no other (gpt_oss)."""
     layers: list[int]
@@ -160,7 +160,9 @@ def _expert_backend(skeleton: Any, quantization: str, device_type: str) -> str:
     own = own_forward(skeleton, quantization)
     if own is not None:
         return own.expert_backend
-    if quantization != "none":
+    if quantization in (*FOUR_BITS, "fp8"):
+        return "grouped"
+    if quantization == "int8":
         return "unfused"
     return "eager" if device_type == "cpu" else "grouped_mm"
 

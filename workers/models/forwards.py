@@ -8,7 +8,12 @@ from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any, ClassVar, Protocol
 
-FORWARDS: dict[str, str] = {"MixtralModel": "workers.models.mixtral:MixtralForward"}
+FORWARDS: dict[str, str] = {
+    "MixtralModel": "workers.models.decoder:MixtralForward",
+    "Qwen3MoeModel": "workers.models.decoder:DecoderForward",
+    "OlmoeModel": "workers.models.decoder:DecoderForward",
+    "Qwen2MoeModel": "workers.models.decoder:DecoderForward",
+}
 """Name of transformers' model class to the forward, as ``module:class``."""
 
 

@@ -8,11 +8,12 @@ absolute value over 448, the largest number of e4m3, so that nothing overflows. 
 float32, and is rounded once.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from workers.models.kernels import _fused, _launch, plain_add_norm
+from workers.models.four_bits import BLOCK, FourBits
+from workers.models.kernels import _fused, _launch, plain_add_norm, plain_dequantize
 
 try:  # a build of torch for CPUs comes without it
     import triton
@@ -70,26 +71,21 @@ def plain_rounded_add_norm(
     return normed_TH if kept else None, plain_rounded(normed_TH)
 
 
-def row_scales(weight: Any) -> torch.Tensor:
-    """The scale of each row of a 4-bit matrix (bitsandbytes' Params4bit) in e4m3; float32, shape (R, 1).
+def row_scales(matrices: FourBits, rows: int) -> torch.Tensor:
+    """The scale of each row of 4-bit matrices in e4m3; float32, shape (`rows`, 1): those of all matrices.
 
     The largest value of a block is the block's own scale, so that no matrix is dequantized for it.
     """
-    state = weight.quant_state
-    second = state.state2
-    steps = second.absmax.repeat_interleave(second.blocksize)[: state.absmax.numel()]
-    blocks = (second.code[state.absmax.int()] * steps + state.offset).abs()
-    most_R1: torch.Tensor = blocks.view(state.shape[0], -1).amax(1, keepdim=True).clamp_min(SMALLEST)
+    most_R1: torch.Tensor = matrices.block_scales().abs().view(rows, -1).amax(1, keepdim=True).clamp_min(SMALLEST)
     return most_R1 / LARGEST
 
 
-def plain_dequantize_rounded(weight: Any, scale_R1: torch.Tensor, out_RC: torch.Tensor) -> None:
-    """A 4-bit matrix into `out`, in e4m3 by the rows' scales."""
-    from workers.models.kernels import plain_dequantize
-
+def plain_dequantize_rounded(matrices: FourBits, scale_R1: torch.Tensor, out_RC: torch.Tensor) -> None:
+    """Matrices in 4 bits into `out`, one below the other, in e4m3 by the rows' scales."""
     values = torch.empty(out_RC.shape, dtype=torch.float32, device=out_RC.device)
-    plain_dequantize(weight, values)
-    out_RC.copy_(values * (torch.ones_like(scale_R1) / scale_R1))
+    plain_dequantize(matrices, values)
+    inverse_R1 = (torch.ones_like(scale_R1) / scale_R1).view(-1, 1)
+    out_RC.copy_((values.view(len(inverse_R1), -1) * inverse_R1).view_as(out_RC))
 
 
 def plain_restored(matrix: RowScaled, out_RC: torch.Tensor) -> None:
@@ -173,21 +169,23 @@ if triton is not None:
 
     @triton.jit
     def _dequantize_rounded(  # type: ignore[no-untyped-def]
-        packed, code, step, step_code, step_scale, offset, row_scale, out, blocks, row_blocks, BLOCKS: tl.constexpr
+        packed, scale, step, offset, code, scale_code, row_scale, out, blocks, steps, row_blocks, BLOCKS: tl.constexpr
     ):
         """64 values have only 16 results, so that each is made once and then picked by `prmt`, four values at a time.
 
         A word holds eight codes, the first of each byte in its upper half. `picks` has them in the order of the values;
         their lower three bits pick from eight bytes, and their fourth one chooses between the two eights.
         """
+        matrix = tl.program_id(1).to(tl.int64)
         block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
         there = block < blocks
-        size = tl.load(step_code + tl.load(step + block, there, 0).to(tl.int32))
-        size = size * tl.load(step_scale + block // 256, there, 0.0) + tl.load(offset)
-        inverse = tl.div_rn(1.0, tl.load(row_scale + block // row_blocks, there, 1.0))
+        size = tl.load(scale_code + tl.load(scale + matrix * blocks + block, there, 0).to(tl.int32))
+        size = size * tl.load(step + matrix * steps + block // 256, there, 0.0) + tl.load(offset + matrix)
+        row = matrix * (blocks // row_blocks) + block // row_blocks
+        inverse = tl.div_rn(1.0, tl.load(row_scale + row, there, 1.0))
         table_0, table_4 = _four_codes(code, size, inverse, 0), _four_codes(code, size, inverse, 4)
         table_8, table_12 = _four_codes(code, size, inverse, 8), _four_codes(code, size, inverse, 12)
-        block = block.to(tl.int64)
+        block = matrix * blocks + block
         word = tl.load(packed.to(tl.pointer_type(tl.int32)) + block * 8 + tl.arange(0, 8)[None, :], there, 0)
         table_0, table_4 = tl.broadcast_to(table_0, word.shape), tl.broadcast_to(table_4, word.shape)
         table_8, table_12 = tl.broadcast_to(table_8, word.shape), tl.broadcast_to(table_12, word.shape)
@@ -254,16 +252,14 @@ def rounded_add_norm(
     return normed_TH, found
 
 
-def dequantize_rounded(weight: Any, scale_R1: torch.Tensor, out_RC: torch.Tensor) -> None:
+def dequantize_rounded(matrices: FourBits, scale_R1: torch.Tensor, out_RC: torch.Tensor) -> None:
     """`plain_dequantize_rounded`."""
     if not _fused(out_RC):
-        return plain_dequantize_rounded(weight, scale_R1, out_RC)
-    state = weight.quant_state
-    assert (state.blocksize, state.state2.blocksize) == (64, 256), "loading checks it"
-    blocks, row_blocks = out_RC.numel() // 64, out_RC.shape[1] // 64
-    scales = (state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset, scale_R1)
-    grid = (-(-blocks // PACKED_BLOCKS),)
-    _launch(_dequantize_rounded, grid, weight.data, *scales, out_RC, blocks, row_blocks, BLOCKS=PACKED_BLOCKS)
+        return plain_dequantize_rounded(matrices, scale_R1, out_RC)
+    many, blocks = matrices.scale.shape
+    sizes = blocks, matrices.step.shape[1], out_RC.shape[-1] // BLOCK
+    grid = (-(-blocks // PACKED_BLOCKS), many)
+    _launch(_dequantize_rounded, grid, *matrices, scale_R1, out_RC, *sizes, BLOCKS=PACKED_BLOCKS)
     return None
 
 

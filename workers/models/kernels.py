@@ -5,10 +5,11 @@ a plain form, which is its definition and runs on a CPU, and a Triton kernel, wh
 two. All compute in float32 and round once, to the dtype of what they are given.
 """
 
-from copy import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from workers.models.four_bits import BLOCK, FourBits
 
 try:  # a build of torch for CPUs comes without it
     import triton
@@ -20,17 +21,14 @@ ROWS_WIDTH = 1024  # elements of a row that one program takes at a time in `swig
 PACKED_BYTES = 1024  # that one program takes in `dequantize` (arbitrary)
 
 
-def plain_dequantize(weight: Any, out: torch.Tensor) -> None:
-    """A 4-bit matrix (bitsandbytes' Params4bit: blocks of 64, double quantization) into `out`, in its dtype.
+def plain_dequantize(matrices: FourBits, out: torch.Tensor) -> None:
+    """Matrices in 4 bits into `out`, one below the other, in its dtype.
 
-    NF4: Dettmers et al. 2023, arXiv:2305.14314. A block may go on in the next row; but bitsandbytes 0.50 begins one
-    anew in each row on CPUs with AVX-512, so it is shown one row a block.
+    NF4: Dettmers et al. 2023, arXiv:2305.14314. A block may go on in the next row.
     """
-    from bitsandbytes.functional import dequantize_4bit  # takes seconds to import
-
-    state = copy(weight.quant_state)
-    state.shape, state.dtype = torch.Size((out.numel() // state.blocksize, state.blocksize)), out.dtype
-    out.copy_(dequantize_4bit(weight.data, state).view_as(out))
+    pairs = torch.stack([matrices.packed >> 4, matrices.packed & 15], dim=-1)
+    values = matrices.code[pairs.int()].view(*matrices.scale.shape, BLOCK)
+    out.copy_((values * matrices.block_scales()[..., None]).view_as(out))
 
 
 def plain_swiglu(both_SI2: torch.Tensor) -> torch.Tensor:
@@ -39,16 +37,40 @@ def plain_swiglu(both_SI2: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.silu(gate) * up).to(both_SI2.dtype)
 
 
-def plain_rotate(qkv_TW: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, heads: int) -> None:
+class HeadNorm(NamedTuple):
+    """Root-mean-square norms of queries and keys, before they are rotated."""
+
+    scale: torch.Tensor
+    """Shape (queries + keys, D): the norms' weights, of each head."""
+    eps: float
+    queries: int
+    """Heads that are queries; the others are keys."""
+    whole: bool
+    """Whether all queries of a token, and all its keys, have one mean square, as in OLMoE; else each head its own."""
+
+
+def plain_rotate(
+    qkv_TW: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, heads: int, norm: HeadNorm | None = None
+) -> None:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864), in place, for the first so many heads of each token.
 
     A head is rotated by halves, as in Llama. Token t stands at position t modulo P.
     """
     positions, head = cos_PD.shape
     part = qkv_TW[:, : heads * head].view(-1, positions, heads, head)
-    half = part.float()
+    half = part.float() if norm is None else _normed_heads(part, norm).float()
     turned = torch.cat([-half[..., head // 2 :], half[..., : head // 2]], dim=-1)
     part.copy_(half * cos_PD.float()[:, None] + turned * sin_PD.float()[:, None])
+
+
+def _normed_heads(heads_BPND: torch.Tensor, norm: HeadNorm) -> torch.Tensor:
+    square = heads_BPND.float().square()
+    if norm.whole:
+        parts = square.tensor_split([norm.queries], dim=2)
+        mean = torch.cat([part.mean((2, 3), keepdim=True).expand(*part.shape[:3], 1) for part in parts], dim=2)
+    else:
+        mean = square.mean(-1, keepdim=True)
+    return (heads_BPND.float() * torch.rsqrt(mean + norm.eps)).to(heads_BPND.dtype) * norm.scale
 
 
 def plain_add_norm(
@@ -67,34 +89,39 @@ def plain_add_norm(
         What is added: to token t row t, or with slots the rows `slot_TK[t]`, weighed by `weight_TK[t]`.
     """
     if added_SH is not None:
-        added = added_SH.float() if slot_TK is None else _mixed(added_SH, slot_TK, weight_TK)
+        added = added_SH.float() if slot_TK is None else mixed(added_SH, slot_TK, weight_TK)
         residual_TH.copy_(residual_TH.float() + added)
     hidden = residual_TH.float()
     normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
     return normed.to(scale_H.dtype) * scale_H
 
 
-def _mixed(rows_SH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor | None) -> torch.Tensor:
+def mixed(rows_SH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor | None) -> torch.Tensor:
+    """The rows of each token's slots, weighed and added up in float32, in the order of its choices; shape (T, H)."""
     assert weight_TK is not None
-    mixed = torch.zeros(len(slot_TK), rows_SH.shape[1], device=rows_SH.device)
+    total = torch.zeros(len(slot_TK), rows_SH.shape[1], device=rows_SH.device)
     for k in range(slot_TK.shape[1]):
-        mixed += rows_SH[slot_TK[:, k]].float() * weight_TK[:, k, None].float()
-    return mixed
+        total += rows_SH[slot_TK[:, k]].float() * weight_TK[:, k, None].float()
+    return total
 
 
 if triton is not None:
 
     @triton.jit
-    def _dequantize(packed, code, scale, scale_code, scale_scale, offset, out, count, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _dequantize(  # type: ignore[no-untyped-def]
+        packed, scale, step, offset, code, scale_code, out, count, blocks, steps, BYTES: tl.constexpr
+    ):
+        matrix = tl.program_id(1).to(tl.int64)
         first = tl.program_id(0).to(tl.int64) * BYTES
         byte = first + tl.arange(0, BYTES)
-        pair = tl.load(packed + byte, byte < count, 0).to(tl.int32)
+        pair = tl.load(packed + matrix * count + byte, byte < count, 0).to(tl.int32)
         block = byte // 32  # 64 values share a scale, and 256 scales one of their own
-        step = tl.load(scale + block, byte < count, 0).to(tl.int32)
-        size = tl.load(scale_code + step) * tl.load(scale_scale + block // 256, byte < count, 0.0) + tl.load(offset)
+        which = tl.load(scale + matrix * blocks + block, byte < count, 0).to(tl.int32)
+        size = tl.load(step + matrix * steps + block // 256, byte < count, 0.0)
+        size = tl.load(scale_code + which) * size + tl.load(offset + matrix)
         high, low = tl.load(code + (pair >> 4)) * size, tl.load(code + (pair & 15)) * size
         value = 2 * first + tl.arange(0, 2 * BYTES)
-        tl.store(out + value, tl.interleave(high, low).to(out.dtype.element_ty), value < 2 * count)
+        tl.store(out + matrix * 2 * count + value, tl.interleave(high, low).to(out.dtype.element_ty), value < 2 * count)
 
     @triton.jit
     def _swiglu(both, out, inner: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -107,16 +134,35 @@ if triton is not None:
         tl.store(out + row * inner + column, value.to(out.dtype.element_ty), kept)
 
     @triton.jit
-    def _rotate(qkv, cos, sin, positions, width, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _rotate(  # type: ignore[no-untyped-def]
+        qkv, cos, sin, scale, positions, width, eps, HEADS: tl.constexpr, QUERIES: tl.constexpr, HALF: tl.constexpr,
+        NORM: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """NORM is 0 without norms, 1 where each head has its own, 2 where queries and keys have one each."""
         token = tl.program_id(0).to(tl.int64)
         head = tl.arange(0, BLOCK)[:, None]
-        lane = tl.arange(0, HALF)[None, :]
+        lane = tl.arange(0, LANES)[None, :]
         place = qkv + token * width + head * 2 * HALF + lane
         kept = (head < HEADS) & (lane < HALF)
         turn = (token % positions) * 2 * HALF + lane
         low, high = tl.load(place, kept, 0.0).to(tl.float32), tl.load(place + HALF, kept, 0.0).to(tl.float32)
-        cos_low, cos_high = tl.load(cos + turn).to(tl.float32), tl.load(cos + turn + HALF).to(tl.float32)
-        sin_low, sin_high = tl.load(sin + turn).to(tl.float32), tl.load(sin + turn + HALF).to(tl.float32)
+        if NORM != 0:
+            mean = tl.sum(low * low + high * high, axis=1)[:, None]
+            if NORM == 1:
+                mean = mean / (2 * HALF)
+            else:
+                query = tl.sum(tl.where(head < QUERIES, mean, 0.0)) / (QUERIES * 2 * HALF)
+                key = tl.sum(tl.where(head < QUERIES, 0.0, mean)) / ((HEADS - QUERIES) * 2 * HALF)
+                mean = tl.where(head < QUERIES, query, key)
+            inverse = tl.rsqrt(mean + eps)
+            weight = scale + head * 2 * HALF + lane
+            low = (low * inverse).to(qkv.dtype.element_ty) * tl.load(weight, kept, 0.0)
+            high = (high * inverse).to(qkv.dtype.element_ty) * tl.load(weight + HALF, kept, 0.0)
+            low, high = low.to(tl.float32), high.to(tl.float32)
+        cos_low = tl.load(cos + turn, lane < HALF, 0.0).to(tl.float32)
+        cos_high = tl.load(cos + turn + HALF, lane < HALF, 0.0).to(tl.float32)
+        sin_low = tl.load(sin + turn, lane < HALF, 0.0).to(tl.float32)
+        sin_high = tl.load(sin + turn + HALF, lane < HALF, 0.0).to(tl.float32)
         tl.store(place, (low * cos_low - high * sin_low).to(qkv.dtype.element_ty), kept)
         tl.store(place + HALF, (high * cos_high + low * sin_high).to(qkv.dtype.element_ty), kept)
 
@@ -145,15 +191,13 @@ if triton is not None:
         tl.store(out + token * hidden + column, normed, kept)
 
 
-def dequantize(weight: Any, out: torch.Tensor) -> None:
+def dequantize(matrices: FourBits, out: torch.Tensor) -> None:
     """`plain_dequantize`."""
     if not _fused(out):
-        return plain_dequantize(weight, out)
-    state, packed = weight.quant_state, weight.data
-    assert (state.blocksize, state.state2.blocksize) == (64, 256), "loading checks it"
-    scales = (state.absmax, state.state2.code, state.state2.absmax, state.offset)
-    grid = (-(-packed.numel() // PACKED_BYTES),)
-    _launch(_dequantize, grid, packed, state.code, *scales, out, packed.numel(), BYTES=PACKED_BYTES)
+        return plain_dequantize(matrices, out)
+    many, count = matrices.packed.shape
+    sizes = count, matrices.scale.shape[1], matrices.step.shape[1]
+    _launch(_dequantize, (-(-count // PACKED_BYTES), many), *matrices, out, *sizes, BYTES=PACKED_BYTES)
     return None
 
 
@@ -167,14 +211,19 @@ def swiglu(both_SI2: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def rotate(qkv_TW: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, heads: int) -> None:
+def rotate(
+    qkv_TW: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, heads: int, norm: HeadNorm | None = None
+) -> None:
     """`plain_rotate`."""
     if not _fused(qkv_TW):
-        return plain_rotate(qkv_TW, cos_PD, sin_PD, heads)
+        return plain_rotate(qkv_TW, cos_PD, sin_PD, heads, norm)
     half = cos_PD.shape[1] // 2
-    block = triton.next_power_of_2(heads)
-    tables = (cos_PD.contiguous(), sin_PD.contiguous(), cos_PD.shape[0], qkv_TW.shape[1])
-    _launch(_rotate, (len(qkv_TW),), qkv_TW, *tables, HEADS=heads, HALF=half, BLOCK=block)
+    scale, eps, queries, whole = norm or (cos_PD, 0.0, 0, False)
+    tables = (cos_PD.contiguous(), sin_PD.contiguous(), scale, cos_PD.shape[0], qkv_TW.shape[1], eps)
+    _launch(
+        _rotate, (len(qkv_TW),), qkv_TW, *tables, HEADS=heads, QUERIES=queries, HALF=half,
+        NORM=0 if norm is None else 1 + whole, LANES=triton.next_power_of_2(half), BLOCK=triton.next_power_of_2(heads),
+    )  # fmt: skip
     return None
 
 

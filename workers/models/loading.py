@@ -133,6 +133,10 @@ def load_model(
         from workers.models.quantizer import round_gates  # bitsandbytes takes seconds to import
 
         round_gates(routers.values(), quantization)
+    if quantization in (*FOUR_BITS, "fp8"):
+        from workers.models.packing import pack_experts
+
+        pack_experts(loaded, computed_in)
     return LoadedModel(
         folder=checkpoint.folder,
         model=loaded,

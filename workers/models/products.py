@@ -1,10 +1,10 @@
 """The two ways in which a forward multiplies: in the compute dtype, or in fp8.
 
-T tokens, S slots, H hidden, I inner, R rows and C columns of a matrix. An operand is what stands on the left of a
-product, a matrix what stands on its right: plain tensors in one way, `workers.models.fp8.RowScaled` in the other.
-Matrices are Linears in 4 bits or in e4m3 (`workers.models.fp8_loading`), one below the other. One that must be
-dequantized goes into a buffer that the next one of its place takes. A router's product is none of these: it is the
-router's own.
+T tokens, S slots sorted by expert, E experts, H hidden, I inner, R rows and C columns of a matrix. An operand is what
+stands on the left of a product, a matrix what stands on its right: plain tensors in one way,
+`workers.models.fp8.RowScaled` in the other. Matrices are Linears in 4 bits or in e4m3 (`workers.models.fp8_loading`),
+one below the other, or those of experts (`workers.models.packed`). What must be dequantized goes into a buffer that the
+next of its place takes. A router's product is none of these: it is the router's own.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from workers.models import fp8
+from workers.models.four_bits import FourBits
 from workers.models.fp8 import (
     E4M3,
     RowScaled,
@@ -25,6 +27,7 @@ from workers.models.fp8 import (
     row_scales,
 )
 from workers.models.kernels import add_norm, dequantize, swiglu
+from workers.models.packed import PackedStack, Stack4bit, StackE4m3
 
 ROWS = 16_384  # slots of an expert that are computed at a time: bounds memory when routing is skewed (arbitrary)
 FP8_ROWS = 32_768  # the same in fp8: 0.3 % faster than 16,384 at 65,536 tokens a micro-batch (an H200)
@@ -44,10 +47,13 @@ class Products:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = self.buffer_dtype = dtype
-        self._buffers: dict[tuple[str, int, int, torch.device], torch.Tensor] = {}
+        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def prepare(self, *linears: Any) -> None:
         """Called once for each group of matrices that are multiplied as one, after loading."""
+
+    def prepare_stack(self, stack: PackedStack) -> None:
+        """Called once for the matrices of a layer's experts, after loading."""
 
     def normed(
         self, residual_TH: torch.Tensor, scale_H: torch.Tensor, eps: float, *added: torch.Tensor, routed: bool
@@ -68,7 +74,7 @@ class Products:
         """The operand's rows of these tokens, for `rows`."""
         return operand, token_S
 
-    def rows(self, taken: Any, part: slice) -> Any:
+    def rows(self, taken: Any, part: slice = slice(None)) -> Any:
         """Some of them, as an operand."""
         operand, token_S = taken
         return operand[token_S[part]]
@@ -79,16 +85,37 @@ class Products:
 
     def matrix(self, place: str, *linears: Any) -> Any:
         """Matrices one below the other; valid until the next ones of the same place."""
-        into_RC = self._buffer(place, *linears)
+        into_RC = self._buffer_of(place, *linears)
         start = 0
         for linear in linears:
             rows = slice(start, start + linear.out_features)
             if linear.weight.dtype == E4M3:
                 restored(linear.row_scaled, into_RC[rows])
             else:
-                dequantize(linear.weight, into_RC[rows])
+                dequantize(FourBits.of(linear.weight), into_RC[rows])
             start = rows.stop
         return into_RC
+
+    def matrices(self, place: str, stack: PackedStack, first: int, last: int) -> Any:
+        """Those of some experts, shape (N, R, C); valid until the next ones of the same place."""
+        into_NRC = self._buffer(place, (last - first, stack.rows, stack.columns), stack.device)
+        if isinstance(stack, StackE4m3):
+            part = stack.part(first, last)
+            restored(RowScaled(*(each.flatten(0, 1) for each in part)), into_NRC.flatten(0, 1))
+        else:
+            dequantize(stack.part(first, last), into_NRC)
+        return into_NRC
+
+    def one(self, matrices: Any, number: int) -> Any:
+        """One of `matrices`."""
+        return matrices[number]
+
+    def grouped(self, operand: Any, matrices: Any, ends_N: torch.Tensor) -> torch.Tensor:
+        """``operand @ matrix.T`` of the rows of each expert, which end at `ends_N` (int32, on the device)."""
+        if not operand.is_cuda:
+            return _one_by_one(self, operand, matrices, ends_N, len(operand))
+        product: torch.Tensor = torch._grouped_mm(operand, matrices.transpose(1, 2), offs=ends_N)
+        return product
 
     def multiply(self, operand: Any, matrix: Any, out: torch.Tensor | None = None) -> torch.Tensor:
         """``operand @ matrix.T``, in the compute dtype."""
@@ -99,13 +126,16 @@ class Products:
         for first in range(start, end, ROWS):
             yield slice(first, min(first + ROWS, end))
 
-    def _buffer(self, place: str, *linears: Any) -> torch.Tensor:
-        """The place's buffer for such matrices, on their device."""
-        rows, device = sum(linear.out_features for linear in linears), linears[0].weight.device
-        key = (place, rows, linears[0].in_features, device)
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(rows, linears[0].in_features, dtype=self.buffer_dtype, device=device)
-        return self._buffers[key]
+    def _buffer_of(self, place: str, *linears: Any) -> torch.Tensor:
+        rows = sum(linear.out_features for linear in linears)
+        return self._buffer(place, (rows, linears[0].in_features), linears[0].weight.device)
+
+    def _buffer(self, place: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """The place's buffer for such matrices."""
+        key = (place, shape[-2:], device)
+        if key not in self._buffers or len(self._buffers[key]) < shape[0]:
+            self._buffers[key] = torch.empty(shape, dtype=self.buffer_dtype, device=device)
+        return self._buffers[key][: shape[0]]
 
 
 class Fp8Products(Products):
@@ -114,7 +144,7 @@ class Fp8Products(Products):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         self.buffer_dtype = E4M3
-        self._scales: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._scales: dict[Any, torch.Tensor] = {}
         self._joined: dict[tuple[Any, ...], RowScaled] = {}
 
     def prepare(self, *linears: Any) -> None:
@@ -126,15 +156,19 @@ class Fp8Products(Products):
             When a matrix has a shape that cannot be multiplied in fp8.
         """
         for linear in linears:
-            if linear.out_features % FP8_STEP or linear.in_features % FP8_STEP:
-                raise ValueError(
-                    f"a matrix of shape {(linear.out_features, linear.in_features)} cannot be multiplied in fp8, where"
-                    f" both must be multiples of {FP8_STEP}: use --matmul bf16"
-                )
+            _refuse_shape(linear.out_features, linear.in_features)
         if linears[0].weight.dtype == E4M3:
             self._joined[linears] = _joined(linears)
         else:
-            self._scales[linears] = torch.cat([row_scales(linear.weight) for linear in linears])
+            each = [row_scales(FourBits.of(linear.weight), linear.out_features) for linear in linears]
+            self._scales[linears] = torch.cat(each)
+
+    def prepare_stack(self, stack: PackedStack) -> None:
+        """As `prepare`."""
+        _refuse_shape(stack.rows, stack.columns)
+        if isinstance(stack, Stack4bit):
+            rows = row_scales(stack.part(0, stack.experts), stack.experts * stack.rows)
+            self._scales[stack] = rows.view(stack.experts, stack.rows, 1)
 
     def normed(
         self, residual_TH: torch.Tensor, scale_H: torch.Tensor, eps: float, *added: torch.Tensor, routed: bool
@@ -155,8 +189,10 @@ class Fp8Products(Products):
         values = operand.values.view(torch.uint8)[token_S].view(E4M3)  # torch picks no rows of e4m3
         return RowScaled(values, operand.scale[token_S])
 
-    def rows(self, taken: RowScaled, part: slice) -> RowScaled:
+    def rows(self, taken: RowScaled, part: slice = slice(None)) -> RowScaled:
         """See `Products`."""
+        if part == slice(None):
+            return taken
         return RowScaled(taken.values[part], taken.scale[part].clone())  # cuBLAS wants them aligned
 
     def moved(self, operand: RowScaled, device: torch.device) -> RowScaled:
@@ -167,13 +203,36 @@ class Fp8Products(Products):
         """See `Products`."""
         if linears in self._joined:
             return self._joined[linears]
-        into_RC, scale_R1 = self._buffer(place, *linears), self._scales[linears]
+        into_RC, scale_R1 = self._buffer_of(place, *linears), self._scales[linears]
         start = 0
         for linear in linears:
             rows = slice(start, start + linear.out_features)
-            dequantize_rounded(linear.weight, scale_R1[rows], into_RC[rows])
+            dequantize_rounded(FourBits.of(linear.weight), scale_R1[rows], into_RC[rows])
             start = rows.stop
         return RowScaled(into_RC, scale_R1)
+
+    def matrices(self, place: str, stack: PackedStack, first: int, last: int) -> RowScaled:
+        """See `Products`."""
+        if isinstance(stack, StackE4m3):
+            return stack.part(first, last)
+        into_NRC = self._buffer(place, (last - first, stack.rows, stack.columns), stack.device)
+        scale_NR1 = self._scales[stack][first:last]
+        dequantize_rounded(stack.part(first, last), scale_NR1.flatten(), into_NRC)
+        return RowScaled(into_NRC, scale_NR1)
+
+    def one(self, matrices: RowScaled, number: int) -> RowScaled:
+        """See `Products`."""
+        return RowScaled(matrices.values[number], matrices.scale[number])
+
+    def grouped(self, operand: RowScaled, matrices: RowScaled, ends_N: torch.Tensor) -> torch.Tensor:
+        """See `Products`."""
+        if not operand.scale.is_cuda:
+            return _one_by_one(self, operand, matrices, ends_N, len(operand.values))
+        product: torch.Tensor = torch._scaled_grouped_mm(
+            operand.values, matrices.values.transpose(1, 2), operand.scale.view(-1), matrices.scale.squeeze(-1),
+            offs=ends_N, out_dtype=self.dtype, use_fast_accum=fp8.FAST_ACCUMULATION,
+        )  # fmt: skip
+        return product
 
     def multiply(self, operand: RowScaled, matrix: RowScaled, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Products`."""
@@ -192,6 +251,24 @@ class Fp8Products(Products):
 def products_of(matmul: str, dtype: torch.dtype) -> Products:
     """What multiplies under one of `workers.models.description.MATMULS`."""
     return Fp8Products(dtype) if matmul == "fp8" else Products(dtype)
+
+
+def _one_by_one(products: Products, operand: Any, matrices: Any, ends_N: torch.Tensor, rows: int) -> torch.Tensor:
+    """`Products.grouped` where there is no such product."""
+    taken = operand if isinstance(operand, RowScaled) else (operand, torch.arange(rows))
+    parts = [
+        products.multiply(products.rows(taken, slice(start, end)), products.one(matrices, number))
+        for number, (start, end) in enumerate(pairwise([0, *ends_N.tolist()]))
+    ]
+    return torch.cat(parts)
+
+
+def _refuse_shape(rows: int, columns: int) -> None:
+    if rows % FP8_STEP or columns % FP8_STEP:
+        raise ValueError(
+            f"a matrix of shape {(rows, columns)} cannot be multiplied in fp8, where both must be multiples of"
+            f" {FP8_STEP}: use --matmul bf16"
+        )
 
 
 def _joined(linears: tuple[Any, ...]) -> RowScaled:

@@ -14,6 +14,7 @@ devices: `workers.models.loading` checks after every load that the matrices real
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 from unittest import mock
@@ -56,11 +57,23 @@ class Expert(nn.Module):
         for leaf, (inputs, outputs) in zip(leaves, [(hidden, inner), (hidden, inner), (inner, hidden)], strict=True):
             self.add_module(leaf, nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype))
 
+    def stacked(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+        """Its Linears, those that are multiplied as one together: gate and up, and down."""
+        gate, up, down = (self.get_submodule(leaf) for leaf in self.leaves)
+        return (gate, up), (down,)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shape (tokens, hidden) in and out, in the dtype of the input."""
-        gate, up, down = (self.get_submodule(leaf) for leaf in self.leaves)
+        (gate, up), (down,) = self.stacked()
         result: torch.Tensor = down(self.act(gate(hidden_states)) * up(hidden_states))
         return result
+
+
+def gated_by(act: nn.Module, both_SI2: torch.Tensor) -> torch.Tensor:
+    """``act(gate) * up``, gate first; shape (S, I)."""
+    gate, up = both_SI2.chunk(2, dim=-1)
+    gated: torch.Tensor = act(gate) * up
+    return gated
 
 
 class UnfusedExperts(nn.ModuleList):
@@ -74,6 +87,8 @@ class UnfusedExperts(nn.ModuleList):
         num_experts, hidden, inner = down_proj.shape
         act = fused.get_submodule("act_fn")
         super().__init__(Expert(hidden, inner, leaves, act, down_proj.dtype) for _ in range(num_experts))
+        silu = type(act).__name__ in ("SiLU", "SiLUActivation")  # torch's, or transformers' own
+        self.gate = None if silu else partial(gated_by, act)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

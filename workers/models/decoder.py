@@ -1,0 +1,192 @@
+"""The forward of Mixtral and of the decoders that share its skeleton, up to the last router.
+
+T tokens in B rows of P positions, K choices a token, S = T·K slots sorted by expert, H hidden, I inner width.
+
+transformers loads the model and owns its weights; here they are applied in another order: no mask, no cache, no head.
+Matrices are dequantized into buffers, just before their products (`workers.models.products`); an expert's two first
+matrices are one product. What lies between the products is fused (`workers.models.kernels`). The routers are called as
+modules, so that hooks on them see what they always saw. Where the layers lie on several GPUs, the hidden states go from
+one to the next.
+
+Families differ in what their layers have: norms of queries and keys (Qwen3-MoE: of each head; OLMoE: of all together),
+biases of their projections (Qwen2-MoE), layers without a router, a shared expert with its own gate (Qwen2-MoE) or
+without (GLM-4-MoE). Each is found by looking at the modules.
+
+Deterministic: no atomic additions; each product's shape depends on the micro-batch alone.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from workers.models.experts import PackedExperts, outputs_in_groups, outputs_one_by_one
+from workers.models.kernels import HeadNorm, rotate
+from workers.models.products import products_of
+from workers.models.stored import FOUR_BITS
+
+
+class DecoderForward:
+    """A model's layers, ready to be applied: a `workers.models.forwards.Forward`.
+
+    Parameters
+    ----------
+    model
+        A loaded model, for which `applies` was true.
+    matmul
+        bf16 or fp8.
+    """
+
+    expert_backend: ClassVar[str] = "grouped"
+    """Slots are sorted by expert; one product for all experts."""
+    matmuls: ClassVar[tuple[str, ...]] = ("bf16", "fp8")
+    _outputs = staticmethod(outputs_in_groups)
+
+    @classmethod
+    def applies(cls, model: Any, quantization: str) -> bool:
+        """Whether it is quantized, every position sees all before it, and experts are gated by SiLU."""
+        config = model.config
+        windows = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+        rotary = getattr(config, "rope_parameters", None) or {}
+        special = (
+            windows,
+            getattr(config, "clip_qkv", None) is not None,
+            rotary.get("partial_rotary_factor", 1.0) != 1.0,
+            config.hidden_act != "silu",
+        )
+        return quantization in (*FOUR_BITS, "fp8") and not any(special)
+
+    def __init__(self, model: Any, matmul: str = "bf16") -> None:
+        config = model.config
+        self.model = model
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.head = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.products = products_of(matmul, model.embed_tokens.weight.dtype)
+        self._norms = {layer.self_attn: self._head_norm(layer.self_attn) for layer in model.layers}
+        for layer in model.layers:
+            groups = [_qkv(layer.self_attn), (layer.self_attn.o_proj,)]
+            for dense in _dense(layer.mlp):
+                groups += [(dense.gate_proj, dense.up_proj), (dense.down_proj,)]
+            for linears in groups:
+                self.products.prepare(*linears)
+            if (experts := getattr(layer.mlp, "experts", None)) is not None:
+                for stack in (experts.both, experts.down):
+                    self.products.prepare_stack(stack)
+
+    def __call__(self, input_ids: torch.Tensor, **ignored: Any) -> None:
+        """Run the layers; hooks on the routers take what they want, and may end it.
+
+        Parameters
+        ----------
+        input_ids : int64 tensor, shape (B, P)
+        ignored
+            Arguments that other models need, to leave out mask and cache.
+        """
+        layers, positions = self.model.layers, input_ids.shape[1]
+        residual_TH = self.model.embed_tokens(input_ids).flatten(0, 1)
+        place = torch.arange(positions, device=input_ids.device)[None]
+        cos_PD, sin_PD = (table[0] for table in self.model.rotary_emb(residual_TH, place))
+        first, products = layers[0].input_layernorm, self.products
+        _, operand = products.normed(residual_TH, first.weight, first.variance_epsilon, routed=False)
+        for layer, following in pairwise([*layers, None]):
+            if (here := layer.input_layernorm.weight.device) != residual_TH.device:  # the layers are on several GPUs
+                residual_TH, cos_PD, sin_PD = (part.to(here) for part in (residual_TH, cos_PD, sin_PD))
+                operand = products.moved(operand, here)
+            mixed_TH = self._attention(layer.self_attn, operand, cos_PD, sin_PD)
+            norm, routed = layer.post_attention_layernorm, hasattr(layer.mlp, "experts") or following is None
+            normed_TH, operand = products.normed(
+                residual_TH, norm.weight, norm.variance_epsilon, mixed_TH, routed=routed
+            )
+            del mixed_TH  # what is large is let go before more is made
+            if following is None:
+                layer.mlp.gate(normed_TH)
+                return
+            added = self._mlp(layer.mlp, normed_TH, operand)
+            norm, scale_H = following.input_layernorm, following.input_layernorm.weight.to(residual_TH.device)
+            del normed_TH
+            _, operand = products.normed(residual_TH, scale_H, norm.variance_epsilon, *added, routed=False)
+            del added
+
+    def _mlp(self, mlp: Any, normed_TH: torch.Tensor, operand: Any) -> tuple[torch.Tensor, ...]:
+        """What a layer adds to the residual: rows, or slots' rows, each token's slots and their weights."""
+        if not isinstance(mlp.experts if hasattr(mlp, "experts") else None, PackedExperts):
+            return (self._dense(mlp, operand),)
+        _, weight_TK, expert_TK = mlp.gate(normed_TH)
+        shared = list(_dense(mlp))
+        rows_SH, slot_TK = self._outputs(self.products, mlp.experts, operand, expert_TK, spare=len(shared))
+        for expert in shared:  # one more choice of each token
+            tokens = len(normed_TH)
+            rows_SH[-tokens:] = self._dense(expert, operand)
+            own_T1 = torch.arange(len(rows_SH) - tokens, len(rows_SH), device=slot_TK.device)[:, None]
+            gate = getattr(mlp, "shared_expert_gate", None)
+            share_T1 = torch.ones_like(weight_TK[:, :1]) if gate is None else gate(normed_TH).sigmoid()
+            slot_TK = torch.cat([slot_TK, own_T1], dim=1)
+            weight_TK = torch.cat([weight_TK, share_T1.to(weight_TK.dtype)], dim=1)
+        return rows_SH, slot_TK, weight_TK
+
+    def _dense(self, mlp: Any, operand: Any) -> torch.Tensor:
+        products = self.products
+        both_TI2 = products.multiply(operand, products.matrix("gate and up", mlp.gate_proj, mlp.up_proj))
+        return products.multiply(products.gated(both_TI2), products.matrix("dense down", mlp.down_proj))
+
+    def _attention(self, attention: Any, operand: Any, cos_PD: torch.Tensor, sin_PD: torch.Tensor) -> torch.Tensor:
+        products = self.products
+        qkv_TW = products.multiply(operand, products.matrix("qkv", *_qkv(attention)))
+        if attention.q_proj.bias is not None:
+            qkv_TW += torch.cat([linear.bias for linear in _qkv(attention)])
+        rotate(qkv_TW, cos_PD, sin_PD, self.heads + self.groups, self._norms[attention])
+        sizes = [self.heads, self.groups, self.groups]
+        query, key, value = torch.split(
+            qkv_TW.view(-1, len(cos_PD), sum(sizes), self.head).transpose(1, 2), sizes, dim=1
+        )
+        with sdpa_kernel(self._attention_backends(len(cos_PD)), set_priority=True):
+            found = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        flat_TH = found.transpose(1, 2).reshape(len(qkv_TW), -1)
+        mixed_TH = products.multiply(products.operand(flat_TH), products.matrix("o", attention.o_proj))
+        return mixed_TH if attention.o_proj.bias is None else mixed_TH.add_(attention.o_proj.bias)
+
+    @staticmethod
+    def _attention_backends(positions: int) -> list[SDPBackend]:
+        """The first that can is taken.
+
+        cuDNN takes half of flash attention's time, and 0.04 to 0.6 s of planning for each new shape (an H200): it is
+        for full rows, whose shape comes again and again.
+        """
+        full = positions >= 512 and positions & (positions - 1) == 0
+        return [SDPBackend.CUDNN_ATTENTION if full else SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+    def _head_norm(self, attention: Any) -> HeadNorm | None:
+        """The norms of queries and keys, where there are some."""
+        query, key = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        if query is None or key is None:
+            return None
+        whole = query.weight.numel() == self.heads * self.head
+        scales = [
+            norm.weight.view(-1, self.head).expand(many, -1) for norm, many in ((query, self.heads), (key, self.groups))
+        ]
+        return HeadNorm(torch.cat(scales).contiguous(), query.variance_epsilon, self.heads, whole)
+
+
+class MixtralForward(DecoderForward):
+    """Mixtral's: few and large experts, whose matrices are multiplied one by one."""
+
+    expert_backend: ClassVar[str] = "sorted"
+    """Slots are sorted by expert."""
+    _outputs = staticmethod(outputs_one_by_one)
+
+
+def _qkv(attention: Any) -> tuple[Any, ...]:
+    """Multiplied as one."""
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
+def _dense(mlp: Any) -> Iterator[Any]:
+    """The gated MLPs that every token of a layer meets."""
+    if hasattr(mlp, "gate_proj"):
+        yield mlp
+    for name in ("shared_expert", "shared_experts"):
+        if hasattr(mlp, name):
+            yield getattr(mlp, name)

@@ -1,0 +1,201 @@
+"""What experts compute for the tokens that chose them: grouped products, or products one by one.
+
+T tokens, K choices a token, S = T·K slots sorted by expert, E experts, H hidden, I inner width.
+
+Many small experts are computed in one grouped product, without a word to the host. Of few large ones each has products
+of its own, in parts, so that memory stays bounded when routing is skewed; that takes one synchronization a layer.
+Matrices are dequantized in groups of experts, of at most `GROUP_BYTES`.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from workers.models.kernels import mixed
+from workers.models.packed import PackedStack
+from workers.models.products import Products
+
+GROUP_BYTES = 2 << 30  # of dequantized matrices at a time; a layer of Qwen3-30B-A3B has 1.2 GB, of DeepSeek-V3 22 GB
+
+
+class PackedExperts(nn.Module):
+    """The experts of a layer: ``down(gate(x @ both.T + bias)) + bias``; takes the place of transformers' fused module.
+
+    Parameters
+    ----------
+    both, down
+        The matrices; `both` has gate and up, in the order in which `gate` takes them.
+    gate
+        From (S, 2·I) to (S, I); None is SiLU of the first half times the second.
+    products
+        What multiplies where transformers' forward calls it; it has the buffers that all layers share.
+    biased
+        The dtype of the biases, of shapes (E, rows), where there are some.
+    """
+
+    both_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        both: PackedStack,
+        down: PackedStack,
+        gate: Callable[[torch.Tensor], torch.Tensor] | None,
+        products: Products,
+        biased: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.both, self.down, self.gate, self.products = both, down, gate, products
+        for name, stack in (("both_bias", both), ("down_bias", down)):
+            empty = None if biased is None else torch.empty(stack.experts, stack.rows, dtype=biased, device="meta")
+            self.register_buffer(name, empty)
+
+    def __len__(self) -> int:
+        return self.both.experts
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As transformers calls its own: shapes (T, H), (T, K) and (T, K) to (T, H)."""
+        operand = self.products.operand(hidden_states)
+        rows_SH, slot_TK = outputs_in_groups(self.products, self, operand, top_k_index)
+        return mixed(rows_SH, slot_TK, top_k_weights).to(hidden_states.dtype)
+
+
+class Slots(NamedTuple):
+    """Where each choice stands among all, sorted by expert."""
+
+    token_S: torch.Tensor
+    """Whose choice it is."""
+    expert_S: torch.Tensor
+    slot_TK: torch.Tensor
+    """Its slot."""
+    ends_E: torch.Tensor
+    """int64: where each expert's slots end."""
+
+
+def sorted_slots(expert_TK: torch.Tensor, experts: int) -> Slots:
+    """Sort choices by expert, those of one expert by token."""
+    narrow = torch.uint8 if experts <= 256 else torch.int16  # a GPU sorts the faster, the fewer bits there are
+    expert_S, order_S = expert_TK.flatten().to(narrow).sort(stable=True)
+    slot_TK = torch.empty_like(order_S)
+    slot_TK[order_S] = torch.arange(len(order_S), device=order_S.device)
+    each = torch.arange(experts, device=order_S.device).to(narrow)
+    ends_E = torch.searchsorted(expert_S, each, right=True)
+    return Slots(order_S // expert_TK.shape[1], expert_S, slot_TK.view_as(expert_TK), ends_E)
+
+
+def outputs_in_groups(
+    products: Products, experts: PackedExperts, operand: Any, expert_TK: torch.Tensor, spare: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chosen experts' outputs, by slot, and which slot each choice has.
+
+    Parameters
+    ----------
+    operand
+        Of `products`, T rows.
+    spare
+        So many more rows a token, at the end, for the caller.
+
+    Returns
+    -------
+    rows_SH : tensor, shape (S + spare·T, H)
+    slot_TK : int64 tensor
+    """
+    slots = sorted_slots(expert_TK, len(experts))
+    taken = products.taken(operand, slots.token_S)
+    groups = list(_groups(products, experts))
+    if len(groups) == 1:
+        found = [_in_group(products, experts, taken, slots, slice(None), *groups[0])]
+    else:
+        bounds = [0, *slots.ends_E.tolist()]
+        parts = [slice(bounds[first], bounds[last]) for first, last in groups]
+        found = [
+            _in_group(products, experts, taken, slots, part, *group) for part, group in zip(parts, groups, strict=True)
+        ]
+    if spare:
+        found.append(found[0].new_empty(spare * len(expert_TK), found[0].shape[1]))
+    return found[0] if len(found) == 1 else torch.cat(found), slots.slot_TK
+
+
+def _in_group(
+    products: Products, experts: PackedExperts, taken: Any, slots: Slots, part: slice, first: int, last: int
+) -> torch.Tensor:
+    """The outputs of some experts for their slots."""
+    ends_N = (slots.ends_E[first:last] - (part.start or 0)).int()
+    both = products.grouped(products.rows(taken, part), products.matrices("both", experts.both, first, last), ends_N)
+    if experts.both_bias is not None:
+        both += experts.both_bias[slots.expert_S[part].int()]
+    inner = _gated(products, experts, both)
+    del both  # what is large is let go before more is made
+    rows = products.grouped(inner, products.matrices("down", experts.down, first, last), ends_N)
+    if experts.down_bias is not None:
+        rows += experts.down_bias[slots.expert_S[part].int()]
+    return rows
+
+
+def outputs_one_by_one(
+    products: Products, experts: PackedExperts, operand: Any, expert_TK: torch.Tensor, spare: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`outputs_in_groups`, each expert by itself; for experts without biases and gated by SiLU."""
+    slots = sorted_slots(expert_TK, len(experts))
+    ends = _fetched(slots.ends_E)
+    groups = iter(list(_groups(products, experts)))
+    group = _dequantized(products, experts, *next(groups))  # while the ends are on their way
+    taken = products.taken(operand, slots.token_S)
+    many = len(slots.token_S) + spare * len(expert_TK)
+    rows_SH = torch.empty(many, experts.down.rows, dtype=products.dtype, device=expert_TK.device)
+    for expert, (start, end) in enumerate(pairwise([0, *ends()])):
+        if expert == group.last:
+            group = _dequantized(products, experts, *next(groups))
+        both, down = (products.one(each, expert - group.first) for each in (group.both, group.down))
+        for part in products.parts(start, end) if start < end else ():
+            both_SI2 = products.multiply(products.rows(taken, part), both)
+            products.multiply(products.gated(both_SI2), down, out=rows_SH[part])
+    return rows_SH, slots.slot_TK
+
+
+class _Group(NamedTuple):
+    first: int
+    last: int
+    both: Any
+    down: Any
+
+
+def _dequantized(products: Products, experts: PackedExperts, first: int, last: int) -> _Group:
+    both, down = (
+        products.matrices(place, stack, first, last)
+        for place, stack in (("both", experts.both), ("down", experts.down))
+    )
+    return _Group(first, last, both, down)
+
+
+def _groups(products: Products, experts: PackedExperts) -> Iterator[tuple[int, int]]:
+    """First and last expert of each group, of nearly equal sizes."""
+    one = sum(stack.rows * stack.columns for stack in (experts.both, experts.down)) * products.buffer_dtype.itemsize
+    many = -(-len(experts) * one // GROUP_BYTES)
+    edges = [len(experts) * group // many for group in range(many + 1)]
+    yield from pairwise(edges)
+
+
+def _gated(products: Products, experts: PackedExperts, both: torch.Tensor) -> Any:
+    return products.gated(both) if experts.gate is None else products.operand(experts.gate(both))
+
+
+def _fetched(numbers: torch.Tensor) -> Callable[[], list[int]]:
+    """A few numbers, once they are on the host: what is launched until they are asked for runs meanwhile."""
+    copy = numbers.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event() if numbers.is_cuda else None  # type: ignore[no-untyped-call]
+    if copied is not None:
+        copied.record(torch.cuda.current_stream(numbers.device))
+
+    def wait() -> list[int]:
+        if copied is not None:
+            copied.synchronize()
+        found: list[int] = copy.tolist()
+        return found
+
+    return wait

@@ -1,0 +1,42 @@
+"""Matrices in 4 bits as bitsandbytes stores them, of which many may lie in common tensors.
+
+M matrices of R rows and C columns, n = R·C/64 blocks of 64 values a matrix.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from workers.models.stored import BLOCK
+
+STEP_BLOCK = 256  # scales that share a scale of their own under double quantization; bitsandbytes' own
+
+
+class FourBits(NamedTuple):
+    """M matrices in NF4 or FP4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    packed: torch.Tensor
+    """uint8, shape (M, R·C/2): two values a byte, the first in the upper half."""
+    scale: torch.Tensor
+    """uint8, shape (M, n): which of `scale_code` each block's scale is."""
+    step: torch.Tensor
+    """float32, shape (M, ⌈n/256⌉): what 256 scales are multiplied by."""
+    offset: torch.Tensor
+    """float32, shape (M,): what is added to the scales of a matrix."""
+    code: torch.Tensor
+    """float32, shape (16,): the values."""
+    scale_code: torch.Tensor
+    """float32, shape (256,)"""
+
+    @classmethod
+    def of(cls, weight: Any) -> "FourBits":
+        """bitsandbytes' Params4bit."""
+        state = weight.quant_state
+        assert (state.blocksize, state.state2.blocksize) == (BLOCK, STEP_BLOCK), "loading checks it"
+        parts = weight.data, state.absmax, state.state2.absmax, state.offset
+        return cls(*(part.reshape(1, -1) for part in parts[:3]), parts[3].reshape(1), state.code, state.state2.code)
+
+    def block_scales(self) -> torch.Tensor:
+        """The scale of each block; float32, shape (M, n)."""
+        steps = self.step.repeat_interleave(STEP_BLOCK, dim=1)[:, : self.scale.shape[1]]
+        return self.scale_code[self.scale.int()] * steps + self.offset[:, None]
