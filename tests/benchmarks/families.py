@@ -1,0 +1,265 @@
+"""Other families at full size on one GPU: `python tests/benchmarks/families.py -o RESULT.json`, by hand.
+
+Makes each model on the card with random weights (NF4, packed as `load_model` leaves it; and for transformers' own
+forward bf16), and prints a table: tokens/s and memory of our forward with its proof and its copy to the host, with bf16
+and with fp8 products, of the matrix products alone, and of transformers' forward with `grouped_mm`. All layers have
+equal weights. Contestants alternate in one run; rates are medians.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
+
+import numpy as np  # noqa: E402
+from full_size import random_matrix  # noqa: E402
+from gpu import GIB, Run, alternate, stock  # noqa: E402
+
+from workers.engine import drop_last_experts  # noqa: E402
+from workers.models import fp8  # noqa: E402
+from workers.models.description import find_routers, quantization_config  # noqa: E402
+from workers.models.experts import PackedExperts  # noqa: E402
+from workers.models.forwards import forward_of  # noqa: E402
+from workers.models.loading import LoadedModel  # noqa: E402
+from workers.models.packing import pack_experts  # noqa: E402
+from workers.models.products import products_of  # noqa: E402
+from workers.models.quantizers import quantize_skeleton  # noqa: E402
+from workers.recorder import RouteRecorder  # noqa: E402
+
+POSITIONS = 2048
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "qwen3-30b-a3b": lambda: transformers.Qwen3MoeConfig(
+        hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        vocab_size=151936, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], sliding_window=None,
+        max_position_embeddings=32768, dtype="bfloat16", architectures=["Qwen3MoeForCausalLM"],
+    ),
+    "olmoe-1b-7b": lambda: transformers.OlmoeConfig(
+        hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=16,
+        num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, vocab_size=50304,
+        max_position_embeddings=4096, dtype="bfloat16", architectures=["OlmoeForCausalLM"],
+    ),
+}  # fmt: skip
+"""The published configurations."""
+
+
+def random_model(config: Any, quantization: str) -> Any:
+    """transformers' base model on the GPU, with one layer's weights in all layers; seed 0.
+
+    Parameters
+    ----------
+    quantization
+        nf4, packed, or none: bf16 with transformers' fused experts.
+    """
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if quantization == "none":
+        model.set_experts_implementation("grouped_mm")
+    else:
+        quantize_skeleton(model, quantization_config(quantization, model, torch.bfloat16))
+    generator = torch.Generator("cuda").manual_seed(0)
+    _fill(model, generator, quantization, but=model.layers)
+    _fill(model.layers[-1], generator, quantization)
+    if quantization != "none":
+        pack_experts(model.layers[-1], torch.bfloat16)
+    for number in range(len(model.layers) - 1):
+        model.layers[number] = _copy_of(model.layers[-1], number)
+    _share_buffers(model)
+    model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
+    return model.eval().requires_grad_(False)
+
+
+def _fill(part: nn.Module, generator: torch.Generator, quantization: str, but: nn.Module | None = None) -> None:
+    skipped = set(but.parameters()) if but is not None else set()
+    for name, parameter in list(part.named_parameters()):
+        if parameter in skipped:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        module = part.get_submodule(owner) if owner else part
+        four_bits = type(module).__name__ == "Linear4bit" and leaf == "weight"
+        shape = (module.out_features, module.in_features) if four_bits else tuple(parameter.shape)
+        if parameter.ndim == 1:
+            made = nn.Parameter(torch.ones_like(parameter, device="cuda"), requires_grad=False)
+        elif four_bits:
+            values = random_matrix(shape, generator)
+            made = type(parameter)(
+                values, requires_grad=False, quant_type=quantization, compress_statistics=True, module=module
+            ).to("cuda")
+        else:
+            values = random_matrix(shape, generator, 1.0 if "embed" in name else None)
+            made = nn.Parameter(values, requires_grad=False)
+        setattr(module, leaf, made)
+
+
+def _copy_of(layer: nn.Module, number: int) -> nn.Module:
+    """With memory of its own, as a loaded one has."""
+    copy = deepcopy(layer)
+    copy.self_attn.layer_idx = number
+    return copy
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """The buffers for dequantized matrices are those of all layers."""
+    experts = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    for one in experts:
+        one.products = experts[0].products
+
+
+def as_loaded(model: Any, config: Any) -> LoadedModel:
+    """What `load_model` would give."""
+    return LoadedModel(
+        folder=Path(), model=model, routers=find_routers(model), num_experts=config.num_experts,
+        experts_per_token=config.num_experts_per_tok, provenance={},
+    )  # fmt: skip
+
+
+def captured(model: Any, config: Any, forward: Callable[..., Any], ids: torch.Tensor) -> Run:
+    """A forward with its proof and its copy to the host."""
+    recorder = RouteRecorder(find_routers(model), config.num_experts, config.num_experts_per_tok)
+    length = np.full(len(ids), ids.shape[1], np.int32)
+
+    def run() -> None:
+        with recorder.attached():
+            for part in recorder.record(forward, ids, length):
+                part.to("cpu", non_blocking=True)
+
+    return run
+
+
+def products_alone(config: Any, matmul: str, tokens: int) -> Run:
+    """Every matrix product of a forward, experts evenly loaded, with weights that all layers share."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    products = products_of(matmul, torch.bfloat16)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    heads, groups, experts = config.num_attention_heads, config.num_key_value_heads, config.num_experts
+    slots = tokens * config.num_experts_per_tok
+
+    def matrix(rows: int, columns: int, many: int | None = None) -> Any:
+        values = random_matrix((rows * (many or 1), columns), generator)
+        shape = (many, rows, columns) if many else (rows, columns)
+        if matmul == "bf16":
+            return values.view(shape)
+        found = fp8.rounded(values)
+        return fp8.RowScaled(found.values.view(shape), found.scale.view(*shape[:-1], 1))
+
+    qkv = matrix((heads + 2 * groups) * head, config.hidden_size)
+    o = matrix(config.hidden_size, heads * head)
+    both, down = matrix(2 * inner, config.hidden_size, experts), matrix(config.hidden_size, inner, experts)
+    hidden, flat = matrix(tokens, config.hidden_size), matrix(tokens, heads * head)
+    taken, gated = matrix(slots, config.hidden_size), matrix(slots, inner)
+    ends = torch.linspace(0, slots, experts + 1, device="cuda")[1:].round().int()
+
+    def run() -> None:
+        for layer in range(config.num_hidden_layers):
+            products.multiply(hidden, qkv)
+            products.multiply(flat, o)
+            if layer + 1 < config.num_hidden_layers:
+                products.grouped(taken, both, ends)
+                products.grouped(gated, down, ends)
+
+    return run
+
+
+class Table:
+    """Rows as they are measured."""
+
+    def __init__(self, name: str, config: Any, seconds: float) -> None:
+        self.name, self.config, self.seconds, self.rows = name, config, seconds, []  # type: str, Any, float, list[Any]
+
+    def measure(self, contestants: dict[tuple[str, str, str], Callable[[], Run]], tokens: int) -> None:
+        """Keys: system, weights, matmul."""
+        runs, peaks = {}, {}
+        for key, make in contestants.items():
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            runs[key] = make()
+            runs[key]()
+            torch.cuda.synchronize()
+            peaks[key] = torch.cuda.max_memory_allocated() / GIB
+        took = alternate({" ".join(key): run for key, run in runs.items()}, self.seconds)
+        for key in runs:
+            system, weights, matmul = key
+            row = {"model": self.name, "system": system, "weights": weights, "matmul": matmul, "tokens": tokens}
+            row |= {"tokens_per_s": round(tokens / took[" ".join(key)]), "peak_gib": round(peaks[key], 2)}
+            self.rows.append(row)
+            print(json.dumps(row), flush=True)
+
+
+def profile(run: Run, top: int = 25) -> list[dict[str, Any]]:
+    """Where the time of one forward goes, by kernel, in milliseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    events = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
+    return [
+        {"kernel": event.key[:90], "ms": round(event.self_device_time_total / 1000, 3), "calls": event.count}
+        for event in events[:top]
+    ]
+
+
+def main() -> None:
+    """Make the models, measure, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="append", choices=list(CONFIGS), help="only these")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[16_384, 32_768])
+    parser.add_argument("--seconds", type=float, default=8, help="of each comparison")
+    parser.add_argument("--without_transformers", action="store_true", help="leave the bf16 model out")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    options = parser.parse_args()
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
+        "rows": [],
+    }
+    with torch.inference_mode():
+        for name in options.model or CONFIGS:
+            config = CONFIGS[name]()
+            table = Table(name, config, options.seconds)
+            model = random_model(config, "nf4")
+            drop_last_experts(as_loaded(model, config))
+            plain = None if options.without_transformers else random_model(config, "none")
+            for tokens in options.tokens:
+                ids = torch.randint(0, config.vocab_size, (tokens // POSITIONS, POSITIONS), device="cuda")
+                make: dict[tuple[str, str, str], Callable[[], Run]] = {}
+                for matmul in ("bf16", "fp8"):
+                    forward = forward_of(model, "grouped", matmul)
+                    make["captured", "nf4", matmul] = partial(captured, model, config, forward, ids)
+                    kind = "bf16" if matmul == "bf16" else "fp8"
+                    make["products alone", kind, matmul] = partial(products_alone, config, matmul, tokens)
+                if plain is not None:
+                    make["transformers, grouped_mm", "bf16", "bf16"] = partial(stock, plain, ids)
+                table.measure(make, tokens)
+                if options.profile:
+                    for matmul in ("bf16", "fp8"):
+                        run = captured(model, config, forward_of(model, "grouped", matmul), ids)
+                        result[f"kernels {name} {matmul} {tokens}"] = profile(run)
+                result["rows"] = [*[row for row in result["rows"] if row["model"] != name], *table.rows]
+                options.output.write_text(json.dumps(result, indent=1) + "\n")
+            del model, plain
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
