@@ -243,7 +243,7 @@ def main() -> None:
                 ids = torch.randint(0, config.vocab_size, (tokens // POSITIONS, POSITIONS), device="cuda")
                 make: dict[tuple[str, str, str], Callable[[], Run]] = {}
                 for matmul in ("bf16", "fp8"):
-                    forward = forward_of(model, "grouped", matmul)
+                    forward = forward_of(model, "nf4", "grouped", matmul)
                     make["captured", "nf4", matmul] = partial(captured, model, config, forward, ids)
                     kind = "bf16" if matmul == "bf16" else "fp8"
                     make["products alone", kind, matmul] = partial(products_alone, config, matmul, tokens)
@@ -252,7 +252,7 @@ def main() -> None:
                 table.measure(make, tokens)
                 if options.profile:
                     for matmul in ("bf16", "fp8"):
-                        run = captured(model, config, forward_of(model, "grouped", matmul), ids)
+                        run = captured(model, config, forward_of(model, "nf4", "grouped", matmul), ids)
                         result[f"kernels {name} {matmul} {tokens}"] = profile(run)
                 result["rows"] = [*[row for row in result["rows"] if row["model"] != name], *table.rows]
                 options.output.write_text(json.dumps(result, indent=1) + "\n")
