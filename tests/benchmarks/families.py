@@ -3,7 +3,7 @@
 Makes each model on the card with random weights (NF4, packed as `load_model` leaves it; and for transformers' own
 forward bf16), and prints a table: tokens/s and memory of our forward with its proof and its copy to the host, with bf16
 and with fp8 products, of the matrix products alone, and of transformers' forward with `grouped_mm`. All layers have
-equal weights. Contestants alternate in one run; rates are medians.
+equal experts. Contestants alternate in one run; rates are medians.
 """
 
 import argparse
@@ -31,7 +31,6 @@ from gpu import GIB, Run, alternate, stock  # noqa: E402
 from workers.engine import drop_last_experts  # noqa: E402
 from workers.models import fp8  # noqa: E402
 from workers.models.description import find_routers, quantization_config  # noqa: E402
-from workers.models.experts import PackedExperts  # noqa: E402
 from workers.models.forwards import forward_of  # noqa: E402
 from workers.models.loading import LoadedModel  # noqa: E402
 from workers.models.packing import pack_experts  # noqa: E402
@@ -57,7 +56,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def random_model(config: Any, quantization: str) -> Any:
-    """transformers' base model on the GPU, with one layer's weights in all layers; seed 0.
+    """transformers' base model on the GPU, with one layer's experts in all layers; seed 0.
 
     Parameters
     ----------
@@ -71,21 +70,21 @@ def random_model(config: Any, quantization: str) -> Any:
     else:
         quantize_skeleton(model, quantization_config(quantization, model, torch.bfloat16))
     generator = torch.Generator("cuda").manual_seed(0)
-    _fill(model, generator, quantization, but=model.layers)
-    _fill(model.layers[-1], generator, quantization)
+    *others, last = model.layers
+    _fill(last, generator, quantization)
     if quantization != "none":
-        pack_experts(model.layers[-1], torch.bfloat16)
-    for number in range(len(model.layers) - 1):
-        model.layers[number] = _copy_of(model.layers[-1], number)
-    _share_buffers(model)
+        pack_experts(last, torch.bfloat16)
+    for layer in others:
+        layer.mlp.experts = _copy_of(last.mlp.experts)
+    _fill(model, generator, quantization)
     model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
     return model.eval().requires_grad_(False)
 
 
-def _fill(part: nn.Module, generator: torch.Generator, quantization: str, but: nn.Module | None = None) -> None:
-    skipped = set(but.parameters()) if but is not None else set()
+def _fill(part: nn.Module, generator: torch.Generator, quantization: str) -> None:
+    """Random numbers for all that has none yet."""
     for name, parameter in list(part.named_parameters()):
-        if parameter in skipped:
+        if not parameter.is_meta:
             continue
         owner, _, leaf = name.rpartition(".")
         module = part.get_submodule(owner) if owner else part
@@ -104,18 +103,10 @@ def _fill(part: nn.Module, generator: torch.Generator, quantization: str, but: n
         setattr(module, leaf, made)
 
 
-def _copy_of(layer: nn.Module, number: int) -> nn.Module:
-    """With memory of its own, as a loaded one has."""
-    copy = deepcopy(layer)
-    copy.self_attn.layer_idx = number
-    return copy
-
-
-def _share_buffers(model: nn.Module) -> None:
-    """The buffers for dequantized matrices are those of all layers."""
-    experts = [module for module in model.modules() if isinstance(module, PackedExperts)]
-    for one in experts:
-        one.products = experts[0].products
+def _copy_of(experts: Any) -> Any:
+    """With memory of its own, as loaded ones have, and with the buffers that all layers share."""
+    shared = {} if (products := getattr(experts, "products", None)) is None else {id(products): products}
+    return deepcopy(experts, shared)
 
 
 def as_loaded(model: Any, config: Any) -> LoadedModel:
