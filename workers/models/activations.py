@@ -1,7 +1,7 @@
 """How many bytes a card holds beside the weights while it captures, from the configuration alone.
 
-T tokens in a micro-batch, K choices a token, S = T·K slots, E experts, H hidden, I inner width. Only for the forwards of
-`workers.models.decoder`, whose largest moment is known: an expert's two products.
+T tokens in a micro-batch, K choices a token, S = T·K slots, E experts, H hidden, I inner width. Only for the forwards
+of `workers.models.decoder`, whose largest moment is known: an expert's two products.
 tests/benchmarks/results/gpu-families.json has the estimate beside what cards showed.
 """
 
