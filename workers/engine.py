@@ -44,7 +44,8 @@ class ModelEngine:
         self.experts_per_token = loaded.experts_per_token
         self.recorder = RouteRecorder(loaded.routers, loaded.num_experts, loaded.experts_per_token)
         self.device = next(loaded.model.parameters()).device
-        self.forward = forward_of(loaded.model, loaded.provenance["expert_backend"], loaded.provenance["matmul"])
+        how = (loaded.provenance[name] for name in ("quantization", "expert_backend", "matmul"))
+        self.forward = forward_of(loaded.model, *how)
         self.description: Mapping[str, Any] = loaded.provenance
 
     @torch.inference_mode()

@@ -195,7 +195,7 @@ def layer_by_layer(name: str, layers: int = 5, rows: int = 16) -> list[dict[str,
     for number in range(layers - 1):
         of_layer = Layer(model, number, states[number])
         for matmul in ("bf16", "fp8"):
-            forward = type(forward_of(model, "grouped", matmul))(of_layer, matmul)
+            forward = type(forward_of(model, "nf4", "grouped", matmul))(of_layer, matmul)
             hidden, experts = _at_routers(of_layer.layers, partial(forward, ids))[-1]
             wanted, chosen = theirs[number + 1]
             away = (hidden.float() - wanted.float()).norm() / wanted.float().norm()
@@ -297,7 +297,7 @@ def of_model(name: str, options: argparse.Namespace, result: dict[str, Any]) -> 
     table = Table(name, config, options.seconds)
     model = random_model(config, "nf4")
     drop_last_experts(as_loaded(model, config))
-    forwards = {matmul: forward_of(model, "grouped", matmul) for matmul in ("bf16", "fp8")}
+    forwards = {matmul: forward_of(model, "nf4", "grouped", matmul) for matmul in ("bf16", "fp8")}
     for tokens in options.tokens:
         ids = torch.randint(0, config.vocab_size, (tokens // POSITIONS, POSITIONS), device="cuda")
         make: dict[tuple[str, str, str], Callable[[], Run]] = {

@@ -5,17 +5,27 @@ of `workers.models.decoder`, whose largest moment is known: an expert's two prod
 tests/benchmarks/results/gpu-families.json has the estimate beside what cards showed.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from workers.models.checkpoint import find_checkpoint
 from workers.models.decoder import DecoderForward
-from workers.models.description import experts_per_token, num_experts
+from workers.models.description import build_skeleton, experts_per_token, num_experts
 from workers.models.experts import GROUP_BYTES
 from workers.models.forwards import own_forward
 from workers.models.products import FP8_ROWS, ROWS
 
 CONTEXT_BYTES = int(0.6 * 2**30)  # of the driver and of libraries, before anything is loaded (an H200, measured)
+
+
+def estimate_working_bytes(
+    model: str | Path, revision: str | None, quantization: str, matmul: str, dtype: torch.dtype, tokens: int
+) -> int | None:
+    """`working_bytes` of a checkpoint, as `workers.models.footprint.estimate_bytes` finds it."""
+    skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), dtype)
+    return working_bytes(skeleton, quantization, matmul, dtype, tokens)
 
 
 def working_bytes(skeleton: Any, quantization: str, matmul: str, dtype: torch.dtype, tokens: int) -> int | None:
@@ -59,7 +69,8 @@ def working_bytes(skeleton: Any, quantization: str, matmul: str, dtype: torch.dt
         at_once = max(slots * (hidden * narrow + 2 * inner * wide), slots * (inner * narrow + hidden * wide))
     every_token = tokens * hidden * (2 * wide + (narrow if matmul == "fp8" else 0))  # the residual, and what is normed
     recorded = layers * slots * (8 + 4)
-    return CONTEXT_BYTES + buffers + scales + at_once + every_token + recorded
+    total: int = CONTEXT_BYTES + buffers + scales + at_once + every_token + recorded
+    return total
 
 
 def _inner(skeleton: Any) -> int:
