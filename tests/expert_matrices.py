@@ -1,4 +1,4 @@
-"""The values of a loaded model's matrices, not by our kernels: by bitsandbytes where in 4 bits, else scale by scale."""
+"""The values of a loaded model's matrices without our kernels: by bitsandbytes where in 4 bits, else scale by scale."""
 
 from collections.abc import Iterator
 from typing import Any

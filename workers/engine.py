@@ -117,6 +117,8 @@ def load_engine(model: str | Path, *, device: str, **options: Any) -> ModelEngin
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     loaded = load_model(model_path(model), device=device, **options)
     drop_last_experts(loaded)
+    if device != "cpu":
+        torch.cuda.empty_cache()  # transformers takes more while it loads than the weights need
     return ModelEngine(loaded)
 
 

@@ -3,7 +3,7 @@
 Makes each model on the card with random weights (NF4, packed as `load_model` leaves it; and for transformers' own
 forward bf16), and prints a table: tokens/s and memory of our forward with its proof and its copy to the host, with bf16
 and with fp8 products, of the matrix products alone, and of transformers' forward with `grouped_mm`. All layers have
-equal weights. Contestants alternate in one run; rates are medians.
+equal experts. Contestants alternate in one run; rates are medians.
 """
 
 import argparse
@@ -31,7 +31,6 @@ from gpu import GIB, Run, alternate, stock  # noqa: E402
 from workers.engine import drop_last_experts  # noqa: E402
 from workers.models import fp8  # noqa: E402
 from workers.models.description import find_routers, quantization_config  # noqa: E402
-from workers.models.experts import PackedExperts  # noqa: E402
 from workers.models.forwards import forward_of  # noqa: E402
 from workers.models.loading import LoadedModel  # noqa: E402
 from workers.models.packing import pack_experts  # noqa: E402
@@ -57,7 +56,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def random_model(config: Any, quantization: str) -> Any:
-    """transformers' base model on the GPU, with one layer's weights in all layers; seed 0.
+    """transformers' base model on the GPU, with one layer's experts in all layers; seed 0.
 
     Parameters
     ----------
@@ -71,21 +70,21 @@ def random_model(config: Any, quantization: str) -> Any:
     else:
         quantize_skeleton(model, quantization_config(quantization, model, torch.bfloat16))
     generator = torch.Generator("cuda").manual_seed(0)
-    _fill(model, generator, quantization, but=model.layers)
-    _fill(model.layers[-1], generator, quantization)
+    *others, last = model.layers
+    _fill(last, generator, quantization)
     if quantization != "none":
-        pack_experts(model.layers[-1], torch.bfloat16)
-    for number in range(len(model.layers) - 1):
-        model.layers[number] = _copy_of(model.layers[-1], number)
-    _share_buffers(model)
+        pack_experts(last, torch.bfloat16)
+    for layer in others:
+        layer.mlp.experts = _copy_of(last.mlp.experts)
+    _fill(model, generator, quantization)
     model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
     return model.eval().requires_grad_(False)
 
 
-def _fill(part: nn.Module, generator: torch.Generator, quantization: str, but: nn.Module | None = None) -> None:
-    skipped = set(but.parameters()) if but is not None else set()
+def _fill(part: nn.Module, generator: torch.Generator, quantization: str) -> None:
+    """Random numbers for all that has none yet."""
     for name, parameter in list(part.named_parameters()):
-        if parameter in skipped:
+        if not parameter.is_meta:
             continue
         owner, _, leaf = name.rpartition(".")
         module = part.get_submodule(owner) if owner else part
@@ -104,18 +103,10 @@ def _fill(part: nn.Module, generator: torch.Generator, quantization: str, but: n
         setattr(module, leaf, made)
 
 
-def _copy_of(layer: nn.Module, number: int) -> nn.Module:
-    """With memory of its own, as a loaded one has."""
-    copy = deepcopy(layer)
-    copy.self_attn.layer_idx = number
-    return copy
-
-
-def _share_buffers(model: nn.Module) -> None:
-    """The buffers for dequantized matrices are those of all layers."""
-    experts = [module for module in model.modules() if isinstance(module, PackedExperts)]
-    for one in experts:
-        one.products = experts[0].products
+def _copy_of(experts: Any) -> Any:
+    """With memory of its own, as loaded ones have, and with the buffers that all layers share."""
+    shared = {} if (products := getattr(experts, "products", None)) is None else {id(products): products}
+    return deepcopy(experts, shared)
 
 
 def as_loaded(model: Any, config: Any) -> LoadedModel:
@@ -174,6 +165,63 @@ def products_alone(config: Any, matmul: str, tokens: int) -> Run:
     return run
 
 
+class Layer:
+    """One layer of a model and the router of the next one, as a model that begins with given hidden states."""
+
+    def __init__(self, model: Any, number: int, states: torch.Tensor) -> None:
+        self.layers, self.rotary_emb, self.config = model.layers[number : number + 2], model.rotary_emb, model.config
+        self.embed_tokens = nn.Embedding(1, 1, dtype=torch.bfloat16, device="cuda")
+        self.embed_tokens.forward = lambda ids: states.clone()  # the forward adds to them in place
+
+
+def layer_by_layer(name: str, layers: int = 5, rows: int = 16) -> list[dict[str, Any]]:
+    """What our forward gives the next router beside transformers' over the same weights and hidden states.
+
+    Both start from what transformers' forward had before the layer, so that a router is reached through one whole
+    layer: attention, experts, attention.
+    """
+    config = CONFIGS[name]()
+    config.num_hidden_layers = layers
+    model = random_model(config, "nf4")
+    ids = torch.randint(0, config.vocab_size, (rows, POSITIONS), device="cuda")
+    states: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: states.append(args[0].clone())) for layer in model.layers
+    ]
+    theirs = _at_routers(model, lambda: model(input_ids=ids, use_cache=False))
+    for handle in handles:
+        handle.remove()
+    found = []
+    for number in range(layers - 1):
+        of_layer = Layer(model, number, states[number])
+        for matmul in ("bf16", "fp8"):
+            forward = type(forward_of(model, "nf4", "grouped", matmul))(of_layer, matmul)
+            hidden, experts = _at_routers(of_layer.layers, partial(forward, ids))[-1]
+            wanted, chosen = theirs[number + 1]
+            away = (hidden.float() - wanted.float()).norm() / wanted.float().norm()
+            same = (experts.sort(-1).values == chosen.sort(-1).values).all(-1).float().mean()
+            found.append({"model": name, "layer": number + 1, "matmul": matmul, "tokens": ids.numel()})
+            found[-1] |= {"relative_distance": round(away.item(), 5), "same_set": round(same.item(), 5)}
+            print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def _at_routers(model: nn.Module, run: Callable[[], Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What reaches each router, and what it chooses."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    routers = [layer.mlp.gate for layer in getattr(model, "layers", model)]
+    handles = [
+        router.register_forward_hook(lambda _, args, output: found.append((args[0].flatten(0, -2).clone(), output[2])))
+        for router in routers
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 class Table:
     """Rows as they are measured."""
 
@@ -224,6 +272,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8, help="of each comparison")
     parser.add_argument("--without_transformers", action="store_true", help="leave the bf16 model out")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--layer_by_layer", action="store_true", help="also compare hidden states with transformers'")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     result: dict[str, Any] = {
@@ -234,31 +283,38 @@ def main() -> None:
     }
     with torch.inference_mode():
         for name in options.model or CONFIGS:
-            config = CONFIGS[name]()
-            table = Table(name, config, options.seconds)
-            model = random_model(config, "nf4")
-            drop_last_experts(as_loaded(model, config))
-            plain = None if options.without_transformers else random_model(config, "none")
-            for tokens in options.tokens:
-                ids = torch.randint(0, config.vocab_size, (tokens // POSITIONS, POSITIONS), device="cuda")
-                make: dict[tuple[str, str, str], Callable[[], Run]] = {}
-                for matmul in ("bf16", "fp8"):
-                    forward = forward_of(model, "nf4", "grouped", matmul)
-                    make["captured", "nf4", matmul] = partial(captured, model, config, forward, ids)
-                    kind = "bf16" if matmul == "bf16" else "fp8"
-                    make["products alone", kind, matmul] = partial(products_alone, config, matmul, tokens)
-                if plain is not None:
-                    make["transformers, grouped_mm", "bf16", "bf16"] = partial(stock, plain, ids)
-                table.measure(make, tokens)
-                if options.profile:
-                    for matmul in ("bf16", "fp8"):
-                        run = captured(model, config, forward_of(model, "nf4", "grouped", matmul), ids)
-                        result[f"kernels {name} {matmul} {tokens}"] = profile(run)
-                result["rows"] = [*[row for row in result["rows"] if row["model"] != name], *table.rows]
-                options.output.write_text(json.dumps(result, indent=1) + "\n")
-            del model, plain
+            of_model(name, options, result)
             gc.collect()
             torch.cuda.empty_cache()
+            if options.layer_by_layer:
+                result.setdefault("layer_by_layer", []).extend(layer_by_layer(name))
+                options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def of_model(name: str, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """All rows of one family."""
+    config = CONFIGS[name]()
+    table = Table(name, config, options.seconds)
+    model = random_model(config, "nf4")
+    drop_last_experts(as_loaded(model, config))
+    forwards = {matmul: forward_of(model, "nf4", "grouped", matmul) for matmul in ("bf16", "fp8")}
+    for tokens in options.tokens:
+        ids = torch.randint(0, config.vocab_size, (tokens // POSITIONS, POSITIONS), device="cuda")
+        make: dict[tuple[str, str, str], Callable[[], Run]] = {
+            ("captured", "nf4", matmul): partial(captured, model, config, forward, ids)
+            for matmul, forward in forwards.items()
+        }
+        for matmul in forwards:  # after all captures, whose memory they would add to
+            make["products alone", matmul, matmul] = partial(products_alone, config, matmul, tokens)
+        if not options.without_transformers:
+            make["transformers, grouped_mm", "bf16", "bf16"] = lambda ids=ids: stock(random_model(config, "none"), ids)
+        table.measure(make, tokens)
+        if options.profile:
+            for matmul, forward in forwards.items():
+                run = captured(model, config, forward, ids)
+                result[f"kernels {name} {matmul} {tokens}"] = profile(run)
+        result["rows"] = [*[row for row in result["rows"] if row["model"] != name], *table.rows]
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,6 @@ def own_forward(model: Any, quantization: str) -> type[Forward] | None:
 
 
 def forward_of(model: Any, quantization: str, expert_backend: str, matmul: str) -> Callable[..., Any]:
-    """What applies a loaded model: its family's forward where it has that `expert_backend`, else the model itself."""
+    """What applies a loaded model: its family's forward where that is its `expert_backend`, else the model itself."""
     forward = own_forward(model, quantization)
     return forward(model, matmul) if forward is not None and forward.expert_backend == expert_backend else model

@@ -33,8 +33,8 @@ class FourBits(NamedTuple):
         """bitsandbytes' Params4bit."""
         state = weight.quant_state
         assert (state.blocksize, state.state2.blocksize) == (BLOCK, STEP_BLOCK), "loading checks it"
-        parts = weight.data, state.absmax, state.state2.absmax, state.offset
-        return cls(*(part.reshape(1, -1) for part in parts[:3]), parts[3].reshape(1), state.code, state.state2.code)
+        packed, scale, step = (each.reshape(1, -1) for each in (weight.data, state.absmax, state.state2.absmax))
+        return cls(packed, scale, step, state.offset.reshape(1), state.code, state.state2.code)
 
     def block_scales(self) -> torch.Tensor:
         """The scale of each block; float32, shape (M, n)."""

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from workers.models.four_bits import BLOCK, FourBits
+from workers.models.four_bits import FourBits
 from workers.models.kernels import _fused, _launch, plain_add_norm, plain_dequantize
+from workers.models.stored import BLOCK
 
 try:  # a build of torch for CPUs comes without it
     import triton

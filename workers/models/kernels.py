@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from workers.models.four_bits import BLOCK, FourBits
+from workers.models.four_bits import FourBits
+from workers.models.stored import BLOCK
 
 try:  # a build of torch for CPUs comes without it
     import triton

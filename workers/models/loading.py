@@ -23,6 +23,7 @@ from torch import nn
 from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config, tensor_names
 from workers.models.description import (
     EXPERTS_OF_TRANSFORMERS,
+    UNFUSED,
     ModelDescription,
     build_skeleton,
     compute_dtype,
@@ -72,6 +73,7 @@ def load_model(
     dtype: str | None = None,
     quantize_gates: bool = False,
     matmul: str = "bf16",
+    expert_backend: str | None = None,
     device: str | torch.device = "cuda",
     gpus: int = 1,
 ) -> LoadedModel:
@@ -94,6 +96,9 @@ def load_model(
         Round the routers' weights to `quantization` too, as transformers 4 does by default.
     matmul
         What products with quantized matrices are computed in: ``bf16``, which stands for `dtype`, or ``fp8``.
+    expert_backend
+        ``unfused`` to compute experts in 4 bits or fp8 as versions before packed ones did; captures that those began
+        resume with it.
     device
         Where the model goes.
     gpus
@@ -113,8 +118,9 @@ def load_model(
     checkpoint = find_checkpoint(model, revision, weights=True)
     computed_in = compute_dtype(target.type, dtype)
     description = describe_checkpoint(
-        checkpoint, quantization, target.type, computed_in, quantize_gates=quantize_gates, matmul=matmul
-    )
+        checkpoint, quantization, target.type, computed_in,
+        quantize_gates=quantize_gates, matmul=matmul, expert_backend=expert_backend,
+    )  # fmt: skip
     weight_bytes = estimate_checkpoint(checkpoint, quantization, computed_in)
     devices = _devices(target, gpus)
     for each in devices if target.type == "cuda" else ():
@@ -133,7 +139,7 @@ def load_model(
         from workers.models.quantizer import round_gates  # bitsandbytes takes seconds to import
 
         round_gates(routers.values(), quantization)
-    if quantization in (*FOUR_BITS, "fp8"):
+    if quantization != "none" and description["expert_backend"] != UNFUSED:
         from workers.models.packing import pack_experts
 
         pack_experts(loaded, computed_in)

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from workers.models.experts import PackedExperts
-from workers.models.four_bits import BLOCK, FourBits
+from workers.models.four_bits import FourBits
 from workers.models.fp8 import E4M3
 from workers.models.packed import PackedStack, Stack4bit, StackE4m3
 from workers.models.products import Products
 from workers.models.quantizer import UnfusedExperts
+from workers.models.stored import BLOCK
 
 
 def pack_experts(model: nn.Module, dtype: torch.dtype) -> None:
@@ -47,7 +48,7 @@ def _stack(experts: list[tuple[Any, ...]]) -> PackedStack:
     rows, columns = first.out_features, first.in_features
     shape = len(experts), len(experts[0]), rows, columns
     if first.weight.dtype == E4M3:
-        stack: Stack4bit | StackE4m3 = StackE4m3(shape)
+        stack: PackedStack = StackE4m3(shape)
     elif rows * columns % BLOCK:
         raise ValueError(f"an expert's matrix of shape {(rows, columns)} does not fill blocks of {BLOCK} values")
     else:
