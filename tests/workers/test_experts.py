@@ -154,3 +154,19 @@ def test_matrices_are_dequantized_into_the_same_memory_by_every_layer_and_group(
             outputs_in_groups(products, layer, states, chosen)
     held = sum(buffer.nbytes for buffer in products._buffers.values())
     assert held == 2 * ONE_EXPERT
+
+
+@pytest.mark.parametrize(
+    ("stack", "said"),
+    [
+        (
+            Stack4bit((2, 1, 16, 96)),
+            r"\(16, 96\) cannot be multiplied in fp8, .* of 16 and columns of 64: use --matmul",
+        ),
+        (Stack4bit((2, 1, 24, 64)), r"\(24, 64\) cannot be multiplied in fp8"),
+        (StackE4m3((2, 1, 16, 24)), r"\(16, 24\) cannot be multiplied in fp8, .* of 16 and columns of 16"),
+    ],
+)
+def test_matrices_that_cannot_be_multiplied_in_fp8_are_rejected_by_their_shape(stack: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Fp8Products(torch.float32).prepare_stack(stack)
