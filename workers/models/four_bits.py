@@ -31,9 +31,13 @@ class FourBits(NamedTuple):
     @classmethod
     def of(cls, weight: Any) -> "FourBits":
         """bitsandbytes' Params4bit."""
-        state = weight.quant_state
+        return cls.from_state(weight.data, weight.quant_state)
+
+    @classmethod
+    def from_state(cls, packed: torch.Tensor, state: Any) -> "FourBits":
+        """Its values, and bitsandbytes' QuantState."""
         assert (state.blocksize, state.state2.blocksize) == (BLOCK, STEP_BLOCK), "loading checks it"
-        parts = weight.data, state.absmax, state.state2.absmax, state.offset
+        parts = packed, state.absmax, state.state2.absmax, state.offset
         return cls(*(part.reshape(1, -1) for part in parts[:3]), parts[3].reshape(1), state.code, state.state2.code)
 
     def block_scales(self) -> torch.Tensor:
