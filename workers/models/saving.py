@@ -68,7 +68,7 @@ def quantize_checkpoint(
     OSError
         When the result cannot be written.
     """
-    from workers.models.quantizer import own_names, quantized_names  # bitsandbytes takes seconds to import
+    from workers.models.names import own_names, quantized_names  # bitsandbytes takes seconds to import
 
     device = usable_device(device)
     if quantization not in FOUR_BITS:
@@ -123,7 +123,7 @@ def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def in_four_bits(name: str, matrix: torch.Tensor, quantization: str, device: torch.device) -> dict[str, torch.Tensor]:
     """A matrix as bitsandbytes stores it: the packed values and, beside them, what they are scaled by."""
-    from workers.models.quantizer import packed_in_four_bits  # bitsandbytes takes seconds to import
+    from workers.models.quantizing import packed_in_four_bits  # bitsandbytes takes seconds to import
 
     packed, state = packed_in_four_bits(matrix.to(device, compute_dtype(device.type)), quantization)
     state.dtype = matrix.dtype
