@@ -4,7 +4,7 @@ transformers 5 keeps the experts of a layer as two fused three-dimensional param
 and passes those by without a word (bitsandbytes issue 1849), so that Mixtral 8x7B loads into 91 GB where 24.5 are
 expected. Here `PackedExperts` take the place of each fused module while the model is on the meta device, and `Packing`
 that of transformers' converters: it quantizes one matrix after the other, as if it were a Linear's, and puts each in
-its place, one matrix above the final size at the peak; of a checkpoint that keeps the experts of a layer in one tensor, one
+its place, one matrix above the final size at the peak; of a checkpoint that keeps a layer's experts in one tensor, one
 such tensor.
 
 A checkpoint holds experts in one of four ways: each matrix by itself, original or quantized; all of a layer in one
