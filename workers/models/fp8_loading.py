@@ -17,8 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from workers.models.fp8 import E4M3, RowScaled, restored, rounded
-from workers.models.packing import PacksExperts, one_a_row
 from workers.models.quantizer import cast_unquantized
+from workers.models.stacking import PacksExperts, one_a_row
 
 METHOD = "row_scaled_fp8"
 

@@ -5,7 +5,7 @@ matrix of every expert is quantized, and every router is in its full precision, 
 tensors are not, and with which versions. `describe_model` gives the identity beforehand, without the weights.
 
 Does not know tokens, hooks or stores. Files come from `workers.models.checkpoint`, shapes and names from
-`workers.models.description`; how experts are quantized is described in `workers.models.packing`.
+`workers.models.description`; how experts are quantized is described in `workers.models.stacking`.
 """
 
 import sys
@@ -403,7 +403,7 @@ def _matrix_fault(parameter: torch.Tensor, quantization: str) -> str | None:
         return f"a {kind} of {parameter.dtype}, not a quantized Params4bit"
     if parameter.dtype != torch.uint8:  # bitsandbytes may keep the bytes as numbers of another type
         return f"stored in {parameter.dtype}, not in bytes (bnb_4bit_quant_storage)"
-    from workers.models.packing import state_fault  # bitsandbytes takes seconds to import
+    from workers.models.stacking import state_fault  # bitsandbytes takes seconds to import
 
     return state_fault(state, quantization)
 

@@ -1,6 +1,6 @@
 """transformers' bitsandbytes quantizers, with experts: in common tensors in 4 bits, as Linears in 8.
 
-How experts get into common tensors is in `workers.models.packing`. For 8 bits the fused module of each layer is taken
+How experts get into common tensors is in `workers.models.stacking`. For 8 bits the fused module of each layer is taken
 apart on the meta device, into one gated MLP an expert whose three Linears bear the checkpoint's own names (w1, w3, w2
 for Mixtral), and the converters that would have fused them are dropped. From there on the stock loader quantizes matrix
 by matrix as it reads; of a checkpoint that transformers 5 has saved fused, one layer's experts.
@@ -20,7 +20,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from workers.models.experts import mixed_one_by_one
-from workers.models.packing import PacksExperts, expert_leaves, fused_experts, fusing_converters
+from workers.models.packing import BIASES, expert_leaves, fused_experts, fusing_converters
+from workers.models.stacking import PacksExperts
 
 
 class ExpertLeaves(NamedTuple):
@@ -111,14 +112,10 @@ def _leaves(model: nn.Module, fused: dict[str, nn.Module]) -> ExpertLeaves:
         for flag in ("has_bias", "is_transposed", "has_post_expert_norm")
         if getattr(module, flag, False)
     }
-    if any(
-        getattr(type(module), "_apply_gate", _default_apply_gate) is not _default_apply_gate
-        for module in fused.values()
-    ):
-        special.add("a gate of its own")
+    gates = {getattr(type(module), "_apply_gate", _default_apply_gate) for module in fused.values()}
+    special |= {"a gate of its own"} if gates != {_default_apply_gate} else set()
     leaves = expert_leaves(model)
-    if not leaves:
-        special.add("one tensor for the experts of a layer")
+    special |= {"one tensor for the experts of a layer"} if not leaves else set()
     if special:
         raise ValueError(
             f"{type(model).__name__} has {', '.join(sorted(special))}, which int8 does not know: use --quantization nf4"
@@ -142,6 +139,9 @@ def cast_unquantized(model: nn.Module, dtype: torch.dtype, but: Iterable[torch.T
     for name, parameter in model.named_parameters():
         if type(parameter) is nn.Parameter and parameter.is_floating_point() and id(parameter) not in kept:
             parameter.data = parameter.data.to(torch.float32 if any(part in name for part in in_full) else dtype)
+    for name, buffer in list(model.named_buffers()):
+        if name.endswith(BIASES):
+            buffer.data = buffer.data.to(dtype)
 
 
 class Packing4bit(PacksExperts, Bnb4BitHfQuantizer):  # type: ignore[misc]
