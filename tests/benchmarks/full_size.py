@@ -11,6 +11,7 @@ from workers.models.description import find_routers, quantization_config
 from workers.models.fp8 import rounded
 from workers.models.fp8_loading import RowScaledLinear
 from workers.models.loading import LoadedModel
+from workers.models.packing import pack_experts
 from workers.models.quantizers import quantize_skeleton
 
 WIDTH = {
@@ -46,7 +47,8 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
     experts
         transformers' back-end of fused experts, where nothing is quantized.
     keep
-        Keep what a 4-bit matrix was made from, as `original` of its module.
+        Keep what a 4-bit matrix was made from, as `original` of its module; of experts, gate, up and down of each, as
+        `originals` of theirs.
     """
     config = full_size_config(layers)
     with torch.device("meta"):
@@ -82,7 +84,17 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
                 made = nn.Parameter(values, requires_grad=False)
         setattr(module, leaf, made)
     model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
+    if settings is not None and quantization != "int8":
+        kept = [_originals(layer.mlp.experts) for layer in model.layers] if keep else []
+        pack_experts(model, torch.bfloat16)
+        for layer, originals in zip(model.layers, kept, strict=False):
+            layer.mlp.experts.originals = originals
     return model.eval().requires_grad_(False)
+
+
+def _originals(experts: Any) -> list[tuple[torch.Tensor, ...]]:
+    """Of each expert, what gate, up and down were made from."""
+    return [tuple(linear.original for group in expert.stacked() for linear in group) for expert in experts]
 
 
 def as_loaded(model: Any, matmul: str = "bf16") -> LoadedModel:
@@ -93,5 +105,5 @@ def as_loaded(model: Any, matmul: str = "bf16") -> LoadedModel:
         routers=find_routers(model),
         num_experts=WIDTH["num_local_experts"],
         experts_per_token=WIDTH["num_experts_per_tok"],
-        provenance={"model": "random", "expert_backend": "sorted", "matmul": matmul},
+        provenance={"model": "random", "quantization": "nf4", "expert_backend": "sorted", "matmul": matmul},
     )

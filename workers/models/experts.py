@@ -220,7 +220,7 @@ def _dequantized(products: Products, experts: PackedExperts, first: int, last: i
 def _groups(products: Products, experts: PackedExperts) -> Iterator[tuple[int, int]]:
     """First and last expert of each group, of nearly equal sizes."""
     one = sum(stack.rows * stack.columns for stack in (experts.both, experts.down)) * products.buffer_dtype.itemsize
-    many = -(-len(experts) * one // GROUP_BYTES)
+    many = min(len(experts), -(-len(experts) * one // GROUP_BYTES))
     edges = [len(experts) * group // many for group in range(many + 1)]
     yield from pairwise(edges)
 
