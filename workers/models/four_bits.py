@@ -31,10 +31,14 @@ class FourBits(NamedTuple):
     @classmethod
     def of(cls, weight: Any) -> "FourBits":
         """bitsandbytes' Params4bit."""
-        state = weight.quant_state
+        return cls.from_state(weight.data, weight.quant_state)
+
+    @classmethod
+    def from_state(cls, packed: torch.Tensor, state: Any) -> "FourBits":
+        """Its values, and bitsandbytes' QuantState."""
         assert (state.blocksize, state.state2.blocksize) == (BLOCK, STEP_BLOCK), "loading checks it"
-        packed, scale, step = (each.reshape(1, -1) for each in (weight.data, state.absmax, state.state2.absmax))
-        return cls(packed, scale, step, state.offset.reshape(1), state.code, state.state2.code)
+        values, scale, step = (each.reshape(1, -1) for each in (packed, state.absmax, state.state2.absmax))
+        return cls(values, scale, step, state.offset.reshape(1), state.code, state.state2.code)
 
     def block_scales(self) -> torch.Tensor:
         """The scale of each block; float32, shape (M, n)."""

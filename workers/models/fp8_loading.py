@@ -17,7 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from workers.models.fp8 import E4M3, RowScaled, restored, rounded
-from workers.models.quantizer import Unfusing, cast_unquantized
+from workers.models.quantizer import cast_unquantized
+from workers.models.stacking import PacksExperts, one_a_row
 
 METHOD = "row_scaled_fp8"
 
@@ -61,13 +62,7 @@ class RowScaledLinear(nn.Linear):
         ValueError
             When it has other scales.
         """
-        scale, rows = self.weight_scale.data.flatten(), self.out_features
-        if scale.numel() not in (1, rows):
-            raise ValueError(
-                f"a matrix of shape {tuple(self.weight.shape)} has scales of shape {tuple(self.weight_scale.shape)},"
-                " which is neither one scale nor one a row"
-            )
-        self.weight_scale = nn.Parameter(scale.float().expand(rows).contiguous(), requires_grad=False)
+        self.weight_scale = nn.Parameter(one_a_row(self.weight_scale.data, self.out_features), requires_grad=False)
 
 
 class RowScaledConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -91,10 +86,13 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
         return found
 
 
-class RowScaledQuantizer(Unfusing, HfQuantizer):  # type: ignore[misc]
-    """Loads a model whose Linears, the experts' too, are `RowScaledLinear`."""
+class RowScaledQuantizer(PacksExperts, HfQuantizer):  # type: ignore[misc]
+    """Loads a model whose Linears are `RowScaledLinear`, and whose experts lie in stacks in e4m3."""
 
     requires_calibration = False
+
+    def _kind(self) -> tuple[str, torch.dtype]:
+        return "fp8", getattr(torch, self.quantization_config.dtype)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, **kwargs)
@@ -119,7 +117,8 @@ class RowScaledQuantizer(Unfusing, HfQuantizer):  # type: ignore[misc]
         """Also what decides whether another shape than the module's is an error."""
         owner, _, leaf = param_name.rpartition(".")
         scaled = isinstance(model.get_submodule(owner), RowScaledLinear)
-        return scaled and leaf in (("weight", "weight_scale") if self.pre_quantized else ("weight",))
+        own = scaled and leaf in (("weight", "weight_scale") if self.pre_quantized else ("weight",))
+        return own or super().param_needs_quantization(model, param_name, **kwargs)
 
     def get_quantize_ops(self) -> _Quantize:
         """For one matrix."""

@@ -5,7 +5,7 @@ matrix of every expert is quantized, and every router is in its full precision, 
 tensors are not, and with which versions. `describe_model` gives the identity beforehand, without the weights.
 
 Does not know tokens, hooks or stores. Files come from `workers.models.checkpoint`, shapes and names from
-`workers.models.description`; how fused experts become quantizable is described in `workers.models.quantizer`.
+`workers.models.description`; how experts are quantized is described in `workers.models.stacking`.
 """
 
 import sys
@@ -32,7 +32,9 @@ from workers.models.description import (
     find_routers,
     quantization_config,
 )
+from workers.models.experts import PackedExperts
 from workers.models.footprint import estimate_checkpoint, quantized_skeleton
+from workers.models.packed import PackedStack
 from workers.models.stored import BLOCK, FOUR_BITS, stored_quantization
 
 __all__ = [
@@ -42,6 +44,9 @@ __all__ = [
     "load_model",
 ]
 
+
+PACKED = (".both.packed", ".down.packed")
+"""Ends of names in checkpoints that keep experts packed (`workers.models.saving`)."""
 
 SCALES_OF_ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale")
 """Ends of names in published fp8 checkpoints that are not used: here each token has a scale of its own."""
@@ -136,13 +141,13 @@ def load_model(
     assert list(routers) == description["layers"], (list(routers), description["layers"])
     quantized = _check_precision(checkpoint.folder, loaded, routers, description)
     if quantize_gates:
-        from workers.models.quantizer import round_gates  # bitsandbytes takes seconds to import
+        from workers.models.quantizing import round_gates  # bitsandbytes takes seconds to import
 
         round_gates(routers.values(), quantization)
-    if quantization != "none" and description["expert_backend"] != UNFUSED:
-        from workers.models.packing import pack_experts
-
-        pack_experts(loaded, computed_in)
+    if description["expert_backend"] == UNFUSED:
+        for module in loaded.modules():
+            if isinstance(module, PackedExperts):
+                module.unfused = True
     return LoadedModel(
         folder=checkpoint.folder,
         model=loaded,
@@ -244,6 +249,11 @@ def _from_pretrained(
                 raise
             # Experts that differ in shape cannot be fused.
             raise ValueError(f"{checkpoint.folder} could not be loaded ({_versions()}): {error}") from error
+        except ValueError as error:
+            raise ValueError(
+                f"the model loaded from {checkpoint.folder} is not what was asked for ({quantization}; {_versions()}):"
+                f" {error}"
+            ) from error
     # The base model leaves the head out; nothing else may be missing, left over or of another shape.
     report["unexpected_keys"] = {
         key
@@ -272,7 +282,7 @@ def _check_stored(checkpoint: Checkpoint, description: ModelDescription, dtype: 
 
     transformers 4 quantizes the routers too, unless they are named in llm_int8_skip_modules.
     """
-    from workers.models.quantizer import quantized_names  # bitsandbytes takes seconds to import
+    from workers.models.names import quantized_names  # bitsandbytes takes seconds to import
 
     skeleton, _ = quantized_skeleton(checkpoint, description["quantization"], dtype)
     names = tensor_names(checkpoint.folder)
@@ -280,8 +290,10 @@ def _check_stored(checkpoint: Checkpoint, description: ModelDescription, dtype: 
         found = {name.removesuffix("_scale") for name in names if name.endswith(".weight_scale")}
     else:
         found = {name.partition(".quant_state.")[0] for name in names if ".quant_state." in name}
+        found |= {name for name in names if name.endswith(PACKED)}
     found = {name for name in found if not name.startswith("lm_head.")}  # which is not loaded
-    wanted = set(quantized_names(skeleton, names))
+    quantized = quantized_names(skeleton, names)
+    wanted = {*quantized.linears, *quantized.experts}
     for what, matrices in (("must not be", found - wanted), ("should be", wanted - found)):
         if matrices:
             first = ", ".join(sorted(matrices)[:5])
@@ -338,6 +350,9 @@ def _check_precision(
             gate = leaf.startswith(f"{names[router]}.")
             faults[leaf] = _gate_fault(parameter, description) if gate else _matrix_fault(parameter, quantization)
             count += not gate and quantization != "none"
+        for module in model.get_submodule(block).modules():
+            if isinstance(module, PackedStack):
+                count += module.experts * module.parts
     for name, module in model.named_modules():
         leaf = f"{name}.weight"
         if isinstance(module, nn.Linear) and not faults.get(leaf):
@@ -388,9 +403,9 @@ def _matrix_fault(parameter: torch.Tensor, quantization: str) -> str | None:
         return f"a {kind} of {parameter.dtype}, not a quantized Params4bit"
     if parameter.dtype != torch.uint8:  # bitsandbytes may keep the bytes as numbers of another type
         return f"stored in {parameter.dtype}, not in bytes (bnb_4bit_quant_storage)"
-    found = (state.quant_type, state.blocksize, bool(state.nested))
-    wanted = (quantization, BLOCK, True)
-    return None if found == wanted else f"quantized as (type, block, double) = {found}, not {wanted}"
+    from workers.models.stacking import state_fault  # bitsandbytes takes seconds to import
+
+    return state_fault(state, quantization)
 
 
 def _versions() -> str:

@@ -21,10 +21,13 @@ class PackedStack(nn.Module):
     ----------
     shape
         E, P, R, C: experts, parts, rows and columns of a part.
+    transposed
+        Whether a checkpoint that has all of them in one tensor has them transposed.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, shape: tuple[int, int, int, int], *, transposed: bool = False) -> None:
         super().__init__()
+        self.transposed = transposed
         self.experts, self.parts, rows, self.columns = shape
         self.rows = self.parts * rows
 
@@ -56,8 +59,8 @@ class Stack4bit(PackedStack):
     code: torch.Tensor
     scale_code: torch.Tensor
 
-    def __init__(self, shape: tuple[int, int, int, int]) -> None:
-        super().__init__(shape)
+    def __init__(self, shape: tuple[int, int, int, int], *, transposed: bool = False) -> None:
+        super().__init__(shape, transposed=transposed)
         many, values = self.experts * self.parts, self.rows // self.parts * self.columns
         blocks = values // BLOCK
         self._meta(
@@ -93,8 +96,8 @@ class StackE4m3(PackedStack):
     values: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, shape: tuple[int, int, int, int]) -> None:
-        super().__init__(shape)
+    def __init__(self, shape: tuple[int, int, int, int], *, transposed: bool = False) -> None:
+        super().__init__(shape, transposed=transposed)
         self._meta(
             values=((self.experts, self.rows, self.columns), E4M3), scale=((self.experts, self.rows, 1), torch.float32)
         )

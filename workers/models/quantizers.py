@@ -8,10 +8,10 @@ from torch import nn
 from transformers.quantizers import auto
 
 from workers.models.fp8_loading import METHOD, RowScaledConfig, RowScaledQuantizer
-from workers.models.quantizer import Unfusing4bit, Unfusing8bit
+from workers.models.quantizer import Packing4bit, Unfusing8bit
 
 OURS: dict[str, Any] = {
-    "bitsandbytes_4bit": Unfusing4bit,
+    "bitsandbytes_4bit": Packing4bit,
     "bitsandbytes_8bit": Unfusing8bit,
     METHOD: RowScaledQuantizer,
 }

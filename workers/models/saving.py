@@ -1,10 +1,13 @@
 """A checkpoint in 4 bits, written once from the original: later starts read 25 GB of Mixtral 8x7B, and not 93.
 
-Promises: each matrix that `workers.models.loading` would quantize while it loads is quantized in the same way,
-everything else is copied, and both files and names are the original's, so that other software reads the result too
-(bitsandbytes' own format, as transformers writes it). One matrix is on the device at a time and one output file in
-memory. The folder appears when it is whole, under its name; until then it is called ``NAME.partial-…``, as is what a
-killed run leaves, to be deleted by hand. Nothing that is there already is touched.
+Promises: each matrix that `workers.models.loading` would quantize while it loads is quantized in the same way, and
+everything else is copied. With up to `PUBLISHED` experts a layer both files and names are the original's, so that other
+software reads the result too (bitsandbytes' own format, as transformers writes it). With more, those of a layer lie in
+common tensors, named as in the model (``model.layers.0.mlp.experts.both.packed``): 18,432 matrices of Qwen3-30B-A3B are
+576 tensors then, and its start is quick. ``quant_method`` in config.json says so, and other software refuses it. One
+matrix is on the device at a time, and one output file in memory with what is there of layers not yet whole. The folder
+appears when it is whole, under its name; until then it is called ``NAME.partial-…``, as is what a killed run leaves, to
+be deleted by hand. Nothing that is there already is touched.
 
 Does not build a model: shapes and names come from the configuration.
 """
@@ -26,10 +29,13 @@ from workers.models.description import (
     compute_dtype,
     describe_checkpoint,
     find_routers,
+    num_experts,
 )
 from workers.models.footprint import estimate_checkpoint, quantized_skeleton
 from workers.models.loading import usable_device
-from workers.models.stored import FOUR_BITS, stored_quantization
+from workers.models.stored import FOUR_BITS, PACKED, stored_quantization
+
+PUBLISHED = 16  # experts a layer, of the largest model that is published in 4 bits matrix by matrix and captured so
 
 COPIED = ("*.json", "tokenizer*", "merges.txt", "*.jinja", "LICENSE*")
 
@@ -68,7 +74,8 @@ def quantize_checkpoint(
     OSError
         When the result cannot be written.
     """
-    from workers.models.quantizer import own_names, quantized_names  # bitsandbytes takes seconds to import
+    from workers.models.names import own_names, quantized_names  # bitsandbytes takes seconds to import
+    from workers.models.stacking import StackWriter
 
     device = usable_device(device)
     if quantization not in FOUR_BITS:
@@ -81,7 +88,16 @@ def quantize_checkpoint(
         raise ValueError(f"{checkpoint.folder} is quantized already, in {stored}: it loads as it is")
     skeleton, settings = quantized_skeleton(checkpoint, quantization, dtype)
     names = tensor_names(checkpoint.folder)
-    matrices = quantized_names(skeleton, names)
+    quantized = quantized_names(skeleton, names)
+    packed = num_experts(skeleton.config.get_text_config()) > PUBLISHED
+    if not packed and (fused := [name for name, place in quantized.experts.items() if place.number is None]):
+        raise ValueError(
+            f"the checkpoint keeps the experts of a layer as one tensor ({fused[0]}), as transformers 5 can save them,"
+            f" and 4-bit files of {PUBLISHED} experts or fewer hold one for each: capture it as it is, it is quantized"
+            " while it loads, or give the original checkpoint"
+        )
+    matrices = quantized.linears if packed else quantized.linears | quantized.experts.keys()
+    stacks = StackWriter(skeleton, quantized.experts if packed else {}, quantization, device, dtype)
     _refuse_small_disk(out, estimate_checkpoint(checkpoint, quantization, dtype))
 
     partial = out.with_name(f"{out.name}.partial-{uuid4().hex}")  # another run may be writing the same
@@ -93,7 +109,12 @@ def quantize_checkpoint(
             tensors: dict[str, torch.Tensor] = {}
             for name, tensor in _read(file):
                 progress(tensor.nbytes)
-                tensors |= in_four_bits(name, tensor, quantization, device) if name in matrices else {name: tensor}
+                if name in stacks.places:
+                    tensors |= stacks.take(name, tensor)
+                elif name in matrices:
+                    tensors |= in_four_bits(name, tensor, quantization, device)
+                else:
+                    tensors[name] = tensor
             _write(tensors, partial / file.name)
             shutil.copymode(file, partial / file.name)
             places |= dict.fromkeys(tensors, file.name)
@@ -103,7 +124,8 @@ def quantize_checkpoint(
                 shutil.copyfile(file, partial / file.name)
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
         config = read_config(checkpoint.folder) | {
-            "quantization_config": _settings(settings, skeleton, own_names(skeleton, names)),
+            "quantization_config": _settings(settings, skeleton, own_names(skeleton, names))
+            | ({"quant_method": PACKED} if packed else {}),
             "quantized_from": {"model": checkpoint.model, "revision": checkpoint.revision},
         }
         for name, content in (INDEX, index), ("config.json", config):
@@ -123,7 +145,7 @@ def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def in_four_bits(name: str, matrix: torch.Tensor, quantization: str, device: torch.device) -> dict[str, torch.Tensor]:
     """A matrix as bitsandbytes stores it: the packed values and, beside them, what they are scaled by."""
-    from workers.models.quantizer import packed_in_four_bits  # bitsandbytes takes seconds to import
+    from workers.models.quantizing import packed_in_four_bits  # bitsandbytes takes seconds to import
 
     packed, state = packed_in_four_bits(matrix.to(device, compute_dtype(device.type)), quantization)
     state.dtype = matrix.dtype

@@ -9,6 +9,8 @@ from typing import Any
 from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config
 
 FOUR_BITS = ("nf4", "fp4")
+PACKED = "bitsandbytes_packed_experts"
+"""`quant_method` of our own checkpoints with a layer's experts in common tensors: other software does not know it."""
 BLOCK = 64  # values that share a scale in NF4 and FP4; bitsandbytes' own, checked after every load
 
 
@@ -37,7 +39,8 @@ def stored_quantization(checkpoint: Checkpoint) -> str | None:
     if _row_scaled(settings):
         return "fp8"
     kind = settings.get("bnb_4bit_quant_type")
-    if settings.get("quant_method") != "bitsandbytes" or not settings.get("load_in_4bit") or kind not in FOUR_BITS:
+    ours = settings.get("quant_method") in ("bitsandbytes", PACKED) and settings.get("load_in_4bit")
+    if not ours or kind not in FOUR_BITS:
         block = settings.get("weight_block_size")
         found = (
             settings.get("quant_method", stored),
