@@ -113,12 +113,6 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
         quantize_skeleton(model, settings)
     fill(model, torch.Generator("cuda").manual_seed(0), quantization, keep=keep)
     model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
-    model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
-    if settings is not None and quantization != "int8":
-        kept = [_originals(layer.mlp.experts) for layer in model.layers] if keep else []
-        pack_experts(model, torch.bfloat16)
-        for layer, originals in zip(model.layers, kept, strict=False):
-            layer.mlp.experts.originals = originals
     return model.eval().requires_grad_(False)
 
 
