@@ -25,7 +25,7 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 
 import numpy as np  # noqa: E402
-from full_size import random_matrix  # noqa: E402
+from full_size import fill, random_matrix  # noqa: E402
 from gpu import GIB, Run, alternate, stock  # noqa: E402
 
 from workers.engine import drop_last_experts  # noqa: E402
@@ -33,7 +33,6 @@ from workers.models import fp8  # noqa: E402
 from workers.models.description import find_routers, quantization_config  # noqa: E402
 from workers.models.forwards import forward_of  # noqa: E402
 from workers.models.loading import LoadedModel  # noqa: E402
-from workers.models.packing import pack_experts  # noqa: E402
 from workers.models.products import products_of  # noqa: E402
 from workers.models.quantizers import quantize_skeleton  # noqa: E402
 from workers.recorder import RouteRecorder  # noqa: E402
@@ -71,36 +70,12 @@ def random_model(config: Any, quantization: str) -> Any:
         quantize_skeleton(model, quantization_config(quantization, model, torch.bfloat16))
     generator = torch.Generator("cuda").manual_seed(0)
     *others, last = model.layers
-    _fill(last, generator, quantization)
-    if quantization != "none":
-        pack_experts(last, torch.bfloat16)
+    fill(last, generator, quantization)
     for layer in others:
         layer.mlp.experts = _copy_of(last.mlp.experts)
-    _fill(model, generator, quantization)
+    fill(model, generator, quantization)
     model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
     return model.eval().requires_grad_(False)
-
-
-def _fill(part: nn.Module, generator: torch.Generator, quantization: str) -> None:
-    """Random numbers for all that has none yet."""
-    for name, parameter in list(part.named_parameters()):
-        if not parameter.is_meta:
-            continue
-        owner, _, leaf = name.rpartition(".")
-        module = part.get_submodule(owner) if owner else part
-        four_bits = type(module).__name__ == "Linear4bit" and leaf == "weight"
-        shape = (module.out_features, module.in_features) if four_bits else tuple(parameter.shape)
-        if parameter.ndim == 1:
-            made = nn.Parameter(torch.ones_like(parameter, device="cuda"), requires_grad=False)
-        elif four_bits:
-            values = random_matrix(shape, generator)
-            made = type(parameter)(
-                values, requires_grad=False, quant_type=quantization, compress_statistics=True, module=module
-            ).to("cuda")
-        else:
-            values = random_matrix(shape, generator, 1.0 if "embed" in name else None)
-            made = nn.Parameter(values, requires_grad=False)
-        setattr(module, leaf, made)
 
 
 def _copy_of(experts: Any) -> Any:
