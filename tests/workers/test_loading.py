@@ -205,7 +205,7 @@ def test_fused_experts_of_another_number_are_refused(fused: Path, tmp_path: Path
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.experts.down_proj"
     save_file(tensors | {name: tensors[name][:7].contiguous()}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 missing_keys: layers\.0\.mlp\.experts\.7\.w2\.weight"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down has 7 matrices in the checkpoint, and 8 in"):
         load_model(folder, quantization="nf4", device="cpu")
 
 
