@@ -5,6 +5,8 @@ Promises: exact counts, and weights summed exactly in any order. Does not know a
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +16,7 @@ import xarray as xr
 from analysis.attributes import described
 from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, scan, sizes
 from analysis.statistics.jackknife import enough_documents
-from analysis.statistics.overdispersion import drawn, spread_of, units_of
+from analysis.statistics.overdispersion import Units, drawn, spread_of, units_of
 
 WEIGHT_UNIT = 2.0**-24  # every finite float16 is a whole multiple of its smallest subnormal
 
@@ -214,11 +216,14 @@ def balance_null(counts: xr.Dataset, *, draws: int = 200) -> xr.Dataset:
     choices, experts = int(counts.attrs["experts_per_token"]), counts.sizes["expert"]
     even = np.full(experts, choices / experts)
     share = np.full((draws, counts.sizes["layer"], experts), np.nan)
+
+    def of_layer(index: int, units: Units) -> None:
+        random = np.random.default_rng(index)
+        share[:, index] = drawn(units.tokens, even, spread_of(units, choices), choices, draws, random)[0]
+
     if enough_documents(counts):
-        for index, units in enumerate(units_of(counts)):
-            spread = spread_of(units, choices)
-            random = np.random.default_rng(index)
-            share[:, index] = drawn(units.tokens, even, spread, choices, draws, random)[0]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(of_layer, range(counts.sizes["layer"]), units_of(counts)))
     coords = {name: counts[name].values for name in ("layer", "expert")}
     of_experts = share_of_experts(xr.DataArray(share, coords, ("draw", *coords)))
     of_draws = balance_of(xr.Dataset({"share": of_experts}, attrs=counts.attrs))
