@@ -313,10 +313,11 @@ def _table(counts: xr.Dataset) -> xr.Dataset:
 
 def _beside(table: xr.Dataset, shuffled: xr.Dataset) -> xr.Dataset:
     """A table with the lift within documents."""
-    by_chance = shuffled["counts"].sel(token_id=table["token_id"]).drop_vars("piece")
-    within = (table["counts"] / by_chance.clip(1)).transpose(*table["counts"].dims)
+    place = shuffled.get_index("token_id").get_indexer(table["token_id"].values)
+    by_chance = shuffled["counts"].variable.isel(token_id=place)  # with its coordinates all pieces would be copied
+    within = (table["counts"].variable / by_chance.clip(1)).transpose(*table["counts"].dims)
     about = f"{table.attrs['definition']}; lift_within = N_xe over that of tokens shuffled within their documents"
-    within = within.assign_attrs(long_name="count over that of tokens shuffled within documents")
+    within.attrs["long_name"] = "count over that of tokens shuffled within documents"
     return table.assign(lift_within=within).assign_attrs(definition=about)
 
 
@@ -331,10 +332,10 @@ def _rank(table: xr.Dataset, *, top: int, by: TokenOrder, min_count: int) -> xr.
     for name in ("tokens", "token_id", "piece"):
         values[name] = np.broadcast_to(table[name].values, shape)
     listed = (values["counts"] > 0) & (values["tokens"] >= min_count)
-    # lexsort: the last key leads, and equals keep their order, which is that of ids. An expert's tokens have
-    # the same order by lift as by share, and equal shares are equal floats.
+    # The last key leads, and equals keep their order, which is that of ids. An expert's tokens have the same order by
+    # lift as by share, and equal shares are equal floats.
     keys = (-values["counts"],) if by == "count" else (-values["counts"], -values["share"])
-    order = np.lexsort((*keys, ~listed), axis=-1)[..., :top]
+    order = _first(keys, listed, top)
     empty = ~np.take_along_axis(listed, order, -1)
     ranked = {}
     for name, missing in absent.items():
@@ -343,6 +344,23 @@ def _rank(table: xr.Dataset, *, top: int, by: TokenOrder, min_count: int) -> xr.
         ranked[name] = (("layer", "expert", "place"), picked, table[name].attrs)
     coords = {"layer": table["layer"].values, "expert": table["expert"].values}
     return xr.Dataset(ranked, {**coords, "place": np.arange(1, order.shape[-1] + 1)}, table.attrs)
+
+
+def _first(keys: Sequence[Array], listed: Array, top: int) -> Array:
+    """What `np.lexsort((*keys, ~listed))[..., :top]` gives of those that are listed; then others.
+
+    Only those are sorted that are no further than the last one wanted.
+    """
+    size = min(top, listed.shape[-1])
+    if size == 0:
+        return np.zeros((*listed.shape[:-1], 0), np.int64)
+    leading = np.where(listed, keys[-1], np.inf)
+    last = np.partition(leading, size - 1, axis=-1)[..., size - 1]
+    order = np.empty((*last.shape, size), np.int64)
+    for at in np.ndindex(*last.shape):
+        near = np.flatnonzero(leading[at] <= last[at])
+        order[at] = near[np.lexsort([key[at][near] for key in (*keys, ~listed)])[:size]]
+    return order
 
 
 def _numbers(layer: Layers) -> Sequence[int] | None:
