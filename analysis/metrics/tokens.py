@@ -174,6 +174,7 @@ def token_experts_of(counts: xr.Dataset, layer: Layers = None) -> xr.Dataset:
         When a layer was not counted; the message names those that were.
     """
     table = _table(_at(counts, layer))
+    table = table.assign_coords(piece=("token_id", counts["piece"].values[table["token_id"].values]))
     return table.isel(layer=0) if _is_one(layer) else table
 
 
@@ -263,6 +264,8 @@ def expert_tokens_of(
             table = _beside(table, by_chance.isel(layer=part))
         ranked.append(_rank(table, top=top, by=by, min_count=min_count))
     result = xr.concat(ranked, "layer", combine_attrs="override").assign_attrs(order=by, min_count=min_count)
+    pieces = np.append(counts["piece"].values, "")  # the last is that of no token, -1
+    result = result.assign(piece=(result["token_id"].dims, pieces[result["token_id"].values]))
     return result.isel(layer=0) if _is_one(layer) else result
 
 
@@ -275,7 +278,7 @@ def check_ranking(*, top: int, by: TokenOrder, min_count: int) -> None:
 
 
 def _table(counts: xr.Dataset) -> xr.Dataset:
-    """Counts, shares and lifts of the tokens that occur."""
+    """Counts, shares and lifts of the tokens that occur, without their pieces."""
     tokens, choices = counts["tokens"].values, int(counts.attrs["experts_per_token"])
     seen = np.flatnonzero(tokens)
     counted = counts["counts"].values[seen].astype(np.int64).swapaxes(0, 1)
@@ -296,7 +299,6 @@ def _table(counts: xr.Dataset) -> xr.Dataset:
             "layer": counts["layer"].values,
             "expert": counts["expert"].values,
             "token_id": seen,
-            "piece": ("token_id", counts["piece"].values[seen]),
         },
     )
     return described(
@@ -314,7 +316,7 @@ def _table(counts: xr.Dataset) -> xr.Dataset:
 def _beside(table: xr.Dataset, shuffled: xr.Dataset) -> xr.Dataset:
     """A table with the lift within documents."""
     place = shuffled.get_index("token_id").get_indexer(table["token_id"].values)
-    by_chance = shuffled["counts"].variable.isel(token_id=place)  # with its coordinates all pieces would be copied
+    by_chance = shuffled["counts"].variable.isel(token_id=place)  # with its coordinates the pieces would be copied
     within = (table["counts"].variable / by_chance.clip(1)).transpose(*table["counts"].dims)
     about = f"{table.attrs['definition']}; lift_within = N_xe over that of tokens shuffled within their documents"
     within.attrs["long_name"] = "count over that of tokens shuffled within documents"
@@ -324,12 +326,12 @@ def _beside(table: xr.Dataset, shuffled: xr.Dataset) -> xr.Dataset:
 def _rank(table: xr.Dataset, *, top: int, by: TokenOrder, min_count: int) -> xr.Dataset:
     """The first `top` tokens of each expert in a table."""
     dims = ("layer", "expert", "token_id")
-    absent = {"token_id": -1, "piece": "", "counts": 0, "tokens": 0, "share": np.nan, "lift": np.nan}
+    absent = {"token_id": -1, "counts": 0, "tokens": 0, "share": np.nan, "lift": np.nan}
     if "lift_within" in table:
         absent["lift_within"] = np.nan
     values = {name: table[name].transpose(*dims).values for name in absent if table[name].ndim == len(dims)}
     shape = values["counts"].shape
-    for name in ("tokens", "token_id", "piece"):
+    for name in ("tokens", "token_id"):
         values[name] = np.broadcast_to(table[name].values, shape)
     listed = (values["counts"] > 0) & (values["tokens"] >= min_count)
     # The last key leads, and equals keep their order, which is that of ids. An expert's tokens have the same order by
