@@ -20,11 +20,11 @@ import numpy as np
 import xarray as xr
 
 from analysis.attributes import described
-from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.metrics.cache_kernels import SEGMENT, add_hits
+from analysis.scanning import Array, Block, Reducer, State, scan, sizes
 
 Policy = Literal["lru", "lfu", "belady"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
-LRU, LFU, BELADY, SEGMENT = range(4)  # rules, as the kernel knows them; the first three in the order of POLICIES
 SCORED = "tokens whose left neighbour counts too"
 CONVENTION = (
     "hit_rate: experts found in a cache of cache_size experts over all k that each token needs, all k looked up before"
@@ -85,7 +85,7 @@ class CacheCounts(Reducer):
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
         arrays = (state[name] for name in ("capacities", "experts", "hits", "others", "scored"))
-        _add_hits(block["expert"], block["counted"], self._rules, *arrays)
+        add_hits(block["expert"], block["counted"], self._rules, *arrays)
         state["tokens"] += np.count_nonzero(block["counted"])
 
     def merge(self, state: State, other: State) -> State:
@@ -233,156 +233,3 @@ def _random_hit_rate(scored: Array, capacities: Array, choices: int, experts: in
         expected += count * (seen_by @ held)
         seen_by = seen_by @ step
     return np.asarray(expected / scored.sum() if scored.any() else np.full(len(capacities), np.nan))
-
-
-@kernel
-def _add_hits(
-    expert: Array,
-    counted: Array,
-    rules: Array,
-    capacities: Array,
-    experts: Array,
-    hits: Array,
-    others: Array,
-    scored: Array,
-) -> None:
-    rows, positions, layers, choices = expert.shape
-    chosen, where, follows = (
-        np.empty((positions, choices), np.int64),
-        np.empty(positions, np.int64),
-        np.empty(positions, np.bool_),
-    )
-    for row in range(rows):
-        tokens = 0
-        for position in range(positions):
-            if counted[row, position]:
-                where[tokens], follows[tokens] = position, tokens > 0 and where[tokens - 1] == position - 1
-                scored[tokens] += follows[tokens]
-                tokens += 1
-        for layer in range(layers):
-            for token in range(tokens):
-                for k in range(choices):
-                    chosen[token, k] = expert[row, where[token], layer, k]
-            for rule in range(len(rules)):
-                found, other = hits[rule, :, layer], others[rule, :, layer]
-                if rules[rule, 0] == LRU:
-                    _least_recent(chosen[:tokens], follows, capacities, experts[0], found, other)
-                elif rules[rule, 0] == BELADY:
-                    _farthest(chosen[:tokens], follows, capacities, experts[0], found, other)
-                else:
-                    for size in range(len(capacities)):
-                        both = _simulate(chosen[:tokens], follows, rules[rule], capacities[size], experts[0])
-                        found[size] += both[0]
-                        other[size] += both[1]
-
-
-@kernel
-def _least_recent(
-    chosen: Array, follows: Array, capacities: Array, num_experts: int, hits: Array, others: Array
-) -> None:
-    """LRU caches of all sizes over one row: each holds so many experts as were used last (Mattson et al. 1970)."""
-    tokens, choices = chosen.shape
-    last_use, since = np.full(num_experts, -1, np.int32), np.empty(choices, np.int64)
-    found, free, seen = np.zeros((2, num_experts), np.int64), np.zeros(num_experts, np.int64), 0
-    for token in range(tokens):
-        after = 1 if follows[token] else 0
-        for k in range(choices):
-            since[k] = _later(last_use, last_use[chosen[token, k]])
-        for k in range(choices):
-            if last_use[chosen[token, k]] < 0:
-                free[seen] += 1
-                seen += 1
-            else:
-                found[after, since[k]] += 1
-            last_use[chosen[token, k]] = token * choices + k
-    for size in range(len(capacities)):
-        hits[size] += found[1, : capacities[size]].sum()
-        others[size] += found[0, : capacities[size]].sum() + free[: capacities[size]].sum()
-
-
-@kernel
-def _later(last_use: Array, than: int) -> int:
-    """How many experts were used later than that."""
-    number = np.int32(0)
-    for expert in range(last_use.size):
-        number = np.int32(number + np.int32(last_use[expert] > than))
-    return number
-
-
-@kernel
-def _farthest(chosen: Array, follows: Array, capacities: Array, num_experts: int, hits: Array, others: Array) -> None:
-    """Belady's caches of all sizes over one row, without looking ahead.
-
-    An expert is kept from one use to the next where there is a place for it at all tokens between. Uses that end first
-    are served first, and this is what evicting the farthest next use keeps as well. A place that is taken is taken for
-    good, so that the last token of which all are decides (Jain & Lin 2016, OPTgen, for several experts a token).
-    """
-    tokens, choices = chosen.shape
-    kept, last_full = np.zeros((len(capacities), tokens), np.uint16), np.full(len(capacities), -1, np.int64)
-    last_use, seen = np.full(num_experts, -1, np.int64), 0
-    found, free = np.zeros((2, len(capacities)), np.int64), np.zeros(num_experts, np.int64)
-    for token in range(tokens):
-        after = 1 if follows[token] else 0
-        for k in range(choices):
-            before = last_use[chosen[token, k]]
-            last_use[chosen[token, k]] = token
-            if before < 0:
-                free[seen] += 1
-                seen += 1
-                continue
-            for size in range(len(capacities)):
-                room = capacities[size] - choices
-                fits = before >= (last_full[size] if room else token - 1)
-                found[after, size] += fits
-                if room == 0 or capacities[size] == num_experts or not fits:
-                    continue  # for there is never room between, or always
-                for between in range(before + 1, token):
-                    kept[size, between] += np.uint16(1)
-                    if kept[size, between] == room:
-                        last_full[size] = between
-    for size in range(len(capacities)):
-        hits[size] += found[1, size]
-        others[size] += found[0, size] + free[: capacities[size]].sum()
-
-
-@kernel
-def _simulate(chosen: Array, follows: Array, rule: Array, capacity: int, num_experts: int) -> tuple[int, int]:
-    """One cache over one row: hits of tokens that follow a neighbour, and the others with the loads to free places."""
-    tokens, choices = chosen.shape
-    held, value = np.zeros(num_experts, np.bool_), np.zeros(num_experts, np.int64)  # the lowest value is evicted
-    places, last_use = np.empty(capacity, np.int64), np.full(num_experts, -1, np.int64)
-    full, hits, others, known = 0, 0, 0, 0
-    for token in range(tokens):
-        while rule[0] == SEGMENT and known < min(token + rule[1], tokens):
-            for k in range(choices):
-                value[chosen[known, k]] += 1
-            known += 1
-        for k in range(choices):
-            needed = chosen[token, k]
-            if held[needed] and follows[token]:
-                hits += 1
-            elif held[needed]:
-                others += 1
-            last_use[needed] = token * choices + k
-            value[needed] += 1 if rule[0] == LFU else -1
-        for k in range(choices):
-            needed = chosen[token, k]
-            if held[needed]:
-                continue
-            held[needed] = True
-            if full < capacity:
-                places[full] = needed
-                full += 1
-                others += 1
-                continue
-            evicted = -1
-            for place in range(capacity):
-                other = places[place]
-                if last_use[other] >= token * choices:
-                    continue  # needed by this token
-                worth = value[other] - value[places[evicted]] if evicted >= 0 else -1
-                if worth < 0 or (worth == 0 and last_use[other] < last_use[places[evicted]]):
-                    evicted = place
-            held[places[evicted]] = False
-            places[evicted] = needed
-    return hits, others
