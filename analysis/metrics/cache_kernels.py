@@ -5,6 +5,8 @@ The convention is that of `analysis.metrics.caching`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from analysis.scanning import Array, kernel
@@ -92,7 +94,8 @@ def _least_recent_of_few(
 ) -> None:
     """`_least_recent` in 64 bits: byte e has the experts that were used before e was (Smith 1982, section 2.2.3)."""
     tokens, choices = chosen.shape
-    found, free, seen = np.zeros((2, num_experts), np.int64), np.zeros(num_experts, np.int64), 0
+    found, free = np.zeros((2, num_experts), np.int64), np.zeros(num_experts, np.int64)
+    seen: Any = 0
     earlier, used, every = np.uint64(0), np.uint64(0), np.uint64((1 << num_experts) - 1)
     for token in range(tokens):
         after, before = 1 if follows[token] else 0, earlier
@@ -111,7 +114,7 @@ def _least_recent_of_few(
 
 
 @kernel
-def _later(last_use: Array, than: int) -> int:
+def _later(last_use: Array, than: int) -> Any:
     """How many experts were used later than that."""
     number = np.int32(0)
     for expert in range(last_use.size):

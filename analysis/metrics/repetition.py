@@ -210,7 +210,7 @@ def _compare(here: Array, there: Array, after: Array, size: int, alike: Array) -
 @kernel
 def _tally(alike: Array, size: int, pairs: int, count: Array) -> None:
     """Count twice the shared experts, and one more for the same first choice; pairs that share none are the rest."""
-    left = pairs
+    left: Any = pairs
     for value in range(2, 2 * len(count)):
         wanted, number = np.uint8(value), np.uint32(0)
         for place in range(size):

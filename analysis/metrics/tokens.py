@@ -317,7 +317,7 @@ def _beside(table: xr.Dataset, shuffled: xr.Dataset) -> xr.Dataset:
     """A table with the lift within documents."""
     place = shuffled.get_index("token_id").get_indexer(table["token_id"].values)
     by_chance = shuffled["counts"].variable.isel(token_id=place)  # with its coordinates the pieces would be copied
-    within = (table["counts"].variable / by_chance.clip(1)).transpose(*table["counts"].dims)
+    within = (table["counts"].variable / np.maximum(by_chance, 1)).transpose(*table["counts"].dims)
     about = f"{table.attrs['definition']}; lift_within = N_xe over that of tokens shuffled within their documents"
     within.attrs["long_name"] = "count over that of tokens shuffled within documents"
     return table.assign(lift_within=within).assign_attrs(definition=about)
@@ -403,7 +403,8 @@ def _add_tokens(
                 continue
             x = token[row, position]
             tokens[x] += 1
-            of_token = count[x]
+            of_token, chosen = count[x], expert[row, position]
             for slot in range(index.size):
+                of_slot, of_layer = of_token[slot], chosen[index[slot]]
                 for k in range(choices):
-                    of_token[slot, expert[row, position, index[slot], k]] += 1
+                    of_slot[of_layer[k]] += 1
