@@ -124,8 +124,7 @@ def quantize_checkpoint(
                 shutil.copyfile(file, partial / file.name)
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
         config = read_config(checkpoint.folder) | {
-            "quantization_config": _settings(settings, skeleton, own_names(skeleton, names))
-            | ({"quant_method": PACKED} if packed else {}),
+            "quantization_config": _settings(settings, skeleton, own_names(skeleton, names), packed=packed),
             "quantized_from": {"model": checkpoint.model, "revision": checkpoint.revision},
         }
         for name, content in (INDEX, index), ("config.json", config):
@@ -161,7 +160,7 @@ def _write(tensors: dict[str, torch.Tensor], file: Path) -> None:
         raise OSError(f"{file} could not be written: {error}") from error
 
 
-def _settings(settings: Any, skeleton: Any, own: dict[str, str]) -> dict[str, Any]:
+def _settings(settings: Any, skeleton: Any, own: dict[str, str], *, packed: bool) -> dict[str, Any]:
     """What readers must know; routers by the last part of their names, transformers 4's (the checkpoint's) and 5's."""
     modules = {module: name for name, module in skeleton.named_modules()}
     weights = {f"{modules[router]}.weight" for router in find_routers(skeleton).values()}
@@ -171,6 +170,8 @@ def _settings(settings: Any, skeleton: Any, own: dict[str, str]) -> dict[str, An
         "bnb_4bit_compute_dtype": "bfloat16",
         "llm_int8_skip_modules": [*sorted(routers), "lm_head"],
     }
+    if packed:  # transformers asks load_in_4bit before it asks quant_method
+        stored = {name: value for name, value in stored.items() if "load_in" not in name} | {"quant_method": PACKED}
     return stored
 
 

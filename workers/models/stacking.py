@@ -228,7 +228,7 @@ class StackWriter:
             self._found[own] = self._found.get(own, 0) + 1
         if self._found[own] < stack.experts * stack.parts:
             return {}
-        whole = dict(stack.named_buffers())
+        whole = {leaf: part for leaf, part in stack.named_buffers() if leaf != WAITING}
         stack.to("meta")
         return {f"{self.skeleton.base_model_prefix}.{own}.{leaf}": part for leaf, part in whole.items()}
 
