@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,23 @@ if __name__ == "__main__":
 
 import bitsandbytes
 import torch
+from expert_matrices import by_bitsandbytes
 
 from workers.models import fp8, kernels
 from workers.models.four_bits import FourBits
+from workers.models.packed import Stack4bit
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
-def by_bitsandbytes(weight: Any, out: torch.Tensor) -> None:
-    """Its own values; shown one row a block, since on CPUs with AVX-512 it begins a block anew in each row."""
-    state = copy(weight.quant_state)
-    state.shape, state.dtype = torch.Size((out.numel() // state.blocksize, state.blocksize)), out.dtype
-    out.copy_(bitsandbytes.functional.dequantize_4bit(weight.data, state).view_as(out))
+def three_of(matrices: torch.Tensor, kind: str) -> FourBits:
+    """Matrices (3, rows, columns), each quantized by itself."""
+    stack = Stack4bit((3, 1, *matrices.shape[1:]))
+    for number, matrix in enumerate(matrices):
+        weight = bitsandbytes.nn.Params4bit(matrix, requires_grad=False, quant_type=kind, compress_statistics=True)
+        stack.take(number, FourBits.of(weight.to(DEVICE)))
+    return stack.part(0, 3)
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -68,6 +71,12 @@ def cases(dtype: torch.dtype) -> dict[str, list[float]]:
         found[f"swiglu {inner}"] = both(kernels.swiglu, kernels.plain_swiglu, random(5, 2 * inner))
     cos, sin = random(7, 32), random(7, 32)
     found["rotate"] = both(kernels.rotate, kernels.plain_rotate, random(3 * 7, 8 * 32), cos, sin, 6)
+    for head in (32, 24):  # as of six heads, no power of two
+        for name, whole in {"each head": False, "all heads": True}.items():
+            norm = kernels.HeadNorm(random(6, head), 1e-5, 5, whole)
+            arguments = (random(3 * 7, 8 * head), random(7, head), random(7, head), 6, norm)
+            found[f"rotate {head}, norms of {name}"] = both(kernels.rotate, kernels.plain_rotate, *arguments)
+    found["rotate 24"] = both(kernels.rotate, kernels.plain_rotate, random(7, 8 * 24), cos[:, :24], sin[:, :24], 6)
     slots = torch.randperm(12, device=DEVICE).view(6, 2)
     weights = torch.rand(6, 2, device=DEVICE)
     for width in (64, 100):
@@ -83,14 +92,25 @@ def cases(dtype: torch.dtype) -> dict[str, list[float]]:
         weight = bitsandbytes.nn.Params4bit(
             matrix, requires_grad=False, quant_type=kind, compress_statistics=True
         ).to(DEVICE)  # fmt: skip
-        ours, theirs = torch.empty_like(matrix), torch.empty_like(matrix)
+        ours, theirs = torch.empty_like(matrix), by_bitsandbytes(FourBits.of(weight), 0, 96, dtype)
         kernels.dequantize(FourBits.of(weight), ours)
-        by_bitsandbytes(weight, theirs)
         plain = torch.empty_like(matrix)
         kernels.plain_dequantize(FourBits.of(weight), plain)
         found[f"dequantize {kind}"] = [apart(ours, theirs), apart(plain, theirs)]
+        matrices = three_of(random(3, 96, 352), kind)
+        ours = torch.empty(3, 96, 352, dtype=dtype, device=DEVICE)
+        kernels.dequantize(matrices, ours)
+        wanted = torch.stack([by_bitsandbytes(matrices, number, 96, dtype) for number in range(3)])
+        found[f"dequantize {kind}, three matrices"] = [apart(ours, wanted)]
         if INTERPRETED:
             continue  # what follows has a card's own instructions in it
+        matrices = three_of(random(3, 96, 320), kind)
+        scale = fp8.row_scales(matrices, 3 * 96)
+        ours, theirs = (torch.empty((3, 96, 320), dtype=fp8.E4M3, device=DEVICE) for _ in range(2))
+        fp8.dequantize_rounded(matrices, scale, ours)
+        fp8.plain_dequantize_rounded(matrices, scale, theirs)
+        numbers = [fp8.RowScaled(one.view(-1, 320), scale) for one in (ours, theirs)]
+        found[f"dequantize {kind} to e4m3, three matrices"] = rounded_apart(*numbers)
         matrix = random(96, 320)  # 480 blocks, five a row
         weight = bitsandbytes.nn.Params4bit(
             matrix, requires_grad=False, quant_type=kind, compress_statistics=True

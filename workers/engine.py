@@ -44,7 +44,8 @@ class ModelEngine:
         self.experts_per_token = loaded.experts_per_token
         self.recorder = RouteRecorder(loaded.routers, loaded.num_experts, loaded.experts_per_token)
         self.device = next(loaded.model.parameters()).device
-        self.forward = forward_of(loaded.model, loaded.provenance["expert_backend"], loaded.provenance["matmul"])
+        how = (loaded.provenance[name] for name in ("quantization", "expert_backend", "matmul"))
+        self.forward = forward_of(loaded.model, *how)
         self.description: Mapping[str, Any] = loaded.provenance
 
     @torch.inference_mode()
@@ -116,6 +117,8 @@ def load_engine(model: str | Path, *, device: str, **options: Any) -> ModelEngin
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     loaded = load_model(model_path(model), device=device, **options)
     drop_last_experts(loaded)
+    if device != "cpu":
+        torch.cuda.empty_cache()  # transformers takes more while it loads than the weights need
     return ModelEngine(loaded)
 
 

@@ -218,7 +218,7 @@ def balance_null(counts: xr.Dataset, *, draws: int = 200) -> xr.Dataset:
         for index, units in enumerate(units_of(counts)):
             spread = spread_of(units, choices)
             random = np.random.default_rng(index)
-            share[:, index] = drawn(units.tokens, even, spread, choices, draws, random)[0]
+            share[:, index] = drawn(units.tokens, even, spread, choices, draws, random, whole=True)[0]
     coords = {name: counts[name].values for name in ("layer", "expert")}
     of_experts = share_of_experts(xr.DataArray(share, coords, ("draw", *coords)))
     of_draws = balance_of(xr.Dataset({"share": of_experts}, attrs=counts.attrs))

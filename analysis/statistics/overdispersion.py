@@ -74,7 +74,14 @@ def spread_of(units: Units, choices: int) -> float:
 
 
 def drawn(
-    tokens: Array, share: Array, spread: float, choices: int, draws: int, random: np.random.Generator
+    tokens: Array,
+    share: Array,
+    spread: float,
+    choices: int,
+    draws: int,
+    random: np.random.Generator,
+    *,
+    whole: bool = False,
 ) -> tuple[Array, Array]:
     """Shares of drawn sets of documents and their variances.
 
@@ -91,6 +98,9 @@ def drawn(
     draws : int
         Sets of documents.
     random : numpy.random.Generator
+    whole : bool
+        Whether a unit's counts add up to its choices, as they do in truth. That matters for measures over all experts,
+        and hardly for statistics of one expert at a time.
 
     Returns
     -------
@@ -99,7 +109,7 @@ def drawn(
     """
     shape = draws, len(share)
     shares, variances = np.empty(shape), np.empty(shape)
-    _draw(random, tokens.astype(float), share.astype(float), spread, choices, shares, variances)
+    _draw(random, tokens.astype(float), share.astype(float), spread, choices, whole, shares, variances)
     return shares, variances
 
 
@@ -110,6 +120,7 @@ def _draw(
     share: Array,
     spread: float,
     choices: int,
+    whole: bool,
     shares: Array,
     variances: Array,
 ) -> None:
@@ -119,6 +130,7 @@ def _draw(
     alike = spread < LEAST_SPREAD
     concentration = 0.0 if alike else (1 - spread) / spread
     own, count, square, product = share.copy(), np.empty(experts), np.empty(experts), np.empty(experts)
+    number, spare = np.empty(experts), np.empty(experts)
     lengths = 0.0
     for unit in range(tokens.size):
         lengths += tokens[unit] ** 2 / (1 - tokens[unit] / total)
@@ -127,19 +139,24 @@ def _draw(
         for unit in range(tokens.size):
             larger = 1 / (1 - tokens[unit] / total)
             if not alike:
-                whole = 0.0
+                sum_of_own = 0.0
                 for expert in range(experts):
                     own[expert] = random.standard_gamma(concentration * share[expert] / choices)
-                    whole += own[expert]
+                    sum_of_own += own[expert]
                 for expert in range(experts):
-                    own[expert] = min(choices * own[expert] / whole, 1.0) if whole > 0 else share[expert]
+                    own[expert] = min(choices * own[expert] / sum_of_own, 1.0) if sum_of_own > 0 else share[expert]
             for expert in range(experts):
                 mean = tokens[unit] * own[expert]
                 variance = mean * (1 - own[expert])
+                spare[expert] = variance
                 if variance > NORMAL_FROM:
-                    n = mean + np.sqrt(variance) * random.standard_normal()
+                    number[expert] = mean + np.sqrt(variance) * random.standard_normal()
                 else:
-                    n = float(random.binomial(np.int64(tokens[unit]), own[expert]))
+                    number[expert] = float(random.binomial(np.int64(tokens[unit]), own[expert]))
+            if whole:
+                _made_whole(number, tokens[unit] * own, spare)
+            for expert in range(experts):
+                n = number[expert]
                 count[expert] += n
                 square[expert] += larger * n * n
                 product[expert] += larger * n * tokens[unit]
@@ -147,3 +164,15 @@ def _draw(
             mean = count[expert] / total
             residual = square[expert] - 2 * mean * product[expert] + mean * mean * lengths
             shares[draw, expert], variances[draw, expert] = mean, max(residual, 0.0) / total**2
+
+
+@kernel
+def _made_whole(number: Array, mean: Array, variance: Array) -> None:
+    """Take what numbers are together above their means from each by its variance, and keep each one's variance."""
+    total, excess = variance.sum(), (number - mean).sum()
+    if total <= 0:
+        return
+    for expert in range(len(number)):
+        part = variance[expert] / total
+        if part < 1:
+            number[expert] = mean[expert] + (number[expert] - mean[expert] - part * excess) / np.sqrt(1 - part)

@@ -15,6 +15,8 @@ from jobs.capturing.planner import encode
 from jobs.capturing.run import Prepared, Run
 from jobs.console.terminal import duration
 from jobs.sources.documents import Source
+from workers.models.activations import estimate_working_bytes
+from workers.models.description import compute_dtype
 from workers.models.footprint import estimate_bytes
 from workers.text.tokenizer import load_tokenizer
 
@@ -85,7 +87,6 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
     filled = text.filled_share(layout.sequence_length)
     published = "" if source.published_documents is None else f" ({source.published_documents:,} published)"
     time = "unknown (give --rate TOKENS_PER_SECOND)" if config.rate is None else duration(text.tokens / config.rate)
-    weight_bytes = estimate_bytes(run.model, config.model_revision, run.quantization, run.device, dtype=config.dtype)
     lines = {
         "documents": f"{text.documents:,}{published}",
         "tokens": f"{text.tokens:,.0f} ± {text.spread:,.0f} (95 %, from {text.sampled:,} documents tokenized)",
@@ -94,7 +95,7 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
         "filled": f"{filled:.1%} of the positions hold a token",
         "store": f"about {text.tokens * (choices * BYTES_A_CHOICE + BYTES_A_TOKEN):,.0f} bytes in {config.store_path}",
         "precision": f"weights in {run.quantization}, their products in {run.described['matmul']}",
-        "device memory": f"{weight_bytes:,} bytes of weights on {run.device}, {run.batch_tokens:,} tokens at a time",
+        "device memory": _device_memory(run),
         "host memory": f"about {_host_bytes(prepared):,} bytes for the shards in flight",
         "time": time,
     }
@@ -106,6 +107,21 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
     if text.rows and filled < FILLED_WARNING:
         longest = layout.sequence_length
         print(f"note: rows are mostly empty; a --sequence_length under {longest} makes scans of the store faster")
+
+
+def _device_memory(run: Run) -> str:
+    """Weights, and on a GPU all that is held beside them, where that is known."""
+    config, where = run.config, f"on {run.device}, {run.batch_tokens:,} tokens at a time"
+    weights = estimate_bytes(run.model, config.model_revision, run.quantization, run.device, dtype=config.dtype)
+    if run.device == "cpu":
+        return f"{weights:,} bytes of weights {where}"
+    work = estimate_working_bytes(
+        run.model, config.model_revision, run.quantization, run.described["matmul"],
+        compute_dtype(run.device, config.dtype), run.batch_tokens,
+    )  # fmt: skip
+    if work is None:
+        return f"{weights:,} bytes of weights {where}; what is computed is not counted"
+    return f"about {weights + work:,} bytes {where}: {weights:,} of weights, {work:,} to compute"
 
 
 def _host_bytes(prepared: Prepared) -> int:

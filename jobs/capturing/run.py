@@ -24,7 +24,7 @@ from store.identity import identity_of
 from store.layout import SCHEMA_VERSION, SHARD_TOKENS, Layout, default_rows_per_shard
 from workers.engine import load_engine
 from workers.environment import environment
-from workers.models.description import ModelDescription, describe_model
+from workers.models.description import UNFUSED, ModelDescription, describe_model
 from workers.models.footprint import operations_per_token
 from workers.models.stored import default_quantization
 from workers.replica import Assignment
@@ -100,6 +100,12 @@ class Run:
         return {name: group for name, group in groups.items() if _exists(group)}
 
     @cached_property
+    def expert_backend(self) -> str | None:
+        """Of captures that versions before packed experts began and that are resumed; else None, the model's own."""
+        begun = {group.identity.get("expert_backend") for group in self._begun().values()}
+        return UNFUSED if begun == {UNFUSED} else None
+
+    @cached_property
     def described(self) -> ModelDescription:
         """The model's facts, without its weights."""
         config = self.config
@@ -111,6 +117,7 @@ class Run:
             dtype=config.dtype,
             quantize_gates=config.quantize_gates,
             matmul=config.matmul,
+            expert_backend=self.expert_backend,
         )
 
     @cached_property
@@ -150,6 +157,7 @@ class Run:
                 dtype=config.dtype,
                 quantize_gates=config.quantize_gates,
                 matmul=config.matmul,
+                expert_backend=self.expert_backend,
                 device=self.device,
                 gpus=max(1, int(config.gpus_per_worker)) if self.device == "cuda" else 1,
             ),

@@ -25,7 +25,7 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 
 import numpy as np  # noqa: E402
-from full_size import random_matrix  # noqa: E402
+from full_size import fill, random_matrix  # noqa: E402
 from gpu import GIB, Run, alternate, stock  # noqa: E402
 
 from workers.engine import drop_last_experts  # noqa: E402
@@ -33,7 +33,6 @@ from workers.models import fp8  # noqa: E402
 from workers.models.description import find_routers, quantization_config  # noqa: E402
 from workers.models.forwards import forward_of  # noqa: E402
 from workers.models.loading import LoadedModel  # noqa: E402
-from workers.models.packing import pack_experts  # noqa: E402
 from workers.models.products import products_of  # noqa: E402
 from workers.models.quantizers import quantize_skeleton  # noqa: E402
 from workers.recorder import RouteRecorder  # noqa: E402
@@ -71,36 +70,12 @@ def random_model(config: Any, quantization: str) -> Any:
         quantize_skeleton(model, quantization_config(quantization, model, torch.bfloat16))
     generator = torch.Generator("cuda").manual_seed(0)
     *others, last = model.layers
-    _fill(last, generator, quantization)
-    if quantization != "none":
-        pack_experts(last, torch.bfloat16)
+    fill(last, generator, quantization)
     for layer in others:
         layer.mlp.experts = _copy_of(last.mlp.experts)
-    _fill(model, generator, quantization)
+    fill(model, generator, quantization)
     model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
     return model.eval().requires_grad_(False)
-
-
-def _fill(part: nn.Module, generator: torch.Generator, quantization: str) -> None:
-    """Random numbers for all that has none yet."""
-    for name, parameter in list(part.named_parameters()):
-        if not parameter.is_meta:
-            continue
-        owner, _, leaf = name.rpartition(".")
-        module = part.get_submodule(owner) if owner else part
-        four_bits = type(module).__name__ == "Linear4bit" and leaf == "weight"
-        shape = (module.out_features, module.in_features) if four_bits else tuple(parameter.shape)
-        if parameter.ndim == 1:
-            made = nn.Parameter(torch.ones_like(parameter, device="cuda"), requires_grad=False)
-        elif four_bits:
-            values = random_matrix(shape, generator)
-            made = type(parameter)(
-                values, requires_grad=False, quant_type=quantization, compress_statistics=True, module=module
-            ).to("cuda")
-        else:
-            values = random_matrix(shape, generator, 1.0 if "embed" in name else None)
-            made = nn.Parameter(values, requires_grad=False)
-        setattr(module, leaf, made)
 
 
 def _copy_of(experts: Any) -> Any:
@@ -165,6 +140,63 @@ def products_alone(config: Any, matmul: str, tokens: int) -> Run:
     return run
 
 
+class Layer:
+    """One layer of a model and the router of the next one, as a model that begins with given hidden states."""
+
+    def __init__(self, model: Any, number: int, states: torch.Tensor) -> None:
+        self.layers, self.rotary_emb, self.config = model.layers[number : number + 2], model.rotary_emb, model.config
+        self.embed_tokens = nn.Embedding(1, 1, dtype=torch.bfloat16, device="cuda")
+        self.embed_tokens.forward = lambda ids: states.clone()  # the forward adds to them in place
+
+
+def layer_by_layer(name: str, layers: int = 5, rows: int = 16) -> list[dict[str, Any]]:
+    """What our forward gives the next router beside transformers' over the same weights and hidden states.
+
+    Both start from what transformers' forward had before the layer, so that a router is reached through one whole
+    layer: attention, experts, attention.
+    """
+    config = CONFIGS[name]()
+    config.num_hidden_layers = layers
+    model = random_model(config, "nf4")
+    ids = torch.randint(0, config.vocab_size, (rows, POSITIONS), device="cuda")
+    states: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args: states.append(args[0].clone())) for layer in model.layers
+    ]
+    theirs = _at_routers(model, lambda: model(input_ids=ids, use_cache=False))
+    for handle in handles:
+        handle.remove()
+    found = []
+    for number in range(layers - 1):
+        of_layer = Layer(model, number, states[number])
+        for matmul in ("bf16", "fp8"):
+            forward = type(forward_of(model, "nf4", "grouped", matmul))(of_layer, matmul)
+            hidden, experts = _at_routers(of_layer.layers, partial(forward, ids))[-1]
+            wanted, chosen = theirs[number + 1]
+            away = (hidden.float() - wanted.float()).norm() / wanted.float().norm()
+            same = (experts.sort(-1).values == chosen.sort(-1).values).all(-1).float().mean()
+            found.append({"model": name, "layer": number + 1, "matmul": matmul, "tokens": ids.numel()})
+            found[-1] |= {"relative_distance": round(away.item(), 5), "same_set": round(same.item(), 5)}
+            print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def _at_routers(model: nn.Module, run: Callable[[], Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What reaches each router, and what it chooses."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    routers = [layer.mlp.gate for layer in getattr(model, "layers", model)]
+    handles = [
+        router.register_forward_hook(lambda _, args, output: found.append((args[0].flatten(0, -2).clone(), output[2])))
+        for router in routers
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 class Table:
     """Rows as they are measured."""
 
@@ -215,6 +247,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8, help="of each comparison")
     parser.add_argument("--without_transformers", action="store_true", help="leave the bf16 model out")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--layer_by_layer", action="store_true", help="also compare hidden states with transformers'")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     result: dict[str, Any] = {
@@ -225,31 +258,38 @@ def main() -> None:
     }
     with torch.inference_mode():
         for name in options.model or CONFIGS:
-            config = CONFIGS[name]()
-            table = Table(name, config, options.seconds)
-            model = random_model(config, "nf4")
-            drop_last_experts(as_loaded(model, config))
-            plain = None if options.without_transformers else random_model(config, "none")
-            for tokens in options.tokens:
-                ids = torch.randint(0, config.vocab_size, (tokens // POSITIONS, POSITIONS), device="cuda")
-                make: dict[tuple[str, str, str], Callable[[], Run]] = {}
-                for matmul in ("bf16", "fp8"):
-                    forward = forward_of(model, "grouped", matmul)
-                    make["captured", "nf4", matmul] = partial(captured, model, config, forward, ids)
-                    kind = "bf16" if matmul == "bf16" else "fp8"
-                    make["products alone", kind, matmul] = partial(products_alone, config, matmul, tokens)
-                if plain is not None:
-                    make["transformers, grouped_mm", "bf16", "bf16"] = partial(stock, plain, ids)
-                table.measure(make, tokens)
-                if options.profile:
-                    for matmul in ("bf16", "fp8"):
-                        run = captured(model, config, forward_of(model, "grouped", matmul), ids)
-                        result[f"kernels {name} {matmul} {tokens}"] = profile(run)
-                result["rows"] = [*[row for row in result["rows"] if row["model"] != name], *table.rows]
-                options.output.write_text(json.dumps(result, indent=1) + "\n")
-            del model, plain
+            of_model(name, options, result)
             gc.collect()
             torch.cuda.empty_cache()
+            if options.layer_by_layer:
+                result.setdefault("layer_by_layer", []).extend(layer_by_layer(name))
+                options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def of_model(name: str, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """All rows of one family."""
+    config = CONFIGS[name]()
+    table = Table(name, config, options.seconds)
+    model = random_model(config, "nf4")
+    drop_last_experts(as_loaded(model, config))
+    forwards = {matmul: forward_of(model, "nf4", "grouped", matmul) for matmul in ("bf16", "fp8")}
+    for tokens in options.tokens:
+        ids = torch.randint(0, config.vocab_size, (tokens // POSITIONS, POSITIONS), device="cuda")
+        make: dict[tuple[str, str, str], Callable[[], Run]] = {
+            ("captured", "nf4", matmul): partial(captured, model, config, forward, ids)
+            for matmul, forward in forwards.items()
+        }
+        for matmul in forwards:  # after all captures, whose memory they would add to
+            make["products alone", matmul, matmul] = partial(products_alone, config, matmul, tokens)
+        if not options.without_transformers:
+            make["transformers, grouped_mm", "bf16", "bf16"] = lambda ids=ids: stock(random_model(config, "none"), ids)
+        table.measure(make, tokens)
+        if options.profile:
+            for matmul, forward in forwards.items():
+                run = captured(model, config, forward, ids)
+                result[f"kernels {name} {matmul} {tokens}"] = profile(run)
+        result["rows"] = [*[row for row in result["rows"] if row["model"] != name], *table.rows]
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

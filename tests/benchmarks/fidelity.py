@@ -17,22 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
+from expert_matrices import expert_matrices, linear_matrix  # noqa: E402
 from full_size import WIDTH, full_size_model  # noqa: E402
 
 from workers.models.decoder import MixtralForward  # noqa: E402
 
+full, matrices = linear_matrix, expert_matrices
+"""What gives the values of a Linear's matrix, and of each expert's gate, up and down, in float32."""
 CHOICES, HEADS, GROUPS = 2, WIDTH["num_attention_heads"], WIDTH["num_key_value_heads"]
-
-
-def full(linear: Any) -> torch.Tensor:
-    """A matrix's own values, in float32."""
-    return dequantize_4bit(linear.weight.data, linear.weight.quant_state).float()
 
 
 def normed(hidden: torch.Tensor, norm: Any) -> torch.Tensor:
@@ -72,9 +69,8 @@ def mixed(layer: Any, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tenso
     weight, expert = logits.softmax(-1).topk(CHOICES)
     weight = weight / weight.sum(-1, keepdim=True)
     out = hidden.clone()
-    for number, one in enumerate(layer.mlp.experts):
+    for number, (gate, up, down) in enumerate(matrices(layer.mlp.experts)):
         token, k = torch.where(expert == number)
-        gate, up, down = (full(one.get_submodule(leaf)) for leaf in one.leaves)
         inner = silu(states[token] @ gate.T) * (states[token] @ up.T)
         out[token] += (inner @ down.T) * weight[token, k, None]
     return out

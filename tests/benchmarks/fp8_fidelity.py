@@ -10,7 +10,7 @@ second answers are from the first, and how often it lets choices of another batc
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -140,11 +140,24 @@ def at_full_width(layers: int, rows: int, positions: int) -> list[dict[str, Any]
     return compared(model, ids)
 
 
+def original(linear: Any) -> torch.Tensor:
+    """What a Linear's matrix was made from, in float32."""
+    made_from: torch.Tensor = linear.original
+    return made_from.float()
+
+
+def originals(experts: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What each expert's gate, up and down were made from, in float32."""
+    for gate, up, down in experts.originals:
+        yield gate.float(), up.float(), down.float()
+
+
 def compared(model: Any, ids: torch.Tensor) -> list[dict[str, Any]]:
     """Each router's choices by each kind of products, from the states that a forward in fp8 gives."""
     begun = [state.view(*ids.shape, -1) for state in fidelity.Recorded(model, ids, "fp8").begun]
     cos, sin = (part[0] for part in model.rotary_emb(begun[0], torch.arange(ids.shape[1], device=ids.device)[None]))
-    sources = {"dequantized, float32": fidelity.full, "unquantized, float32": lambda linear: linear.original.float()}
+    dequantized = fidelity.full, fidelity.matrices
+    sources = {"dequantized, float32": dequantized, "unquantized, float32": (original, originals)}
     found = []
     for number in range(len(model.layers)):
         state = begun[max(0, number - 1)]
@@ -154,11 +167,11 @@ def compared(model: Any, ids: torch.Tensor) -> list[dict[str, Any]]:
         sets["bf16 products"] = through_a_layer(model, "bf16", number, state)
         margins = {}
         for name, source in sources.items():
-            fidelity.full = source
+            fidelity.full, fidelity.matrices = source
             ordered = reference(model, number, state, cos, sin).sort(-1, descending=True)
             sets[name] = ordered.indices[:, :2].sort(-1).values
             margins[name] = ordered.values[:, 1] - ordered.values[:, 2]
-        fidelity.full = sources["dequantized, float32"]
+        fidelity.full, fidelity.matrices = dequantized
         row: dict[str, Any] = {"router": number, "tokens": ids.numel()}
         for name in ("fp8 products", "fp8 products, added up in float32", "bf16 products"):
             for other in ("bf16 products", "dequantized, float32", "unquantized, float32"):

@@ -8,10 +8,12 @@ import transformers
 from torch import nn
 
 from workers.models.description import find_routers, quantization_config
+from workers.models.experts import PackedExperts
 from workers.models.fp8 import rounded
 from workers.models.fp8_loading import RowScaledLinear
 from workers.models.loading import LoadedModel
 from workers.models.quantizers import quantize_skeleton
+from workers.models.stacking import quantized
 
 WIDTH = {
     "hidden_size": 4096,
@@ -38,6 +40,59 @@ def random_matrix(shape: tuple[int, ...], generator: torch.Generator, std: float
     return (values * (shape[-1] ** -0.5 if std is None else std)).to(torch.bfloat16)
 
 
+def fill(part: nn.Module, generator: torch.Generator, quantization: str, *, keep: bool = False) -> None:
+    """Give all that is still on the meta device random numbers, quantized matrix by matrix.
+
+    Parameters
+    ----------
+    part
+        A model, or a part of one, after `quantize_skeleton`.
+    keep
+        Keep what a matrix was made from, as `original` of its module, of experts as `originals`.
+    """
+    for module in list(part.modules()):
+        if isinstance(module, PackedExperts):
+            _fill_experts(module, generator, quantization, keep)
+        elif isinstance(module, RowScaledLinear):
+            values, scale = rounded(random_matrix((module.out_features, module.in_features), generator))
+            module.weight = nn.Parameter(values, requires_grad=False)
+            module.weight_scale = nn.Parameter(scale[:, 0], requires_grad=False)
+    for name, parameter in list(part.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        module = part.get_submodule(owner)
+        if not parameter.is_meta:
+            continue
+        if parameter.ndim == 1:
+            made = nn.Parameter(torch.ones_like(parameter, device="cuda"), requires_grad=False)
+        elif type(parameter).__name__ == "Params4bit":
+            values = random_matrix((module.out_features, module.in_features), generator)
+            if keep:
+                module.original = values
+            made = type(parameter)(
+                values, requires_grad=False, quant_type=quantization, compress_statistics=True, module=module
+            ).to("cuda")
+        else:
+            values = random_matrix(tuple(parameter.shape), generator, 1.0 if "embed" in name else None)
+            made = nn.Parameter(values, requires_grad=False)
+        setattr(module, leaf, made)
+
+
+def _fill_experts(experts: PackedExperts, generator: torch.Generator, quantization: str, keep: bool) -> None:
+    both, down = experts.both, experts.down
+    if both.device.type != "meta":
+        return
+    originals = []
+    for expert in range(len(experts)):
+        matrices = []
+        for stack in (both, down):
+            for part in range(stack.parts):
+                matrices.append(random_matrix((stack.rows // stack.parts, stack.columns), generator))
+                stack.take(expert * stack.parts + part, quantized(matrices[-1], quantization))
+        originals.append(matrices)
+    if keep:
+        experts.originals = originals
+
+
 def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eager", *, keep: bool = False) -> Any:
     """transformers' base model on the GPU, quantized matrix by matrix; seed 0.
 
@@ -46,7 +101,8 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
     experts
         transformers' back-end of fused experts, where nothing is quantized.
     keep
-        Keep what a 4-bit matrix was made from, as `original` of its module.
+        Keep what a 4-bit matrix was made from, as `original` of its module; of experts, gate, up and down of each, as
+        `originals` of theirs.
     """
     config = full_size_config(layers)
     with torch.device("meta"):
@@ -55,33 +111,14 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
     settings = quantization_config(quantization, model, torch.bfloat16)
     if settings is not None:
         quantize_skeleton(model, settings)
-    generator = torch.Generator("cuda").manual_seed(0)
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if isinstance(module, RowScaledLinear):
-            if leaf == "weight":
-                values, scale = rounded(random_matrix(tuple(parameter.shape), generator))
-                module.weight = nn.Parameter(values, requires_grad=False)
-                module.weight_scale = nn.Parameter(scale[:, 0], requires_grad=False)
-            continue
-        if parameter.ndim == 1:
-            made = nn.Parameter(torch.ones_like(parameter, device="cuda"), requires_grad=False)
-        else:
-            linear = isinstance(module, nn.Linear) and settings is not None and type(module) is not nn.Linear
-            shape = (module.out_features, module.in_features) if linear else tuple(parameter.shape)
-            values = random_matrix(shape, generator, 1.0 if "embed" in name else None)
-            if linear:
-                if keep:
-                    module.original = values
-                kind = type(parameter)
-                made = kind(
-                    values, requires_grad=False, quant_type=quantization, compress_statistics=True, module=module
-                ).to("cuda")
-            else:
-                made = nn.Parameter(values, requires_grad=False)
-        setattr(module, leaf, made)
+    fill(model, torch.Generator("cuda").manual_seed(0), quantization, keep=keep)
     model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
+    model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
+    if settings is not None and quantization != "int8":
+        kept = [_originals(layer.mlp.experts) for layer in model.layers] if keep else []
+        pack_experts(model, torch.bfloat16)
+        for layer, originals in zip(model.layers, kept, strict=False):
+            layer.mlp.experts.originals = originals
     return model.eval().requires_grad_(False)
 
 
@@ -93,5 +130,5 @@ def as_loaded(model: Any, matmul: str = "bf16") -> LoadedModel:
         routers=find_routers(model),
         num_experts=WIDTH["num_local_experts"],
         experts_per_token=WIDTH["num_experts_per_tok"],
-        provenance={"model": "random", "expert_backend": "sorted", "matmul": matmul},
+        provenance={"model": "random", "quantization": "nf4", "expert_backend": "sorted", "matmul": matmul},
     )

@@ -130,7 +130,7 @@ def adding_exactly(run: Run) -> Run:
 
 
 def stock(model: Any, ids: torch.Tensor) -> Run:
-    """transformers' forward over un-fused experts, stopped at the last router."""
+    """transformers' forward over packed experts, stopped at the last router."""
     last = list(find_routers(model).values())[-1]
 
     def stop(*_: Any) -> None:

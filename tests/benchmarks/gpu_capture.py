@@ -22,6 +22,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,9 @@ class Card:
         self.done.set()
         self.reader.join()
 
-    @property
-    def peak_mib(self) -> int:
+    def peak_mib(self, start: float = -inf, end: float = inf) -> int:
         """Memory in use at most, all processes."""
-        return max((used for _, _, used in self.samples), default=0)
+        return max((used for when, _, used in self.samples if start <= when <= end), default=0)
 
     def idle(self, start: float, end: float) -> float:
         """Share of a time without a kernel."""
@@ -114,7 +114,8 @@ def run(
         "tokens_per_s_in_each_worker": round(state.tokens_done / state.seconds),
         "gpu_idle_between_first_and_last_commit": round(card.idle(times[0], times[-1]), 4),
         "bytes_per_token": round(state.bytes_done / state.tokens_done, 1),
-        "peak_gib": round(card.peak_mib / 1024, 2),
+        "peak_gib": round(card.peak_mib() / 1024, 2),
+        "peak_gib_while_capturing": round(card.peak_mib(times[0], times[-1]) / 1024, 2),
     }
 
 
@@ -179,7 +180,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         with Card() as card:
             time.sleep(1)
-        result["gib_in_use_before"] = round(card.peak_mib / 1024, 2)
+        result["gib_in_use_before"] = round(card.peak_mib() / 1024, 2)
         stores = [Path(folder) / "quiet.zarr", Path(folder) / "killed.zarr"]
         if not options.submitted_only:
             result["local"] = run(command(model, stores[0], options.documents, "--local"), stores[0])

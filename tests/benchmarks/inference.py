@@ -265,7 +265,7 @@ def tables(simulations: int) -> dict[str, tuple[Callable[[Any], dict[str, Any]],
         "balance": (
             balance,
             [
-                (kind, spread, n, e, some // 2)
+                (kind, spread, n, e, some)
                 for kind in ("200", "200 ± 1")
                 for spread in (None, 40)
                 for n in (20, 100)

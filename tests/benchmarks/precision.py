@@ -52,7 +52,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "fp4, gates too, float16": {"quantization": "fp4", "dtype": "float16", "quantize_gates": True},
 }
 """The last is the notebook's."""
-BACK_ENDS = {"bfloat16": ("grouped_mm", "eager", "batched_mm"), "nf4": ("sorted", "unfused")}
+BACK_ENDS = {"bfloat16": ("grouped_mm", "eager", "batched_mm"), "nf4": ("sorted", "grouped")}
 """Which the captures of that precision may be computed with; the first is what a capture on a GPU takes."""
 ALONE, BATCHED = 512, 32_768
 
@@ -66,7 +66,7 @@ def texts() -> list[str]:
 def captured(precision: str, device: str, batch_tokens: int = BATCHED, back_end: str | None = None) -> xr.Dataset:
     """The texts' routes."""
     loaded = load_model(tiny_checkpoint(), device=device, **PRECISIONS[precision])
-    if back_end in ("sorted", "unfused"):
+    if back_end in BACK_ENDS["nf4"]:
         loaded = replace(loaded, provenance=loaded.provenance | {"expert_backend": back_end})
     elif back_end is not None:
         loaded.model.set_experts_implementation(back_end)

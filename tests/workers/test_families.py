@@ -1,4 +1,4 @@
-"""Eight families of models: each is captured as its published routing rule says, or refused by name with the reason."""
+"""Nine families of models: each is captured as its published routing rule says, or refused by name with the reason."""
 
 import json
 import re
@@ -104,6 +104,9 @@ class Family:
 W = tuple(f"block_sparse_moe.experts.0.w{number}.weight" for number in (1, 2, 3))
 PROJ = tuple(f"mlp.experts.0.{leaf}_proj.weight" for leaf in ("gate", "up", "down"))
 SHARED = tuple(f"mlp.shared_experts.{leaf}_proj.weight" for leaf in ("gate", "up", "down"))
+SHARED_ALONE = (
+    *(f"mlp.shared_expert.{leaf}_proj.weight" for leaf in ("gate", "up", "down")), "mlp.shared_expert_gate.weight",
+)  # fmt: skip
 FUSED = tuple(f"mlp.experts.{leaf}" for leaf in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"))
 CORRECTION = "mlp.gate.e_score_correction_bias"
 
@@ -118,6 +121,12 @@ FAMILIES = {
         names=PROJ, gate="mlp.gate.weight", router="mlp.gate", layers=(0, 2),
         settings={"num_experts": EXPERTS, "num_experts_per_tok": 3, "norm_topk_prob": True, "mlp_only_layers": [1],
                   "moe_intermediate_size": 64, "head_dim": 16},
+    ),
+    "qwen2_moe": Family(
+        rule=partial(softmax_then_top, renormalized=False),
+        names=PROJ + SHARED_ALONE, gate="mlp.gate.weight", router="mlp.gate",
+        settings={"num_experts": EXPERTS, "num_experts_per_tok": 3, "moe_intermediate_size": 64,
+                  "shared_expert_intermediate_size": 128},
     ),
     "olmoe": Family(
         rule=partial(softmax_then_top, renormalized=False), names=PROJ, gate="mlp.gate.weight", router="mlp.gate",
@@ -156,8 +165,8 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def checkpoint_of(name: str, folder: Path) -> Path:
-    """A tiny checkpoint with random weights, in the published layout; biases and sinks are not zero."""
+def checkpoint_of(name: str, folder: Path, **changes: Any) -> Path:
+    """A tiny checkpoint with random weights, in the published layout; biases and sinks are not zero, nor norms one."""
     common = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -170,12 +179,14 @@ def checkpoint_of(name: str, folder: Path) -> Path:
         "pad_token_id": None,
         "eos_token_id": 2,
     }
-    config = transformers.AutoConfig.for_model(name, **common | FAMILIES[name].settings)
+    config = transformers.AutoConfig.for_model(name, **common | FAMILIES[name].settings | changes)
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(config)
     for key, tensor in model.state_dict().items():
         if key.endswith(("gate.weight", "router.weight", "bias", "sinks")):
             torch.nn.init.normal_(tensor, std=0.3)
+        if key.endswith("norm.weight"):
+            torch.nn.init.uniform_(tensor, 0.7, 1.3)
     model.save_pretrained(folder)
     return folder
 
@@ -213,7 +224,7 @@ def test_a_family_is_captured_as_its_rule_says_and_refused_by_name_where_4_bits_
     assert set(named) <= set(tensors), "not the published layout"
     if family.quantization == "nf4":
         stock = dequantized_reference(folder, "nf4")
-        matrices = sum(re.search(r"experts\..*weight$", key) is not None for key in tensors)
+        matrices = sum(re.search(r"expert.*weight$", key) is not None for key in tensors)
     else:
         stock = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
         matrices = 0

@@ -73,7 +73,7 @@ def test_a_second_family_is_one_line_and_its_routes_are_those_of_the_model(
 
 @pytest.mark.usefixtures("_registered")
 def test_a_forward_is_used_only_where_it_says_that_it_applies(olmoe: Path) -> None:
-    assert describe_model(olmoe, quantization="nf4", device_type="cpu")["expert_backend"] == "unfused"
+    assert describe_model(olmoe, quantization="nf4", device_type="cpu")["expert_backend"] == "grouped"
     loaded = load_model(olmoe, quantization="nf4", device="cpu")
     assert ModelEngine(loaded).forward is loaded.model
     file = olmoe / "config.json"
@@ -103,8 +103,11 @@ def test_mixtral_s_own_forward_is_for_plain_ones_in_4_bits(
     assert own_forward(model, quantization) is (MixtralForward if used else None)
 
 
-def test_another_family_has_none(olmoe: Path) -> None:
-    assert describe_model(olmoe, quantization="nf4", device_type="cpu")["expert_backend"] == "unfused"
+@pytest.mark.parametrize(("quantization", "backend"), [("nf4", "grouped"), ("int8", "unfused"), ("none", "eager")])
+def test_another_family_has_none(tmp_path: Path, quantization: str, backend: str) -> None:
+    loaded = load_model(checkpoint_of("phimoe", tmp_path), quantization=quantization, device="cpu")
+    assert loaded.provenance["expert_backend"] == backend
+    assert ModelEngine(loaded).forward is loaded.model
 
 
 def test_the_forwards_are_not_imported_before_a_model_needs_them() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
+from expert_matrices import expert_matrices, linear_matrix
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.mixtral.modeling_mixtral import apply_rotary_pos_emb
@@ -19,6 +20,7 @@ from workers import describe_model, load_model, tiny_checkpoint
 from workers.engine import ModelEngine
 from workers.models import fp8
 from workers.models.footprint import estimate_bytes
+from workers.models.four_bits import FourBits
 from workers.models.loading import LoadedModel
 from workers.models.stored import default_quantization
 from workers.recorder import WEIGHT_TOLERANCE
@@ -71,9 +73,10 @@ def test_a_4_bit_matrix_becomes_e4m3_by_scales_from_its_blocks_alone(kind: str) 
     matrix = torch.randn(48, 192, generator=torch.Generator().manual_seed(1))
     weight = Params4bit(matrix, requires_grad=False, quant_type=kind, compress_statistics=True).to("cpu")
     exact = dequantize_4bit(weight.data, weight.quant_state)
-    scale, out = fp8.row_scales(weight), torch.empty(48, 192, dtype=torch.float8_e4m3fn)
+    matrices = FourBits.of(weight)
+    scale, out = fp8.row_scales(matrices, 48), torch.empty(48, 192, dtype=torch.float8_e4m3fn)
     torch.testing.assert_close(scale[:, 0], exact.abs().amax(-1) / 448)
-    fp8.dequantize_rounded(weight, scale, out)
+    fp8.dequantize_rounded(matrices, scale, out)
     given = (exact / scale).double().numpy()
     np.testing.assert_allclose(np.abs(given - out.double().numpy()), nearest(given), atol=1e-4)
 
@@ -90,79 +93,103 @@ def test_a_product_is_that_of_the_numbers_in_e4m3() -> None:
 # --- The forward ----------------------------------------------------------------------------------------------------
 
 
-def router_inputs(loaded: LoadedModel, token: torch.Tensor, layers: int) -> list[torch.Tensor]:
-    """What the first routers see."""
+def router_inputs(loaded: LoadedModel, token: torch.Tensor) -> list[torch.Tensor]:
+    """What the routers see, in order."""
     seen: list[torch.Tensor] = []
     handles = [
-        loaded.routers[layer].register_forward_hook(lambda gate, inputs, output: seen.append(inputs[0]))
-        for layer in range(layers)
+        router.register_forward_hook(lambda gate, inputs, output: seen.append(inputs[0].flatten(0, -2)))
+        for router in loaded.routers.values()
     ]
-    engine = ModelEngine(loaded)
     with torch.inference_mode():
-        engine.forward(token)
+        ModelEngine(loaded).forward(token, use_cache=False)
     for handle in handles:
         handle.remove()
     return seen
 
 
-def by_definition(
-    loaded: LoadedModel, matrix: Callable[[Any], torch.Tensor], token: torch.Tensor
-) -> list[torch.Tensor]:
-    """The first two routers' inputs by the plain formulas: every product of numbers in e4m3, in float64."""
+def by_definition(loaded: LoadedModel, token: torch.Tensor, layers: int) -> list[torch.Tensor]:
+    """What the routers of the first layers see by the plain formulas: products of numbers in e4m3, in float64."""
     model: Any = loaded.model
     config, (rows, positions) = model.config, token.shape
 
-    def product(states: torch.Tensor, linear: Any) -> torch.Tensor:
-        return rounded_by_definition(states) @ rounded_by_definition(matrix(linear)).T
+    def product(states: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        return rounded_by_definition(states) @ rounded_by_definition(matrix).T
+
+    def applied(linear: Any, states: torch.Tensor) -> torch.Tensor:
+        found = product(states, linear_matrix(linear))
+        return found if linear.bias is None else found + linear.bias.double()
+
+    def gated(states: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return product(torch.nn.functional.silu(product(states, gate)) * product(states, up), down)
+
+    def dense(states: torch.Tensor, mlp: Any) -> torch.Tensor:
+        return gated(states, *(linear_matrix(each) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
 
     def normed(states: torch.Tensor, norm: Any) -> torch.Tensor:
         size = torch.rsqrt(states.square().mean(-1, keepdim=True) + norm.variance_epsilon)
         return states * size * norm.weight.double()
 
-    hidden = model.embed_tokens(token).flatten(0, 1).double()
-    tables = [part.double() for part in model.rotary_emb(hidden.float(), torch.arange(positions)[None])]
-    seen = []
-    for layer in model.layers[:2]:
-        states, attention = normed(hidden, layer.input_layernorm), layer.self_attn
+    def in_heads(states: torch.Tensor, heads: int, norm: Any) -> torch.Tensor:
+        split = states.view(rows, positions, heads, -1)
+        if norm is not None:  # of each head (Qwen3-MoE), or of all of them together (OLMoE)
+            each = len(norm.weight) == split.shape[-1]
+            split = normed(split, norm) if each else normed(split.flatten(2), norm).view_as(split)
+        return split.transpose(1, 2)
+
+    def attended(attention: Any, states: torch.Tensor) -> torch.Tensor:
+        many = config.num_attention_heads, *[config.num_key_value_heads] * 2
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm", "v_norm")]
+        linears = attention.q_proj, attention.k_proj, attention.v_proj
         query, key, value = (
-            product(states, linear).view(rows, positions, heads, -1).transpose(1, 2)
-            for linear, heads in zip(
-                (attention.q_proj, attention.k_proj, attention.v_proj),
-                (config.num_attention_heads, *[config.num_key_value_heads] * 2),
-                strict=True,
-            )
+            in_heads(applied(linear, states), heads, norm)
+            for linear, heads, norm in zip(linears, many, norms, strict=True)
         )
         query, key = apply_rotary_pos_emb(query, key, *tables)
         mixed = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        hidden = hidden + product(mixed.transpose(1, 2).flatten(2).flatten(0, 1), attention.o_proj)
-        states = normed(hidden, layer.post_attention_layernorm)
-        seen.append(states)
-        weight, expert = (states @ layer.mlp.gate.weight.double().T).softmax(-1).topk(2)
-        weight = weight / weight.sum(-1, keepdim=True)
-        for number, one in enumerate(layer.mlp.experts):
+        return applied(attention.o_proj, mixed.transpose(1, 2).flatten(2).flatten(0, 1))
+
+    def mixed(mlp: Any, states: torch.Tensor) -> torch.Tensor:
+        weight, expert = (states @ mlp.gate.weight.double().T).softmax(-1).topk(config.num_experts_per_tok)
+        if getattr(config, "norm_topk_prob", True):
+            weight = weight / weight.sum(-1, keepdim=True)
+        found = torch.zeros_like(states)
+        for number, matrices in enumerate(expert_matrices(mlp.experts)):
             of, k = torch.where(expert == number)
-            gate, up, down = (one.get_submodule(leaf) for leaf in one.leaves)
-            inner = torch.nn.functional.silu(product(states[of], gate)) * product(states[of], up)
-            hidden[of] += product(inner, down) * weight[of, k, None]
+            found[of] += gated(states[of], *matrices) * weight[of, k, None]
+        if hasattr(mlp, "shared_expert"):
+            share = (states @ linear_matrix(mlp.shared_expert_gate).double().T).sigmoid()
+            found += dense(states, mlp.shared_expert) * share
+        return found
+
+    hidden = model.embed_tokens(token).flatten(0, 1).double()
+    tables = [part.double() for part in model.rotary_emb(hidden.float(), torch.arange(positions)[None])]
+    seen = []
+    for layer in model.layers[:layers]:
+        hidden = hidden + attended(layer.self_attn, normed(hidden, layer.input_layernorm))
+        states = normed(hidden, layer.post_attention_layernorm)
+        routed = hasattr(layer.mlp, "gate")
+        if routed:
+            seen.append(states)
+        hidden = hidden + (mixed if routed else lambda mlp, states: dense(states, mlp))(layer.mlp, states)
     return seen
+
+
+def assert_near_the_definition(loaded: LoadedModel, token: torch.Tensor, layers: int, most: float = 2e-2) -> None:
+    """Rounding to e4m3 may fall to the other side, of a few numbers."""
+    with torch.inference_mode():
+        wanted = by_definition(loaded, token, layers)
+    assert wanted
+    for found, right in zip(router_inputs(loaded, token)[: len(wanted)], wanted, strict=True):
+        apart = (found.double() - right).norm(dim=-1) / right.norm(dim=-1)
+        assert apart.median() < 1e-5, "rounded at other places, or otherwise"
+        assert apart.max() < most, "more than a few numbers fell to the other side"
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp8"])
 def test_routers_see_what_products_in_e4m3_give_by_definition(quantization: str) -> None:
     loaded = load_model(tiny_checkpoint(), quantization=quantization, matmul="fp8", device="cpu")
-
-    def matrix(linear: Any) -> torch.Tensor:
-        if quantization == "nf4":
-            return dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-        return linear.weight.double() * linear.weight_scale.double()[:, None]
-
     token = torch.randint(3, 32_000, (3, 17), generator=torch.Generator().manual_seed(3))
-    with torch.inference_mode():
-        wanted = by_definition(loaded, matrix, token)
-    for found, right in zip(router_inputs(loaded, token, 2), wanted, strict=True):
-        apart = (found.double() - right).norm(dim=-1) / right.norm(dim=-1)
-        assert apart.median() < 1e-5, "rounded at other places, or otherwise"
-        assert apart.max() < 2e-2, "more than a few numbers fell to the other side"
+    assert_near_the_definition(loaded, token, 2)
 
 
 def test_a_model_in_e4m3_is_near_the_model_and_two_runs_are_equal_to_the_bit() -> None:
@@ -273,16 +300,18 @@ def test_a_published_checkpoint_is_read_exactly_and_is_what_is_loaded_by_default
     assert default_quantization(folder, None, "cpu") == "fp8"
     loaded = load_model(folder, quantization="fp8", device="cpu")
     stored = {name: tensor for file in FILES for name, tensor in load_file(folder / file).items()}
-    names = {
-        "layers.2.mlp.experts.5.w3": "model.layers.2.block_sparse_moe.experts.5.w3",
-        "layers.7.self_attn.k_proj": "model.layers.7.self_attn.k_proj",
+    experts, key = loaded.model.layers[2].mlp.experts, loaded.model.layers[7].self_attn.k_proj
+    up = fp8.RowScaled(*(part[0, 256:] for part in experts.both.part(5, 6)))  # below gate's 256 rows
+    matrices = {
+        "model.layers.2.block_sparse_moe.experts.5.w3": up,
+        "model.layers.2.block_sparse_moe.experts.6.w2": fp8.RowScaled(*(part[0] for part in experts.down.part(6, 7))),
+        "model.layers.7.self_attn.k_proj": key.row_scaled,
     }
-    for own, name in names.items():
-        module: Any = loaded.model.get_submodule(own)
-        values, scale = stored[f"{name}.weight"], stored[f"{name}.weight_scale"].float().flatten()
-        assert torch.equal(module.weight.view(torch.uint8), values.view(torch.uint8))
-        assert torch.equal(module.weight_scale, scale.expand(module.out_features))
-        assert torch.equal(module(torch.eye(module.in_features)).T, values.float() * scale.view(-1, 1))
+    for name, matrix in matrices.items():
+        values, scale = stored[f"{name}.weight"], stored[f"{name}.weight_scale"].float().view(-1, 1)
+        assert torch.equal(matrix.values.view(torch.uint8), values.view(torch.uint8))
+        assert torch.equal(matrix.scale, scale.expand(len(values), 1))
+    assert torch.equal(key(torch.eye(key.in_features)).T, values.float() * scale)
     assert loaded.routers[0].weight.dtype == torch.float32
     token, length = np.arange(3, 35, dtype=np.int32)[None], np.array([32])
     assert ModelEngine(loaded).route(token, length)["expert"].shape == (1, 32, 8, 2)

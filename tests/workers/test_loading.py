@@ -24,7 +24,9 @@ from workers.engine import ModelEngine
 from workers.models import quantizer, quantizers
 from workers.models.checkpoint import Checkpoint, find_checkpoint, fingerprint, tensor_names
 from workers.models.description import build_skeleton
+from workers.models.experts import PackedExperts
 from workers.models.footprint import estimate_bytes, estimate_checkpoint
+from workers.models.kernels import dequantize
 from workers.models.loading import LoadedModel, describe_model, layer_devices, load_model
 from workers.models.saving import quantize_checkpoint
 from workers.tiny import tiny_checkpoint
@@ -66,11 +68,6 @@ def hidden_states(model: Any) -> torch.Tensor:
     return model(IDS, use_cache=False).last_hidden_state
 
 
-def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The experts' matrices of an un-fused model."""
-    return {name: p for name, p in model.named_parameters() if ".experts." in name and name.endswith(".weight")}
-
-
 @torch.inference_mode()
 def dequantized_reference(folder: Path, kind: str) -> nn.Module:
     """transformers' own model in float32, each matrix quantized and dequantized one by one.
@@ -107,15 +104,25 @@ def test_a_4_bit_model_computes_what_its_dequantized_matrices_compute_in_float32
 
 
 def test_every_expert_matrix_is_nf4_with_double_quantization_and_no_router_is(nf4: LoadedModel, tiny: Path) -> None:
-    found = matrices(nf4.model)
-    assert len(found) == LAYERS * EXPERTS * 3 == nf4.provenance["quantized_expert_matrices"]
-    for parameter in found.values():
-        assert isinstance(parameter, bitsandbytes.nn.Params4bit)
-        assert parameter.quant_state.quant_type == "nf4"
-        assert parameter.quant_state.blocksize == 64
-        assert parameter.quant_state.nested
-    stored = (load_file(tiny / FIRST) | load_file(tiny / SECOND))["model.layers.3.block_sparse_moe.gate.weight"]
-    assert torch.equal(nf4.routers[3].weight, stored.float())
+    stored = load_file(tiny / FIRST) | load_file(tiny / SECOND)
+    found = 0
+    for number, layer in enumerate(nf4.model.layers):
+        for stack, leaves in (layer.mlp.experts.both, ("w1", "w3")), (layer.mlp.experts.down, ("w2",)):
+            rows = stack.rows // len(leaves)
+            ours, matrices = torch.empty(EXPERTS * stack.rows, stack.columns), stack.part(0, EXPERTS)
+            dequantize(matrices, ours)
+            names = [f"block_sparse_moe.experts.{expert}.{leaf}" for expert in range(EXPERTS) for leaf in leaves]
+            for place, (name, part) in enumerate(zip(names, ours.split(rows), strict=True)):
+                matrix = stored[f"model.layers.{number}.{name}.weight"].float()
+                packed, state = bitsandbytes.functional.quantize_4bit(
+                    matrix, blocksize=64, compress_statistics=True, quant_type="nf4"
+                )
+                assert torch.equal(matrices.packed[place], packed.flatten()), name
+                assert torch.equal(part, bitsandbytes.functional.dequantize_4bit(packed, state)), name
+                found += 1
+    assert found == LAYERS * EXPERTS * 3 == nf4.provenance["quantized_expert_matrices"]
+    for layer, router in nf4.routers.items():
+        assert torch.equal(router.weight, stored[f"model.layers.{layer}.block_sparse_moe.gate.weight"].float())
     assert not nf4.model.training
     assert not any(parameter.requires_grad for parameter in nf4.model.parameters())
     assert not any("lm_head" in name for name, _ in nf4.model.named_parameters())
@@ -160,9 +167,9 @@ def test_it_computes_in_the_dtype_asked_for(tiny: Path, dtype: str, quantization
 
 def test_int8_quantizes_the_experts_too_and_stays_near_the_unquantized_model(tiny: Path) -> None:
     loaded = load_model(tiny, quantization="int8", device="cpu")
-    found = matrices(loaded.model)
+    found = [p for name, p in loaded.model.named_parameters() if ".experts." in name and name.endswith(".weight")]
     assert len(found) == LAYERS * EXPERTS * 3
-    assert {parameter.dtype for parameter in found.values()} == {torch.int8}
+    assert {parameter.dtype for parameter in found} == {torch.int8}
     # One layer on the same input: over eight layers a few tokens choose other experts, and end elsewhere.
     plain = load_model(tiny, quantization="none", device="cpu").model.layers[0]
     states = torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(0))
@@ -247,7 +254,7 @@ def test_what_is_described_beforehand_is_what_is_loaded(tiny: Path, nf4: LoadedM
     assert str(router.weight.dtype) == f"torch.{described['gate_precision']}"
     assert nf4.model.embed_tokens.num_embeddings == described["vocab_size"]
     assert nf4.model.config._attn_implementation == described["attention"]
-    assert isinstance(nf4.model.layers[0].mlp.experts, quantizer.UnfusedExperts)
+    assert isinstance(nf4.model.layers[0].mlp.experts, PackedExperts)
     json.dumps(nf4.provenance)
 
 

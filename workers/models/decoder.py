@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from workers.models.experts import PackedExperts, outputs_in_groups, outputs_one_by_one
+from workers.models.experts import outputs_in_groups, outputs_one_by_one
 from workers.models.kernels import HeadNorm, rotate
 from workers.models.products import products_of
 from workers.models.stored import FOUR_BITS
@@ -96,13 +96,14 @@ class DecoderForward:
                 residual_TH, cos_PD, sin_PD = (part.to(here) for part in (residual_TH, cos_PD, sin_PD))
                 operand = products.moved(operand, here)
             mixed_TH = self._attention(layer.self_attn, operand, cos_PD, sin_PD)
-            norm, routed = layer.post_attention_layernorm, hasattr(layer.mlp, "experts") or following is None
+            norm, routed = layer.post_attention_layernorm, hasattr(layer.mlp, "gate")
             normed_TH, operand = products.normed(
                 residual_TH, norm.weight, norm.variance_epsilon, mixed_TH, routed=routed
             )
             del mixed_TH  # what is large is let go before more is made
             if following is None:
-                layer.mlp.gate(normed_TH)
+                if routed:
+                    layer.mlp.gate(normed_TH)
                 return
             added = self._mlp(layer.mlp, normed_TH, operand)
             norm, scale_H = following.input_layernorm, following.input_layernorm.weight.to(residual_TH.device)
@@ -112,7 +113,7 @@ class DecoderForward:
 
     def _mlp(self, mlp: Any, normed_TH: torch.Tensor, operand: Any) -> tuple[torch.Tensor, ...]:
         """What a layer adds to the residual: rows, or slots' rows, each token's slots and their weights."""
-        if not isinstance(mlp.experts if hasattr(mlp, "experts") else None, PackedExperts):
+        if not hasattr(mlp, "gate"):
             return (self._dense(mlp, operand),)
         _, weight_TK, expert_TK = mlp.gate(normed_TH)
         shared = list(_dense(mlp))

@@ -20,6 +20,7 @@ QUANTIZATIONS = (*FOUR_BITS, "fp8", "int8", "none")
 MATMULS = ("bf16", "fp8")
 FP8_CAPABILITY = (8, 9)  # of the first cards that compute with e4m3: L4, RTX 4090; H100 has 9.0
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+UNFUSED = "unfused"
 EXPERTS_OF_TRANSFORMERS = ("eager", "grouped_mm")  # values of `expert_backend` that its loader takes
 
 _NUM_EXPERTS_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -46,7 +47,8 @@ class ModelDescription(TypedDict):
     does."""
     expert_backend: str
     """``sorted`` (Mixtral: products of one expert after the other), ``grouped`` (one product for many experts),
-    ``unfused`` (int8: one Linear a matrix), or transformers' ``eager`` or ``grouped_mm`` where nothing is quantized."""
+    ``unfused`` (one Linear a matrix: int8, and captures that older versions began), or transformers' ``eager`` or
+    ``grouped_mm`` where nothing is quantized."""
     attention: str
     """transformers' ``sdpa``, or ``eager`` for a family that has no other (gpt_oss)."""
     layers: list[int]
@@ -66,6 +68,7 @@ def describe_model(
     dtype: str | None = None,
     quantize_gates: bool = False,
     matmul: str = "bf16",
+    expert_backend: str | None = None,
 ) -> ModelDescription:
     """Describe what `load_model` with the same arguments would load; reads the configuration and no weights.
 
@@ -73,7 +76,7 @@ def describe_model(
 
     Parameters
     ----------
-    model, revision, quantization, dtype, quantize_gates, matmul
+    model, revision, quantization, dtype, quantize_gates, matmul, expert_backend
         As for `load_model`.
     device_type
         "cuda" or "cpu": decides the compute dtype where `dtype` is not given, and what computes the experts.
@@ -96,6 +99,7 @@ def describe_model(
         compute_dtype(device_type, dtype),
         quantize_gates=quantize_gates,
         matmul=matmul,
+        expert_backend=expert_backend,
     )
 
 
@@ -151,19 +155,19 @@ def compute_dtype(device_type: str, asked: str | None = None) -> torch.dtype:
     return dtype
 
 
-def _expert_backend(skeleton: Any, quantization: str, device_type: str) -> str:
+def _expert_backend(skeleton: Any, quantization: str, device_type: str, asked: str | None) -> str:
     """What computes the experts: a forward of the family's own, or one of transformers' ways.
 
     Of transformers' own, eager was on a CPU 1.4 times as fast as grouped_mm (8 experts, 4,096 tokens), with equal
     results.
     """
+    if quantization == "int8" or (asked == UNFUSED and quantization != "none"):
+        return UNFUSED
     own = own_forward(skeleton, quantization)
     if own is not None:
         return own.expert_backend
-    if quantization in (*FOUR_BITS, "fp8"):
+    if quantization != "none":
         return "grouped"
-    if quantization == "int8":
-        return "unfused"
     return "eager" if device_type == "cpu" else "grouped_mm"
 
 
@@ -175,6 +179,7 @@ def describe_checkpoint(
     *,
     quantize_gates: bool,
     matmul: str = "bf16",
+    expert_backend: str | None = None,
 ) -> ModelDescription:
     """`describe_model` for a checkpoint that is found already."""
     if quantization not in QUANTIZATIONS:
@@ -199,7 +204,7 @@ def describe_checkpoint(
             f"{checkpoint.folder} holds a {type(skeleton).__name__} (model_type {config.model_type!r}), "
             "which has no routers: only mixture-of-experts models can be captured"
         )
-    own = own_forward(skeleton, quantization)
+    own = None if expert_backend == UNFUSED else own_forward(skeleton, quantization)
     if matmul not in (own.matmuls if own else MATMULS[:1]):
         raise ValueError(
             f"--matmul {matmul} needs a forward of the family's own that multiplies in it, and"
@@ -213,7 +218,7 @@ def describe_checkpoint(
         matmul=matmul,
         compute_dtype=computed_in,
         gate_precision=quantization if quantize_gates else computed_in,
-        expert_backend=_expert_backend(skeleton, quantization, device_type),
+        expert_backend=_expert_backend(skeleton, quantization, device_type, expert_backend),
         attention=skeleton.config._attn_implementation,
         layers=layers,
         num_experts=num_experts(config),

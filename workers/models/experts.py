@@ -38,6 +38,8 @@ class PackedExperts(nn.Module):
 
     both_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
+    unfused: bool = False
+    """Whether to compute as versions did that had one Linear a matrix: captures that those began resume so."""
 
     def __init__(
         self,
@@ -60,9 +62,51 @@ class PackedExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """As transformers calls its own: shapes (T, H), (T, K) and (T, K) to (T, H)."""
+        if self.unfused:
+            return mixed_one_by_one(self._as_linears, len(self), hidden_states, top_k_index, top_k_weights)
         operand = self.products.operand(hidden_states)
         rows_SH, slot_TK = outputs_in_groups(self.products, self, operand, top_k_index)
         return mixed(rows_SH, slot_TK, top_k_weights).to(hidden_states.dtype)
+
+    def _as_linears(self, expert: int, rows_SH: torch.Tensor) -> torch.Tensor:
+        """An expert without biases, each matrix a product of its own."""
+        [both], [down] = (
+            self.products.matrices(place, stack, expert, expert + 1)
+            for place, stack in (("both", self.both), ("down", self.down))
+        )
+        gate, up = (nn.functional.linear(rows_SH, part) for part in both.chunk(2))
+        gated = nn.functional.silu(gate) * up if self.gate is None else self.gate(torch.cat([gate, up], dim=-1))
+        return nn.functional.linear(gated, down)
+
+
+def mixed_one_by_one(
+    compute: Callable[[int, torch.Tensor], torch.Tensor],
+    experts: int,
+    hidden_TH: torch.Tensor,
+    expert_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+) -> torch.Tensor:
+    """Mix the chosen experts' outputs, in float32; an expert without a token is not computed.
+
+    One synchronization a call. Deterministic: within one ``index_add_`` no token comes twice, and the calls follow each
+    other in the order of experts.
+
+    Parameters
+    ----------
+    compute
+        From an expert's number and rows (S, H) to its outputs for them.
+    """
+    expert_S, slot_S = expert_TK.flatten().sort(stable=True)
+    token_S = slot_S // expert_TK.shape[-1]
+    weight_S = weight_TK.flatten()[slot_S]
+    ends = torch.searchsorted(expert_S, torch.arange(experts, device=slot_S.device), right=True).tolist()
+    mixed_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+    for expert, (start, end) in enumerate(pairwise([0, *ends])):
+        if start < end:
+            token = token_S[start:end]
+            output = compute(expert, hidden_TH[token])
+            mixed_TH.index_add_(0, token, output.float() * weight_S[start:end, None].float())
+    return mixed_TH.to(hidden_TH.dtype)
 
 
 class Slots(NamedTuple):
@@ -176,7 +220,7 @@ def _dequantized(products: Products, experts: PackedExperts, first: int, last: i
 def _groups(products: Products, experts: PackedExperts) -> Iterator[tuple[int, int]]:
     """First and last expert of each group, of nearly equal sizes."""
     one = sum(stack.rows * stack.columns for stack in (experts.both, experts.down)) * products.buffer_dtype.itemsize
-    many = -(-len(experts) * one // GROUP_BYTES)
+    many = min(len(experts), -(-len(experts) * one // GROUP_BYTES))
     edges = [len(experts) * group // many for group in range(many + 1)]
     yield from pairwise(edges)
 

@@ -62,16 +62,14 @@ class Forward(Protocol):
 
 def own_forward(model: Any, quantization: str) -> type[Forward] | None:
     """The forward that a model's family has for it; None where transformers' own is used."""
-    forward = _of_family(model)
-    return forward if forward is not None and forward.applies(model, quantization) else None
-
-
-def forward_of(model: Any, expert_backend: str, matmul: str) -> Callable[..., Any]:
-    """What applies a loaded model: its family's forward where that is the `expert_backend`, else the model itself."""
-    forward = _of_family(model)
-    return forward(model, matmul) if forward is not None and forward.expert_backend == expert_backend else model
-
-
-def _of_family(model: Any) -> type[Forward] | None:
     where = FORWARDS.get(type(model).__name__)
-    return None if where is None else resolve_name(where)
+    if where is None:
+        return None
+    forward: type[Forward] = resolve_name(where)
+    return forward if forward.applies(model, quantization) else None
+
+
+def forward_of(model: Any, quantization: str, expert_backend: str, matmul: str) -> Callable[..., Any]:
+    """What applies a loaded model: its family's forward where that is its `expert_backend`, else the model itself."""
+    forward = own_forward(model, quantization)
+    return forward(model, matmul) if forward is not None and forward.expert_backend == expert_backend else model

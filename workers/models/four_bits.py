@@ -37,8 +37,8 @@ class FourBits(NamedTuple):
     def from_state(cls, packed: torch.Tensor, state: Any) -> "FourBits":
         """Its values, and bitsandbytes' QuantState."""
         assert (state.blocksize, state.state2.blocksize) == (BLOCK, STEP_BLOCK), "loading checks it"
-        parts = packed, state.absmax, state.state2.absmax, state.offset
-        return cls(*(part.reshape(1, -1) for part in parts[:3]), parts[3].reshape(1), state.code, state.state2.code)
+        values, scale, step = (each.reshape(1, -1) for each in (packed, state.absmax, state.state2.absmax))
+        return cls(values, scale, step, state.offset.reshape(1), state.code, state.state2.code)
 
     def block_scales(self) -> torch.Tensor:
         """The scale of each block; float32, shape (M, n)."""

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from workers.models.four_bits import BLOCK, FourBits
+from workers.models.four_bits import FourBits
 from workers.models.kernels import _fused, _launch, plain_add_norm, plain_dequantize
+from workers.models.stored import BLOCK
 
 try:  # a build of torch for CPUs comes without it
     import triton
@@ -100,6 +101,7 @@ def plain_multiply(left_TC: RowScaled, right_RC: RowScaled, out_TR: torch.Tensor
 
 
 if triton is not None:
+    from workers.models.kernels import added_and_normed
 
     @triton.jit
     def _store_rounded(values, out, scale, row, column, kept, width: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -134,21 +136,7 @@ if triton is not None:
         token = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, WIDTH)
         kept = column < hidden
-        value = tl.load(residual + token * hidden + column, kept, 0.0).to(tl.float32)
-        if K == -1:
-            value += tl.load(added + token * hidden + column, kept, 0.0).to(tl.float32)
-        mixed = tl.zeros_like(value)
-        for k in tl.static_range(K):
-            row = tl.load(slot + token * K + k).to(tl.int64)
-            share = tl.load(weight + token * K + k).to(tl.float32)
-            mixed += tl.load(added + row * hidden + column, kept, 0.0).to(tl.float32) * share
-        if K != 0:
-            value = (value + mixed).to(residual.dtype.element_ty)
-            tl.store(residual + token * hidden + column, value, kept)
-            value = value.to(tl.float32)
-        result = value * tl.rsqrt(tl.sum(value * value) / hidden + eps)
-        result = result.to(residual.dtype.element_ty) * tl.load(weight_of_norm + column, kept, 0.0)
-        result = result.to(residual.dtype.element_ty)
+        result = added_and_normed(residual, weight_of_norm, added, slot, weight, eps, token, column, kept, hidden, K)
         if KEPT:
             tl.store(normed + token * hidden + column, result, kept)
         _store_rounded(result.to(tl.float32), out, scale, token, column, kept, hidden)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from workers.models.four_bits import BLOCK, FourBits
+from workers.models.four_bits import FourBits
+from workers.models.stored import BLOCK
 
 try:  # a build of torch for CPUs comes without it
     import triton
@@ -167,13 +168,10 @@ if triton is not None:
         tl.store(place + HALF, (high * cos_high + low * sin_high).to(qkv.dtype.element_ty), kept)
 
     @triton.jit
-    def _add_norm(  # type: ignore[no-untyped-def]
-        residual, scale, out, added, slot, weight, eps, hidden: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr
+    def added_and_normed(  # type: ignore[no-untyped-def]
+        residual, scale, added, slot, weight, eps, token, column, kept, hidden: tl.constexpr, K: tl.constexpr
     ):
-        """K is 0 where nothing is added, and -1 where a token's own row is."""
-        token = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, WIDTH)
-        kept = column < hidden
+        """A token's norm, in the residual's dtype. K is 0 where nothing is added, and -1 where its own row is."""
         value = tl.load(residual + token * hidden + column, kept, 0.0).to(tl.float32)
         if K == -1:
             value += tl.load(added + token * hidden + column, kept, 0.0).to(tl.float32)
@@ -187,7 +185,17 @@ if triton is not None:
             tl.store(residual + token * hidden + column, value, kept)
             value = value.to(tl.float32)
         normed = value * tl.rsqrt(tl.sum(value * value) / hidden + eps)
-        normed = normed.to(out.dtype.element_ty) * tl.load(scale + column, kept, 0.0)
+        normed = normed.to(residual.dtype.element_ty) * tl.load(scale + column, kept, 0.0)
+        return normed.to(residual.dtype.element_ty)
+
+    @triton.jit
+    def _add_norm(  # type: ignore[no-untyped-def]
+        residual, scale, out, added, slot, weight, eps, hidden: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr
+    ):
+        token = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, WIDTH)
+        kept = column < hidden
+        normed = added_and_normed(residual, scale, added, slot, weight, eps, token, column, kept, hidden, K)
         tl.store(out + token * hidden + column, normed, kept)
 
 

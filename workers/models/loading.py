@@ -23,6 +23,7 @@ from torch import nn
 from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config, tensor_names
 from workers.models.description import (
     EXPERTS_OF_TRANSFORMERS,
+    UNFUSED,
     ModelDescription,
     build_skeleton,
     compute_dtype,
@@ -31,6 +32,7 @@ from workers.models.description import (
     find_routers,
     quantization_config,
 )
+from workers.models.experts import PackedExperts
 from workers.models.footprint import estimate_checkpoint, quantized_skeleton
 from workers.models.packed import PackedStack
 from workers.models.stored import BLOCK, FOUR_BITS, stored_quantization
@@ -76,6 +78,7 @@ def load_model(
     dtype: str | None = None,
     quantize_gates: bool = False,
     matmul: str = "bf16",
+    expert_backend: str | None = None,
     device: str | torch.device = "cuda",
     gpus: int = 1,
 ) -> LoadedModel:
@@ -98,6 +101,9 @@ def load_model(
         Round the routers' weights to `quantization` too, as transformers 4 does by default.
     matmul
         What products with quantized matrices are computed in: ``bf16``, which stands for `dtype`, or ``fp8``.
+    expert_backend
+        ``unfused`` to compute experts in 4 bits or fp8 as versions before packed ones did; captures that those began
+        resume with it.
     device
         Where the model goes.
     gpus
@@ -117,8 +123,9 @@ def load_model(
     checkpoint = find_checkpoint(model, revision, weights=True)
     computed_in = compute_dtype(target.type, dtype)
     description = describe_checkpoint(
-        checkpoint, quantization, target.type, computed_in, quantize_gates=quantize_gates, matmul=matmul
-    )
+        checkpoint, quantization, target.type, computed_in,
+        quantize_gates=quantize_gates, matmul=matmul, expert_backend=expert_backend,
+    )  # fmt: skip
     weight_bytes = estimate_checkpoint(checkpoint, quantization, computed_in)
     devices = _devices(target, gpus)
     for each in devices if target.type == "cuda" else ():
@@ -137,6 +144,10 @@ def load_model(
         from workers.models.quantizing import round_gates  # bitsandbytes takes seconds to import
 
         round_gates(routers.values(), quantization)
+    if description["expert_backend"] == UNFUSED:
+        for module in loaded.modules():
+            if isinstance(module, PackedExperts):
+                module.unfused = True
     return LoadedModel(
         folder=checkpoint.folder,
         model=loaded,

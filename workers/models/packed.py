@@ -4,11 +4,14 @@ E experts, R rows and C columns of a matrix. Each matrix is quantized by itself,
 parts lie differs, so that one kernel dequantizes many. Nothing here knows how a checkpoint names them.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from workers.models.four_bits import BLOCK, STEP_BLOCK, FourBits
+from workers.models.four_bits import STEP_BLOCK, FourBits
 from workers.models.fp8 import E4M3, RowScaled
+from workers.models.stored import BLOCK
 
 
 class PackedStack(nn.Module):
@@ -41,6 +44,14 @@ class PackedStack(nn.Module):
             if tensor.is_meta or tensor.dtype != self._dtypes[name]
         }
 
+    def take(self, number: int, matrix: Any) -> None:
+        """Keep a matrix; those of an expert follow each other. Memory is taken with the first one."""
+        raise NotImplementedError
+
+    def part(self, first: int, last: int) -> Any:
+        """The matrices of some experts."""
+        raise NotImplementedError
+
     def _meta(self, **parts: tuple[tuple[int, ...], torch.dtype]) -> None:
         self._dtypes = {name: dtype for name, (_, dtype) in parts.items()}
         for name, (shape, dtype) in parts.items():
@@ -71,7 +82,7 @@ class Stack4bit(PackedStack):
         )
 
     def take(self, number: int, matrix: FourBits) -> None:
-        """Keep a matrix; those of an expert follow each other. Memory is taken with the first one."""
+        """See `PackedStack`."""
         for name, part in matrix._asdict().items():
             if (own := getattr(self, name)).is_meta:
                 own = torch.empty_like(own, device=part.device)
@@ -82,9 +93,9 @@ class Stack4bit(PackedStack):
                 own[number] = part[0]
 
     def part(self, first: int, last: int) -> FourBits:
-        """The matrices of some experts."""
+        """See `PackedStack`."""
         which = slice(first * self.parts, last * self.parts)
-        each = (part[which] for part in (self.packed, self.scale, self.step, self.offset))
+        each = self.packed[which], self.scale[which], self.step[which], self.offset[which]
         return FourBits(*each, self.code, self.scale_code)
 
 
@@ -101,7 +112,7 @@ class StackE4m3(PackedStack):
         )
 
     def take(self, number: int, matrix: RowScaled) -> None:
-        """As of `Stack4bit`."""
+        """See `PackedStack`."""
         expert, part = divmod(number, self.parts)
         rows = self.rows // self.parts
         which = expert, slice(part * rows, (part + 1) * rows)
@@ -112,5 +123,5 @@ class StackE4m3(PackedStack):
             own[which] = given
 
     def part(self, first: int, last: int) -> RowScaled:
-        """The matrices of some experts: values (N, R, C), scale (N, R, 1)."""
+        """See `PackedStack`; values (N, R, C), scale (N, R, 1)."""
         return RowScaled(self.values[first:last], self.scale[first:last])

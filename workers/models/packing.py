@@ -18,9 +18,9 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.integrations.moe import _default_apply_gate
 
 from workers.models.experts import PackedExperts
-from workers.models.four_bits import BLOCK
 from workers.models.packed import PackedStack, Stack4bit, StackE4m3
 from workers.models.products import Products
+from workers.models.stored import BLOCK
 
 BIASES = (".both_bias", ".down_bias")
 FUSED = {"both": "gate_up_proj", "down": "down_proj"}
@@ -59,9 +59,9 @@ def pack_skeleton(model: nn.Module, quantization: str, dtype: torch.dtype) -> No
                 f"{name} ({type(module).__name__}) does not say what its experts compute, or says that a norm follows"
                 f" each, which {quantization} does not know; use --quantization none"
             )
-        stacks = [_stack(module.get_parameter(leaf), module, quantization) for leaf in FUSED.values()]
+        both, down = (_stack(module.get_parameter(leaf), module, quantization) for leaf in FUSED.values())
         biased = dtype if module.has_bias else None
-        model.set_submodule(name, PackedExperts(*stacks, _gate(module), products, biased))
+        model.set_submodule(name, PackedExperts(both, down, _gate(module), products, biased))
 
 
 def _stack(parameter: torch.Tensor, fused: Any, quantization: str) -> PackedStack:

@@ -28,10 +28,11 @@ from workers.models.fp8 import (
 )
 from workers.models.kernels import add_norm, dequantize, swiglu
 from workers.models.packed import PackedStack, Stack4bit, StackE4m3
+from workers.models.stored import BLOCK
 
 ROWS = 16_384  # slots of an expert that are computed at a time: bounds memory when routing is skewed (arbitrary)
 FP8_ROWS = 32_768  # the same in fp8: 0.3 % faster than 16,384 at 65,536 tokens a micro-batch (an H200)
-FP8_STEP = 16  # both sizes of a matrix must be multiples of it where cards multiply in fp8
+FP8_STEP = 16  # cards multiply in fp8 where both sizes of a matrix are multiples of it
 
 
 class Products:
@@ -155,9 +156,10 @@ class Fp8Products(Products):
         ValueError
             When a matrix has a shape that cannot be multiplied in fp8.
         """
+        stored = linears[0].weight.dtype == E4M3
         for linear in linears:
-            _refuse_shape(linear.out_features, linear.in_features)
-        if linears[0].weight.dtype == E4M3:
+            _refuse_shape(linear.out_features, linear.in_features, FP8_STEP if stored else BLOCK)
+        if stored:
             self._joined[linears] = _joined(linears)
         else:
             each = [row_scales(FourBits.of(linear.weight), linear.out_features) for linear in linears]
@@ -165,7 +167,7 @@ class Fp8Products(Products):
 
     def prepare_stack(self, stack: PackedStack) -> None:
         """As `prepare`."""
-        _refuse_shape(stack.rows, stack.columns)
+        _refuse_shape(stack.rows, stack.columns, BLOCK if isinstance(stack, Stack4bit) else FP8_STEP)
         if isinstance(stack, Stack4bit):
             rows = row_scales(stack.part(0, stack.experts), stack.experts * stack.rows)
             self._scales[stack] = rows.view(stack.experts, stack.rows, 1)
@@ -263,11 +265,12 @@ def _one_by_one(products: Products, operand: Any, matrices: Any, ends_N: torch.T
     return torch.cat(parts)
 
 
-def _refuse_shape(rows: int, columns: int) -> None:
-    if rows % FP8_STEP or columns % FP8_STEP:
+def _refuse_shape(rows: int, columns: int, step: int) -> None:
+    """A block of a matrix in 4 bits must lie in one row, whose scale is that of its blocks."""
+    if rows % FP8_STEP or columns % step:
         raise ValueError(
-            f"a matrix of shape {(rows, columns)} cannot be multiplied in fp8, where both must be multiples of"
-            f" {FP8_STEP}: use --matmul bf16"
+            f"a matrix of shape {(rows, columns)} cannot be multiplied in fp8, where rows must be multiples of"
+            f" {FP8_STEP} and columns of {step}: use --matmul bf16"
         )
 
 

@@ -10,7 +10,6 @@ devices: `workers.models.loading` checks after every load that the matrices real
 """
 
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from transformers.integrations.moe import _default_apply_gate
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
+from workers.models.experts import mixed_one_by_one
 from workers.models.packing import BIASES, expert_leaves, fused_experts, fusing_converters
 from workers.models.stacking import PacksExperts
 
@@ -50,10 +50,7 @@ class Expert(nn.Module):
 
 
 class UnfusedExperts(nn.ModuleList):
-    """The experts of one layer as Linears; takes the place and the signature of the fused module.
-
-    Shape letters: T tokens, K choices a token, S = T·K slots sorted by expert, H hidden.
-    """
+    """The experts of one layer as Linears; takes the place and the signature of the fused module."""
 
     def __init__(self, fused: nn.Module, leaves: ExpertLeaves) -> None:
         down_proj = fused.get_parameter("down_proj")
@@ -64,23 +61,10 @@ class UnfusedExperts(nn.ModuleList):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Mix the chosen experts' outputs, in float32; an expert without a token is not run.
-
-        One synchronization a call. Deterministic: within one ``index_add_`` no token comes twice, and the
-        calls follow each other in the order of experts.
-        """
-        slot_expert_S, slot_S = top_k_index.flatten().sort(stable=True)
-        token_S = slot_S // top_k_index.shape[-1]
-        weight_S = top_k_weights.flatten()[slot_S]
-        experts = torch.arange(len(self), device=slot_S.device)
-        ends = torch.searchsorted(slot_expert_S, experts, right=True).tolist()
-        mixed_TH = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for expert, (start, end) in zip(self, pairwise([0, *ends]), strict=True):
-            if start < end:
-                token = token_S[start:end]
-                output = expert(hidden_states[token])
-                mixed_TH.index_add_(0, token, output.float() * weight_S[start:end, None].float())
-        return mixed_TH.to(hidden_states.dtype)
+        """See `workers.models.experts.mixed_one_by_one`."""
+        return mixed_one_by_one(
+            lambda expert, rows: self[expert](rows), len(self), hidden_states, top_k_index, top_k_weights
+        )
 
 
 class SplitExperts(ConversionOps):  # type: ignore[misc]

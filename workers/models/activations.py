@@ -1,0 +1,79 @@
+"""How many bytes a card holds beside the weights while it captures, from the configuration alone.
+
+T tokens in a micro-batch, K choices a token, S = T·K slots, E experts, H hidden, I inner width. Only for the forwards
+of `workers.models.decoder`, whose largest moment is known: an expert's two products.
+tests/benchmarks/results/gpu-families.json has the estimate beside what cards showed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workers.models.checkpoint import find_checkpoint
+from workers.models.decoder import DecoderForward
+from workers.models.description import build_skeleton, experts_per_token, num_experts
+from workers.models.experts import GROUP_BYTES
+from workers.models.forwards import own_forward
+from workers.models.products import FP8_ROWS, ROWS
+
+CONTEXT_BYTES = int(0.6 * 2**30)  # of the driver and of libraries, before anything is loaded (an H200, measured)
+
+
+def estimate_working_bytes(
+    model: str | Path, revision: str | None, quantization: str, matmul: str, dtype: torch.dtype, tokens: int
+) -> int | None:
+    """`working_bytes` of a checkpoint, as `workers.models.footprint.estimate_bytes` finds it."""
+    skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), dtype)
+    return working_bytes(skeleton, quantization, matmul, dtype, tokens)
+
+
+def working_bytes(skeleton: Any, quantization: str, matmul: str, dtype: torch.dtype, tokens: int) -> int | None:
+    """Bytes of activations, of buffers for dequantized matrices and of the driver.
+
+    Parameters
+    ----------
+    skeleton
+        The base model without its numbers.
+    quantization, matmul, dtype
+        As in its description.
+    tokens
+        Padded tokens in a micro-batch at most.
+
+    Returns
+    -------
+    int or None
+        None where the model has no forward of its own.
+    """
+    forward = own_forward(skeleton, quantization)
+    if forward is None or not issubclass(forward, DecoderForward):
+        return None
+    config, wide = skeleton.config, dtype.itemsize
+    narrow = 1 if matmul == "fp8" else wide
+    choices, experts, layers = experts_per_token(config), num_experts(config), config.num_hidden_layers
+    inner, hidden = _inner(skeleton), config.hidden_size
+    slots = tokens * choices
+    one = 3 * hidden * inner
+    dequantized = 0 if (quantization, matmul) == ("fp8", "fp8") else experts * one * narrow
+    groups = -(-dequantized // GROUP_BYTES) or 1
+    buffers = -(-experts // groups) * one * narrow if dequantized else 0
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    width = (config.num_attention_heads + 2 * config.num_key_value_heads) * head
+    buffers += (width + config.num_attention_heads * head) * hidden * narrow
+    scales = 4 * layers * experts * (2 * inner + hidden) if matmul == "fp8" and quantization != "fp8" else 0
+    if forward.expert_backend == "sorted":
+        rows = min(slots, FP8_ROWS if matmul == "fp8" else ROWS)
+        taken = slots * hidden if matmul == "fp8" else rows * hidden * wide
+        at_once = slots * hidden * wide + taken + rows * inner * (2 * wide + narrow)
+    else:
+        at_once = max(slots * (hidden * narrow + 2 * inner * wide), slots * (inner * narrow + hidden * wide))
+    every_token = tokens * hidden * (2 * wide + (narrow if matmul == "fp8" else 0))  # the residual, and what is normed
+    recorded = layers * slots * (8 + 4)
+    total: int = CONTEXT_BYTES + buffers + scales + at_once + every_token + recorded
+    return total
+
+
+def _inner(skeleton: Any) -> int:
+    """The inner width of an expert."""
+    down = next(parameter for name, parameter in skeleton.named_parameters() if name.endswith("experts.down_proj"))
+    return int(down.shape[-1])
