@@ -376,25 +376,69 @@ def _codes(expert: Array, counted: Array, length: Array, num_experts: int) -> Ar
     """
     rows, positions, layers, choices = expert.shape
     code = np.empty((rows, layers, positions), dtype=np.uint8)
-    by_token = np.empty(positions * layers, dtype=np.uint8)
+    by_token, by_layer = np.empty((positions, layers), dtype=np.uint8), room_to_turn(positions, layers)
+    flat = by_token.reshape(positions * layers)
     for row in range(rows):
         filled = min(length[row], positions)
         chosen = expert[row].reshape(positions * layers * choices)
         if choices == 2:  # the compiler makes vector instructions of it
             for index in range(filled * layers):
-                by_token[index] = np.uint8(chosen[2 * index] * np.uint8(num_experts) + chosen[2 * index + 1])
+                flat[index] = np.uint8(chosen[2 * index] * np.uint8(num_experts) + chosen[2 * index + 1])
         else:
             for index in range(filled * layers):
                 number = 0
                 for k in range(choices):
                     number = number * num_experts + chosen[choices * index + k]
-                by_token[index] = number
-        for layer in range(layers):
-            of_layer = code[row, layer]
-            for position in range(filled):
-                of_layer[position] = by_token[position * layers + layer]
+                flat[index] = number
         for position in range(filled):
             if not counted[row, position]:
-                for layer in range(layers):
-                    code[row, layer, position] = num_experts**choices
+                by_token[position] = num_experts**choices
+        turn(by_token[:filled], by_layer)
+        for layer in range(layers):
+            of_layer, turned = code[row, layer], by_layer[layer]
+            for position in range(filled):
+                of_layer[position] = turned[position]
     return code
+
+
+@kernel
+def room_to_turn(rows: int, columns: int) -> Array:
+    """What `turn` writes a table of so many rows and columns to; longer than needed, so that no two of its rows
+    compete for one place in the cache."""
+    return np.empty(((columns + 7) // 8 * 8, (rows + 7) // 8 * 8 + 64), dtype=np.uint8)
+
+
+@kernel
+def turn(table: Array, turned: Array) -> None:
+    """Write the columns of a table of bytes as rows, what is behind them being anything.
+
+    Eight by eight bytes are turned in eight 64-bit numbers, by exchanging their halves, quarters and eighths (Warren,
+    Hacker's Delight, section 7-3): a quarter of the time that one by one takes (measured).
+    """
+    rows, columns = table.shape
+    whole = table
+    if rows % 8 or columns % 8:
+        whole = np.zeros(((rows + 7) // 8 * 8, (columns + 7) // 8 * 8), dtype=np.uint8)
+        whole[:rows, :columns] = table
+    words, into, lines = whole.view(np.uint64), turned.view(np.uint64), np.empty(8, np.uint64)
+    eighths, quarters, halves = np.uint64(0x00FF00FF00FF00FF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0xFFFFFFFF)
+    for block in range(words.shape[0] // 8):
+        for word in range(words.shape[1]):
+            for line in range(8):
+                lines[line] = words[8 * block + line, word]
+            for line in (0, 2, 4, 6):
+                _exchange(lines, line, line + 1, np.uint64(8), eighths)
+            for line in (0, 1, 4, 5):
+                _exchange(lines, line, line + 2, np.uint64(16), quarters)
+            for line in (0, 1, 2, 3):
+                _exchange(lines, line, line + 4, np.uint64(32), halves)
+            for line in range(8):
+                into[8 * word + line, block] = lines[line]
+
+
+@kernel
+def _exchange(lines: Array, one: int, other: int, bits: Any, mask: Any) -> None:
+    """Exchange the masked bits of one line, after so many, with those of the other."""
+    differ = ((lines[one] >> bits) ^ lines[other]) & mask
+    lines[one] ^= differ << bits
+    lines[other] ^= differ

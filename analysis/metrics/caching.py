@@ -20,11 +20,11 @@ import numpy as np
 import xarray as xr
 
 from analysis.attributes import described
-from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes
+from analysis.metrics.cache_kernels import SEGMENT, add_hits
+from analysis.scanning import Array, Block, Reducer, State, scan, sizes
 
 Policy = Literal["lru", "lfu", "belady"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
-LRU, LFU, BELADY, SEGMENT = range(4)  # rules, as the kernel knows them; the first three in the order of POLICIES
 SCORED = "tokens whose left neighbour counts too"
 CONVENTION = (
     "hit_rate: experts found in a cache of cache_size experts over all k that each token needs, all k looked up before"
@@ -85,7 +85,7 @@ class CacheCounts(Reducer):
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
         arrays = (state[name] for name in ("capacities", "experts", "hits", "others", "scored"))
-        _add_hits(block["expert"], block["counted"], self._rules, *arrays)
+        add_hits(block["expert"], block["counted"], self._rules, *arrays)
         state["tokens"] += np.count_nonzero(block["counted"])
 
     def merge(self, state: State, other: State) -> State:
@@ -233,100 +233,3 @@ def _random_hit_rate(scored: Array, capacities: Array, choices: int, experts: in
         expected += count * (seen_by @ held)
         seen_by = seen_by @ step
     return np.asarray(expected / scored.sum() if scored.any() else np.full(len(capacities), np.nan))
-
-
-@kernel
-def _add_hits(
-    expert: Array,
-    counted: Array,
-    rules: Array,
-    capacities: Array,
-    experts: Array,
-    hits: Array,
-    others: Array,
-    scored: Array,
-) -> None:
-    (rows, positions, layers, choices), num_experts = expert.shape, experts[0]
-    chosen, next_use = np.empty((positions, choices), np.int64), np.empty((positions, choices), np.int64)
-    where, follows, upcoming = (
-        np.empty(positions, np.int64),
-        np.empty(positions, np.bool_),
-        np.empty(num_experts, np.int64),
-    )
-    for row in range(rows):
-        tokens = 0
-        for position in range(positions):
-            if counted[row, position]:
-                where[tokens], follows[tokens] = position, tokens > 0 and where[tokens - 1] == position - 1
-                scored[tokens] += follows[tokens]
-                tokens += 1
-        for layer in range(layers):
-            upcoming[:] = positions  # never again
-            for token in range(tokens - 1, -1, -1):
-                for k in range(choices):
-                    chosen[token, k] = expert[row, where[token], layer, k]
-                    next_use[token, k] = upcoming[chosen[token, k]]
-                    upcoming[chosen[token, k]] = token
-            for rule in range(len(rules)):
-                for size in range(len(capacities)):
-                    found, other = _simulate(
-                        chosen[:tokens],
-                        next_use,
-                        follows,
-                        rules[rule, 0],
-                        rules[rule, 1],
-                        capacities[size],
-                        num_experts,
-                    )
-                    hits[rule, size, layer] += found
-                    others[rule, size, layer] += other
-
-
-@kernel
-def _simulate(
-    chosen: Array, next_use: Array, follows: Array, rule: int, ahead: int, capacity: int, num_experts: int
-) -> tuple[int, int]:
-    """One cache over one row: hits of tokens that follow a neighbour, and the others with the loads to free places."""
-    tokens, choices = chosen.shape
-    held, value = np.zeros(num_experts, np.bool_), np.zeros(num_experts, np.int64)  # the lowest value is evicted
-    places, last_use = np.empty(capacity, np.int64), np.full(num_experts, -1, np.int64)
-    full, hits, others, known = 0, 0, 0, 0
-    for token in range(tokens):
-        while rule == SEGMENT and known < min(token + ahead, tokens):
-            for k in range(choices):
-                value[chosen[known, k]] += 1
-            known += 1
-        for k in range(choices):
-            needed = chosen[token, k]
-            if held[needed] and follows[token]:
-                hits += 1
-            elif held[needed]:
-                others += 1
-            last_use[needed] = token * choices + k
-            if rule == LFU:
-                value[needed] += 1
-            elif rule == BELADY:
-                value[needed] = -next_use[token, k]
-            elif rule == SEGMENT:
-                value[needed] -= 1
-        for k in range(choices):
-            needed = chosen[token, k]
-            if held[needed]:
-                continue
-            held[needed] = True
-            if full < capacity:
-                places[full] = needed
-                full += 1
-                others += 1
-                continue
-            evicted = -1
-            for place in range(capacity):
-                other = places[place]
-                if last_use[other] >= token * choices:
-                    continue  # needed by this token
-                worth = value[other] - value[places[evicted]] if evicted >= 0 else -1
-                if worth < 0 or (worth == 0 and last_use[other] < last_use[places[evicted]]):
-                    evicted = place
-            held[places[evicted]] = False
-            places[evicted] = needed
-    return hits, others

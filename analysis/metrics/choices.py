@@ -62,7 +62,7 @@ class Choices(Reducer):
         """Add one shard."""
         state["tokens"] += np.count_nonzero(block["counted"])
         if "joint" in state:
-            add_joint(block["code"], 1, block["length"], 0, state["joint"])
+            add_joint(block["code"], block["length"], state["joint"])
         else:
             arrays = (state[name] for name in state if name != "tokens")
             add = add_of_two if block["expert"].shape[-1] == 2 else add_one_by_one

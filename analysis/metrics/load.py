@@ -5,7 +5,8 @@ Promises: exact counts, and weights summed exactly in any order. Does not know a
 
 from __future__ import annotations
 
-from itertools import pairwise
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ import xarray as xr
 from analysis.attributes import described
 from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, scan, sizes
 from analysis.statistics.jackknife import enough_documents
-from analysis.statistics.overdispersion import drawn, spread_of, units_of
+from analysis.statistics.overdispersion import Units, drawn, spread_of, units_of
 
 WEIGHT_UNIT = 2.0**-24  # every finite float16 is a whole multiple of its smallest subnormal
 
@@ -76,6 +77,7 @@ class ExpertCounts(Reducer):
         2–3, 4–7 and so on, which show what is special about a row's first tokens. Default: all positions together.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"code"})
     stacks = True
 
     def __init__(self, bins: Bins | None = None) -> None:
@@ -91,13 +93,14 @@ class ExpertCounts(Reducer):
 
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
-        expert, counted, count = block["expert"], block["counted"], state["count"]
-        if self.bins is None:
-            _add_experts(expert, counted, count)
-            return
-        starts = range_starts(self.bins, counted.shape[1])
-        for index, (start, stop) in enumerate(pairwise([*starts, counted.shape[1]])):
-            _add_experts(expert[:, start:stop], counted[:, start:stop], count[index])
+        positions = block["counted"].shape[1]
+        starts = [0] if self.bins is None else range_starts(self.bins, positions)
+        count = state["count"].reshape(len(starts), *state["count"].shape[-2:])  # a view
+        ranges = np.array([*starts, positions])
+        if "code" in block:
+            _add_codes(block["code"], block["length"], block["expert"].shape[-1], ranges, count)
+        else:
+            _add_experts(block["expert"], block["counted"], ranges, count)
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """The counts, labelled: `counts` int64 (layer, expert), or (start, layer, expert)."""
@@ -214,11 +217,15 @@ def balance_null(counts: xr.Dataset, *, draws: int = 200) -> xr.Dataset:
     choices, experts = int(counts.attrs["experts_per_token"]), counts.sizes["expert"]
     even = np.full(experts, choices / experts)
     share = np.full((draws, counts.sizes["layer"], experts), np.nan)
+
+    def of_layer(index: int, units: Units) -> None:
+        random = np.random.default_rng(index)
+        spread = spread_of(units, choices)
+        share[:, index] = drawn(units.tokens, even, spread, choices, draws, random, whole=True)[0]
+
     if enough_documents(counts):
-        for index, units in enumerate(units_of(counts)):
-            spread = spread_of(units, choices)
-            random = np.random.default_rng(index)
-            share[:, index] = drawn(units.tokens, even, spread, choices, draws, random, whole=True)[0]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(of_layer, range(counts.sizes["layer"]), units_of(counts)))
     coords = {name: counts[name].values for name in ("layer", "expert")}
     of_experts = share_of_experts(xr.DataArray(share, coords, ("draw", *coords)))
     of_draws = balance_of(xr.Dataset({"share": of_experts}, attrs=counts.attrs))
@@ -301,12 +308,36 @@ def range_starts(bins: Bins, positions: int) -> list[int]:
 
 
 @kernel
-def _add_experts(expert: Array, counted: Array, count: Array) -> None:
-    """Add choices by (layer, expert), whatever the rank."""
-    rows, positions, layers, choices = expert.shape
-    for row in range(rows):
-        for position in range(positions):
-            if counted[row, position]:
-                for layer in range(layers):
-                    for k in range(choices):
-                        count[layer, expert[row, position, layer, k]] += 1
+def _add_codes(code: Array, length: Array, choices: int, ranges: Array, count: Array) -> None:
+    """Add choices by (range, layer, expert), whatever the rank, where those of a token are one number.
+
+    A third of the time of `_add_experts` for k = 2 (measured).
+    """
+    rows, layers, _ = code.shape
+    experts = count.shape[2]
+    codes = np.zeros(256, np.int64)
+    for index in range(len(count)):
+        for layer in range(layers):
+            codes[:] = 0
+            for row in range(rows):
+                here = code[row, layer]
+                for position in range(ranges[index], min(ranges[index + 1], length[row])):
+                    codes[here[position]] += 1
+            for number in range(experts**choices):  # the one after these is of tokens that do not count
+                left = number
+                for _ in range(choices):
+                    count[index, layer, left % experts] += codes[number]
+                    left //= experts
+
+
+@kernel
+def _add_experts(expert: Array, counted: Array, ranges: Array, count: Array) -> None:
+    """Add choices by (range, layer, expert), whatever the rank."""
+    rows, _, layers, choices = expert.shape
+    for index in range(len(count)):
+        for row in range(rows):
+            for position in range(ranges[index], ranges[index + 1]):
+                if counted[row, position]:
+                    for layer in range(layers):
+                        for k in range(choices):
+                            count[index, layer, expert[row, position, layer, k]] += 1

@@ -174,6 +174,7 @@ def token_experts_of(counts: xr.Dataset, layer: Layers = None) -> xr.Dataset:
         When a layer was not counted; the message names those that were.
     """
     table = _table(_at(counts, layer))
+    table = table.assign_coords(piece=("token_id", counts["piece"].values[table["token_id"].values]))
     return table.isel(layer=0) if _is_one(layer) else table
 
 
@@ -263,6 +264,8 @@ def expert_tokens_of(
             table = _beside(table, by_chance.isel(layer=part))
         ranked.append(_rank(table, top=top, by=by, min_count=min_count))
     result = xr.concat(ranked, "layer", combine_attrs="override").assign_attrs(order=by, min_count=min_count)
+    pieces = np.append(counts["piece"].values, "")  # the last is that of no token, -1
+    result = result.assign(piece=(result["token_id"].dims, pieces[result["token_id"].values]))
     return result.isel(layer=0) if _is_one(layer) else result
 
 
@@ -275,7 +278,7 @@ def check_ranking(*, top: int, by: TokenOrder, min_count: int) -> None:
 
 
 def _table(counts: xr.Dataset) -> xr.Dataset:
-    """Counts, shares and lifts of the tokens that occur."""
+    """Counts, shares and lifts of the tokens that occur, without their pieces."""
     tokens, choices = counts["tokens"].values, int(counts.attrs["experts_per_token"])
     seen = np.flatnonzero(tokens)
     counted = counts["counts"].values[seen].astype(np.int64).swapaxes(0, 1)
@@ -296,7 +299,6 @@ def _table(counts: xr.Dataset) -> xr.Dataset:
             "layer": counts["layer"].values,
             "expert": counts["expert"].values,
             "token_id": seen,
-            "piece": ("token_id", counts["piece"].values[seen]),
         },
     )
     return described(
@@ -313,28 +315,29 @@ def _table(counts: xr.Dataset) -> xr.Dataset:
 
 def _beside(table: xr.Dataset, shuffled: xr.Dataset) -> xr.Dataset:
     """A table with the lift within documents."""
-    by_chance = shuffled["counts"].sel(token_id=table["token_id"]).drop_vars("piece")
-    within = (table["counts"] / by_chance.clip(1)).transpose(*table["counts"].dims)
+    place = shuffled.get_index("token_id").get_indexer(table["token_id"].values)
+    by_chance = shuffled["counts"].variable.isel(token_id=place)  # with its coordinates the pieces would be copied
+    within = (table["counts"].variable / np.maximum(by_chance, 1)).transpose(*table["counts"].dims)
     about = f"{table.attrs['definition']}; lift_within = N_xe over that of tokens shuffled within their documents"
-    within = within.assign_attrs(long_name="count over that of tokens shuffled within documents")
+    within.attrs["long_name"] = "count over that of tokens shuffled within documents"
     return table.assign(lift_within=within).assign_attrs(definition=about)
 
 
 def _rank(table: xr.Dataset, *, top: int, by: TokenOrder, min_count: int) -> xr.Dataset:
     """The first `top` tokens of each expert in a table."""
     dims = ("layer", "expert", "token_id")
-    absent = {"token_id": -1, "piece": "", "counts": 0, "tokens": 0, "share": np.nan, "lift": np.nan}
+    absent = {"token_id": -1, "counts": 0, "tokens": 0, "share": np.nan, "lift": np.nan}
     if "lift_within" in table:
         absent["lift_within"] = np.nan
     values = {name: table[name].transpose(*dims).values for name in absent if table[name].ndim == len(dims)}
     shape = values["counts"].shape
-    for name in ("tokens", "token_id", "piece"):
+    for name in ("tokens", "token_id"):
         values[name] = np.broadcast_to(table[name].values, shape)
     listed = (values["counts"] > 0) & (values["tokens"] >= min_count)
-    # lexsort: the last key leads, and equals keep their order, which is that of ids. An expert's tokens have
-    # the same order by lift as by share, and equal shares are equal floats.
+    # The last key leads, and equals keep their order, which is that of ids. An expert's tokens have the same order by
+    # lift as by share, and equal shares are equal floats.
     keys = (-values["counts"],) if by == "count" else (-values["counts"], -values["share"])
-    order = np.lexsort((*keys, ~listed), axis=-1)[..., :top]
+    order = _first(keys, listed, top)
     empty = ~np.take_along_axis(listed, order, -1)
     ranked = {}
     for name, missing in absent.items():
@@ -343,6 +346,23 @@ def _rank(table: xr.Dataset, *, top: int, by: TokenOrder, min_count: int) -> xr.
         ranked[name] = (("layer", "expert", "place"), picked, table[name].attrs)
     coords = {"layer": table["layer"].values, "expert": table["expert"].values}
     return xr.Dataset(ranked, {**coords, "place": np.arange(1, order.shape[-1] + 1)}, table.attrs)
+
+
+def _first(keys: Sequence[Array], listed: Array, top: int) -> Array:
+    """What `np.lexsort((*keys, ~listed))[..., :top]` gives of those that are listed; then others.
+
+    Only those are sorted that are no further than the last one wanted.
+    """
+    size = min(top, listed.shape[-1])
+    if size == 0:
+        return np.zeros((*listed.shape[:-1], 0), np.int64)
+    leading = np.where(listed, keys[-1], np.inf)
+    last = np.partition(leading, size - 1, axis=-1)[..., size - 1]
+    order = np.empty((*last.shape, size), np.int64)
+    for at in np.ndindex(*last.shape):
+        near = np.flatnonzero(leading[at] <= last[at])
+        order[at] = near[np.lexsort([key[at][near] for key in (*keys, ~listed)])[:size]]
+    return order
 
 
 def _numbers(layer: Layers) -> Sequence[int] | None:
@@ -383,7 +403,8 @@ def _add_tokens(
                 continue
             x = token[row, position]
             tokens[x] += 1
-            of_token = count[x]
+            of_token, chosen = count[x], expert[row, position]
             for slot in range(index.size):
+                of_slot, of_layer = of_token[slot], chosen[index[slot]]
                 for k in range(choices):
-                    of_token[slot, expert[row, position, index[slot], k]] += 1
+                    of_slot[of_layer[k]] += 1

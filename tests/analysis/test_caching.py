@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from synthetic import make_capture
 
+from analysis.metrics.cache_kernels import _farthest, _farthest_near, _least_recent, _least_recent_of_few
 from analysis.metrics.caching import POLICIES, CacheCounts, cache_hits
 from analysis.metrics.segments import SegmentRouting, segment_cache_hits, segment_routing
 from analysis.scanning import scan
@@ -323,3 +324,28 @@ def test_a_capture_without_a_token_has_no_rates() -> None:
         assert bool(result["hit_rate_preloaded"].isnull().all())
     assert bool(cache_hits(capture)["null"].isnull().all())
     assert bool(segment_routing(capture)["performance"].isnull().all())
+
+
+@pytest.mark.parametrize(("rare", "again"), [(0.02, False), (0.3, False), (0.0, True)])
+def test_rows_of_many_tokens_have_the_hits_of_a_plain_simulation(rare: float, again: bool) -> None:
+    """Again: one expert is used twice only, far apart, and the kernel that looks at 64 tokens does not suffice."""
+    random, experts, capacities = np.random.default_rng(1), 8, np.array([2, 3, 5, 8])
+    chance = np.where(np.arange(experts) < 4, 1.0, 0.0 if again else rare)
+    tokens = [random.choice(experts, 2, replace=False, p=chance / chance.sum()).tolist() for _ in range(200)]
+    if again:
+        tokens[20][1] = tokens[150][1] = 7
+    follows = random.random(len(tokens)) < 0.9
+    sufficed = []
+    for policy, kernels in (("lru", [_least_recent, _least_recent_of_few]), ("belady", [_farthest, _farthest_near])):
+        wanted = np.array([_counted(tokens, follows, int(size), policy) for size in capacities]).T
+        for kernel in kernels:
+            found = np.zeros((2, len(capacities)), np.int64)
+            sufficed.append(kernel(np.array(tokens), follows, capacities, experts, *found) is not False)
+            np.testing.assert_array_equal(found, wanted if sufficed[-1] else 0)
+    assert sufficed == [True, True, True, not again]
+
+
+def _counted(tokens: Tokens, follows: np.ndarray, size: int, policy: str) -> tuple[int, int]:
+    """Hits of tokens that follow a neighbour, and others' with the loads to free places."""
+    hits, filled = simulated(tokens, size, worth(policy, tokens))
+    return int(np.array(hits)[follows].sum()), int(np.array(hits)[~follows].sum()) + filled

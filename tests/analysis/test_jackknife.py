@@ -125,7 +125,7 @@ def test_intervals_of_95_percent_hold_the_truth_about_that_often(
 
 def test_repetition_has_intervals_too() -> None:
     capture = make_capture(documents=30)
-    found = scan(capture, [Jackknife(Repetition(joint=False))])[0]
+    found = scan(capture, [Jackknife(Repetition())])[0]
     ends = interval(found["any_shared"].sel(lag=1), scale="share")
     assert bool(((ends["low"] < ends["estimate"]) & (ends["estimate"] < ends["high"])).all())
     xr.testing.assert_allclose(ends["estimate"], scan(capture, [Repetition()])[0]["any_shared"].sel(lag=1))

@@ -18,7 +18,7 @@ from analysis.metrics.choices import Choices, transitions
 from analysis.metrics.load import Load, expert_load
 from analysis.metrics.paths import WindowCounts, document_path, frequent_windows, frequent_windows_of
 from analysis.metrics.tokens import TokenCounts, expert_tokens, expert_tokens_of, token_experts, token_experts_of
-from analysis.scanning import scan
+from analysis.scanning import room_to_turn, scan, turn
 
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -327,3 +327,12 @@ def test_analysis_imports_no_torch_transformers_or_ray() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@few
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_a_turned_table_has_its_columns_as_rows(rows: int, columns: int) -> None:
+    table = np.random.default_rng(0).integers(0, 256, (rows, columns), np.uint8)
+    turned = room_to_turn(rows, columns)
+    turn(table, turned)
+    np.testing.assert_array_equal(turned[:columns, :rows], table.T)

@@ -45,7 +45,7 @@ SETS: dict[str, Callable[[], list[Reducer]]] = {
     "full set": lambda: [Choices(), Repetition(), TokenCounts()],
     "first set, 200 replicates": lambda: [
         Jackknife(Choices(joint=False), 200),
-        Jackknife(Repetition(joint=False), 200),
+        Jackknife(Repetition(), 200),
     ],
 }
 COUNTERS_TOKENS, DASK_TOKENS, DUCKDB_TOKENS = 100_000, 2_000_000, 2_000_000

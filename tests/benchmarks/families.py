@@ -9,6 +9,7 @@ equal experts. Contestants alternate in one run; rates are medians.
 import argparse
 import gc
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
@@ -29,13 +31,15 @@ from full_size import fill, random_matrix  # noqa: E402
 from gpu import GIB, Run, alternate, stock  # noqa: E402
 
 from workers.engine import drop_last_experts  # noqa: E402
-from workers.models import fp8  # noqa: E402
+from workers.models import fp8, saving  # noqa: E402
 from workers.models.description import find_routers, quantization_config  # noqa: E402
 from workers.models.forwards import forward_of  # noqa: E402
 from workers.models.loading import LoadedModel  # noqa: E402
 from workers.models.products import products_of  # noqa: E402
 from workers.models.quantizers import quantize_skeleton  # noqa: E402
+from workers.models.stored import PACKED  # noqa: E402
 from workers.recorder import RouteRecorder  # noqa: E402
+from workers.tiny import tiny_checkpoint  # noqa: E402
 
 POSITIONS = 2048
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -82,6 +86,28 @@ def _copy_of(experts: Any) -> Any:
     """With memory of its own, as loaded ones have, and with the buffers that all layers share."""
     shared = {} if (products := getattr(experts, "products", None)) is None else {id(products): products}
     return deepcopy(experts, shared)
+
+
+def save_checkpoint(name: str, folder: Path) -> None:
+    """Random weights as `jobs/quantize.py` would leave them, in NF4, one file a layer, with the tiny tokenizer."""
+    folder.mkdir(parents=True)
+    config = CONFIGS[name]()
+    with torch.device("meta"):
+        skeleton = transformers.AutoModel.from_config(config, dtype=torch.bfloat16)
+    settings = quantization_config("nf4", skeleton, torch.bfloat16)
+    stored = saving._settings(settings, skeleton, {}) | {"quant_method": PACKED}
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": stored}))
+    model, places = random_model(config, "nf4"), {}
+    parts = {"layers.": model.layers, "": nn.ModuleDict({"embed_tokens": model.embed_tokens, "norm": model.norm})}
+    files = {f"layers.{number}.": layer for number, layer in enumerate(parts.pop("layers."))} | parts
+    for number, (prefix, part) in enumerate(files.items()):
+        file = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
+        tensors = {f"model.{prefix}{leaf}": value.contiguous().cpu() for leaf, value in part.state_dict().items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for file in tiny_checkpoint().glob("*token*"):
+        shutil.copy(file, folder)
 
 
 def as_loaded(model: Any, config: Any) -> LoadedModel:
@@ -248,8 +274,13 @@ def main() -> None:
     parser.add_argument("--without_transformers", action="store_true", help="leave the bf16 model out")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--layer_by_layer", action="store_true", help="also compare hidden states with transformers'")
+    parser.add_argument("--checkpoint", type=Path, help="only write the first model's checkpoint into this folder")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
+    if options.checkpoint is not None:
+        with torch.inference_mode():
+            save_checkpoint((options.model or list(CONFIGS))[0], options.checkpoint)
+        return
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "gpu": torch.cuda.get_device_name(),

@@ -13,7 +13,7 @@ from workers.models.fp8 import rounded
 from workers.models.fp8_loading import RowScaledLinear
 from workers.models.loading import LoadedModel
 from workers.models.quantizers import quantize_skeleton
-from workers.models.stacking import quantized
+from workers.models.stacking import WAITING, quantized
 
 WIDTH = {
     "hidden_size": 4096,
@@ -89,6 +89,8 @@ def _fill_experts(experts: PackedExperts, generator: torch.Generator, quantizati
                 matrices.append(random_matrix((stack.rows // stack.parts, stack.columns), generator))
                 stack.take(expert * stack.parts + part, quantized(matrices[-1], quantization))
         originals.append(matrices)
+    for stack in (both, down):
+        stack._buffers.pop(WAITING, None)
     if keep:
         experts.originals = originals
 
@@ -113,12 +115,6 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
         quantize_skeleton(model, settings)
     fill(model, torch.Generator("cuda").manual_seed(0), quantization, keep=keep)
     model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
-    model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
-    if settings is not None and quantization != "int8":
-        kept = [_originals(layer.mlp.experts) for layer in model.layers] if keep else []
-        pack_experts(model, torch.bfloat16)
-        for layer, originals in zip(model.layers, kept, strict=False):
-            layer.mlp.experts.originals = originals
     return model.eval().requires_grad_(False)
 
 

@@ -16,7 +16,7 @@ LAGS = tuple(2**power for power in range(8))  # distances at which tokens are co
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
     """Repetition at several lags, by units of documents."""
-    return {"repetition": Jackknife(Repetition(lags(asked.data), joint=False), block_tokens=asked.block_tokens)}
+    return {"repetition": Jackknife(Repetition(lags(asked.data)), block_tokens=asked.block_tokens)}
 
 
 def lags(data: xr.Dataset) -> tuple[int, ...]:
