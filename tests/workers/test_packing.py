@@ -20,8 +20,8 @@ from workers.models.loading import load_model
 from workers.models.saving import quantize_checkpoint
 
 IDS = torch.arange(96).view(3, 32)
-SPECIAL = {"gpt_oss": (3 * 16 * 2, False), "granitemoe": (3 * 16 * 3, True)}
-"""Families whose checkpoints keep experts in one tensor: matrices, and whether gate lies above up."""
+SPECIAL = {"gpt_oss": 3 * 16 * 2, "granitemoe": 3 * 16 * 3}
+"""Families whose checkpoints keep experts in one tensor, and their matrices: gpt-oss has gate and up as one."""
 
 
 @torch.inference_mode()
@@ -42,18 +42,17 @@ def in_e4m3(matrix: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def reference(folder: Path, rounded: Any, *, halves: bool) -> nn.Module:
+def reference(folder: Path, rounded: Any) -> nn.Module:
     """transformers' own model in float32; each matrix is rounded as (outputs, inputs), whichever way it lies."""
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     for module in model.modules():
         if type(module) is nn.Linear:
             module.weight.copy_(rounded(module.weight))
         if hasattr(module, "gate_up_proj"):
-            for expert in (*module.gate_up_proj, *module.down_proj):
-                matrix = expert.T if module.is_transposed else expert
-                parts = matrix.chunk(2) if halves and len(matrix) > len(matrix.T) else [matrix]
-                for part in parts:
-                    part.copy_(rounded(part))
+            for both, down in zip(module.gate_up_proj, module.down_proj, strict=True):
+                both, down = (each.T if module.is_transposed else each for each in (both, down))
+                for matrix in (*both.chunk(2 if module.is_concatenated else 1), down):
+                    matrix.copy_(rounded(matrix))
     return model
 
 
@@ -62,11 +61,11 @@ def reference(folder: Path, rounded: Any, *, halves: bool) -> nn.Module:
 def test_experts_with_biases_or_a_gate_of_their_own_compute_what_their_dequantized_matrices_compute(
     name: str, quantization: str, rounded: Any, tmp_path: Path
 ) -> None:
-    folder, (matrices, halves) = checkpoint_of(name, tmp_path), SPECIAL[name]
+    folder = checkpoint_of(name, tmp_path)
     loaded = load_model(folder, quantization=quantization, device="cpu")
-    assert loaded.provenance["quantized_expert_matrices"] == matrices
+    assert loaded.provenance["quantized_expert_matrices"] == SPECIAL[name]
     got = states(loaded.model)
-    torch.testing.assert_close(got, states(reference(folder, rounded, halves=halves)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, states(reference(folder, rounded)), rtol=1e-4, atol=1e-4)
     plain = states(load_model(folder, quantization="none", device="cpu").model)
     assert not torch.allclose(got, plain, atol=1e-2), "the matrices were not quantized at all"
 

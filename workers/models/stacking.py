@@ -90,7 +90,7 @@ def one_a_row(scale: torch.Tensor, rows: int) -> torch.Tensor:
     """
     if scale.numel() not in (1, rows):
         raise ValueError(
-            f"has {rows} rows and scales of shape {tuple(scale.shape)}, which is neither one scale nor one a row"
+            f"has scales of shape {tuple(scale.shape)}, which is neither one scale nor one a row of {rows}"
         )
     return scale.flatten().float().expand(rows).contiguous()
 
