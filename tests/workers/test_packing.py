@@ -178,7 +178,7 @@ def test_a_matrix_of_another_shape_with_as_many_values_is_refused_by_its_name(tm
 
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.usefixtures("many")
-def test_each_matrix_is_let_go_before_the_next_but_one_is_read(
+def test_each_matrix_is_let_go_before_the_next_one_is_quantized(
     written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[weakref.ref[torch.Tensor]] = []
@@ -198,7 +198,7 @@ def test_each_matrix_is_let_go_before_the_next_but_one_is_read(
     else:
         load_model(folder, device="cpu")
     assert len(seen) == 2 * 16 * 3
-    assert most <= 2
+    assert most <= (2 if written else 1)  # what is written is read into the host's memory first
 
 
 def test_experts_that_compute_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

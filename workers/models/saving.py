@@ -29,7 +29,6 @@ from workers.models.description import (
     compute_dtype,
     describe_checkpoint,
     find_routers,
-    num_experts,
 )
 from workers.models.footprint import estimate_checkpoint, quantized_skeleton
 from workers.models.loading import usable_device
@@ -83,13 +82,13 @@ def quantize_checkpoint(
     refuse_existing(out)
     checkpoint = find_checkpoint(model, revision, weights=True)
     dtype = compute_dtype(device.type)
-    describe_checkpoint(checkpoint, quantization, device.type, dtype, quantize_gates=False)
+    description = describe_checkpoint(checkpoint, quantization, device.type, dtype, quantize_gates=False)
     if (stored := stored_quantization(checkpoint)) is not None:
         raise ValueError(f"{checkpoint.folder} is quantized already, in {stored}: it loads as it is")
     skeleton, settings = quantized_skeleton(checkpoint, quantization, dtype)
     names = tensor_names(checkpoint.folder)
     quantized = quantized_names(skeleton, names)
-    packed = num_experts(skeleton.config.get_text_config()) > PUBLISHED
+    packed = description["num_experts"] > PUBLISHED
     if not packed and (fused := [name for name, place in quantized.experts.items() if place.number is None]):
         raise ValueError(
             f"the checkpoint keeps the experts of a layer as one tensor ({fused[0]}), as transformers 5 can save them,"
