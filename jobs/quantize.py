@@ -24,6 +24,9 @@ MEGABYTE = 10**6
 class QuantizeConfig:
     """Write a checkpoint's matrices in 4 bits, as bitsandbytes and transformers store them, all else as it is.
 
+    With more than 16 experts a layer, those of a layer lie in common tensors, so that loading is quick; only this
+    project reads such a checkpoint.
+
     A capture with --model OUT chooses what one with --model MODEL chooses, to the bit on the same type of device, but
     is another capture: the store tells them apart. One matrix is on the device at a time. Prints the folder's path.
     Exit status: 0 written, 2 not to be written.

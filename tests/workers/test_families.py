@@ -97,7 +97,6 @@ class Family:
     router: str
     """The router in transformers' layer."""
     layers: tuple[int, ...] = (0, 1, 2)
-    quantization: str = "nf4"
     settings: dict[str, Any]
 
 
@@ -147,13 +146,13 @@ FAMILIES = {
                   "first_k_dense_replace": 1, "moe_intermediate_size": 64, "head_dim": 16, "use_qk_norm": True},
     ),
     "gpt_oss": Family(
-        rule=top_then_softmax, quantization="none",
+        rule=top_then_softmax,
         names=FUSED, gate="mlp.router.weight", bias="mlp.router.bias", router="mlp.router",
         settings={"num_local_experts": EXPERTS, "num_experts_per_tok": 4, "head_dim": 16, "sliding_window": 8,
                   "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
     "granitemoe": Family(
-        rule=top_then_softmax, quantization="none", router="block_sparse_moe.router",
+        rule=top_then_softmax, router="block_sparse_moe.router",
         names=("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
         gate="block_sparse_moe.router.layer.weight",
         settings={"num_local_experts": EXPERTS, "num_experts_per_tok": 3, "residual_multiplier": 0.5},
@@ -215,18 +214,17 @@ def wanted_routes(model: Any, family: Family, tensors: dict[str, torch.Tensor], 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
-def test_a_family_is_captured_as_its_rule_says(name: str, tmp_path: Path) -> None:
+def test_a_family_is_captured_in_4_bits_as_its_rule_says(name: str, tmp_path: Path) -> None:
     family, folder = FAMILIES[name], checkpoint_of(name, tmp_path)
     tensors = load_file(folder / "model.safetensors")
     named = [f"model.layers.{layer}.{leaf}" for layer in family.layers for leaf in (family.gate, *family.names)]
     assert set(named) <= set(tensors), "not the published layout"
-    if family.quantization == "nf4":
-        stock = dequantized_reference(folder, "nf4")
-        matrices = sum(re.search(r"expert.*weight$", key) is not None for key in tensors)
-    else:
-        stock = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
-        matrices = 0
-    loaded = load_model(folder, quantization=family.quantization, device="cpu")
+    stock = dequantized_reference(folder, "nf4")
+    fused = [module for module in stock.modules() if hasattr(module, "gate_up_proj")]
+    matrices = sum(re.search(r"expert.*weight$", key) is not None for key in tensors) or sum(
+        EXPERTS * (3 if module.is_concatenated else 2) for module in fused
+    )
+    loaded = load_model(folder, device="cpu")
     assert loaded.provenance["quantized_expert_matrices"] == matrices
     engine, k = ModelEngine(loaded), family.settings["num_experts_per_tok"]
     assert (engine.layers, engine.num_experts, engine.experts_per_token) == (family.layers, EXPERTS, k)

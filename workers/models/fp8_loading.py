@@ -103,12 +103,15 @@ class RowScaledQuantizer(PacksExperts, HfQuantizer):  # type: ignore[misc]
                 model.set_submodule(name, RowScaledLinear(module, stored_in))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
-        linears = row_scaled_linears(model).values()
-        for module in linears:
-            module.settle()
+        linears = row_scaled_linears(model)
+        for name, module in linears.items():
+            try:
+                module.settle()
+            except ValueError as error:
+                raise ValueError(f"{name}.weight {error}") from None
         if self.pre_quantized:
             stored: list[torch.Tensor] = []
-            for module in linears:
+            for module in linears.values():
                 stored += [module.weight, module.weight_scale]
             cast_unquantized(model, getattr(torch, self.quantization_config.dtype), stored)
         return super()._process_model_after_weight_loading(model, **kwargs)

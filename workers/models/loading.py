@@ -350,9 +350,10 @@ def _check_precision(
             gate = leaf.startswith(f"{names[router]}.")
             faults[leaf] = _gate_fault(parameter, description) if gate else _matrix_fault(parameter, quantization)
             count += not gate and quantization != "none"
-        for module in model.get_submodule(block).modules():
-            if isinstance(module, PackedStack):
-                count += module.experts * module.parts
+    for name, module in model.named_modules():
+        if isinstance(module, PackedStack):
+            faults |= {f"{name}.{leaf}": fault for leaf, fault in module.faults().items()}
+            count += module.experts * module.parts
     for name, module in model.named_modules():
         leaf = f"{name}.weight"
         if isinstance(module, nn.Linear) and not faults.get(leaf):

@@ -36,6 +36,14 @@ class PackedStack(nn.Module):
         """Where it lies."""
         return next(self.buffers()).device
 
+    def faults(self) -> dict[str, str]:
+        """Which of its tensors are not what they should be, and what they are."""
+        return {
+            name: f"{tensor.dtype} on {tensor.device}, not {self._dtypes[name]}"
+            for name, tensor in self.named_buffers()
+            if tensor.is_meta or tensor.dtype != self._dtypes[name]
+        }
+
     def take(self, number: int, matrix: Any) -> None:
         """Keep a matrix; those of an expert follow each other. Memory is taken with the first one."""
         raise NotImplementedError
@@ -45,6 +53,7 @@ class PackedStack(nn.Module):
         raise NotImplementedError
 
     def _meta(self, **parts: tuple[tuple[int, ...], torch.dtype]) -> None:
+        self._dtypes = {name: dtype for name, (_, dtype) in parts.items()}
         for name, (shape, dtype) in parts.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
 

@@ -29,7 +29,6 @@ from workers.models.description import (
     compute_dtype,
     describe_checkpoint,
     find_routers,
-    num_experts,
 )
 from workers.models.footprint import estimate_checkpoint, quantized_skeleton
 from workers.models.loading import usable_device
@@ -83,13 +82,13 @@ def quantize_checkpoint(
     refuse_existing(out)
     checkpoint = find_checkpoint(model, revision, weights=True)
     dtype = compute_dtype(device.type)
-    describe_checkpoint(checkpoint, quantization, device.type, dtype, quantize_gates=False)
+    description = describe_checkpoint(checkpoint, quantization, device.type, dtype, quantize_gates=False)
     if (stored := stored_quantization(checkpoint)) is not None:
         raise ValueError(f"{checkpoint.folder} is quantized already, in {stored}: it loads as it is")
     skeleton, settings = quantized_skeleton(checkpoint, quantization, dtype)
     names = tensor_names(checkpoint.folder)
     quantized = quantized_names(skeleton, names)
-    packed = num_experts(skeleton.config.get_text_config()) > PUBLISHED
+    packed = description["num_experts"] > PUBLISHED
     if not packed and (fused := [name for name, place in quantized.experts.items() if place.number is None]):
         raise ValueError(
             f"the checkpoint keeps the experts of a layer as one tensor ({fused[0]}), as transformers 5 can save them,"
@@ -124,8 +123,7 @@ def quantize_checkpoint(
                 shutil.copyfile(file, partial / file.name)
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(places.items()))}
         config = read_config(checkpoint.folder) | {
-            "quantization_config": _settings(settings, skeleton, own_names(skeleton, names))
-            | ({"quant_method": PACKED} if packed else {}),
+            "quantization_config": _settings(settings, skeleton, own_names(skeleton, names), packed=packed),
             "quantized_from": {"model": checkpoint.model, "revision": checkpoint.revision},
         }
         for name, content in (INDEX, index), ("config.json", config):
@@ -161,7 +159,7 @@ def _write(tensors: dict[str, torch.Tensor], file: Path) -> None:
         raise OSError(f"{file} could not be written: {error}") from error
 
 
-def _settings(settings: Any, skeleton: Any, own: dict[str, str]) -> dict[str, Any]:
+def _settings(settings: Any, skeleton: Any, own: dict[str, str], *, packed: bool) -> dict[str, Any]:
     """What readers must know; routers by the last part of their names, transformers 4's (the checkpoint's) and 5's."""
     modules = {module: name for name, module in skeleton.named_modules()}
     weights = {f"{modules[router]}.weight" for router in find_routers(skeleton).values()}
@@ -171,6 +169,8 @@ def _settings(settings: Any, skeleton: Any, own: dict[str, str]) -> dict[str, An
         "bnb_4bit_compute_dtype": "bfloat16",
         "llm_int8_skip_modules": [*sorted(routers), "lm_head"],
     }
+    if packed:  # transformers asks load_in_4bit before it asks quant_method
+        stored = {name: value for name, value in stored.items() if "load_in" not in name} | {"quant_method": PACKED}
     return stored
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-from workers.models.four_bits import BLOCK, FourBits
+from workers.models.four_bits import FourBits
 from workers.models.fp8 import E4M3, RowScaled, rounded
 from workers.models.packed import PackedStack
 from workers.models.packing import FUSED, Place, fusing_converters, pack_skeleton
 from workers.models.quantizing import QuantState, packed_in_four_bits
+from workers.models.stored import BLOCK
 
 
 class Reader(NamedTuple):
@@ -90,7 +91,7 @@ def one_a_row(scale: torch.Tensor, rows: int) -> torch.Tensor:
     """
     if scale.numel() not in (1, rows):
         raise ValueError(
-            f"has {rows} rows and scales of shape {tuple(scale.shape)}, which is neither one scale nor one a row"
+            f"has scales of shape {tuple(scale.shape)}, which is neither one scale nor one a row of {rows}"
         )
     return scale.flatten().float().expand(rows).contiguous()
 
@@ -111,7 +112,7 @@ WAITING = "waiting"
 
 
 class Packing(WeightConverter):  # type: ignore[misc]
-    """Makes a stack of a layer's matrices, one after the other, instead of what `fusing` makes of all together.
+    """Makes a stack of a layer's matrices, one after the other.
 
     Parameters
     ----------
@@ -154,6 +155,7 @@ class Packing(WeightConverter):  # type: ignore[misc]
                     stack.take(number, reader.read(shape, *parts))
                 except ValueError as error:
                     raise ValueError(f"matrix {number} of {name} ({source}) {error}") from None
+            parts.clear()  # before the next one is read
         if found != many:
             raise ValueError(f"{name} has {found} matrices in the checkpoint, and {many} in the configuration")
         if layer_name.endswith(f".{WAITING}"):
@@ -162,7 +164,7 @@ class Packing(WeightConverter):  # type: ignore[misc]
         return {f"{name}.{leaf}": tensor for leaf, tensor in stack.named_buffers()}
 
     def _matrices(self, stack: PackedStack) -> Iterator[tuple[str, list[torch.Tensor]]]:
-        """The parts of each matrix, read when it is asked for, and let go with the next one."""
+        """The parts of each matrix, read when it is asked for."""
         suffixes = self.operations[0].suffixes
         if len(suffixes) == 1 and "*" not in self.sources[0]:
             [load] = self.collected_tensors.pop(self.sources[0])
@@ -176,10 +178,10 @@ class Packing(WeightConverter):  # type: ignore[misc]
         expert = 0
         while True:
             for source, parts in zip(self.sources, waiting, strict=True):
-                matrix = [next(part, None) for part in parts]
-                if any(part is None for part in matrix):
+                there = [part for part in (next(part, None) for part in parts) if part is not None]
+                if len(there) < len(parts):
                     return
-                yield source.replace("*", str(expert)), [part for part in matrix if part is not None]
+                yield source.replace("*", str(expert)), there
             expert += 1
 
 
@@ -228,7 +230,7 @@ class StackWriter:
             self._found[own] = self._found.get(own, 0) + 1
         if self._found[own] < stack.experts * stack.parts:
             return {}
-        whole = dict(stack.named_buffers())
+        whole = {leaf: part for leaf, part in stack.named_buffers() if leaf != WAITING}
         stack.to("meta")
         return {f"{self.skeleton.base_model_prefix}.{own}.{leaf}": part for leaf, part in whole.items()}
 

@@ -39,8 +39,9 @@ def stored_quantization(checkpoint: Checkpoint) -> str | None:
     if _row_scaled(settings):
         return "fp8"
     kind = settings.get("bnb_4bit_quant_type")
-    ours = settings.get("quant_method") in ("bitsandbytes", PACKED) and settings.get("load_in_4bit")
-    if not ours or kind not in FOUR_BITS:
+    method = settings.get("quant_method")
+    known = method == PACKED or (method == "bitsandbytes" and settings.get("load_in_4bit"))
+    if not known or kind not in FOUR_BITS:
         block = settings.get("weight_block_size")
         found = (
             settings.get("quant_method", stored),
