@@ -29,7 +29,7 @@ SHARD_CHOICES = 2**31  # in a shard at most: 4.3 GB of weights; S3 takes 5 GB in
 CHUNK_CHOICES = 2**21  # choices in an inner chunk at most: 2 MB of experts, 4 MB of weights
 
 MISSING_TOKEN = -1
-MISSING_ROLE = 255
+MISSING_ROLE = 255  # and of a phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +137,8 @@ class Layout:
     vocab_size: int
     roles: tuple[str, ...] = ()
     """Names of the speakers where the data set is made of conversations."""
+    phases: tuple[str, ...] = ()
+    """Names of what made each token, prompt and generated, where routes that came from elsewhere say so."""
     record: tuple[str, ...] = ()
     """Names of the arrays of `OPTIONAL` that the capture has. They belong into the capture's identity too."""
     weights: bool = True
@@ -150,8 +152,9 @@ class Layout:
             raise ValueError("the model has no layer with experts")
         if not all(type(layer) is int and 0 <= layer < 2**31 for layer in self.layers):
             raise ValueError(f"layers is {self.layers!r:.80}, and must hold numbers from 0 on")
-        if not all(isinstance(role, str) for role in self.roles):
-            raise ValueError(f"roles is {self.roles!r:.80}, and must hold names")
+        for name in ("roles", "phases"):
+            if not all(isinstance(label, str) for label in getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, and must hold names")
         if type(self.weights) is not bool:
             raise ValueError(f"weights is {self.weights!r:.80}, and must be true or false")
         if unknown := [name for name in self.record if name not in OPTIONAL]:
@@ -178,13 +181,14 @@ class Layout:
             When they describe none.
         """
         fields = {name: value for name, value in attrs.items() if name in cls.__dataclass_fields__}
-        lists = {"layers": fields["layers"], "roles": fields["roles"], "record": fields.get("record", ())}
+        lists = {"layers": fields["layers"], "roles": fields["roles"]}
+        lists |= {name: fields.get(name, ()) for name in ("phases", "record")}
         return cls(**{**fields, **{name: tuple(values) for name, values in lists.items()}})
 
     def attrs(self) -> dict[str, Any]:
         """The group's attributes that describe this layout, without those that older stores do not have, where they
-        say nothing: an empty `record`, and `weights`."""
-        said = {"record": bool(self.record), "weights": not self.weights}
+        say nothing: an empty `record` or `phases`, and `weights`."""
+        said = {"record": bool(self.record), "phases": bool(self.phases), "weights": not self.weights}
         return {name: value for name, value in asdict(self).items() if said.get(name, True)}
 
     @property
@@ -209,6 +213,12 @@ class Layout:
     def routes(self) -> tuple[str, ...]:
         """Names of the arrays that workers fill, in the order of `arrays`: a shard's routes."""
         return tuple(name for name, spec in self.arrays().items() if spec.captured)
+
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """The labels that the plan gives tokens, by array: speakers as `role`, prompt and generated as `phase`."""
+        given = {"role": self.roles, "phase": self.phases}
+        return {name: labels for name, labels in given.items() if labels}
 
     def grid(self, *more: str) -> dict[str, Any]:
         """Dimensions, chunks and shards of an array that has a value for each position.
@@ -264,14 +274,18 @@ class Layout:
         }  # fmt: skip
         if not self.weights:
             del arrays["weight"]
-        if self.roles:
-            flags = {"flag_values": list(range(len(self.roles))), "flag_meanings": " ".join(self.roles)}
-            arrays["role"] = ArraySpec(
+        for name, labels in self.labels.items():
+            flags = {"flag_values": list(range(len(labels))), "flag_meanings": " ".join(labels)}
+            arrays[name] = ArraySpec(
                 dtype="uint8", fill=MISSING_ROLE, compressors=_blosc("zstd", 3, "shuffle"),
-                attrs={"long_name": "speaker of the token", "missing": MISSING_ROLE, **flags}, **place,
+                attrs={"long_name": LABELS[name], "missing": MISSING_ROLE, **flags}, **place,
             )  # fmt: skip
         return arrays | {name: spec(self) for name, spec in OPTIONAL.items() if name in self.record}
 
+
+LABELS = {"role": "speaker of the token", "phase": "whether the token was given or generated"}
+PHASES = ("prompt", "generated")
+"""The labels of `phase`."""
 
 OPTIONAL: dict[str, Callable[[Layout], ArraySpec]] = {}
 """Arrays that a capture has where `Layout.record` names them.
