@@ -79,6 +79,9 @@ class ArraySpec:
         assert values.shape[1:] == self.trailing, (values.shape, self.trailing)
         objects, array = self._in_memory(len(values))
         array[...] = values
+        if self.key(0) not in objects:  # all fill: Zarr leaves out a shard of which every inner chunk is left out
+            objects, array = self._in_memory(len(values), empty_chunks=True)
+            array[...] = values
         return objects[self.key(0)].to_bytes()
 
     def decode(self, data: bytes, size: int) -> np.ndarray:
@@ -96,7 +99,7 @@ class ArraySpec:
         except Exception as error:  # codecs raise whatever they run into
             raise ValueError(str(error) or repr(error)) from error
 
-    def _in_memory(self, size: int) -> tuple[dict[str, Buffer], zarr.Array[Any]]:
+    def _in_memory(self, size: int, *, empty_chunks: bool = False) -> tuple[dict[str, Buffer], zarr.Array[Any]]:
         objects: dict[str, Buffer] = {}
         array = zarr.create_array(
             MemoryStore(objects),
@@ -110,7 +113,7 @@ class ArraySpec:
             attributes=dict(self.attrs),
             # Inside a shard an inner chunk of fill is left out; a one-dimensional chunk is always written, so that
             # "no object" never means "all fill".
-            config={"write_empty_chunks": self.shard is None},
+            config={"write_empty_chunks": empty_chunks or self.shard is None},
         )
         return objects, array
 
@@ -199,7 +202,7 @@ class Layout:
     @property
     def missing_expert(self) -> int:
         """The expert id that means "not captured": no legal expert has it."""
-        return 255 if self.num_experts <= 255 else 65_535
+        return missing_expert(self.num_experts)
 
     @property
     def inner_chunk(self) -> tuple[int, int]:
@@ -293,6 +296,11 @@ OPTIONAL: dict[str, Callable[[Layout], ArraySpec]] = {}
 An entry makes the array's spec from the layout, with `captured=True`, on a grid of `Layout.grid`. What an engine gives
 under the same name is stored in it, and its fill value at and beyond each row's length.
 """
+
+
+def missing_expert(num_experts: int) -> int:
+    """The expert id that means "not captured", where there are so many experts."""
+    return 255 if num_experts <= 255 else 65_535
 
 
 def default_rows_per_shard(sequence_length: int, shard_tokens: int = SHARD_TOKENS) -> int:

@@ -78,10 +78,29 @@ def rows_of(path: Path, name: str, rows: int) -> Iterator[NDArray[Any]]:
                 yield np.frombuffer(data, dtype).reshape(some, *shape[1:])
 
 
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of an npz file's arrays by name, read from their headers.
+
+    Raises
+    ------
+    ValueError
+        When it is no npz file, or an array holds Python objects or a single value.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {}
+            for entry in archive.namelist():
+                with archive.open(entry) as file:
+                    found[entry.removesuffix(".npy")] = _header(path, entry, file)[0]
+            return found
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no npz file ({error})") from error
+
+
 def _header(path: Path, name: str, file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
+    version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    shape, fortran, dtype = read(file)  # type: ignore[no-untyped-call]
     if dtype.hasobject or not shape:
         raise ValueError(f"{path}: the array {name} is {dtype} of the shape {shape}, and numbers in rows are wanted")
     return shape, fortran, dtype

@@ -2,17 +2,17 @@
 
 Read from sglang 0.5.23: `sglang/srt/state_capturer/routed_experts.py`, `srt/managers/tokenizer_manager.py`,
 `srt/managers/detokenizer_manager.py`, `srt/managers/io_struct.py` and `srt/entrypoints/openai/protocol.py`. The ids are
-the bytes of an int32 array in base64, flat, in logical shape (tokens, layers, k) over *all* of the model's layers, zeros
-at those without experts; k counts no fused shared expert. They cover the tokens from the request's
-`routed_experts_start_len` on, without the last one. `/generate` has them in `meta_info.routed_experts`; the OpenAI forms
-in `choices[i].sgl_ext.routed_experts`. Shared experts that a kernel appends are -1 within SGLang and never returned.
+the bytes of an int32 array in base64, flat, in logical shape (tokens, layers, k) over *all* of the model's layers,
+zeros at those without experts; k counts no fused shared expert. They cover the tokens from the request's
+`routed_experts_start_len` on, without the last one. `/generate` has them in `meta_info.routed_experts`, the OpenAI
+forms in `choices[i].sgl_ext.routed_experts`.
 
 A pull request of 2026 (sgl-project/sglang#31219, not in 0.5.23) tags narrower types as `routed_experts_dtype`, int32,
 uint16 or uint8: a tag is followed where there is one.
 
-SGLang does not say the shape: k and the number of layers come from the model. Token ids are `output_ids` of `/generate`,
-and the prompt's with the request option `return_prompt_token_ids`, or in the request as `input_ids`. A line is a
-response, or `{"request": ..., "response": ...}`; `start` in it stands for `routed_experts_start_len`.
+SGLang does not say the shape: k comes from the model or an option. Token ids are `output_ids` of `/generate`, and the
+prompt's with the request option `return_prompt_token_ids`, or in the request as `input_ids`. A line is a response, or
+`{"request": ..., "response": ...}`; `start` in it stands for `routed_experts_start_len`.
 """
 
 import base64
