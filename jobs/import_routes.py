@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> int:
     """Import, and say what was imported."""
     config = tyro.cli(ImportConfig, prog="python jobs/import_routes.py", args=arguments, use_underscores=True)
 
-    from workers.imports.blocks import Grid, blocks, shape_of, tokenized
+    from workers.imports.blocks import Grid, ahead, blocks, shape_of, tokenized
     from workers.imports.formats import FORMATS
     from workers.imports.sequence import Asked
 
@@ -127,7 +127,7 @@ def main(arguments: list[str]) -> int:
         state = write_capture(
             config.store,
             config.name,
-            blocks=blocks(counts.watch(read, report), shape, grid),
+            blocks=ahead(blocks(counts.watch(read, report), shape, grid)),
             num_experts=model.num_experts,
             layers=layers,
             pieces=None if tokenizer is None else tokenizer.pieces(),

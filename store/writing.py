@@ -2,12 +2,13 @@
 
 What it writes is a capture like any other, in the same grid and through the same plan and commits: `verify` reads it
 back, and whoever opens it sees no difference. The call may be killed and made again: what is there already is compared
-with what it gives, and the rest is added. In memory are one shard and one block.
+with what it gives, and the rest is added. In memory are two shards, one of which is being written, and one block.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -346,12 +347,18 @@ class _Writer:
         for shard in wrong:
             self.group.discard(shard)
         checker, waiting, step = _Checker(self.layout, known=self.known), list[_Checked](), self.layout.rows_per_shard
-        for block in blocks:
-            waiting.append(checker.check(block))
-            while sum(map(len, waiting)) > step:  # the last shard waits for the end
-                rows = _joined(waiting)
-                self._shard(rows.part(slice(step)), complete=False)
-                waiting = [rows.part(slice(step, None))]
+        with ThreadPoolExecutor(1) as pool:  # a shard is written while the next one is read
+            writing: Future[None] | None = None
+            for block in blocks:
+                waiting.append(checker.check(block))
+                while sum(map(len, waiting)) > step:  # the last shard waits for the end
+                    if writing is not None:
+                        writing.result()
+                    rows = _joined(waiting)
+                    writing = pool.submit(self._shard, rows.part(slice(step)), complete=False)
+                    waiting = [rows.part(slice(step, None))]
+            if writing is not None:
+                writing.result()
         rows = _joined(waiting)
         if not len(rows):
             raise ValueError("blocks holds no row: there is nothing to write")

@@ -1,6 +1,7 @@
 """Sequences become blocks of rows, as `store.write_capture` takes them: windows of P positions, padded."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -51,7 +52,7 @@ def shape_of(sequences: Iterable[Routed], tokenize: Tokenize | None) -> Shape:
         own = tokenized(routed, tokenize)
         first = first or own
         longest = max(longest, 0 if own.token is None else len(own.token))
-        if longest > SEQUENCE_LENGTHS[-1]:
+        if longest > SEQUENCE_LENGTHS[-2]:  # all others make no difference
             break
     if first is None:
         raise ValueError("the files hold no sequence: there is nothing to import")
@@ -110,6 +111,15 @@ def blocks(sequences: Iterable[Routed], shape: Shape, grid: Grid) -> Iterator[di
         yield _block(waiting, shape, grid, slots)
 
 
+def ahead(blocks: Iterator[dict[str, NDArray[Any]]]) -> Iterator[dict[str, NDArray[Any]]]:
+    """The same blocks, the next of which is read while one is written."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = pool.submit(next, blocks, None)
+            yield block
+
+
 def slots_of(found: int, layers: Sequence[int]) -> NDArray[np.integer]:
     """Where the layers that are kept stand among those of a file: all of the model's, or those with experts alone.
 
@@ -144,7 +154,7 @@ def _block(
 ) -> dict[str, NDArray[Any]]:
     rows = len(waiting), grid.positions
     choices = (*rows, len(grid.layers), shape.choices)
-    expert = np.full(choices, grid.missing_expert, np.int32)
+    expert = np.full(choices, grid.missing_expert, np.min_scalar_type(grid.missing_expert))
     token, length = np.full(rows, -1, np.int32), np.zeros(rows[0], np.int32)
     weight = np.zeros(choices, np.float32) if shape.weights else None
     phase = np.full(rows, unknown_phases(1)[0], np.uint8)
@@ -158,7 +168,7 @@ def _block(
         some = slice(low - routed.start, max(low, start + len(ids)) - routed.start)
         own = routed.expert[some]
         place = slice(low - start, low - start + len(own))
-        expert[row, place] = _legal(routed, own[:, slots], grid.missing_expert)
+        expert[row, place] = _legal(routed, own if len(slots) == own.shape[1] else own[:, slots], grid.missing_expert)
         if weight is not None and routed.weight is not None:
             weight[row, place] = routed.weight[some][:, slots]
     if weight is not None:
@@ -173,6 +183,8 @@ def _block(
 
 def _legal(routed: Routed, expert: NDArray[np.integer], missing: int) -> NDArray[np.integer]:
     """Ids with what stands for unknown ones as the store has it."""
+    if (largest := int(expert.max(initial=0))) > missing:
+        raise ValueError(f"sequence {routed.name} names expert {largest}, which is more than any model has here")
     negative = np.asarray(expert < 0)
     if not negative.any():
         return expert
