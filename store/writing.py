@@ -247,13 +247,17 @@ class _Checker:
 
     def _expert(self, expert: np.ndarray, filled: np.ndarray) -> np.ndarray:
         experts, fill = self.layout.num_experts, self.layout.missing_expert
-        unknown = expert == fill
-        wrong = filled[..., None, None] & ((expert < 0) | (expert >= experts)) & ~unknown
-        self._refuse(wrong, f"it holds expert {{}}, and 0 to {experts - 1} are possible, or {fill} for unknown", expert)
-        some = unknown.any(axis=(2, 3)) & ~unknown.all(axis=(2, 3)) & filled
-        self._refuse(some, f"a token has {fill}, for unknown, among its choices: give it for all of them or none")
+        illegal = expert >= experts if expert.dtype.kind == "u" else (expert < 0) | (expert >= experts)
+        if illegal.any():  # many passes over a large array, for few
+            unknown = expert == fill
+            wrong = filled[..., None, None] & illegal & ~unknown
+            possible = f"0 to {experts - 1} are possible, or {fill} for unknown"
+            self._refuse(wrong, f"it holds expert {{}}, and {possible}", expert)
+            some = (unknown != unknown[:, :, :1, :1]).any(axis=(2, 3)) & filled
+            self._refuse(some, f"a token has {fill}, for unknown, among its choices: give it for all of them or none")
         dtype = np.dtype(self.layout.arrays()["expert"].dtype)
-        checked: np.ndarray = np.where(filled[..., None, None], expert.astype(dtype), dtype.type(fill))
+        checked: np.ndarray = expert.astype(dtype)
+        checked[~filled] = fill
         return checked
 
     def _weight(self, weight: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -185,6 +185,8 @@ def _legal(routed: Routed, expert: NDArray[np.integer], missing: int) -> NDArray
     """Ids with what stands for unknown ones as the store has it."""
     if (largest := int(expert.max(initial=0))) > missing:
         raise ValueError(f"sequence {routed.name} names expert {largest}, which is more than any model has here")
+    if expert.dtype.kind == "u":
+        return expert
     negative = np.asarray(expert < 0)
     if not negative.any():
         return expert
