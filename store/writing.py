@@ -2,13 +2,13 @@
 
 What it writes is a capture like any other, in the same grid and through the same plan and commits: `verify` reads it
 back, and whoever opens it sees no difference. The call may be killed and made again: what is there already is compared
-with what it gives, and the rest is added. In memory are two shards, one of which is being written, and one block.
+with what it gives, and the rest is added. In memory are three shards and one block.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -345,34 +345,36 @@ class _Writer:
     """Of documents that are not counted yet."""
     named: int = 0
     """Documents that are counted."""
+    committing: Future[None] | None = None
 
     def write(self, blocks: Iterable[Block]) -> None:
         self.valid, wrong = self.group.commits()
         for shard in wrong:
             self.group.discard(shard)
         checker, waiting, step = _Checker(self.layout, known=self.known), list[_Checked](), self.layout.rows_per_shard
-        with ThreadPoolExecutor(1) as pool:  # a shard is written while the next one is read
-            writing: Future[None] | None = None
+        # While a shard is read, the one before it is planned and the one before that committed: much of it is waiting.
+        with ThreadPoolExecutor(2) as pool:
+            planning = pool.submit(lambda: None)
             for block in blocks:
                 waiting.append(checker.check(block))
                 while sum(map(len, waiting)) > step:  # the last shard waits for the end
-                    if writing is not None:
-                        writing.result()
+                    planning.result()
                     rows = _joined(waiting)
-                    writing = pool.submit(self._shard, rows.part(slice(step)), complete=False)
+                    planning = pool.submit(self._shard, rows.part(slice(step)), pool, complete=False)
                     waiting = [rows.part(slice(step, None))]
-            if writing is not None:
-                writing.result()
-        rows = _joined(waiting)
-        if not len(rows):
-            raise ValueError("blocks holds no row: there is nothing to write")
-        if not self.known and not self.group.plan.complete:
-            self.group.settle_pieces([str(number) for number in range(checker.largest_token + 1)])
-            self.group = CaptureGroup(self.group.path, self.group.dataset)
-        self._shard(rows, complete=True)
+            planning.result()
+            rows = _joined(waiting)
+            if not len(rows):
+                raise ValueError("blocks holds no row: there is nothing to write")
+            if not self.known and not self.group.plan.complete:
+                self._committed()
+                self.group.settle_pieces([str(number) for number in range(checker.largest_token + 1)])
+                self.group = CaptureGroup(self.group.path, self.group.dataset)
+            self._shard(rows, pool, complete=True)
+            self._committed()
 
-    def _shard(self, rows: _Checked, *, complete: bool) -> None:
-        """Plan and commit one shard, or see that it is there."""
+    def _shard(self, rows: _Checked, pool: Executor, *, complete: bool) -> None:
+        """Plan one shard, or see that it is planned, and have it committed."""
         start, shard = self.counts.rows, self.counts.rows // self.layout.rows_per_shard
         planned = Rows(
             token=rows.token,
@@ -388,6 +390,16 @@ class _Writer:
             self.group.publish(planned, names, plan)
         elif not self._planned(shard, planned, names) or (complete and now != plan):
             raise self._other(shard, "tokens")
+        self._committed()
+        self.committing = pool.submit(self._commit, shard, rows, planned)
+
+    def _committed(self) -> None:
+        """Wait for the shard that is being committed, if one is."""
+        if self.committing is not None:
+            self.committing.result()
+
+    def _commit(self, shard: int, rows: _Checked, planned: Rows) -> None:
+        """Commit one shard, or see that it is committed with these routes."""
         if not self.group.commit(shard, rows.routes, rows=planned, facts={}):
             arrays, record = self.layout.arrays(), self.valid[shard]
             if any(object_sums(arrays[name].encode(values)) != record[name] for name, values in rows.routes.items()):

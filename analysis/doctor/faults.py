@@ -208,7 +208,7 @@ def dummy_last_tokens(looked: Looked) -> Iterator[Finding]:
 
 def other_top_k(looked: Looked) -> Iterator[Finding]:
     """More choices are kept than the model makes, or fewer than its name says."""
-    still = (looked.changes <= (1 - NEARLY_ALL) * looked.pairs).all(0)
+    still = np.asarray((looked.changes <= (1 - NEARLY_ALL) * looked.pairs).all(axis=0))
     if looked.choices > 1 and looked.pairs >= FEW_TOKENS and still[-1] and not still[0]:
         real = int(np.flatnonzero(~still)[-1]) + 1
         yield Finding(

@@ -191,13 +191,13 @@ def _legal(routed: Routed, expert: NDArray[np.integer], missing: int) -> NDArray
     if not negative.any():
         return expert
     unknown = negative.all(axis=(1, 2))
-    if (negative.any(axis=(1, 2)) & ~unknown).any():
-        at = int((negative.any(axis=(1, 2)) & ~unknown).argmax())
+    if len(torn := np.flatnonzero(negative.any(axis=(1, 2)) & ~unknown)):
+        at = int(torn[0])
         raise ValueError(
             f"sequence {routed.name} knows some experts of a token and not all: {expert[at].tolist()!r:.80}; -1 stands"
             " for all experts of a token that are not known"
         )
-    found: NDArray[np.integer] = np.where(unknown[:, None, None], missing, expert)
+    found: NDArray[np.integer] = np.where(np.expand_dims(unknown, (1, 2)), missing, expert)
     return found
 
 
