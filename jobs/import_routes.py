@@ -207,12 +207,13 @@ def _model(config: ImportConfig) -> Model:
     if config.num_experts is not None:
         return Model(name=config.model, num_experts=config.num_experts, experts_per_token=config.experts_per_token)
 
-    from workers.models.description import describe_model  # torch takes seconds
-    from workers.models.stored import default_quantization
     from workers.tiny import model_path
 
-    path = model_path(config.model)
     try:
+        path = model_path(config.model)
+        from workers.models.description import describe_model  # torch takes seconds
+        from workers.models.stored import default_quantization
+
         found = describe_model(path, quantization=default_quantization(path, None, "cpu"), device_type="cpu")
     except (OSError, ValueError) as error:
         raise ValueError(f"{error}\nwithout the model's configuration give --num_experts, and --layers") from error
