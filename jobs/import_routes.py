@@ -183,7 +183,9 @@ def _size(path: Path) -> int:
 
 
 def _refuse_files(config: ImportConfig, chosen: "Format") -> None:
-    """A ValueError where a file is not there, or is none of this format's."""
+    """A ValueError where there is no file, or one is none of this format's."""
+    if not config.files:
+        raise ValueError("name at least one file")
     for path in config.files:
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}")

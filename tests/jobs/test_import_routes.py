@@ -1,7 +1,6 @@
 """Other engines' routes through the command line: imported, resumed, verified, examined, exported, imported again."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from conftest import Ran
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "workers"))
-
-from test_imports import FORMS, sequences, vllm_http
+from engine_forms import FORMS, sequences, vllm_http
 
 from analysis import expert_load, write_replay
 from jobs import doctor, import_routes, query, status
