@@ -133,20 +133,21 @@ def shifted_layers(looked: Looked) -> Iterator[Finding]:
 
 def repeated_rows(looked: Looked) -> Iterator[Finding]:
     """Stretches with the routes of an earlier stretch whose tokens are others (vllm-project/vllm#39568)."""
-    stretches = np.concatenate(looked.stretches) if looked.stretches else np.zeros((0, 4), np.uint64)
-    order = np.lexsort((stretches[:, 2], stretches[:, 0]))
+    stretches = np.concatenate(looked.stretches) if looked.stretches else np.zeros((0, 5), np.uint64)
+    order = np.lexsort((stretches[:, 3], stretches[:, 0]))
     own, before = stretches[order][1:], stretches[order][:-1]
-    repeats = (own[:, 0] == before[:, 0]) & (own[:, 1] != before[:, 1])
+    others = (own[:, 1] != before[:, 1]) & (own[:, 2] != before[:, 2])  # one other token may not change its experts
+    repeats = (own[:, 0] == before[:, 0]) & others
     if not repeats.any():
         return
-    rows = np.unique(own[repeats, 2].astype(np.int64))
+    rows = np.unique(own[repeats, 3].astype(np.int64))
     first = own[repeats][0].astype(np.int64), before[repeats][0].astype(np.int64)
     yield Finding(
         fault="rows repeat an earlier batch",
         rows=rows[:5].tolist(),
         evidence=f"{int(repeats.sum()):,} of {len(stretches):,} stretches of {STRETCH} tokens have the routes of"
-        f" another one at all layers, though their tokens differ: row {first[0][2]} from position {first[0][3]} on has"
-        f" those of row {first[1][2]} from {first[1][3]} on; in {len(rows):,} rows",
+        f" another one at all layers, though their tokens differ: row {first[0][3]} from position {first[0][4]} on has"
+        f" those of row {first[1][3]} from {first[1][4]} on; in {len(rows):,} rows",
     )
 
 
