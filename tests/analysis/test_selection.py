@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import xarray as xr
 from starlette.testclient import TestClient
@@ -11,6 +12,7 @@ from synthetic import make_capture
 
 from analysis.explorer.live import Explorer
 from analysis.explorer.site import site
+from analysis.exports.parquet import write_tables
 from analysis.metrics.agreement import agreement
 from analysis.metrics.choices import Choices
 from analysis.metrics.confidence import MeanWeights
@@ -133,6 +135,14 @@ def test_a_report_says_what_is_left_out_and_counts_only_what_is_selected(without
     assert "does not promise that a token&#39;s first expert has its largest weight" in page
     with pytest.raises(ValueError, match="served does not say the role of a token"):
         write_report([without], tmp_path / "no.html", only=Selection(roles=("user",)))
+
+
+def test_tables_of_routes_without_weights_have_nulls_in_their_place(without: Path, tmp_path: Path) -> None:
+    write_tables(without, tmp_path, documents=[3])
+    routes, load = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("routes", "load"))
+    assert (routes.num_rows, routes["weight"].null_count) == (15 * 3 * 2, 15 * 3 * 2)
+    assert load["mass_share"].null_count == load.num_rows
+    assert load["count"].null_count == 0
 
 
 def test_the_explorer_shows_routes_without_weights_and_names_phases(without: Path) -> None:
