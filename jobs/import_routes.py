@@ -20,11 +20,12 @@ import tyro
 
 from jobs.console.tables import print_json
 from jobs.console.terminal import Reporter, log, reporting, run_job, shown
+from store.coverage import Coverage
 from store.layout import missing_expert
 from store.writing import write_capture
 
 if TYPE_CHECKING:
-    from workers.imports.blocks import Shape, Tokenize
+    from workers.imports.blocks import Shape
     from workers.imports.formats import Format
     from workers.imports.sequence import Asked, Routed
     from workers.text.tokenizer import TextTokenizer
@@ -101,28 +102,23 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(ImportConfig, prog="python jobs/import_routes.py", args=arguments, use_underscores=True)
 
     from workers.imports.blocks import Grid, ahead, blocks, shape_of, tokenized
+    from workers.imports.files import size_bytes
     from workers.imports.formats import FORMATS
     from workers.imports.sequence import Asked
 
     chosen = FORMATS[config.format]
-    _refuse_files(config, chosen)
-    model = _model(config)
-    tokenizer = _tokenizer(config)
+    _check(config, chosen)
+    model, tokenizer = _model(config), _tokenizer(config)
+    tokenize = None if tokenizer is None else lambda text: tokenizer.encode_batch([text])[0]
     asked = Asked(experts_per_token=model.experts_per_token, weights=_weights(config, model))
-    tokenize = _tokenize(tokenizer)
     shape = shape_of(_sequences(config.files, chosen, asked), tokenize)
-    layers = _layers(config) or model.layers or tuple(range(shape.layers))
     _refuse_choices(model, shape)
-    grid = Grid(
-        positions=config.sequence_length or shape.positions,
-        layers=layers,
-        missing_expert=missing_expert(model.num_experts),
-    )
-    attrs = _provenance(config, model, chosen, tokenizer)
-    counts = _Counts()
-    with reporting(
-        f"import {config.name}", total=sum(map(_size, config.files)), unit="bytes", transient=True
-    ) as report:
+    layers = _layers(config) or model.layers or tuple(range(shape.layers))
+    positions = config.sequence_length or shape.positions
+    grid = Grid(positions=positions, layers=layers, missing_expert=missing_expert(model.num_experts))
+    by_weight, counts = chosen.by_weight or shape.weights, _Counts()
+    size = sum(map(size_bytes, config.files))
+    with reporting(f"import {config.name}", total=size, unit="bytes", transient=True) as report:
         read = (tokenized(routed, tokenize) for routed in _sequences(config.files, chosen, asked))
         state = write_capture(
             config.store,
@@ -131,29 +127,32 @@ def main(arguments: list[str]) -> int:
             num_experts=model.num_experts,
             layers=layers,
             pieces=None if tokenizer is None else tokenizer.pieces(),
-            attrs=attrs,
+            attrs=_provenance(config, model, tokenizer, by_weight=by_weight),
             rows_per_shard=config.rows_per_shard,
         )
-    facts = {
+    facts = _facts(config, state, shape) | {"tokens_without_routes": counts.without_routes, "layers": list(layers)}
+    facts["num_experts"] = model.num_experts
+    if config.json:
+        print_json(facts)
+    else:
+        _tell(config, facts, by_weight=by_weight)
+    return 0
+
+
+def _facts(config: ImportConfig, state: Coverage, shape: "Shape") -> dict[str, Any]:
+    """What was imported; see `ImportConfig.json`."""
+    return {
         "store": config.store,
         "data_set": config.name,
         "format": config.format,
         "tokens": state.tokens_done,
         "rows": state.plan.rows,
         "documents": state.plan.documents,
-        "tokens_without_routes": counts.without_routes,
-        "layers": list(layers),
-        "num_experts": model.num_experts,
         "experts_per_token": shape.choices,
         "weights": shape.weights,
         "phases": shape.phases,
         "digest": state.digest,
     }
-    if config.json:
-        print_json(facts)
-    else:
-        _tell(config, facts, by_weight=chosen.by_weight or shape.weights)
-    return 0
 
 
 class _Counts:
@@ -176,14 +175,11 @@ def _sequences(files: tuple[Path, ...], chosen: "Format", asked: "Asked") -> "It
     return chain.from_iterable(chosen.read(path, asked) for path in files)
 
 
-def _size(path: Path) -> int:
-    from workers.imports.files import size_bytes
-
-    return size_bytes(path)
-
-
-def _refuse_files(config: ImportConfig, chosen: "Format") -> None:
-    """A ValueError where there is no file, or one is none of this format's."""
+def _check(config: ImportConfig, chosen: "Format") -> None:
+    """An error where an option cannot be, there is no file, or one is none of this format's."""
+    for option in ("num_experts", "experts_per_token", "sequence_length", "rows_per_shard"):
+        if (value := getattr(config, option)) is not None and value < 1:
+            raise ValueError(f"--{option} {value}: 1 or more")
     if not config.files:
         raise ValueError("name at least one file")
     for path in config.files:
@@ -276,12 +272,8 @@ def _tokenizer(config: ImportConfig) -> "TextTokenizer | None":
     return load_tokenizer(model_path(config.model if config.tokenizer == "model" else config.tokenizer))
 
 
-def _tokenize(tokenizer: "TextTokenizer | None") -> "Tokenize | None":
-    return None if tokenizer is None else lambda text: tokenizer.encode_batch([text])[0]
-
-
 def _provenance(
-    config: ImportConfig, model: Model, chosen: "Format", tokenizer: "TextTokenizer | None"
+    config: ImportConfig, model: Model, tokenizer: "TextTokenizer | None", *, by_weight: bool
 ) -> dict[str, Any]:
     """What is kept with the routes: whence they are."""
     engine = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}.get(config.format, config.format)
@@ -298,7 +290,7 @@ def _provenance(
         "quantization": config.quantization,
         "tokenizer": None if tokenizer is None else tokenizer.sha256,
         "special_token_ids": [] if tokenizer is None else tokenizer.special_ids,
-        "order_of_choices": "largest weight first" if chosen.by_weight else "as given",
+        "order_of_choices": "largest weight first" if by_weight else "as given",
     }
 
 

@@ -26,5 +26,5 @@ FORMATS = {
     "sglang": Format(read=sglang.read, suffixes=sglang.SUFFIXES),
     "transformers": Format(read=router_logits.read, suffixes=router_logits.SUFFIXES, by_weight=True),
     "olmoe": Format(read=olmoe.read, suffixes=olmoe.SUFFIXES, by_weight=True),
-    "replay": Format(read=replay.read, suffixes=replay.SUFFIXES, by_weight=True),
+    "replay": Format(read=replay.read, suffixes=replay.SUFFIXES),
 }
