@@ -3,7 +3,7 @@
 import hashlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -209,6 +209,7 @@ def _model(config: ImportConfig) -> Model:
 
     try:
         path = model_path(config.model)
+        from workers.models.checkpoint import find_checkpoint, read_config
         from workers.models.description import describe_model  # torch takes seconds
         from workers.models.stored import default_quantization
 
@@ -221,15 +222,12 @@ def _model(config: ImportConfig) -> Model:
         layers=tuple(found["layers"]),
         num_experts=found["num_experts"],
         experts_per_token=config.experts_per_token or found["experts_per_token"],
-        rule=_rule(path),
+        rule=_rule(read_config(find_checkpoint(path, None, weights=False).folder)),
     )
 
 
-def _rule(path: Path | str) -> str:
-    """How a model's family makes weights of logits."""
-    from workers.models.checkpoint import find_checkpoint, read_config
-
-    settings = read_config(find_checkpoint(path, None, weights=False).folder)
+def _rule(settings: Mapping[str, Any]) -> str:
+    """How a model's family makes weights of logits, from its configuration."""
     rule = RULES.get(settings.get("model_type", ""), "unknown")
     if rule != "norm_topk_prob":
         return rule

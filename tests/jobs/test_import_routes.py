@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,18 @@ def test_files_that_are_not_there_and_a_model_that_is_not_known_are_named(
     options = ("--format", "vllm", "--store", tmp_path / "s", "--name", "a")
     ran = command(path, "--model", "nothing", *options, main=import_routes.main)
     assert (ran.status, "no folder here" in ran.err) == (2, True)
+
+
+def test_weights_are_made_of_logits_as_the_family_does_or_as_one_says() -> None:
+    rules = {"mixtral": "renormalized", "olmoe": "softmax", "qwen3_moe": "renormalized", "deepseek_v3": "unknown"}
+    for family, rule in rules.items():
+        assert import_routes._rule({"model_type": family, "norm_topk_prob": family != "olmoe"}) == rule
+    asked = import_routes.ImportConfig(files=(), format="transformers", model="m", store="s", name="n")
+    unknown = import_routes.Model(name="m", num_experts=8, experts_per_token=2, rule="unknown")
+    with pytest.raises(ValueError, match="m is of a family whose k largest logits may not be what it chooses"):
+        import_routes._weights(asked, unknown)
+    assert import_routes._weights(replace(asked, weights="softmax"), unknown) == "softmax"
+    assert import_routes._weights(asked, replace(unknown, rule="none")) == "none"
 
 
 def test_layers_are_numbered_as_the_model_does_where_files_have_all(
