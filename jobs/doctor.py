@@ -16,13 +16,14 @@ end_on_interrupt()
 import tyro
 
 from jobs.console.places import capture_at
-from jobs.console.tables import Column, Facts, print_json, print_line, print_table, stdout_console
+from jobs.console.tables import print_json, print_line, stdout_console
 from jobs.console.terminal import log, reporting, run_job, shown
 
 if TYPE_CHECKING:
     import xarray as xr
 
     from analysis.doctor.alignment import Alignment, Texts
+    from analysis.doctor.faults import Finding
 
 NOTHING = "nothing is wrong that routes show by themselves"
 
@@ -86,9 +87,10 @@ def main(arguments: list[str]) -> int:
         print_json({**told, "findings": findings, "comparison": comparison})
         return int(wrong)
     console = stdout_console()
-    if found:
-        print_table(console, COLUMNS, [asdict(finding) for finding in found])
-    else:
+    for finding in found:
+        print_line(console, _headline(finding), style="red")
+        print_line(console, f"  {finding.evidence}")
+    if not found:
         print_line(console, f"{NOTHING}: {state.tokens_done:,} tokens were examined")
     if compared is not None:
         for line in _in_words(compared):
@@ -96,24 +98,18 @@ def main(arguments: list[str]) -> int:
     return int(wrong)
 
 
+def _headline(finding: "Finding") -> str:
+    """The fault, and where."""
+    layers, rows = finding.layers, finding.rows
+    parts = [f"layers {_listed(layers, 8)}"] * bool(layers) + [f"rows {_listed(rows, 5)}"] * bool(rows)
+    return f"{finding.fault}{': ' if parts else ''}{'; '.join(parts)}"
+
+
 def _listed(values: Sequence[int], most: int) -> str:
-    shown_ones = ", ".join(map(str, values[:most]))
-    return f"{shown_ones}, ..." if len(values) > most else shown_ones or "-"
-
-
-def _layers(row: Facts) -> str:
-    numbers = row["layers"]
-    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]}-{numbers[-1]}"
-    return _listed(numbers, 4)
-
-
-COLUMNS = (
-    Column(name="fault", text=lambda row: row["fault"], left=True, style=lambda row: "red"),
-    Column(name="layers", text=_layers, left=True),
-    Column(name="first rows", text=lambda row: _listed(row["rows"], 3), left=True, spare=1),
-    Column(name="evidence", text=lambda row: row["evidence"], left=True),
-)
+    """Numbers, as a range where they are one."""
+    if len(values) > 2 and list(values) == list(range(values[0], values[-1] + 1)):
+        return f"{values[0]} to {values[-1]}"
+    return ", ".join(map(str, values[:most])) + ", ..." * (len(values) > most)
 
 
 def _in_words(found: "Alignment") -> list[str]:
