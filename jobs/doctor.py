@@ -101,7 +101,8 @@ def main(arguments: list[str]) -> int:
 def _headline(finding: "Finding") -> str:
     """The fault, and where."""
     layers, rows = finding.layers, finding.rows
-    parts = [f"layers {_listed(layers, 8)}"] * bool(layers) + [f"rows {_listed(rows, 5)}"] * bool(rows)
+    parts = [f"layer{'s' * (len(layers) > 1)} {_listed(layers, 8)}"] * bool(layers)
+    parts += [f"first in row{'s' * (len(rows) > 1)} {_listed(rows, 5)}"] * bool(rows)
     return f"{finding.fault}{': ' if parts else ''}{'; '.join(parts)}"
 
 

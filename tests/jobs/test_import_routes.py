@@ -121,7 +121,7 @@ def test_the_doctor_says_what_is_wrong_and_how_two_captures_agree(tmp_path: Path
     found = {one["fault"]: one for one in json.loads(ran.out)["findings"]}
     assert found["zero layers"]["layers"] == [1]
     shown = command(store / "bad", main=doctor.main)
-    assert "zero layers: layers 1; rows 0, 1, 2, 3, 4\n" in shown.out
+    assert "zero layers: layer 1; first in rows 0 to 4\n" in shown.out
     ran = command(store / "good", "--against", store / "good", "--json", main=doctor.main)
     compared = json.loads(ran.out)["comparison"]
     assert (compared["verdict"], compared["agreement"], compared["position"]) == ("agrees", 1.0, 0)
