@@ -128,6 +128,17 @@ def test_lines_of_olmoes_scripts_have_their_last_axes_turned(tmp_path: Path) -> 
     assert [routed.expert.tolist() for routed in found] == [one["expert"].tolist() for one in made]
 
 
+def test_texts_are_tokenized_and_must_give_as_many_tokens_as_there_are_routes(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"text": "3 1 4", "expert": [[[0, 1]]] * 2}])
+    [routed] = FORMATS["plain"].read(path, Asked())
+    tokenize = lambda text: np.array([int(word) for word in text.split()])
+    found = tokenized(routed, tokenize)
+    assert found.token is not None
+    assert found.token.tolist() == [3, 1, 4]
+    with pytest.raises(ValueError, match="has 5 tokens, and routes of 2 from token 0 on"):
+        tokenized(routed, lambda text: np.arange(5))
+
+
 def test_layers_without_experts_are_left_out() -> None:
     assert slots_of(3, [1, 2, 5]).tolist() == [0, 1, 2]
     assert slots_of(6, [1, 2, 5]).tolist() == [1, 2, 5]
