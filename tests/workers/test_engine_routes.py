@@ -50,11 +50,8 @@ def test_what_is_imported_is_a_capture_with_the_fill_value_where_nothing_is_know
     shape = shape_of(read(), None)
     assert (shape.positions, shape.layers, shape.choices, shape.phases) == (16, LAYERS, CHOICES, True)
     grid = Grid(positions=4, layers=(0, 1, 2), missing_expert=missing_expert(EXPERTS))  # four: documents of many rows
-    for _ in range(2):  # again: resumed and compared
-        write_capture(
-            tmp_path / "s.zarr", "d", blocks=blocks(read(), shape, grid), num_experts=EXPERTS, layers=(0, 1, 2),
-            rows_per_shard=2,
-        )  # fmt: skip
+    given = blocks(read(), shape, grid)
+    write_capture(tmp_path / "s.zarr", "d", blocks=given, num_experts=EXPERTS, layers=(0, 1, 2), rows_per_shard=8)
     found = open_capture(tmp_path / "s.zarr", "d").load()
     assert found["name"].values.tolist() == [one.name for one in read()]
     assert ("weight" in found) is shape.weights
@@ -73,8 +70,7 @@ def test_what_is_imported_is_a_capture_with_the_fill_value_where_nothing_is_know
             np.testing.assert_array_equal(own["weight"].values[filled][:-1], one["weight"].astype(np.float16))
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(("suffix", "batched"), [("safetensors", False), ("npz", True)])
 def test_router_logits_become_the_choices_and_weights_of_the_router(tmp_path: Path, suffix: str, batched: bool) -> None:
     import torch
     from transformers import MixtralConfig, MixtralModel
