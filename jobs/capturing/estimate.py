@@ -112,7 +112,9 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
 def _device_memory(run: Run) -> str:
     """Weights, and on a GPU all that is held beside them, where that is known."""
     config, where = run.config, f"on {run.device}, {run.batch_tokens:,} tokens at a time"
-    weights = estimate_bytes(run.model, config.model_revision, run.quantization, run.device, dtype=config.dtype)
+    weights = estimate_bytes(
+        run.model, config.model_revision, run.quantization, run.device, dtype=config.dtype, last_experts=False
+    )
     if run.device == "cpu":
         return f"{weights:,} bytes of weights {where}"
     work = estimate_working_bytes(

@@ -66,7 +66,9 @@ def working_bytes(skeleton: Any, quantization: str, matmul: str, dtype: torch.dt
         taken = slots * hidden if matmul == "fp8" else rows * hidden * wide
         at_once = slots * hidden * wide + taken + rows * inner * (2 * wide + narrow)
     else:
-        at_once = max(slots * (hidden * narrow + 2 * inner * wide), slots * (inner * narrow + hidden * wide))
+        taken, both, gated = slots * hidden * narrow, slots * 2 * inner * wide, slots * inner * narrow
+        down = gated + slots * hidden * wide
+        at_once = taken + max(both + gated, down) if matmul == "fp8" else max(taken + both, both + gated, down)
     every_token = tokens * hidden * (2 * wide + (narrow if matmul == "fp8" else 0))  # the residual, and what is normed
     recorded = layers * slots * (8 + 4)
     total: int = CONTEXT_BYTES + buffers + scales + at_once + every_token + recorded

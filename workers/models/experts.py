@@ -197,8 +197,9 @@ def outputs_one_by_one(
             group = _dequantized(products, experts, *next(groups))
         both, down = (products.one(each, expert - group.first) for each in (group.both, group.down))
         for part in products.parts(start, end) if start < end else ():
-            both_SI2 = products.multiply(products.rows(taken, part), both)
-            products.multiply(products.gated(both_SI2), down, out=rows_SH[part])
+            inner = products.gated(products.multiply(products.rows(taken, part), both))
+            products.multiply(inner, down, out=rows_SH[part])
+            del inner  # before the next one is made
     return rows_SH, slots.slot_TK
 
 

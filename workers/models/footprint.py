@@ -14,10 +14,11 @@ from workers.models.description import (
     build_skeleton,
     compute_dtype,
     experts_per_token,
+    find_routers,
     num_experts,
     quantization_config,
 )
-from workers.models.stored import BLOCK
+from workers.models.stored import BLOCK, FOUR_BITS, stored_quantization
 
 _SCALE_BLOCK = 256  # scales that share a scale of their own under double quantization; likewise
 
@@ -29,6 +30,7 @@ def estimate_bytes(
     device_type: str = "cuda",
     *,
     dtype: str | None = None,
+    last_experts: bool = True,
 ) -> int:
     """Bytes of all weights of the model without its head, quantized as asked; activations are not counted.
 
@@ -38,6 +40,8 @@ def estimate_bytes(
         As for `load_model`.
     device_type
         "cuda" or "cpu": decides the compute dtype where `dtype` is not given.
+    last_experts
+        Whether the experts of the last layer count, which are read and let go: no router follows them.
 
     Returns
     -------
@@ -50,7 +54,7 @@ def estimate_bytes(
         When there is no such checkpoint, or its configuration cannot be read.
     """
     checkpoint = find_checkpoint(model, revision, weights=False)
-    return estimate_checkpoint(checkpoint, quantization, compute_dtype(device_type, dtype))
+    return estimate_checkpoint(checkpoint, quantization, compute_dtype(device_type, dtype), last_experts=last_experts)
 
 
 def operations_per_token(model: str | Path, revision: str | None = None) -> int:
@@ -69,10 +73,30 @@ def operations_per_token(model: str | Path, revision: str | None = None) -> int:
     return 2 * weights
 
 
-def estimate_checkpoint(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype) -> int:
-    """`estimate_bytes` for a checkpoint that is found already."""
+def estimate_checkpoint(
+    checkpoint: Checkpoint, quantization: str, dtype: torch.dtype, *, last_experts: bool = True
+) -> int:
+    """`estimate_bytes` for a checkpoint that is found already; without the experts of the last layer, if so told."""
     skeleton, _ = quantized_skeleton(checkpoint, quantization, dtype)
-    return sum(_resident_bytes(tensor) for tensor in [*skeleton.parameters(), *skeleton.buffers()])
+    names = {module: name for name, module in skeleton.named_modules()}
+    last = names[list(find_routers(skeleton).values())[-1]].rpartition(".")[0]
+    left_out = () if last_experts else (f"{last}.experts.",)
+    tensors = [*skeleton.named_parameters(), *skeleton.named_buffers()]
+    return sum(_resident_bytes(tensor) for name, tensor in tensors if not name.startswith(left_out))
+
+
+def option_that_fits(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype, free_bytes: int) -> str:
+    """What to ask for where a model's weights do not fit into so many bytes.
+
+    Half of the room of each card is left for activations and buffers where the model is spread over several.
+    """
+    stored = stored_quantization(checkpoint)
+    if stored is None and quantization not in FOUR_BITS:
+        smaller = estimate_checkpoint(checkpoint, "nf4", dtype)
+        if smaller < free_bytes:
+            return f"--quantization nf4, which takes {smaller:,}"
+    needed = estimate_checkpoint(checkpoint, quantization, dtype)
+    return f"--gpus_per_worker {-(-2 * needed // max(free_bytes, 1))} with so many cards like it, or a larger card"
 
 
 def quantized_skeleton(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:

@@ -33,7 +33,7 @@ from workers.models.description import (
     quantization_config,
 )
 from workers.models.experts import PackedExperts
-from workers.models.footprint import estimate_checkpoint, quantized_skeleton
+from workers.models.footprint import estimate_checkpoint, option_that_fits, quantized_skeleton
 from workers.models.packed import PackedStack
 from workers.models.stored import BLOCK, FOUR_BITS, stored_quantization
 
@@ -133,7 +133,8 @@ def load_model(
         if free_bytes < weight_bytes // gpus:
             raise ValueError(
                 f"{checkpoint.model} in {quantization} needs {weight_bytes // gpus:,} bytes for its weights, and "
-                f"{each} has {free_bytes:,} free; use a larger card, more of them, or a smaller quantization"
+                f"{each} has {free_bytes:,} free: use "
+                + option_that_fits(checkpoint, quantization, computed_in, free_bytes)
             )
     loaded = _from_pretrained(checkpoint, description, devices, computed_in)
     loaded.eval().requires_grad_(False)
