@@ -13,7 +13,7 @@ import itertools
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,10 @@ class Selection:
     """First position in the row, and the one after the last; default all."""
     tokens: tuple[int, ...] | None = None
     """Token ids; default all but special ones, which are counted only when named here."""
+    roles: tuple[str, ...] | None = None
+    """Speakers of a conversation, such as "assistant"; default all, and tokens without one."""
+    phases: tuple[str, ...] | None = None
+    """"prompt" or "generated"; default both, and tokens of which it is not known."""
 
     def __post_init__(self) -> None:
         if self.positions is not None and not 0 <= self.positions[0] < self.positions[1]:
@@ -61,6 +65,23 @@ class Selection:
 
 
 EVERYTHING = Selection()
+
+
+def label_numbers(dataset: xr.Dataset, name: str, wanted: Sequence[str]) -> list[int]:
+    """The numbers by which `role` or `phase` names labels.
+
+    Raises
+    ------
+    ValueError
+        When the capture does not have it, or not such a label.
+    """
+    where = dataset.attrs.get("dataset", "the capture")
+    if name not in dataset:
+        raise ValueError(f"{where} does not say the {name} of a token: nothing can be selected by it")
+    labels = str(dataset[name].attrs.get("flag_meanings", "")).split()
+    if unknown := [label for label in wanted if label not in labels]:
+        raise ValueError(f"{name} {unknown[0]!r}: {where} has {', '.join(labels)}")
+    return [labels.index(label) for label in wanted]
 
 
 def kernel(function: _Function) -> _Function:
@@ -99,7 +120,8 @@ class Reducer(ABC):
     """A metric's share of a scan: integer sums over blocks, then one small labelled Dataset."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Variables it reads besides `expert`, `token` and `length`, which are always there."""
+    """Variables it reads besides `expert`, `token` and `length`, which are always there; one with "?" behind its name
+    is in the block where the capture has it."""
     stacks: ClassVar[bool] = False
     """Whether `finish` also takes accumulators with a leading dimension, which it then calls `replicate`."""
 
@@ -177,10 +199,13 @@ def accumulate(
 
     Other parameters, and errors, are those of `scan`.
     """
-    needs = frozenset[str]().union(*(reducer.needs for reducer in reducers))
-    names = {"expert", "token"} | (needs - COMPUTED)
+    needs, there = frozenset[str]().union(*(reducer.needs for reducer in reducers)), set(map(str, dataset))
+    labels = _labels(dataset, only)
+    optional = {name.removesuffix("?") for name in needs if name.endswith("?")} & there
+    names = {"expert", "token", *optional, *labels} | {name for name in needs - COMPUTED if not name.endswith("?")}
     for reducer in reducers:
-        if missing := sorted(reducer.needs - COMPUTED - set(map(str, dataset.variables))):
+        wanted = {name for name in reducer.needs - COMPUTED if not name.endswith("?")}
+        if missing := sorted(wanted - set(map(str, dataset.variables))):
             where, what = dataset.attrs.get("dataset", "the capture"), ", ".join(missing)
             raise ValueError(f"{type(reducer).__name__} needs {what}, and the routes of {where} came without")
     needs_code = "code" in needs and coded(dataset)
@@ -188,8 +213,8 @@ def accumulate(
     document = np.unique(dataset["document_id"].values, return_inverse=True)[1] if "document" in needs else None
     # Bare variables: coordinates would be loaded with every shard for nothing.
     variables = xr.Dataset({name: dataset[name].variable for name in sorted(names)})
-    wanted, excluded = _wanted_rows(dataset, only), _excluded_tokens(dataset, only)
-    length = np.where(wanted, dataset["length"].values, 0)  # read once: its chunks hold many shards
+    rows_wanted, excluded = _wanted_rows(dataset, only), _excluded_tokens(dataset, only)
+    length = np.where(rows_wanted, dataset["length"].values, 0)  # read once: its chunks hold many shards
     left = deque(shards)
     total, done = len(left), itertools.count(1)
 
@@ -205,7 +230,7 @@ def accumulate(
                 block["length"], block["row"] = length[rows], np.arange(rows.start, rows.stop)
                 if document is not None:
                     block["document"] = document[rows]
-                _mark(block, dataset, rows.start, excluded, only, needs_code)
+                _mark(block, dataset, rows.start, excluded, only, labels, needs_code)
                 for reducer, state in zip(reducers, states, strict=True):
                     reducer.update(state, block)
                 if progress is not None:
@@ -292,6 +317,12 @@ def special_tokens(dataset: xr.Dataset) -> list[int]:
     return list(dataset.attrs["special_token_ids"])
 
 
+def _labels(dataset: xr.Dataset, only: Selection) -> dict[str, list[int]]:
+    """The numbers of the roles and phases that are selected, by the variable."""
+    wanted = {"role": only.roles, "phase": only.phases}
+    return {name: label_numbers(dataset, name, labels) for name, labels in wanted.items() if labels is not None}
+
+
 def _excluded_tokens(dataset: xr.Dataset, only: Selection) -> Array:
     """Token ids that are not counted; bool (token_id)."""
     vocabulary = dataset.sizes["token_id"]
@@ -316,7 +347,13 @@ def _decode(rows: xr.Dataset, dataset: xr.Dataset, first_row: int) -> Block:
 
 
 def _mark(
-    block: Block, dataset: xr.Dataset, first_row: int, excluded: Array, only: Selection, needs_code: bool
+    block: Block,
+    dataset: xr.Dataset,
+    first_row: int,
+    excluded: Array,
+    only: Selection,
+    labels: Mapping[str, Sequence[int]],
+    needs_code: bool,
 ) -> None:
     """Find the tokens that count, and their codes; refuse what no capture can hold."""
     expert, token = block["expert"], block["token"]
@@ -335,6 +372,8 @@ def _mark(
             f" {expert[row, position, layer, k]}, but the model has {num_experts} experts;"
             " the shard is damaged"
         )
+    for name, wanted in labels.items():
+        counted &= np.isin(block[name], wanted)
     block["counted"] = counted
     if needs_code:
         block["code"] = _codes(expert, counted, block["length"], num_experts)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -62,15 +62,20 @@ class QueryConfig:
     """With --expert: tokens listed."""
     min_count: int = 1
     """With --expert: leave out tokens that occur less often; the lift of a rare token is mostly luck."""
+    phase: Annotated[tuple[Literal["prompt", "generated"], ...], tyro.conf.UseAppendAction] = ()
+    """Only tokens of this phase, where the capture says it (imported routes do). May be repeated."""
+    role: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Only tokens of this speaker, where the capture is of conversations: assistant. May be repeated."""
     json: bool = False
     """For scripts: one JSON document on standard output instead of tables, with the keys store, data_set, complete
-    (whether the capture is), shards_done, shards_total, and answers. Each answer has rows, what it is about, and the
-    attributes of the measurement: n (of what counted says: tokens), null (a share by chance), null_lift, estimator,
-    definition, source. To --token, one answer: token_id, piece, tokens (its occurrences); rows of layer, expert, count,
-    share, lift, without experts that got none. To --expert two, by count and by lift: layer, expert, order, min_count;
-    rows of rank, token_id, piece, count, tokens, share, lift. To --document one for each: document, name, n,
-    tokens_missing, layers; rows of position, token_id, piece, expert and weight, the last two as lists, by layer, of
-    its choices. What is no number is null."""
+    (whether the capture is), shards_done, shards_total, phase and role (what is selected; empty: all), and answers.
+    Each answer has rows, what it is about, and the attributes of the measurement: n (of what counted says: tokens),
+    null (a share by chance), null_lift, estimator, definition, source. To --token, one answer: token_id, piece,
+    tokens (its occurrences); rows of layer, expert, count, share, lift, without experts that got none. To --expert
+    two, by count and by lift: layer, expert, order, min_count; rows of rank, token_id, piece, count, tokens, share,
+    lift. To --document one for each: document, name, n, tokens_missing, layers; rows of position, token_id, piece,
+    and where the capture has them role, phase and weight, with expert and weight as lists, by layer, of its choices.
+    What is no number is null."""
 
 
 def main(arguments: list[str]) -> int:
@@ -94,12 +99,13 @@ def _answer(config: QueryConfig, store: str, name: str, documents: list[int | st
     layers = _layers(capture, config.layer)
     if not state.complete:
         log(shown(f"note: {state}"))
-    answers: Sequence[Answer] = [document_answer(capture, document, layers) for document in documents]
+    labels = {"phase": config.phase, "role": config.role}
+    answers: Sequence[Answer] = [document_answer(capture, document, layers, labels) for document in documents]
     answers = answers or _counted(config, store, state, capture, layers)
     if config.json:
         known = {"complete": state.complete, "shards_done": state.shards_done, "shards_total": state.shards_total}
         answered = [answer.as_json() for answer in answers]
-        print_json({"store": store, "data_set": name, **known, "answers": answered})
+        print_json({"store": store, "data_set": name, **known, **labels, "answers": answered})
         return 0
     console = stdout_console()
     for answer in answers:
@@ -127,7 +133,9 @@ def _counted(
     """The answers to what is counted over all tokens; a mistake is reported before."""
     from analysis.metrics.tokens import TokenCounts, check_ranking
     from analysis.results import measure
+    from analysis.scanning import Selection
 
+    only = Selection(roles=config.role or None, phases=config.phase or None)
     answers: list[Callable[[xr.Dataset], Listed]]
     if config.expert is not None:
         layer, expert = _expert(capture, config.expert)
@@ -138,7 +146,7 @@ def _counted(
         answers = [partial(token_answer, capture, _token(capture, config.token, config.token_id), layers)]
     with reporting(state.dataset, unit="shards", transient=True) as report:
         progress = lambda done, total: report.to(done)
-        counts = measure(store, state.dataset, [TokenCounts()], state=state, progress=progress)[0]
+        counts = measure(store, state.dataset, [TokenCounts()], state=state, only=only, progress=progress)[0]
     return [answer(counts) for answer in answers]
 
 
@@ -159,7 +167,7 @@ def _check(config: QueryConfig) -> None:
         "layer": ("token", "token_id", "document"),
         "top": ("expert",),
         "min_count": ("expert",),
-        "json": ("token", "token_id", "expert", "document"),
+        **dict.fromkeys(("json", "phase", "role"), ("token", "token_id", "expert", "document")),
     }
     for option, questions in limits.items():
         if getattr(config, option) != getattr(QueryConfig, option) and asked[0] not in questions:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 # Before numpy is imported: a scan has a thread for each processor, and threads of the linear algebra beside them only
 # wait for them (a seventh of a report's processor time, measured on two cores).
@@ -46,6 +46,10 @@ class ReportConfig:
     block_tokens: int | None = None
     """Take blocks of so many tokens for documents in intervals and tests: for texts that are one long document. That
     neighbouring blocks resemble each other is then not seen, and intervals are somewhat too narrow."""
+    phase: Annotated[tuple[Literal["prompt", "generated"], ...], tyro.conf.UseAppendAction] = ()
+    """Count only tokens of this phase, where captures say it (imported routes do). May be repeated."""
+    role: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Count only tokens of this speaker, where captures are of conversations: assistant. May be repeated."""
     cluster: bool = False
     """Read the stores on the Ray cluster of $RAY_ADDRESS, which must see them, or on one that is started here."""
 
@@ -63,7 +67,9 @@ def main(arguments: list[str]) -> int:
         write_figures,
         write_report,
     )
+    from analysis.scanning import Selection
 
+    only = Selection(roles=config.role or None, phases=config.phase or None)
     with ExitStack() as stack:
         where: dict[str, Any] = {}
         if config.cluster:
@@ -73,7 +79,7 @@ def main(arguments: list[str]) -> int:
             stack.enter_context(connection())
             where["runner_of"] = ClusterRunner
         drawn = write_report(
-            config.stores, config.output, progress=_progress(), block_tokens=config.block_tokens, **where
+            config.stores, config.output, progress=_progress(), block_tokens=config.block_tokens, only=only, **where
         )
     for answers in drawn.answers:
         if not answers.state.complete:

@@ -21,7 +21,7 @@ import google_crc32c
 import numpy as np
 
 from store.identity import Identity, identity_hash, refuse_other_identity
-from store.layout import OPTIONAL, ArraySpec, Layout
+from store.layout import LABELS, OPTIONAL, ArraySpec, Layout
 from store.plan import Plan, Rows
 from store.planned import PlannedGroup, group_metadata, valid_name
 from store.records import as_json, parse_record
@@ -84,7 +84,7 @@ class CaptureGroup(PlannedGroup):
         group.objects.put_new("zarr.json", group_metadata({}))
         if exists:
             return group
-        for name in ("weight", "role", *OPTIONAL):  # of a creation that was killed, of a capture with other arrays
+        for name in ("weight", *LABELS, *OPTIONAL):  # of a creation that was killed, of a capture with other arrays
             if name not in layout.arrays():
                 group.objects.clear(group._key(name))
         contents = {"piece": np.array(pieces, dtype=object), "layer": np.array(layout.layers, dtype="int32")}

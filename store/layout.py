@@ -29,7 +29,7 @@ SHARD_CHOICES = 2**31  # in a shard at most: 4.3 GB of weights; S3 takes 5 GB in
 CHUNK_CHOICES = 2**21  # choices in an inner chunk at most: 2 MB of experts, 4 MB of weights
 
 MISSING_TOKEN = -1
-MISSING_ROLE = 255
+MISSING_ROLE = 255  # and of a phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,9 @@ class ArraySpec:
         assert values.shape[1:] == self.trailing, (values.shape, self.trailing)
         objects, array = self._in_memory(len(values))
         array[...] = values
+        if self.key(0) not in objects:  # all fill: Zarr leaves out a shard of which every inner chunk is left out
+            objects, array = self._in_memory(len(values), empty_chunks=True)
+            array[...] = values
         return objects[self.key(0)].to_bytes()
 
     def decode(self, data: bytes, size: int) -> np.ndarray:
@@ -96,7 +99,7 @@ class ArraySpec:
         except Exception as error:  # codecs raise whatever they run into
             raise ValueError(str(error) or repr(error)) from error
 
-    def _in_memory(self, size: int) -> tuple[dict[str, Buffer], zarr.Array[Any]]:
+    def _in_memory(self, size: int, *, empty_chunks: bool = False) -> tuple[dict[str, Buffer], zarr.Array[Any]]:
         objects: dict[str, Buffer] = {}
         array = zarr.create_array(
             MemoryStore(objects),
@@ -110,7 +113,7 @@ class ArraySpec:
             attributes=dict(self.attrs),
             # Inside a shard an inner chunk of fill is left out; a one-dimensional chunk is always written, so that
             # "no object" never means "all fill".
-            config={"write_empty_chunks": self.shard is None},
+            config={"write_empty_chunks": empty_chunks or self.shard is None},
         )
         return objects, array
 
@@ -137,6 +140,8 @@ class Layout:
     vocab_size: int
     roles: tuple[str, ...] = ()
     """Names of the speakers where the data set is made of conversations."""
+    phases: tuple[str, ...] = ()
+    """Names of what made each token, prompt and generated, where routes that came from elsewhere say so."""
     record: tuple[str, ...] = ()
     """Names of the arrays of `OPTIONAL` that the capture has. They belong into the capture's identity too."""
     weights: bool = True
@@ -150,8 +155,9 @@ class Layout:
             raise ValueError("the model has no layer with experts")
         if not all(type(layer) is int and 0 <= layer < 2**31 for layer in self.layers):
             raise ValueError(f"layers is {self.layers!r:.80}, and must hold numbers from 0 on")
-        if not all(isinstance(role, str) for role in self.roles):
-            raise ValueError(f"roles is {self.roles!r:.80}, and must hold names")
+        for name in ("roles", "phases"):
+            if not all(isinstance(label, str) for label in getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, and must hold names")
         if type(self.weights) is not bool:
             raise ValueError(f"weights is {self.weights!r:.80}, and must be true or false")
         if unknown := [name for name in self.record if name not in OPTIONAL]:
@@ -178,13 +184,14 @@ class Layout:
             When they describe none.
         """
         fields = {name: value for name, value in attrs.items() if name in cls.__dataclass_fields__}
-        lists = {"layers": fields["layers"], "roles": fields["roles"], "record": fields.get("record", ())}
+        lists = {"layers": fields["layers"], "roles": fields["roles"]}
+        lists |= {name: fields.get(name, ()) for name in ("phases", "record")}
         return cls(**{**fields, **{name: tuple(values) for name, values in lists.items()}})
 
     def attrs(self) -> dict[str, Any]:
         """The group's attributes that describe this layout, without those that older stores do not have, where they
-        say nothing: an empty `record`, and `weights`."""
-        said = {"record": bool(self.record), "weights": not self.weights}
+        say nothing: an empty `record` or `phases`, and `weights`."""
+        said = {"record": bool(self.record), "phases": bool(self.phases), "weights": not self.weights}
         return {name: value for name, value in asdict(self).items() if said.get(name, True)}
 
     @property
@@ -195,7 +202,7 @@ class Layout:
     @property
     def missing_expert(self) -> int:
         """The expert id that means "not captured": no legal expert has it."""
-        return 255 if self.num_experts <= 255 else 65_535
+        return missing_expert(self.num_experts)
 
     @property
     def inner_chunk(self) -> tuple[int, int]:
@@ -209,6 +216,12 @@ class Layout:
     def routes(self) -> tuple[str, ...]:
         """Names of the arrays that workers fill, in the order of `arrays`: a shard's routes."""
         return tuple(name for name, spec in self.arrays().items() if spec.captured)
+
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """The labels that the plan gives tokens, by array: speakers as `role`, prompt and generated as `phase`."""
+        given = {"role": self.roles, "phase": self.phases}
+        return {name: labels for name, labels in given.items() if labels}
 
     def grid(self, *more: str) -> dict[str, Any]:
         """Dimensions, chunks and shards of an array that has a value for each position.
@@ -264,14 +277,18 @@ class Layout:
         }  # fmt: skip
         if not self.weights:
             del arrays["weight"]
-        if self.roles:
-            flags = {"flag_values": list(range(len(self.roles))), "flag_meanings": " ".join(self.roles)}
-            arrays["role"] = ArraySpec(
+        for name, labels in self.labels.items():
+            flags = {"flag_values": list(range(len(labels))), "flag_meanings": " ".join(labels)}
+            arrays[name] = ArraySpec(
                 dtype="uint8", fill=MISSING_ROLE, compressors=_blosc("zstd", 3, "shuffle"),
-                attrs={"long_name": "speaker of the token", "missing": MISSING_ROLE, **flags}, **place,
+                attrs={"long_name": LABELS[name], "missing": MISSING_ROLE, **flags}, **place,
             )  # fmt: skip
         return arrays | {name: spec(self) for name, spec in OPTIONAL.items() if name in self.record}
 
+
+LABELS = {"role": "speaker of the token", "phase": "whether the token was given or generated"}
+PHASES = ("prompt", "generated")
+"""The labels of `phase`."""
 
 OPTIONAL: dict[str, Callable[[Layout], ArraySpec]] = {}
 """Arrays that a capture has where `Layout.record` names them.
@@ -279,6 +296,11 @@ OPTIONAL: dict[str, Callable[[Layout], ArraySpec]] = {}
 An entry makes the array's spec from the layout, with `captured=True`, on a grid of `Layout.grid`. What an engine gives
 under the same name is stored in it, and its fill value at and beyond each row's length.
 """
+
+
+def missing_expert(num_experts: int) -> int:
+    """The expert id that means "not captured", where there are so many experts."""
+    return 255 if num_experts <= 255 else 65_535
 
 
 def default_rows_per_shard(sequence_length: int, shard_tokens: int = SHARD_TOKENS) -> int:

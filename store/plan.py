@@ -76,3 +76,5 @@ class Rows:
     """int32 (rows,): tokens of the document before the row"""
     role: np.ndarray | None = None
     """uint8 (rows, P), for conversations: index into `Layout.roles`, 255 where there is no speaker"""
+    phase: np.ndarray | None = None
+    """uint8 (rows, P), where it is known: index into `Layout.phases`, 255 where it is not"""

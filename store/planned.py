@@ -154,7 +154,7 @@ class PlannedGroup:
         assert plan.rows == before.rows + len(rows.length), (plan, before)
         assert plan.documents == before.documents + len(names), (plan, before)
         assert plan.complete or plan.rows % layout.rows_per_shard == 0, plan
-        for name in ("token", "role") if layout.roles else ("token",):
+        for name in ("token", *layout.labels):
             values = getattr(rows, name)
             for start in range(0, len(values), layout.rows_per_shard):
                 shard = (before.rows + start) // layout.rows_per_shard

@@ -73,9 +73,10 @@ def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = Fal
         Lazy; a dask chunk is a shard. Variables `expert` (uint8 or uint16) and `weight` (float16) over (doc,
         position, layer, k), `token` int32 (doc, position), `length`, `document_id`, `offset` and `captured` over
         (doc), `name` (document), `piece` (token_id); for conversations also `role` uint8 (doc, position); and what
-        `Layout.record` names. Routes that came from elsewhere may have no `weight`. A `doc` is a row: a window of a
+        `Layout.record` names. Routes that came from elsewhere may have no `weight`, and may have `phase` uint8 (doc,
+        position), 0 for tokens of the prompt and 1 for generated ones. A `doc` is a row: a window of a
         document. Positions at or beyond `length` hold fill values: `expert` 255 or 65535, `weight` 0, `token` -1,
-        `role` 255. Attributes are such that netCDF holds them; `attributes` gives them with mappings.
+        `role` and `phase` 255. Attributes are such that netCDF holds them; `attributes` gives them with mappings.
 
     Raises
     ------

@@ -273,8 +273,7 @@ def _place_faults(group: CaptureGroup, shard: int, plan: Plan, records: Records)
     if shard in records and records[shard].get("token_crc32c") != tokens_crc32c(token):
         return [f"{_key(group, 'token', start)} holds other tokens than shard {shard} was captured from"]
     faults = [_length_fault(group, start, token, shard in records)]
-    if group.layout.roles:
-        faults.append(_role_fault(group, start, token))
+    faults += [_label_fault(group, name, start, token) for name in group.layout.labels]
     return [fault for fault in faults if fault is not None]
 
 
@@ -293,15 +292,16 @@ def _length_fault(group: CaptureGroup, start: int, token: np.ndarray, committed:
     return f"{one} does not fit {other}: row {start + index} has {tokens} tokens, and its length is {length[index]}"
 
 
-def _role_fault(group: CaptureGroup, start: int, token: np.ndarray) -> str | None:
+def _label_fault(group: CaptureGroup, name: str, start: int, token: np.ndarray) -> str | None:
     try:
-        role = group.values("role", start, start + len(token))
+        label = group.values(name, start, start + len(token))
     except ValueError as error:
         return str(error)
-    if (index := _first(((token < 0) & (role != MISSING_ROLE)).any(axis=1))) is None:
+    if (index := _first(((token < 0) & (label != MISSING_ROLE)).any(axis=1))) is None:
         return None
-    role_key, token_key = (_key(group, name, start + index) for name in ("role", "token"))
-    return f"{role_key} does not fit {token_key}: it names a speaker in row {start + index} where no token is"
+    own_key, token_key = (_key(group, each, start + index) for each in (name, "token"))
+    what = "a speaker" if name == "role" else "a phase"
+    return f"{own_key} does not fit {token_key}: it names {what} in row {start + index} where no token is"
 
 
 def _first(wrong: np.ndarray) -> int | None:

@@ -2,12 +2,13 @@
 
 What it writes is a capture like any other, in the same grid and through the same plan and commits: `verify` reads it
 back, and whoever opens it sees no difference. The call may be killed and made again: what is there already is compared
-with what it gives, and the rest is added. In memory are one shard and one block.
+with what it gives, and the rest is added. In memory are three shards and one block.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import numpy as np
 
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup, object_sums
-from store.layout import MISSING_TOKEN, SHARD_CHOICES, Layout, default_rows_per_shard
+from store.layout import MISSING_ROLE, MISSING_TOKEN, PHASES, SHARD_CHOICES, Layout, default_rows_per_shard
 from store.lease import lease
 from store.plan import Plan, Rows
 
-NAMES = {"token", "expert", "weight", "length", "document_id"}
+NAMES = {"token", "expert", "weight", "length", "document_id", "phase", "name"}
 LARGEST_WEIGHT = float(np.finfo(np.float16).max)
 
 Block = Mapping[str, np.ndarray]
@@ -51,7 +52,9 @@ def write_capture(
         experts) in all layers where a token's choices are not known. Optional, in all blocks or in none: `weight`,
         floats like `expert`, kept in 16 bits; `length`, integers (rows): tokens in the row, 1 to P, default those
         before the first id below 0; `document_id`, integers (rows), ascending from 0 on: the document that the row is
-        a window of, default one for each row. What lies at and beyond a row's length is not looked at.
+        a window of, default one for each row; `phase`, integers (rows, P): 0 for a token of the prompt, 1 for a
+        generated one, 255 where that is not known; `name`, texts (rows): the name of the row's document, of which its
+        first row's counts, default "document" and its number. What lies at and beyond a row's length is not looked at.
     num_experts : int
         E of each layer.
     layers : sequence of int
@@ -127,6 +130,7 @@ def _layout(
         experts_per_token=choices,
         vocab_size=1 if pieces is None else len(pieces),
         weights="weight" in block,
+        phases=PHASES if "phase" in block else (),
     )
 
 
@@ -135,7 +139,7 @@ def _refuse_names(block: Block, wanted: set[str], number: int) -> None:
     if block.keys() != wanted:
         raise ValueError(
             f"block {number} has the arrays {sorted(block)}, and {sorted(wanted)} are wanted: token and expert, and of"
-            " weight, length and document_id the same in all blocks"
+            " weight, length, document_id, phase and name the same in all blocks"
         )
 
 
@@ -147,14 +151,22 @@ class _Checked:
     length: np.ndarray
     document_id: np.ndarray
     routes: dict[str, np.ndarray]
+    beside: dict[str, np.ndarray]
+    """`phase` and `name`, where the blocks have them."""
 
     def __len__(self) -> int:
         return len(self.length)
 
     def part(self, rows: slice) -> "_Checked":
-        routes = {name: values[rows] for name, values in self.routes.items()}
+        routes, beside = (
+            {name: values[rows] for name, values in arrays.items()} for arrays in (self.routes, self.beside)
+        )
         return _Checked(
-            token=self.token[rows], length=self.length[rows], document_id=self.document_id[rows], routes=routes
+            token=self.token[rows],
+            length=self.length[rows],
+            document_id=self.document_id[rows],
+            routes=routes,
+            beside=beside,
         )
 
 
@@ -165,8 +177,11 @@ def _joined(parts: Sequence[_Checked]) -> _Checked:
     token, length, document_id = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("token", "length", "document_id")
     )
-    routes = {name: np.concatenate([part.routes[name] for part in parts]) for name in parts[0].routes}
-    return _Checked(token=token, length=length, document_id=document_id, routes=routes)
+    routes, beside = (
+        {name: np.concatenate([getattr(part, kind)[name] for part in parts]) for name in getattr(parts[0], kind)}
+        for kind in ("routes", "beside")
+    )
+    return _Checked(token=token, length=length, document_id=document_id, routes=routes, beside=beside)
 
 
 class _Checker:
@@ -193,7 +208,11 @@ class _Checker:
             known = routes["expert"] != layout.missing_expert
             routes["weight"] = self._weight(self._array(block, "weight", choices, "f"), known)
         checked = _Checked(
-            token=self._token(token, filled), length=length, document_id=self._documents(block, rows), routes=routes
+            token=self._token(token, filled),
+            length=length,
+            document_id=self._documents(block, rows),
+            routes=routes,
+            beside=self._beside(block, filled),
         )
         self.rows += rows
         return checked
@@ -228,19 +247,36 @@ class _Checker:
 
     def _expert(self, expert: np.ndarray, filled: np.ndarray) -> np.ndarray:
         experts, fill = self.layout.num_experts, self.layout.missing_expert
-        unknown = expert == fill
-        wrong = filled[..., None, None] & ((expert < 0) | (expert >= experts)) & ~unknown
-        self._refuse(wrong, f"it holds expert {{}}, and 0 to {experts - 1} are possible, or {fill} for unknown", expert)
-        some = unknown.any(axis=(2, 3)) & ~unknown.all(axis=(2, 3)) & filled
-        self._refuse(some, f"a token has {fill}, for unknown, among its choices: give it for all of them or none")
+        illegal = expert >= experts if expert.dtype.kind == "u" else (expert < 0) | (expert >= experts)
+        if illegal.any():  # many passes over a large array, for few
+            unknown = expert == fill
+            wrong = filled[..., None, None] & illegal & ~unknown
+            possible = f"0 to {experts - 1} are possible, or {fill} for unknown"
+            self._refuse(wrong, f"it holds expert {{}}, and {possible}", expert)
+            some = (unknown != unknown[:, :, :1, :1]).any(axis=(2, 3)) & filled
+            self._refuse(some, f"a token has {fill}, for unknown, among its choices: give it for all of them or none")
         dtype = np.dtype(self.layout.arrays()["expert"].dtype)
-        checked: np.ndarray = np.where(filled[..., None, None], expert.astype(dtype), dtype.type(fill))
+        checked: np.ndarray = expert.astype(dtype)
+        checked[~filled] = fill
         return checked
 
     def _weight(self, weight: np.ndarray, known: np.ndarray) -> np.ndarray:
         wrong = known & ~(np.abs(weight) <= LARGEST_WEIGHT)
         self._refuse(wrong, "it holds the weight {}, which 16 bits cannot hold", weight)
         return np.where(known, weight, 0).astype(np.float16)
+
+    def _beside(self, block: Block, filled: np.ndarray) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        if "phase" in block:
+            phase = self._array(block, "phase", filled.shape, "iu")
+            wrong = filled & (phase != MISSING_ROLE) & ((phase < 0) | (phase >= len(PHASES)))
+            self._refuse(wrong, "it holds the phase {}, and 0 (prompt), 1 (generated) and 255 are possible", phase)
+            found["phase"] = np.where(filled, phase, MISSING_ROLE).astype(np.uint8)
+        if "name" in block:
+            found["name"] = np.array([str(name) for name in block["name"]], dtype=object)
+            if found["name"].shape != filled.shape[:1]:
+                raise ValueError(f"block {self.number} has {len(found['name'])} names for {len(filled)} rows")
+        return found
 
     def _documents(self, block: Block, rows: int) -> np.ndarray:
         if "document_id" not in block:
@@ -305,37 +341,69 @@ class _Writer:
     counts: _Counts = field(default_factory=_Counts)
     offset: int = 0
     """Tokens of the last document so far."""
+    names: dict[int, str] = field(default_factory=dict)
+    """Of documents that are not counted yet."""
+    named: int = 0
+    """Documents that are counted."""
+    committing: Future[None] | None = None
 
     def write(self, blocks: Iterable[Block]) -> None:
         self.valid, wrong = self.group.commits()
         for shard in wrong:
             self.group.discard(shard)
         checker, waiting, step = _Checker(self.layout, known=self.known), list[_Checked](), self.layout.rows_per_shard
-        for block in blocks:
-            waiting.append(checker.check(block))
-            while sum(map(len, waiting)) > step:  # the last shard waits for the end
-                rows = _joined(waiting)
-                self._shard(rows.part(slice(step)), complete=False)
-                waiting = [rows.part(slice(step, None))]
-        rows = _joined(waiting)
-        if not len(rows):
-            raise ValueError("blocks holds no row: there is nothing to write")
-        if not self.known and not self.group.plan.complete:
-            self.group.settle_pieces([str(number) for number in range(checker.largest_token + 1)])
-            self.group = CaptureGroup(self.group.path, self.group.dataset)
-        self._shard(rows, complete=True)
+        # While a shard is read, the one before it is planned and the one before that committed: much of it is waiting.
+        with ThreadPoolExecutor(2) as pool:
+            planning = pool.submit(lambda: None)
+            try:
+                for block in blocks:
+                    waiting.append(checker.check(block))
+                    while sum(map(len, waiting)) > step:  # the last shard waits for the end
+                        planning.result()
+                        rows = _joined(waiting)
+                        planning = pool.submit(self._shard, rows.part(slice(step)), pool, complete=False)
+                        waiting = [rows.part(slice(step, None))]
+            finally:  # what was read before a wrong block is kept
+                wait([planning])
+                wait([self.committing or planning])
+            planning.result()
+            rows = _joined(waiting)
+            if not len(rows):
+                raise ValueError("blocks holds no row: there is nothing to write")
+            if not self.known and not self.group.plan.complete:
+                self._committed()
+                self.group.settle_pieces([str(number) for number in range(checker.largest_token + 1)])
+                self.group = CaptureGroup(self.group.path, self.group.dataset)
+            self._shard(rows, pool, complete=True)
+            self._committed()
 
-    def _shard(self, rows: _Checked, *, complete: bool) -> None:
-        """Plan and commit one shard, or see that it is there."""
+    def _shard(self, rows: _Checked, pool: Executor, *, complete: bool) -> None:
+        """Plan one shard, or see that it is planned, and have it committed."""
         start, shard = self.counts.rows, self.counts.rows // self.layout.rows_per_shard
-        planned = Rows(token=rows.token, length=rows.length, document_id=rows.document_id, offset=self._offsets(rows))
+        planned = Rows(
+            token=rows.token,
+            length=rows.length,
+            document_id=rows.document_id,
+            offset=self._offsets(rows),
+            phase=rows.beside.get("phase"),
+        )
         self.counts.add(rows)
         plan, now = self.counts.plan(complete=complete), self.group.plan
+        names = self._names(rows, plan.documents)
         if now.rows == start and not now.complete:
-            names = [f"document {number}" for number in range(now.documents, plan.documents)]
             self.group.publish(planned, names, plan)
-        elif not self._planned(shard, planned) or (complete and now != plan):
+        elif not self._planned(shard, planned, names) or (complete and now != plan):
             raise self._other(shard, "tokens")
+        self._committed()
+        self.committing = pool.submit(self._commit, shard, rows, planned)
+
+    def _committed(self) -> None:
+        """Wait for the shard that is being committed, if one is."""
+        if self.committing is not None:
+            self.committing.result()
+
+    def _commit(self, shard: int, rows: _Checked, planned: Rows) -> None:
+        """Commit one shard, or see that it is committed with these routes."""
         if not self.group.commit(shard, rows.routes, rows=planned, facts={}):
             arrays, record = self.layout.arrays(), self.valid[shard]
             if any(object_sums(arrays[name].encode(values)) != record[name] for name, values in rows.routes.items()):
@@ -351,12 +419,22 @@ class _Writer:
         self.offset = int(offset[-1]) + int(rows.length[-1])
         return offset
 
-    def _planned(self, shard: int, rows: Rows) -> bool:
-        """Whether a shard is planned with these rows."""
+    def _names(self, rows: _Checked, documents: int) -> list[str]:
+        """The names of the documents that are counted with these rows, and were not before."""
+        for document, name in zip(rows.document_id.tolist(), rows.beside.get("name", ()), strict=False):
+            self.names.setdefault(document, name)
+        names = [self.names.pop(number, f"document {number}") for number in range(self.named, documents)]
+        self.named = documents
+        return names
+
+    def _planned(self, shard: int, rows: Rows, names: list[str]) -> bool:
+        """Whether a shard is planned with these rows, and its documents have these names."""
         start, stop = self.group.span(shard, self.group.plan)
-        names = ("token", "length", "document_id", "offset")
-        return stop - start == len(rows.length) and all(
-            np.array_equal(self.group.values(name, start, stop), getattr(rows, name)) for name in names
+        arrays = ("token", "length", "document_id", "offset", *self.layout.labels)
+        return (
+            stop - start == len(rows.length)
+            and all(np.array_equal(self.group.values(name, start, stop), getattr(rows, name)) for name in arrays)
+            and (not names or self.group.values("name", self.named - len(names), self.named).tolist() == names)
         )
 
     def _other(self, shard: int, what: str) -> ValueError:

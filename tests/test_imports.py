@@ -20,11 +20,13 @@ MAY_IMPORT = {
     "jobs": {"jobs", "workers", "analysis", "store"},
 }
 ROOMS = {
-    "workers": ["shard", "environment", "tiny", "text", "models", "recorder", "replica", "engine", "notebook"],
+    "workers": [
+        *["shard", "environment", "tiny", "text", "imports", "models", "recorder", "replica", "engine", "notebook"],
+    ],
     "jobs": ["console", "sources", "capturing", "cluster"],  # and then the scripts
     "analysis": [
         *["escaping", "attributes", "fingerprint", "scanning", "statistics", "results", "charts", "metrics"],
-        *["exports", "report", "explorer", "examples"],
+        *["doctor", "exports", "report", "explorer", "examples"],
     ],
 }
 """Files and folders of a package, from the ground up: each may import from those before it."""
@@ -252,6 +254,9 @@ TYPOS = {
     "explore": (["s.zarr", "--prot", "1"], "--port"),
     "validate": (["m", "--gihtub", "x"], "--github"),
     "quantize": (["tiny", "out", "--quantisation", "nf4"], "--quantization"),
+    "import_routes": (["f.npz", "--fromat", "vllm"], "--format"),
+    "doctor": (["s.zarr/a", "--agianst", "s.zarr/b"], "--against"),
+    "card": (["s.zarr", "--licnese", "mit"], "--license"),
     "train_tiny": (["out", "--setps", "3"], "--steps"),
 }
 

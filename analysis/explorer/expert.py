@@ -38,7 +38,7 @@ class Profiles:
         self.together = coactivation_of(choices)
         self.moves = transitions_of(choices)
         self.position = position_load_of(view.now.result("position"))
-        self.contexts = view.now.result("contexts")
+        self.contexts = view.now.result("contexts") if "weight" in view.capture else None
 
     def expert(self, layer: int, expert: int, others: Sequence[Profiles] = ()) -> dict[str, Any]:
         """All about one expert; `others` are the data sets of the same model, this one included.
@@ -87,8 +87,10 @@ class Profiles:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return [row | {"text": self.view.texts[row["token_id"]]} for row in rows if row["token_id"] >= 0]
 
-    def _contexts(self, layer: int, expert: int) -> list[dict[str, Any]]:
-        """Where its weights are largest."""
+    def _contexts(self, layer: int, expert: int) -> list[dict[str, Any]] | None:
+        """Where its weights are largest; None of routes that came without weights."""
+        if self.contexts is None:
+            return None
         found = self.contexts.sel(layer=layer, expert=expert)
         rows = []
         for row, position, weight in zip(*(found[name].values.tolist() for name in found), strict=True):

@@ -51,12 +51,12 @@ Sums = dict[str, State]
 
 def reducers(capture: xr.Dataset) -> dict[str, Reducer]:
     """What is summed up over the parts of a capture."""
-    return {
+    counted: dict[str, Reducer] = {
         "load": Jackknife(Load()),
         "choices": Choices(),
         "position": ExpertCounts(32),
-        "contexts": TopContexts(),
     }
+    return counted | ({"contexts": TopContexts()} if "weight" in capture else {})
 
 
 @dataclass(frozen=True, kw_only=True)

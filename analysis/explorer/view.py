@@ -8,7 +8,7 @@ HTML.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,8 +21,9 @@ from analysis.explorer.parts import Part
 from analysis.explorer.pieces import readable
 from analysis.metrics.tokens import TokenOrder, expert_tokens_of, label_counts
 from analysis.scanning import Array, sizes
+from store.attributes import attributes
 from store.group import CaptureGroup
-from store.layout import CHUNK_POSITIONS
+from store.layout import CHUNK_POSITIONS, LABELS
 from store.secrets import without_secrets
 
 AROUND = 12  # tokens of context on each side
@@ -172,22 +173,30 @@ class View:
         """Tokens, experts and weights of some positions of a row, for `document`."""
         return self._coded(*self._arrays(row, start, stop))
 
-    def _arrays(self, row: int, start: int, stop: int) -> tuple[Array, Array, Array, Array]:
-        """Tokens, experts, weights and speakers of some positions of a row; fill where it is not captured."""
-        names = ("token", "expert", "weight", *(("role",) if "role" in self.capture else ()))
-        token, expert, weight, *role = (self._read(name, row, start, stop) for name in names)
+    def _arrays(self, row: int, start: int, stop: int) -> tuple[Array, ...]:
+        """Tokens, experts, weights, speakers and phases of some positions of a row; fill where it is not captured."""
+        token, expert = (self._read(name, row, start, stop) for name in ("token", "expert"))
+        weight = self._read("weight", row, start, stop) if "weight" in self.capture else np.ones(expert.shape)
+        labels = [
+            self._read(name, row, start, stop) if name in self.capture else np.empty(0, np.uint8) for name in LABELS
+        ]
         missing = np.iinfo(expert.dtype).max
         if not self.rows["captured"][row : row + 1].all():  # what a killed worker left is not to be shown
             expert, weight = np.full_like(expert, missing), np.zeros_like(weight)
-        elif (expert == missing).any():
+        elif (expert == missing).any() and not self.given:
             raise self._unreadable(row, "experts are gone")
-        elif len(weight) and not weight.any():
+        elif len(weight) and not weight.any() and not self.given:
             raise self._unreadable(row, "weights are gone")
         if (token < 0).any() or (token >= len(self.texts)).any():
             raise self._unreadable(row, "tokens are gone")
-        return token, expert, weight, role[0] if role else np.empty(0, np.uint8)
+        return token, expert, weight, *labels
 
-    def _coded(self, token: Array, expert: Array, weight: Array, role: Array) -> dict[str, Any]:
+    @cached_property
+    def given(self) -> bool:
+        """Whether the routes came from elsewhere: those of some tokens may not be known."""
+        return "written" in attributes(self.capture).get("identity", {})
+
+    def _coded(self, token: Array, expert: Array, weight: Array, *labels: Array) -> dict[str, Any]:
         scale = float(weight.max(initial=0)) or 1.0
         coded = np.rint(weight.astype(np.float64) * (65_535 / scale)).astype("<u2")
         return {
@@ -197,13 +206,18 @@ class View:
             "weight": base64.b64encode(coded.tobytes()).decode(),
             "scale": scale / 65_535,
             "bytes": expert.dtype.itemsize,
-            "roles": self._speakers(role) if "role" in self.capture else None,
+            "weighed": "weight" in self.capture,
+            "roles": self._labelled(labels),
         }
 
-    def _speakers(self, role: Array) -> list[str]:
-        """Who speaks each token of a conversation."""
-        names = self.capture["role"].attrs["flag_meanings"].split()
-        return [names[number] if number < len(names) else "" for number in role.tolist()]
+    def _labelled(self, labels: Sequence[Array]) -> list[str] | None:
+        """Who speaks each token of a conversation, and whether it is of the prompt or generated."""
+        named = []
+        for name, numbers in zip(LABELS, labels, strict=True):
+            if name in self.capture:
+                names = self.capture[name].attrs["flag_meanings"].split()
+                named.append([names[number] if number < len(names) else "" for number in numbers.tolist()])
+        return [", ".join(filter(None, each)) for each in zip(*named, strict=True)] if named else None
 
     def _read(self, array: str, row: int, start: int, stop: int) -> Array:
         """Some positions of a row, straight from its chunk."""

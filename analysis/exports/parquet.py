@@ -300,6 +300,8 @@ def _routes(capture: xr.Dataset, documents: Sequence[int | str]) -> Iterator[dic
             path = document_path(capture, document).rename(token="token_id")
         except ValueError as error:
             raise ValueError(f"{capture.attrs['dataset']}: {error}") from error
+        if "weight" not in path:  # null in the table
+            path["weight"] = xr.full_like(path["expert"], np.nan, dtype=np.float16)
         step = max(1, ROWS // (path.sizes["layer"] * path.sizes["k"]))
         for start in range(0, path.sizes["position"], step):
             part = path.isel(position=slice(start, start + step))

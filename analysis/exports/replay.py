@@ -71,13 +71,13 @@ def document_replay(
         Whose form. All index layers by the model's own numbers, layers without experts holding zeros, and have
 
         - vllm: `CompletionOutput.routed_experts`: uint8 up to 256 experts and uint16 beyond, S − 1 tokens
-          (vllm-project/vllm, v1/core/sched/scheduler.py and model_executor/layers/fused_moe/routed_experts_capturer.py
-          as of 0.22; int32 up to 0.20; 0.21 returned int16 of the layers with experts, prompt and completion apart);
+          (vllm-project/vllm, outputs.py and model_executor/layers/fused_moe/routed_experts_capturer.py as of 0.33.0;
+          int32 up to 0.20; 0.21 returned int16 of the layers with experts, prompt and completion apart);
         - sglang: `meta_info.routed_experts` once decoded: int32, S − 1 tokens (sgl-project/sglang,
-          srt/state_capturer/routed_experts.py; `write_replay` encodes it);
+          srt/state_capturer/routed_experts.py as of 0.5.23, which tags no type; `write_replay` encodes it);
         - slime: `Sample.rollout_routed_experts`: the same (THUDM/slime, slime/rollout/sglang_rollout.py);
         - verl: `AgentLoopOutput.routed_experts`: int16, S tokens, or S − 1, which verl fills up with zeros
-          (verl-project/verl, verl/experimental/agent_loop/agent_loop.py).
+          (verl-project/verl, verl/experimental/agent_loop/agent_loop.py as of 0.9.1).
     all_positions : bool, optional
         Whether the last token has routes too; default as the framework does.
     num_hidden_layers : int, optional
@@ -91,7 +91,8 @@ def document_replay(
     Raises
     ------
     ValueError
-        When the document has no row, or tokens of it are not captured or not in the dataset; or as for
+        When the document has no row, or tokens of it are not captured or not in the dataset, but for a last one
+        whose routes the framework does not have either; or as for
         `analysis.exports.placement.layer_slots`.
     """
     rows = np.flatnonzero(dataset["document_id"].values == document)
@@ -229,18 +230,25 @@ def _rows(dataset: xr.Dataset, numbers: Array) -> Iterator[_Routes]:
     captured = dataset["captured"].values if "captured" in dataset else np.full(len(numbers), True)
     fill = np.iinfo(expert.dtype).max
     for index, number in enumerate(numbers.tolist()):
-        document, length = int(own["document_id"][index]), int(own["length"][index])
-        missing = int((expert[index, :length] == fill).any((1, 2)).sum()) if captured[index] else length
-        if missing:
-            raise ValueError(
-                f"row {number}, document {document}: {missing} of {length} tokens are not captured; finish the capture"
-            )
-        yield _Routes(
+        length = int(own["length"][index])
+        row = _Routes(
             number=number,
-            document=document,
+            document=int(own["document_id"][index]),
             offset=int(own["offset"][index]),
             token=token[index, :length],
-            expert=expert[index, :length],
+            expert=expert[index, :length] if captured[index] else np.full_like(expert[index, :length], fill),
+        )
+        _refuse_missing(row, length - 1 if captured[index] else length)  # a server has no routes of a last token
+        yield row
+
+
+def _refuse_missing(row: _Routes, positions: int) -> None:
+    """Refuse a row where one of the first so many tokens is not captured."""
+    missing = (row.expert == np.iinfo(row.expert.dtype).max).any((1, 2))
+    if missing[:positions].any():
+        raise ValueError(
+            f"row {row.number}, document {row.document}: {missing.sum()} of {len(missing)} tokens are not captured;"
+            " finish the capture; where routes were imported, their last token may have none (all_positions=False)"
         )
 
 
@@ -268,8 +276,9 @@ def _joined(rows: Iterable[_Routes], bos_before_each: bool) -> _Routes:
 
 
 def _replay(row: _Routes, dtype: np.dtype[Any], last: bool, layers: Array, slots: int) -> Replay:
-    """A row in a framework's form."""
+    """A row in a framework's form; refuses one with tokens that are not captured."""
     positions = len(row.token) if last else max(len(row.token) - 1, 0)
+    _refuse_missing(row, positions)
     routed = np.zeros((positions, slots, row.expert.shape[2]), dtype=dtype)
     routed[:, layers] = row.expert[:positions]
     return Replay(row.token.astype(np.int32), routed)

@@ -24,7 +24,7 @@ MARGIN_BINS = 10  # of equal width, from 0 to 1 (arbitrary)
 class Agreement(Reducer):
     """Counts of what two captures have in common; of a dataset that `paired` made."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"other_expert", "other_token", "weight"})
+    needs: ClassVar[frozenset[str]] = frozenset({"other_expert", "other_token", "weight?"})
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros; `finish` names the dimensions."""
@@ -46,7 +46,8 @@ class Agreement(Reducer):
                 f"the captures hold other texts: at position {position} of a row stand tokens"
                 f" {block['token'][row, position]} and {block['other_token'][row, position]}"
             )
-        _add(expert, other, block["weight"].astype(np.float32), both, *state.values())
+        weight = block["weight"] if "weight" in block else np.zeros(expert.shape)
+        _add(expert, other, weight.astype(np.float32), both, *state.values())
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """Shares of tokens; NaN where there is none."""
@@ -61,10 +62,13 @@ class Agreement(Reducer):
         shared = count.sum("same_first")
         overlap = (shared * shared["shared_experts"]).sum("shared_experts") / choices
         first = xr.DataArray(state["first_difference"][:-1], dims="layer", coords={"layer": layer})
-        margin = xr.DataArray(state["margin"] * WEIGHT_UNIT, dims=("layer", "flipped"), coords={"layer": layer})
+        weighed = "weight" in dataset  # else nothing is known of margins
+        margin = xr.DataArray(
+            state["margin"] * (WEIGHT_UNIT if weighed else np.nan), dims=("layer", "flipped"), coords={"layer": layer}
+        )
         flips = tokens - same
         of_bin = xr.DataArray(
-            state["by_margin"],
+            state["by_margin"] * weighed,
             dims=("layer", "bin", "what"),
             coords={"layer": layer, "margin_from": ("bin", np.arange(MARGIN_BINS) / MARGIN_BINS)},
         )
@@ -113,9 +117,10 @@ def agreement(one: xr.Dataset, other: xr.Dataset, *, threads: int | None = None)
     -------
     xr.Dataset
         Over layer, float64: `same_set`, `overlap`, `same_first`, `first_difference`, `margin`, `margin_at_flips` (NaN
-        where k = 1 or there is none); over (layer, bin), by the margin in `one`, whose bins begin at `margin_from`:
-        `tokens_of_margin` int64, `same_set_of_margin`, `same_first_of_margin` float64 (NaN where there is none; no
-        token where k = 1); attribute `any_difference`. The nulls for k = 2 of 8 experts: 1/28, 1/4, 1/8.
+        where k = 1, there is none, or `one` came without weights); over (layer, bin), by the margin in `one`, whose
+        bins begin at `margin_from`: `tokens_of_margin` int64, `same_set_of_margin`, `same_first_of_margin` float64 (NaN
+        where there is none; no token where k = 1 or there are no weights); attribute `any_difference`. The nulls for
+        k = 2 of 8 experts: 1/28, 1/4, 1/8.
 
     Raises
     ------

@@ -23,9 +23,9 @@ Bins = int | Literal["doubling"]
 
 
 class Load(Reducer):
-    """Counts of choices and sums of weights, by layer, choice and expert."""
+    """Counts of choices and sums of weights, by layer, choice and expert; of routes without weights the counts."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"weight"})
+    needs: ClassVar[frozenset[str]] = frozenset({"weight?"})
     stacks = True
 
     def init(self, dataset: xr.Dataset) -> State:
@@ -35,16 +35,20 @@ class Load(Reducer):
 
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
+        if "weight" not in block:
+            _add_ranks(block["expert"], block["counted"], state["count"])
+            return
         bits = block["weight"].view(np.uint16)
         if not _add_choices(block["expert"], bits, block["counted"], state["count"], state["mass"]):
             raise ValueError("a weight is not a finite number: the shard is damaged")
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Shares of choices and of weight; NaN where nothing was counted."""
+        """Shares of choices and of weight; NaN where nothing was counted, and of weight where there is none."""
         layers, _, experts = sizes(dataset)
+        unit = WEIGHT_UNIT if "weight" in dataset else np.nan
         count = labelled(state["count"], "layer", "k", "expert")
-        mass = labelled(state["mass"] * WEIGHT_UNIT, "layer", "k", "expert")
-        of_expert = labelled(state["mass"].sum(axis=-2) * WEIGHT_UNIT, "layer", "expert")
+        mass = labelled(state["mass"] * unit, "layer", "k", "expert")
+        of_expert = labelled(state["mass"].sum(axis=-2) * unit, "layer", "expert")
         tokens = int(state["count"].reshape(-1, *state["count"].shape[-3:])[0, 0, 0].sum()) if layers else 0
         per_expert = count.sum("k")
         result = xr.Dataset(
@@ -131,7 +135,7 @@ def expert_load(dataset: xr.Dataset, *, threads: int | None = None) -> xr.Datase
     Parameters
     ----------
     dataset : xr.Dataset
-        A capture; `weight` is read too.
+        A capture; `weight` is read where it is there.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
 
@@ -139,8 +143,9 @@ def expert_load(dataset: xr.Dataset, *, threads: int | None = None) -> xr.Datase
     -------
     xr.Dataset
         `counts` int64 and `mass` float64, the sum of weights (layer, k, expert), in tokens; `share` and `mass_share`
-        float64 (layer, expert), both summing to 1 over experts and NaN when no token was counted. Attribute `n`:
-        tokens counted; `null`: the even share 1/E.
+        float64 (layer, expert), both summing to 1 over experts and NaN when no token was counted. `mass` and
+        `mass_share` are NaN of routes that came without weights. Attribute `n`: tokens counted; `null`: the even share
+        1/E.
 
     Raises
     ------
@@ -298,6 +303,18 @@ def _add_choices(expert: Array, weight_bits: Array, counted: Array, count: Array
                     count[layer, k, chosen] += 1
                     mass[layer, k, chosen] += -units if bits >> 15 else units
     return True
+
+
+@kernel
+def _add_ranks(expert: Array, counted: Array, count: Array) -> None:
+    """Add choices by (layer, k, expert)."""
+    rows, positions, layers, choices = expert.shape
+    for row in range(rows):
+        for position in range(positions):
+            if counted[row, position]:
+                for layer in range(layers):
+                    for k in range(choices):
+                        count[layer, k, expert[row, position, layer, k]] += 1
 
 
 def range_starts(bins: Bins, positions: int) -> list[int]:

@@ -192,7 +192,8 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
     -------
     xr.Dataset
         Over `position`, the token's number in its document: `token` int32, `piece` str, `row` int64; over (position,
-        layer, k): `expert`, of the store's own type, and `weight` float16, where the capture has it. Special tokens
+        layer, k): `expert`, of the store's own type, and `weight` float16, where the capture has it; and over
+        `position`, where the capture has them, `role` and `phase` str, "" where there is none. Special tokens
         have no position and are left out; tokens not captured yet are left out and counted in the attribute
         `tokens_missing`.
 
@@ -204,7 +205,8 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
     number = document_number(dataset, document)
     rows = np.flatnonzero(dataset["document_id"].values == number)
     routes = [name for name in ("expert", "weight") if name in dataset]
-    own = xr.Dataset({name: dataset[name].variable for name in ("token", "length", "offset", *routes)})
+    labels = {name: _label_names(dataset[name]) for name in ("role", "phase") if name in dataset}
+    own = xr.Dataset({name: dataset[name].variable for name in ("token", "length", "offset", *routes, *labels)})
     own = own.isel(doc=rows).load()
     order = np.argsort(own["offset"].values, kind="stable")
     own, rows = own.isel(doc=order).transpose("doc", "position", "layer", "k"), rows[order]
@@ -222,6 +224,7 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
             "token": ("position", ids),
             "row": ("position", np.broadcast_to(rows[:, None], token.shape)[kept]),
             **{name: (("position", "layer", "k"), own[name].values[kept]) for name in routes},
+            **{name: ("position", names[own[name].values[kept]]) for name, names in labels.items()},
         },
         coords={
             "position": position[kept],
@@ -240,6 +243,14 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
         definition="k choices and weights of each token at each layer, largest weight first",
         source="-",
     )
+
+
+def _label_names(label: xr.DataArray) -> Array:
+    """The names of a label's numbers, "" of all that have none."""
+    names = np.full(256, "", dtype=object)
+    given = str(label.attrs.get("flag_meanings", "")).split()
+    names[: len(given)] = given
+    return names
 
 
 def document_number(dataset: xr.Dataset, document: int | str) -> int:

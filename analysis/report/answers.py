@@ -13,7 +13,7 @@ import xarray as xr
 from analysis.report.section import Answers, Asked, Section
 from analysis.report.sections.all import SECTIONS
 from analysis.results import question
-from analysis.scanning import Reducer, scan
+from analysis.scanning import EVERYTHING, Reducer, Selection, scan
 from store import Coverage, attributes
 
 Ask = Callable[[Sequence[Reducer]], list[xr.Dataset]]
@@ -26,21 +26,41 @@ def answer(
     ask: Ask | None = None,
     sections: Sequence[Section] = SECTIONS,
     block_tokens: int | None = None,
+    only: Selection = EVERYTHING,
 ) -> Answers:
     """Scan one capture once, as much of it as is there, or `ask` who knows the answers already.
 
-    `block_tokens` makes blocks of so many tokens the units in place of documents.
+    `block_tokens` makes blocks of so many tokens the units in place of documents; `only` says what is counted, also by
+    who is asked.
     """
     asked = Asked(data=data, state=state, label=label, block_tokens=block_tokens)
     wanted = {section.id: section.ask(asked) for section in sections}
     reducers = _once(wanted)
-    counted = dict(zip(reducers, (ask or partial(scan, data))(list(reducers.values())), strict=True))
+    counted = dict(zip(reducers, (ask or partial(scan, data, only=only))(list(reducers.values())), strict=True))
     found: dict[str, xr.Dataset] = {}
     for section in sections:
         own = {name: counted[name] for name in wanted[section.id]}
         found |= section.answer(own, asked) if section.answer else own
     documents = int(np.unique(data["document_id"].values).size)
-    return Answers(label=label, state=state, attrs=attributes(data), documents=documents, found=found)
+    notes = _notes(asked, only)
+    return Answers(label=label, state=state, attrs=attributes(data), documents=documents, found=found, notes=notes)
+
+
+def _notes(asked: Asked, only: Selection) -> list[str]:
+    """What a reader must know of a data set before any number of it."""
+    notes = []
+    for what, labels in (("phase", only.phases), ("role", only.roles)):
+        if labels is not None:
+            notes.append(f"{asked.label}: only tokens whose {what} is {' or '.join(labels)} are counted.")
+    if not asked.weighed:
+        left_out = "shares of weight and the routers' confidence are left out"
+        notes.append(f"{asked.label}: the routes came without weights, so that {left_out}.")
+    if asked.data.attrs.get("order_of_choices") == "as given":
+        notes.append(
+            f"{asked.label}: the engine that returned these routes does not promise that a token's first expert has its"
+            " largest weight; what is said of first choices is of the experts that it named first."
+        )
+    return notes
 
 
 def _once(wanted: Mapping[str, Mapping[str, Reducer]]) -> dict[str, Reducer]:

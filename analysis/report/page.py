@@ -33,7 +33,7 @@ from analysis.report.section import Answers, Section
 from analysis.report.sections.all import SECTIONS
 from analysis.report.sections.contrast import contrast_between
 from analysis.results import Runner, measure
-from analysis.scanning import accumulate
+from analysis.scanning import EVERYTHING, Selection, accumulate
 from store import Coverage, coverage, dataset_names
 from store.files import whole_file
 from store.reader import open_covered
@@ -89,6 +89,7 @@ def write_report(
     progress: Callable[[str, int, int], None] | None = None,
     runner_of: Callable[[Path, Coverage], Runner] = lambda path, state: accumulate,
     block_tokens: int | None = None,
+    only: Selection = EVERYTHING,
 ) -> Report:
     """Draw every data set of some stores on one page.
 
@@ -104,6 +105,8 @@ def write_report(
         Who reads the shards of a store, in so far as the answers are not kept already; default this process.
     block_tokens
         Take blocks of so many tokens for documents in intervals and tests: see `Jackknife`.
+    only
+        What is counted.
 
     Returns
     -------
@@ -115,7 +118,7 @@ def write_report(
     FileNotFoundError
         When a path is no store.
     ValueError
-        When the stores hold no data set.
+        When the stores hold no data set, or one of them has no token labels to select by.
     """
     found = [(path, name) for path in paths for name in dataset_names(path)]
     if not found:
@@ -127,8 +130,10 @@ def write_report(
     answers = []
     for label, (path, state, data) in opened.items():
         on_shard = None if progress is None else lambda done, total, label=label: progress(label, done, total)
-        ask = partial(measure, path, state.dataset, state=state, progress=on_shard, runner=runner_of(path, state))
-        answers.append(answer(data, state, label, ask, block_tokens=block_tokens))
+        ask = partial(
+            measure, path, state.dataset, state=state, only=only, progress=on_shard, runner=runner_of(path, state)
+        )
+        answers.append(answer(data, state, label, ask, block_tokens=block_tokens, only=only))
     report = report_of(answers)
     page = render(report)
     with whole_file(output) as unfinished:

@@ -27,6 +27,11 @@ class Asked:
     block_tokens: int | None = None
     """Blocks of so many tokens are units in place of documents."""
 
+    @property
+    def weighed(self) -> bool:
+        """Whether the routes have weights."""
+        return "weight" in self.data
+
 
 Found = Mapping[str, xr.Dataset]
 """Results by name."""
@@ -42,6 +47,8 @@ class Answers:
     documents: int
     """That have a row."""
     found: Found
+    notes: Sequence[str] = ()
+    """What a reader must know of it: what is left out, and why."""
 
     def __getitem__(self, name: str) -> xr.Dataset:
         return self.found[name]

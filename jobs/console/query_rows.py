@@ -4,7 +4,7 @@ Promises: what is drawn and what a script gets are the same rows. Does not know 
 """
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +108,8 @@ class DocumentPath:
 
     def as_json(self) -> dict[str, Any]:
         """The same for a script, with weights if there are any: a row a token, `expert` and `weight` as [layer][k]."""
-        names = {"position": "position", "token": "token_id", "piece": "piece", "expert": "expert", "weight": "weight"}
+        names = {"position": "position", "token": "token_id", "piece": "piece", "role": "role", "phase": "phase"}
+        names |= {"expert": "expert", "weight": "weight"}
         ordered = self.path.transpose("position", "layer", "k")
         columns = {key: ordered[name].values.tolist() for name, key in names.items() if name in ordered.variables}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -118,12 +119,24 @@ class DocumentPath:
 Answer = Listed | DocumentPath
 
 
-def document_answer(capture: "xr.Dataset", document: int | str, layers: list[int]) -> DocumentPath:
-    """A document's path, by its id or its name."""
+def document_answer(
+    capture: "xr.Dataset",
+    document: int | str,
+    layers: list[int],
+    labels: Mapping[str, Sequence[str]] | None = None,
+) -> DocumentPath:
+    """A document's path, by its id or its name, of the tokens that have one of these roles and phases."""
     from analysis.metrics.paths import document_path
+    from analysis.scanning import label_numbers
 
+    path = document_path(capture, document).sel(layer=layers)
+    for name, wanted in (labels or {}).items():
+        if wanted:
+            label_numbers(capture, name, wanted)  # an error where there are none of these
+            path = path.isel(position=path[name].isin(wanted).values)
+            path.attrs["n"] = path.sizes["position"]
     return DocumentPath(
-        path=document_path(capture, document).sel(layer=layers),
+        path=path,
         data_set=capture.attrs["dataset"],
         num_experts=int(capture.attrs["num_experts"]),
     )

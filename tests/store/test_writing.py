@@ -119,13 +119,16 @@ def test_the_grid_is_a_capture_s(tmp_path: Path) -> None:
 def test_a_call_that_was_killed_goes_on_and_heals_what_was_damaged(tmp_path: Path) -> None:
     write(tmp_path / "whole", cut(routes(), ()))
     code = f"""
-import os, signal, sys
+import os, signal, sys, time
 sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}, {str(ROOT / "tests")!r}]
 from test_writing import cut, routes, write
 from pathlib import Path
+from store import coverage
 def blocks():
     for number, block in enumerate(cut(routes(), (5,) * 4)):
         if number == 3:
+            while coverage(Path({str(tmp_path / "s")!r}), "own").shards_done < 3:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         yield block
 write(Path({str(tmp_path / "s")!r}), blocks())
@@ -304,7 +307,7 @@ def test_code_that_knows_only_captures_with_weights_refuses_one_without(
 
 
 def test_it_streams(tmp_path: Path) -> None:
-    """A shard is durable before the block after the next one is asked for: no more is held."""
+    """A shard is durable before the fourth block after it is asked for: no more is held."""
     seen = []
 
     def blocks() -> Iterator[Block]:
@@ -314,5 +317,63 @@ def test_it_streams(tmp_path: Path) -> None:
             yield block
 
     write(tmp_path, blocks())
-    assert seen == [0, 0, 1, 2, 3, 4][-len(seen) :]
+    at_once = [0, 0, 1, 2, 3, 4][-len(seen) :]
     assert len(seen) >= 4
+    assert all(most - 2 <= found <= most for found, most in zip(seen, at_once, strict=True))
+
+
+def labelled() -> Block:
+    """Routes with phases, and names of documents."""
+    block = routes()
+    block["phase"] = np.random.default_rng(1).choice([0, 1, 255], block["token"].shape)
+    block["phase"][np.arange(POSITIONS) >= block["length"][:, None]] = 77
+    block["name"] = np.array([f"request {number}" for number in block["document_id"]], dtype=object)
+    return block
+
+
+def test_phases_and_names_are_kept_compared_and_verified(tmp_path: Path) -> None:
+    block = labelled()
+    state = write(tmp_path, cut(block, (9,)))
+    assert write(tmp_path, cut(block, (3, 4))) == state
+    capture = open_capture(tmp_path, "own")
+    filled = np.arange(POSITIONS) < block["length"][:, None]
+    np.testing.assert_array_equal(capture["phase"].values, np.where(filled, block["phase"], 255))
+    assert capture["phase"].attrs["flag_meanings"] == "prompt generated"
+    names = capture["name"].values[capture["document_id"].values].tolist()
+    assert names == block["name"].tolist()
+    empty = set(range(capture.sizes["document"])) - set(block["document_id"].tolist())
+    assert {capture["name"].values[number] for number in empty} == {f"document {number}" for number in empty}
+    for other in ({"phase": 1 - block["phase"].clip(0, 1)}, {"name": np.roll(block["name"], 3)}):
+        with pytest.raises(ValueError, match="holds other tokens in shard"):
+            write(tmp_path, cut(block | other, ()))
+    group = CaptureGroup(tmp_path, "own")
+    assert verify(group).plan == []
+    spec = group.layout.arrays()["phase"]
+    wrong = np.where(filled[:4], block["phase"][:4], 0).astype(np.uint8)
+    (tmp_path / "own" / "phase" / spec.key(0)).write_bytes(spec.encode(wrong))
+    assert "it names a phase in row" in verify(group).plan[0]
+
+
+def test_a_capture_without_phases_has_the_attributes_that_it_had_before(tmp_path: Path) -> None:
+    write(tmp_path, [routes()])
+    assert "phases" not in CaptureGroup(tmp_path, "own").attrs
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"phase": labelled()["token"] * 0 + 2}, r"row 0: it holds the phase 2, and 0 \(prompt\), 1 \(generated\)"),
+        ({"name": ["a"]}, "block 0 has 1 names for 22 rows"),
+    ],
+)
+def test_phases_and_names_that_cannot_be_are_refused(tmp_path: Path, changes: Block, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path, [labelled() | changes])
+
+
+def test_a_shard_of_tokens_without_any_routes_is_written_and_verified(tmp_path: Path) -> None:
+    block = routes()
+    block["expert"][4:8] = 255
+    write(tmp_path, [block])
+    assert verify(CaptureGroup(tmp_path, "own")).shards == {}
+    assert (open_capture(tmp_path, "own")["expert"][4:8] == 255).all()

@@ -1,4 +1,4 @@
-"""Nine families of models: each is captured as its published routing rule says, or refused by name with the reason."""
+"""Nine families of models: each is captured as its published routing rule says, or rejected by name with the reason."""
 
 import json
 import re

@@ -1,5 +1,6 @@
 """Checkpoints in 4 bits: what is written is what a load would have made, and what is read is what was written."""
 
+import hashlib
 import json
 import re
 import runpy
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from test_families import checkpoint_of
 
 from workers.engine import ModelEngine
@@ -38,6 +39,7 @@ STORED = {
     ".quant_map": (torch.float32, (16,)),
     ".quant_state.bitsandbytes__nf4": (torch.uint8, None),
 }
+WRITTEN = "53851230d2045547"  # of the tiny Mixtral's files, by the code of ec99636
 # Its settings, as its config.json holds them, with llm_int8_skip_modules=["gate", "lm_head"].
 TRANSFORMERS_4 = {
     "_load_in_4bit": True,
@@ -144,6 +146,32 @@ def test_the_files_hold_what_transformers_4_writes(tiny: Path, nf4: Path) -> Non
     assert config["quantization_config"] == TRANSFORMERS_4
     assert config["architectures"] == ["MixtralForCausalLM"]
     assert (nf4 / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+
+
+def test_the_files_are_to_the_byte_what_bitsandbytes_makes_of_each_matrix_by_itself(tiny: Path, nf4: Path) -> None:
+    for file in weight_files(tiny):
+        wanted = {}
+        for name, tensor in load_file(file).items():
+            if "_proj." not in name and ".experts." not in name:
+                wanted[name] = tensor
+                continue
+            packed, state = bitsandbytes.functional.quantize_4bit(
+                tensor.float(), blocksize=64, compress_statistics=True, quant_type="nf4"
+            )
+            state.dtype = tensor.dtype
+            parts = {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
+            wanted |= {name: packed, **parts}
+        assert (nf4 / file.name).read_bytes() == save(wanted, metadata={"format": "pt"})
+
+
+def test_the_files_are_those_of_the_first_version(nf4: Path) -> None:
+    """By names, dtypes, shapes and packed values; scales come from means, whose last bit is a processor's own."""
+    digest, scales = hashlib.sha256(), (".absmax", ".nested_absmax", ".quant_state.bitsandbytes__nf4")
+    for name, tensor in sorted(tensors(nf4).items()):
+        digest.update(f"{name} {tensor.dtype} {() if name.endswith(scales[2]) else tuple(tensor.shape)}".encode())
+        if not name.endswith(scales):
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    assert digest.hexdigest()[:16] == WRITTEN
 
 
 def test_routers_are_named_as_transformers_4_calls_them_too(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@
     state.token = whole("token", Infinity);
     let spans = [], routes;
 
-    const decoded = ({ expert, weight, scale, bytes }) => {
+    const decoded = ({ expert, weight, scale, bytes, weighed }) => {
       const raw = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
       const chosen = raw(expert), weights = new Uint16Array(raw(weight).buffer);
       const at = (token, layer, k) => (token * layers.length + layer) * choices + k;
@@ -61,7 +61,8 @@
       const missing = bytes === 1 ? 255 : 65535;
       return {
         expert: (token, layer, k) => (wide[at(token, layer, k)] === missing ? null : wide[at(token, layer, k)]),
-        weight: (token, layer, k) => weights[at(token, layer, k)] * scale,
+        weight: (token, layer, k) => weights[at(token, layer, k)] * scale, // 1 where there are none
+        said: (token, layer, k, before, after = "") => (weighed ? before + (weights[at(token, layer, k)] * scale).toFixed(3) + after : ""),
         most: Math.max(1, scale * 65535), // full strength: 1, so that pages can be compared; more where weights are
       };
     };
@@ -127,7 +128,7 @@
             const dot = drawn("circle", { cx: X(l), cy: Y(expert), r: 1.5 + (largest - 1.5) * Math.sqrt(weight / routes.most), ...(k ? { class: "other" } : {}) });
             if (!k) dot.style.fill = `rgb(${rgb(expert, experts).join(" ")})`;
             const title = drawn("title", {});
-            title.textContent = `layer ${number}: choice ${k + 1} is expert ${expert}, weight ${weight.toFixed(3)}`;
+            title.textContent = `layer ${number}: choice ${k + 1} is expert ${expert}${routes.said(token, l, k, ", weight ")}`;
             dot.append(title);
             parts.push(dot);
           });
@@ -146,8 +147,8 @@
         by("token").append(element("span", "Point at a token, or tap it, to see its experts at all layers. Up and down change the layer.", { class: "soft" }));
         return;
       }
-      const chosen = Array.from({ length: choices }, (_, k) => [routes.expert(token, state.layer, k), routes.weight(token, state.layer, k)]);
-      const words = chosen[0][0] === null ? "not captured yet" : chosen.map(([expert, weight]) => `expert ${expert} (${weight.toFixed(3)})`).join(", ");
+      const chosen = Array.from({ length: choices }, (_, k) => [routes.expert(token, state.layer, k), routes.said(token, state.layer, k, " (", ")")]);
+      const words = chosen[0][0] === null ? "its experts are not known" : chosen.map(([expert, weight]) => `expert ${expert}${weight}`).join(", ");
       by("token").append(element("span", own.texts[token].replaceAll("\n", "↵") || "(no text)", { class: "word" }), element("br"),
         `token ${own.offset + token}${own.roles?.[token] ? `, ${own.roles[token]}` : ""}; layer ${layers[state.layer]}: ${words}`);
       if (body.dataset) {

@@ -12,12 +12,15 @@ from analysis.statistics.jackknife import Jackknife
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """Mean weights and margins, by units of documents."""
-    return {"weights": Jackknife(MeanWeights(), block_tokens=asked.block_tokens)}
+    """Mean weights and margins, by units of documents; nothing of routes that came without weights."""
+    return {"weights": Jackknife(MeanWeights(), block_tokens=asked.block_tokens)} if asked.weighed else {}
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
-    """Weight of the first choice, and its margin over the second."""
+    """Weight of the first choice, and its margin over the second, of the data sets that have weights."""
+    answers = [each for each in answers if each.get("weights") is not None]
+    if not answers:
+        return
     for name, variable, title in (
         ("first-weight", "mean_first", "Weight of the first choice, mean"),
         ("margin", "mean_margin", "Margin of the first choice over the second, mean"),

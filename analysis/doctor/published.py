@@ -1,0 +1,38 @@
+"""What published models choose, by their names: experts, choices of a token, and what their weights add up to."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """One model or family."""
+
+    name: str
+    num_experts: int | None
+    experts_per_token: int | None
+    total: float | None
+    """What a token's weights add up to; None where that differs from token to token, and is 1 at most."""
+    largest: float = 1.0
+    """The most that a token's weights add up to, where `total` is None."""
+
+
+_MODELS = {
+    r"mixtral": Published(name="Mixtral", num_experts=8, experts_per_token=2, total=1.0),
+    r"olmoe": Published(name="OLMoE", num_experts=64, experts_per_token=8, total=None),
+    r"qwen3-(30b-a3b|235b-a22b)": Published(name="Qwen3 MoE", num_experts=128, experts_per_token=8, total=1.0),
+    r"qwen1\.5-moe": Published(name="Qwen1.5-MoE", num_experts=60, experts_per_token=4, total=None),
+    r"deepseek-v3|deepseek-r1": Published(name="DeepSeek-V3", num_experts=256, experts_per_token=8, total=2.5),
+    r"gpt-oss-20b": Published(name="gpt-oss-20b", num_experts=32, experts_per_token=4, total=1.0),
+    r"gpt-oss-120b": Published(name="gpt-oss-120b", num_experts=128, experts_per_token=4, total=1.0),
+    r"phi-3\.5-moe": Published(name="Phi-3.5-MoE", num_experts=16, experts_per_token=2, total=None, largest=2.0),
+}
+"""From the models' published configurations and transformers 5.23's routers, which `tests/workers/test_families.py`
+compares."""
+
+
+def published(model: str) -> Published | None:
+    """What is published of a model, found by its name; None where nothing is known here."""
+    return next((known for pattern, known in _MODELS.items() if re.search(pattern, model, re.IGNORECASE)), None)

@@ -1,0 +1,122 @@
+"""A data set card for a store that is shared: README.md with YAML in front, as the Hugging Face hub reads it.
+
+Promises: what it says of captures is what they say of themselves. The licence, and where the store will be, are the
+user's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from analysis.report.command import command, versions
+from store.coverage import Coverage
+
+TAGS = ("mixture-of-experts", "expert-routing", "interpretability", "zarr")
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+"""The hub's own words for numbers of examples, here of documents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """One capture of a store."""
+
+    name: str
+    state: Coverage
+    attrs: Mapping[str, Any]
+    """As `store.attributes` gives them."""
+    arrays: Sequence[str]
+    """The names of its arrays."""
+
+
+def card(captures: Sequence[Shared], *, title: str, licence: str, address: str, report: str | None = None) -> str:
+    """The text of a card.
+
+    Parameters
+    ----------
+    captures
+        Those of the store.
+    title
+        What the data set is called.
+    licence
+        As the hub names it, such as cc-by-4.0; of the routes and of the tokens, from which the text can be read.
+    address
+        Where the store will be, as xarray opens it: hf://datasets/organization/name.
+    report
+        The report's file beside the card.
+
+    Returns
+    -------
+    str
+        Markdown with YAML in front.
+    """
+    documents = sum(each.state.plan.documents for each in captures)
+    size = next((words for most, words in SIZES if documents < most), "n>10M")
+    front = {"license": licence, "pretty_name": title, "size_categories": [size], "tags": list(TAGS), "viewer": False}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
+        f"# {_line(title)}\n",
+        "Which experts a mixture-of-experts language model chose for every token, and with what weight where that is"
+        " known: a Zarr store of Expert Atlas. The tokens can be read back as text.\n",
+        _reading(captures, address),
+        *(_about(each) for each in captures),
+    ]
+    if report is not None:
+        parts.insert(3, f"[{report}]({report}) draws what the experts did: one page that works offline.\n")
+    return "\n".join(parts)
+
+
+def _reading(captures: Sequence[Shared], address: str) -> str:
+    return (
+        "```python\nimport xarray as xr\n\n"
+        f'routes = xr.open_zarr("{address}", group="{captures[0].name}", consolidated=False)\n'
+        "print(routes.expert.sizes, (routes.expert[:64, :, 0, 0] == 0).sum().compute())\n```\n\n"
+        "An expert of 255 (65,535 where there are more than 255 experts) is none: padding, or a token whose routes are"
+        " not known.\n"
+    )
+
+
+def _about(each: Shared) -> str:
+    """One capture: a table, and how it was made."""
+    attrs, plan = each.attrs, each.state.plan
+    complete = "complete" if each.state.complete else f"incomplete: {len(each.state.missing):,} shards are missing"
+    layers = attrs.get("layers", [])
+    rows = {
+        "model": attrs.get("model", "not stated"),
+        "revision": attrs.get("model_revision", "not stated"),
+        "quantization": attrs.get("quantization", "not stated"),
+        "tokens": f"{each.state.tokens_done:,} of {plan.documents:,} documents, in {plan.rows:,} rows; {complete}",
+        "routes": f"{attrs['experts_per_token']} of {attrs['num_experts']} experts at {len(layers)} layers"
+        f" ({layers[0]} to {layers[-1]})",
+        "arrays": ", ".join(f"`{name}`" for name in each.arrays),
+        "tokenizer": f"SHA-256 {_hash(attrs)}",
+        "digest": f"`{each.state.digest}`",
+    }
+    table = "\n".join(f"| {name} | {_line(value)} |" for name, value in rows.items())
+    return f"## {each.name}\n\n| | |\n|---|---|\n{table}\n\n{_origin(attrs)}\n"
+
+
+def _hash(attrs: Mapping[str, Any]) -> str:
+    return str(attrs.get("identity", {}).get("tokenizer") or attrs.get("tokenizer") or "not known")
+
+
+def _origin(attrs: Mapping[str, Any]) -> str:
+    """How a capture came to be."""
+    if imported := attrs.get("imported"):
+        files = "\n".join(f"- {_line(file['name'])}, SHA-256 {file['sha256']}" for file in imported["files"])
+        order = attrs.get("order_of_choices", "not stated")
+        return (
+            f"Imported from {imported['engine']} (version: {_line(imported['engine_version'])}), in the form"
+            f" {imported['format']}; a token's choices are in this order: {order}. The files were:\n\n{files}"
+        )
+    if told := command(attrs):
+        return f"Captured with {_line(versions(attrs))}:\n\n```bash\n{told}\n```"
+    return "It does not say how it was made."
+
+
+def _line(text: object) -> str:
+    """A text within a line of a table."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

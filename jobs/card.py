@@ -1,0 +1,80 @@
+"""A data set card for sharing a store: `python jobs/card.py STORE --license cc-by-4.0` writes STORE/README.md."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from jobs.console.interrupts import end_on_interrupt
+
+end_on_interrupt()
+
+import tyro
+
+from jobs.console.places import captures_at, refuse_no_file
+from jobs.console.terminal import log, run_job, shown
+from store.files import whole_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardConfig:
+    """Write README.md for a store that is to be shared, from what its captures say of themselves.
+
+    It names the model, its revision and quantization, tokens, arrays, how the routes were made, and how xarray reads
+    them. Then upload the folder with the hub's own command: hf upload ORGANIZATION/NAME STORE . --repo-type dataset.
+    Prints the path of the file. Exit status: 0 written, 2 when there is no such store.
+    """
+
+    store: Annotated[str, tyro.conf.Positional]
+    """STORE, or STORE/DATASET for one of its data sets; the store is a folder, or s3://bucket/prefix."""
+    license: str
+    """The licence of what is shared, as the hub names it: cc-by-4.0, other. The text's own licence holds for it, since
+    tokens can be read back as text."""
+    address: str = "hf://datasets/ORGANIZATION/NAME"
+    """Where the store will be, as xarray opens it."""
+    title: str | None = None
+    """What it is called. Default: routes of the model."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """The file to write; one that is there is replaced. Default: README.md in the store."""
+
+
+def main(arguments: list[str]) -> int:
+    """Write the card and print its path."""
+    config = tyro.cli(CardConfig, prog="python jobs/card.py", args=arguments, use_underscores=True)
+    store, names = captures_at(config.store)
+    output = config.output or _in(store)
+    refuse_no_file("output", output)
+
+    from analysis.report.card import Shared, card  # xarray takes a second: --help does not wait for it
+    from store import CaptureGroup, attributes, coverage
+    from store.reader import open_covered
+
+    captures = []
+    for name in names:
+        state = coverage(store, name)
+        attrs = attributes(open_covered(store, state))
+        arrays = list(CaptureGroup(store, name).layout.arrays())
+        captures.append(Shared(name=name, state=state, attrs=attrs, arrays=arrays))
+        if not state.complete:
+            log(shown(f"note: {state}"))
+    models = dict.fromkeys(str(each.attrs.get("model", "a model that is not stated")) for each in captures)
+    beside = "report.html" if (output.parent / "report.html").is_file() else None
+    title = config.title or f"Expert routes of {' and '.join(models)}"
+    text = card(captures, title=title, licence=config.license, address=config.address, report=beside)
+    with whole_file(output) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    print(output.absolute())
+    return 0
+
+
+def _in(store: str) -> Path:
+    if "://" in store:
+        raise ValueError(f"{store} is no folder of this machine: name the file to write with --output")
+    return Path(store) / "README.md"
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,125 @@
+"""Reading files a piece at a time: JSON lines, and arrays of npz files. Nothing in them is unpickled."""
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """Each line's place in words, its object, and its size in bytes; empty lines are passed over.
+
+    Raises
+    ------
+    ValueError
+        When a line holds no JSON object.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                found = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where} is no JSON ({error}): one response a line is wanted") from error
+            if not isinstance(found, dict):
+                raise ValueError(f"{where} holds a JSON {type(found).__name__}, and an object is wanted")
+            yield where, found, len(line)
+
+
+@contextmanager
+def arrays_of(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The arrays of an npz file by name, each read when it is asked for.
+
+    Raises
+    ------
+    ValueError
+        When it is no npz file, or what is asked for holds Python objects.
+    """
+    try:
+        archive = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no npz file ({error})") from error
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError(f"{path} is a single array: save several with numpy.savez")
+    with archive:
+        yield archive
+
+
+def rows_of(path: Path, name: str, rows: int) -> Iterator[NDArray[Any]]:
+    """An array of an npz file, so many entries of its first dimension at a time: none of it is in memory whole.
+
+    Raises
+    ------
+    ValueError
+        When it is not there, or holds Python objects.
+    """
+    with zipfile.ZipFile(path) as archive:
+        try:
+            file = archive.open(f"{name}.npy")
+        except KeyError as error:
+            raise ValueError(f"{path} has no array {name}") from error
+        with file:
+            shape, fortran, dtype = _header(path, name, file)
+            if fortran and len(shape) > 1:
+                raise ValueError(f"{path}: the array {name} is in Fortran order: save numpy.ascontiguousarray of it")
+            a_row = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+            for start in range(0, shape[0], rows):
+                some = min(rows, shape[0] - start)
+                data = file.read(some * a_row)
+                if len(data) != some * a_row:
+                    raise ValueError(f"{path}: the array {name} is cut short")
+                yield np.frombuffer(data, dtype).reshape(some, *shape[1:])
+
+
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of an npz file's arrays by name, read from their headers.
+
+    Raises
+    ------
+    ValueError
+        When it is no npz file, or an array holds Python objects or a single value.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {}
+            for entry in archive.namelist():
+                with archive.open(entry) as file:
+                    found[entry.removesuffix(".npy")] = _header(path, entry, file)[0]
+            return found
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no npz file ({error})") from error
+
+
+def _header(path: Path, name: str, file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)  # type: ignore[no-untyped-call]
+    if dtype.hasobject or not shape:
+        raise ValueError(f"{path}: the array {name} is {dtype} of the shape {shape}, and numbers in rows are wanted")
+    return shape, fortran, dtype
+
+
+def size_bytes(path: Path) -> int:
+    """What there is to read of a file: of an npz file its arrays, once decompressed."""
+    if path.suffix == ".npz" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    return path.stat().st_size
+
+
+def integers(value: Any, where: str) -> NDArray[Any]:
+    """An array of integers from nested lists; a ValueError where they are none, or of unequal lengths."""
+    try:
+        found = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: lists of unequal lengths ({error})") from error
+    if found.size and found.dtype.kind not in "iu":
+        raise ValueError(f"{where}: {found.dtype} where integers are wanted")
+    return found.astype(np.int64) if not found.size else found
