@@ -38,8 +38,11 @@ LOAD_MODELS = {
     "workers/models/description.py",
     "workers/models/fp8_loading.py",
     "workers/models/loading.py",
+    "workers/models/names.py",
+    "workers/models/packing.py",
     "workers/models/quantizer.py",
     "workers/models/quantizers.py",
+    "workers/models/stacking.py",
 }
 """The modules that may name transformers: those that describe, load, quantize and train a model, and chat templates."""
 SCRIPTS = sorted(
