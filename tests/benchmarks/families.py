@@ -95,7 +95,7 @@ def save_checkpoint(name: str, folder: Path) -> None:
     with torch.device("meta"):
         skeleton = transformers.AutoModel.from_config(config, dtype=torch.bfloat16)
     settings = quantization_config("nf4", skeleton, torch.bfloat16)
-    stored = saving._settings(settings, skeleton, {}) | {"quant_method": PACKED}
+    stored = saving._settings(settings, skeleton, {}, packed=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": stored}))
     model, places = random_model(config, "nf4"), {}
     parts = {"layers.": model.layers, "": nn.ModuleDict({"embed_tokens": model.embed_tokens, "norm": model.norm})}
