@@ -37,7 +37,6 @@ from workers.models.forwards import forward_of  # noqa: E402
 from workers.models.loading import LoadedModel  # noqa: E402
 from workers.models.products import products_of  # noqa: E402
 from workers.models.quantizers import quantize_skeleton  # noqa: E402
-from workers.models.stored import PACKED  # noqa: E402
 from workers.recorder import RouteRecorder  # noqa: E402
 from workers.tiny import tiny_checkpoint  # noqa: E402
 
