@@ -111,14 +111,14 @@ Used = dict[int, tuple[np.ndarray, np.ndarray]]
 
 
 def kept_experts(ours: MixtralForward, used: Used) -> Callable[..., Any]:
-    """`MixtralForward._experts` that notes which experts it is asked for."""
-    original = ours._experts
+    """`workers.models.experts.outputs_one_by_one` that notes which experts it is asked for."""
+    original = ours._outputs
 
-    def experts(modules: nn.Module, hidden: torch.Tensor, expert_TK: torch.Tensor) -> Any:
+    def outputs(multiplying: Any, experts: nn.Module, operand: Any, expert_TK: torch.Tensor, **others: Any) -> Any:
         used[len(used)] = (expert_TK.numpy(), np.empty(0))
-        return original(modules, hidden, expert_TK)
+        return original(multiplying, experts, operand, expert_TK, **others)
 
-    return experts
+    return outputs
 
 
 def kept_weights(used: Used) -> Callable[..., Any]:
@@ -145,7 +145,7 @@ def test_routes_are_the_models_own_choice(tiny_model: LoadedModel, monkeypatch: 
 
         handles.append(tiny_model.model.layers[layer].mlp.experts.register_forward_pre_hook(keep))
     if isinstance(engine.forward, MixtralForward):  # which applies the experts' matrices itself
-        monkeypatch.setattr(engine.forward, "_experts", kept_experts(engine.forward, used))
+        monkeypatch.setattr(engine.forward, "_outputs", kept_experts(engine.forward, used))
         monkeypatch.setattr(products, "add_norm", kept_weights(used))
     expert, weight = engine.route(rows.token, rows.length).values()
     for handle in handles:
