@@ -110,7 +110,7 @@ def test_so_it_does_on_a_disk(
 
 @pytest.mark.slow
 def test_so_it_does_on_s3(on_s3: Callable[[], Interleavings], record_property: Callable[[str, object], None]) -> None:
-    record_property("examples", search(on_s3, min(3 * MORE, 20)))  # ten seconds each
+    record_property("examples", search(on_s3, min(2 * MORE, 20)))  # ten seconds each
 
 
 # --- What was found, and is kept --------------------------------------------------------------------------------
