@@ -170,3 +170,27 @@ def test_matrices_are_dequantized_into_the_same_memory_by_every_layer_and_group(
 def test_matrices_that_cannot_be_multiplied_in_fp8_are_rejected_by_their_shape(stack: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Fp8Products(torch.float32).prepare_stack(stack)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_captures_that_began_with_one_linear_a_matrix_get_its_very_bytes(kind: str) -> None:
+    experts, tokens, k = packed.__wrapped__(5, kind=kind), 30, 2
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(tokens, HIDDEN, generator=generator)
+    chosen = torch.stack([torch.randperm(4, generator=generator)[:k] for _ in range(tokens)])  # never the fifth
+    weights = torch.rand(tokens, k, generator=generator)
+    wanted = torch.zeros_like(states)
+    for number, (gate, up, down) in enumerate(expert_matrices(experts)):  # as that version did, expert after expert
+        slots = (chosen.flatten() == number).nonzero().flatten()
+        rows = states[slots // k]
+        linear = torch.nn.functional.linear
+        output = linear(torch.nn.functional.silu(linear(rows, gate)) * linear(rows, up), down)
+        wanted.index_add_(0, slots // k, output * weights.flatten()[slots, None])
+    experts.compute_unfused()
+    assert torch.equal(experts(states, chosen, weights), wanted)
+
+
+def test_experts_that_never_were_single_linears_are_not_computed_as_such() -> None:
+    with pytest.raises(ValueError, match="with biases"):
+        packed.__wrapped__(3, biased=True).compute_unfused()

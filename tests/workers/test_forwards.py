@@ -128,3 +128,14 @@ def test_a_notebook_captures_with_it_too(tiny_model: Any, monkeypatch: pytest.Mo
     )
     found = capture_texts(tiny_model, ["one two three"])
     assert bool(asked) == (found.attrs["expert_backend"] == "sorted") == (found.attrs["quantization"] == "nf4")
+
+
+def test_a_capture_that_began_with_unfused_experts_is_described_and_loaded_so(olmoe: Path) -> None:
+    asked = {"quantization": "nf4", "expert_backend": "unfused"}
+    assert describe_model(olmoe, device_type="cpu", **asked)["expert_backend"] == "unfused"
+    old, new = (ModelEngine(load_model(olmoe, device="cpu", **given)) for given in (asked, {"quantization": "nf4"}))
+    assert old.forward is old.model
+    one, other = (engine.route(*rows())["expert"] for engine in (old, new))
+    assert (one == other).mean() > 0.98, "near-ties aside they choose alike"
+    with pytest.raises(ValueError, match="'sorted' is not 'unfused'"):
+        load_model(olmoe, quantization="nf4", device="cpu", expert_backend="sorted")

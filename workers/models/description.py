@@ -186,6 +186,8 @@ def describe_checkpoint(
         raise ValueError(f"quantization {quantization!r} is none of {', '.join(QUANTIZATIONS)}")
     if matmul not in MATMULS:
         raise ValueError(f"matmul {matmul!r} is none of {', '.join(MATMULS)}")
+    if expert_backend not in (None, UNFUSED):
+        raise ValueError(f"expert_backend {expert_backend!r} is not {UNFUSED!r}, the only one that can be asked for")
     if quantize_gates and quantization not in FOUR_BITS:
         raise ValueError(f"routers are quantized as {' or '.join(FOUR_BITS)}, and quantization is {quantization!r}")
     if "fp8" in (quantization, matmul):

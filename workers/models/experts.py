@@ -39,7 +39,7 @@ class PackedExperts(nn.Module):
     both_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
     unfused: bool = False
-    """Whether to compute as versions did that had one Linear a matrix: captures that those began resume so."""
+    """See `compute_unfused`."""
 
     def __init__(
         self,
@@ -67,6 +67,18 @@ class PackedExperts(nn.Module):
         operand = self.products.operand(hidden_states)
         rows_SH, slot_TK = outputs_in_groups(self.products, self, operand, top_k_index)
         return mixed(rows_SH, slot_TK, top_k_weights).to(hidden_states.dtype)
+
+    def compute_unfused(self) -> None:
+        """From now on, compute as versions did that had one Linear a matrix: captures that those began resume so.
+
+        Raises
+        ------
+        ValueError
+            When those versions rejected such experts: with biases, or gate and up in one matrix.
+        """
+        if self.both_bias is not None or self.both.parts != 2:
+            raise ValueError("experts with biases, or gate and up in one matrix, were never unfused: leave it out")
+        self.unfused = True
 
     def _as_linears(self, expert: int, rows_SH: torch.Tensor) -> torch.Tensor:
         """An expert without biases, each matrix a product of its own."""

@@ -148,7 +148,7 @@ def load_model(
     if description["expert_backend"] == UNFUSED:
         for module in loaded.modules():
             if isinstance(module, PackedExperts):
-                module.unfused = True
+                module.compute_unfused()
     return LoadedModel(
         folder=checkpoint.folder,
         model=loaded,
