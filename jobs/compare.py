@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -46,6 +46,10 @@ class CompareConfig:
     """Another one."""
     allow_incomplete: bool = False
     """Compare as far as both captures go."""
+    phase: Annotated[tuple[Literal["prompt", "generated"], ...], tyro.conf.UseAppendAction] = ()
+    """Only tokens of this phase, where the first capture says it (imported routes do). May be repeated."""
+    role: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Only tokens of this speaker, where the first capture is of conversations: assistant. May be repeated."""
 
 
 def main(arguments: list[str]) -> int:
@@ -53,14 +57,15 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(CompareConfig, prog="python jobs/compare.py", args=arguments, use_underscores=True)
 
     from analysis.metrics.agreement import Agreement, paired  # numba takes a second: --help does not wait for it
-    from analysis.scanning import scan
+    from analysis.scanning import Selection, scan
     from store import attributes, model_differences, open_capture
 
     captures = []
     for place in (config.one, config.other):
         captures.append(open_capture(*capture_at(place), allow_incomplete=config.allow_incomplete))
+    only = Selection(roles=config.role or None, phases=config.phase or None)
     with reporting("compare", unit="shards") as report:
-        found = scan(paired(*captures), [Agreement()], progress=lambda done, total: report.to(done))[0]
+        found = scan(paired(*captures), [Agreement()], only=only, progress=lambda done, total: report.to(done))[0]
     rows: list[Facts] = [
         {"layer": str(number), **{column: float(found[column].sel(layer=number)) for column in MEASURES}}
         for number in found["layer"].values.tolist()

@@ -1,6 +1,7 @@
 """Other engines' routes through the command line: imported, resumed, verified, examined, exported, imported again."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from conftest import Ran
 from engine_forms import FORMS, sequences, vllm_http
 
 from analysis import expert_load, write_replay
-from jobs import doctor, import_routes, query, status
+from jobs import compare, doctor, import_routes, query, status
 from store import CaptureGroup, attributes, open_capture, verify
 
 ROUTES = ("--model", "mixtral", "--num_experts", 8)
@@ -159,6 +160,11 @@ def test_what_vllm_would_return_of_the_tiny_model_is_imported_and_agrees_with_th
     assert every["answers"][0]["tokens"] == int((own["token"] == every["answers"][0]["token_id"]).sum())
     counted = sum(int((own["token"].values[row, 5:] == every["answers"][0]["token_id"]).sum()) for row in range(8))
     assert generated["answers"][0]["tokens"] == counted
+    both = [
+        int(re.search(r"([\d,]+) tokens in both", command(*2 * [store / "served"], *more, main=compare.main).out)[1])
+        for more in ((), ("--phase", "generated"))
+    ]
+    assert both[0] - both[1] == 8 * 5, "the prompts are left out"
     assert "complete" in command(store, "--verify", main=status.main).out
 
 
