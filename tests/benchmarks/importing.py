@@ -123,7 +123,7 @@ def main() -> None:
         ratios[form] = {name: round(many[name] / planned[name], 2) for name in ("tokens_per_s", "tokens_per_cpu_s")}
     result = {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, with other work beside it",
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}",
         "versions": {name: version(name) for name in ("numpy", "zarr", "numcodecs", "tokenizers")},
         "measured": results,
         "rate_over_planning": ratios,
