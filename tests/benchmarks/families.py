@@ -26,9 +26,8 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 
-import numpy as np  # noqa: E402
 from full_size import fill, random_matrix  # noqa: E402
-from gpu import GIB, Run, alternate, stock  # noqa: E402
+from gpu import GIB, Run, alternate, captured, stock  # noqa: E402
 
 from workers.engine import drop_last_experts  # noqa: E402
 from workers.models import fp8, saving  # noqa: E402
@@ -37,7 +36,6 @@ from workers.models.forwards import forward_of  # noqa: E402
 from workers.models.loading import LoadedModel  # noqa: E402
 from workers.models.products import products_of  # noqa: E402
 from workers.models.quantizers import quantize_skeleton  # noqa: E402
-from workers.recorder import RouteRecorder  # noqa: E402
 from workers.tiny import tiny_checkpoint  # noqa: E402
 
 POSITIONS = 2048
@@ -115,19 +113,6 @@ def as_loaded(model: Any, config: Any) -> LoadedModel:
         folder=Path(), model=model, routers=find_routers(model), num_experts=config.num_experts,
         experts_per_token=config.num_experts_per_tok, provenance={},
     )  # fmt: skip
-
-
-def captured(model: Any, config: Any, forward: Callable[..., Any], ids: torch.Tensor) -> Run:
-    """A forward with its proof and its copy to the host."""
-    recorder = RouteRecorder(find_routers(model), config.num_experts, config.num_experts_per_tok)
-    length = np.full(len(ids), ids.shape[1], np.int32)
-
-    def run() -> None:
-        with recorder.attached():
-            for part in recorder.record(forward, ids, length):
-                part.to("cpu", non_blocking=True)
-
-    return run
 
 
 def products_alone(config: Any, matmul: str, tokens: int) -> Run:
@@ -303,10 +288,11 @@ def of_model(name: str, options: argparse.Namespace, result: dict[str, Any]) -> 
     model = random_model(config, "nf4")
     drop_last_experts(as_loaded(model, config))
     forwards = {matmul: forward_of(model, "nf4", "grouped", matmul) for matmul in ("bf16", "fp8")}
+    sizes = config.num_experts, config.num_experts_per_tok
     for tokens in options.tokens:
         ids = torch.randint(0, config.vocab_size, (tokens // POSITIONS, POSITIONS), device="cuda")
         make: dict[tuple[str, str, str], Callable[[], Run]] = {
-            ("captured", "nf4", matmul): partial(captured, model, config, forward, ids)
+            ("captured", "nf4", matmul): partial(captured, model, forward, ids, *sizes)
             for matmul, forward in forwards.items()
         }
         for matmul in forwards:  # after all captures, whose memory they would add to
@@ -316,7 +302,7 @@ def of_model(name: str, options: argparse.Namespace, result: dict[str, Any]) -> 
         table.measure(make, tokens)
         if options.profile:
             for matmul, forward in forwards.items():
-                run = captured(model, config, forward, ids)
+                run = captured(model, forward, ids, *sizes)
                 result[f"kernels {name} {matmul} {tokens}"] = profile(run)
         result["rows"] = [*[row for row in result["rows"] if row["model"] != name], *table.rows]
         options.output.write_text(json.dumps(result, indent=1) + "\n")

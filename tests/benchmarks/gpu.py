@@ -103,14 +103,16 @@ def fp8_gemms(layers: int, tokens: int) -> Run:
     return run
 
 
-def captured(model: Any, ours: MixtralForward, ids: torch.Tensor) -> Run:
-    """Our forward with its proof and its copy to the host."""
-    recorder = RouteRecorder(find_routers(model), EXPERTS, CHOICES)
+def captured(
+    model: Any, forward: Callable[..., Any], ids: torch.Tensor, experts: int = EXPERTS, choices: int = CHOICES
+) -> Run:
+    """A forward with its proof and its copy to the host."""
+    recorder = RouteRecorder(find_routers(model), experts, choices)
     length = np.full(len(ids), ids.shape[1], np.int32)
 
     def run() -> None:
         with recorder.attached():
-            for part in recorder.record(ours, ids, length):
+            for part in recorder.record(forward, ids, length):
                 part.to("cpu", non_blocking=True)
 
     return run

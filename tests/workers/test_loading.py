@@ -74,7 +74,6 @@ def dequantized_reference(folder: Path, kind: str) -> nn.Module:
 
     Shares no code with ours: stock loader, fused experts, stock forward.
     """
-    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
 
     def rounded(matrix: torch.Tensor) -> torch.Tensor:
         packed = bitsandbytes.functional.quantize_4bit(
@@ -82,6 +81,13 @@ def dequantized_reference(folder: Path, kind: str) -> nn.Module:
         )
         return bitsandbytes.functional.dequantize_4bit(*packed)
 
+    return rounded_reference(folder, rounded)
+
+
+@torch.inference_mode()
+def rounded_reference(folder: Path, rounded: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """transformers' own model in float32; each matrix is rounded as (outputs, inputs), whichever way it lies."""
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     for module in model.modules():
         if type(module) is nn.Linear:  # a router can be a kind of Linear
             module.weight.copy_(rounded(module.weight))

@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_families import checkpoint_of
+from test_loading import rounded_reference
 from torch import nn
 
 from workers.models import saving, stacking
@@ -41,21 +42,6 @@ def in_e4m3(matrix: torch.Tensor) -> torch.Tensor:
     return (matrix / scale).to(torch.float8_e4m3fn).float() * scale
 
 
-@torch.inference_mode()
-def reference(folder: Path, rounded: Any) -> nn.Module:
-    """transformers' own model in float32; each matrix is rounded as (outputs, inputs), whichever way it lies."""
-    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.weight.copy_(rounded(module.weight))
-        if hasattr(module, "gate_up_proj"):
-            for both, down in zip(module.gate_up_proj, module.down_proj, strict=True):
-                both, down = (each.T if module.is_transposed else each for each in (both, down))
-                for matrix in (*both.chunk(2 if module.is_concatenated else 1), down):
-                    matrix.copy_(rounded(matrix))
-    return model
-
-
 @pytest.mark.parametrize(("quantization", "rounded"), [("nf4", in_nf4), ("fp8", in_e4m3)])
 @pytest.mark.parametrize("name", SPECIAL)
 def test_experts_with_biases_or_a_gate_of_their_own_compute_what_their_dequantized_matrices_compute(
@@ -65,7 +51,7 @@ def test_experts_with_biases_or_a_gate_of_their_own_compute_what_their_dequantiz
     loaded = load_model(folder, quantization=quantization, device="cpu")
     assert loaded.provenance["quantized_expert_matrices"] == SPECIAL[name]
     got = states(loaded.model)
-    torch.testing.assert_close(got, states(reference(folder, rounded)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, states(rounded_reference(folder, rounded)), rtol=1e-4, atol=1e-4)
     plain = states(load_model(folder, quantization="none", device="cpu").model)
     assert not torch.allclose(got, plain, atol=1e-2), "the matrices were not quantized at all"
 

@@ -9,8 +9,8 @@ modules, so that hooks on them see what they always saw. Where the layers lie on
 one to the next.
 
 Families differ in what their layers have: norms of queries and keys (Qwen3-MoE: of each head; OLMoE: of all together),
-biases of their projections (Qwen2-MoE), layers without a router, a shared expert with its own gate (Qwen2-MoE) or
-without (GLM-4-MoE). Each is found by looking at the modules.
+biases of their projections, layers without a router, a shared expert with a gate (all three: Qwen2-MoE). Each is found
+by looking at the modules.
 
 Deterministic: no atomic additions; each product's shape depends on the micro-batch alone.
 """
@@ -122,8 +122,7 @@ class DecoderForward:
             tokens = len(normed_TH)
             rows_SH[-tokens:] = self._dense(expert, operand)
             own_T1 = torch.arange(len(rows_SH) - tokens, len(rows_SH), device=slot_TK.device)[:, None]
-            gate = getattr(mlp, "shared_expert_gate", None)
-            share_T1 = torch.ones_like(weight_TK[:, :1]) if gate is None else gate(normed_TH).sigmoid()
+            share_T1 = mlp.shared_expert_gate(normed_TH).sigmoid()
             slot_TK = torch.cat([slot_TK, own_T1], dim=1)
             weight_TK = torch.cat([weight_TK, share_T1.to(weight_TK.dtype)], dim=1)
         return rows_SH, slot_TK, weight_TK
@@ -188,6 +187,5 @@ def _dense(mlp: Any) -> Iterator[Any]:
     """The gated MLPs that every token of a layer meets."""
     if hasattr(mlp, "gate_proj"):
         yield mlp
-    for name in ("shared_expert", "shared_experts"):
-        if hasattr(mlp, name):
-            yield getattr(mlp, name)
+    if hasattr(mlp, "shared_expert"):
+        yield mlp.shared_expert

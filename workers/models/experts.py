@@ -82,10 +82,8 @@ class PackedExperts(nn.Module):
 
     def _as_linears(self, expert: int, rows_SH: torch.Tensor) -> torch.Tensor:
         """An expert without biases, each matrix a product of its own."""
-        [both], [down] = (
-            self.products.matrices(place, stack, expert, expert + 1)
-            for place, stack in (("both", self.both), ("down", self.down))
-        )
+        group = _dequantized(self.products, self, expert, expert + 1)
+        [both], [down] = group.both, group.down
         gate, up = (nn.functional.linear(rows_SH, part) for part in both.chunk(2))
         gated = nn.functional.silu(gate) * up if self.gate is None else self.gate(torch.cat([gate, up], dim=-1))
         return nn.functional.linear(gated, down)
@@ -199,7 +197,7 @@ def outputs_one_by_one(
     """`outputs_in_groups`, each expert by itself; for experts without biases and gated by SiLU."""
     slots = sorted_slots(expert_TK, len(experts))
     ends = _fetched(slots.ends_E)
-    groups = iter(list(_groups(products, experts)))
+    groups = _groups(products, experts)
     group = _dequantized(products, experts, *next(groups))  # while the ends are on their way
     taken = products.taken(operand, slots.token_S)
     many = len(slots.token_S) + spare * len(expert_TK)
@@ -232,10 +230,15 @@ def _dequantized(products: Products, experts: PackedExperts, first: int, last: i
 
 def _groups(products: Products, experts: PackedExperts) -> Iterator[tuple[int, int]]:
     """First and last expert of each group, of nearly equal sizes."""
-    one = sum(stack.rows * stack.columns for stack in (experts.both, experts.down)) * products.buffer_dtype.itemsize
-    many = min(len(experts), -(-len(experts) * one // GROUP_BYTES))
+    values = sum(stack.rows * stack.columns for stack in (experts.both, experts.down))
+    many = number_of_groups(len(experts), values * products.buffer_dtype.itemsize)
     edges = [len(experts) * group // many for group in range(many + 1)]
     yield from pairwise(edges)
+
+
+def number_of_groups(experts: int, bytes_of_one: int) -> int:
+    """In how many groups so many experts are dequantized, each of so many bytes then."""
+    return min(experts, -(-experts * bytes_of_one // GROUP_BYTES))
 
 
 def _gated(products: Products, experts: PackedExperts, both: torch.Tensor) -> Any:

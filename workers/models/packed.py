@@ -52,6 +52,14 @@ class PackedStack(nn.Module):
         """The matrices of some experts."""
         raise NotImplementedError
 
+    def _own(self, name: str, device: torch.device) -> torch.Tensor:
+        """One of its tensors, with memory on the device from the first time on."""
+        own: torch.Tensor = getattr(self, name)
+        if own.is_meta:
+            own = torch.empty_like(own, device=device)
+            setattr(self, name, own)
+        return own
+
     def _meta(self, **parts: tuple[tuple[int, ...], torch.dtype]) -> None:
         self._dtypes = {name: dtype for name, (_, dtype) in parts.items()}
         for name, (shape, dtype) in parts.items():
@@ -84,9 +92,7 @@ class Stack4bit(PackedStack):
     def take(self, number: int, matrix: FourBits) -> None:
         """See `PackedStack`."""
         for name, part in matrix._asdict().items():
-            if (own := getattr(self, name)).is_meta:
-                own = torch.empty_like(own, device=part.device)
-                setattr(self, name, own)
+            own = self._own(name, part.device)
             if name in ("code", "scale_code"):
                 own.copy_(part)
             else:
@@ -117,10 +123,7 @@ class StackE4m3(PackedStack):
         rows = self.rows // self.parts
         which = expert, slice(part * rows, (part + 1) * rows)
         for name, given in matrix._asdict().items():
-            if (own := getattr(self, name)).is_meta:
-                own = torch.empty_like(own, device=given.device)
-                setattr(self, name, own)
-            own[which] = given
+            self._own(name, given.device)[which] = given
 
     def part(self, first: int, last: int) -> RowScaled:
         """See `PackedStack`; values (N, R, C), scale (N, R, 1)."""

@@ -75,7 +75,7 @@ class Products:
         """The operand's rows of these tokens, for `rows`."""
         return operand, token_S
 
-    def rows(self, taken: Any, part: slice = slice(None)) -> Any:
+    def rows(self, taken: Any, part: slice) -> Any:
         """Some of them, as an operand."""
         operand, token_S = taken
         return operand[token_S[part]]
@@ -191,7 +191,7 @@ class Fp8Products(Products):
         values = operand.values.view(torch.uint8)[token_S].view(E4M3)  # torch picks no rows of e4m3
         return RowScaled(values, operand.scale[token_S])
 
-    def rows(self, taken: RowScaled, part: slice = slice(None)) -> RowScaled:
+    def rows(self, taken: RowScaled, part: slice) -> RowScaled:
         """See `Products`."""
         if part == slice(None):
             return taken
