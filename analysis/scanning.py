@@ -202,9 +202,9 @@ def accumulate(
     needs, there = frozenset[str]().union(*(reducer.needs for reducer in reducers)), set(map(str, dataset))
     labels = _labels(dataset, only)
     optional = {name.removesuffix("?") for name in needs if name.endswith("?")} & there
-    names = {"expert", "token", *optional, *labels} | {name for name in needs - COMPUTED if not name.endswith("?")}
-    for reducer in reducers:
-        wanted = {name for name in reducer.needs - COMPUTED if not name.endswith("?")}
+    required = [{name for name in reducer.needs - COMPUTED if not name.endswith("?")} for reducer in reducers]
+    names = {"expert", "token", *optional, *labels}.union(*required)
+    for reducer, wanted in zip(reducers, required, strict=True):
         if missing := sorted(wanted - set(map(str, dataset.variables))):
             where, what = dataset.attrs.get("dataset", "the capture"), ", ".join(missing)
             raise ValueError(f"{type(reducer).__name__} needs {what}, and the routes of {where} came without")
