@@ -30,6 +30,8 @@ from .metrics.confidence import router_confidence as router_confidence
 from .metrics.contexts import TopContexts as TopContexts
 from .metrics.contexts import top_contexts as top_contexts
 from .metrics.contrast import contrast as contrast
+from .metrics.distribution import RouterDistribution as RouterDistribution
+from .metrics.distribution import router_distribution as router_distribution
 from .metrics.document_scores import document_scores as document_scores
 from .metrics.excess import token_excess_of as token_excess_of
 from .metrics.layer_pairs import LayerPairs as LayerPairs
@@ -55,7 +57,13 @@ from .metrics.published import validation as validation
 from .metrics.repetition import Repetition as Repetition
 from .metrics.repetition import first_repeated_by_load as first_repeated_by_load
 from .metrics.repetition import repetition as repetition
+from .metrics.saliency import LargestSaliency as LargestSaliency
+from .metrics.saliency import Saliency as Saliency
+from .metrics.saliency import saliency as saliency
+from .metrics.saliency import saliency_of as saliency_of
 from .metrics.sample import SampledRoutes as SampledRoutes
+from .metrics.scores import Scores as Scores
+from .metrics.scores import scores_of as scores_of
 from .metrics.segments import SegmentRouting as SegmentRouting
 from .metrics.segments import segment_cache_hits as segment_cache_hits
 from .metrics.segments import segment_cache_hits_of as segment_cache_hits_of

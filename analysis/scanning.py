@@ -35,6 +35,8 @@ documents; and `code`, uint8 (doc, layer, position): see `coded`."""
 State = dict[str, NDArray[Any]]
 """What a reducer accumulates: integer arrays by name, so that sums are exact in any order."""
 
+RECORDED = {"logit": "logits", "logit_expert": "logits", "output_norm": "output_norm", "logprob": "logprob"}
+"""What `--record` of a capture makes each of the arrays that only some captures have."""
 COMPUTED = frozenset({"code", "document"})  # what a block holds that the store does not
 CODES = 254  # ordered choices of a token that are counted as one number: E**k at most, 64 for Mixtral
 
@@ -206,8 +208,7 @@ def accumulate(
     names = {"expert", "token", *optional, *labels}.union(*required)
     for reducer, wanted in zip(reducers, required, strict=True):
         if missing := sorted(wanted - set(map(str, dataset.variables))):
-            where, what = dataset.attrs.get("dataset", "the capture"), ", ".join(missing)
-            raise ValueError(f"{type(reducer).__name__} needs {what}, and the routes of {where} came without")
+            raise ValueError(f"{_named(reducer)} needs {without(dataset, missing)}")
     needs_code = "code" in needs and coded(dataset)
     # The running number of a row's document, counted over all rows, whichever of them are read.
     document = np.unique(dataset["document_id"].values, return_inverse=True)[1] if "document" in needs else None
@@ -248,6 +249,21 @@ def accumulate(
         finally:
             left.clear()  # Ctrl-C: do not go through the rest of the store first
     return merged
+
+
+def _named(reducer: Reducer) -> str:
+    """What a reducer is called in errors: that within a jackknife has its own name."""
+    inner = getattr(reducer, "reducer", None)
+    return _named(inner) if isinstance(inner, Reducer) else type(reducer).__name__
+
+
+def without(dataset: xr.Dataset, missing: Sequence[str]) -> str:
+    """That a capture lacks some arrays, and what makes them."""
+    where = dataset.attrs.get("dataset", "the capture")
+    said = f"{', '.join(missing)}, and the routes of {where} came without"
+    record = sorted({RECORDED[name] for name in missing if name in RECORDED})
+    made = " ".join(f"--record {name}" for name in record)
+    return f"{said}; python jobs/capture.py {made} makes {'them' if len(missing) > 1 else 'it'}" if record else said
 
 
 def merge(reducers: Sequence[Reducer], states: Sequence[State], others: Sequence[State]) -> list[State]:

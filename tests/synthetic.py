@@ -49,11 +49,14 @@ def make_capture(
     names: Sequence[str] | None = None,
     dataset: str = "synthetic",
     strength: float = 1.5,
+    record: Sequence[str] = (),
+    top_logits: int = 0,
+    scores: str = "softmax",
     chunked: bool = True,
 ) -> xr.Dataset:
     """A capture with random documents; shards in `missing` hold fill values, as before they are written.
 
-    `strength` scales the structure: 0 makes all routing uniform and independent.
+    `strength` scales the structure: 0 makes all routing uniform and independent. `record` names arrays of `RECORD`.
     """
     random = np.random.default_rng(seed)
     lengths = random.integers(0, 3 * sequence_length, documents)
@@ -75,6 +78,7 @@ def make_capture(
     fill = np.iinfo(np.uint8 if num_experts <= 255 else np.uint16).max
     shape = (rows, positions, num_layers, experts_per_token)
     expert, weight = np.zeros(shape, dtype=np.int64), np.zeros(shape)
+    logit = np.zeros((*shape[:3], num_experts))
     for layer in range(num_layers):
         score = taste[layer][token] + bias[layer] + noise[:, :, layer]
         if layer:
@@ -82,6 +86,7 @@ def make_capture(
         chosen = np.argsort(-score, axis=-1)[..., :experts_per_token]
         gate = np.exp(np.take_along_axis(score, chosen, -1))
         expert[:, :, layer], weight[:, :, layer] = chosen, gate / gate.sum(-1, keepdims=True)
+        logit[:, :, layer] = score
 
     shard = np.arange(rows) // rows_per_shard
     captured = inside & ~np.isin(shard, missing)[:, None]
@@ -116,7 +121,40 @@ def make_capture(
             "dataset": dataset,
         },
     )
+    more = recorded(capture, logit, captured, seed=seed, top_logits=top_logits, scores=scores)
+    capture = capture.assign({name: more[name] for name in record})
     return capture.chunk({"doc": rows_per_shard}) if chunked else capture
+
+
+RECORD = ("logit", "output_norm", "logprob")
+
+
+def recorded(
+    capture: xr.Dataset, logit: np.ndarray, captured: np.ndarray, *, seed: int, top_logits: int, scores: str
+) -> dict[str, Any]:
+    """What `--record` adds: these logits, norms that depend on the expert, log-probabilities that depend on the token.
+
+    Where only some logits are recorded, in the order of falling ones, their experts stand beside them.
+    """
+    random = np.random.default_rng([seed, 1])
+    expert, token = capture["expert"].values, capture["token"].values
+    fill, place = np.iinfo(expert.dtype).max, ("doc", "position")
+    order = np.argsort(-logit, axis=-1, kind="stable")[..., :top_logits]
+    kept = np.take_along_axis(logit, order, -1) if top_logits else logit
+    logits = np.where(captured[..., None, None], kept, np.nan).astype(np.float32)
+    norm = random.lognormal(0, 0.3, expert.shape) * (1 + np.where(expert == fill, 0, expert) % 5)
+    norms = np.where(captured[..., None, None], norm, np.nan).astype(np.float32)
+    predicted = captured & (np.arange(captured.shape[1]) < capture["length"].values[:, None] - 1)
+    surprise = random.gamma(2, 1.0, token.shape) * (1 + token % 3)
+    logprob = np.where(predicted, -surprise, np.nan).astype(np.float32)
+    ids = np.where(captured[..., None, None], order, fill).astype(expert.dtype)
+    last = "candidate" if top_logits else "expert_id"
+    return {
+        "logit": ((*place, "layer", last), logits, {"scores": scores}),
+        "logit_expert": ((*place, "layer", "candidate"), ids),
+        "output_norm": ((*place, "layer", "k"), norms),
+        "logprob": (place, logprob),
+    }
 
 
 def bursty(

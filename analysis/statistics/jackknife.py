@@ -13,6 +13,7 @@ Promises: the same result in any order and for any numbering of at most `UNITS` 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import numpy as np
@@ -141,7 +142,21 @@ def effective_documents(unit_tokens: Array) -> float:
     return float(tokens.sum() ** 2 / (tokens**2).sum()) if tokens.any() else 0.0
 
 
-def left_out(found: xr.Dataset) -> Array:
+def effective_of(values: xr.DataArray, amount: xr.DataArray | None = None) -> xr.DataArray:
+    """Effective documents of each of a jackknife's values: float64, without `replicate`.
+
+    `amount` is what each value is a mean over, by replicate, such as the tokens that reach an expert; where it is not
+    given, it is the tokens of the units.
+    """
+    if amount is None:
+        tokens = left_out(values) if "left_out" in values.coords else np.ones(values.sizes["replicate"] - 1)
+        return xr.DataArray(effective_documents(tokens))
+    own = amount.isel(replicate=0, drop=True) - amount.isel(replicate=slice(1, None))
+    squares = (own.astype(float) ** 2).sum("replicate")
+    return (own.sum("replicate") ** 2 / squares.where(squares > 0)).fillna(0.0)
+
+
+def left_out(found: xr.Dataset | xr.DataArray) -> Array:
     """Tokens of each unit of a jackknife's result: float64 (unit)."""
     return np.asarray(found["left_out"].values[1:], float)
 
@@ -151,7 +166,23 @@ def enough_documents(found: xr.Dataset) -> bool:
     return effective_documents(left_out(found)) >= MIN_EFFECTIVE_DOCUMENTS
 
 
-def interval(values: Any, level: float = 0.95, *, scale: Scale = "linear", corrected: bool = False) -> xr.Dataset:
+def standard_error(values: xr.DataArray) -> xr.DataArray:
+    """Of a function of a jackknife's result; NaN where a replicate has no value."""
+    estimate, left = values.isel(replicate=0, drop=True), values.isel(replicate=slice(1, None))
+    units = left.sizes["replicate"]
+    squares = ((left - estimate) ** 2).sum("replicate", skipna=False)
+    error: xr.DataArray = np.sqrt(squares * ((units - 1) / max(units, 1)))  # type: ignore[assignment]
+    return error
+
+
+def interval(
+    values: Any,
+    level: float = 0.95,
+    *,
+    scale: Scale = "linear",
+    corrected: bool = False,
+    amount: xr.DataArray | None = None,
+) -> xr.Dataset:
     """An estimate with its interval, from a jackknife.
 
     Parameters
@@ -166,13 +197,16 @@ def interval(values: Any, level: float = 0.95, *, scale: Scale = "linear", corre
         1; a share of exactly 0 or 1 has no interval.
     corrected : bool
         Take off the bias of what is no mean, such as an entropy, as the jackknife finds it (Quenouille 1956).
+    amount : xr.DataArray, optional
+        What each value is a mean over, by replicate, where that differs from value to value: the tokens that reach an
+        expert may be of few documents. Default: all tokens.
 
     Returns
     -------
     xr.Dataset
         `estimate`, `low`, `high` and `standard_error`, float64, with the dims of `values` but `replicate`. The interval
         is estimate ± t · standard error, with the quantile of Student's t for one less than the effective documents.
-        NaN where a replicate has no value, and everywhere where there are fewer than `MIN_EFFECTIVE_DOCUMENTS`.
+        NaN where a replicate has no value, and where there are fewer than `MIN_EFFECTIVE_DOCUMENTS`.
 
     Raises
     ------
@@ -184,18 +218,36 @@ def interval(values: Any, level: float = 0.95, *, scale: Scale = "linear", corre
     if not 0 < level < 1:
         raise ValueError(f"level={level}: between 0 and 1")
     estimate, left = values.isel(replicate=0, drop=True), values.isel(replicate=slice(1, None))
-    tokens = values["left_out"].values[1:] if "left_out" in values.coords else np.ones(left.sizes["replicate"])
-    units, effective = left.sizes["replicate"], effective_documents(tokens)
+    units, effective = left.sizes["replicate"], effective_of(values, amount)
     known = effective >= MIN_EFFECTIVE_DOCUMENTS
-    error: Any = np.sqrt(((left - estimate) ** 2).sum("replicate", skipna=False) * ((units - 1) / max(units, 1)))
-    error = error.where(known)
+    error = standard_error(values).where(known)
     if corrected and units:
         estimate = estimate - (units - 1) * (left.mean("replicate", skipna=False) - estimate)
-    quantile = float(stdtrit(effective - 1, (1 + level) / 2)) if known else np.nan
+    quantile = xr.apply_ufunc(stdtrit, (effective - 1).where(known), (1 + level) / 2)
     low, high = _ends(estimate, quantile * error, scale)
+    told = {} if effective.ndim else {"effective_documents": round(float(effective), 1)}
     return xr.Dataset({"estimate": estimate, "low": low, "high": high, "standard_error": error}).assign_attrs(
-        level=level, units=units, effective_documents=round(effective, 1), estimator=how(units, level)
+        level=level, units=units, estimator=how(units, level), **told
     )
+
+
+def amount_of(found: xr.Dataset, name: str) -> xr.DataArray | None:
+    """What a variable is a mean over, as its attribute `amount` names it; None: all tokens."""
+    amount = found[name].attrs.get("amount")
+    return None if amount is None else found[amount]
+
+
+def with_intervals(found: xr.Dataset, *, level: float = 0.95, share: Collection[str] = ()) -> xr.Dataset:
+    """The whole of a jackknife's result, and for each variable that names its `amount` the ends `_low` and `_high` of
+    its interval; those that begin as in `share` are between 0 and 1."""
+    whole = found.isel(replicate=0).drop_vars(["replicate", "left_out", "unit"])
+    estimators = {whole.attrs["estimator"]}
+    for name in [str(name) for name in found if "amount" in found[name].attrs]:
+        scale: Scale = "share" if name.startswith(tuple(share)) else "linear"
+        ends = interval(found[name], level, scale=scale, amount=amount_of(found, name))
+        whole = whole.assign({f"{name}_{end}": ends[end] for end in ("low", "high")})
+        estimators.add(ends.attrs["estimator"])
+    return whole.assign_attrs(estimator="; ".join(sorted(estimators)), level=level)
 
 
 def _ends(estimate: Any, reach: Any, scale: Scale) -> tuple[Any, Any]:

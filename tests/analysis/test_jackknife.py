@@ -21,6 +21,7 @@ from analysis.statistics.jackknife import (
     effective_documents,
     interval,
     unit_of,
+    without_each,
 )
 
 
@@ -138,3 +139,29 @@ def test_what_cannot_be_left_out_or_makes_no_sense_is_refused() -> None:
         Jackknife(ExpertCounts(), 1)
     with pytest.raises(ValueError, match=r"level=1\.5"):
         interval(xr.DataArray([1.0, 1.0], dims="replicate"), level=1.5)
+
+
+def left_out_one(capture: xr.Dataset) -> list[xr.Dataset]:
+    """A capture without each of its documents in turn."""
+    document = capture["document_id"].values
+    return [capture.isel(doc=document != own) for own in np.unique(document)]
+
+
+def test_a_mean_over_the_tokens_of_few_documents_has_their_degrees_of_freedom() -> None:
+    """Of two means over ten documents, the second is of tokens that only five of them have."""
+    random = np.random.default_rng(0)
+    value = random.normal(size=(10, 2))
+    tokens = np.array([[100] * 10, [100] * 5 + [0] * 5]).T
+    totals, counts = without_each(value * tokens), without_each(tokens)
+    values, amount = (xr.DataArray(each, dims=("replicate", "cell")) for each in (totals / counts, counts))
+    found = interval(values, amount=amount)
+    for cell, n in ((0, 10), (1, 5)):
+        own = value[:n, cell]
+        low, high = stats.t.interval(0.95, n - 1, own.mean(), own.std(ddof=1) / np.sqrt(n))
+        # With ten units of which five are empty, the jackknife's factor is 9/10 in place of 4/5.
+        stretch = np.sqrt((9 / 10) / ((n - 1) / n))
+        assert float(found["high"][cell] - found["low"][cell]) == pytest.approx((high - low) * stretch)
+    few = xr.where(amount == 500, 500, amount).isel(cell=[1]) * 0 + without_each(
+        np.array([[97], [1], [1], [1]] + [[0]] * 6)
+    )
+    assert bool(interval(values.isel(cell=[1]), amount=few)["low"].isnull().all())

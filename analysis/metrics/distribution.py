@@ -1,0 +1,192 @@
+"""What the routers computed for all experts, chosen and not: how spread out it is, what part of it the chosen experts
+have, and how close the first expert came that was not chosen.
+
+Promises: sums of whole numbers, so that they do not depend on order; where only the largest logits were recorded, what
+is not known is told as two bounds (`analysis.metrics.scores`). Does not know how logits become scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import xarray as xr
+
+from analysis.attributes import described
+from analysis.metrics.scores import NO_IDS, Scores, entropy_ends, log_score, scores_of
+from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, scan
+from analysis.statistics.jackknife import Jackknife, with_intervals
+
+UNIT = 2.0**-20  # entropies, effective experts, masses and margins are rounded to it, so that sums are exact
+UNITS = {"entropy": "bits", "effective_experts": "experts", "mass": "1"}
+AMOUNTS = ("tokens", "margin_tokens")
+
+
+class RouterDistribution(Reducer):
+    """Sums over tokens, by layer, of what `router_distribution` gives the means of.
+
+    Parameters
+    ----------
+    scores : Scores
+        How the capture's logits become scores, from `analysis.scores_of`.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logit", "logit_expert?"})
+    stacks = True
+
+    def __init__(self, scores: Scores) -> None:
+        self.scores = scores
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Zeros: sums in units of 2**-20, int64 (end, layer), ends being bounds; `margin` and its tokens (layer)."""
+        layers = dataset.sizes["layer"]
+        sums = {name: np.zeros((2, layers), np.int64) for name in UNITS}
+        return sums | {name: np.zeros(layers, np.int64) for name in ("margin", "margin_tokens", "tokens")}
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard."""
+        arrays = block["logit"], block.get("logit_expert", NO_IDS), block["expert"], block["counted"]
+        if not _add(*arrays, self.scores.experts, self.scores.sigmoid, *state.values()):
+            raise ValueError("a logit is not a finite number: the shard is damaged")
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """Means, NaN where nothing was counted; two bounds where only the largest logits are known."""
+        experts, tokens, known = self.scores.experts, *(labelled(state[name], "layer") for name in AMOUNTS)
+        even = {"entropy": float(np.log2(experts)), "effective_experts": experts, "mass": dataset.sizes["k"] / experts}
+        found: dict[str, Any] = {}
+        for name, null in even.items():
+            for end, at in ({"_at_least": 0, "_at_most": 1} if self.scores.truncated else {"": 0}).items():
+                mean = labelled(state[name][..., at, :] * UNIT, "layer") / tokens.where(tokens > 0)
+                found[f"mean_{name}{end}"] = mean.assign_attrs(units=UNITS[name], null=null, amount="tokens")
+        margin = labelled(state["margin"] * UNIT, "layer") / known.where(known > 0)
+        found["mean_margin"] = margin.assign_attrs(units="1", null=0.0, amount="margin_tokens")
+        return described(
+            xr.Dataset({**found, "tokens": tokens, "margin_tokens": known}, {"layer": dataset["layer"].values}),
+            n=int(state["tokens"].reshape(-1, state["tokens"].shape[-1])[:1, :1].sum()),
+            estimator="mean over tokens",
+            null="of a router that likes all experts the same, by variable",
+            definition=f"p = scores over their sum, scores being the {self.scores.how}s of the logits;"
+            " entropy = -sum of p log2 p; effective_experts = 2^entropy; mass = sum of p of the chosen"
+            f" experts; margin = smallest logit of a chosen expert - largest of the others{self._recorded()}",
+            source="Hill 1973 (effective numbers)",
+        )
+
+    def _recorded(self) -> str:
+        """What is known of which tokens, where only the largest logits were recorded."""
+        said = (
+            f"; of {self.scores.experts} logits the largest {self.scores.recorded} are known: at_least and at_most are"
+            " what the others leave open, and the margin is of tokens whose chosen experts and first other one are"
+            " among them"
+        )
+        return said if self.scores.truncated else ""
+
+
+def router_distribution(dataset: xr.Dataset, *, level: float = 0.95, threads: int | None = None) -> xr.Dataset:
+    """How spread out each layer's routers are over all experts, and how close the others came.
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture with the router's logits.
+    level : float
+        Of the intervals.
+    threads : int, optional
+        Shards decoded at the same time; default one a processor.
+
+    Returns
+    -------
+    xr.Dataset
+        float64 over (layer), NaN where nothing was counted: the means over tokens `mean_entropy`, in bits;
+        `mean_effective_experts`, of 2 to the entropy; `mean_mass`, of the part of the distribution that the chosen
+        experts have; and `mean_margin`, of the smallest logit of a chosen expert less the largest of the others, which
+        is below 0 where a bias or groups chose. Each with `_low` and `_high`, the ends of its interval over documents,
+        and the attribute `null`, what a router gives that likes all experts the same. int64: `tokens`, and
+        `margin_tokens`, those of the margin.
+
+        Where only the largest logits were recorded, entropy, effective experts and mass have bounds in place of means:
+        `mean_entropy_at_least` and `mean_entropy_at_most`, and so on. The margin is exact, of the tokens whose chosen
+        experts and first other one are among those.
+
+    Raises
+    ------
+    ValueError
+        When the capture has no logits, or it is not known how they become weights.
+    """
+    found = scan(dataset, [Jackknife(RouterDistribution(scores_of(dataset)))], threads=threads)[0]
+    return with_intervals(found, level=level, share=("mean_mass",))
+
+
+@kernel
+def _add(
+    logit: Array,
+    ids: Array,
+    expert: Array,
+    counted: Array,
+    experts: int,
+    sigmoid: bool,
+    entropy: Array,
+    effective: Array,
+    mass: Array,
+    margin: Array,
+    margin_tokens: Array,
+    tokens: Array,
+) -> bool:
+    """Add tokens; False at a logit that is not finite."""
+    rows, positions, layers, choices = expert.shape
+    recorded = logit.shape[-1]
+    chosen = np.zeros(recorded, np.bool_)
+    for row in range(rows):
+        for position in range(positions):
+            if not counted[row, position]:
+                continue
+            for layer in range(layers):
+                own, at = logit[row, position, layer], expert[row, position, layer]
+                if not np.isfinite(own).all():
+                    return False
+                chosen[:] = False
+                if ids.size == 0:
+                    for k in range(choices):
+                        chosen[at[k]] = True
+                else:
+                    for index in range(recorded):
+                        for k in range(choices):
+                            chosen[index] |= ids[row, position, layer, index] == at[k]
+                tokens[layer] += 1
+                for end, bits in enumerate(entropy_ends(own, experts, sigmoid)):
+                    entropy[end, layer] += _units(bits)
+                    effective[end, layer] += _units(2.0**bits)
+                for end, part in enumerate(_mass_ends(own, chosen, choices, experts, sigmoid)):
+                    mass[end, layer] += _units(part)
+                among, first, other = 0, np.inf, -np.inf
+                for index in range(recorded):
+                    if chosen[index]:
+                        among += 1
+                        first = min(first, own[index])
+                    else:
+                        other = max(other, own[index])
+                if among == choices and other > -np.inf:
+                    margin[layer] += _units(first - other)
+                    margin_tokens[layer] += 1
+    return True
+
+
+@kernel
+def _units(value: float) -> int:
+    return np.int64(np.rint(value / UNIT))
+
+
+@kernel
+def _mass_ends(logit: Array, chosen: Array, choices: int, experts: int, sigmoid: bool) -> tuple[float, float]:
+    """The part that the chosen experts have, its lower and its upper bound."""
+    largest, smallest, of_chosen, total, among = log_score(logit.max(), sigmoid), np.inf, 0.0, 0.0, 0
+    for index in range(logit.size):
+        score = np.exp(log_score(logit[index], sigmoid) - largest)
+        smallest = min(smallest, score)
+        total += score
+        if chosen[index]:
+            of_chosen += score
+            among += 1
+    unknown = choices - among  # chosen, and not among the recorded
+    others = experts - logit.size - unknown
+    at_least = of_chosen / (total + others * smallest)
+    return at_least, (of_chosen + unknown * smallest) / (total + unknown * smallest)
