@@ -41,6 +41,9 @@ from .metrics.load import balance_null as balance_null
 from .metrics.load import balance_of as balance_of
 from .metrics.load import domain_specialization as domain_specialization
 from .metrics.load import expert_load as expert_load
+from .metrics.logprob import LogProbability as LogProbability
+from .metrics.logprob import logprob_by_expert as logprob_by_expert
+from .metrics.logprob import logprob_by_expert_of as logprob_by_expert_of
 from .metrics.paired import paired_contrast as paired_contrast
 from .metrics.path_diversity import whole_paths as whole_paths
 from .metrics.path_diversity import window_diversity as window_diversity
@@ -68,6 +71,11 @@ from .metrics.segments import SegmentRouting as SegmentRouting
 from .metrics.segments import segment_cache_hits as segment_cache_hits
 from .metrics.segments import segment_cache_hits_of as segment_cache_hits_of
 from .metrics.segments import segment_routing as segment_routing
+from .metrics.surprise import Surprise as Surprise
+from .metrics.surprise import SurpriseEntropy as SurpriseEntropy
+from .metrics.surprise import surprise as surprise
+from .metrics.surprise import surprise_and_entropy as surprise_and_entropy
+from .metrics.surprise import surprise_and_entropy_of as surprise_and_entropy_of
 from .metrics.token_contributions import token_contributions as token_contributions
 from .metrics.token_paths import TokenPaths as TokenPaths
 from .metrics.token_paths import frequent_ids as frequent_ids

@@ -175,6 +175,13 @@ def standard_error(values: xr.DataArray) -> xr.DataArray:
     return error
 
 
+def degrees_of(values: xr.DataArray, amount: xr.DataArray | None = None) -> xr.DataArray:
+    """Degrees of freedom of a jackknife's standard errors, one less than the effective documents; NaN below
+    `MIN_EFFECTIVE_DOCUMENTS` of them. See `effective_of`."""
+    effective = effective_of(values, amount)
+    return (effective - 1).where(effective >= MIN_EFFECTIVE_DOCUMENTS)
+
+
 def interval(
     values: Any,
     level: float = 0.95,
@@ -218,14 +225,12 @@ def interval(
     if not 0 < level < 1:
         raise ValueError(f"level={level}: between 0 and 1")
     estimate, left = values.isel(replicate=0, drop=True), values.isel(replicate=slice(1, None))
-    units, effective = left.sizes["replicate"], effective_of(values, amount)
-    known = effective >= MIN_EFFECTIVE_DOCUMENTS
-    error = standard_error(values).where(known)
+    units, degrees = left.sizes["replicate"], degrees_of(values, amount)
+    error = standard_error(values).where(degrees.notnull())
     if corrected and units:
         estimate = estimate - (units - 1) * (left.mean("replicate", skipna=False) - estimate)
-    quantile = xr.apply_ufunc(stdtrit, (effective - 1).where(known), (1 + level) / 2)
-    low, high = _ends(estimate, quantile * error, scale)
-    told = {} if effective.ndim else {"effective_documents": round(float(effective), 1)}
+    low, high = _ends(estimate, xr.apply_ufunc(stdtrit, degrees, (1 + level) / 2) * error, scale)
+    told = {} if degrees.ndim else {"effective_documents": round(float(effective_of(values, amount)), 1)}
     return xr.Dataset({"estimate": estimate, "low": low, "high": high, "standard_error": error}).assign_attrs(
         level=level, units=units, estimator=how(units, level), **told
     )
