@@ -44,6 +44,8 @@ from .metrics.load import expert_load as expert_load
 from .metrics.logprob import LogProbability as LogProbability
 from .metrics.logprob import logprob_by_expert as logprob_by_expert
 from .metrics.logprob import logprob_by_expert_of as logprob_by_expert_of
+from .metrics.mean_contrast import mean_contrast as mean_contrast
+from .metrics.mean_contrast import mean_contrast_of as mean_contrast_of
 from .metrics.paired import paired_contrast as paired_contrast
 from .metrics.path_diversity import whole_paths as whole_paths
 from .metrics.path_diversity import window_diversity as window_diversity

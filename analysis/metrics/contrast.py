@@ -118,7 +118,7 @@ def contrast_of(
     variance = np.full(share.shape, np.nan)
     for index, own in units.items():
         variance[index] = [layer.variance for layer in own]
-    others = _others(len(names), tested)
+    others = other_sets(len(names), tested)
     apart, pairs = Differences(others, share, variance), Differences(_pairs(len(names)), share, variance)
     of_tested = others[tested][:, tested]
     pairwise, from_others, divergence = _chance(list(units.values()), of_tested, choices, layers, replicates, threads)
@@ -222,7 +222,7 @@ def _chance(
     return np.array(pairwise), np.array(from_others), np.array(divergence)
 
 
-def _others(sets: int, tested: list[int]) -> Array:
+def other_sets(sets: int, tested: list[int]) -> Array:
     """Weights of each data set less the mean of the other tested ones, or of all others where none is tested."""
     weights = np.eye(sets)
     for own in range(sets):

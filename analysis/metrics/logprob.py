@@ -18,8 +18,8 @@ import xarray as xr
 from analysis.attributes import described
 from analysis.metrics.same_token import grouped, usable
 from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, scan, sizes
-from analysis.statistics.jackknife import Jackknife, degrees_of, standard_error, with_intervals
-from analysis.statistics.together import together
+from analysis.statistics.jackknife import Jackknife, with_intervals
+from analysis.statistics.resampled import together, totals_of
 
 UNIT = 2.0**-20  # log-probabilities, in nats, are rounded to it, so that sums are exact
 
@@ -55,7 +55,9 @@ class LogProbability(Reducer):
             "mean_logprob": mean.assign_attrs(units="nat", amount="tokens"),
             "mean_other": mean_other.assign_attrs(units="nat"),
             "difference": (mean - mean_other).assign_attrs(units="nat", null=0.0, amount="tokens"),
-            "within": (own["deviation"] * UNIT / contrasted.where(contrasted > 0)).assign_attrs(units="nat", null=0.0),
+            "within": (own["deviation"] * UNIT / contrasted.where(contrasted > 0)).assign_attrs(
+                units="nat", null=0.0, amount="contrasted"
+            ),
             "tokens": tokens.assign_attrs(units="tokens"),
             "compared": own["compared"].assign_attrs(units="tokens"),
             "contrasted": contrasted,
@@ -114,14 +116,17 @@ def logprob_by_expert_of(counts: xr.Dataset, *, level: float = 0.95) -> xr.Datas
         that reach the expert and `mean_other` over those that do not; `difference` of the two, which frequent tokens
         may explain; and `within`, the difference within the same token id in the same row, null 0. `mean_logprob` and
         `difference` have ends `_low` and `_high` of intervals for each alone. Those of `within` hold all of them
-        together, and `within_p` is adjusted for all of them (Šidák 1967), so that the largest may be picked. int64:
+        together, and `within_p` is adjusted for all of them (Westfall & Young 1993), so that the largest may be picked;
+        both are NaN where a cell's tokens are of fewer than 10 effective documents. int64:
         `tokens` that reach the expert, and `compared`, those of token ids of which some in the row reach it and some do
         not. `contrasted` float64 is their weight in `within`.
     """
     found = with_intervals(counts, level=level)
-    degrees = degrees_of(counts["within"], counts["contrasted"])
-    ends = together(found["within"], standard_error(counts["within"]), degrees, level)
-    return found.assign({f"within_{name}": ends[name] for name in ("low", "high", "p")}).assign_attrs(ends.attrs)
+    ends = together([totals_of(counts, "within")], np.ones((1, 1)), level=level)
+    shape = found["within"].shape
+    for name in ("low", "high", "p"):
+        found[f"within_{name}"] = found["within"].dims, getattr(ends, name).reshape(shape)
+    return found.assign_attrs(tests=ends.tests)
 
 
 @kernel

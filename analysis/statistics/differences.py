@@ -28,7 +28,7 @@ class Differences:
     """float64 (..., data_set): what each difference takes of each data set."""
     share: Array
     variance: Array
-    """float64 (data_set, layer, expert); NaN of a data set that is not tested."""
+    """float64 (data_set, …), such as (data_set, layer, expert); NaN of a data set that is not tested."""
 
     @property
     def estimate(self) -> Array:
@@ -37,6 +37,11 @@ class Differences:
     @property
     def error(self) -> Array:
         return np.sqrt(self._sum(self.weights**2, self.variance))
+
+    def degrees(self, of_each: Array) -> Array:
+        """Degrees of freedom of the errors, from those of each data set's (Welch 1947)."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.error**4 / self._sum(self.weights**4, self.variance**2 / of_each)
 
     @property
     def statistic(self) -> Array:
@@ -49,8 +54,10 @@ class Differences:
 
     def _sum(self, weights: Array, values: Array) -> Array:
         """Over data sets; those of no weight do not matter, whatever their value."""
-        taken = np.where(weights[..., None, None] == 0, 0.0, weights[..., None, None] * values)
-        return np.asarray(taken.sum(axis=-3))
+        of_each = weights.reshape(*weights.shape, *[1] * (values.ndim - 1))
+        with np.errstate(invalid="ignore"):
+            taken = np.where(of_each == 0, 0.0, of_each * values)
+        return np.asarray(taken.sum(axis=-values.ndim))
 
 
 def studentized(difference: Array, error: Array) -> Array:

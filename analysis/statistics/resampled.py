@@ -1,0 +1,154 @@
+"""Means over tokens, and differences of them, with intervals and p-values that hold all of them together.
+
+Means of numbers, such as an entropy or a norm, have no distribution that documents could be drawn from, as counts have
+(`analysis.statistics.overdispersion`). So documents are drawn from those that there are, with replacement, and the
+largest studentized difference of all cells is compared with that of the draws (bootstrap-t: Efron & Tibshirani 1993,
+chapter 12; single-step max-T: Westfall & Young 1993). Student's t alone told equal means apart in up to 80 of 100
+simulations, where 256 cells were tested of documents whose means are skewed: the tail of the largest of so many depends
+on the skewness.
+
+Cells are means of tokens of few documents, or of many, such as the tokens that reach an expert. Each statistic is
+divided by the quantile of Student's t of its own effective documents, so that no cell decides for all others; a cell
+with fewer than `MIN_DOCUMENTS` of them is not tested.
+
+Promises: the same numbers for the same seed; whole documents are drawn, so that what cells have in common is kept. Does
+not know data sets, layers or experts. `docs/0010-inference.md` says what simulations show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from analysis.scanning import Array
+from analysis.statistics.differences import Differences
+from analysis.statistics.jackknife import amount_of
+
+MIN_DOCUMENTS = 10.0  # effective ones: drawn from 8 skewed ones, equal means are told apart in 15 of 100 (simulated)
+REPLICATES = 999
+CELLS_AT_ONCE = 512  # of the draws' arrays: 4 MB each (arbitrary)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What each unit of documents adds to the means of all cells."""
+
+    total: Array
+    amount: Array
+    """float64 (unit, cell): sums, and what they are sums over, such as tokens. The mean is the ratio of all of them."""
+
+    @property
+    def part(self) -> Array:
+        """Of each cell's amount that each unit has."""
+        with np.errstate(invalid="ignore"):
+            part: Array = self.amount / self.amount.sum(0)
+        return part
+
+    @property
+    def degrees(self) -> Array:
+        """One less than the effective documents; NaN where these are fewer than `MIN_DOCUMENTS`."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            effective = 1 / (self.part**2).sum(0)
+            return np.where(effective >= MIN_DOCUMENTS, effective - 1, np.nan)
+
+    def fitted(self, times: Array) -> tuple[Array, Array]:
+        """Means and their variances, where each unit is there so many times: (draw, unit) to (draw, cell) each.
+
+        Linearized, each unit's residual made larger for its part in the mean (Bell & McCaffrey 2002, CR2).
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            larger = np.where(self.part < 1, 1 / (1 - self.part), 0.0)
+            amount = times @ self.amount
+            mean = (times @ self.total) / amount
+            squares = times @ (larger * self.total**2) - 2 * mean * (times @ (larger * self.total * self.amount))
+            squares += mean**2 * (times @ (larger * self.amount**2))
+            return mean, np.maximum(squares, 0) / amount**2
+
+
+def totals_of(found: xr.Dataset, variable: str) -> Totals:
+    """Each unit's totals, from a variable of a jackknife's result that names its `amount`: cells as one dimension."""
+    amount = amount_of(found, variable)
+    assert amount is not None, variable
+    values = found[variable].transpose("replicate", ...)
+    counts = amount.broadcast_like(values).transpose(*values.dims).values.astype(float)
+    sums = np.where(counts > 0, values.values * counts, 0.0)
+    flat = [each.reshape(len(each), -1) for each in (sums, counts)]
+    return Totals(*(each[0] - each[1:] for each in flat))
+
+
+@dataclass(frozen=True)
+class Together:
+    """Estimates, float64 (difference, cell), with the ends of intervals and p-values that hold of all together."""
+
+    estimate: Array
+    low: Array
+    high: Array
+    p: Array
+    tests: int
+    """Cells and differences that are tested."""
+
+
+def together(
+    sets: Sequence[Totals], weights: Array, *, level: float = 0.95, replicates: int = REPLICATES, seed: int = 0
+) -> Together:
+    """Test weighted sums of the means of sets of documents.
+
+    Parameters
+    ----------
+    sets : sequence of Totals
+        With the same cells.
+    weights : float64 array, shape (differences, sets)
+        What each difference takes of each set.
+    level : float
+        That all intervals together are to cover.
+    replicates : int
+        Draws of documents.
+    seed : int
+
+    Returns
+    -------
+    Together
+        NaN where a set that a difference takes has no value, or, but for the estimates, too few documents.
+
+    Raises
+    ------
+    ValueError
+        When the level is not between 0 and 1.
+    """
+    from scipy.special import stdtrit
+
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: between 0 and 1")
+    degrees = np.stack([each.degrees for each in sets])
+    own = _differences(sets, weights, [np.ones((1, len(each.total))) for each in sets], np.isnan(degrees))
+    estimate, error = own.estimate[:, 0], own.error[:, 0]
+    known = np.isfinite(estimate) & (error > 0)
+    tests = max(1, int(known.sum()))
+    of_error = own.degrees(np.broadcast_to(degrees[:, None], own.variance.shape))[:, 0]
+    unit = stdtrit(np.where(known, of_error, np.nan), 1 - (1 - level) / (2 * tests)) * error
+    random = np.random.default_rng(seed)
+    times = [random.multinomial(n := len(each.total), np.full(n, 1 / n), replicates).astype(float) for each in sets]
+    largest = np.zeros(replicates)
+    for first in range(0, estimate.shape[1], CELLS_AT_ONCE):
+        some = slice(first, first + CELLS_AT_ONCE)
+        parts = [Totals(each.total[:, some], each.amount[:, some]) for each in sets]
+        drawn = _differences(parts, weights, times, np.isnan(degrees[:, some]))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            apart = abs(drawn.estimate - estimate[:, None, some]) / drawn.error
+            scaled = np.where(known[:, None, some], apart / (unit / error)[:, None, some], 0.0)
+        largest = np.maximum(largest, np.nan_to_num(scaled, nan=0.0, posinf=np.inf).max((0, 2)))
+    ordered = np.sort(largest)
+    reach = unit * ordered[min(replicates, int(np.ceil(level * (replicates + 1)))) - 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        reached = replicates - np.searchsorted(ordered, abs(estimate) / unit, "left")
+    p = np.where(known, (1 + reached) / (1 + replicates), np.nan)
+    return Together(estimate, estimate - reach, estimate + reach, p, tests if known.any() else 0)
+
+
+def _differences(sets: Sequence[Totals], weights: Array, times: Sequence[Array], untested: Array) -> Differences:
+    """Differences of the sets' means, (difference, draw, cell)."""
+    mean, variance = (np.stack(each) for each in zip(*map(Totals.fitted, sets, times), strict=True))
+    return Differences(weights, mean, np.where(untested[:, None], np.nan, variance))
