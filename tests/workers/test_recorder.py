@@ -43,7 +43,9 @@ def random_rows(count: int, seed: int = 0, longest: int = POSITIONS, vocabulary:
     return Rows(token=token, length=length, document_id=index.astype(np.int64), offset=np.zeros(count, np.int32))
 
 
-def layout_of(engine: ModelEngine, rows: Rows, rows_per_shard: int | None = None) -> Layout:
+def layout_of(
+    engine: ModelEngine, rows: Rows, rows_per_shard: int | None = None, record: tuple[str, ...] = ()
+) -> Layout:
     return Layout(
         sequence_length=rows.token.shape[1],
         rows_per_shard=rows_per_shard or len(rows.length),
@@ -51,6 +53,7 @@ def layout_of(engine: ModelEngine, rows: Rows, rows_per_shard: int | None = None
         num_experts=engine.num_experts,
         experts_per_token=engine.experts_per_token,
         vocab_size=32_000,
+        record=record,
     )
 
 
@@ -371,9 +374,11 @@ FAULTS: dict[str, tuple[Broken, str]] = {
 }
 
 
-def planned(engine: ModelEngine, folder: Path, rows: Rows, rows_per_shard: int) -> CaptureGroup:
+def planned(
+    engine: ModelEngine, folder: Path, rows: Rows, rows_per_shard: int, record: tuple[str, ...] = ()
+) -> CaptureGroup:
     """A group with these rows planned and nothing captured."""
-    layout = layout_of(engine, rows, rows_per_shard)
+    layout = layout_of(engine, rows, rows_per_shard, record)
     group = CaptureGroup.create(folder, "broken", layout=layout, identity={"model": "tiny"}, attrs={}, pieces=["a"])
     plan = Plan(complete=True, rows=len(rows.length), tokens=int(rows.length.sum()), documents=len(rows.length))
     group.publish(rows, [f"row {number}" for number in rows.document_id], plan)
