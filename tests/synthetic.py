@@ -51,7 +51,7 @@ def make_capture(
     strength: float = 1.5,
     record: Sequence[str] = (),
     top_logits: int = 0,
-    scores: str = "softmax",
+    scores: str = "renormalized",
     chunked: bool = True,
 ) -> xr.Dataset:
     """A capture with random documents; shards in `missing` hold fill values, as before they are written.
@@ -119,9 +119,10 @@ def make_capture(
             "sequence_length": sequence_length,
             "special_token_ids": list(special_token_ids),
             "dataset": dataset,
+            **({"router_transformation": scores} if "logit" in record else {}),
         },
     )
-    more = recorded(capture, logit, captured, seed=seed, top_logits=top_logits, scores=scores)
+    more = recorded(capture, logit, captured, seed=seed, top_logits=top_logits)
     capture = capture.assign({name: more[name] for name in record})
     return capture.chunk({"doc": rows_per_shard}) if chunked else capture
 
@@ -130,7 +131,7 @@ RECORD = ("logit", "output_norm", "logprob")
 
 
 def recorded(
-    capture: xr.Dataset, logit: np.ndarray, captured: np.ndarray, *, seed: int, top_logits: int, scores: str
+    capture: xr.Dataset, logit: np.ndarray, captured: np.ndarray, *, seed: int, top_logits: int
 ) -> dict[str, Any]:
     """What `--record` adds: these logits, norms that depend on the expert, log-probabilities that depend on the token.
 
@@ -150,7 +151,7 @@ def recorded(
     ids = np.where(captured[..., None, None], order, fill).astype(expert.dtype)
     last = "candidate" if top_logits else "expert_id"
     return {
-        "logit": ((*place, "layer", last), logits, {"scores": scores}),
+        "logit": ((*place, "layer", last), logits),
         "logit_expert": ((*place, "layer", "candidate"), ids),
         "output_norm": ((*place, "layer", "k"), norms),
         "logprob": (place, logprob),

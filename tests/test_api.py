@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from synthetic import make_capture
+from synthetic import RECORD, make_capture
 
 import analysis
 import store
@@ -32,6 +32,8 @@ PACKAGES = (analysis, store, workers)
 NAMES = [(package, name) for package in PACKAGES for name in package.__all__]
 CAPTURE, OTHER = make_capture(), make_capture(seed=5)
 MIXTRAL = make_capture(layers=(0, 7, 15))
+RECORDED, OTHER_RECORDED = (make_capture(seed=seed, record=RECORD) for seed in (0, 5))  # the same tokens and choices
+SCORES = analysis.scores_of(RECORDED)
 
 # --- What is counted, looked up in the arrays -------------------------------------------------------------------------
 
@@ -44,6 +46,12 @@ def counted(capture: xr.Dataset) -> np.ndarray:
 
 def tokens(capture: xr.Dataset = CAPTURE) -> int:
     return int(counted(capture).sum())
+
+
+def predicted(capture: xr.Dataset = RECORDED) -> int:
+    """Tokens that count and have a next one in their row."""
+    has_next = np.arange(capture.sizes["position"]) < capture["length"].values[:, None] - 1
+    return int((counted(capture) & has_next).sum())
 
 
 def pairs(capture: xr.Dataset = CAPTURE) -> int:
@@ -84,6 +92,10 @@ Ask = Callable[[xr.Dataset], Any]
 
 def counts(*reducers: Reducer) -> list[xr.Dataset]:
     return scan(CAPTURE, reducers)
+
+
+def recorded_counts(*reducers: Reducer) -> list[xr.Dataset]:
+    return scan(RECORDED, reducers)
 
 
 def words(capture: xr.Dataset) -> xr.Dataset:
@@ -135,6 +147,21 @@ METRICS: dict[str, tuple[Ask, object]] = {
     "gpu_load": (lambda c: analysis.gpu_load(analysis.expert_load(c), 2), tokens()),
     "growth": (lambda c: analysis.growth(c, analysis.Load(), halvings=2), tokens()),
     "layer_overlap_of": (lambda c: analysis.layer_overlap_of(counts(analysis.Choices())[0]), tokens()),
+    "logprob_by_expert": (lambda c: analysis.logprob_by_expert(RECORDED), predicted()),
+    "logprob_by_expert_of": (
+        lambda c: analysis.logprob_by_expert_of(recorded_counts(analysis.Jackknife(analysis.LogProbability()))[0]),
+        predicted(),
+    ),
+    "mean_contrast": (
+        lambda c: analysis.mean_contrast({"a": RECORDED, "b": OTHER_RECORDED}, analysis.Saliency(), "mean_norm"),
+        {"a": tokens(), "b": tokens(OTHER)},
+    ),
+    "mean_contrast_of": (
+        lambda c: analysis.mean_contrast_of(
+            dict.fromkeys("ab", recorded_counts(analysis.Jackknife(analysis.LogProbability()))[0]), "mean_logprob"
+        ),
+        {"a": predicted(), "b": predicted()},
+    ),
     "paired_contrast": (
         lambda c: analysis.paired_contrast({"a": c, "b": OTHER}, replicates=5),
         {"a": tokens_of_common(CAPTURE, OTHER), "b": tokens_of_common(OTHER, CAPTURE)},
@@ -148,6 +175,14 @@ METRICS: dict[str, tuple[Ask, object]] = {
     ),
     "published_counts": (lambda c: analysis.published_counts(), 102 * 2048),
     "repetition": (analysis.repetition, pairs()),
+    "router_distribution": (lambda c: analysis.router_distribution(RECORDED), tokens()),
+    "saliency": (lambda c: analysis.saliency(RECORDED), tokens()),
+    "saliency_of": (
+        lambda c: analysis.saliency_of(
+            *recorded_counts(analysis.Jackknife(analysis.Saliency()), analysis.LargestSaliency())
+        ),
+        tokens(),
+    ),
     "router_confidence": (analysis.router_confidence, tokens()),
     "segment_cache_hits": (lambda c: analysis.segment_cache_hits(c, [4], [2]), pairs()),
     "segment_cache_hits_of": (
@@ -155,6 +190,14 @@ METRICS: dict[str, tuple[Ask, object]] = {
         pairs(),
     ),
     "segment_routing": (lambda c: analysis.segment_routing(c, [4]), tokens()),
+    "surprise": (lambda c: analysis.surprise(RECORDED), predicted()),
+    "surprise_and_entropy": (lambda c: analysis.surprise_and_entropy(RECORDED), predicted()),
+    "surprise_and_entropy_of": (
+        lambda c: analysis.surprise_and_entropy_of(
+            recorded_counts(analysis.Jackknife(analysis.SurpriseEntropy(SCORES)))[0]
+        ),
+        predicted(),
+    ),
     "token_contributions": (
         lambda c: analysis.token_contributions(c, OTHER),
         {"one": tokens(), "other": tokens(OTHER)},
@@ -198,14 +241,20 @@ REDUCERS: dict[str, tuple[Reducer, int]] = {
     "ExpertCounts": (analysis.ExpertCounts(), tokens()),
     "Jackknife": (analysis.Jackknife(analysis.ExpertCounts(3), 4), tokens()),
     "LayerPairs": (analysis.LayerPairs([(0, 2), (2, 1)]), tokens()),
+    "LargestSaliency": (analysis.LargestSaliency(), tokens()),
     "Load": (analysis.Load(), tokens()),
+    "LogProbability": (analysis.LogProbability(), predicted()),
     "MeanWeights": (analysis.MeanWeights(), tokens()),
     "Parts": (analysis.Parts(analysis.Load(), 1, parts.halves), tokens()),
     "Repetition": (analysis.Repetition((1, 4)), pairs()),
+    "RouterDistribution": (analysis.RouterDistribution(SCORES), tokens()),
+    "Saliency": (analysis.Saliency(), tokens()),
     "SampledRoutes": (analysis.SampledRoutes(), tokens()),
     "SampledRows": (analysis.SampledRows(analysis.Load(), 1), tokens()),
     "SegmentRouting": (analysis.SegmentRouting((4,)), tokens()),
     "ShuffledTokenCounts": (analysis.ShuffledTokenCounts(), tokens()),
+    "Surprise": (analysis.Surprise(), predicted()),
+    "SurpriseEntropy": (analysis.SurpriseEntropy(SCORES), predicted()),
     "TokenCounts": (analysis.TokenCounts(), tokens()),
     "TokenPaths": (
         analysis.TokenPaths([3, 0]),
@@ -247,7 +296,7 @@ def test_a_result_says_what_it_is_and_of_how_much(name: str) -> None:
 @pytest.mark.parametrize("name", REDUCERS)
 def test_what_a_reducer_counted_says_what_it_is_and_of_how_much(name: str) -> None:
     reducer, n = REDUCERS[name]
-    assert_says_what_it_is(scan(CAPTURE, [reducer])[0], n)
+    assert_says_what_it_is(scan(RECORDED, [reducer])[0], n)
 
 
 def hidden(result: Any) -> set[str]:
@@ -263,7 +312,7 @@ def test_no_variable_of_a_result_has_a_name_of_xarray_s(name: str) -> None:
 
 @pytest.mark.parametrize("name", REDUCERS)
 def test_no_variable_that_a_reducer_counted_has_a_name_of_xarray_s(name: str) -> None:
-    assert hidden(scan(CAPTURE, [REDUCERS[name][0]])[0]) == set()
+    assert hidden(scan(RECORDED, [REDUCERS[name][0]])[0]) == set()
 
 
 def test_a_name_of_xarray_s_is_found() -> None:

@@ -172,7 +172,7 @@ def _add(
 
 @kernel
 def _units(value: float) -> int:
-    return np.int64(np.rint(value / UNIT))
+    return int(np.rint(value / UNIT))
 
 
 @kernel

@@ -163,7 +163,7 @@ def saliency_of(sums: xr.Dataset, largest: xr.Dataset, *, level: float = 0.95) -
     return found.assign(largest.data_vars)
 
 
-def _arrays(block: Block) -> tuple[Array, ...]:
+def _arrays(block: Block) -> tuple[Array, Array, Array, Array]:
     """Experts, weights and norms of a block, and which tokens count; kernels have no float16."""
     return block["expert"], block["weight"].astype(np.float32), block["output_norm"], block["counted"]
 

@@ -17,9 +17,10 @@ import numpy as np
 import xarray as xr
 
 from analysis.scanning import Array, kernel, sizes, without
+from store.attributes import attributes
 
-HOW = {"softmax": "exponential", "sigmoid": "sigmoid"}
-"""Values of the attribute that says how weights are made of logits, and what a score is."""
+HOW = {"softmax": "exponential", "renormalized": "exponential", "sigmoid": "sigmoid"}
+"""Values of the attribute `router_transformation`, which says how weights come from logits, and what a score is."""
 NO_IDS = np.zeros((0, 0, 0, 0), np.uint8)  # in place of `logit_expert`, where the logits of all experts are there
 
 
@@ -48,6 +49,16 @@ class Scores:
 def scores_of(dataset: xr.Dataset) -> Scores:
     """How a capture's logits become scores, as its attributes say.
 
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture with the router's logits.
+
+    Returns
+    -------
+    Scores
+        What `RouterDistribution` and `SurpriseEntropy` need to know.
+
     Raises
     ------
     ValueError
@@ -55,12 +66,12 @@ def scores_of(dataset: xr.Dataset) -> Scores:
     """
     if "logit" not in dataset:
         raise ValueError(f"the distribution of a router needs {without(dataset, ['logit'])}")
-    how = dataset["logit"].attrs.get("scores")
+    how = attributes(dataset).get("router_transformation")
     if how not in HOW:
-        known = ", ".join(HOW)
+        where = dataset.attrs.get("dataset", "the capture")
         raise ValueError(
-            f"the logits of {dataset.attrs.get('dataset', 'the capture')} become weights by {how!r}, as their attribute"
-            f" `scores` says; known are {known}"
+            f"how the logits of {where} become weights is {how!r}, as the attribute router_transformation says: a"
+            f" distribution can be made where it is one of {', '.join(HOW)}"
         )
     return Scores(how=HOW[how], experts=sizes(dataset)[2], recorded=dataset["logit"].sizes[dataset["logit"].dims[-1]])
 
@@ -79,7 +90,7 @@ def log_score(logit: float, sigmoid: bool) -> float:
     """The logarithm of a logit's score."""
     if not sigmoid:
         return logit
-    return -np.log1p(np.exp(-logit)) if logit > 0 else logit - np.log1p(np.exp(logit))
+    return float(-np.log1p(np.exp(-logit)) if logit > 0 else logit - np.log1p(np.exp(logit)))
 
 
 @kernel
@@ -101,7 +112,7 @@ def entropy_ends(logit: Array, experts: int, sigmoid: bool) -> tuple[float, floa
 @kernel
 def _bits(total: float, product: float) -> float:
     """The entropy of scores of this sum and this sum of score × log score; not below 0, as rounding may make it."""
-    return max((np.log(total) - product / total) / np.log(2.0), 0.0)
+    return float(max((np.log(total) - product / total) / np.log(2.0), 0.0))
 
 
 @kernel

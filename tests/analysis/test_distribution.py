@@ -27,7 +27,7 @@ def by_hand(capture: xr.Dataset) -> dict[str, np.ndarray]:
     """Entropy, effective experts, mass and margin of each token that counts: (token, layer)."""
     own = counted(capture)
     logit, expert = capture["logit"].values[own].astype(float), capture["expert"].values[own].astype(int)
-    if capture["logit"].attrs["scores"] == "sigmoid":
+    if capture.attrs["router_transformation"] == "sigmoid":
         p = expit(logit) / expit(logit).sum(-1, keepdims=True)
     else:
         p = softmax(logit, axis=-1)
@@ -92,7 +92,7 @@ def test_of_the_largest_logits_the_bounds_hold_the_truth_and_are_tight(
         filled = np.where(np.isnan(whole["logit"].values), np.nan, values[..., -1:] + end)
         at = np.where(ids == 255, 0, ids).astype(int)
         np.put_along_axis(filled, at, np.where(ids == 255, np.nan, values), -1)
-        made = router_distribution(whole.assign(logit=(whole["logit"].dims, filled, whole["logit"].attrs)))
+        made = router_distribution(whole.assign(logit=(whole["logit"].dims, filled)))
         np.testing.assert_allclose(found[f"mean_entropy_{entropy_end}"], made["mean_entropy"], atol=1e-5)
         np.testing.assert_allclose(found[f"mean_mass_{mass_end}"], made["mean_mass"], atol=1e-5)
 
@@ -102,7 +102,7 @@ def test_experts_that_a_bias_chose_have_a_margin_below_0_and_bounds_where_their_
     logit = whole["logit"].values.copy()
     chosen = whole["expert"].values[..., -1:].astype(int) % 8
     np.put_along_axis(logit, chosen, logit.min(-1, keepdims=True) - 1, -1)  # the second choice has the smallest logit
-    biased = whole.assign(logit=(whole["logit"].dims, logit, whole["logit"].attrs))
+    biased = whole.assign(logit=(whole["logit"].dims, logit))
     found = router_distribution(biased)
     np.testing.assert_allclose(found["mean_margin"], by_hand(biased)["margin"].mean(0), atol=2e-6)
     assert bool((found["mean_margin"] < 0).all())
@@ -110,7 +110,7 @@ def test_experts_that_a_bias_chose_have_a_margin_below_0_and_bounds_where_their_
     ids = np.where(np.isnan(logit[..., :1]), 255, order).astype(np.uint8)
     dims = (*whole["logit"].dims[:-1], "candidate")
     some = biased.drop_vars("logit").assign(
-        logit=(dims, np.take_along_axis(logit, order, -1), whole["logit"].attrs), logit_expert=(dims, ids)
+        logit=(dims, np.take_along_axis(logit, order, -1)), logit_expert=(dims, ids)
     )
     bounds = router_distribution(some)
     assert bounds["margin_tokens"].values.tolist() == [0] * 3
@@ -130,8 +130,8 @@ def test_the_interval_is_that_of_the_documents_left_out() -> None:
 def test_what_is_not_known_or_damaged_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"needs logit, .* of synthetic came without; .*--record logits makes it"):
         router_distribution(make_capture())
-    odd = make_capture(record=LOGIT, scores="sparsemixer")
-    with pytest.raises(ValueError, match=r"become weights by 'sparsemixer'.*known are softmax, sigmoid"):
+    odd = make_capture(record=LOGIT, scores="unknown")
+    with pytest.raises(ValueError, match=r"become weights is 'unknown', .* one of softmax, renormalized, sigmoid"):
         router_distribution(odd)
     damaged = make_capture(record=LOGIT, chunked=False)
     damaged["logit"].values[0, 0, 1, 3] = np.nan
