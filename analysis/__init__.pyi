@@ -10,6 +10,7 @@ from .exports.replay import document_replay as document_replay
 from .exports.replay import read_replay as read_replay
 from .exports.replay import row_replay as row_replay
 from .exports.replay import write_replay as write_replay
+from .exports.saliency import write_saliency as write_saliency
 from .metrics.agreement import agreement as agreement
 from .metrics.caching import CacheCounts as CacheCounts
 from .metrics.caching import cache_hits as cache_hits

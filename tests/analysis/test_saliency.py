@@ -1,5 +1,8 @@
 """Saliency against a loop over tokens, and its interval against Student's of documents of equal parts."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -9,7 +12,7 @@ from scipy import stats
 from synthetic import make_capture
 from test_distribution import counted
 
-from analysis import Saliency, saliency, scan
+from analysis import Saliency, saliency, scan, write_saliency
 
 NORMS = ("output_norm",)
 
@@ -84,3 +87,36 @@ def test_what_is_not_there_or_not_finite_is_an_error() -> None:
     damaged["output_norm"].values[0, 0, 1, 1] = np.inf
     with pytest.raises(ValueError, match="an output's norm is not a finite number"):
         scan(damaged, [Saliency()])
+
+
+@pytest.mark.parametrize("by", ["mean_saliency", "largest_norm"])
+def test_the_file_has_each_layer_s_experts_from_the_least_salient_on_with_their_scores(by: str, tmp_path: Path) -> None:
+    captures = {name: make_capture(seed=seed, layers=(1, 4), record=NORMS) for name, seed in (("a", 1), ("b", 2))}
+    expert = captures["b"]["expert"].values
+    expert[expert == 6] = 5
+    captures["b"] = captures["b"].assign(expert=(captures["b"]["expert"].dims, expert))
+    found = {name: saliency(capture) for name, capture in captures.items()}
+    write_saliency(tmp_path / "s.json", found, by=by)  # type: ignore[arg-type]
+    read = json.loads((tmp_path / "s.json").read_text())
+    assert (read["format"], read["by"]) == ("expert-atlas saliency 1", by)
+    for name, each in found.items():
+        own = read["data_sets"][name]
+        assert own["n"] == each.attrs["n"]
+        assert list(own["experts"]) == ["1", "4"]
+        for layer, experts in own["experts"].items():
+            assert sorted(experts) == list(range(8))
+            cells = each.sel(layer=int(layer), expert=experts)
+            for score in ("mean_saliency", "largest_norm", "mean_saliency_low", "tokens"):
+                wanted = [None if np.isnan(value) else value for value in cells[score].values.tolist()]
+                assert own[score][layer] == wanted
+            scores = [value for value in own[by][layer] if value is not None]
+            assert scores == sorted(scores)
+    assert [own["experts"][layer][0] for layer in ("1", "4")] == [6, 6]
+    assert own["mean_saliency"]["1"][0] is None
+
+
+def test_a_file_of_nothing_or_by_no_score_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="by='low': experts can be ordered by mean_saliency, total_saliency"):
+        write_saliency(tmp_path / "s.json", {"a": saliency(make_capture(record=NORMS))}, by="low")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no data set"):
+        write_saliency(tmp_path / "s.json", {})
