@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import altair as alt
 import numpy as np
@@ -118,6 +119,98 @@ def contrast_heatmap(apart: xr.Dataset, data_set: str, *, spread: float) -> Draw
     )
     pale = alt.condition("datum.p <= 0.05", alt.value(1), alt.value(0.3))
     return Drawing(drawing.chart.encode(opacity=pale), drawing.rows)
+
+
+def saliency_heatmap(found: xr.Dataset) -> Drawing:
+    """Mean weight × output norm by layer and expert, coloured by its distance from the mean of the layer's choices.
+
+    Parameters
+    ----------
+    found : xr.Dataset
+        From `analysis.metrics.saliency.saliency`.
+    """
+    total, tokens = found["total_saliency"].sum("expert"), found["tokens"].sum("expert")
+    times = found["mean_saliency"] / (total / tokens.where(tokens > 0)).where(total > 0)
+    columns = {"times": times, **{title: found[name] for title, (name, _) in _OF_SALIENCY.items()}}
+    return _heat_map(
+        _cells(columns, found),
+        expert_axis("expert", found.sizes["expert"]),
+        alt.Color("times:Q", title="times the mean of the layer"),
+        [0, 1, 2],
+        [
+            alt.Tooltip("expert:O"),
+            alt.Tooltip("times:Q", title="times the layer's mean"),
+            *(alt.Tooltip(f"{name}:Q", title=title, format=",") for name, (_, title) in _OF_SALIENCY.items()),
+        ],
+        found.sizes["layer"],
+        title="Saliency: mean of weight × norm of the expert's output",
+        subtitle=f"n = {found.attrs['n']:,} tokens; the layer's mean is neutral",
+        description="Heat map of how much each expert contributes at each layer, against the mean of the layer.",
+    )
+
+
+_OF_SALIENCY = {
+    "saliency": ("mean_saliency", "mean saliency"),
+    "low": ("mean_saliency_low", "95 % from"),
+    "high": ("mean_saliency_high", "to"),
+    "largest": ("largest_saliency", "largest"),
+    "norm": ("largest_norm", "largest norm"),
+    "tokens": ("tokens", "tokens"),
+}
+
+
+def logprob_heatmap(found: xr.Dataset, *, spread: float) -> Drawing:
+    """By how much the next token is more probable where a token reaches the expert than where the same token does not.
+
+    Parameters
+    ----------
+    found : xr.Dataset
+        From `analysis.metrics.logprob.logprob_by_expert`.
+    spread : float
+        Difference of full colour, in nats.
+    """
+    drawing = _heat_map(
+        _cells({name: found[variable] for name, (variable, _) in _OF_LOGPROB.items()}, found),
+        expert_axis("expert", found.sizes["expert"]),
+        alt.Color("within:Q", title="nats more than without it"),
+        [-spread, 0, spread],
+        [
+            alt.Tooltip("expert:O"),
+            *(alt.Tooltip(f"{name}:Q", title=title, format=",") for name, (_, title) in _OF_LOGPROB.items()),
+        ],
+        found.sizes["layer"],
+        title="Log-probability of the next token, within the same token",
+        subtitle=f"n = {found.attrs['n']:,} tokens; 0 is neutral, pale where p > 0.05",
+        description="Heat map of how much more probable the next token is where a token reaches the expert.",
+    )
+    pale = alt.condition("datum.p <= 0.05", alt.value(1), alt.value(0.3))
+    return Drawing(drawing.chart.encode(opacity=pale), drawing.rows)
+
+
+_OF_LOGPROB = {
+    "within": ("within", "within the same token, nats"),
+    "low": ("within_low", "95 % of all together, from"),
+    "high": ("within_high", "to"),
+    "p": ("within_p", "p, of all cells together"),
+    "difference": ("difference", "over all tokens, nats"),
+    "compared": ("compared", "tokens compared"),
+    "tokens": ("tokens", "tokens that reach it"),
+}
+
+
+def _cells(columns: Mapping[str, xr.DataArray], found: xr.Dataset) -> Rows:
+    """A row for each layer and expert."""
+    values = {name: column.transpose("layer", "expert").values for name, column in columns.items()}
+    return [
+        {"layer": int(layer), "expert": int(expert), **{name: _shown(of[at, e]) for name, of in values.items()}}
+        for at, layer in enumerate(found["layer"].values)
+        for e, expert in enumerate(found["expert"].values)
+    ]
+
+
+def _shown(value: Any) -> float | int | None:
+    """A count as it is, and any other number rounded."""
+    return int(value) if isinstance(value, np.integer) else rounded(value)
 
 
 def repetition_heatmap(repeated: xr.Dataset, pairs: Sequence[int], *, spread: float) -> Drawing:

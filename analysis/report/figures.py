@@ -82,10 +82,10 @@ def about(result: xr.Dataset, spread: str) -> str:
 
 
 def band(
-    values: xr.DataArray, *, scale: Scale = "linear", corrected: bool = False
+    values: xr.DataArray, *, scale: Scale = "linear", corrected: bool = False, amount: xr.DataArray | None = None
 ) -> tuple[xr.DataArray, xr.DataArray]:
     """The ends of the interval of a jackknife's values; see `analysis.interval`."""
-    found = interval(values, scale=scale, corrected=corrected)
+    found = interval(values, scale=scale, corrected=corrected, amount=amount)
     return found["low"], found["high"]
 
 

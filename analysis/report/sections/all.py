@@ -12,6 +12,9 @@ NAMES = (
     "paths",
     "repetition",
     "confidence",
+    "distribution",
+    "saliency",
+    "surprise",
     "position",
     "caching",
 )

@@ -6,6 +6,7 @@ import xarray as xr
 
 from analysis.charts.heatmaps import contrast_heatmap
 from analysis.metrics.contrast import contrast_of, differences_in_words
+from analysis.metrics.mean_contrast import mean_contrast_of
 from analysis.report.figures import Figure, about, figure
 from analysis.report.section import Answers, Asked, Section
 from analysis.report.sections import load
@@ -22,6 +23,20 @@ def contrast_between(answers: Sequence[Answers]) -> xr.Dataset | None:
     captured = [each for each in answers if each["load"].attrs["n"]]
     alike = {each.label: each["counts"] for each in captured if not why_apart(captured[0], each)}
     return contrast_of(alike) if len(alike) > 1 else None
+
+
+def means_between(answers: Sequence[Answers], name: str, variable: str) -> xr.Dataset | None:
+    """How the data sets of the first one's model differ in a mean that was counted by units of documents as `name`;
+    None where there are not two."""
+    counted = [each for each in answers if each[name].attrs["n"]]
+    alike = {each.label: each[name] for each in counted if not why_apart(counted[0], each)}
+    return mean_contrast_of(alike, variable) if len(alike) > 1 else None
+
+
+def the_others(apart: xr.Dataset, data_set: str) -> str:
+    """What a data set is compared with, in words."""
+    others = [name for name in apart["data_set"].values.tolist() if name != data_set]
+    return others[0] if len(others) == 1 else "the other data sets"
 
 
 def why_apart(one: Answers, other: Answers) -> str:
