@@ -41,7 +41,8 @@ def inline(text: object) -> str:
 
 def reader_data(view: View, documents: Sequence[dict[str, Any]]) -> Markup:
     """What explorer.js draws a text from: documents as `View.document` gives them."""
-    shape = {"layers": view.layers, "experts": view.experts, "choices": view.choices}
+    shape = {"layers": view.layers, "experts": view.experts, "choices": view.choices, "words": len(view.texts)}
+    shape["distributions"] = view.scores is not None
     return inert_json({**shape, "documents": list(documents)})
 
 

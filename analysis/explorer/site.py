@@ -46,6 +46,7 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
         Route("/{name}/document/{document:int}", pages.document),
         Route("/{name}/document/{document:int}/export", pages.export),
         Route("/{name}/place", pages.place),
+        Route("/{name}/distribution", pages.distribution),
         Route("/{name}/token/{token:int}", pages.token),
         Route("/{name}/expert", pages.any_expert),
         Route("/{name}/expert/{layer:int}/{expert:int}", pages.expert),
@@ -145,6 +146,14 @@ class Pages:
         document, page, token = shown.view.page_at(row, position)
         query = f"page={page}&token={token}" + (f"&layer={layer}" if layer is not None else "")
         return RedirectResponse(f"/{shown.view.dataset}/document/{document}?{query}", headers=HEADERS)
+
+    def distribution(self, request: Request) -> Response:
+        """What the routers computed for one token: what a page asks for when a token is chosen."""
+        shown, (row, position) = self._shown(request), _numbers(request, row=0, position=0)
+        try:
+            return JSONResponse(shown.view.distribution(row, position), headers=HEADERS)
+        except ValueError as error:
+            return JSONResponse({"error": str(error)}, 404, headers=HEADERS)
 
     def token(self, request: Request) -> Response:
         """A token: where it goes, and its places."""

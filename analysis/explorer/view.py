@@ -19,6 +19,7 @@ import zarr
 from analysis.explorer.index import Indexed
 from analysis.explorer.parts import Part
 from analysis.explorer.pieces import readable
+from analysis.metrics.scores import Scores, entropies, known_scores, probabilities
 from analysis.metrics.tokens import TokenOrder, expert_tokens_of, label_counts
 from analysis.scanning import Array, sizes
 from store.attributes import attributes
@@ -129,7 +130,8 @@ class View:
         dict
             Beside what names it: `texts` and `ids` of its tokens; and base64 of little-endian arrays (token, layer,
             k): `expert`, of the capture's type, where its largest value is "not captured", and `weight`, uint16, in
-            units of `scale`.
+            units of `scale`. Where they were recorded, base64 of float32: `surprise` (token) at what comes next, in
+            nats, and `entropy` (token, layer) of the routers, in bits; NaN where it is not known.
 
         Raises
         ------
@@ -173,8 +175,55 @@ class View:
         """Tokens, experts and weights of some positions of a row, for `document`."""
         return self._coded(*self._arrays(row, start, stop))
 
+    def distribution(self, row: int, position: int) -> dict[str, Any]:
+        """What the routers computed for one token.
+
+        Returns
+        -------
+        dict
+            Lists by layer: `experts`, ids; their `probability`; and `chosen`, the ids that the router chose. `of`: the
+            experts of a layer, more than are listed where only the largest logits were recorded.
+
+        Raises
+        ------
+        ValueError
+            When there is no such place, it is not captured, or no logits were recorded.
+        """
+        self.page_at(row, position)
+        if self.scores is None:
+            raise ValueError(f"{self.dataset} has no distributions: its routers' logits were not recorded")
+        read = lambda name: self._read(name, row, position, position + 1)[0]
+        logit, expert = read("logit"), read("expert")
+        if not self.rows["captured"][row] or np.isnan(logit).any():
+            raise ValueError(f"row {row} of {self.dataset} is not captured yet")
+        ids = read("logit_expert") if self.scores.truncated else np.tile(np.arange(self.experts), (len(logit), 1))
+        return {
+            "experts": ids.tolist(),
+            "probability": np.round(probabilities(logit, self.scores), 6).tolist(),
+            "chosen": expert.tolist(),
+            "of": self.experts,
+        }
+
+    @cached_property
+    def scores(self) -> Scores | None:
+        """How router logits become weights; None where none were recorded, or that is not known."""
+        return known_scores(self.capture)
+
+    def _measured(self, row: int, start: int, stop: int) -> tuple[Array, Array]:
+        """Surprise (position) and entropy (position, layer), float32; of no length where they were not recorded."""
+        surprise, entropy = np.empty(0, np.float32), np.empty((0, len(self.layers)), np.float32)
+        if "logprob" in self.capture:
+            surprise = -self._read("logprob", row, start, stop)
+        if self.scores is not None:
+            logit = self._read("logit", row, start, stop)
+            entropy = entropies(logit, self.scores.experts, self.scores.sigmoid).astype(np.float32)
+        if not self.rows["captured"][row : row + 1].all():
+            return np.full_like(surprise, np.nan), np.full_like(entropy, np.nan)
+        return surprise, entropy
+
     def _arrays(self, row: int, start: int, stop: int) -> tuple[Array, ...]:
-        """Tokens, experts, weights, speakers and phases of some positions of a row; fill where it is not captured."""
+        """Tokens, experts, weights, surprise, entropy, speakers and phases of some positions of a row; fill where it is
+        not captured."""
         token, expert = (self._read(name, row, start, stop) for name in ("token", "expert"))
         weight = self._read("weight", row, start, stop) if "weight" in self.capture else np.ones(expert.shape)
         labels = [
@@ -189,14 +238,16 @@ class View:
             raise self._unreadable(row, "weights are gone")
         if (token < 0).any() or (token >= len(self.texts)).any():
             raise self._unreadable(row, "tokens are gone")
-        return token, expert, weight, *labels
+        return token, expert, weight, *self._measured(row, start, stop), *labels
 
     @cached_property
     def given(self) -> bool:
         """Whether the routes came from elsewhere: those of some tokens may not be known."""
         return "written" in attributes(self.capture).get("identity", {})
 
-    def _coded(self, token: Array, expert: Array, weight: Array, *labels: Array) -> dict[str, Any]:
+    def _coded(
+        self, token: Array, expert: Array, weight: Array, surprise: Array, entropy: Array, *labels: Array
+    ) -> dict[str, Any]:
         scale = float(weight.max(initial=0)) or 1.0
         coded = np.rint(weight.astype(np.float64) * (65_535 / scale)).astype("<u2")
         return {
@@ -208,6 +259,8 @@ class View:
             "bytes": expert.dtype.itemsize,
             "weighed": "weight" in self.capture,
             "roles": self._labelled(labels),
+            "surprise": _in_float32(surprise) if "logprob" in self.capture else None,
+            "entropy": _in_float32(entropy) if self.scores is not None else None,
         }
 
     def _labelled(self, labels: Sequence[Array]) -> list[str] | None:
@@ -390,6 +443,10 @@ class View:
                 for by in ORDERS:
                     self.top(layer, by)
         self._before = None
+
+
+def _in_float32(values: Array) -> str:
+    return base64.b64encode(values.astype("<f4").tobytes()).decode()
 
 
 def _refuse_page(page: int, number: int, rows: int) -> None:

@@ -76,6 +76,12 @@ def scores_of(dataset: xr.Dataset) -> Scores:
     return Scores(how=HOW[how], experts=sizes(dataset)[2], recorded=dataset["logit"].sizes[dataset["logit"].dims[-1]])
 
 
+def known_scores(dataset: xr.Dataset) -> Scores | None:
+    """The same; None where no logits were recorded, or it is not known how they become weights."""
+    known = "logit" in dataset and attributes(dataset).get("router_transformation") in HOW
+    return scores_of(dataset) if known else None
+
+
 def probabilities(logit: Array, scores: Scores) -> Array:
     """The distribution over the experts whose logits are there, float64, of the same shape."""
     logit = np.asarray(logit, np.float64)

@@ -10,10 +10,10 @@ from typing import Any
 
 import xarray as xr
 
-from analysis.metrics.scores import HOW, Scores, scores_of
+from analysis.metrics.scores import Scores, known_scores
 from analysis.report.figures import Figure
 from analysis.scanning import Reducer
-from store import Coverage, attributes
+from store import Coverage
 
 TOKEN_MIN_COUNT = 20  # a lift of a rarer token is mostly luck (arbitrary)
 
@@ -36,8 +36,7 @@ class Asked:
     @property
     def scores(self) -> Scores | None:
         """How router logits become weights; None where none were recorded, or that is not known."""
-        known = "logit" in self.data and attributes(self.data).get("router_transformation") in HOW
-        return scores_of(self.data) if known else None
+        return known_scores(self.data)
 
 
 Found = Mapping[str, xr.Dataset]

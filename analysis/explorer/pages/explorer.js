@@ -43,23 +43,33 @@
 
   // A text with its routes.
   const reader = (data) => {
-    const { layers, experts, choices, documents } = data;
+    const { layers, experts, choices, words, distributions, documents } = data;
+    const measures = { // what a text can be coloured by beside its experts, and where the colour is full
+      surprise: { name: "surprise at the next token", unit: "nats", most: Math.log(words), digits: 2 },
+      entropy: { name: "entropy of the router", unit: "bits", most: Math.log2(experts), digits: 2 },
+    };
     const by = (id) => document.getElementById(id);
     const text = by("text"), slider = by("layer"), path = by("path");
     const asked = new URLSearchParams(location.search);
-    const state = { document: 0, layer: Math.max(0, layers.indexOf(Number(asked.get("layer") ?? layers[0]))), alone: null, token: null };
+    const state = { document: 0, layer: Math.max(0, layers.indexOf(Number(asked.get("layer") ?? layers[0]))), alone: null, token: null, by: asked.get("by") ?? "expert" };
     const whole = (name, below) => (/^\d+$/.test(asked.get(name) ?? "") && Number(asked.get(name)) < below ? Number(asked.get(name)) : null);
     state.alone = whole("expert", experts);
     state.token = whole("token", Infinity);
     let spans = [], routes;
 
-    const decoded = ({ expert, weight, scale, bytes, weighed }) => {
+    const decoded = ({ expert, weight, scale, bytes, weighed, surprise, entropy }) => {
       const raw = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
       const chosen = raw(expert), weights = new Uint16Array(raw(weight).buffer);
       const at = (token, layer, k) => (token * layers.length + layer) * choices + k;
       const wide = bytes === 1 ? chosen : new Uint16Array(chosen.buffer);
       const missing = bytes === 1 ? 255 : 65535;
+      const floats = (base64) => (base64 == null ? null : new Float32Array(raw(base64).buffer));
+      const measured = { surprise: floats(surprise), entropy: floats(entropy) };
+      const known = (value) => (Number.isNaN(value) ? null : value);
       return {
+        has: (name) => measured[name] != null,
+        surprise: (token) => known(measured.surprise[token]),
+        entropy: (token, layer) => known(measured.entropy[token * layers.length + layer]),
         expert: (token, layer, k) => (wide[at(token, layer, k)] === missing ? null : wide[at(token, layer, k)]),
         weight: (token, layer, k) => weights[at(token, layer, k)] * scale, // 1 where there are none
         said: (token, layer, k, before, after = "") => (weighed ? before + (weights[at(token, layer, k)] * scale).toFixed(3) + after : ""),
@@ -73,6 +83,7 @@
       set("layer", layers[state.layer]);
       set("expert", state.alone);
       set("token", state.token);
+      set("by", state.by === "expert" ? null : state.by);
       if (documents.length > 1) set("document", state.document);
       try { history.replaceState(null, "", url); } catch { /* a file's page may not change its address */ }
     };
@@ -83,7 +94,26 @@
       return -1;
     };
 
-    const colourText = () => {
+    // One hue for numbers: nothing at 0, full at what a guess, or a router that likes all experts the same, would give.
+    const toned = (part) => `rgb(${dark.matches ? "242 161 78" : "213 94 0"} / ${((dark.matches ? 0.4 : 0.6) * Math.max(0, Math.min(1, part))).toFixed(3)})`;
+    const number = (value, { digits, unit }) => (value === null ? "not known" : `${value.toFixed(digits)} ${unit}`);
+
+    const colourByNumber = () => {
+      const measure = measures[state.by];
+      spans.forEach((span, token) => {
+        const value = routes[state.by](token, state.layer);
+        span.classList.toggle("missing", value === null);
+        span.style.backgroundColor = value === null ? "" : toned(value / measure.most);
+      });
+      const scale = [0, 0.25, 0.5, 0.75, 1].map((part) => { const box = element("i"); box.style.backgroundColor = toned(part); return box; });
+      const scaled = element("span", undefined, { class: "scale" });
+      scaled.append("0", ...scale, `${measure.most.toFixed(1)} ${measure.unit}`);
+      by("legend").replaceChildren(scaled);
+      by("key").textContent = `Colour: ${measure.name}, full at ${number(measure.most, measure)}, ${state.by === "surprise" ? "that of a guess among all tokens. It is how improbable the token is that follows." : "that of a router that likes all experts the same."}`;
+    };
+
+    const colourByExpert = () => {
+      by("key").textContent = "Colour: a token's first expert, or the one that is chosen. Strength: its weight, full at 1.";
       const counts = new Array(experts).fill(0);
       spans.forEach((span, token) => {
         const first = routes.expert(token, state.layer, 0), k = rank(token);
@@ -99,6 +129,10 @@
         button.dataset.expert = e;
         return button;
       }));
+    };
+
+    const colourText = () => {
+      (state.by === "expert" ? colourByExpert : colourByNumber)();
       slider.value = state.layer;
       slider.setAttribute("aria-valuetext", `layer ${layers[state.layer]}`);
       by("layer-number").textContent = layers[state.layer];
@@ -148,9 +182,10 @@
         return;
       }
       const chosen = Array.from({ length: choices }, (_, k) => [routes.expert(token, state.layer, k), routes.said(token, state.layer, k, " (", ")")]);
-      const words = chosen[0][0] === null ? "its experts are not known" : chosen.map(([expert, weight]) => `expert ${expert}${weight}`).join(", ");
+      const chosenWords = chosen[0][0] === null ? "its experts are not known" : chosen.map(([expert, weight]) => `expert ${expert}${weight}`).join(", ");
       by("token").append(element("span", own.texts[token].replaceAll("\n", "↵") || "(no text)", { class: "word" }), element("br"),
-        `token ${own.offset + token}${own.roles?.[token] ? `, ${own.roles[token]}` : ""}; layer ${layers[state.layer]}: ${words}`);
+        `token ${own.offset + token}${own.roles?.[token] ? `, ${own.roles[token]}` : ""}; layer ${layers[state.layer]}: ${chosenWords}`,
+        ...Object.keys(measures).filter(routes.has).map((name) => `; ${measures[name].name} ${number(routes[name](token, state.layer), measures[name])}`));
       if (body.dataset) {
         const base = `/${encodeURIComponent(body.dataset)}`;
         by("links").append(element("a", "this token everywhere", { href: `${base}/token/${own.ids[token]}` }));
@@ -158,10 +193,43 @@
       }
     };
 
+    // The whole distribution of the chosen token at the layer; the server is asked once for all layers.
+    let asks = 0, kept = { token: null };
+    const showDistribution = async () => {
+      const token = state.token, own = documents[state.document], asking = ++asks;
+      by("distribution").replaceChildren();
+      if (token === null || !distributions || !body.dataset) return;
+      if (kept.token !== token) {
+        try {
+          const answer = await (await fetch(`/${encodeURIComponent(body.dataset)}/distribution?row=${own.row}&position=${own.start + token}`)).json();
+          if (asking !== asks) return; // another token was chosen meanwhile
+          kept = { token, answer };
+        } catch { return; } // the explorer was stopped, which the page's head says
+      }
+      const { error, probability, chosen, of, experts: ids } = kept.answer;
+      if (error) { by("distribution").append(element("p", error, { class: "soft" })); return; }
+      const at = state.layer, rows = ids[at].map((expert, index) => ({ expert, share: probability[at][index], taken: chosen[at].includes(expert) }));
+      const listed = rows.length <= 16 ? rows : rows.sort((a, b) => b.share - a.share).slice(0, 16);
+      const table = element("table");
+      table.append(element("caption", `Layer ${layers[at]}, ${ids[at].length < of ? `the ${ids[at].length} largest of ${of} logits, as if there were no others` : "the router's distribution"}; ${listed.length < rows.length ? `the ${listed.length} largest; ` : ""}chosen ones in colour`));
+      table.append(...listed.map(({ expert, share, taken }) => {
+        const row = element("tr", undefined, taken ? { class: "chosen" } : {}), cell = element("td", undefined, { class: "wide" });
+        const bar = drawn("svg", { class: "bar", viewBox: "0 0 100 8", preserveAspectRatio: "none", "aria-hidden": "true" });
+        const rect = drawn("rect", { width: 100 * share, height: 8 });
+        if (taken) rect.style.fill = `rgb(${rgb(expert, experts).join(" ")})`;
+        bar.append(rect);
+        cell.append(bar);
+        row.append(element("th", `${expert}${taken ? " ✓" : ""}`, { scope: "row", "aria-label": `expert ${expert}${taken ? ", chosen" : ""}` }), cell, element("td", share.toFixed(3)));
+        return row;
+      }));
+      by("distribution").replaceChildren(table);
+    };
+
     const change = () => {
       colourText();
       spans.forEach((span, token) => span.classList.toggle("at", token === state.token));
       show(state.token);
+      showDistribution();
       share();
     };
 
@@ -169,6 +237,12 @@
       state.document = number;
       const own = documents[number];
       routes = decoded(own);
+      kept = { token: null };
+      const offered = Object.keys(measures).filter(routes.has);
+      if (state.by !== "expert" && !offered.includes(state.by)) state.by = "expert";
+      by("by").replaceChildren(...["expert", ...offered].map((name) => element("option", measures[name]?.name ?? name, { value: name })));
+      by("by").value = state.by;
+      by("by-label").hidden = !offered.length;
       spans = own.texts.map((piece) => element("span", piece.replaceAll("\n", "↵\n")));
       text.replaceChildren(...spans.flatMap((span, at) => {
         const speaker = own.roles?.[at], before = own.roles?.[at - 1];
@@ -194,6 +268,7 @@
       change();
       if (step) spans[state.token]?.scrollIntoView({ block: "nearest" });
     });
+    by("by").addEventListener("change", (event) => { state.by = event.target.value; change(); });
     slider.max = layers.length - 1;
     slider.addEventListener("input", () => { state.layer = Number(slider.value); change(); });
     by("first-layer").textContent = layers[0];
