@@ -20,6 +20,7 @@ import tyro
 
 from jobs.console.places import captures_at, only_one
 from jobs.console.query_rows import Answer, Listed, document_answer, expert_answer, token_answer
+from jobs.console.recorded_rows import recorded_question
 from jobs.console.tables import print_json, stdout_console
 from jobs.console.terminal import log, reporting, run_job, shown
 
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from analysis.metrics.tokens import TokenOrder
+    from analysis.scanning import Reducer
     from store import Coverage
 
 ORDERS: "tuple[TokenOrder, ...]" = ("count", "lift")
+RECORDED = ("entropy", "saliency", "logprob")  # questions that need what --record adds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +56,20 @@ class QueryConfig:
     document: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A document, by its id, or by its name where that is no number. Its path: each token's experts, layer by layer,
     the first choice first. May be repeated."""
+    entropy: bool = False
+    """How spread out each layer's routers are over all experts, and how close the others came. Needs a capture with
+    --record logits."""
+    saliency: bool = False
+    """What each expert contributes: its weight times the norm of its output, least first. Needs --record
+    output_norm."""
+    logprob: bool = False
+    """The log-probability of the next token, by expert, also within the same token. Needs --record logprob."""
     parquet: str | None = None
     """A folder: write load, token_experts, transitions and the routes of each --document there, as Parquet, of all
     data sets of STORE. analysis/examples/queries.sql asks them with DuckDB."""
     layer: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
-    """With --token and --document: only this layer, by the model's own number. May be repeated. Default: all."""
+    """With --token, --document, --entropy, --saliency and --logprob: only this layer, by the model's own number. May be
+    repeated. Default: all."""
     top: int = 20
     """With --expert: tokens listed."""
     min_count: int = 1
@@ -75,7 +87,9 @@ class QueryConfig:
     two, by count and by lift: layer, expert, order, min_count; rows of rank, token_id, piece, count, tokens, share,
     lift. To --document one for each: document, name, n, tokens_missing, layers; rows of position, token_id, piece,
     and where the capture has them role, phase and weight, with expert and weight as lists, by layer, of its choices.
-    What is no number is null."""
+    To --entropy: rows of layer, with entropy, effective_experts, mass and margin, each with _low and _high, or of the
+    largest logits alone with _at_least and _at_most in place of the first three; to --saliency and --logprob: rows of
+    layer, expert and the variables of analysis.saliency and analysis.logprob_by_expert. What is no number is null."""
 
 
 def main(arguments: list[str]) -> int:
@@ -136,8 +150,12 @@ def _counted(
     from analysis.scanning import Selection
 
     only = Selection(roles=config.role or None, phases=config.phase or None)
-    answers: list[Callable[[xr.Dataset], Listed]]
-    if config.expert is not None:
+    answers: list[Callable[..., Listed]]
+    reducers: Sequence[Reducer] = [TokenCounts()]
+    if recorded := [name for name in RECORDED if getattr(config, name)]:
+        reducers, answer_of = recorded_question(recorded[0], capture)
+        answers = [partial(answer_of, capture, layers)]
+    elif config.expert is not None:
         layer, expert = _expert(capture, config.expert)
         top, least = config.top, config.min_count
         check_ranking(top=top, by="count", min_count=least)
@@ -146,8 +164,8 @@ def _counted(
         answers = [partial(token_answer, capture, _token(capture, config.token, config.token_id), layers)]
     with reporting(state.dataset, unit="shards", transient=True) as report:
         progress = lambda done, total: report.to(done)
-        counts = measure(store, state.dataset, [TokenCounts()], state=state, only=only, progress=progress)[0]
-    return [answer(counts) for answer in answers]
+        counts = measure(store, state.dataset, reducers, state=state, only=only, progress=progress)
+    return [answer(*counts) for answer in answers]
 
 
 def _check(config: QueryConfig) -> None:
@@ -157,17 +175,18 @@ def _check(config: QueryConfig) -> None:
         "token_id": config.token_id is not None,
         "expert": config.expert is not None,
         "document": bool(config.document) and config.parquet is None,
+        **{name: getattr(config, name) for name in RECORDED},
         "parquet": config.parquet is not None,
     }
     asked = [name for name, is_given in given.items() if is_given]
     if len(asked) != 1:
         got = " and ".join(f"--{name}" for name in asked) or "none"
-        raise ValueError(f"ask one of --token, --token_id, --expert, --document or --parquet; got {got}")
+        raise ValueError(f"ask one of {', '.join(f'--{name}' for name in given)}; got {got}")
     limits = {
-        "layer": ("token", "token_id", "document"),
+        "layer": ("token", "token_id", "document", *RECORDED),
         "top": ("expert",),
         "min_count": ("expert",),
-        **dict.fromkeys(("json", "phase", "role"), ("token", "token_id", "expert", "document")),
+        **dict.fromkeys(("json", "phase", "role"), ("token", "token_id", "expert", "document", *RECORDED)),
     }
     for option, questions in limits.items():
         if getattr(config, option) != getattr(QueryConfig, option) and asked[0] not in questions:

@@ -4,7 +4,6 @@ import base64
 import json
 import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import xarray as xr
 from axe_playwright_python.sync_playwright import Axe
-from fake_model import FakeEngine, FakeRun, fake_layout, text_source, words
+from fake_model import fake_capture, fake_layout, words
+from recording_model import recorded_capture
 from scipy.special import softmax
 from scipy.stats import entropy
 from test_explore import asked, data_of, serving
@@ -21,58 +21,22 @@ from test_report_browser import browser
 
 from analysis.explorer.live import Explorer
 from analysis.explorer.one_file import export_page
-from jobs.capturing.captures import capture_datasets
-from jobs.capturing.local import capture_here
-from store import CaptureGroup, Layout, open_capture
-from workers.shard import Routes
+from store import CaptureGroup, open_capture
 
 __all__ = ["browser", "opened"]
 LAYERS = 3
-
-
-class RecordingEngine(FakeEngine):
-    """Gives logits and log-probabilities too, by formulas of the token's id."""
-
-    top = 0
-
-    def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
-        routes = super().route(token, length)
-        logit = np.sin(token[..., None, None] * 0.7 + np.arange(LAYERS)[:, None] * 2 + np.arange(8)).astype(np.float32)
-        np.put_along_axis(logit, routes["expert"].astype(int), np.array([3.0, 2.0], np.float32), -1)
-        last = np.arange(token.shape[1]) >= length[:, None] - 1
-        logprob = np.where(last, np.nan, -(token % 7) - 0.5).astype(np.float32)
-        if not self.top:
-            return routes | {"logit": logit, "logprob": logprob}
-        order = np.argsort(-logit, -1, kind="stable")[..., : self.top]
-        kept = np.take_along_axis(logit, order, -1)
-        return routes | {"logit": kept, "logit_expert": order.astype(np.uint8), "logprob": logprob}
-
-
-class TopEngine(RecordingEngine):
-    top = 4
-
-
-def capture(path: Path, name: str, engine: type[FakeEngine], layout: Layout) -> None:
-    """A capture with what was recorded, as `jobs/capture.py` makes it, and how logits become weights."""
-    run: Any = FakeRun(path, layout, identity={"record": list(layout.record)})
-    run.make_engine = partial(engine, layout.layers, 8, 2)
-    capture_datasets(run, [(name, text_source([words(60, number) for number in range(4)]))], capture_here)
-    about = path / name / "zarr.json"
-    metadata = json.loads(about.read_text())
-    metadata["attributes"]["router_transformation"] = "renormalized"
-    about.write_text(json.dumps(metadata))
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A capture with all logits, one with the largest four, and one without any, which lacks a shard."""
     path = tmp_path_factory.mktemp("recorded") / "s.zarr"
-    capture(path, "all", RecordingEngine, fake_layout(record=("logit", "logprob"), sequence_length=16))
-    top = fake_layout(record=("logit", "logit_expert", "logprob"), top_logits=4, sequence_length=16)
-    capture(path, "top", TopEngine, top)
-    capture(path, "some", RecordingEngine, fake_layout(record=("logit", "logprob"), sequence_length=16))
+    texts = [words(60, number) for number in range(4)]
+    recorded_capture(path, "all", texts, sequence_length=16)
+    recorded_capture(path, "top", texts, top=4, sequence_length=16)
+    recorded_capture(path, "some", texts, sequence_length=16)
     CaptureGroup(path, "some").discard(1)
-    capture(path, "none", FakeEngine, fake_layout(sequence_length=16))
+    fake_capture(path, texts, "none", layout=fake_layout(sequence_length=16))
     return path
 
 

@@ -1,6 +1,7 @@
 """The command that asks a store one question: its answers against a scan, and what it says when it cannot answer."""
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Ran
 from fake_model import BOS_ID, fake_capture, fake_layout, word_id, words
+from recording_model import recorded_capture
 from rich.console import Console
 from synthetic import HOSTILE, make_capture
 
+from analysis import logprob_by_expert, router_distribution, saliency
 from analysis.exports.parquet import SCHEMAS
 from analysis.metrics.paths import document_path
 from analysis.metrics.tokens import expert_tokens, token_experts
@@ -30,10 +33,13 @@ TEXTS = [words(40, 0), words(30, 1), "", words(20, 2)]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data sets a, of ten shards, with BOS, and b; leave it as you find it."""
+    """Data sets a, of ten shards, with BOS, and b, and beside it one with more recorded; leave it as you find it."""
     path = tmp_path_factory.mktemp("query") / "s.zarr"
     fake_capture(path, TEXTS, "a", bos="row")
     fake_capture(path, TEXTS[:1], "b")
+    beside = path.with_name("r.zarr")
+    recorded_capture(beside, "recorded", [words(30, number) for number in range(12)], layers=(1, 4))
+    recorded_capture(beside, "top", TEXTS, top=4)
     return path
 
 
@@ -109,6 +115,50 @@ def test_an_expert_s_tokens_are_those_of_a_scan(store: Path, ask: Callable[..., 
 def drawn(out: str) -> list[list[str]]:
     """Position, piece and choices of each line of paths."""
     return [line.split() for line in out.splitlines() if re.match(r" *\d+ ", line)]
+
+
+def test_recorded_numbers_are_those_of_the_metrics(store: Path, ask: Callable[..., Ran]) -> None:
+    capture = open_capture(store.with_name("r.zarr"), "recorded")
+    wanted = {"entropy": router_distribution, "saliency": saliency, "logprob": logprob_by_expert}
+    names = {"entropy": {"entropy": "mean_entropy", "margin_high": "mean_margin_high"},
+             "saliency": {"mean_saliency": "mean_saliency", "largest_norm": "largest_norm", "tokens": "tokens"},
+             "logprob": {"within": "within", "mean_logprob": "mean_logprob", "within_p": "within_p"}}  # fmt: skip
+    for question, metric in wanted.items():
+        found = metric(capture)
+        [answer] = json.loads(ask(f"--{question}", "--json", place="r.zarr/recorded").out)["answers"]
+        assert answer["n"] == found.attrs["n"]
+        assert len(answer["rows"]) == (2 if question == "entropy" else 16)
+        for row in answer["rows"]:
+            cell = found.sel({dim: row[dim] for dim in ("layer", "expert") if dim in row})
+            for key, name in names[question].items():
+                value = float(cell[name])
+                assert row[key] is None if np.isnan(value) else row[key] == pytest.approx(value)
+        one = ask(f"--{question}", "--layer", 4, place="r.zarr/recorded")
+        assert one.status == 0
+        assert {row[0] for row in cells(one.out)} == {"4"}
+    [answer] = json.loads(ask("--saliency", "--layer", 1, "--json", place="r.zarr/recorded").out)["answers"]
+    least = [row["mean_saliency"] for row in answer["rows"]]
+    reached = [value for value in least if value is not None]
+    assert reached == sorted(reached)
+
+
+def test_of_the_largest_logits_bounds_are_answered(ask: Callable[..., Ran]) -> None:
+    [answer] = json.loads(ask("--entropy", "--json", place="r.zarr/top").out)["answers"]
+    for row in answer["rows"]:
+        assert row["entropy_at_least"] < row["entropy_at_most"]
+        assert "entropy" not in row
+        assert row["margin"] > 0
+
+
+@pytest.mark.parametrize(
+    ("question", "record"), [("entropy", "logits"), ("saliency", "output_norm"), ("logprob", "logprob")]
+)
+def test_what_was_not_recorded_is_one_line_that_says_what_makes_it(
+    question: str, record: str, ask: Callable[..., Ran]
+) -> None:
+    ran = ask(f"--{question}")
+    assert ran.status == 2
+    assert f"the routes of a came without; python jobs/capture.py --record {record} makes it" in ran.err
 
 
 def test_a_document_s_path_has_every_token_and_layer(store: Path, ask: Callable[..., Ran]) -> None:
@@ -208,12 +258,15 @@ def test_parquet_writes_all_data_sets_or_one_and_routes_of_documents(tmp_path: P
 # --- What cannot be answered --------------------------------------------------------------------------------------
 
 MISTAKES: list[tuple[list[str], str]] = [
-    ([], "ask one of --token, --token_id, --expert, --document or --parquet; got none"),
-    (["--token", "▁2", "--expert", "0:1"], "or --parquet; got --token and --expert"),
+    ([], "ask one of --token, --token_id, --expert, --document, --entropy, --saliency, --logprob, --parquet; got none"),
+    (["--token", "▁2", "--expert", "0:1"], "--parquet; got --token and --expert"),
     (["--token", "▁2", "--document", "0"], "got --token and --document"),
     (["--token", "▁2", "--token_id", "2"], "got --token and --token_id"),
     (["--parquet", "x", "--expert", "0:1"], "got --expert and --parquet"),
-    (["--expert", "0:1", "--layer", "0"], "--layer goes with --token, --token_id, --document, not with --expert"),
+    (
+        ["--expert", "0:1", "--layer", "0"],
+        "--layer goes with --token, --token_id, --document, --entropy, --saliency, --logprob, not with --expert",
+    ),
     (["--document", "0", "--top", "3"], "--top goes with --expert, not with --document"),
     (["--token", "▁2", "--min_count", "3"], "--min_count goes with --expert, not with --token"),
     (["--expert", "15"], "--expert '15' is no LAYER:EXPERT, such as 15:3"),
