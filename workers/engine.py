@@ -8,6 +8,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any
@@ -53,7 +54,7 @@ class ModelEngine:
         self.recorder = RouteRecorder(
             loaded.routers, loaded.num_experts, loaded.experts_per_token, recordings, recorded.weight_bits
         )
-        self.description: Mapping[str, Any] = loaded.provenance
+        self.description: Mapping[str, Any] = loaded.provenance | asdict(recorded)
 
     @torch.inference_mode()
     def start(self, token: np.ndarray, length: np.ndarray) -> Callable[[], Routes]:
