@@ -15,7 +15,7 @@ from jobs.capturing.planner import encode
 from jobs.capturing.run import Prepared, Run
 from jobs.console.terminal import duration
 from jobs.sources.documents import Source
-from workers.models.activations import estimate_working_bytes
+from workers.models.activations import card_bytes, estimate_working_bytes
 from workers.models.description import compute_dtype
 from workers.models.footprint import estimate_bytes
 from workers.text.tokenizer import load_tokenizer
@@ -123,7 +123,9 @@ def _device_memory(run: Run) -> str:
     )  # fmt: skip
     if work is None:
         return f"{weights:,} bytes of weights {where}; what is computed is not counted"
-    return f"about {weights + work:,} bytes {where}: {weights:,} of weights, {work:,} to compute"
+    total = card_bytes(weights, work)
+    rest = total - weights - work
+    return f"about {total:,} bytes {where}: {weights:,} of weights, {work:,} to compute, {rest:,} of torch and CUDA"
 
 
 def _host_bytes(prepared: Prepared) -> int:
