@@ -114,8 +114,8 @@ def load_engine(model: str | Path, *, device: str, **options: Any) -> ModelEngin
     What no router needs is not kept: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
     """
     if device != "cpu" and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
-        # An H200 showed 31.1 GiB instead of 47.4 for Mixtral 8x7B with fp8 products. A variable of the environment would
-        # be too late: torch read it when it was asked what the card can do.
+        # An H200 showed 31.1 GiB instead of 47.4 for Mixtral 8x7B with fp8 products. An environment variable would be
+        # too late: torch reads it when it is first asked what the card can do.
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     loaded = load_model(model_path(model), device=device, **options)
     drop_last_experts(loaded)
