@@ -17,6 +17,7 @@ LATER: dict[str, Any] = {
     "template_date": None,
     "skip_unrenderable": False,
     "matmul": "bf16",
+    "weight_scales": "row",
 }
 """Fields that came after the first captures, with the value that stands for what was done before they existed. A field
 with that value is left out of an identity, so that captures begun before it resume and compare as before."""
@@ -27,6 +28,7 @@ MODEL = (
         "model",
         "model_revision",
         "quantization",
+        "weight_scales",
         "matmul",
         "compute_dtype",
         "gate_precision",

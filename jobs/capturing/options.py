@@ -58,7 +58,7 @@ class CaptureConfig:
     """Checkpoint: a hub id, a folder, or "tiny" for the small Mixtral that comes with this package."""
     model_revision: str | None = None
     """Commit, tag or branch of a hub model."""
-    quantization: Literal["nf4", "fp4", "fp8", "int8", "none"] | None = None
+    quantization: Literal["nf4", "fp4", "mxfp4", "fp8", "int8", "none"] | None = None
     """Precision of the weights; nf4 is NF4 with double quantization, fp8 is e4m3 with one scale a row. Routers are left
     as they are. Default: that of the capture that is resumed, else what the checkpoint is stored in, else nf4 on a GPU
     and none on a CPU, where 4 bits are slower."""

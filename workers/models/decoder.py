@@ -57,7 +57,7 @@ class DecoderForward:
             rotary.get("partial_rotary_factor", 1.0) != 1.0,
             config.hidden_act != "silu",
         )
-        return quantization in (*FOUR_BITS, "fp8") and not any(special)
+        return quantization in (*FOUR_BITS, "mxfp4", "fp8") and not any(special)
 
     def __init__(self, model: Any, matmul: str = "bf16") -> None:
         config = model.config
