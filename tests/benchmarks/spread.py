@@ -1,4 +1,4 @@
-"""A model over two GPUs: `python tests/benchmarks/spread.py --model qwen3-235b-a22b --layers 20 -o RESULT.json`, by hand.
+"""A model over two GPUs: `python tests/benchmarks/spread.py --model NAME --layers 20 -o RESULT.json`, by hand.
 
 Makes a random checkpoint (gpt-oss in MXFP4 as it is published, others in NF4 as `jobs/quantize.py` leaves them), and
 captures real text with `jobs/capture.py --local --gpus_per_worker 2`, and where one card can hold the model with 1 too.
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
 import gpu_capture  # noqa: E402
-from checkpoints import checkpoint_gb, make_mxfp4  # noqa: E402
+from checkpoints import checkpoint_gb  # noqa: E402
 from families import CONFIGS, save_checkpoint  # noqa: E402
 
 
