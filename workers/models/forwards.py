@@ -13,6 +13,7 @@ FORWARDS: dict[str, str] = {
     "Qwen3MoeModel": "workers.models.decoder:DecoderForward",
     "OlmoeModel": "workers.models.decoder:DecoderForward",
     "Qwen2MoeModel": "workers.models.decoder:DecoderForward",
+    "GptOssModel": "workers.models.sinks:GptOssForward",
 }
 """Name of transformers' model class to the forward, as ``module:class``."""
 
