@@ -17,8 +17,15 @@ from workers.engine import ModelEngine, load_engine
 from workers.models.decoder import DecoderForward, MixtralForward
 from workers.models.description import find_routers
 from workers.models.experts import PackedExperts
+from workers.models.latent import LatentForward
 from workers.models.loading import load_model
 from workers.models.sinks import GptOssForward, attended, plain_attended
+
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 40.0, "original_max_position_embeddings": 16,
+    "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 0.5,
+}  # fmt: skip
+"""Unequal scales, so that both of its places count: the tables of angles, and attention's scale."""
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
@@ -35,11 +42,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "head_dim": 32, "attention_bias": False, "sliding_window": 3, "swiglu_limit": 0.5,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
     "gpt_oss, windows wider than the rows": ("gpt_oss", {"sliding_window": 64, "num_key_value_heads": 1}),
+    "deepseek_v2": ("deepseek_v2", {"rope_parameters": YARN}),
+    "deepseek_v2, as Lite": ("deepseek_v2", {
+        "q_lora_rank": None, "topk_method": "greedy", "num_experts_per_tok": 6, "routed_scaling_factor": 1.0,
+        "attention_bias": False, "v_head_dim": 16, "qk_rope_head_dim": 32}),
+    "deepseek_v3": ("deepseek_v3", {"rope_parameters": YARN}),
+    "deepseek_v3, halves, k of 6, all dense but the last": ("deepseek_v3", {
+        "rope_interleave": False, "num_experts_per_tok": 6, "first_k_dense_replace": 2, "q_lora_rank": None,
+        "v_head_dim": 48, "attention_bias": False, "n_shared_experts": 2}),
 }  # fmt: skip
 """The family, and in what its configuration differs from that of `test_families`."""
 FORWARDS: dict[str, tuple[type[DecoderForward], str]] = {
     "mixtral": (MixtralForward, "sorted"),
     "gpt_oss": (GptOssForward, "grouped_sinks"),
+    "deepseek_v2": (LatentForward, "grouped_latent"),
+    "deepseek_v3": (LatentForward, "grouped_latent"),
 }
 """Of families: forward and `expert_backend`; of the others `DecoderForward`'s."""
 LEFT_TO_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -116,7 +133,7 @@ def test_each_router_sees_what_transformers_forward_gives_over_the_same_dequanti
     assert_close(seen_by_routers(loaded.model, token)[0], found)  # transformers' attention, with packed experts
 
 
-@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen2_moe, a dense layer", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen2_moe, a dense layer", "gpt_oss", "deepseek_v2"])
 def test_over_weights_in_e4m3_too(name: str, tmp_path: Path) -> None:
     folder = checkpoint(name, tmp_path)
     loaded, token = load_model(folder, quantization="fp8", device="cpu"), random_tokens()
@@ -139,7 +156,7 @@ def test_with_products_in_fp8_routers_see_what_the_definition_gives(
     assert_near_the_definition(loaded, random_tokens(), 3, most=0.06)  # a random model amplifies what differs
 
 
-@pytest.mark.parametrize("name", ["gpt_oss"])
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v2, as Lite", "deepseek_v3"])
 def test_with_products_in_fp8_other_forwards_stay_near_what_they_give_without(name: str, tmp_path: Path) -> None:
     folder, token = checkpoint(name, tmp_path), random_tokens()
     plain, rounded = (

@@ -141,7 +141,9 @@ def test_a_capture_that_began_with_unfused_experts_is_described_and_loaded_so(ol
         load_model(olmoe, quantization="nf4", device="cpu", expert_backend="sorted")
 
 
-@pytest.mark.parametrize(("name", "own"), [("gpt_oss", "grouped_sinks"), ("olmoe", "grouped")])
+@pytest.mark.parametrize(
+    ("name", "own"), [("gpt_oss", "grouped_sinks"), ("deepseek_v3", "grouped_latent"), ("olmoe", "grouped")]
+)
 def test_a_capture_that_began_before_its_family_s_forward_is_described_and_loaded_so(
     name: str, own: str, tmp_path: Path
 ) -> None:

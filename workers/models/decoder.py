@@ -164,7 +164,7 @@ class DecoderForward:
         query, key, value = (part.transpose(1, 2) for part in (query_BPND, key_BPND, value_BPND))
         with sdpa_kernel(self._attention_backends(query.shape[2]), set_priority=True):
             found = nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=attention.scaling, enable_gqa=True
+                query, key, value, is_causal=True, scale=attention.scaling, enable_gqa=query.shape[1] != key.shape[1]
             )
         return found.transpose(1, 2)
 
