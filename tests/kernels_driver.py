@@ -19,7 +19,7 @@ import bitsandbytes
 import torch
 from expert_matrices import by_bitsandbytes
 
-from workers.models import fp8, kernels, published
+from workers.models import biased, fp8, kernels, published
 from workers.models.four_bits import FourBits
 from workers.models.packed import Stack4bit
 
@@ -76,7 +76,17 @@ def cases(dtype: torch.dtype) -> dict[str, list[float]]:
             norm = kernels.HeadNorm(random(6, head), 1e-5, 5, whole)
             arguments = (random(3 * 7, 8 * head), random(7, head), random(7, head), 6, norm)
             found[f"rotate {head}, norms of {name}"] = both(kernels.rotate, kernels.plain_rotate, *arguments)
+    for pairs in (False, True):  # the last 24 of heads of 40 values, from column 16 on
+        place = kernels.Place(16, 40, pairs=pairs)
+        arguments = (random(3 * 7, 16 + 5 * 40 + 8), random(7, 24), random(7, 24), 5, None, place)
+        found[f"rotate a part of heads, pairs {pairs}"] = both(kernels.rotate, kernels.plain_rotate, *arguments)
     found["rotate 24"] = both(kernels.rotate, kernels.plain_rotate, random(7, 8 * 24), cos[:, :24], sin[:, :24], 6)
+    for width in (96, 1500):
+        expert = torch.randint(0, 3, (5,), device=DEVICE).to(torch.uint8)
+        arguments = (random(5, width), random(3, width), expert)
+        found[f"add_biases {width}"] = both(biased.add_biases, biased.plain_add_biases, *arguments)
+        arguments = (3 * random(5, 2 * width), 1.702, 2.0)
+        found[f"clamped_swiglu {width}"] = both(biased.clamped_swiglu, biased.plain_clamped_swiglu, *arguments)
     slots = torch.randperm(12, device=DEVICE).view(6, 2)
     weights = torch.rand(6, 2, device=DEVICE)
     for width in (64, 100):
@@ -182,7 +192,7 @@ def round_as_torch_does() -> None:
 if __name__ == "__main__":
     if INTERPRETED:
         round_as_torch_does()
-        for module in (kernels, fp8, published):
+        for module in (kernels, biased, fp8, published):
             module._fused = lambda tensor: True
             module._launch = lambda kernel, grid, *arguments, **constants: kernel[grid](*arguments, **constants)
     dtypes = (torch.float32,) if INTERPRETED else (torch.float32, torch.bfloat16)  # Triton interprets no bfloat16

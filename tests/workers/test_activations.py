@@ -28,6 +28,8 @@ def test_more_tokens_take_more_and_a_model_without_its_own_forward_is_not_guesse
     assert many is not None
     assert 0 < few < many < 2 * few
     assert working(phimoe, 1024) is None
+    for name in ("gpt_oss", "deepseek_v2"):
+        assert working(checkpoint_of(name, tmp_path / name), 1024) is None, "not compared with a card"
 
 
 def test_the_last_layer_s_experts_are_not_held_while_it_captures(tmp_path: Path) -> None:

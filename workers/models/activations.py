@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from workers.models.checkpoint import find_checkpoint
-from workers.models.decoder import DecoderForward
+from workers.models.decoder import DecoderForward, MixtralForward
 from workers.models.description import build_skeleton, experts_per_token, num_experts
 from workers.models.experts import number_of_groups
 from workers.models.forwards import own_forward
@@ -49,10 +49,10 @@ def working_bytes(skeleton: Any, quantization: str, matmul: str, dtype: torch.dt
     Returns
     -------
     int or None
-        None where the model has no forward of its own.
+        None where the model has no forward of its own, or one of which this is not known.
     """
     forward = own_forward(skeleton, quantization)
-    if forward is None or not issubclass(forward, DecoderForward):
+    if forward is None or forward not in (DecoderForward, MixtralForward):
         return None
     config, wide = skeleton.config, dtype.itemsize
     narrow = 1 if matmul == "fp8" else wide

@@ -13,14 +13,15 @@ import transformers
 from torch import nn
 
 from workers.models.checkpoint import Checkpoint, find_checkpoint
-from workers.models.forwards import own_forward
+from workers.models.forwards import Forward, own_forward
 from workers.models.stored import E4M3_FORMS, FOUR_BITS, PUBLISHED, Stored, stored_form
 
 QUANTIZATIONS = (*FOUR_BITS, "mxfp4", "fp8", "int8", "none")
 MATMULS = ("bf16", "fp8")
 FP8_CAPABILITY = (8, 9)  # of the first cards that compute with e4m3: L4, RTX 4090; H100 has 9.0
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-UNFUSED = "unfused"
+UNFUSED, GROUPED = EARLIER = ("unfused", "grouped")
+"""Values of `expert_backend` that captures began with before their family had its present forward."""
 EXPERTS_OF_TRANSFORMERS = ("eager", "grouped_mm")  # values of `expert_backend` that its loader takes
 
 _NUM_EXPERTS_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -50,10 +51,11 @@ class ModelDescription(TypedDict):
     does."""
     expert_backend: str
     """``sorted`` (Mixtral: products of one expert after the other), ``grouped`` (one product for many experts),
-    ``unfused`` (one Linear a matrix: int8, and captures that older versions began), or transformers' ``eager`` or
-    ``grouped_mm`` where nothing is quantized."""
+    ``grouped_sinks`` and ``grouped_latent`` (as grouped, with the attention of gpt-oss and of DeepSeek computed here
+    and not by transformers), ``unfused`` (one Linear a matrix: int8, and captures that older versions began), or
+    transformers' ``eager`` or ``grouped_mm`` where nothing is quantized."""
     attention: str
-    """transformers' ``sdpa``, or ``eager`` for a family that has no other (gpt_oss)."""
+    """transformers' ``sdpa``, or ``eager`` for a family that has no other there (gpt_oss; see `expert_backend`)."""
     layers: list[int]
     """The model's own numbers of the layers that have a router."""
     num_experts: int
@@ -166,12 +168,17 @@ def _expert_backend(skeleton: Any, quantization: str, device_type: str, asked: s
     """
     if quantization == "int8" or (asked == UNFUSED and quantization != "none"):
         return UNFUSED
-    own = own_forward(skeleton, quantization)
-    if own is not None:
+    if (own := _asked_forward(skeleton, quantization, asked)) is not None:
         return own.expert_backend
     if quantization != "none":
         return "grouped"
     return "eager" if device_type == "cpu" else "grouped_mm"
+
+
+def _asked_forward(skeleton: Any, quantization: str, asked: str | None) -> type[Forward] | None:
+    """The family's own forward, unless another one was asked for."""
+    own = own_forward(skeleton, quantization)
+    return own if own is not None and asked in (None, own.expert_backend) else None
 
 
 def describe_checkpoint(
@@ -189,8 +196,10 @@ def describe_checkpoint(
         raise ValueError(f"quantization {quantization!r} is none of {', '.join(QUANTIZATIONS)}")
     if matmul not in MATMULS:
         raise ValueError(f"matmul {matmul!r} is none of {', '.join(MATMULS)}")
-    if expert_backend not in (None, UNFUSED):
-        raise ValueError(f"expert_backend {expert_backend!r} is not {UNFUSED!r}, the only one that can be asked for")
+    if expert_backend not in (None, *EARLIER):
+        raise ValueError(
+            f"expert_backend {expert_backend!r} is none of {', '.join(EARLIER)}, which can be asked for: leave it out"
+        )
     if quantize_gates and quantization not in FOUR_BITS:
         raise ValueError(f"routers are quantized as {' or '.join(FOUR_BITS)}, and quantization is {quantization!r}")
     if "fp8" in (quantization, matmul):
@@ -205,7 +214,7 @@ def describe_checkpoint(
             f"{checkpoint.folder} holds a {type(skeleton).__name__} (model_type {config.model_type!r}), "
             "which has no routers: only mixture-of-experts models can be captured"
         )
-    own = None if expert_backend == UNFUSED else own_forward(skeleton, quantization)
+    own = _asked_forward(skeleton, quantization, expert_backend)
     if matmul not in (own.matmuls if own else MATMULS[:1]):
         raise ValueError(
             f"--matmul {matmul} needs a forward of the family's own that multiplies in it, and"

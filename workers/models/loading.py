@@ -103,8 +103,9 @@ def load_model(
     matmul
         What products with quantized matrices are computed in: ``bf16``, which stands for `dtype`, or ``fp8``.
     expert_backend
-        ``unfused`` to compute experts in 4 bits or fp8 as versions before packed ones did; captures that those began
-        resume with it.
+        ``unfused`` to compute experts in 4 bits or fp8 as versions before packed ones did, and ``grouped`` to leave
+        attention to transformers as versions before a family's present forward did; captures that those began resume
+        with it.
     device
         Where the model goes.
     gpus
