@@ -21,6 +21,7 @@ from faulty_model import TOKENS_A_SHARD, Script
 from patience import HUNG_S, wait_until
 from ray_head import ROOT, Head, free_ports, ray_head
 
+from jobs import capture
 from store import CaptureGroup, coverage
 
 HERE = Path(__file__).parents[1]
@@ -58,7 +59,7 @@ def head(copies: tuple[Path, Path]) -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def forms(head: Head, copies: tuple[Path, Path]) -> dict[str, tuple[Path, Ran]]:
-    """The store and what was said, for each form of the command, and for `--local`."""
+    """The store and what was said, for each form of the command, and for `--local` in this process."""
     mine = copies[1]
     stores = mine.parent / "stores"
 
@@ -70,11 +71,13 @@ def forms(head: Head, copies: tuple[Path, Path]) -> dict[str, tuple[Path, Ran]]:
         "working dir": lambda store: head.submit("--working-dir", ".", "--", *CAPTURE, *store, cwd=mine),
         "script": lambda store: plain(*CAPTURE, *store),
         "module": lambda store: plain("python", "-m", "jobs.capture", *OPTIONS, *store),
-        "local": lambda store: plain(*CAPTURE, "--local", *store),
     }
-    with ThreadPoolExecutor(2) as pool:
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setenv("GIT_DIR", "/nonexistent")  # the copies are in no repository
         ran = {form: pool.submit(run, ["--store", str(stores / form)]) for form, run in commands.items()}
-        return {form: (stores / form, one.result()) for form, one in ran.items()}
+        status = capture.main([*OPTIONS, "--local", "--store", str(stores / "local")])
+        local = Ran([], status, "", "")
+        return {form: (stores / form, one.result()) for form, one in ran.items()} | {"local": (stores / "local", local)}
 
 
 def comparable(store: Path) -> dict[str, Any]:
