@@ -114,9 +114,9 @@ def made(truth: Truth) -> int:
     return truth.steps.index("before put_new fake/zarr.json") + 3
 
 
-def some(steps: range) -> range:
-    """Every second step, and with more examples all: an object has three, before, torn and invisible."""
-    return steps if MORE > 1 else steps[::2]
+def some(steps: range) -> list[int]:
+    """Every second step and the last, and with more examples all: an object has three, before, torn and invisible."""
+    return list(steps) if MORE > 1 else sorted({*steps[::2], steps[-1]})
 
 
 def planned(truth: Truth) -> int:
