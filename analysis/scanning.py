@@ -355,7 +355,10 @@ def _decode(rows: xr.Dataset, dataset: xr.Dataset, first_row: int) -> Block:
             f" given, cannot be decoded ({error}): python jobs/status.py STORE --verify marks what is damaged, and the"
             " same capture again does those shards"
         ) from error
-    return {str(name): np.ascontiguousarray(loaded[name].values) for name in loaded.data_vars}
+    block = {str(name): np.ascontiguousarray(loaded[name].values) for name in loaded.data_vars}
+    if "weight" in block:  # of a capture in float32 too: counts are exact in multiples of float16's smallest step
+        block["weight"] = block["weight"].astype(np.float16, copy=False)
+    return block
 
 
 def _mark(

@@ -137,14 +137,19 @@ def find_routers(model: nn.Module) -> dict[int, nn.Module]:
     return dict(sorted(routers.items()))
 
 
-def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The model on the meta device: every module and shape, no weights; its attention is sdpa wherever it has that."""
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, *, head: bool = False) -> Any:
+    """The model on the meta device: every module and shape, no weights; its attention is sdpa wherever it has that.
+
+    Parameters
+    ----------
+    head
+        Whether the language-model head stands on it.
+    """
+    kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         with torch.device("meta"):
-            return transformers.AutoModel.from_config(
-                config, dtype=dtype, attn_implementation=None, trust_remote_code=False
-            )
+            return kind.from_config(config, dtype=dtype, attn_implementation=None, trust_remote_code=False)
     except Exception as error:  # of a configuration that makes no sense, classes raise whatever they run into
         raise ValueError(
             f"transformers {transformers.__version__} cannot build the model of "
