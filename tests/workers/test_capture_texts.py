@@ -82,7 +82,7 @@ def test_faults_of_the_caller_are_named(tiny_model: LoadedModel, tmp_path: Path)
         workers.capture_texts(tiny_model, "a text")
     with pytest.raises(ValueError, match="sequence_length is 32769, and must be 1 to 32768"):
         workers.capture_texts(tiny_model, ["a"], sequence_length=32769)
-    with pytest.raises(ValueError, match="'q4' is none of nf4, fp4, fp8, int8, none"):
+    with pytest.raises(ValueError, match="'q4' is none of nf4, fp4, mxfp4, fp8, int8, none"):
         workers.capture_texts(tiny_model.folder, ["a"], quantization="q4")
     with pytest.raises(ValueError, match=r"no/such"):
         workers.capture_texts(tmp_path / "no/such", ["a"])

@@ -1,4 +1,4 @@
-"""Nine families of models: each is captured as its published routing rule says, or rejected by name with the reason."""
+"""Ten families of models: each is captured as its published routing rule says, or rejected by name with the reason."""
 
 import json
 import re
@@ -65,6 +65,17 @@ def sigmoid_in_groups(
     chosen, clear = largest(np.where(kept_groups[..., None], grouped, -np.inf).reshape(logits.shape), k)
     weights = np.where(chosen, affinity, 0)
     return scale * weights / weights.sum(axis=-1, keepdims=True), np.minimum(clear, groups_clear)
+
+
+def softmax_in_groups(
+    logits: np.ndarray, bias: np.ndarray, k: int, *, groups: int, kept: int, scale: float
+) -> tuple[Any, Any]:
+    """DeepSeek-V2 (arXiv 2405.04434, 2.2.1 and 2.2.2): a group counts with its best; weights are not renormalized."""
+    probability = softmax(logits)
+    grouped = probability.reshape(len(logits), groups, -1)
+    kept_groups, groups_clear = largest(grouped.max(axis=-1), kept)
+    chosen, clear = largest(np.where(kept_groups[..., None], grouped, 0).reshape(logits.shape), k)
+    return scale * np.where(chosen, probability, 0), np.minimum(clear, groups_clear)
 
 
 def sparsemixer(logits: np.ndarray, bias: np.ndarray, k: int, *, noise: float) -> tuple[Any, Any]:
@@ -138,6 +149,14 @@ FAMILIES = {
                   "routed_scaling_factor": 2.5, "first_k_dense_replace": 1, "moe_intermediate_size": 64,
                   "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
                   "v_head_dim": 16, "num_key_value_heads": 4},
+    ),
+    "deepseek_v2": Family(
+        rule=partial(softmax_in_groups, groups=4, kept=2, scale=1.5),
+        names=PROJ + SHARED, gate="mlp.gate.weight", router="mlp.gate", layers=(1, 2),
+        settings={"n_routed_experts": EXPERTS, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
+                  "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5, "first_k_dense_replace": 1,
+                  "n_shared_experts": 2, "moe_intermediate_size": 64, "q_lora_rank": 64, "kv_lora_rank": 64,
+                  "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4},
     ),
     "glm4_moe": Family(
         rule=partial(sigmoid_in_groups, groups=1, kept=1, scale=1.5),

@@ -20,7 +20,6 @@ from workers.models.fp8 import (
     RowScaled,
     dequantize_rounded,
     multiply,
-    restored,
     rounded,
     rounded_add_norm,
     rounded_swiglu,
@@ -91,7 +90,7 @@ class Products:
         for linear in linears:
             rows = slice(start, start + linear.out_features)
             if linear.weight.dtype == E4M3:
-                restored(linear.row_scaled, into_RC[rows])
+                linear.restore(into_RC[rows])
             else:
                 dequantize(FourBits.of(linear.weight), into_RC[rows])
             start = rows.stop
@@ -100,11 +99,7 @@ class Products:
     def matrices(self, place: str, stack: PackedStack, first: int, last: int) -> Any:
         """Those of some experts, shape (N, R, C); valid until the next ones of the same place."""
         into_NRC = self._buffer(place, (last - first, stack.rows, stack.columns), stack.device)
-        if isinstance(stack, StackE4m3):
-            part = stack.part(first, last)
-            restored(RowScaled(*(each.flatten(0, 1) for each in part)), into_NRC.flatten(0, 1))
-        else:
-            dequantize(stack.part(first, last), into_NRC)
+        stack.restore(first, last, into_NRC)
         return into_NRC
 
     def one(self, matrices: Any, number: int) -> Any:
