@@ -194,7 +194,7 @@ class Layout:
                 f"record is {self.record!r:.80} and top_logits {self.top_logits}: logit_expert stands beside logit"
                 " where top_logits is 1 or more, and nowhere else"
             )
-        if self.weight_bits != FLOAT32_BITS and self.weight_bits not in range(1, FLOAT16_BITS + 1):
+        if type(self.weight_bits) is not int or self.weight_bits not in (FLOAT32_BITS, *range(1, FLOAT16_BITS + 1)):
             raise ValueError(f"weight_bits is {self.weight_bits!r:.80}, and must be 23, or 1 to 10")
         choices = self.rows_per_shard * self.sequence_length * len(self.layers) * self.experts_per_token
         if choices > SHARD_CHOICES:
