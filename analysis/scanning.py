@@ -61,6 +61,19 @@ class Selection:
     phases: tuple[str, ...] | None = None
     """"prompt" or "generated"; default both, and tokens of which it is not known."""
 
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """The roles and phases that are selected, by variable; without one by which nothing is selected."""
+        wanted = {"phase": self.phases, "role": self.roles}
+        return {name: labels for name, labels in wanted.items() if labels is not None}
+
+    @property
+    def said(self) -> list[str]:
+        """The same in words: "only tokens whose phase is generated are counted"."""
+        return [
+            f"only tokens whose {name} is {' or '.join(labels)} are counted" for name, labels in self.labels.items()
+        ]
+
     def __post_init__(self) -> None:
         if self.positions is not None and not 0 <= self.positions[0] < self.positions[1]:
             raise ValueError(f"positions {self.positions}: from 0 on, and the first before the last")
@@ -84,6 +97,11 @@ def label_numbers(dataset: xr.Dataset, name: str, wanted: Sequence[str]) -> list
     if unknown := [label for label in wanted if label not in labels]:
         raise ValueError(f"{name} {unknown[0]!r}: {where} has {', '.join(labels)}")
     return [labels.index(label) for label in wanted]
+
+
+def selected_labels(dataset: xr.Dataset, only: Selection) -> dict[str, list[int]]:
+    """The numbers of the roles and phases that are selected, by variable; errors as `label_numbers`."""
+    return {name: label_numbers(dataset, name, labels) for name, labels in only.labels.items()}
 
 
 def kernel(function: _Function) -> _Function:
@@ -202,7 +220,7 @@ def accumulate(
     Other parameters, and errors, are those of `scan`.
     """
     needs, there = frozenset[str]().union(*(reducer.needs for reducer in reducers)), set(map(str, dataset))
-    labels = _labels(dataset, only)
+    labels = selected_labels(dataset, only)
     optional = {name.removesuffix("?") for name in needs if name.endswith("?")} & there
     required = [{name for name in reducer.needs - COMPUTED if not name.endswith("?")} for reducer in reducers]
     names = {"expert", "token", *optional, *labels}.union(*required)
@@ -331,12 +349,6 @@ def special_tokens(dataset: xr.Dataset) -> list[int]:
     if "special_token_ids" not in dataset.attrs:
         raise ValueError("the capture's attributes lack special_token_ids: it is not known which tokens are no text")
     return list(dataset.attrs["special_token_ids"])
-
-
-def _labels(dataset: xr.Dataset, only: Selection) -> dict[str, list[int]]:
-    """The numbers of the roles and phases that are selected, by the variable."""
-    wanted = {"role": only.roles, "phase": only.phases}
-    return {name: label_numbers(dataset, name, labels) for name, labels in wanted.items() if labels is not None}
 
 
 def _excluded_tokens(dataset: xr.Dataset, only: Selection) -> Array:

@@ -85,7 +85,7 @@ class ArraySpec:
         """
         assert 0 < len(values) <= self.step, (len(values), self.shard, self.chunk)
         assert values.shape[1:] == self.trailing, (values.shape, self.trailing)
-        objects, array = self._in_memory(len(values))
+        objects, array = self._in_memory(len(values), empty_chunks=self._is_begun(values))
         array[...] = values
         if self.key(0) not in objects:  # all fill: Zarr leaves out a shard of which every inner chunk is left out
             objects, array = self._in_memory(len(values), empty_chunks=True)
@@ -107,6 +107,14 @@ class ArraySpec:
         except Exception as error:  # codecs raise whatever they run into
             raise ValueError(str(error) or repr(error)) from error
 
+    def _is_begun(self, values: np.ndarray) -> bool:
+        """Whether every inner chunk has a row that does not begin with fill: Zarr need not compare every value then."""
+        if self.shard is None:
+            return True
+        first = values[(slice(None), *(slice(None, None, size) for size in self.chunk[1:]))]
+        begun = first != self.fill if self.fill == self.fill else first == first  # NaN is not equal to itself
+        return bool(np.logical_or.reduceat(begun, range(0, len(values), self.chunk[0])).all())
+
     def _in_memory(self, size: int, *, empty_chunks: bool = False) -> tuple[dict[str, Buffer], zarr.Array[Any]]:
         objects: dict[str, Buffer] = {}
         array = zarr.create_array(
@@ -121,7 +129,7 @@ class ArraySpec:
             attributes=dict(self.attrs),
             # Inside a shard an inner chunk of fill is left out; a one-dimensional chunk is always written, so that
             # "no object" never means "all fill".
-            config={"write_empty_chunks": empty_chunks or self.shard is None},
+            config={"write_empty_chunks": empty_chunks},
         )
         return objects, array
 
@@ -186,7 +194,7 @@ class Layout:
                 f"record is {self.record!r:.80} and top_logits {self.top_logits}: logit_expert stands beside logit"
                 " where top_logits is 1 or more, and nowhere else"
             )
-        if self.weight_bits != FLOAT32_BITS and self.weight_bits not in range(1, FLOAT16_BITS + 1):
+        if type(self.weight_bits) is not int or self.weight_bits not in (FLOAT32_BITS, *range(1, FLOAT16_BITS + 1)):
             raise ValueError(f"weight_bits is {self.weight_bits!r:.80}, and must be 23, or 1 to 10")
         choices = self.rows_per_shard * self.sequence_length * len(self.layers) * self.experts_per_token
         if choices > SHARD_CHOICES:

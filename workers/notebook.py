@@ -46,8 +46,8 @@ def capture_texts(
     texts
         One document each.
     quantization
-        "nf4", "fp4", "fp8", "int8" or "none"; ignored for a model that is loaded. Default: what the checkpoint is
-        stored in, else nf4 on a GPU and none on a CPU.
+        "nf4", "fp4", "mxfp4", "fp8", "int8" or "none"; ignored for a model that is loaded. Default: what the checkpoint
+        is stored in, else nf4 on a GPU and none on a CPU.
     matmul
         "bf16" or "fp8", as for `load_model`; ignored for a model that is loaded.
     sequence_length

@@ -77,7 +77,7 @@ class Engine(Protocol):
 
             expert : uint8 or uint16 array, shape (rows, positions, layers, k)
                 In order of falling weight.
-            weight : float16 array, same shape
+            weight : float16 array, or float32 where the layout has it so, same shape
             others : array, shape (rows, positions, \\*trailing[1:]) of their `ArraySpec`
                 What the layout's `record` names.
         """
@@ -89,7 +89,7 @@ def micro_batches(length: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 
     A micro-batch also ends where its padding would cost more than another one does: real text then takes 8 % more than
     its tokens alone would, 10 % without (speeches; simulated with that cost). The largest padded size comes first: what
-    does not fit fails at once.
+    does not fit fails at once. The second largest comes last: the device computes it while the next shard is read.
     """
     order = np.argsort(-length.astype(np.int64), kind="stable")
     batches = []
@@ -100,7 +100,8 @@ def micro_batches(length: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
         padding = np.cumsum(longest - length[rows].astype(np.int64))
         batches.append(rows[: int(np.searchsorted(padding, BATCH_COST_TOKENS, side="right"))])
         start += len(batches[-1])
-    return sorted(batches, key=lambda batch: -len(batch) * int(length[batch[0]]))  # of equals, longer rows first
+    batches.sort(key=lambda batch: -len(batch) * int(length[batch[0]]))  # of equals, longer rows first
+    return [*batches[:1], *batches[2:], *batches[1:2]]
 
 
 def route_rows(
@@ -136,7 +137,9 @@ def route_rows(
     arrays = layout.arrays()
     specs = {name: arrays[name] for name in layout.routes}
     count = len(rows.length)
-    routes = {name: np.full((count, *spec.trailing), spec.fill, dtype=spec.dtype) for name, spec in specs.items()}
+
+    def unfilled() -> dict[str, np.ndarray]:
+        return {name: np.full((count, *spec.trailing), spec.fill, dtype=spec.dtype) for name, spec in specs.items()}
 
     def put(batch: np.ndarray, length: np.ndarray, width: int, finish: Callable[[], Routes]) -> None:
         with _of_the_shard(batch):
@@ -145,10 +148,11 @@ def route_rows(
         filled = np.arange(width) < length[:, None]
         _check(found, shapes, filled, layout)
         row, position = np.nonzero(filled)
-        for name, values in routes.items():
+        for name, values in routes.result().items():
             values[batch[row], position] = found[name][filled]
 
     putter = ThreadPoolExecutor(1, thread_name_prefix="put")  # beside the next micro-batch
+    routes = putter.submit(unfilled)  # a shard of 48 layers and 8 choices has 300 MB, which take a tenth of a second
     pending: Future[None] | None = None
     try:
         for batch in micro_batches(rows.length, batch_tokens):
@@ -165,7 +169,7 @@ def route_rows(
     def finish() -> Routes:
         if pending is not None:
             pending.result()
-        return routes
+        return routes.result()
 
     return finish
 

@@ -18,7 +18,7 @@ from jobs.capturing.run import Prepared, Run
 from jobs.console.terminal import duration
 from jobs.sources.documents import Source
 from store.layout import FLOAT16_BITS, Layout
-from workers.models.activations import estimate_working_bytes
+from workers.models.activations import card_bytes, estimate_working_bytes
 from workers.models.description import compute_dtype
 from workers.models.footprint import estimate_bytes
 from workers.models.head import CHUNK_BYTES, head_bytes
@@ -146,7 +146,9 @@ def _device_memory(run: Run, layout: Layout) -> str:
     if work is None:
         return f"{weights:,} bytes of weights {where}; what is computed is not counted"
     work += run.batch_tokens * _token_bytes(layout, recorded.record) + _head_work(dtype, recorded.record)
-    return f"about {weights + work:,} bytes {where}: {weights:,} of weights, {work:,} to compute"
+    total = card_bytes(weights, work)
+    rest = total - weights - work
+    return f"about {total:,} bytes {where}: {weights:,} of weights, {work:,} to compute, {rest:,} of torch and CUDA"
 
 
 def _head_work(dtype: torch.dtype, record: Sequence[str]) -> int:

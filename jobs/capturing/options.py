@@ -59,10 +59,11 @@ class CaptureConfig:
     """Checkpoint: a hub id, a folder, or "tiny" for the small Mixtral that comes with this package."""
     model_revision: str | None = None
     """Commit, tag or branch of a hub model."""
-    quantization: Literal["nf4", "fp4", "fp8", "int8", "none"] | None = None
-    """Precision of the weights; nf4 is NF4 with double quantization, fp8 is e4m3 with one scale a row. Routers are left
-    as they are. Default: that of the capture that is resumed, else what the checkpoint is stored in, else nf4 on a GPU
-    and none on a CPU, where 4 bits are slower."""
+    quantization: Literal["nf4", "fp4", "mxfp4", "fp8", "int8", "none"] | None = None
+    """Precision of the weights; nf4 is NF4 with double quantization, fp8 is e4m3 with one scale a row, or with those of
+    a checkpoint that is published in it; mxfp4 is for models that are published in it. Routers are left as they are.
+    Default: that of the capture that is resumed, else what the checkpoint is stored in, else nf4 on a GPU and none on a
+    CPU, where 4 bits are slower."""
     matmul: Literal["bf16", "fp8"] = "bf16"
     """What products with weights in nf4, fp4 or fp8 are computed in. bf16 stands for what --dtype says. fp8 is faster,
     on GPUs that can (L4, RTX 4090, H100 and newer), for Mixtral so far; docs/0011-fp8.md says what it changes."""

@@ -24,7 +24,7 @@ from store.identity import identity_of
 from store.layout import SCHEMA_VERSION, SHARD_TOKENS, Layout, default_rows_per_shard
 from workers.engine import load_engine
 from workers.environment import environment
-from workers.models.description import UNFUSED, ModelDescription, describe_model
+from workers.models.description import EARLIER, ModelDescription, describe_model
 from workers.models.footprint import operations_per_token
 from workers.models.routers import transformation_of
 from workers.models.stored import default_quantization
@@ -103,9 +103,9 @@ class Run:
 
     @cached_property
     def expert_backend(self) -> str | None:
-        """Of captures that versions before packed experts began and that are resumed; else None, the model's own."""
+        """Of captures that are resumed and that earlier versions may have begun; else None, the model's own."""
         begun = {group.identity.get("expert_backend") for group in self._begun().values()}
-        return UNFUSED if begun == {UNFUSED} else None
+        return next((each for each in EARLIER if begun == {each}), None)
 
     @cached_property
     def described(self) -> ModelDescription:

@@ -17,7 +17,15 @@ from workers.engine import ModelEngine, load_engine
 from workers.models.decoder import DecoderForward, MixtralForward
 from workers.models.description import find_routers
 from workers.models.experts import PackedExperts
+from workers.models.latent import LatentForward
 from workers.models.loading import load_model
+from workers.models.sinks import GptOssForward, attended, plain_attended
+
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 40.0, "original_max_position_embeddings": 16,
+    "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 0.5,
+}  # fmt: skip
+"""Unequal scales, so that both of its places count: the tables of angles, and attention's scale."""
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
@@ -29,8 +37,28 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", {}),
     "qwen2_moe, a dense layer": ("qwen2_moe", {"mlp_only_layers": [0], "norm_topk_prob": True}),
     "qwen2_moe, every second layer": ("qwen2_moe", {"decoder_sparse_step": 2, "num_key_value_heads": 1}),
-}
+    "gpt_oss": ("gpt_oss", {}),
+    "gpt_oss, wide heads, other windows, no biases": ("gpt_oss", {
+        "head_dim": 32, "attention_bias": False, "sliding_window": 3, "swiglu_limit": 0.5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+    "gpt_oss, windows wider than the rows": ("gpt_oss", {"sliding_window": 64, "num_key_value_heads": 1}),
+    "deepseek_v2": ("deepseek_v2", {"rope_parameters": YARN}),
+    "deepseek_v2, as Lite": ("deepseek_v2", {
+        "q_lora_rank": None, "topk_method": "greedy", "num_experts_per_tok": 6, "routed_scaling_factor": 1.0,
+        "attention_bias": False, "v_head_dim": 16, "qk_rope_head_dim": 32}),
+    "deepseek_v3": ("deepseek_v3", {"rope_parameters": YARN}),
+    "deepseek_v3, halves, k of 6, all dense but the last": ("deepseek_v3", {
+        "rope_interleave": False, "num_experts_per_tok": 6, "first_k_dense_replace": 2, "q_lora_rank": None,
+        "v_head_dim": 48, "attention_bias": False, "n_shared_experts": 2}),
+}  # fmt: skip
 """The family, and in what its configuration differs from that of `test_families`."""
+FORWARDS: dict[str, tuple[type[DecoderForward], str]] = {
+    "mixtral": (MixtralForward, "sorted"),
+    "gpt_oss": (GptOssForward, "grouped_sinks"),
+    "deepseek_v2": (LatentForward, "grouped_latent"),
+    "deepseek_v3": (LatentForward, "grouped_latent"),
+}
+"""Of families: forward and `expert_backend`; of the others `DecoderForward`'s."""
 LEFT_TO_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "windows": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
     "windows of some layers": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
@@ -61,8 +89,9 @@ def restored(loaded: Any, folder: Path) -> Any:
             own.weight.copy_(linear_matrix(loaded_ones[name]))
         if isinstance(experts := loaded_ones.get(name), PackedExperts):
             for expert, (gate, up, down) in enumerate(expert_matrices(experts)):
-                own.gate_up_proj[expert].copy_(torch.cat([gate, up]))
-                own.down_proj[expert].copy_(down)
+                both = torch.cat([gate, up])
+                own.gate_up_proj[expert].copy_(both.T if own.is_transposed else both)
+                own.down_proj[expert].copy_(down.T if own.is_transposed else down)
     return model
 
 
@@ -96,7 +125,7 @@ def test_each_router_sees_what_transformers_forward_gives_over_the_same_dequanti
 ) -> None:
     folder = checkpoint(name, tmp_path)
     loaded, token = load_model(folder, quantization="nf4", device="cpu"), random_tokens()
-    forward, backend = (MixtralForward, "sorted") if name == "mixtral" else (DecoderForward, "grouped")
+    forward, backend = FORWARDS.get(MODELS[name][0], (DecoderForward, "grouped"))
     assert type(ModelEngine(loaded).forward) is forward
     assert loaded.provenance["expert_backend"] == backend
     found, _ = seen_by_routers(dequantized_reference(folder, "nf4"), token)
@@ -104,7 +133,7 @@ def test_each_router_sees_what_transformers_forward_gives_over_the_same_dequanti
     assert_close(seen_by_routers(loaded.model, token)[0], found)  # transformers' attention, with packed experts
 
 
-@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen2_moe, a dense layer"])
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen2_moe, a dense layer", "gpt_oss", "deepseek_v2"])
 def test_over_weights_in_e4m3_too(name: str, tmp_path: Path) -> None:
     folder = checkpoint(name, tmp_path)
     loaded, token = load_model(folder, quantization="fp8", device="cpu"), random_tokens()
@@ -125,6 +154,35 @@ def test_with_products_in_fp8_routers_see_what_the_definition_gives(
 ) -> None:
     loaded = load_model(checkpoint(name, tmp_path), quantization=quantization, matmul="fp8", device="cpu")
     assert_near_the_definition(loaded, random_tokens(), 3, most=0.06)  # a random model amplifies what differs
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v2, as Lite", "deepseek_v3"])
+def test_with_products_in_fp8_other_forwards_stay_near_what_they_give_without(name: str, tmp_path: Path) -> None:
+    folder, token = checkpoint(name, tmp_path), random_tokens()
+    plain, rounded = (
+        router_inputs(load_model(folder, quantization="nf4", matmul=matmul, device="cpu"), token)
+        for matmul in ("bf16", "fp8")
+    )
+    for one, other in zip(plain, rounded, strict=True):
+        apart = (one - other).norm(dim=-1) / one.norm(dim=-1)
+        assert 1e-3 < apart.median() < 0.3  # a random model amplifies what differs; of other tokens it is above 1
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+def test_a_sink_takes_its_share_of_what_is_seen(window: int | None) -> None:
+    rows, positions, heads, groups, head = 2, 19, 4, 2, 8
+    query, key, value = (torch.randn(rows, positions, many, head).double() for many in (heads, groups, groups))
+    sinks = torch.randn(heads).double() * 3
+    wanted = torch.zeros_like(query)
+    for at in range(positions):
+        for number in range(heads):
+            seen = slice(max(0, at + 1 - (window or positions)), at + 1)
+            keys, values = (part[:, seen, number // 2] for part in (key, value))
+            power = torch.exp((keys * query[:, at, number, None]).sum(-1) / head**0.5)
+            total = power.sum(-1) + sinks[number].exp()
+            wanted[:, at, number] = (power[..., None] * values).sum(1) / total[:, None]
+    torch.testing.assert_close(plain_attended(query, key, value, sinks, window), wanted)
+    torch.testing.assert_close(attended(query, key, value, sinks, window), wanted)
 
 
 @pytest.mark.parametrize("matmul", ["bf16", "fp8"])

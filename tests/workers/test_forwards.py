@@ -137,5 +137,24 @@ def test_a_capture_that_began_with_unfused_experts_is_described_and_loaded_so(ol
     assert old.forward is old.model
     one, other = (engine.route(*rows())["expert"] for engine in (old, new))
     assert (one == other).mean() > 0.98, "near-ties aside they choose alike"
-    with pytest.raises(ValueError, match="'sorted' is not 'unfused'"):
+    with pytest.raises(ValueError, match="'sorted' is none of unfused, grouped"):
         load_model(olmoe, quantization="nf4", device="cpu", expert_backend="sorted")
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [("gpt_oss", "grouped_sinks"), ("deepseek_v3", "grouped_latent"), ("olmoe", "grouped")]
+)
+def test_a_capture_that_began_before_its_family_s_forward_is_described_and_loaded_so(
+    name: str, own: str, tmp_path: Path
+) -> None:
+    folder = checkpoint_of(name, tmp_path)
+    asked = {"quantization": "nf4", "expert_backend": "grouped"}
+    assert describe_model(folder, device_type="cpu", **asked)["expert_backend"] == "grouped"
+    old, new = (ModelEngine(load_model(folder, device="cpu", **given)) for given in (asked, {"quantization": "nf4"}))
+    assert new.description["expert_backend"] == own
+    assert (old.forward is old.model) == (own != "grouped"), "the present forward gives what the capture has"
+    one, other = (engine.route(*rows())["expert"] for engine in (old, new))
+    assert (one == other).mean() > 0.98, "near-ties aside they choose alike"
+    if own != "grouped":
+        with pytest.raises(ValueError, match="--matmul fp8 needs a forward of the family's own"):
+            describe_model(folder, device_type="cpu", matmul="fp8", **asked)

@@ -322,13 +322,13 @@ def test_a_published_checkpoint_is_read_exactly_and_is_what_is_loaded_by_default
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "blocks of"),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [64, 128]}, "blocks of"),
         ({"quant_method": "fp8"}, r"\(fp8\)"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"\(modelopt\)"),
         (compressed("block"), r"\(compressed-tensors\)"),
     ],
 )
-def test_other_scales_than_one_a_matrix_or_a_row_are_rejected_by_name(
+def test_other_scales_than_one_a_matrix_a_row_or_128_x_128_are_rejected_by_name(
     settings: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_checkpoint(), tmp_path / "m")

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MixtralConfig
+from transformers import GptOssConfig, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm, apply_rotary_pos_emb
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
-from workers.models.kernels import HeadNorm, add_norm, rotate, swiglu
+from workers.models.biased import add_biases, clamped_swiglu
+from workers.models.kernels import HeadNorm, Place, add_norm, rotate, swiglu
 from workers.models.products import FP8_ROWS, ROWS, Fp8Products, Products
 
 DRIVER = Path(__file__).parents[1] / "kernels_driver.py"
-CASES, ON_A_CARD = 24, 4
+CASES, ON_A_CARD = 32, 4
 STEPS = {"torch.float32": 2e-6, "torch.bfloat16": 2.0**-7}
 
 
@@ -26,6 +28,33 @@ def test_swiglu_is_the_gate_s_silu_times_the_other_half() -> None:
     both = torch.randn(4, 10, dtype=torch.float64).float()
     gate, up = both[:, :5].double(), both[:, 5:].double()
     torch.testing.assert_close(swiglu(both).double(), gate / (1 + torch.exp(-gate)) * up, rtol=1e-6, atol=1e-6)
+
+
+def test_the_gate_of_gpt_oss_and_its_biases_are_transformers_own() -> None:
+    experts = GptOssExperts(GptOssConfig(num_local_experts=3, hidden_size=4, intermediate_size=6, swiglu_limit=1.5))
+    both, bias, expert = 2 * torch.randn(5, 12), torch.randn(3, 12), torch.tensor([0, 2, 2, 1, 0], dtype=torch.uint8)
+    wanted = experts._apply_gate(both + torch.stack([bias[number] for number in expert.tolist()]))
+    add_biases(both, bias, expert)
+    torch.testing.assert_close(clamped_swiglu(both, experts.alpha, 1.5), wanted)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_part_of_each_head_is_rotated_and_nothing_else_changes(pairs: bool) -> None:
+    """The definition, number by number: value and partner are a point in the plane, which is turned."""
+    rows, positions, heads, head, turned, first = 2, 5, 3, 10, 6, 4
+    given, angle = torch.randn(rows * positions, first + heads * head + 3), torch.randn(positions, turned // 2)
+    wanted = given.clone()
+    for token in range(len(given)):
+        for start in range(first + head - turned, first + heads * head, head):
+            for lane in range(turned // 2):
+                low = start + (2 * lane if pairs else lane)
+                high = low + (1 if pairs else turned // 2)
+                x, y, turn = given[token, low], given[token, high], angle[token % positions, lane]
+                wanted[token, low] = x * turn.cos() - y * turn.sin()
+                wanted[token, high] = y * turn.cos() + x * turn.sin()
+    tables = (torch.cat([part, part], dim=-1) for part in (angle.cos(), angle.sin()))
+    rotate(given, *tables, heads, place=Place(first, head, pairs=pairs))
+    torch.testing.assert_close(given, wanted)
 
 
 def test_heads_are_rotated_as_transformers_rotates_them_and_the_values_are_left_alone() -> None:

@@ -32,7 +32,7 @@ BEGUN = {
     "none": ["--name", "none", "--quantization", "none", *GRID],
     "defaults": ["--name", "defaults"],
 }
-MICRO_BATCHES = "a3ba5ffb56461a6b"  # of some rows; of 06f8627 too
+MICRO_BATCHES = "e4ad0fcba8c1c974"  # of some rows; of 06f8627 too
 NEAR_TIE = 0.01  # difference of two weights under which another processor may choose otherwise
 
 
@@ -77,7 +77,8 @@ def test_a_capture_by_this_code_has_the_routes_of_the_kept_one_or_another_routin
 def test_the_micro_batches_of_some_rows_are_those_of_this_routing_version() -> None:
     lengths = np.random.default_rng(5).integers(1, 2049, 4000).astype(np.int32)
     lengths[:500] = 2048
-    batches = [batch.tolist() for tokens in (8_192, 32_768) for batch in shard.micro_batches(lengths, tokens)]
+    found = [shard.micro_batches(lengths, tokens) for tokens in (8_192, 32_768)]
+    batches = [sorted(batch.tolist() for batch in each) for each in found]  # their order decides no byte
     digest = hashlib.sha256(json.dumps(batches).encode()).hexdigest()
     assert (shard.ROUTING_VERSION, digest[:16]) == (1, MICRO_BATCHES)
 

@@ -9,8 +9,9 @@ modules, so that hooks on them see what they always saw. Where the layers lie on
 one to the next.
 
 Families differ in what their layers have: norms of queries and keys (Qwen3-MoE: of each head; OLMoE: of all together),
-biases of their projections, layers without a router, a shared expert with a gate (all three: Qwen2-MoE). Each is found
-by looking at the modules.
+biases of their projections, layers without a router, a shared expert with a gate (all three: Qwen2-MoE) or without one
+(DeepSeek). Each is found by looking at the modules. Other kinds of attention are subclasses: `workers.models.sinks` and
+`workers.models.latent`.
 
 Deterministic: no atomic additions; each product's shape depends on the micro-batch alone.
 """
@@ -47,8 +48,12 @@ class DecoderForward:
 
     @classmethod
     def applies(cls, model: Any, quantization: str) -> bool:
-        """Whether it is quantized, every position sees all before it, and experts are gated by SiLU."""
-        config = model.config
+        """Whether it is quantized and computes nothing that this forward does not."""
+        return quantization in (*FOUR_BITS, "mxfp4", "fp8") and not cls._special(model.config)
+
+    @staticmethod
+    def _special(config: Any) -> bool:
+        """Whether some position does not see all before it, or experts are not gated by SiLU."""
         windows = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
         rotary = getattr(config, "rope_parameters", None) or {}
         special = (
@@ -57,7 +62,7 @@ class DecoderForward:
             rotary.get("partial_rotary_factor", 1.0) != 1.0,
             config.hidden_act != "silu",
         )
-        return quantization in (*FOUR_BITS, "fp8") and not any(special)
+        return any(special)
 
     def __init__(self, model: Any, matmul: str = "bf16") -> None:
         config = model.config
@@ -69,7 +74,7 @@ class DecoderForward:
         self.products = products_of(matmul, model.embed_tokens.weight.dtype)
         self._norms = {layer.self_attn: self._head_norm(layer.self_attn) for layer in model.layers}
         for layer in model.layers:
-            groups = [_qkv(layer.self_attn), (layer.self_attn.o_proj,)]
+            groups = [*self._projections(layer.self_attn), (layer.self_attn.o_proj,)]
             for dense in _dense(layer.mlp):
                 groups += [(dense.gate_proj, dense.up_proj), (dense.down_proj,)]
             for linears in groups:
@@ -95,7 +100,7 @@ class DecoderForward:
         layers, positions = self.model.layers, input_ids.shape[1]
         residual_TH = self.model.embed_tokens(input_ids).flatten(0, 1)
         place = torch.arange(positions, device=input_ids.device)[None]
-        cos_PD, sin_PD = (table[0] for table in self.model.rotary_emb(residual_TH, place))
+        cos_PD, sin_PD = self._turns(residual_TH, place)
         first, products = layers[0].input_layernorm, self.products
         _, operand = products.normed(residual_TH, first.weight, first.variance_epsilon, routed=False)
         last = self.model.norm if self.whole else None
@@ -104,14 +109,14 @@ class DecoderForward:
                 residual_TH, cos_PD, sin_PD = (part.to(here) for part in (residual_TH, cos_PD, sin_PD))
                 operand = products.moved(operand, here)
             mixed_TH = self._attention(layer.self_attn, operand, cos_PD, sin_PD)
-            norm, routed = layer.post_attention_layernorm, hasattr(layer.mlp, "gate")
+            norm, router = layer.post_attention_layernorm, _router(layer.mlp)
             normed_TH, operand = products.normed(
-                residual_TH, norm.weight, norm.variance_epsilon, mixed_TH, routed=routed
+                residual_TH, norm.weight, norm.variance_epsilon, mixed_TH, routed=router is not None
             )
             del mixed_TH  # what is large is let go before more is made
             if following is None:
-                if routed:
-                    layer.mlp.gate(normed_TH)
+                if router is not None:
+                    router(normed_TH)
                 return None
             added = self._mlp(layer.mlp, normed_TH, operand)
             scale_H, eps = following.weight.to(residual_TH.device), following.variance_epsilon
@@ -122,26 +127,36 @@ class DecoderForward:
 
     def _mlp(self, mlp: Any, normed_TH: torch.Tensor, operand: Any) -> tuple[torch.Tensor, ...]:
         """What a layer adds to the residual: rows, or slots' rows, each token's slots and their weights."""
-        if not hasattr(mlp, "gate"):
+        if (router := _router(mlp)) is None:
             return (self._dense(mlp, operand),)
-        _, weight_TK, expert_TK = mlp.gate(normed_TH)
+        _, weight_TK, expert_TK = router(normed_TH)
         shared = list(_dense(mlp))
         rows_SH, slot_TK = self._outputs(self.products, mlp.experts, operand, expert_TK, spare=len(shared))
         if self.seen is not None:
-            self.seen(mlp.gate, rows_SH[: slot_TK.numel()], slot_TK)
+            self.seen(router, rows_SH[: slot_TK.numel()], slot_TK)
         for expert in shared:  # one more choice of each token
             tokens = len(normed_TH)
-            rows_SH[-tokens:] = self._dense(expert, operand)
+            self._dense(expert, operand, rows_SH[-tokens:])
             own_T1 = torch.arange(len(rows_SH) - tokens, len(rows_SH), device=slot_TK.device)[:, None]
-            share_T1 = mlp.shared_expert_gate(normed_TH).sigmoid()
+            gate = getattr(mlp, "shared_expert_gate", None)
+            share_T1 = weight_TK.new_ones(tokens, 1) if gate is None else gate(normed_TH).sigmoid()
             slot_TK = torch.cat([slot_TK, own_T1], dim=1)
             weight_TK = torch.cat([weight_TK, share_T1.to(weight_TK.dtype)], dim=1)
         return rows_SH, slot_TK, weight_TK
 
-    def _dense(self, mlp: Any, operand: Any) -> torch.Tensor:
+    def _dense(self, mlp: Any, operand: Any, out: torch.Tensor | None = None) -> torch.Tensor:
         products = self.products
         both_TI2 = products.multiply(operand, products.matrix("gate and up", mlp.gate_proj, mlp.up_proj))
-        return products.multiply(products.gated(both_TI2), products.matrix("dense down", mlp.down_proj))
+        return products.multiply(products.gated(both_TI2), products.matrix("dense down", mlp.down_proj), out)
+
+    def _turns(self, residual_TH: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of each position, (P, D); each half of D has all angles."""
+        cos_PD, sin_PD = (table[0] for table in self.model.rotary_emb(residual_TH, place))
+        return cos_PD, sin_PD
+
+    def _projections(self, attention: Any) -> Iterator[tuple[Any, ...]]:
+        """The matrices before the heads, in groups that are multiplied as one."""
+        yield _qkv(attention)
 
     def _attention(self, attention: Any, operand: Any, cos_PD: torch.Tensor, sin_PD: torch.Tensor) -> torch.Tensor:
         products = self.products
@@ -150,13 +165,24 @@ class DecoderForward:
             qkv_TW += torch.cat([linear.bias for linear in _qkv(attention)])
         rotate(qkv_TW, cos_PD, sin_PD, self.heads + self.groups, self._norms[attention])
         sizes = [self.heads, self.groups, self.groups]
-        query, key, value = torch.split(
-            qkv_TW.view(-1, len(cos_PD), sum(sizes), self.head).transpose(1, 2), sizes, dim=1
-        )
-        with sdpa_kernel(self._attention_backends(len(cos_PD)), set_priority=True):
-            found = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        flat_TH = found.transpose(1, 2).reshape(len(qkv_TW), -1)
-        mixed_TH = products.multiply(products.operand(flat_TH), products.matrix("o", attention.o_proj))
+        query, key, value = torch.split(qkv_TW.view(-1, len(cos_PD), sum(sizes), self.head), sizes, dim=2)
+        return self._out(attention, self._attended(attention, query, key, value))
+
+    def _attended(
+        self, attention: Any, query_BPND: torch.Tensor, key_BPND: torch.Tensor, value_BPND: torch.Tensor
+    ) -> torch.Tensor:
+        """What the queries find, shape (B, P, heads, D of a value)."""
+        query, key, value = (part.transpose(1, 2) for part in (query_BPND, key_BPND, value_BPND))
+        with sdpa_kernel(self._attention_backends(query.shape[2]), set_priority=True):
+            found = nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=attention.scaling, enable_gqa=query.shape[1] != key.shape[1]
+            )
+        return found.transpose(1, 2)
+
+    def _out(self, attention: Any, found_BPND: torch.Tensor) -> torch.Tensor:
+        products = self.products
+        operand = products.operand(found_BPND.flatten(0, 1).flatten(1))
+        mixed_TH = products.multiply(operand, products.matrix("o", attention.o_proj))
         return mixed_TH if attention.o_proj.bias is None else mixed_TH.add_(attention.o_proj.bias)
 
     @staticmethod
@@ -194,9 +220,15 @@ def _qkv(attention: Any) -> tuple[Any, ...]:
     return attention.q_proj, attention.k_proj, attention.v_proj
 
 
+def _router(mlp: Any) -> Any:
+    """What chooses a layer's experts, or None."""
+    return getattr(mlp, "gate", getattr(mlp, "router", None))
+
+
 def _dense(mlp: Any) -> Iterator[Any]:
     """The gated MLPs that every token of a layer meets."""
     if hasattr(mlp, "gate_proj"):
         yield mlp
-    if hasattr(mlp, "shared_expert"):
-        yield mlp.shared_expert
+    for name in ("shared_expert", "shared_experts"):
+        if hasattr(mlp, name):
+            yield getattr(mlp, name)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from workers.models.biased import add_biases
 from workers.models.kernels import mixed
 from workers.models.packed import PackedStack
 from workers.models.products import Products
@@ -182,12 +183,12 @@ def _in_group(
     ends_N = (slots.ends_E[first:last] - (part.start or 0)).int()
     both = products.grouped(products.rows(taken, part), products.matrices("both", experts.both, first, last), ends_N)
     if experts.both_bias is not None:
-        both += experts.both_bias[slots.expert_S[part].int()]
+        add_biases(both, experts.both_bias, slots.expert_S[part])
     inner = _gated(products, experts, both)
     del both  # what is large is let go before more is made
     rows = products.grouped(inner, products.matrices("down", experts.down, first, last), ends_N)
     if experts.down_bias is not None:
-        rows += experts.down_bias[slots.expert_S[part].int()]
+        add_biases(rows, experts.down_bias, slots.expert_S[part])
     return rows
 
 

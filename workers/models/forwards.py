@@ -13,6 +13,9 @@ FORWARDS: dict[str, str] = {
     "Qwen3MoeModel": "workers.models.decoder:DecoderForward",
     "OlmoeModel": "workers.models.decoder:DecoderForward",
     "Qwen2MoeModel": "workers.models.decoder:DecoderForward",
+    "GptOssModel": "workers.models.sinks:GptOssForward",
+    "DeepseekV2Model": "workers.models.latent:LatentForward",
+    "DeepseekV3Model": "workers.models.latent:LatentForward",
 }
 """Name of transformers' model class to the forward, as ``module:class``."""
 

@@ -50,18 +50,40 @@ class HeadNorm(NamedTuple):
     """Whether all queries of a token, and all its keys, have one mean square, as in OLMoE; else each head its own."""
 
 
-def plain_rotate(
-    qkv_TW: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, heads: int, norm: HeadNorm | None = None
-) -> None:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864), in place, for the first so many heads of each token.
+class Place(NamedTuple):
+    """Which values of a token's row are rotated: of each head the last D."""
 
-    A head is rotated by halves, as in Llama. Token t stands at position t modulo P.
+    first: int
+    """Where the first head begins."""
+    head: int
+    """Values of a head."""
+    pairs: bool
+    """Whether neighbours are rotated together, as in DeepSeek-V2; else one half with the other, as in Llama."""
+
+
+def plain_rotate(
+    qkv_TW: torch.Tensor,
+    cos_PD: torch.Tensor,
+    sin_PD: torch.Tensor,
+    heads: int,
+    norm: HeadNorm | None = None,
+    place: Place | None = None,
+) -> None:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864), in place, for so many heads of each token.
+
+    Without a place, they are the first ones of each row, rotated as a whole and by halves. Token t stands at position t
+    modulo P.
     """
-    positions, head = cos_PD.shape
-    part = qkv_TW[:, : heads * head].view(-1, positions, heads, head)
-    half = part.float() if norm is None else _normed_heads(part, norm).float()
-    turned = torch.cat([-half[..., head // 2 :], half[..., : head // 2]], dim=-1)
-    part.copy_(half * cos_PD.float()[:, None] + turned * sin_PD.float()[:, None])
+    positions, turned = cos_PD.shape
+    first, head, pairs = place or Place(0, turned, pairs=False)
+    part = qkv_TW[:, first : first + heads * head].view(-1, positions, heads, head)[..., head - turned :]
+    given = part.float() if norm is None else _normed_heads(part, norm).float()
+    low, high = (given[..., 0::2], given[..., 1::2]) if pairs else given.chunk(2, dim=-1)
+    cos_low, cos_high, sin_low, sin_high = (
+        half[:, None] for table in (cos_PD, sin_PD) for half in table.float().chunk(2, dim=-1)
+    )
+    found = low * cos_low - high * sin_low, high * cos_high + low * sin_high
+    part.copy_(torch.stack(found, dim=-1).flatten(-2) if pairs else torch.cat(found, dim=-1))
 
 
 def _normed_heads(heads_BPND: torch.Tensor, norm: HeadNorm) -> torch.Tensor:
@@ -94,7 +116,7 @@ def plain_add_norm(
         residual_TH.copy_(residual_TH.float() + added)
     hidden = residual_TH.float()
     normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
-    return normed.to(scale_H.dtype) * scale_H
+    return (normed.to(scale_H.dtype) * scale_H).to(residual_TH.dtype)
 
 
 def mixed(rows_SH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor | None) -> torch.Tensor:
@@ -136,17 +158,21 @@ if triton is not None:
 
     @triton.jit
     def _rotate(  # type: ignore[no-untyped-def]
-        qkv, cos, sin, scale, positions, width, eps, HEADS: tl.constexpr, QUERIES: tl.constexpr, HALF: tl.constexpr,
-        NORM: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+        qkv, cos, sin, scale, positions, width, eps, first, head_width, HEADS: tl.constexpr, QUERIES: tl.constexpr,
+        HALF: tl.constexpr, NORM: tl.constexpr, LANE: tl.constexpr, PARTNER: tl.constexpr, LANES: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """NORM is 0 without norms, 1 where each head has its own, 2 where queries and keys have one each."""
+        """NORM is 0 without norms, 1 where each head has its own, 2 where queries and keys have one each.
+
+        Values are LANE apart, and PARTNER from those that they are rotated with.
+        """
         token = tl.program_id(0).to(tl.int64)
         head = tl.arange(0, BLOCK)[:, None]
         lane = tl.arange(0, LANES)[None, :]
-        place = qkv + token * width + head * 2 * HALF + lane
+        place = qkv + token * width + first + head * head_width + lane * LANE
         kept = (head < HEADS) & (lane < HALF)
         turn = (token % positions) * 2 * HALF + lane
-        low, high = tl.load(place, kept, 0.0).to(tl.float32), tl.load(place + HALF, kept, 0.0).to(tl.float32)
+        low, high = tl.load(place, kept, 0.0).to(tl.float32), tl.load(place + PARTNER, kept, 0.0).to(tl.float32)
         if NORM != 0:
             mean = tl.sum(low * low + high * high, axis=1)[:, None]
             if NORM == 1:
@@ -165,13 +191,16 @@ if triton is not None:
         sin_low = tl.load(sin + turn, lane < HALF, 0.0).to(tl.float32)
         sin_high = tl.load(sin + turn + HALF, lane < HALF, 0.0).to(tl.float32)
         tl.store(place, (low * cos_low - high * sin_low).to(qkv.dtype.element_ty), kept)
-        tl.store(place + HALF, (high * cos_high + low * sin_high).to(qkv.dtype.element_ty), kept)
+        tl.store(place + PARTNER, (high * cos_high + low * sin_high).to(qkv.dtype.element_ty), kept)
 
     @triton.jit
     def added_and_normed(  # type: ignore[no-untyped-def]
         residual, scale, added, slot, weight, eps, token, column, kept, hidden: tl.constexpr, K: tl.constexpr
     ):
-        """A token's norm, in the residual's dtype. K is 0 where nothing is added, and -1 where its own row is."""
+        """A token's norm, in the residual's dtype. K is 0 where nothing is added, and -1 where its own row is.
+
+        A scale in float32 is multiplied before the norm is rounded.
+        """
         value = tl.load(residual + token * hidden + column, kept, 0.0).to(tl.float32)
         if K == -1:
             value += tl.load(added + token * hidden + column, kept, 0.0).to(tl.float32)
@@ -185,7 +214,7 @@ if triton is not None:
             tl.store(residual + token * hidden + column, value, kept)
             value = value.to(tl.float32)
         normed = value * tl.rsqrt(tl.sum(value * value) / hidden + eps)
-        normed = normed.to(residual.dtype.element_ty) * tl.load(scale + column, kept, 0.0)
+        normed = normed.to(scale.dtype.element_ty) * tl.load(scale + column, kept, 0.0)
         return normed.to(residual.dtype.element_ty)
 
     @triton.jit
@@ -220,17 +249,24 @@ def swiglu(both_SI2: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(
-    qkv_TW: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, heads: int, norm: HeadNorm | None = None
+    qkv_TW: torch.Tensor,
+    cos_PD: torch.Tensor,
+    sin_PD: torch.Tensor,
+    heads: int,
+    norm: HeadNorm | None = None,
+    place: Place | None = None,
 ) -> None:
     """`plain_rotate`."""
     if not _fused(qkv_TW):
-        return plain_rotate(qkv_TW, cos_PD, sin_PD, heads, norm)
+        return plain_rotate(qkv_TW, cos_PD, sin_PD, heads, norm, place)
     half = cos_PD.shape[1] // 2
+    first, head, pairs = place or Place(0, 2 * half, pairs=False)
     scale, eps, queries, whole = norm or (cos_PD, 0.0, 0, False)
     tables = (cos_PD.contiguous(), sin_PD.contiguous(), scale, cos_PD.shape[0], qkv_TW.shape[1], eps)
     _launch(
-        _rotate, (len(qkv_TW),), qkv_TW, *tables, HEADS=heads, QUERIES=queries, HALF=half,
-        NORM=0 if norm is None else 1 + whole, LANES=triton.next_power_of_2(half), BLOCK=triton.next_power_of_2(heads),
+        _rotate, (len(qkv_TW),), qkv_TW, *tables, first + head - 2 * half, head, HEADS=heads, QUERIES=queries,
+        HALF=half, NORM=0 if norm is None else 1 + whole, LANE=1 + pairs, PARTNER=1 if pairs else half,
+        LANES=triton.next_power_of_2(half), BLOCK=triton.next_power_of_2(heads),
     )  # fmt: skip
     return None
 

@@ -119,7 +119,7 @@ TRANSFORMATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
     "renormalized": lambda logits_TE, expert_TK: logits_TE.gather(-1, expert_TK).softmax(-1),
     "sigmoid": lambda logits_TE, expert_TK: logits_TE.sigmoid().gather(-1, expert_TK),
 }
-"""From logits and choices to weights; the last one up to a factor for each token."""
+"""From logits and choices to weights, up to a factor of the model, the last one up to a factor for each token."""
 
 
 def transformation_of(model: str | Path, revision: str | None = None) -> str:
@@ -129,7 +129,8 @@ def transformation_of(model: str | Path, revision: str | None = None) -> str:
     -------
     str
         "softmax": over all experts. "renormalized": over the chosen ones, which is the softmax over all, divided by
-        its sum over the chosen ones. "sigmoid": of each logit, times a factor of the token. "unknown": none of these.
+        its sum over the chosen ones. Both perhaps times a factor of the model. "sigmoid": of each logit, times a factor
+        of the token. "unknown": none of these.
     """
     skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), torch.float32)
     config = skeleton.config.get_text_config()
@@ -145,7 +146,7 @@ def _transformation(router: nn.Module, experts: int, k: int, hidden: int) -> str
     expert_TK, weight_TK = choices(routed_by(router, logits_TE, torch.zeros(64, hidden)), k)
     for name, weights in TRANSFORMATIONS.items():
         ratio = weight_TK / weights(logits_TE, expert_TK)
-        wanted = ratio.mean(-1, keepdim=True) if name == "sigmoid" else torch.ones_like(ratio)
+        wanted = ratio.mean(-1, keepdim=True) if name == "sigmoid" and k > 1 else ratio.mean()
         if torch.allclose(ratio, wanted.expand_as(ratio), rtol=1e-4):
             return name
     return "unknown"

@@ -66,7 +66,9 @@ class RouterLogits(Recording):
 
     def arrays(self, chosen: Chosen) -> dict[str, torch.Tensor]:
         """See `Recording`."""
-        return {"logit": self._values_TLM} | ({"logit_expert": self._ids_TLM} if self.top else {})
+        found = {"logit": self._values_TLM} | ({"logit_expert": self._ids_TLM} if self.top else {})
+        del self._values_TLM, self._ids_TLM  # before those of the next micro-batch are made
+        return found
 
     def doubts(self, chosen: Chosen) -> dict[str, torch.Tensor]:
         """See `Recording`."""

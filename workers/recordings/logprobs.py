@@ -44,7 +44,7 @@ class NextToken(Recording):
             handle.remove()
 
     def _keep_before(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        self._before = args[0]
+        self._before_SH = _rows(args[0])[self._batch.sample]
 
     def begin(self, batch: Batch) -> None:
         """See `Recording`."""
@@ -52,12 +52,14 @@ class NextToken(Recording):
 
     def ended(self, output: Any) -> None:
         """See `Recording`."""
-        ended = output if isinstance(output, LastHidden) else LastHidden(self._before, output.last_hidden_state)
-        before_TH, hidden_TH = (part.reshape(-1, part.shape[-1]).to(self.head.device) for part in ended)
         token_BP, sample, place_N = self._batch
+        if isinstance(output, LastHidden):  # of a forward of ours, which calls no module for its norms
+            self._before_SH = output.before_TH[sample]
+        hidden_TH = output.normed_TH if isinstance(output, LastHidden) else _rows(output.last_hidden_state)
+        hidden_TH, before_SH = (part.to(self.head.device) for part in (hidden_TH, self._before_SH))
         self._logprob_T = torch.full((token_BP.numel(),), torch.nan, device=token_BP.device)
         self._logprob_T[place_N] = self.head.logprobs(hidden_TH, place_N, token_BP.flatten()[place_N + 1])
-        self._doubts_1S = self._look(self.head.logits(self.norm.forward(before_TH[sample])).float())
+        self._doubts_1S = self._look(self.head.logits(self.norm.forward(before_SH)).float())
 
     def _look(self, logits_SV: torch.Tensor) -> torch.Tensor:
         """Which sampled tokens have another log-probability than these logits give; the last of a row has none."""
@@ -77,3 +79,8 @@ class NextToken(Recording):
         """See `Recording`."""
         none = self._doubts_1S.new_zeros(len(chosen.experts_LTK) - 1, len(chosen.sample))
         return {OTHERS: torch.cat([none, self._doubts_1S])}
+
+
+def _rows(hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states, one a token."""
+    return hidden.reshape(-1, hidden.shape[-1])

@@ -70,7 +70,7 @@ class Recording:
         """After the last layer, with what the forward returned."""
 
     def arrays(self, chosen: Chosen) -> dict[str, torch.Tensor]:
-        """By name of the array of the store, with the shape (T, \\*trailing)."""
+        """By name of the array of the store, with the shape (T, \\*trailing); asked once, after `doubts`."""
         raise NotImplementedError
 
     def doubts(self, chosen: Chosen) -> dict[str, torch.Tensor]:
