@@ -3,9 +3,8 @@
 Means of numbers, such as an entropy or a norm, have no distribution that documents could be drawn from, as counts have
 (`analysis.statistics.overdispersion`). So documents are drawn from those that there are, with replacement, and the
 largest studentized difference of all cells is compared with that of the draws (bootstrap-t: Efron & Tibshirani 1993,
-chapter 12; single-step max-T: Westfall & Young 1993). Student's t alone told equal means apart in up to 80 of 100
-simulations, where 256 cells were tested of documents whose means are skewed: the tail of the largest of so many depends
-on the skewness.
+chapter 12; single-step max-T: Westfall & Young 1993). Student's t alone told equal means apart in up to 24 of 100
+simulations of documents whose means are skewed: the tail of the largest statistic depends on the skewness.
 
 Cells are means of tokens of few documents, or of many, such as the tokens that reach an expert. Each statistic is
 divided by the quantile of Student's t of its own effective documents, so that no cell decides for all others; a cell

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from drawn_means import counted, documents
 from scipy import stats
 from synthetic import make_capture
 
@@ -18,37 +19,8 @@ from analysis import (
     scan,
     scores_of,
 )
-from analysis.statistics.jackknife import UNITS, unit_of, without_each
+from analysis.statistics.jackknife import interval
 from analysis.statistics.resampled import Totals, together
-
-
-def counted(value: np.ndarray, tokens: np.ndarray) -> xr.Dataset:
-    """What a jackknife gives of documents with these means (document, cell) and tokens (document, cell)."""
-    unit = unit_of(np.arange(len(tokens)), UNITS)
-    totals, counts = (np.zeros((min(UNITS, len(tokens)), tokens.shape[1])) for _ in range(2))
-    np.add.at(totals, unit, value * tokens)
-    np.add.at(counts, unit, tokens)
-    totals, counts = without_each(totals), without_each(counts)
-    with np.errstate(invalid="ignore"):
-        mean = xr.DataArray(totals / counts, dims=("replicate", "cell"), attrs={"amount": "tokens"})
-    left_out = np.concatenate([[0], counts[0].sum() - counts[1:].sum(1)])
-    return xr.Dataset(
-        {"value": mean, "tokens": (("replicate", "cell"), counts)},
-        {
-            "replicate": np.arange(len(counts)),
-            "left_out": ("replicate", left_out),
-            "unit": ("replicate", np.arange(len(counts)) - 1),
-        },
-        {"n": int(tokens.sum()), "documents": len(tokens), "definition": "a number"},
-    )
-
-
-def documents(random: np.random.Generator, number: int, lengths: str, spread: float, cells: int) -> xr.Dataset:
-    """Documents whose means are lognormal around 1, and whose tokens reach each cell in parts of their own."""
-    size = {"equal": np.full(number, 200.0), "unequal": np.maximum(random.lognormal(np.log(200), 1, number), 5)}
-    tokens = np.rint(size[lengths][:, None] * random.dirichlet(np.full(cells, 3.0), number))
-    noise = random.normal(size=tokens.shape) / np.sqrt(np.maximum(tokens, 1))
-    return counted(random.lognormal(-(spread**2) / 2, spread, tokens.shape) + noise, tokens)
 
 
 def test_estimates_and_errors_are_those_of_welch_for_documents_of_one_length() -> None:
@@ -122,6 +94,18 @@ def test_equal_means_are_seldom_told_apart_where_documents_are_few_unequal_and_u
         rejected += float(p.min()) <= 0.05
     assert known >= 100
     assert rejected / known < 0.05 + 3 * np.sqrt(0.05 * 0.95 / known)
+
+
+@pytest.mark.parametrize(("number", "lengths"), [(8, "equal"), (20, "unequal")])
+def test_intervals_of_95_percent_hold_a_mean_about_that_often(number: int, lengths: str) -> None:
+    random, held, known = np.random.default_rng(3), 0, 0
+    for _ in range(60):
+        drawn = documents(random, number, lengths, 0.3, 8)
+        ends = interval(drawn["value"], amount=drawn["tokens"])
+        known += int(ends["low"].notnull().sum())
+        held += int(((ends["low"] <= 1) & (ends["high"] >= 1)).sum())
+    assert known >= 400
+    assert held / known > 0.95 - 3 * np.sqrt(0.95 * 0.05 / known)
 
 
 def test_a_difference_is_found_and_its_interval_holds_it() -> None:
