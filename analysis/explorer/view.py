@@ -192,11 +192,12 @@ class View:
         self.page_at(row, position)
         if self.scores is None:
             raise ValueError(f"{self.dataset} has no distributions: its routers' logits were not recorded")
-        read = lambda name: self._read(name, row, position, position + 1)[0]
-        logit, expert = read("logit"), read("expert")
+        logit, expert = (self._read(name, row, position, position + 1)[0] for name in ("logit", "expert"))
         if not self.rows["captured"][row] or np.isnan(logit).any():
             raise ValueError(f"row {row} of {self.dataset} is not captured yet")
-        ids = read("logit_expert") if self.scores.truncated else np.tile(np.arange(self.experts), (len(logit), 1))
+        ids = np.tile(np.arange(self.experts), (len(logit), 1))
+        if self.scores.truncated:
+            ids = self._read("logit_expert", row, position, position + 1)[0]
         return {
             "experts": ids.tolist(),
             "probability": np.round(probabilities(logit, self.scores), 6).tolist(),

@@ -217,3 +217,15 @@ def test_the_page_of_inference_tells_the_rejections_of_the_result() -> None:
         assert (
             0.03 - 2 * (0.03 * 0.97 / tested) ** 0.5 <= row["rejected"] <= 0.07 + 2 * (0.07 * 0.93 / tested) ** 0.5
         ), row
+
+
+def test_the_page_of_inference_tells_how_often_equal_means_are_told_apart() -> None:
+    page, found = (ROOT / "docs" / "0010-inference.md").read_text(), result("means.json")["means"]
+    told = {tuple(row[:3]): row[3:] for row in rows(page, 5) if row[1] in ("equal", "unequal")}
+    for row in found:
+        head = ", ".join(map(str, row["documents"])), row["lengths"], ", ".join(map(str, row["spreads"]))
+        cell = f"{100 * row['rejected']:.1f} / {100 * row['student']:.1f}"
+        assert told[head][(8, 256).index(row["cells"])] == cell
+        tested = row["simulations"] * (1 - row["untested"])
+        assert row["rejected"] <= 0.05 + 3 * (0.05 * 0.95 / tested) ** 0.5, row
+    assert len(told) == len(found) / 2

@@ -1,6 +1,6 @@
 """How well the model predicts, along a row, by expert, and where its routers are unsure; where it was recorded."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import xarray as xr
 
@@ -28,7 +28,11 @@ def ask(asked: Asked) -> Mapping[str, Reducer]:
 
 def answer(found: Found, asked: Asked) -> Found:
     """The same names, each with its intervals."""
-    made = {"surprise": with_intervals, "logprob": logprob_by_expert_of, "surprise_entropy": surprise_and_entropy_of}
+    made: dict[str, Callable[[xr.Dataset], xr.Dataset]] = {
+        "surprise": with_intervals,
+        "logprob": logprob_by_expert_of,
+        "surprise_entropy": surprise_and_entropy_of,
+    }
     return {name: made[name](counts) for name, counts in found.items()}
 
 
@@ -49,7 +53,7 @@ def matters(each: Answers) -> str:
     sure = found["within_p"] <= SURE
     if not bool(sure.any()):
         return ""
-    least = xr.where(found["within"] > 0, found["within_low"], -found["within_high"]).where(sure)
+    least = found["within_low"].where(found["within"] > 0, -found["within_high"]).where(sure)
     cell = found.isel(least.fillna(-1.0).argmax(("layer", "expert")))
     more = "more" if float(cell["within"]) > 0 else "less"
     low, high = sorted(abs(float(cell[f"within_{end}"])) for end in ("low", "high"))
