@@ -62,7 +62,9 @@ def fill(part: nn.Module, generator: torch.Generator, quantization: str, *, keep
         module = part.get_submodule(owner)
         if not parameter.is_meta:
             continue
-        if parameter.ndim == 1:
+        if leaf in ("bias", "sinks"):
+            made = nn.Parameter(random_matrix(tuple(parameter.shape), generator, 0.1), requires_grad=False)
+        elif parameter.ndim == 1:
             made = nn.Parameter(torch.ones_like(parameter, device="cuda"), requires_grad=False)
         elif type(parameter).__name__ == "Params4bit":
             values = random_matrix((module.out_features, module.in_features), generator)
@@ -91,6 +93,8 @@ def _fill_experts(experts: PackedExperts, generator: torch.Generator, quantizati
         originals.append(matrices)
     for stack in (both, down):
         stack._buffers.pop(WAITING, None)
+    for name, bias in list(experts.named_buffers(recurse=False)):
+        setattr(experts, name, random_matrix(tuple(bias.shape), generator, 0.1))
     if keep:
         experts.originals = originals
 
