@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/python jobs/demo.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 3 --dist loadfile --durations=15
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=15
 
 chaos: .venv/ready
 	$(BIN)/python tests/chaos.py

@@ -59,6 +59,19 @@ class Selection:
     phases: tuple[str, ...] | None = None
     """"prompt" or "generated"; default both, and tokens of which it is not known."""
 
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """The roles and phases that are selected, by variable; without one by which nothing is selected."""
+        wanted = {"phase": self.phases, "role": self.roles}
+        return {name: labels for name, labels in wanted.items() if labels is not None}
+
+    @property
+    def said(self) -> list[str]:
+        """The same in words: "only tokens whose phase is generated are counted"."""
+        return [
+            f"only tokens whose {name} is {' or '.join(labels)} are counted" for name, labels in self.labels.items()
+        ]
+
     def __post_init__(self) -> None:
         if self.positions is not None and not 0 <= self.positions[0] < self.positions[1]:
             raise ValueError(f"positions {self.positions}: from 0 on, and the first before the last")
@@ -82,6 +95,11 @@ def label_numbers(dataset: xr.Dataset, name: str, wanted: Sequence[str]) -> list
     if unknown := [label for label in wanted if label not in labels]:
         raise ValueError(f"{name} {unknown[0]!r}: {where} has {', '.join(labels)}")
     return [labels.index(label) for label in wanted]
+
+
+def selected_labels(dataset: xr.Dataset, only: Selection) -> dict[str, list[int]]:
+    """The numbers of the roles and phases that are selected, by variable; errors as `label_numbers`."""
+    return {name: label_numbers(dataset, name, labels) for name, labels in only.labels.items()}
 
 
 def kernel(function: _Function) -> _Function:
@@ -200,7 +218,7 @@ def accumulate(
     Other parameters, and errors, are those of `scan`.
     """
     needs, there = frozenset[str]().union(*(reducer.needs for reducer in reducers)), set(map(str, dataset))
-    labels = _labels(dataset, only)
+    labels = selected_labels(dataset, only)
     optional = {name.removesuffix("?") for name in needs if name.endswith("?")} & there
     required = [{name for name in reducer.needs - COMPUTED if not name.endswith("?")} for reducer in reducers]
     names = {"expert", "token", *optional, *labels}.union(*required)
@@ -317,12 +335,6 @@ def special_tokens(dataset: xr.Dataset) -> list[int]:
     return list(dataset.attrs["special_token_ids"])
 
 
-def _labels(dataset: xr.Dataset, only: Selection) -> dict[str, list[int]]:
-    """The numbers of the roles and phases that are selected, by the variable."""
-    wanted = {"role": only.roles, "phase": only.phases}
-    return {name: label_numbers(dataset, name, labels) for name, labels in wanted.items() if labels is not None}
-
-
 def _excluded_tokens(dataset: xr.Dataset, only: Selection) -> Array:
     """Token ids that are not counted; bool (token_id)."""
     vocabulary = dataset.sizes["token_id"]
@@ -343,7 +355,10 @@ def _decode(rows: xr.Dataset, dataset: xr.Dataset, first_row: int) -> Block:
             f" given, cannot be decoded ({error}): python jobs/status.py STORE --verify marks what is damaged, and the"
             " same capture again does those shards"
         ) from error
-    return {str(name): np.ascontiguousarray(loaded[name].values) for name in loaded.data_vars}
+    block = {str(name): np.ascontiguousarray(loaded[name].values) for name in loaded.data_vars}
+    if "weight" in block:  # of a capture in float32 too: counts are exact in multiples of float16's smallest step
+        block["weight"] = block["weight"].astype(np.float16, copy=False)
+    return block
 
 
 def _mark(

@@ -34,6 +34,7 @@ STORE, REPORT = ROOT / "demo.zarr", ROOT / "demo.html"
 # Documents of very different length: so many make about 100,000 tokens of each text.
 TEXTS = {"demo:prose": 9, "demo:code": 29, "demo:legal": 67, "demo:maths": 35}
 MODEL = "--local --model tiny --quantization none --device cpu --sequence_length 512 --rows_per_shard 64"
+RECORD = "--record logits --record output_norm --record logprob"
 
 
 def main(arguments: list[str]) -> int:
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> int:
     started = time.monotonic()
     for text, documents in TEXTS.items():
         options = ["--dataset", text, "--limit_documents", str(documents), "--store", str(STORE)]
-        if status := capture.main([*options, *MODEL.split()]):
+        if status := capture.main([*options, *MODEL.split(), *RECORD.split()]):
             return status
 
     from analysis.report.page import write_report  # takes seconds to load, and a capture needs none of it

@@ -48,7 +48,7 @@ class DoctorConfig:
     """In place of --against: run the model here on the first so many documents (16,384 tokens at most), and compare."""
     model: str | None = None
     """With --recapture: the checkpoint, a folder, a hub id or "tiny". Default: the one that the capture names."""
-    quantization: Literal["nf4", "fp4", "fp8", "int8", "none"] | None = None
+    quantization: Literal["nf4", "fp4", "mxfp4", "fp8", "int8", "none"] | None = None
     """With --recapture: precision of the weights. Default: what they are stored in; else nf4 on a GPU."""
     batch_tokens: int = 8192
     """With --recapture: padded tokens in a micro-batch at most."""

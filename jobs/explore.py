@@ -7,7 +7,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -45,6 +45,11 @@ class ExploreConfig:
     """A folder for the index. Default: beside the store, or in the user's cache for a store in a bucket."""
     threads: int | None = None
     """Shards that are indexed at the same time. Default: one a processor."""
+    phase: Annotated[tuple[Literal["prompt", "generated"], ...], tyro.conf.UseAppendAction] = ()
+    """Count and find only tokens of this phase, where captures say it (imported routes do); texts are shown whole. May
+    be repeated. Each selection has an index of its own."""
+    role: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Count and find only tokens of this speaker, where captures are of conversations: assistant. May be repeated."""
     export: Path | None = None
     """Write the documents that --document names here, as one HTML file that works offline, and end."""
     document: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -60,15 +65,19 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--port {config.port}: 0 to 65535")
     if config.threads is not None and config.threads < 1:
         raise ValueError(f"--threads {config.threads}: 1 or more")
+    if config.export is not None and (config.phase or config.role):
+        raise ValueError("--export writes whole texts: leave out --phase and --role")
     store, names = captures_at(config.store)
     if config.export is not None:
         return _export(store, names, config)
 
     from analysis.explorer.live import Explorer  # numba takes a second: --help does not wait for it
+    from analysis.scanning import Selection
 
     _open_more_files()
+    only = Selection(roles=config.role or None, phases=config.phase or None)
     named = None if config.store.rstrip("/") == store.rstrip("/") else names
-    return _serve(Explorer(store, named, config.index, threads=config.threads, log=log), config)
+    return _serve(Explorer(store, named, config.index, only=only, threads=config.threads, log=log), config)
 
 
 def _export(store: str, names: list[str], config: ExploreConfig) -> int:

@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
     store, names = captures_at(config.store)
     documents = [int(document) if document.isdecimal() else document for document in config.document]
     if config.parquet is not None:
-        return _write_tables(store, names, config.parquet, documents)
+        return _write_tables(config, store, names, documents)
     return _answer(config, store, only_one(store, names), documents)
 
 
@@ -100,7 +100,8 @@ def _answer(config: QueryConfig, store: str, name: str, documents: list[int | st
     if not state.complete:
         log(shown(f"note: {state}"))
     labels = {"phase": config.phase, "role": config.role}
-    answers: Sequence[Answer] = [document_answer(capture, document, layers, labels) for document in documents]
+    asked = partial(document_answer, capture, layers=layers, roles=config.role, phases=config.phase)
+    answers: Sequence[Answer] = [asked(document) for document in documents]
     answers = answers or _counted(config, store, state, capture, layers)
     if config.json:
         known = {"complete": state.complete, "shards_done": state.shards_done, "shards_total": state.shards_total}
@@ -113,17 +114,18 @@ def _answer(config: QueryConfig, store: str, name: str, documents: list[int | st
     return 0
 
 
-def _write_tables(store: str, names: list[str], folder: str, documents: list[int | str]) -> int:
+def _write_tables(config: QueryConfig, store: str, names: list[str], documents: list[int | str]) -> int:
     """Write the files, and print their folder."""
     from analysis.exports.parquet import write_tables  # numba takes a second: --help does not wait for it
 
+    folder = Path(config.parquet or "")
+    write = partial(write_tables, datasets=names, documents=documents, roles=config.role, phases=config.phase)
     with reporting("tables", unit="shards", transient=True) as report:
-        progress = lambda name, done, total: report.add(1)
-        states = write_tables(store, folder, datasets=names, documents=documents, progress=progress)
+        states = write(store, folder, progress=lambda name, done, total: report.add(1))
     for state in states:
         if not state.complete:
             log(shown(f"note: {state}"))
-    print(Path(folder).absolute())
+    print(folder.absolute())
     return 0
 
 
@@ -167,7 +169,7 @@ def _check(config: QueryConfig) -> None:
         "layer": ("token", "token_id", "document"),
         "top": ("expert",),
         "min_count": ("expert",),
-        **dict.fromkeys(("json", "phase", "role"), ("token", "token_id", "expert", "document")),
+        "json": ("token", "token_id", "expert", "document"),
     }
     for option, questions in limits.items():
         if getattr(config, option) != getattr(QueryConfig, option) and asked[0] not in questions:

@@ -46,8 +46,10 @@ class StatusConfig:
     exit status is 0), and data_sets. Each of these has data_set; state, as in the table; complete; holds (whether all
     that is committed was read back as it was committed; null without --verify); plan_complete (whether the text is
     planned to its end: before, all counts are of what is planned so far); quantization and matmul (what the weights are
-    stored in, and what their products are computed in); shards_total, shards_done, missing (shards);
-    rows, documents, documents_empty, documents_repaired, documents_skipped, skipped (the names of the first 100),
+    stored in, and what their products are computed in); record (the arrays that are recorded beside the choices);
+    weight_bits (of the mantissas of the choices' weights: 10 is float16, 23 float32); shards_total, shards_done,
+    missing (shards); rows, documents, documents_empty, documents_repaired, documents_skipped, skipped (the names of the
+    first 100),
     tokens_planned, tokens_done, bytes_done, seconds (of workers); digest (SHA-256 of what is planned and committed);
     wrong (shard and reason, of shards that do not hold); quarantined (shard, documents and errors); lost (objects of
     the plan that are gone); plan_faults (what is damaged in the plan; null without --verify); not_noted (why what is
@@ -137,6 +139,8 @@ def facts(one: Looked) -> dict[str, Any]:
         "holds": one.holds,
         "quantization": one.identity.get("quantization"),
         "matmul": one.identity.get("matmul"),
+        "record": one.identity.get("record"),
+        "weight_bits": one.identity.get("weight_bits"),
         **{key: None if state is None else fact(state) for key, fact in KNOWN.items()},
         "wrong": [{"shard": shard, "reason": reason} for shard, reason in sorted(wrong.items())],
         "plan_faults": None if found is None else found.plan,
@@ -189,7 +193,9 @@ def _in_a_word(row: Facts) -> str:
 
 def print_status(console: Console, looked: list[Looked]) -> None:
     """A line a data set, and in full what is missing or damaged."""
-    print_table(console, COLUMNS, [facts(one) for one in looked])
+    rows = [facts(one) for one in looked]
+    columns = [column for column in COLUMNS if column is not RECORDED or any(row["record"] for row in rows)]
+    print_table(console, columns, rows)
     for state in (one.state for one in looked if one.state is not None):
         if not state.complete:
             print_line(console, str(state))
@@ -226,6 +232,7 @@ def _colour(row: Facts) -> str:
     return "red" if row["error"] is not None or row["wrong"] or row["lost"] or row["plan_faults"] else "yellow"
 
 
+RECORDED = Column(name="recorded too", text=lambda row: ", ".join(row["record"] or "-"), left=True, spare=10)
 COLUMNS = (
     Column(name="data set", text=lambda row: row["data_set"], left=True, elastic=True),
     Column(name="shards", text=_shards),
@@ -238,6 +245,7 @@ COLUMNS = (
     Column(name="bytes/token", text=_ratio("bytes_done", "tokens_done", ".1f"), spare=7),
     Column(name="tokens/s a worker", text=_ratio("tokens_done", "seconds", ",.0f"), spare=6),
     Column(name="weights", text=_precision, left=True, spare=9),
+    RECORDED,
     Column(name="state", text=lambda row: row["state"], left=True, style=_colour),
 )
 

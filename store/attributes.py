@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
 
 def flat(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes with each mapping as JSON text and each bool as a number, without those that are None."""
+    """Attributes with mappings as JSON texts, bools as numbers and tuples as lists, without those that are None."""
     return {name: _held(value) for name, value in attrs.items() if value is not None}
 
 
 def _held(value: Any) -> Any:
     if isinstance(value, bool):
         return int(value)
+    if isinstance(value, tuple):
+        return list(value)
     return json.dumps(value) if isinstance(value, Mapping) else value
 
 

@@ -17,6 +17,10 @@ LATER: dict[str, Any] = {
     "template_date": None,
     "skip_unrenderable": False,
     "matmul": "bf16",
+    "weight_scales": "row",
+    "record": [],
+    "top_logits": 0,
+    "weight_bits": 10,
 }
 """Fields that came after the first captures, with the value that stands for what was done before they existed. A field
 with that value is left out of an identity, so that captures begun before it resume and compare as before."""
@@ -27,6 +31,7 @@ MODEL = (
         "model",
         "model_revision",
         "quantization",
+        "weight_scales",
         "matmul",
         "compute_dtype",
         "gate_precision",
@@ -40,8 +45,10 @@ MODEL = (
 TEXT = (
     *("bos", "bos_id", "chat_template", "template_date", "sequence_length", "skip_unrenderable"),
     *("limit_documents", "limit_tokens", "rows_per_shard", "batch_tokens", "schema_version"),
+    *("record", "top_logits", "weight_bits"),
 )
-"""Fields that decide which tokens are routed, in which rows and batches, and how they are stored; so do `text_...`."""
+"""Fields that decide which tokens are routed, in which rows and batches, what is recorded of them beside their experts,
+and how that is stored; so do `text_...`."""
 
 
 def model_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

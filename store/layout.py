@@ -26,7 +26,10 @@ SHARD_TOKENS = 262_144  # positions in a shard: 12 s of an H200, 26-90 s of smal
 ROW_CHUNK = 65_536  # entries in a chunk of the one-dimensional arrays
 CHUNK_ROWS, CHUNK_POSITIONS = 64, 512  # inner chunk; all layers in it: full scans ran 5 times faster (measured)
 SHARD_CHOICES = 2**31  # in a shard at most: 4.3 GB of weights; S3 takes 5 GB in a put, and a worker holds two shards
-CHUNK_CHOICES = 2**21  # choices in an inner chunk at most: 2 MB of experts, 4 MB of weights
+SHARD_BYTES = 2**32  # of an array that has more than a weight for each choice
+CHUNK_CHOICES = 2**21  # choices, or logits, in an inner chunk at most: 2 MB of experts, 4 MB of weights, 8 MB of logits
+
+FLOAT16_BITS, FLOAT32_BITS = 10, 23  # of a mantissa, without the leading one that is not stored
 
 MISSING_TOKEN = -1
 MISSING_ROLE = 255  # and of a phase
@@ -58,6 +61,11 @@ class ArraySpec:
         """Entries of the first dimension in one object."""
         return (self.shard or self.chunk)[0]
 
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of a whole shard, before they are compressed."""
+        return math.prod(self.shard or self.chunk) * np.dtype(self.dtype).itemsize
+
     def key(self, index: int) -> str:
         """Key of the `index`-th object along the first dimension, relative to the array's folder."""
         return "/".join(["c", str(index), *("0" for _ in self.trailing)])
@@ -77,7 +85,7 @@ class ArraySpec:
         """
         assert 0 < len(values) <= self.step, (len(values), self.shard, self.chunk)
         assert values.shape[1:] == self.trailing, (values.shape, self.trailing)
-        objects, array = self._in_memory(len(values))
+        objects, array = self._in_memory(len(values), empty_chunks=self._is_begun(values))
         array[...] = values
         if self.key(0) not in objects:  # all fill: Zarr leaves out a shard of which every inner chunk is left out
             objects, array = self._in_memory(len(values), empty_chunks=True)
@@ -99,6 +107,14 @@ class ArraySpec:
         except Exception as error:  # codecs raise whatever they run into
             raise ValueError(str(error) or repr(error)) from error
 
+    def _is_begun(self, values: np.ndarray) -> bool:
+        """Whether every inner chunk has a row that does not begin with fill: Zarr need not compare every value then."""
+        if self.shard is None:
+            return True
+        first = values[(slice(None), *(slice(None, None, size) for size in self.chunk[1:]))]
+        begun = first != self.fill if self.fill == self.fill else first == first  # NaN is not equal to itself
+        return bool(np.logical_or.reduceat(begun, range(0, len(values), self.chunk[0])).all())
+
     def _in_memory(self, size: int, *, empty_chunks: bool = False) -> tuple[dict[str, Buffer], zarr.Array[Any]]:
         objects: dict[str, Buffer] = {}
         array = zarr.create_array(
@@ -113,7 +129,7 @@ class ArraySpec:
             attributes=dict(self.attrs),
             # Inside a shard an inner chunk of fill is left out; a one-dimensional chunk is always written, so that
             # "no object" never means "all fill".
-            config={"write_empty_chunks": empty_chunks or self.shard is None},
+            config={"write_empty_chunks": empty_chunks},
         )
         return objects, array
 
@@ -144,8 +160,13 @@ class Layout:
     """Names of what made each token, prompt and generated, where routes that came from elsewhere say so."""
     record: tuple[str, ...] = ()
     """Names of the arrays of `OPTIONAL` that the capture has. They belong into the capture's identity too."""
+    top_logits: int = 0
+    """Of a token at a layer, so many of the largest logits are in `logit`, with their experts; 0: those of all."""
     weights: bool = True
     """Whether there is `weight`; False where routes came from elsewhere without it."""
+    weight_bits: int = FLOAT16_BITS
+    """Bits of a weight's mantissa: 10 of float16, 23 of float32, fewer where weights are rounded to what their
+    router's precision means, and kept in float16."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "rows_per_shard", "num_experts", "experts_per_token", "vocab_size"):
@@ -165,12 +186,28 @@ class Layout:
             raise ValueError(f"record names {unknown[0]!r:.80}, which this version cannot record; it can: {known}")
         if self.num_experts >= 65_535:
             raise ValueError(f"num_experts is {self.num_experts}; the store can name 65,534 at most")
+        if type(self.top_logits) is not int or not 0 <= self.top_logits <= self.num_experts:
+            raise ValueError(f"top_logits is {self.top_logits!r:.80}, and must be 0 to {self.num_experts}, the experts")
+        with_ids = {"logit", "logit_expert"} if self.top_logits else set()
+        if {"logit", "logit_expert"} & {*self.record} not in (with_ids, {"logit"} - with_ids):
+            raise ValueError(
+                f"record is {self.record!r:.80} and top_logits {self.top_logits}: logit_expert stands beside logit"
+                " where top_logits is 1 or more, and nowhere else"
+            )
+        if self.weight_bits != FLOAT32_BITS and self.weight_bits not in range(1, FLOAT16_BITS + 1):
+            raise ValueError(f"weight_bits is {self.weight_bits!r:.80}, and must be 23, or 1 to 10")
         choices = self.rows_per_shard * self.sequence_length * len(self.layers) * self.experts_per_token
         if choices > SHARD_CHOICES:
             raise ValueError(
                 f"a shard of {self.rows_per_shard} rows would hold {choices:,} choices, and {SHARD_CHOICES:,} are the"
                 " most: give fewer --rows_per_shard"
             )
+        for name, spec in self.arrays().items():
+            if spec.captured and (size := spec.shard_bytes) > SHARD_BYTES:
+                raise ValueError(
+                    f"a shard of {self.rows_per_shard} rows would hold {size:,} bytes of {name}, and {SHARD_BYTES:,}"
+                    " are the most: give fewer --rows_per_shard"
+                )
         rows = self.inner_chunk[0]
         object.__setattr__(self, "rows_per_shard", self.rows_per_shard // rows * rows)
 
@@ -190,8 +227,9 @@ class Layout:
 
     def attrs(self) -> dict[str, Any]:
         """The group's attributes that describe this layout, without those that older stores do not have, where they
-        say nothing: an empty `record` or `phases`, and `weights`."""
+        say nothing: an empty `record` or `phases`, `top_logits`, `weights`, and the `weight_bits` of float16."""
         said = {"record": bool(self.record), "phases": bool(self.phases), "weights": not self.weights}
+        said |= {"top_logits": self.top_logits > 0, "weight_bits": self.weight_bits != FLOAT16_BITS}
         return {name: value for name, value in asdict(self).items() if said.get(name, True)}
 
     @property
@@ -205,12 +243,16 @@ class Layout:
         return missing_expert(self.num_experts)
 
     @property
+    def expert_dtype(self) -> str:
+        """Of what holds experts' ids."""
+        return "uint8" if self.num_experts <= 255 else "uint16"
+
+    @property
     def inner_chunk(self) -> tuple[int, int]:
         """Rows and positions of an inner chunk of `expert`, `weight` and `token`."""
         positions = min(CHUNK_POSITIONS, self.sequence_length)
         choices_a_row = positions * len(self.layers) * self.experts_per_token
-        rows = max(1, min(CHUNK_ROWS, CHUNK_CHOICES // choices_a_row, self.rows_per_shard))
-        return 2 ** int(math.log2(rows)), positions
+        return _power_of_two(min(CHUNK_ROWS, CHUNK_CHOICES // choices_a_row, self.rows_per_shard)), positions
 
     @cached_property
     def routes(self) -> tuple[str, ...]:
@@ -229,7 +271,7 @@ class Layout:
         Parameters
         ----------
         more
-            Dimensions after doc and position: any of "layer", "k" and "expert".
+            Dimensions after doc and position: any of "layer", "k", "expert_id" and "candidate".
 
         Returns
         -------
@@ -238,8 +280,10 @@ class Layout:
         """
         rows, positions = self.inner_chunk
         shard_positions = math.ceil(self.sequence_length / positions) * positions
-        lengths = {"layer": len(self.layers), "k": self.experts_per_token, "expert": self.num_experts}
+        lengths = {"layer": len(self.layers), "k": self.experts_per_token}
+        lengths |= {"expert_id": self.num_experts, "candidate": self.top_logits}
         last = tuple(lengths[dim] for dim in more)
+        rows = min(rows, _power_of_two(CHUNK_CHOICES // (positions * math.prod(last))))
         return {
             "dims": ("doc", "position", *more),
             "trailing": (self.sequence_length, *last),
@@ -250,16 +294,17 @@ class Layout:
     def arrays(self) -> dict[str, ArraySpec]:
         """Every array of the group by name."""
         choice, place = self.grid("layer", "k"), self.grid()
-        expert_dtype = "uint8" if self.num_experts <= 255 else "uint16"
+        rounded = {"mantissa_bits": self.weight_bits} if self.weight_bits < FLOAT16_BITS else {}
         arrays = {
             "expert": ArraySpec(
-                dtype=expert_dtype, fill=self.missing_expert, compressors=_blosc("lz4", 5, "bitshuffle"),
+                dtype=self.expert_dtype, fill=self.missing_expert, compressors=_blosc("lz4", 5, "bitshuffle"),
                 attrs={"long_name": "expert chosen", "units": "1", "missing": self.missing_expert},
                 captured=True, **choice,
             ),
             "weight": ArraySpec(
-                dtype="float16", fill=0.0, compressors=_blosc("zstd", 5, "shuffle"),
-                attrs={"long_name": "weight of the choice", "units": "1"}, captured=True, **choice,
+                dtype="float32" if self.weight_bits > FLOAT16_BITS else "float16", fill=0.0,
+                compressors=_blosc("zstd", 5, "shuffle"),
+                attrs={"long_name": "weight of the choice", "units": "1", **rounded}, captured=True, **choice,
             ),
             "token": ArraySpec(
                 dtype="int32", fill=MISSING_TOKEN, compressors=_blosc("zstd", 3, "shuffle"),
@@ -290,11 +335,59 @@ LABELS = {"role": "speaker of the token", "phase": "whether the token was given 
 PHASES = ("prompt", "generated")
 """The labels of `phase`."""
 
-OPTIONAL: dict[str, Callable[[Layout], ArraySpec]] = {}
+
+def _logit(layout: Layout) -> ArraySpec:
+    return ArraySpec(
+        dtype="float32", fill=math.nan, compressors=_blosc("zstd", 5, "shuffle"), captured=True,
+        attrs={"long_name": "router logit", "units": "1"},
+        **layout.grid("layer", "candidate" if layout.top_logits else "expert_id"),
+    )  # fmt: skip
+
+
+def _logit_expert(layout: Layout) -> ArraySpec:
+    return ArraySpec(
+        dtype=layout.expert_dtype, fill=layout.missing_expert, compressors=_blosc("lz4", 5, "bitshuffle"),
+        attrs={"long_name": "expert of the router logit", "units": "1", "missing": layout.missing_expert},
+        captured=True, **layout.grid("layer", "candidate"),
+    )  # fmt: skip
+
+
+def _output_norm(layout: Layout) -> ArraySpec:
+    return ArraySpec(
+        dtype="float32", fill=math.nan, compressors=_blosc("zstd", 5, "shuffle"), captured=True,
+        attrs={"long_name": "L2 norm of the chosen expert's output before it is weighed", "units": "1"},
+        **layout.grid("layer", "k"),
+    )  # fmt: skip
+
+
+def _logprob(layout: Layout) -> ArraySpec:
+    return ArraySpec(
+        dtype="float32", fill=math.nan, compressors=_blosc("zstd", 5, "shuffle"), captured=True,
+        attrs={"long_name": "log-probability of the next token", "units": "nat"}, **layout.grid(),
+    )  # fmt: skip
+
+
+OPTIONAL: dict[str, Callable[[Layout], ArraySpec]] = {
+    "logit": _logit,
+    "logit_expert": _logit_expert,
+    "output_norm": _output_norm,
+    "logprob": _logprob,
+}
 """Arrays that a capture has where `Layout.record` names them.
 
 An entry makes the array's spec from the layout, with `captured=True`, on a grid of `Layout.grid`. What an engine gives
 under the same name is stored in it, and its fill value at and beyond each row's length.
+
+logit
+    What the router computed before it chose, (doc, position, layer, expert_id) of every expert, or with `top_logits`
+    (doc, position, layer, candidate) of the largest, in falling order, with their experts in `logit_expert`. The
+    group's attribute `router_transformation` says how weights come from them: "softmax" over all experts,
+    "renormalized" (softmax over the chosen ones), "sigmoid", or "unknown".
+output_norm
+    Of each choice, in the order of `expert`.
+logprob
+    At the position that predicts; NaN at the last one of a row. The attribute `pairs_cut`, of the plan, counts the
+    predictions that are lost because a document was cut into rows.
 """
 
 
@@ -306,6 +399,11 @@ def missing_expert(num_experts: int) -> int:
 def default_rows_per_shard(sequence_length: int, shard_tokens: int = SHARD_TOKENS) -> int:
     """S for a row of P positions: a shard of about so many positions, one row at least."""
     return max(1, shard_tokens // sequence_length)
+
+
+def _power_of_two(most: int) -> int:
+    """The largest one that is not more, and at least 1."""
+    return 1 << max(0, most.bit_length() - 1)
 
 
 def _is_count(value: object) -> bool:

@@ -248,13 +248,16 @@ class _Checker:
     def _expert(self, expert: np.ndarray, filled: np.ndarray) -> np.ndarray:
         experts, fill = self.layout.num_experts, self.layout.missing_expert
         illegal = expert >= experts if expert.dtype.kind == "u" else (expert < 0) | (expert >= experts)
-        if illegal.any():  # many passes over a large array, for few
-            unknown = expert == fill
-            wrong = filled[..., None, None] & illegal & ~unknown
+        odd = filled & illegal.any(axis=(2, 3))
+        if odd.any():
+            some, rows = expert[odd], np.nonzero(odd)[0]
+            unknown = some == fill
+            wrong = ((some < 0) | (some >= experts)) & ~unknown
             possible = f"0 to {experts - 1} are possible, or {fill} for unknown"
-            self._refuse(wrong, f"it holds expert {{}}, and {possible}", expert)
-            some = (unknown != unknown[:, :, :1, :1]).any(axis=(2, 3)) & filled
-            self._refuse(some, f"a token has {fill}, for unknown, among its choices: give it for all of them or none")
+            self._refuse(wrong, f"it holds expert {{}}, and {possible}", some, rows)
+            torn = (unknown != unknown[:, :1, :1]).any(axis=(1, 2))
+            what = f"a token has {fill}, for unknown, among its choices: give it for all of them or none"
+            self._refuse(torn, what, rows=rows)
         dtype = np.dtype(self.layout.arrays()["expert"].dtype)
         checked: np.ndarray = expert.astype(dtype)
         checked[~filled] = fill
@@ -287,12 +290,17 @@ class _Checker:
         self.document = int(document[-1]) if rows else self.document
         return document
 
-    def _refuse(self, wrong: np.ndarray, what: str, values: np.ndarray | None = None) -> None:
-        """A ValueError that names the first row, counted from the capture's, in which something is wrong."""
+    def _refuse(
+        self, wrong: np.ndarray, what: str, values: np.ndarray | None = None, rows: np.ndarray | None = None
+    ) -> None:
+        """A ValueError that names the first row, counted from the capture's, in which something is wrong.
+
+        `rows` are those of the block that `wrong` is of; by default all of them.
+        """
         if wrong.any():
             place = tuple(np.argwhere(wrong)[0])
-            value = "" if values is None else values[place]
-            raise ValueError(f"block {self.number}, row {self.rows + int(place[0])}: {what.format(value)}")
+            value, row = "" if values is None else values[place], place[0] if rows is None else rows[place[0]]
+            raise ValueError(f"block {self.number}, row {self.rows + int(row)}: {what.format(value)}")
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ import bitsandbytes
 import torch
 from expert_matrices import by_bitsandbytes
 
-from workers.models import biased, fp8, kernels
+from workers.models import biased, fp8, kernels, published
 from workers.models.four_bits import FourBits
 from workers.models.packed import Stack4bit
 
@@ -153,6 +153,24 @@ def cases(dtype: torch.dtype) -> dict[str, list[float]]:
     fp8.restored(fp8.rounded(arguments[0]), ours)
     fp8.plain_restored(fp8.rounded(arguments[0]), theirs)
     found["restored"] = [apart(ours, theirs)]
+    codes = torch.randint(0, 256, (2, 33, 48), dtype=torch.uint8, device=DEVICE)
+    powers = torch.randint(1, 254, (2, 33, 3), dtype=torch.uint8, device=DEVICE)
+    blocks = torch.randn(2, 2, 2, device=DEVICE).exp()
+    given = {
+        "mxfp4": published.Mxfp4(codes, powers),
+        "fp8 in blocks": published.BlockScaled(torch.randn(2, 130, 200, device=DEVICE).to(fp8.E4M3), blocks),
+    }
+    for name, matrices in given.items():
+        shape = (2, 33, 96) if name == "mxfp4" else (2, 130, 200)
+        ours, theirs = (torch.empty(shape, dtype=dtype, device=DEVICE) for _ in range(2))
+        restore, plain = (
+            (published.restore_mxfp4, published.plain_restore_mxfp4)
+            if name == "mxfp4"
+            else (published.restore_blocks, published.plain_restore_blocks)
+        )
+        restore(matrices, ours)
+        plain(matrices, theirs)
+        found[name] = [0.0 if torch.equal(ours, theirs) else float("inf")]
     return found
 
 
@@ -174,7 +192,7 @@ def round_as_torch_does() -> None:
 if __name__ == "__main__":
     if INTERPRETED:
         round_as_torch_does()
-        for module in (kernels, biased, fp8):
+        for module in (kernels, biased, fp8, published):
             module._fused = lambda tensor: True
             module._launch = lambda kernel, grid, *arguments, **constants: kernel[grid](*arguments, **constants)
     dtypes = (torch.float32,) if INTERPRETED else (torch.float32, torch.bfloat16)  # Triton interprets no bfloat16

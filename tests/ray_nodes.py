@@ -64,12 +64,12 @@ class Nodes:
 
 
 @contextmanager
-def ray_nodes(count: int, path: Path) -> Iterator[Nodes]:
+def ray_nodes(count: int, *paths: Path) -> Iterator[Nodes]:
     """A cluster with a head without a GPU and so many nodes with one.
 
     Parameters
     ----------
-    path
+    paths
         Where a worker finds further modules.
     """
     folder = Path(tempfile.mkdtemp(prefix="ea", dir="/tmp"))  # short: a socket's path has 107 characters
@@ -79,7 +79,7 @@ def ray_nodes(count: int, path: Path) -> Iterator[Nodes]:
         "RAY_AUTH_MODE": "token",  # its ports are open to other users of the machine
         "RAY_AUTH_TOKEN": os.urandom(32).hex(),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONPATH": str(path),
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
         **PATIENT,
         **HEALTH,
     }

@@ -467,6 +467,7 @@ def holds(store: Path, wanted: Path) -> None:
         assert same(opened, right)
 
 
+@pytest.mark.slow
 @costly(10)
 @given(st.sampled_from(sorted(RECORDS)), DAMAGE)
 @example("token/plan.json", put("rows", 10**12))  # looked for a million million shards

@@ -8,6 +8,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any
@@ -17,15 +18,11 @@ import torch
 
 from workers.models.forwards import forward_of
 from workers.models.loading import LoadedModel, load_model
-from workers.recorder import ILLEGAL, RouteRecorder, on_device
+from workers.record import Recorded
+from workers.recorder import Micro, RouteRecorder, on_device
+from workers.recordings.chosen import recordings_of
 from workers.shard import DeviceLost, OutOfMemory, Routes, RoutingError
 from workers.tiny import model_path
-
-_FAULTS = (
-    ILLEGAL,
-    "its router's logits or weights are not finite",
-    "its recorded choices are not those of its router for these tokens: an earlier batch's, or another layer's",
-)
 
 
 class ModelEngine:
@@ -35,18 +32,29 @@ class ModelEngine:
     ----------
     loaded
         From `workers.models.loading.load_model`.
+    recorded
+        What is recorded beside the choices, and in what precision weights are.
+
+    Raises
+    ------
+    ValueError, RoutingError
+        When the model cannot be recorded so.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, recorded: Recorded | None = None) -> None:
         self.model = loaded.model
         self.layers = tuple(loaded.routers)
         self.num_experts = loaded.num_experts
         self.experts_per_token = loaded.experts_per_token
-        self.recorder = RouteRecorder(loaded.routers, loaded.num_experts, loaded.experts_per_token)
         self.device = next(loaded.model.parameters()).device
         how = (loaded.provenance[name] for name in ("quantization", "expert_backend", "matmul"))
         self.forward = forward_of(loaded.model, *how)
-        self.description: Mapping[str, Any] = loaded.provenance
+        recorded = recorded or Recorded()
+        recordings = recordings_of(loaded, self.forward, recorded)
+        self.recorder = RouteRecorder(
+            loaded.routers, loaded.num_experts, loaded.experts_per_token, recordings, recorded.weight_bits
+        )
+        self.description: Mapping[str, Any] = loaded.provenance | asdict(recorded)
 
     @torch.inference_mode()
     def start(self, token: np.ndarray, length: np.ndarray) -> Callable[[], Routes]:
@@ -66,7 +74,7 @@ class ModelEngine:
         padded = np.where(np.arange(positions) < length[:, None], token, 0)
         with self._device_errors(), self.recorder.attached(), _one_thread(self.device):
             recorded = self.recorder.record(self.forward, on_device(padded.astype(np.int64), self.device), length)
-            copies = [part.to("cpu", non_blocking=True) for part in recorded]  # to pinned memory
+            copies = Micro(*({what: _to_host(part) for what, part in parts.items()} for parts in recorded))
             copied = torch.cuda.Event() if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
             if copied is not None:
                 copied.record(torch.cuda.current_stream(self.device))
@@ -75,7 +83,7 @@ class ModelEngine:
             with self._device_errors():
                 if copied is not None:
                     copied.synchronize()  # not the stream: the next micro-batch may be on it
-            return self._routes(positions, *copies)
+            return self._routes(positions, copies)
 
         return finish
 
@@ -94,34 +102,41 @@ class ModelEngine:
         except torch.AcceleratorError as error:
             raise DeviceLost(str(error).split("\n")[0]) from error
 
-    def _routes(self, positions: int, experts: torch.Tensor, weights: torch.Tensor, faults: torch.Tensor) -> Routes:
+    def _routes(self, positions: int, micro: Micro) -> Routes:
         """What the recorder gave, as arrays; refused where it shows a fault."""
-        shape = (-1, positions, len(self.layers), self.experts_per_token)
-        expert, weight = experts.numpy().reshape(shape), weights.numpy().reshape(shape)
-        for layer, firsts in zip(self.layers, faults.tolist(), strict=True):
-            for fault, first in zip(_FAULTS, firsts, strict=True):
+        layers = zip(*(firsts.tolist() for firsts in micro.faults.values()), strict=True)
+        for layer, firsts in zip(self.layers, layers, strict=True):
+            for fault, first in zip(micro.faults, firsts, strict=True):
                 if first >= 0:
                     row, position = divmod(first, positions)
                     reason = fault.format(experts=self.num_experts)
                     raise RoutingError(f"layer {layer}: {reason}, first seen at position {position}", row)
         narrow = np.uint8 if self.num_experts <= 255 else np.uint16
-        return {"expert": expert.astype(narrow, copy=False), "weight": weight}
+        routes = {name: part.numpy().reshape(-1, positions, *part.shape[1:]) for name, part in micro.arrays.items()}
+        ids = {name: routes[name].astype(narrow, copy=False) for name in ("expert", "logit_expert") if name in routes}
+        return routes | ids
 
 
-def load_engine(model: str | Path, *, device: str, **options: Any) -> ModelEngine:
+def _to_host(part: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, perhaps not there yet; a tensor in pieces would be copied once more on the host."""
+    return part.contiguous().to("cpu", non_blocking=True)
+
+
+def load_engine(model: str | Path, *, device: str, recorded: Recorded | None = None, **options: Any) -> ModelEngine:
     """Load a model as an engine; the arguments are those of `load_model`, or the model is "tiny".
 
-    What no router needs is not kept: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
+    What nothing that is recorded needs is not kept: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
     """
     if device != "cpu" and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
         # An H200 showed 31.1 GiB instead of 47.4 for Mixtral 8x7B with fp8 products. An environment variable would be
         # too late: torch reads it when it is first asked what the card can do.
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     loaded = load_model(model_path(model), device=device, **options)
-    drop_last_experts(loaded)
+    if recorded is None or not recorded.whole:
+        drop_last_experts(loaded)
     if device != "cpu":
         torch.cuda.empty_cache()  # transformers takes more while it loads than the weights need
-    return ModelEngine(loaded)
+    return ModelEngine(loaded, recorded)
 
 
 def drop_last_experts(loaded: LoadedModel) -> None:

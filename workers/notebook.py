@@ -1,6 +1,8 @@
 """Routes of a few texts without a store, for a notebook."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from store.layout import Layout
 from store.plan import Rows
 from workers.engine import ModelEngine
 from workers.models.loading import LoadedModel, load_model
+from workers.models.routers import transformation_of
 from workers.models.stored import default_quantization
+from workers.record import Recordable, WeightPrecision, what_to_record
 from workers.shard import route_rows
 from workers.text.rows import BosRule, document_rows, padded
 from workers.text.tokenizer import load_tokenizer
@@ -29,6 +33,9 @@ def capture_texts(
     sequence_length: int = 2048,
     batch_tokens: int = 8192,
     bos: BosRule = "none",
+    record: Sequence[Recordable] = (),
+    top_logits: int | None = None,
+    weight_precision: WeightPrecision = "float16",
 ) -> xr.Dataset:
     """Capture the routes of some texts, in memory.
 
@@ -39,8 +46,8 @@ def capture_texts(
     texts
         One document each.
     quantization
-        "nf4", "fp4", "fp8", "int8" or "none"; ignored for a model that is loaded. Default: what the checkpoint is
-        stored in, else nf4 on a GPU and none on a CPU.
+        "nf4", "fp4", "mxfp4", "fp8", "int8" or "none"; ignored for a model that is loaded. Default: what the checkpoint
+        is stored in, else nf4 on a GPU and none on a CPU.
     matmul
         "bf16" or "fp8", as for `load_model`; ignored for a model that is loaded.
     sequence_length
@@ -49,6 +56,16 @@ def capture_texts(
         Padded tokens in a micro-batch at most.
     bos
         Where a beginning-of-sequence token is put: "none", "document" or "row".
+    record
+        What is recorded beside the choices, any of: "logits", which the router computed before it chose (variable
+        `logit`, float32 (doc, position, layer, expert_id), NaN where there is no token); "output_norm", the L2 norm of
+        each chosen expert's output before it is weighed (float32, dims of `expert`); "logprob", the log-probability of
+        the next token at the position that predicts it (float32 (doc, position), in nats, NaN at the last of a row).
+    top_logits
+        Only so many of the largest logits are kept, in falling order: `logit` then has the dim candidate in the place
+        of expert_id, and `logit_expert` beside it. Default: all of up to 64 experts, 32 of more.
+    weight_precision
+        "float16", "float32", or "compact": rounded to what the routers' own precision means.
 
     Returns
     -------
@@ -59,7 +76,8 @@ def capture_texts(
     Raises
     ------
     ValueError
-        When no text has a token, the rows would be longer than the model's positions, or the model cannot be captured.
+        When no text has a token, the rows would be longer than the model's positions, or the model cannot be captured
+        or recorded so.
     """
     if isinstance(texts, str):
         raise ValueError("give a list of texts, not one text: each of its characters would be a document")
@@ -79,7 +97,14 @@ def capture_texts(
     if not 1 <= sequence_length <= most:
         raise ValueError(f"sequence_length is {sequence_length}, and must be 1 to {most}, the positions of the model")
     tokenizer = load_tokenizer(model.folder)
-    engine = ModelEngine(model)
+    recorded = what_to_record(
+        record,
+        model.num_experts,
+        model.provenance["compute_dtype"],
+        top_logits=top_logits,
+        weight_precision=weight_precision,
+    )
+    engine = ModelEngine(model, recorded)
     cut = [
         (document, *row)
         for document, ids in enumerate(tokenizer.encode_batch(list(texts)))
@@ -102,6 +127,7 @@ def capture_texts(
         num_experts=engine.num_experts,
         experts_per_token=engine.experts_per_token,
         vocab_size=tokenizer.vocab_size,
+        **asdict(recorded),
     )
     arrays = {
         **route_rows(engine, rows, layout, batch_tokens)(),
@@ -110,7 +136,14 @@ def capture_texts(
         "piece": np.array(tokenizer.pieces(), dtype=object),
         "captured": np.ones(len(cut), dtype=bool),
     }
-    return _dataset(layout, arrays, {**model.provenance, "special_token_ids": tokenizer.special_ids})
+    attrs = {
+        **model.provenance,
+        "special_token_ids": tokenizer.special_ids,
+        "pairs_cut": sum(one == other for one, other in pairwise(documents)),
+    }
+    if "logit" in recorded.record:
+        attrs["router_transformation"] = transformation_of(model.folder)
+    return _dataset(layout, arrays, attrs)
 
 
 def _dataset(layout: Layout, arrays: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> xr.Dataset:

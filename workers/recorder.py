@@ -1,8 +1,8 @@
 """Record what each router chose while a model runs, and prove that it was for these tokens.
 
 T tokens, H hidden size, E experts, k choices, L layers with experts. A forward hook on each router keeps its choices
-on the device; when the last one has fired the forward is stopped, since what follows it (the last layer's experts,
-the final norm) routes nothing.
+on the device; when the last one has fired the forward is stopped, unless what follows it is recorded too: the last
+layer's experts and the final norm route nothing. What else is recorded is `workers.recordings`.
 
 The proof. A hook that never fires, fires twice, or returns an earlier batch is what other recorders have been fooled
 by; 0 is a legal expert. So every layer must fire exactly once, after the layer below it, with one choice set for
@@ -11,83 +11,44 @@ the hidden states that reached it, must choose and weigh as was recorded. The sa
 each time, so that a router which repeats an earlier answer for as many tokens is found out too.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from store.layout import FLOAT16_BITS, FLOAT32_BITS
+from workers.models.routers import choices, in_order
+from workers.recordings.recording import Batch, Chosen, Recording, doubted, same_choices
 from workers.shard import RoutingError
 
 SAMPLE = 64  # tokens of a micro-batch on which each router is asked again (arbitrary; cost within noise)
-# Relative. Another GEMM shape may round bf16 logits otherwise, by a step of 2^-4 each below 16, which moves a weight by
-# e^(2 · 2^-4) - 1 = 0.133 at most. Products in fp8 have no part in it: both answers have the same input.
-WEIGHT_TOLERANCE = 0.15
-SAMPLE_AGREEING = 0.75  # near-ties flip 0.2-0.75 % of choices (measured); routes of other tokens agree on 3-30 %
 
 ILLEGAL = "its router returned an expert that does not exist, or one twice for a token (num_experts = {experts})"
+NOT_FINITE = "its router's logits or weights are not finite"
+OTHERS = "its recorded choices are not those of its router for these tokens: an earlier batch's, or another layer's"
 
 
 class _LastRouterDone(Exception):
     """Ends a forward: nothing after the last router matters."""
 
 
+class Micro(NamedTuple):
+    """What was recorded of a micro-batch, on the device."""
+
+    arrays: dict[str, torch.Tensor]
+    """By the name of the array of the store, shape (T, \\*trailing): `expert`, `weight`, and what else is recorded;
+    experts in uint8, or int32 where E > 255."""
+    faults: dict[str, torch.Tensor]
+    """What may be wrong, to the first token of rows · positions that shows it in a layer, or -1; int64, shape (L,)."""
+
+
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """An array as a tensor there; a GPU is not waited for."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def in_order(experts: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choices by falling weight, ties by lower expert id; any shape, the choices last.
-
-    By exchanges of neighbours: for the few choices of a token it is elementwise, where a GPU's sort would take longer
-    than the router.
-    """
-    expert, weight = list(experts.unbind(-1)), list(weights.unbind(-1))
-    for last in range(len(expert) - 1, 0, -1):
-        for i in range(last):
-            j = i + 1
-            swap = (weight[j] > weight[i]) | ((weight[j] == weight[i]) & (expert[j] < expert[i]))
-            expert[i], expert[j] = torch.where(swap, expert[j], expert[i]), torch.where(swap, expert[i], expert[j])
-            weight[i], weight[j] = torch.where(swap, weight[j], weight[i]), torch.where(swap, weight[i], weight[j])
-    return torch.stack(expert, dim=-1), torch.stack(weight, dim=-1)
-
-
-def choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A router's choices, in its own order, whatever the order of what it returns.
-
-    Parameters
-    ----------
-    output
-        What the router module returned: a tuple that holds integer indices (T, k), and weights (T, k), or (T, E) to
-        pick from. Logits (T, E) are distinguished from such weights by their place: transformers puts them first.
-    k
-        Choices a token.
-
-    Returns
-    -------
-    experts_TK : int64 tensor
-    weights_TK : float32 tensor
-
-    Raises
-    ------
-    RoutingError
-        When no such pair is in the output.
-    """
-    tensors = [part for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part)]
-    indices = [part for part in tensors if not part.is_floating_point() and part.shape[-1] == k]
-    floats = [part for part in tensors if part.is_floating_point()]
-    if len(indices) != 1 or not floats:
-        shapes = [(tuple(part.shape), str(part.dtype)) for part in tensors]
-        raise RoutingError(f"no choices of {k} experts a token in what the router returned: {shapes}")
-    experts_TK = indices[0].reshape(-1, k).long()
-    exact = [part for part in floats if part.shape == indices[0].shape]
-    dense_TE = floats[-1].reshape(-1, floats[-1].shape[-1])
-    weights_TK = (exact[-1].reshape(-1, k) if exact else dense_TE.gather(-1, experts_TK)).float()
-    return experts_TK, weights_TK
 
 
 class RouteRecorder:
@@ -99,6 +60,10 @@ class RouteRecorder:
         Layer number to router module, as the model orders them.
     num_experts, experts_per_token
         E and k.
+    recordings
+        What is recorded beside the choices.
+    weight_bits
+        See `store.Layout`.
 
     Raises
     ------
@@ -106,7 +71,14 @@ class RouteRecorder:
         When there is no router, or one stands for two layers.
     """
 
-    def __init__(self, routers: Mapping[int, nn.Module], num_experts: int, experts_per_token: int) -> None:
+    def __init__(
+        self,
+        routers: Mapping[int, nn.Module],
+        num_experts: int,
+        experts_per_token: int,
+        recordings: Sequence[Recording] = (),
+        weight_bits: int = FLOAT16_BITS,
+    ) -> None:
         if not routers:
             raise RoutingError("the model has no routers to record")
         self.routers = dict(routers)
@@ -115,6 +87,8 @@ class RouteRecorder:
             if owner.setdefault(router, layer) != layer:
                 raise RoutingError(f"layer {layer}: its router is that of layer {owner[router]} too")
         self.num_experts, self.k = num_experts, experts_per_token
+        self.recordings, self.weight_bits = tuple(recordings), weight_bits
+        self._whole = any(recording.whole for recording in recordings)
         self._choices: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._finite: dict[int, torch.Tensor] = {}
         self._again: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -125,19 +99,15 @@ class RouteRecorder:
     @contextmanager
     def attached(self) -> Iterator["RouteRecorder"]:
         """Hooks on every router while the block runs."""
-        handles = []
-        try:
+        with ExitStack() as stack:
             for layer, router in self.routers.items():
-                handles.append(router.register_forward_hook(self._after(layer)))
+                stack.callback(router.register_forward_hook(self._after(layer)).remove)
+            for recording in self.recordings:
+                stack.enter_context(recording.attached())
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def record(
-        self, model: Callable[..., Any], token: torch.Tensor, length: np.ndarray
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run one micro-batch; the choices stay on the device.
+    def record(self, model: Callable[..., Any], token: torch.Tensor, length: np.ndarray) -> Micro:
+        """Run one micro-batch; what is recorded stays on the device.
 
         Parameters
         ----------
@@ -148,29 +118,27 @@ class RouteRecorder:
         length : int array, shape (rows,)
             Filled positions; samples are taken among them.
 
-        Returns
-        -------
-        experts_TLK : uint8 tensor (int32 where E > 255)
-        weights_TLK : float16 tensor
-        faults_LF : int64 tensor, shape (L, 3)
-            Per layer the first token, of rows · positions, that shows an illegal or doubled expert, a logit or weight
-            that is not finite, another choice than a sample that does not agree; -1 where there is none.
-
         Raises
         ------
         RoutingError
             When a layer did not fire, fired more than once, out of its place, or for another number of tokens.
         """
-        filled = np.flatnonzero(np.arange(token.shape[1]) < length[:, None])
+        position = np.arange(token.shape[1])
+        filled, followed = (np.flatnonzero(position < ends[:, None]) for ends in (length, length - 1))
         picks = filled[np.linspace(0, len(filled) - 1, min(SAMPLE, len(filled))).astype(int)]
         picks = np.roll(picks, self._batches)
         self._batches, self._tokens = self._batches + 1, token.numel()
         self._choices, self._fired = {layer: [] for layer in self.routers}, []
         self._finite, self._again = {}, {}
         self._sample = on_device(picks, token.device)
+        batch = Batch(token, self._sample, on_device(followed, token.device))
+        for recording in self.recordings:
+            recording.begin(batch)
         try:
             with suppress(_LastRouterDone):  # no mask and no cache: plain causal attention, each row alone
-                model(input_ids=token, attention_mask=None, use_cache=False)
+                output = model(input_ids=token, attention_mask=None, use_cache=False)
+                for recording in self.recordings:
+                    recording.ended(output)
         except (IndexError, RuntimeError):  # experts fail in their own words on a choice that does not exist
             if token.device.type == "cpu":
                 self._name_illegal_layer()
@@ -178,7 +146,8 @@ class RouteRecorder:
         return self._checked(on_device(filled, token.device))
 
     def _after(self, layer: int) -> Any:
-        last = layer == next(reversed(self.routers))
+        index = list(self.routers).index(layer)
+        last = index == len(self.routers) - 1
 
         def keep_choices(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
             self._fired.append(layer)
@@ -188,9 +157,13 @@ class RouteRecorder:
             home, hidden_TH = self._sample.device, args[0].reshape(-1, args[0].shape[-1])
             self._choices[layer].append((experts_TK.to(home), weights_TK.to(home)))
             self._finite[layer] = _finite(output).to(home)
-            experts_SK, weights_SK = self._asked_again(layer, hidden_TH[self._sample.to(hidden_TH.device)])
+            hidden_SH = hidden_TH[self._sample.to(hidden_TH.device)]
+            again = self.routers[layer].forward(hidden_SH)
+            experts_SK, weights_SK = self._of_sample(layer, again)
             self._again[layer] = experts_SK.to(home), weights_SK.to(home)
-            if last:
+            for recording in self.recordings:
+                recording.routed(index, hidden_SH, output, again)
+            if last and not self._whole:
                 raise _LastRouterDone
 
         return keep_choices
@@ -205,14 +178,15 @@ class RouteRecorder:
         """Whether each choice names an expert that does not exist; bool, on the device."""
         return (experts < 0) | (experts >= self.num_experts)
 
-    def _checked(self, filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _checked(self, filled: torch.Tensor) -> Micro:
         for layer, fired in self._choices.items():
             if len(fired) != 1:
                 raise RoutingError(f"layer {layer}: its router fired {len(fired)} times in one forward, once is right")
         for layer, fired_layer in zip(self._choices, self._fired, strict=True):
             if layer != fired_layer:
                 raise RoutingError(f"layer {layer}: in its place fired the router recorded as layer {fired_layer}'s")
-        experts_LTK, weights_LTK = self._stacked([fired[0] for fired in self._choices.values()])
+        chosen = Chosen(*stacked([fired[0] for fired in self._choices.values()]), self._sample)
+        experts_LTK, weights_LTK = in_order(chosen.experts_LTK, chosen.weights_LTK)
         experts_LFK = experts_LTK[:, filled]
         wrong_LF = self._illegal(experts_LFK).any(dim=-1)
         illegal_L = wrong_LF.any(dim=1)
@@ -220,35 +194,47 @@ class RouteRecorder:
             wrong_LF |= (experts_LFK == experts_LFK.roll(by, dims=-1)).any(dim=-1)
         finite_LF = torch.stack(list(self._finite.values()))[:, filled]
         was = experts_LTK[:, self._sample], weights_LTK[:, self._sample]
-        other_LT = ~illegal_L[:, None] & self._disagree(was, self._stacked(list(self._again.values())))
-        firsts = _first(wrong_LF, filled), _first(~finite_LF, filled), _first(other_LT, self._sample)
-        faults_LF = torch.stack(firsts, dim=1)
+        other_LS = doubted(same_choices(was, in_order(*stacked(list(self._again.values())))))
+        doubts = {OTHERS: ~illegal_L[:, None] & other_LS}
+        for recording in self.recordings:
+            doubts |= recording.doubts(chosen)
+        faults = {ILLEGAL: _first(wrong_LF, filled), NOT_FINITE: _first(~finite_LF, filled)}
+        faults |= {what: _first(found_LS, self._sample) for what, found_LS in doubts.items()}
         dtype = torch.uint8 if self.num_experts <= 255 else torch.int32
-        return experts_LTK.transpose(0, 1).to(dtype), weights_LTK.transpose(0, 1).half(), faults_LF
+        arrays = {
+            "expert": experts_LTK.transpose(0, 1).to(dtype),
+            "weight": rounded(weights_LTK.transpose(0, 1), self.weight_bits),
+        }
+        for recording in self.recordings:
+            arrays |= recording.arrays(chosen)
+        return Micro(arrays, faults)
 
-    @staticmethod
-    def _stacked(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        experts, weights = zip(*layers, strict=True)
-        return in_order(torch.stack(experts), torch.stack(weights))
-
-    def _asked_again(self, layer: int, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer's router says of the sampled tokens when it is asked about them alone."""
-        again = _of_layer(layer, self.routers[layer].forward(hidden_TH), self.k)
-        if len(again[0]) != len(self._sample):
+    def _of_sample(self, layer: int, again: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer's router said of the sampled tokens when it was asked about them alone."""
+        found = _of_layer(layer, again, self.k)
+        if len(found[0]) != len(self._sample):
             raise RoutingError(
-                f"layer {layer}: asked about {len(self._sample)} tokens, its router chose for {len(again[0])}"
+                f"layer {layer}: asked about {len(self._sample)} tokens, its router chose for {len(found[0])}"
             )
-        return again
+        return found
 
-    def _disagree(
-        self, was: tuple[torch.Tensor, torch.Tensor], again: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        """Of which sampled tokens each layer's router, asked again, gave another answer; of none where they are few."""
-        # Near-ties may swap one expert, also the same one for every token where the text repeats one token.
-        shared_LT = (again[0][..., :, None] == was[0][..., None, :]).any(dim=-1).sum(dim=-1)
-        close_LTK = (again[1] - was[1]).abs() <= WEIGHT_TOLERANCE * was[1].abs()
-        agrees_LT = close_LTK.all(dim=-1) & (shared_LT >= max(1, self.k - 1))
-        return ~agrees_LT & (agrees_LT.float().mean(dim=1, keepdim=True) < SAMPLE_AGREEING)
+
+def rounded(weights: torch.Tensor, bits: int) -> torch.Tensor:
+    """Weights in float32 with so many bits of mantissa, ties to even: float16 with 10 or fewer, float32 with 23."""
+    if bits == FLOAT32_BITS:
+        return weights
+    if bits == FLOAT16_BITS:
+        return weights.half()
+    drop = FLOAT32_BITS - bits
+    as_bits = weights.contiguous().view(torch.int32)
+    even = as_bits + ((1 << (drop - 1)) - 1) + ((as_bits >> drop) & 1)
+    return (even >> drop << drop).view(torch.float32).half()
+
+
+def stacked(layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choices and weights of all layers, in their routers' own order; shape (L, T, k)."""
+    experts, weights = zip(*layers, strict=True)
+    return torch.stack(experts), torch.stack(weights)
 
 
 def _finite(output: Any) -> torch.Tensor:

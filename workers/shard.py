@@ -77,7 +77,7 @@ class Engine(Protocol):
 
             expert : uint8 or uint16 array, shape (rows, positions, layers, k)
                 In order of falling weight.
-            weight : float16 array, same shape
+            weight : float16 array, or float32 where the layout has it so, same shape
             others : array, shape (rows, positions, \\*trailing[1:]) of their `ArraySpec`
                 What the layout's `record` names.
         """

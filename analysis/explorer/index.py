@@ -7,7 +7,8 @@ Promises: a part is of the very bytes that were committed, for its name holds th
 added, and nothing is counted twice; a shard that was captured again with other bytes gets another part, and the sums
 begin anew. A part that is gone, cut short or damaged is made again. A killed process loses at most `PARTS_AT_ONCE`
 shards of its work. The index may be deleted at any time. It takes 8 bytes a token and one (two from 256 experts on) a
-choice, and 4 a shard and token of the vocabulary: 73 bytes a token for Mixtral.
+choice, and 4 a shard and token of the vocabulary: 73 bytes a token for Mixtral. Where tokens are selected, by role or
+phase, the index is one of its own, of these alone.
 
 Does not know what is shown: `analysis.explorer.live`.
 """
@@ -23,7 +24,7 @@ import re
 import time
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from analysis.metrics.choices import Choices
 from analysis.metrics.contexts import TopContexts
 from analysis.metrics.load import ExpertCounts, Load
 from analysis.results import beside, question
-from analysis.scanning import Reducer, State, accumulate, merge
+from analysis.scanning import EVERYTHING, Reducer, Selection, State, accumulate, merge, selected_labels
 from analysis.statistics.jackknife import Jackknife
 from store.coverage import Coverage, coverage
 from store.files import whole_file
@@ -116,6 +117,13 @@ class CaptureIndex:
         The store, and the capture in it.
     folder : Path, optional
         Where indexes are kept; default beside the store, or in the user's cache for a store in a bucket.
+    only : Selection, optional
+        The tokens that are counted and found.
+
+    Raises
+    ------
+    ValueError
+        When there is no such capture, or it does not say what tokens are selected by.
 
     Attributes
     ----------
@@ -123,16 +131,19 @@ class CaptureIndex:
         What is indexed; at first what another process has left. Replaced as a whole by `refresh`.
     """
 
-    def __init__(self, path: Path | str, dataset: str, folder: Path | None = None) -> None:
-        self.path, self.dataset = path, dataset
+    def __init__(
+        self, path: Path | str, dataset: str, folder: Path | None = None, only: Selection = EVERYTHING
+    ) -> None:
+        self.path, self.dataset, self.only = path, dataset, only
         self.root = index_folder(path) if folder is None else folder
         self._begin()
 
     def _begin(self) -> None:
         """Begin with what was saved of the capture that is there now."""
         state, capture = self._open()
+        selected_labels(capture, self.only)  # an error where there are none of these
         self.identity = identity_hash(CaptureGroup(self.path, self.dataset).identity)
-        counted = [question(reducer) for reducer in reducers(capture).values()]
+        counted = [asdict(self.only), *(question(reducer) for reducer in reducers(capture).values())]
         self.folder = self.root / self.dataset / f"index-{_hash([MARK, self.identity, counted])[:16]}"
         kept, sums = self._kept(capture)
         parts = self._parts(state, capture, kept, {})
@@ -203,7 +214,9 @@ class CaptureIndex:
         slices = [slice(shard * step, min(rows, (shard + 1) * step)) for shard in shards]
         asked = reducers(capture)
         writing = Occurrences(self.folder, {shard * step: names[shard] for shard in shards})
-        _, *states = accumulate(capture, [writing, *asked.values()], slices, threads=threads, progress=progress)
+        _, *states = accumulate(
+            capture, [writing, *asked.values()], slices, only=self.only, threads=threads, progress=progress
+        )
         before = [{name: array.copy() for name, array in sums[key].items()} for key in asked]  # some add in place
         return dict(zip(asked, merge(list(asked.values()), before, states), strict=True))
 

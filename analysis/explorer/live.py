@@ -19,6 +19,7 @@ from typing import Any
 from analysis.explorer.expert import Profiles
 from analysis.explorer.index import PARTS_AT_ONCE, CaptureIndex
 from analysis.explorer.view import View
+from analysis.scanning import EVERYTHING, Selection
 from store.reader import dataset_names
 from store.secrets import without_secrets
 
@@ -54,6 +55,8 @@ class Explorer:
         Its data sets; None for all, also those that come later.
     folder : Path, optional
         Where indexes are kept: see `analysis.explorer.index.index_folder`.
+    only : Selection, optional
+        The tokens that are counted and found; texts are shown whole.
     threads : int, optional
         For indexing; default one a processor.
     log
@@ -71,10 +74,11 @@ class Explorer:
         names: Sequence[str] | None = None,
         folder: Path | None = None,
         *,
+        only: Selection = EVERYTHING,
         threads: int | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.path, self.names, self.folder, self.threads, self.log = path, names, folder, threads, log
+        self.path, self.names, self.folder, self.only, self.threads, self.log = path, names, folder, only, threads, log
         self.indexes: dict[str, CaptureIndex] = {}
         self.shown: dict[str, Shown] = {}
         self.problems: dict[str, str] = {}
@@ -90,7 +94,7 @@ class Explorer:
         for name in self.names or dataset_names(self.path):
             if name not in self.shown:
                 with self._survive(name):
-                    self.indexes[name] = CaptureIndex(self.path, name, self.folder)
+                    self.indexes[name] = CaptureIndex(self.path, name, self.folder, self.only)
                     self.shown[name] = self._show(name)
 
     def alike(self, own: Shown) -> list[Profiles]:

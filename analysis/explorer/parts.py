@@ -40,7 +40,8 @@ class Part:
     start : array, shape (rows + 1,), uint32
         Where each row begins in it.
     order : array, shape (occurrences,), uint32
-        Places in `token`, ordered by token id and then by place; special tokens and what is not captured are left out.
+        Places in `token`, ordered by token id and then by place; special tokens, what is not captured and what is not
+        selected are left out.
     bounds : array, shape (vocabulary + 1,), uint32
         Where each token's occurrences begin in `order`.
     expert : array, shape (layers, occurrences, k), of the capture's type

@@ -218,10 +218,11 @@ class Pages:
         self, template: str, title: str, shown: Shown | None = None, status: int = 200, **values: Any
     ) -> HTMLResponse:
         """A page with what all pages have."""
-        about: Mapping[str, Any] = {"name": None, "behind": False}
+        about: Mapping[str, Any] = {"name": None, "behind": False, "selected": self.explorer.only.said}
         if shown is not None:
             view = shown.view
             about = {
+                **about,
                 "name": view.dataset,
                 "indexed": view.now.tokens,
                 "behind": len(view.now.parts) < view.now.state.shards_done,

@@ -35,7 +35,7 @@ from analysis.metrics.load import Load
 from analysis.metrics.paths import document_path
 from analysis.metrics.tokens import TokenCounts
 from analysis.results import measure
-from analysis.scanning import Array, Reducer
+from analysis.scanning import EVERYTHING, Array, Reducer, Selection
 from store.attributes import attributes
 from store.coverage import Coverage, coverage
 from store.files import whole_file
@@ -136,6 +136,8 @@ class CaptureToWrite:
     """Answers reducers: `partial(scan, capture)`, or `analysis.results.measure` of its store."""
     documents: Sequence[int | str] = ()
     """Whose routes to write: ids, or names that one document has."""
+    only: Selection = EVERYTHING
+    """What `ask` counts; of the documents' routes, too, those of the roles and phases in it."""
 
 
 def write_tables(
@@ -144,6 +146,8 @@ def write_tables(
     *,
     datasets: Sequence[str] = (),
     documents: Sequence[int | str] = (),
+    roles: Sequence[str] = (),
+    phases: Sequence[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Coverage]:
     """Write the tables of a store's data sets; what is counted for them is kept beside the store.
@@ -159,6 +163,9 @@ def write_tables(
         Data sets; default all.
     documents
         Ids or names of documents whose routes to write; each data set must have them.
+    roles, phases
+        Only tokens of these speakers, or of these of "prompt" and "generated", in all tables; each data set must have
+        them. Default: all. The files say so under "captures", as "phase" and "role".
     progress
         Called with the data set, shards read and shards in all.
 
@@ -172,18 +179,19 @@ def write_tables(
     FileNotFoundError
         When there is no such store or data set.
     ValueError
-        When there is no data set, or a document is not there.
+        When there is no data set, or a document, a role or a phase is not there.
     """
     names = list(datasets) or dataset_names(path)
     if not names:
         raise ValueError(f"{path} holds no data set yet")
     states = [coverage(path, name) for name in names]
+    only = Selection(roles=tuple(roles) or None, phases=tuple(phases) or None)
 
     def captures() -> Iterator[CaptureToWrite]:
         for state in states:
             of_this = None if progress is None else partial(progress, state.dataset)
-            ask = partial(measure, path, state.dataset, state=state, progress=of_this)
-            yield CaptureToWrite(capture=open_covered(path, state), ask=ask, documents=documents)
+            ask = partial(measure, path, state.dataset, state=state, only=only, progress=of_this)
+            yield CaptureToWrite(capture=open_covered(path, state), ask=ask, documents=documents, only=only)
 
     write_captures(captures(), folder)
     return states
@@ -204,7 +212,7 @@ def write_captures(captures: Iterable[CaptureToWrite], folder: Path | str) -> li
         for each in captures:
             capture = each.capture.assign(piece=each.capture["piece"].compute())
             name = str(capture.attrs["dataset"])
-            for rows in _routes(capture, each.documents):  # before the scan, as a document may not be there
+            for rows in _routes(capture, each.documents, each.only):  # before the scan, as a document may not be there
                 _add(write["routes"], "routes", {"data_set": name, **rows})
             load, choices, tokens = each.ask([Load(), Choices(), TokenCounts()])
             _add(write["load"], "load", {"data_set": name, **_long(_by_choice(load), ("layer", "expert", "k"), "load")})
@@ -213,7 +221,8 @@ def write_captures(captures: Iterable[CaptureToWrite], folder: Path | str) -> li
             for rows in _token_experts(tokens, load, capture):
                 _add(write["token_experts"], "token_experts", {"data_set": name, **rows})
             missing = 0 if "captured" not in capture else int((~capture["captured"].values).sum())
-            about[name] = {"tokens_counted": load.attrs["n"], "rows_missing": missing, "attrs": attributes(capture)}
+            counted = {"tokens_counted": load.attrs["n"], "rows_missing": missing, **each.only.labels}
+            about[name] = {**counted, "attrs": attributes(capture)}
         for writer in write.values():
             writer.add_key_value_metadata({"captures": json.dumps(about)})
     return [folder / f"{table}.parquet" for table in SCHEMAS]
@@ -293,11 +302,12 @@ def _token_experts(tokens: xr.Dataset, load: xr.Dataset, capture: xr.Dataset) ->
         }
 
 
-def _routes(capture: xr.Dataset, documents: Sequence[int | str]) -> Iterator[dict[str, Any]]:
+def _routes(capture: xr.Dataset, documents: Sequence[int | str], only: Selection) -> Iterator[dict[str, Any]]:
     """The choices of documents, a row group at a time."""
+    roles, phases = only.roles or (), only.phases or ()
     for document in documents:
         try:
-            path = document_path(capture, document).rename(token="token_id")
+            path = document_path(capture, document, roles=roles, phases=phases).rename(token="token_id")
         except ValueError as error:
             raise ValueError(f"{capture.attrs['dataset']}: {error}") from error
         if "weight" not in path:  # null in the table

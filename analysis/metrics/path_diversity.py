@@ -248,7 +248,8 @@ def whole_paths(
     if halvings:
         bucket = scan(dataset, [PathBuckets()], threads=threads, progress=progress)[0]["counts"].values
         many = min(BUCKETS >> halvings, kept)
-        most_elsewhere = int(np.partition(bucket, -many - 1)[-many - 1])
+        seen = bucket[bucket > 0]  # a partition of millions of zeros takes seconds
+        most_elsewhere = int(np.partition(seen, -many - 1)[-many - 1]) if len(seen) > many else 0
         frequent = bucket > most_elsewhere
         n = int(bucket.sum())
     wanted = Paths(halvings, frequent)

@@ -7,13 +7,25 @@ would not fit are refused, not sampled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
 from analysis.attributes import described
-from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes, special_tokens
+from analysis.scanning import (
+    Array,
+    Block,
+    Reducer,
+    Selection,
+    State,
+    kernel,
+    scan,
+    selected_labels,
+    sizes,
+    special_tokens,
+)
 
 ROUNDING_BITS = 1e-6  # a surprise below it is rounding
 MAX_WINDOWS = 2**24  # distinct windows counted at once: 128 MiB a thread; arbitrary
@@ -178,7 +190,9 @@ def _expected(table: Array) -> Array:
     return expected
 
 
-def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
+def document_path(
+    dataset: xr.Dataset, document: int | str, *, roles: Sequence[str] = (), phases: Sequence[str] = ()
+) -> xr.Dataset:
     """Every captured token of one document in reading order, with all its choices and weights.
 
     Parameters
@@ -187,6 +201,8 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
         A capture; only this document's rows are decoded.
     document : int or str
         The document's id, or its name when only one document has it.
+    roles, phases : sequence of str, optional
+        Only tokens of these speakers, or of these of "prompt" and "generated"; default all.
 
     Returns
     -------
@@ -200,8 +216,9 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
     Raises
     ------
     ValueError
-        When no document, or more than one, answers to `document`.
+        When no document, or more than one, answers to `document`, or the capture has no such roles or phases.
     """
+    only = selected_labels(dataset, Selection(roles=tuple(roles) or None, phases=tuple(phases) or None))
     number = document_number(dataset, document)
     rows = np.flatnonzero(dataset["document_id"].values == number)
     routes = [name for name in ("expert", "weight") if name in dataset]
@@ -217,6 +234,9 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
     kept = is_text & (expert[:, :, 0, 0] != np.iinfo(expert.dtype).max)
     if "captured" in dataset:
         kept &= dataset["captured"].values[rows, None]
+    missing = int(is_text.sum() - kept.sum())
+    for name, numbers in only.items():
+        kept &= np.isin(own[name].values, numbers)
     position = own["offset"].values[:, None] + np.cumsum(is_text, axis=1) - 1
     ids = token[kept]
     path = xr.Dataset(
@@ -235,7 +255,7 @@ def document_path(dataset: xr.Dataset, document: int | str) -> xr.Dataset:
     return described(
         path,
         n=int(kept.sum()),
-        tokens_missing=int(is_text.sum() - kept.sum()),
+        tokens_missing=missing,
         document=number,
         name=str(dataset["name"].values[number]),
         estimator="exact",

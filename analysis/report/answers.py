@@ -48,10 +48,7 @@ def answer(
 
 def _notes(asked: Asked, only: Selection) -> list[str]:
     """What a reader must know of a data set before any number of it."""
-    notes = []
-    for what, labels in (("phase", only.phases), ("role", only.roles)):
-        if labels is not None:
-            notes.append(f"{asked.label}: only tokens whose {what} is {' or '.join(labels)} are counted.")
+    notes = [f"{asked.label}: {what}." for what in only.said]
     if not asked.weighed:
         left_out = "shares of weight and the routers' confidence are left out"
         notes.append(f"{asked.label}: the routes came without weights, so that {left_out}.")

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,7 @@ def render(report: Report) -> str:
         "figures": [_packed(figure) for figure in report.figures],
         "themes": {"light": theme(), "dark": theme(dark=True)},
     }
-    vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    scripts = [vega, (folder / "page.js").read_text(encoding="utf-8")]
+    scripts = [_chart_runtime(), (folder / "page.js").read_text(encoding="utf-8")]
     return environment.get_template("page.html.jinja").render(
         answers=answers,
         sections=report.sections,
@@ -168,6 +167,12 @@ def render(report: Report) -> str:
         hashes=[policy_hash(script) for script in scripts],
         visible=visible,
     )
+
+
+@cache
+def _chart_runtime() -> str:
+    """The script that draws charts, the same for every page: bundling it takes a second."""
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def write_figures(report: Report, folder: Path) -> list[Path]:

@@ -2,11 +2,13 @@
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import islice
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -15,13 +17,17 @@ from jobs.capturing.planner import encode
 from jobs.capturing.run import Prepared, Run
 from jobs.console.terminal import duration
 from jobs.sources.documents import Source
+from store.layout import FLOAT16_BITS, Layout
 from workers.models.activations import card_bytes, estimate_working_bytes
 from workers.models.description import compute_dtype
 from workers.models.footprint import estimate_bytes
+from workers.models.head import CHUNK_BYTES, head_bytes
 from workers.text.tokenizer import load_tokenizer
 
 SAMPLE_DOCUMENTS = 500
-BYTES_A_CHOICE = (25 + 82) / 64  # experts and weights of real Mixtral routes, compressed (measured: 32 layers × 2)
+BYTES_A_VALUE = {"expert": 25 / 64, "weight": 82 / 64, "logit": 1.5, "logit_expert": 1.0}
+"""Of each value, compressed: of real Mixtral routes (measured: 32 layers × 2), of logits in bfloat16 (tiny model)."""
+BYTES_A_FLOAT32 = 3.3  # of a value of which all bits mean something (measured: norms 3.2, log-probabilities 3.4)
 BYTES_A_TOKEN = 2.0  # the token itself, compressed (measured)
 FILLED_WARNING = 0.5
 
@@ -83,7 +89,6 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
     prepared = run.prepare(name, source)
     layout, config = prepared.layout, run.config
     text = estimate_tokens(run, source, layout.sequence_length)
-    choices = len(layout.layers) * layout.experts_per_token
     filled = text.filled_share(layout.sequence_length)
     published = "" if source.published_documents is None else f" ({source.published_documents:,} published)"
     time = "unknown (give --rate TOKENS_PER_SECOND)" if config.rate is None else duration(text.tokens / config.rate)
@@ -93,9 +98,11 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
         "rows": f"about {text.rows:,} of {layout.sequence_length:,} positions",
         "shards": f"about {math.ceil(text.rows / layout.rows_per_shard):,} of {layout.rows_per_shard:,} rows",
         "filled": f"{filled:.1%} of the positions hold a token",
-        "store": f"about {text.tokens * (choices * BYTES_A_CHOICE + BYTES_A_TOKEN):,.0f} bytes in {config.store_path}",
+        "store": f"about {text.tokens * stored_bytes(layout, run.described['compute_dtype']):,.0f} bytes in"
+        f" {config.store_path}",
         "precision": f"weights in {run.quantization}, their products in {run.described['matmul']}",
-        "device memory": _device_memory(run),
+        "recorded": ", ".join(layout.routes),
+        "device memory": _device_memory(run, layout),
         "host memory": f"about {_host_bytes(prepared):,} bytes for the shards in flight",
         "time": time,
     }
@@ -109,27 +116,54 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
         print(f"note: rows are mostly empty; a --sequence_length under {longest} makes scans of the store faster")
 
 
-def _device_memory(run: Run) -> str:
+def stored_bytes(layout: Layout, router_dtype: str) -> float:
+    """About how many bytes a token takes in the store."""
+    bytes_a_value = dict(BYTES_A_VALUE)
+    bytes_a_value["weight"] *= 0.6 if layout.weight_bits < FLOAT16_BITS else 1  # with 5 bits (measured)
+    if layout.weight_bits > FLOAT16_BITS:
+        bytes_a_value["weight"] = BYTES_A_FLOAT32
+    if router_dtype == "float32":
+        bytes_a_value["logit"] = BYTES_A_FLOAT32
+    values = {name: math.prod(layout.arrays()[name].trailing[1:]) for name in layout.routes}
+    return BYTES_A_TOKEN + sum(many * bytes_a_value.get(name, BYTES_A_FLOAT32) for name, many in values.items())
+
+
+def _device_memory(run: Run, layout: Layout) -> str:
     """Weights, and on a GPU all that is held beside them, where that is known."""
     config, where = run.config, f"on {run.device}, {run.batch_tokens:,} tokens at a time"
+    dtype, recorded = compute_dtype(run.device, config.dtype), run.recorded
     weights = estimate_bytes(
-        run.model, config.model_revision, run.quantization, run.device, dtype=config.dtype, last_experts=False
+        run.model, config.model_revision, run.quantization, run.device, dtype=config.dtype, last_experts=recorded.whole
     )
+    if "logprob" in recorded.record:
+        weights += head_bytes(run.model, config.model_revision, dtype)
     if run.device == "cpu":
         return f"{weights:,} bytes of weights {where}"
     work = estimate_working_bytes(
         run.model, config.model_revision, run.quantization, run.described["matmul"],
-        compute_dtype(run.device, config.dtype), run.batch_tokens,
+        dtype, run.batch_tokens,
     )  # fmt: skip
     if work is None:
         return f"{weights:,} bytes of weights {where}; what is computed is not counted"
+    work += run.batch_tokens * _token_bytes(layout, recorded.record) + _head_work(dtype, recorded.record)
     total = card_bytes(weights, work)
     rest = total - weights - work
     return f"about {total:,} bytes {where}: {weights:,} of weights, {work:,} to compute, {rest:,} of torch and CUDA"
 
 
+def _head_work(dtype: torch.dtype, record: Sequence[str]) -> int:
+    """Bytes of logits over the vocabulary at a time: in the compute dtype, and their log-probabilities in float32."""
+    return CHUNK_BYTES["cuda"] * (4 + dtype.itemsize) // 4 if "logprob" in record else 0
+
+
 def _host_bytes(prepared: Prepared) -> int:
     layout = prepared.layout
     positions = layout.rows_per_shard * layout.sequence_length
-    choice_bytes = len(layout.layers) * layout.experts_per_token * (3 if layout.num_experts <= 255 else 4)
-    return 2 * positions * (choice_bytes + 4)  # one shard computed while one is written
+    # One shard is computed while one is written.
+    return 2 * positions * (_token_bytes(layout, layout.routes) + 4)
+
+
+def _token_bytes(layout: Layout, names: Sequence[str]) -> int:
+    """Bytes of a token in some of the arrays, as they are in memory."""
+    arrays = [layout.arrays()[name] for name in names]
+    return sum(math.prod(spec.trailing[1:]) * np.dtype(spec.dtype).itemsize for spec in arrays)

@@ -16,6 +16,7 @@ import yaml
 from jobs.sources.formats import described
 from jobs.sources.wikitext import CONFIGS, REPOSITORY
 from store.secrets import without_secrets
+from workers.record import Recordable, WeightPrecision
 
 MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
 JOB_COPIES = "working_dir_files"  # the folder in which Ray keeps the code of `ray job submit --working-dir`
@@ -58,10 +59,11 @@ class CaptureConfig:
     """Checkpoint: a hub id, a folder, or "tiny" for the small Mixtral that comes with this package."""
     model_revision: str | None = None
     """Commit, tag or branch of a hub model."""
-    quantization: Literal["nf4", "fp4", "fp8", "int8", "none"] | None = None
-    """Precision of the weights; nf4 is NF4 with double quantization, fp8 is e4m3 with one scale a row. Routers are left
-    as they are. Default: that of the capture that is resumed, else what the checkpoint is stored in, else nf4 on a GPU
-    and none on a CPU, where 4 bits are slower."""
+    quantization: Literal["nf4", "fp4", "mxfp4", "fp8", "int8", "none"] | None = None
+    """Precision of the weights; nf4 is NF4 with double quantization, fp8 is e4m3 with one scale a row, or with those of
+    a checkpoint that is published in it; mxfp4 is for models that are published in it. Routers are left as they are.
+    Default: that of the capture that is resumed, else what the checkpoint is stored in, else nf4 on a GPU and none on a
+    CPU, where 4 bits are slower."""
     matmul: Literal["bf16", "fp8"] = "bf16"
     """What products with weights in nf4, fp4 or fp8 are computed in. bf16 stands for what --dtype says. fp8 is faster,
     on GPUs that can (L4, RTX 4090, H100 and newer), for Mixtral so far; docs/0011-fp8.md says what it changes."""
@@ -92,6 +94,17 @@ class CaptureConfig:
     rows_per_shard: int | None = None
     """Rows in a shard, the unit of work. Default: those of the capture that is resumed, else 262144 //
     sequence_length; on a CPU fewer, by the model's operations a token, so that a shard takes seconds."""
+    record: Annotated[tuple[Recordable, ...], tyro.conf.UseAppendAction] = ()
+    """Record more than the choices, once for each. logits: what the router computed before it chose. output_norm: the
+    L2 norm of each chosen expert's output before it is weighed. logprob: the log-probability of the next token, at the
+    position that predicts it. The last two need the last layer's experts, and the last one the model's head, which are
+    not loaded otherwise. docs/0014-recording.md says what each takes, in time and in bytes."""
+    top_logits: int | None = None
+    """With --record logits: of each token at each layer, so many of the largest logits, with their experts. Default:
+    all of them of up to 64 experts, 32 of more."""
+    weight_precision: WeightPrecision = "float16"
+    """What the weights of choices are stored in. float32 is for training that replays routes. compact rounds them to
+    what the routers' own precision means: of routers in bfloat16, to 5 bits of mantissa."""
     batch_tokens: int | None = None
     """Padded tokens in a micro-batch at most. Default: 32768 on a GPU, 8192 on a CPU."""
     bos: Literal["none", "document", "row"] = "none"
@@ -126,6 +139,7 @@ class CaptureConfig:
             "sequence_length",
             "rows_per_shard",
             "batch_tokens",
+            "top_logits",
             "rate",
             "workers",
             "stall_minutes",
@@ -141,6 +155,8 @@ class CaptureConfig:
             raise ValueError("--gpus_per_worker and --cpus_per_worker must be 0 or more")
         if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             raise ValueError(f"--gpus_per_worker {self.gpus_per_worker}: above 1 it must be a whole number")
+        if len(set(self.record)) < len(self.record):
+            raise ValueError(f"--record is given as {', '.join(self.record)}: give each once")
         if self.name and len(self.name) != len(self.dataset):
             raise ValueError(
                 f"--name is given {len(self.name)} times and --dataset {len(self.dataset)} times: each data set"
@@ -225,7 +241,7 @@ def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
-    for repeated in ("--dataset", "--name"):
+    for repeated in ("--dataset", "--name", "--record"):
         early.add_argument(repeated, action="append")
     early.add_argument("--preset")
     known, _ = early.parse_known_args(arguments)
@@ -241,6 +257,8 @@ def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
     # What is given on the command line goes in place of the file's list, not after it.
     if known.dataset:
         base = replace(base, dataset=(), name=())
+    if known.record:
+        base = replace(base, record=())
     return _parse(arguments, base)
 
 

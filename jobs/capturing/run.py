@@ -7,7 +7,7 @@ sequence length is taken from the first 1,000 documents.
 import os
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +26,9 @@ from workers.engine import load_engine
 from workers.environment import environment
 from workers.models.description import EARLIER, ModelDescription, describe_model
 from workers.models.footprint import operations_per_token
+from workers.models.routers import transformation_of
 from workers.models.stored import default_quantization
+from workers.record import Recorded, what_to_record
 from workers.replica import Assignment
 from workers.shard import ROUTING_VERSION
 from workers.text.tokenizer import ROLES, TextTokenizer, load_tokenizer
@@ -121,6 +123,18 @@ class Run:
         )
 
     @cached_property
+    def recorded(self) -> Recorded:
+        """What is recorded beside the choices, and in what precision weights are."""
+        config, model = self.config, self.described
+        return what_to_record(
+            config.record,
+            model["num_experts"],
+            model["compute_dtype"],
+            top_logits=config.top_logits,
+            weight_precision=config.weight_precision,
+        )
+
+    @cached_property
     def tokenizer(self) -> TextTokenizer:
         """The model's tokenizer, which gives as much of a text as is asked for."""
         day = date.fromisoformat(self.config.template_date)
@@ -158,6 +172,7 @@ class Run:
                 quantize_gates=config.quantize_gates,
                 matmul=config.matmul,
                 expert_backend=self.expert_backend,
+                recorded=self.recorded,
                 device=self.device,
                 gpus=max(1, int(config.gpus_per_worker)) if self.device == "cuda" else 1,
             ),
@@ -218,6 +233,7 @@ class Run:
             experts_per_token=model["experts_per_token"],
             vocab_size=self.tokenizer.vocab_size,
             roles=ROLES if source.conversations else (),
+            **asdict(self.recorded),
         )
         text = {f"text_{field}": value for field, value in source.identity.items()}
         fields = {
@@ -236,6 +252,9 @@ class Run:
             "routing_version": ROUTING_VERSION,
             "skip_unrenderable": config.skip_unrenderable,
             "template_date": self.tokenizer.template_date if layout.roles else None,
+            "record": [*layout.record],
+            "top_logits": layout.top_logits,
+            "weight_bits": layout.weight_bits,
         }
         return Prepared(name=name, source=source, layout=layout, identity=identity_of(fields))
 
@@ -275,6 +294,7 @@ class Run:
             "environment": {name: value for name, value in environment("cpu").items() if name != "device"},
             "git_commit": _git_commit(),
             "configuration": config.as_options() | {"quantization": self.quantization},
+            **self._meanings(),
             "convention": "k = 0 is the largest weight; ties by lower expert id; expert = missing_expert is no choice",
         }
         return CaptureGroup.create(
@@ -285,6 +305,12 @@ class Run:
             attrs=attrs,
             pieces=self.tokenizer.pieces(),
         )
+
+    def _meanings(self) -> dict[str, str]:
+        """Attributes that say what recorded values mean."""
+        if "logit" not in self.recorded.record:
+            return {}
+        return {"router_transformation": transformation_of(self.model, self.model_commit)}
 
 
 def _exists(group: CaptureGroup) -> bool:

@@ -4,7 +4,7 @@ Promises: what is drawn and what a script gets are the same rows. Does not know 
 """
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,18 +123,14 @@ def document_answer(
     capture: "xr.Dataset",
     document: int | str,
     layers: list[int],
-    labels: Mapping[str, Sequence[str]] | None = None,
+    *,
+    roles: Sequence[str] = (),
+    phases: Sequence[str] = (),
 ) -> DocumentPath:
     """A document's path, by its id or its name, of the tokens that have one of these roles and phases."""
     from analysis.metrics.paths import document_path
-    from analysis.scanning import label_numbers
 
-    path = document_path(capture, document).sel(layer=layers)
-    for name, wanted in (labels or {}).items():
-        if wanted:
-            label_numbers(capture, name, wanted)  # an error where there are none of these
-            path = path.isel(position=path[name].isin(wanted).values)
-            path.attrs["n"] = path.sizes["position"]
+    path = document_path(capture, document, roles=roles, phases=phases).sel(layer=layers)
     return DocumentPath(
         path=path,
         data_set=capture.attrs["dataset"],

@@ -166,7 +166,7 @@ class Reporter:
         self.done = max(self.done, done)
         rate = self.rate()
         self.bar.update(self.task, completed=self.done, rate=f"{rate:,.0f} {self.unit}/s {note}")
-        if not self.console.is_terminal and time.monotonic() - self.logged >= LOG_EVERY_S:
+        if self.bar.disable and time.monotonic() - self.logged >= LOG_EVERY_S:
             self.logged = time.monotonic()
             left = "" if self.total is None or not rate else f", {(self.total - self.done) / rate:,.0f} s left"
             of = "" if self.total is None else f" of {self.total:,}"

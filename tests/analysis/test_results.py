@@ -1,7 +1,7 @@
 """Answers that are kept: the same as a scan's to the bit, never those of another question, and free."""
 
-import os
 import pickle
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import xarray as xr
 from fake_model import fake_capture, words
+from patience import HUNG_S
+from ray_nodes import ray_nodes
 
 from analysis import results, scanning
 from analysis.metrics import load
@@ -195,11 +197,10 @@ pickle.dump((found, told), open(out, "wb"))
 
 @pytest.mark.slow
 def test_a_scan_on_a_cluster_equals_one_in_this_process(store: Path, tmp_path: Path) -> None:
-    from ray_head import ray_head
-
     here, out = Path(__file__).parents[1], tmp_path / "found"
-    with ray_head(here.parent, PYTHONPATH=os.pathsep.join(map(str, (here.parent, here, here / "analysis")))) as head:
-        done = head.run([sys.executable, "-c", ON_A_CLUSTER, store, out], here.parent, RAY_ADDRESS=head.address)
+    command = [sys.executable, "-c", ON_A_CLUSTER, store, out]
+    with ray_nodes(1, here.parent, here, here / "analysis") as nodes:
+        done = subprocess.run(command, env=nodes.environment, capture_output=True, text=True, timeout=HUNG_S)
     assert done.returncode == 0, done.stderr
     found, progress = pickle.loads(out.read_bytes())
     for one, other in zip(found, scan(open_capture(store, "fake").sel(layer=[0, 2]), QUESTIONS), strict=True):

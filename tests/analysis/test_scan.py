@@ -30,13 +30,13 @@ def few_captures() -> st.SearchStrategy[xr.Dataset]:
 def routed_tokens(capture: xr.Dataset) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Token id, experts (layer, k) and weights (layer, k) of each token that counts, one at a time."""
     data = capture.compute()
-    fill = np.iinfo(data["expert"].dtype).max
-    for row in range(data.sizes["doc"]):
-        for position in range(int(data["length"][row])):
-            token = int(data["token"].values[row, position])
-            expert = data["expert"].values[row, position]
+    tokens, experts, weights = (data[name].values for name in ("token", "expert", "weight"))
+    fill = np.iinfo(experts.dtype).max
+    for row, length in enumerate(data["length"].values.tolist()):
+        for position in range(length):
+            token, expert = int(tokens[row, position]), experts[row, position]
             if expert[0, 0] != fill and token not in capture.attrs["special_token_ids"]:
-                yield token, expert, data["weight"].values[row, position].astype(float)
+                yield token, expert, weights[row, position].astype(float)
 
 
 @few

@@ -1,5 +1,7 @@
 """Tokens are selected by who spoke them and by whether they were generated; what needs weights is left out without."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from synthetic import make_capture
 from analysis.explorer.live import Explorer
 from analysis.explorer.site import site
 from analysis.exports.parquet import write_tables
+from analysis.exports.placement import gpu_load, load_matrix
 from analysis.metrics.agreement import agreement
 from analysis.metrics.choices import Choices
 from analysis.metrics.confidence import MeanWeights
@@ -21,7 +24,8 @@ from analysis.metrics.paths import document_path
 from analysis.report.page import write_report
 from analysis.scanning import Selection, scan
 from analysis.statistics.jackknife import Jackknife
-from store import write_capture
+from jobs import explore, query
+from store import open_capture, write_capture
 
 ROLES = "system user assistant"
 
@@ -88,6 +92,33 @@ def test_a_documents_path_says_role_and_phase() -> None:
     assert set(path["role"].values) <= {*ROLES.split(), ""}
 
 
+@pytest.mark.parametrize(
+    ("phases", "roles"), [(("generated",), ()), ((), ("user", "assistant")), (("prompt",), ("user",))]
+)
+def test_a_documents_path_is_of_the_selected_tokens_alone(phases: tuple[str, ...], roles: tuple[str, ...]) -> None:
+    capture = labelled()
+    every, some = document_path(capture, 2), document_path(capture, 2, phases=phases, roles=roles)
+    kept = [
+        at
+        for at in range(every.sizes["position"])
+        if (not phases or every["phase"].values[at] in phases) and (not roles or every["role"].values[at] in roles)
+    ]
+    assert 0 < len(kept) == some.attrs["n"] < every.attrs["n"]
+    xr.testing.assert_equal(some, every.isel(position=kept))
+    assert some.attrs["tokens_missing"] == every.attrs["tokens_missing"]
+    with pytest.raises(ValueError, match="role 'narrator': synthetic has system, user, assistant"):
+        document_path(capture, 2, roles=["narrator"])
+
+
+def test_experts_are_placed_by_the_load_of_generated_tokens_alone() -> None:
+    capture = labelled()
+    [load] = scan(capture, [Load()], only=Selection(phases=("generated",)))
+    wanted = counted(capture, {1}, {0, 1, 2, 255})
+    np.testing.assert_array_equal(load_matrix(load), wanted)
+    halves = gpu_load(load, 2, ["contiguous"])["gpu_load"].values[0]
+    np.testing.assert_array_equal(halves, np.stack([wanted[:, :4].sum(1), wanted[:, 4:].sum(1)], axis=1))
+
+
 def test_loads_and_agreements_need_no_weights_and_what_needs_them_says_so() -> None:
     capture = make_capture()
     bare = capture.drop_vars("weight")
@@ -143,6 +174,63 @@ def test_tables_of_routes_without_weights_have_nulls_in_their_place(without: Pat
     assert (routes.num_rows, routes["weight"].null_count) == (15 * 3 * 2, 15 * 3 * 2)
     assert load["mass_share"].null_count == load.num_rows
     assert load["count"].null_count == 0
+
+
+def test_tables_are_of_the_selected_tokens_and_say_so(without: Path, tmp_path: Path) -> None:
+    assert query.main([str(without), "--parquet", str(tmp_path), "--document", "3", "--phase", "generated"]) == 0
+    routes, load = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("routes", "load"))
+    assert set(routes["position"].to_pylist()) == set(range(6, 15))
+    data = open_capture(without, "served").compute()
+    expert = data["expert"].values[:, 6:15]  # generated tokens with routes
+    wanted = [[(expert[:, :, layer] == number).sum() for number in range(8)] for layer in range(3)]
+    found = np.zeros((3, 8), int)
+    for row in load.to_pylist():
+        found[row["layer"], row["expert"]] += row["count"]
+    np.testing.assert_array_equal(found, wanted)
+    said = json.loads(pq.read_metadata(tmp_path / "load.parquet").metadata[b"captures"])["served"]
+    assert (said["phase"], said["tokens_counted"], "role" in said) == (["generated"], 360, False)
+
+
+def test_the_explorer_counts_and_finds_the_selected_tokens_alone(without: Path, tmp_path: Path) -> None:
+    data = open_capture(without, "served").compute()
+    pages, folders = {}, set()
+    for phases, tokens in ((None, slice(0, 15)), (("generated",), slice(6, 15)), (("prompt",), slice(0, 6))):
+        explorer = Explorer(str(without), only=Selection(phases=phases), folder=tmp_path)
+        explorer.refresh("served")
+        folders.add(explorer.indexes["served"].folder)
+        client = TestClient(site(explorer, ("testserver",)))
+        token, expert = data["token"].values[:, tokens], data["expert"].values[:, tokens, 1]
+        went = (expert[token == 4] == 3).any(axis=1)
+        page = client.get("/served/token/4?layer=1&expert=3").text
+        assert f"{went.size} occurrences" in page
+        assert f"{went.sum()} of {went.size} chose" in page
+        place = re.findall(r"row=(\d+)&amp;position=(\d+)", page)
+        assert len(place) == min(20, went.sum())
+        assert all(tokens.start <= int(position) < tokens.stop for _, position in place)
+        share = (expert == 3).any(axis=2).sum() / expert.size
+        pages[phases] = page, client.get("/served/expert/1/3").text
+        assert f"<td>{share:.1%}</td>" in pages[phases][1]
+        assert len(explorer.shown["served"].view.document(0)["ids"]) == 16, "texts are whole"
+    assert len(folders) == 3, "each selection has an index of its own"
+    for phases, shown in pages.items():
+        said = f"only tokens whose phase is {phases and phases[0]} are counted"
+        assert [said in page for page in shown] == [phases is not None] * 2
+    with pytest.raises(ValueError, match="served does not say the role of a token"):
+        Explorer(str(without), only=Selection(roles=("user",)), folder=tmp_path)
+
+
+def test_the_explorers_options_select_tokens_and_do_not_go_with_whole_texts(
+    without: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[Explorer] = []
+    monkeypatch.setattr(explore, "_serve", lambda explorer, config: served.append(explorer) or 0)
+    common = [str(without), "--index", str(tmp_path), "--phase", "generated"]
+    assert explore.main(common) == 0
+    assert served[0].only == Selection(phases=("generated",))
+    with pytest.raises(ValueError, match="served does not say the role of a token"):
+        explore.main([*common, "--role", "user"])
+    with pytest.raises(ValueError, match="--export writes whole texts: leave out --phase and --role"):
+        explore.main([*common, "--export", str(tmp_path / "x.html"), "--document", "0"])
 
 
 def test_the_explorer_shows_routes_without_weights_and_names_phases(without: Path) -> None:

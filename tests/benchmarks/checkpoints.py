@@ -1,7 +1,9 @@
-"""Random checkpoints of Mixtral 8x7B's full width in the published layout, one file a layer, in bf16 or in NF4."""
+"""Random checkpoints in the published layouts, one file a layer: Mixtral in bf16 or NF4, gpt-oss in MXFP4."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -65,6 +67,44 @@ def make_checkpoint(
         write(f"layer-{layer:02d}", tensors)
     embedding = {"model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN, std=1.0), "model.norm.weight": ones}
     write("embed", embedding | {"lm_head.weight": matrix(VOCABULARY, HIDDEN)})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    for file in tiny_checkpoint().glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
+def make_mxfp4(config: Any, folder: Path, device: str = "cuda") -> None:
+    """One of gpt-oss, as it is published: codes and powers of two for the experts, bf16 for all else.
+
+    Parameters
+    ----------
+    config
+        A `GptOssConfig`; transformers' names of its tensors are the published ones.
+    """
+    folder.mkdir(parents=True)
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": settings}))
+    with torch.device("meta"):
+        skeleton = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, meta in skeleton.named_parameters():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        tensors = files.setdefault(f"layer-{int(layer[1]):02d}" if layer else "embed", {})
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inputs, outputs = meta.shape
+            shape = experts, outputs, inputs // 32
+            codes = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, device=device, generator=generator)
+            powers = torch.randint(118, 122, shape, dtype=torch.uint8, device=device, generator=generator)
+            tensors |= {f"{name}_blocks": codes.cpu(), f"{name}_scales": powers.cpu()}
+        elif name.endswith("norm.weight"):
+            tensors[name] = torch.ones(meta.shape, dtype=torch.bfloat16)
+        else:
+            values = torch.randn(meta.shape, dtype=torch.bfloat16, device=device, generator=generator)
+            tensors[name] = (values * meta.shape[-1] ** -0.5).cpu()
+    index = {}
+    for number, tensors in files.items():
+        save_file(tensors, folder / f"model-{number}.safetensors", metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, f"model-{number}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     for file in tiny_checkpoint().glob("*token*"):
         (folder / file.name).write_bytes(file.read_bytes())

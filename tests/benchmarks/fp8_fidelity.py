@@ -35,7 +35,9 @@ from jobs.sources.demo import demo_source  # noqa: E402
 from workers.engine import ModelEngine, load_engine  # noqa: E402
 from workers.models import fp8  # noqa: E402
 from workers.models.decoder import MixtralForward  # noqa: E402
-from workers.recorder import SAMPLE_AGREEING, RouteRecorder  # noqa: E402
+from workers.models.routers import in_order  # noqa: E402
+from workers.recorder import OTHERS, RouteRecorder, stacked  # noqa: E402
+from workers.recordings.recording import SAMPLE_AGREEING  # noqa: E402
 
 MARGINS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Lower ends of classes of a token's margin: the reference's logit of its second expert less that of its third."""
@@ -200,11 +202,12 @@ def proof(engine: ModelEngine, batches: int, rows: int, positions: int) -> dict[
             length = random.integers(1, positions + 1, rows)
             token = torch.from_numpy(random.integers(3, 32_000, (rows, positions))).to(engine.device)
             filled = torch.from_numpy(np.flatnonzero(np.arange(positions) < length[:, None])).to(engine.device)
-            alarms += int((recorder.record(engine.forward, token, length)[2] >= 0).any(dim=-1).sum())
+            faults = recorder.record(engine.forward, token, length).faults
+            alarms += int((torch.stack(list(faults.values())) >= 0).any(dim=0).sum())
             own = dict(recorder._choices)
-            was = recorder._stacked([fired[0] for fired in own.values()])
+            was = in_order(*stacked([fired[0] for fired in own.values()]))
             was = was[0][:, recorder._sample], was[1][:, recorder._sample]
-            again = recorder._stacked(list(recorder._again.values()))
+            again = in_order(*stacked(list(recorder._again.values())))
             same = (was[0] == again[0]).all(-1)
             agreeing = min(agreeing, float((same.float().mean(1)).min()))
             apart = max(apart, float(((again[1] - was[1]).abs() / was[1].abs())[same].max()))
@@ -217,10 +220,10 @@ def proof(engine: ModelEngine, batches: int, rows: int, positions: int) -> dict[
                 planting["batch"] = stale
             for kind, choices in planting.items():
                 recorder._choices = choices
-                flagged = recorder._checked(filled)[2][:, 2] >= 0
+                flagged = recorder._checked(filled).faults[OTHERS] >= 0
                 planted[kind] += layers
                 missed[kind] += int((~flagged).sum())
-                planted_sets = recorder._stacked([fired[0] for fired in choices.values()])[0][:, recorder._sample]
+                planted_sets = in_order(*stacked([fired[0] for fired in choices.values()]))[0][:, recorder._sample]
                 others.append(float((planted_sets == again[0]).all(-1).float().mean()))
             stale = own
     return {

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 from workers.models.description import find_routers, quantization_config
@@ -122,13 +123,28 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
     return model.eval().requires_grad_(False)
 
 
-def as_loaded(model: Any, matmul: str = "bf16") -> LoadedModel:
-    """The model, as if `load_model` had loaded it."""
+def with_head(folder: Path, layers: int) -> Path:
+    """A checkpoint of which only the configuration and a random head are there."""
+    config = full_size_config(layers)
+    config.save_pretrained(folder)
+    head = random_matrix((config.vocab_size, config.hidden_size), torch.Generator("cuda").manual_seed(2))
+    save_file({"lm_head.weight": head.cpu()}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def as_loaded(model: Any, matmul: str = "bf16", folder: Path = Path()) -> LoadedModel:
+    """The model, as if `load_model` had loaded it from a folder."""
     return LoadedModel(
-        folder=Path(),
+        folder=folder,
         model=model,
         routers=find_routers(model),
         num_experts=WIDTH["num_local_experts"],
         experts_per_token=WIDTH["num_experts_per_tok"],
-        provenance={"model": "random", "quantization": "nf4", "expert_backend": "sorted", "matmul": matmul},
+        provenance={
+            "model": "random",
+            "quantization": "nf4",
+            "expert_backend": "sorted",
+            "matmul": matmul,
+            "compute_dtype": "bfloat16",
+        },
     )

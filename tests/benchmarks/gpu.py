@@ -112,8 +112,9 @@ def captured(
 
     def run() -> None:
         with recorder.attached():
-            for part in recorder.record(forward, ids, length):
-                part.to("cpu", non_blocking=True)
+            for parts in recorder.record(forward, ids, length):
+                for part in parts.values():
+                    part.to("cpu", non_blocking=True)
 
     return run
 

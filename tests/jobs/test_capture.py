@@ -521,6 +521,7 @@ def test_the_provenance_is_complete_and_holds_no_secret(
 # --- Hub --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_model_and_data_set_come_from_a_hub_with_the_token_of_a_env_file_and_again_offline(tmp_path: Path) -> None:
     model = {file.name: file.read_bytes() for file in tiny_checkpoint().iterdir()}
     data = {"data.jsonl": b'{"text": "one two three"}\n{"text": "four five"}\n'}

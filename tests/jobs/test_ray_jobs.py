@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,14 @@ from faulty_model import TOKENS_A_SHARD, Script
 from patience import HUNG_S, wait_until
 from ray_head import ROOT, Head, free_ports, ray_head
 
+from jobs import capture
 from store import CaptureGroup, coverage
 
 HERE = Path(__file__).parents[1]
 OPTIONS = ["--model", "tiny", "--dataset", "demo:prose", "--limit_documents", "2", "--quantization", "none"]
 OPTIONS += ["--sequence_length", "128", "--rows_per_shard", "16"]
 CAPTURE = ["python", "jobs/capture.py", *OPTIONS]
+SECRET = "s3cr3t-Xq7ZpQ0vT1"
 MADE_BY = 'f"{socket.gethostname()}:{os.getpid()}"'
 COMPLETE = "demo-prose: complete, 5 shards, 10,164 tokens"
 
@@ -58,23 +61,28 @@ def head(copies: tuple[Path, Path]) -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def forms(head: Head, copies: tuple[Path, Path]) -> dict[str, tuple[Path, Ran]]:
-    """The store and what was said, for each form of the command, and for `--local`."""
+    """The store and what was said, for each form of the command, and for `--local` in this process.
+
+    Who gives the commands has a token of the hub's.
+    """
     mine = copies[1]
     stores = mine.parent / "stores"
 
     def plain(*command: str | Path) -> Ran:
-        return head.run(command, mine, RAY_ADDRESS=head.address)
+        return head.run(command, mine, RAY_ADDRESS=head.address, HF_TOKEN=SECRET)
 
     commands: dict[str, Callable[[list[str]], Ran]] = {
         "submit": lambda store: head.submit("--submission-id", "plainly", "--", *CAPTURE, *store, cwd=mine.parent),
         "working dir": lambda store: head.submit("--working-dir", ".", "--", *CAPTURE, *store, cwd=mine),
         "script": lambda store: plain(*CAPTURE, *store),
         "module": lambda store: plain("python", "-m", "jobs.capture", *OPTIONS, *store),
-        "local": lambda store: plain(*CAPTURE, "--local", *store),
     }
-    with ThreadPoolExecutor(2) as pool:
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setenv("GIT_DIR", "/nonexistent")  # the copies are in no repository
         ran = {form: pool.submit(run, ["--store", str(stores / form)]) for form, run in commands.items()}
-        return {form: (stores / form, one.result()) for form, one in ran.items()}
+        status = capture.main([*OPTIONS, "--local", "--store", str(stores / "local")])
+        local = Ran([], status, "", "")
+        return {form: (stores / form, one.result()) for form, one in ran.items()} | {"local": (stores / "local", local)}
 
 
 def comparable(store: Path) -> dict[str, Any]:
@@ -139,6 +147,23 @@ def test_each_form_logs_plain_lines_and_a_summary(forms: dict[str, tuple[Path, R
     assert re.search(rf"^{COMPLETE}, [\d,]+ bytes \(5 shards done\) in {store}$", said(ran), re.MULTILINE)
     lines = [line for line in said(ran).splitlines() if "demo-prose" in line or "captured" in line]
     assert not [line for line in lines if "\x1b" in line]
+
+
+@pytest.mark.parametrize("form", ["script", "module"])
+def test_a_job_leaves_no_secret_in_ray_s_logs(forms: dict[str, tuple[Path, Ran]], head: Head, form: str) -> None:
+    store, ran = forms[form]
+    logs = {path: path.read_bytes() for path in head.folder.rglob("*") if path.is_file() and "logs" in path.parts}
+    assert len(logs) > 5
+    assert not [path for path, data in logs.items() if SECRET.encode() in data]
+    assert not [name for name, data in store_files(store).items() if SECRET.encode() in data]
+    assert SECRET not in said(ran)
+
+
+def test_the_dashboard_answers_nobody_without_the_cluster_s_token(head: Head) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{head.dashboard}/api/jobs/", timeout=HUNG_S)
+    refused.value.close()
+    assert refused.value.code in (401, 403)
 
 
 def test_the_driver_s_status_is_that_of_the_capture(

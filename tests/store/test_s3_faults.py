@@ -184,6 +184,7 @@ def test_a_capture_over_a_network_that_breaks_every_eighth_request_has_the_bytes
     assert broken == requests // every > 2
 
 
+@pytest.mark.slow
 def test_whatever_is_visible_while_a_capture_runs_over_a_broken_network_is_whole(
     s3: str, direct: Objects, network: Proxy, clean: dict[str, Any]
 ) -> None:

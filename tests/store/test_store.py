@@ -46,7 +46,7 @@ from jobs.capturing.planner import Planner
 from store import CaptureGroup, Layout, coverage, dataset_names, lease, open_capture, open_tree, planned
 from store import layout as layout_module
 from store.identity import identity_hash
-from store.layout import ROW_CHUNK, SHARD_CHOICES, SHARD_TOKENS, default_rows_per_shard
+from store.layout import ROW_CHUNK, SHARD_CHOICES, SHARD_TOKENS, ArraySpec, default_rows_per_shard
 from store.objects import LocalObjects
 from store.plan import Plan, Rows
 from workers.shard import Routes, capture_shard
@@ -267,6 +267,28 @@ def test_an_encoded_shard_has_the_bytes_that_zarr_writes_into_the_large_array(
             else:
                 assert (part == spec.fill).all()
         assert spec.metadata(rows) == (tmp_path / "large.zarr" / name / "zarr.json").read_bytes()
+
+
+@pytest.mark.parametrize("fill", [255.0, 0.0, np.nan])
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_an_inner_chunk_is_left_out_where_zarr_leaves_it_out(fill: float, data: st.DataObject) -> None:
+    rows, positions = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    size, cell = rows * positions, st.sampled_from([fill, fill, fill, -0.0, 1.0])
+    spec = ArraySpec(
+        dtype="float32", dims=("doc", "position"), trailing=(positions,), chunk=(2, 2), shard=(4, 6), fill=fill,
+        compressors=(),
+    )  # fmt: skip
+    values = np.array(data.draw(st.lists(cell, min_size=size, max_size=size)), np.float32).reshape(rows, positions)
+    memory = zarr.storage.MemoryStore()
+    array = zarr.create_array(
+        memory, shape=values.shape, chunks=(2, 2), shards=(4, 6), dtype="float32", fill_value=fill, compressors=()
+    )
+    array[...] = values
+    if written := memory._store_dict.get("c/0/0"):
+        assert spec.encode(values) == written.to_bytes()
+    else:
+        np.testing.assert_array_equal(values, np.full_like(values, fill))
 
 
 def test_a_shard_of_another_shape_than_the_arrays_is_our_own_fault() -> None:

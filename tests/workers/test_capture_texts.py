@@ -82,7 +82,29 @@ def test_faults_of_the_caller_are_named(tiny_model: LoadedModel, tmp_path: Path)
         workers.capture_texts(tiny_model, "a text")
     with pytest.raises(ValueError, match="sequence_length is 32769, and must be 1 to 32768"):
         workers.capture_texts(tiny_model, ["a"], sequence_length=32769)
-    with pytest.raises(ValueError, match="'q4' is none of nf4, fp4, fp8, int8, none"):
+    with pytest.raises(ValueError, match="'q4' is none of nf4, fp4, mxfp4, fp8, int8, none"):
         workers.capture_texts(tiny_model.folder, ["a"], quantization="q4")
     with pytest.raises(ValueError, match=r"no/such"):
         workers.capture_texts(tmp_path / "no/such", ["a"])
+
+
+def test_what_is_recorded_in_memory_is_what_a_store_has(tiny_model: LoadedModel, folder: Path, command) -> None:  # type: ignore[no-untyped-def]
+    quantization, path = tiny_model.provenance["quantization"], folder.parent / "s.zarr"
+    ran = command(
+        *("--local", "--model", "tiny", "--dataset", folder, "--store", path, "--quantization", quantization),
+        *("--sequence_length", "32", "--batch_tokens", "100", "--device", "cpu", "--weight_precision", "float32"),
+        *("--record", "logits", "--record", "output_norm", "--record", "logprob", "--top_logits", "3"),
+    )
+    assert ran.status == 0, ran.err
+    stored = store.open_capture(path, "texts").load()
+    memory = workers.capture_texts(
+        tiny_model, TEXTS, sequence_length=32, batch_tokens=100, record=["logits", "output_norm", "logprob"],
+        top_logits=3, weight_precision="float32",
+    )  # fmt: skip
+    for name in ("weight", "logit", "logit_expert", "output_norm", "logprob"):
+        assert (memory[name].dims, memory[name].dtype) == (stored[name].dims, stored[name].dtype), name
+        np.testing.assert_array_equal(memory[name].values, stored[name].values, err_msg=name)
+    for field in ("record", "top_logits", "weight_bits", "router_transformation", "pairs_cut"):
+        assert memory.attrs[field] == stored.attrs[field], field
+    with pytest.raises(ValueError, match="'mood' cannot be recorded"):
+        workers.capture_texts(tiny_model, ["a"], record=["mood"])  # type: ignore[list-item]

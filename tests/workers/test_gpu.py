@@ -85,6 +85,29 @@ def test_a_shard_that_does_not_fit_is_rerun_in_halves_and_its_commit_says_so(eng
     assert json.loads(record.read_text())["halvings"] == 2
 
 
+@pytest.mark.parametrize("matmul", ["bf16", "fp8"])
+def test_what_is_recorded_is_proved_on_a_card_and_changes_no_choice(
+    engine: Any, group: CaptureGroup, matmul: str, tmp_path: Path
+) -> None:
+    from full_size import as_loaded, with_head
+
+    from workers.engine import ModelEngine
+    from workers.record import what_to_record
+
+    rows, asked = group.read_rows(0), what_to_record(["logits", "output_norm", "logprob"], 8, "bfloat16")
+    loaded = as_loaded(engine.model, matmul, with_head(tmp_path / "head", 2))
+    plain = ModelEngine(loaded).route(rows.token[:16], rows.length[:16])
+    found = ModelEngine(loaded, asked).route(rows.token[:16], rows.length[:16])
+    for name in ("expert", "weight"):
+        np.testing.assert_array_equal(found[name], plain[name])
+    chosen = np.take_along_axis(found["logit"], found["expert"].astype(int), axis=-1)
+    largest = -np.sort(-found["logit"], axis=-1)[..., :2]
+    np.testing.assert_array_equal(chosen, largest)
+    assert (found["output_norm"] > 0).all()
+    assert np.isnan(found["logprob"][:, -1]).all()
+    assert (found["logprob"][:, :-1] < 0).all()
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_logits_that_are_not_finite_stop_the_shard_with_layer_and_row(
     engine: Any, group: CaptureGroup, layer: int

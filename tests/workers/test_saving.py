@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import numpy as np
@@ -19,6 +20,7 @@ import transformers
 from safetensors.torch import load_file, save, save_file
 from test_families import checkpoint_of
 
+from jobs import quantize
 from workers.engine import ModelEngine
 from workers.models.checkpoint import find_checkpoint, weight_files
 from workers.models.description import describe_model
@@ -304,7 +306,9 @@ run_job(main)
 """
 
 
-def test_a_write_that_fails_leaves_no_folder_and_what_is_beside_it_stays(tiny: Path, tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_no_folder_and_what_is_beside_it_stays(
+    tiny: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
     out, model = tmp_path / "out", tmp_path / "out.partial"
     shutil.copytree(tiny, model)
     (model / "tokenizer").mkdir()  # of another format: no file to copy
@@ -314,9 +318,8 @@ def test_a_write_that_fails_leaves_no_folder_and_what_is_beside_it_stays(tiny: P
     assert done.returncode == 2, done.stderr
     assert re.search(r"out\.partial-\w+/model-00001-of-00002.safetensors could not be written", done.stderr)
     assert list(tmp_path.iterdir()) == [model]
-    command = [sys.executable, str(ROOT / "jobs" / "quantize.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    ran = command(*arguments, main=quantize.main)
+    assert (ran.status, ran.out) == (0, f"{out}\n"), ran.err
     assert {entry.name for entry in tmp_path.iterdir()} == {"out", "out.partial"}
     assert find_checkpoint(out, weights=True).model == "out"
     assert find_checkpoint(model, weights=True).revision == find_checkpoint(tiny, weights=True).revision

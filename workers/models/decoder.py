@@ -1,4 +1,4 @@
-"""The forward of Mixtral and of the decoders that share its skeleton, up to the last router.
+"""The forward of Mixtral and of the decoders that share its skeleton, up to the last router or to the final norm.
 
 T tokens in B rows of P positions, K choices a token, S = T·K slots sorted by expert, H hidden, I inner width.
 
@@ -16,8 +16,7 @@ biases of their projections, layers without a router, a shared expert with a gat
 Deterministic: no atomic additions; each product's shape depends on the micro-batch alone.
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +24,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from workers.models.experts import outputs_in_groups, outputs_one_by_one
+from workers.models.forwards import LastHidden
 from workers.models.kernels import HeadNorm, rotate
 from workers.models.products import products_of
 from workers.models.stored import FOUR_BITS
@@ -49,7 +49,7 @@ class DecoderForward:
     @classmethod
     def applies(cls, model: Any, quantization: str) -> bool:
         """Whether it is quantized and computes nothing that this forward does not."""
-        return quantization in (*FOUR_BITS, "fp8") and not cls._special(model.config)
+        return quantization in (*FOUR_BITS, "mxfp4", "fp8") and not cls._special(model.config)
 
     @staticmethod
     def _special(config: Any) -> bool:
@@ -67,6 +67,8 @@ class DecoderForward:
     def __init__(self, model: Any, matmul: str = "bf16") -> None:
         config = model.config
         self.model = model
+        self.whole = False
+        self.seen: Callable[[Any, torch.Tensor, torch.Tensor], None] | None = None
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.head = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.products = products_of(matmul, model.embed_tokens.weight.dtype)
@@ -78,7 +80,7 @@ class DecoderForward:
                 for stack in (experts.both, experts.down):
                     self.products.prepare_stack(stack)
 
-    def __call__(self, input_ids: torch.Tensor, **ignored: Any) -> None:
+    def __call__(self, input_ids: torch.Tensor, **ignored: Any) -> LastHidden | None:
         """Run the layers; hooks on the routers take what they want, and may end it.
 
         Parameters
@@ -86,6 +88,11 @@ class DecoderForward:
         input_ids : int64 tensor, shape (B, P)
         ignored
             Arguments that other models need, to leave out mask and cache.
+
+        Returns
+        -------
+        LastHidden or None
+            The last hidden states, where the layers are run to their end (`whole`).
         """
         layers, positions = self.model.layers, input_ids.shape[1]
         residual_TH = self.model.embed_tokens(input_ids).flatten(0, 1)
@@ -93,7 +100,8 @@ class DecoderForward:
         cos_PD, sin_PD = self._turns(residual_TH, place)
         first, products = layers[0].input_layernorm, self.products
         _, operand = products.normed(residual_TH, first.weight, first.variance_epsilon, routed=False)
-        for layer, following in pairwise([*layers, None]):
+        last = self.model.norm if self.whole else None
+        for layer, following in zip(layers, [*(layer.input_layernorm for layer in layers[1:]), last], strict=True):
             if (here := layer.input_layernorm.weight.device) != residual_TH.device:  # the layers are on several GPUs
                 residual_TH, cos_PD, sin_PD = (part.to(here) for part in (residual_TH, cos_PD, sin_PD))
                 operand = products.moved(operand, here)
@@ -106,12 +114,13 @@ class DecoderForward:
             if following is None:
                 if router is not None:
                     router(normed_TH)
-                return
+                return None
             added = self._mlp(layer.mlp, normed_TH, operand)
-            norm, scale_H = following.input_layernorm, following.input_layernorm.weight.to(residual_TH.device)
+            scale_H, eps = following.weight.to(residual_TH.device), following.variance_epsilon
             del normed_TH
-            _, operand = products.normed(residual_TH, scale_H, norm.variance_epsilon, *added, routed=False)
+            normed_TH, operand = products.normed(residual_TH, scale_H, eps, *added, routed=following is last)
             del added
+        return LastHidden(residual_TH, normed_TH)
 
     def _mlp(self, mlp: Any, normed_TH: torch.Tensor, operand: Any) -> tuple[torch.Tensor, ...]:
         """What a layer adds to the residual: rows, or slots' rows, each token's slots and their weights."""
@@ -120,6 +129,8 @@ class DecoderForward:
         _, weight_TK, expert_TK = router(normed_TH)
         shared = list(_dense(mlp))
         rows_SH, slot_TK = self._outputs(self.products, mlp.experts, operand, expert_TK, spare=len(shared))
+        if self.seen is not None:
+            self.seen(router, rows_SH[: slot_TK.numel()], slot_TK)
         for expert in shared:  # one more choice of each token
             tokens = len(normed_TH)
             self._dense(expert, operand, rows_SH[-tokens:])

@@ -14,9 +14,9 @@ from torch import nn
 
 from workers.models.checkpoint import Checkpoint, find_checkpoint
 from workers.models.forwards import Forward, own_forward
-from workers.models.stored import FOUR_BITS, stored_quantization
+from workers.models.stored import E4M3_FORMS, FOUR_BITS, PUBLISHED, Stored, stored_form
 
-QUANTIZATIONS = (*FOUR_BITS, "fp8", "int8", "none")
+QUANTIZATIONS = (*FOUR_BITS, "mxfp4", "fp8", "int8", "none")
 MATMULS = ("bf16", "fp8")
 FP8_CAPABILITY = (8, 9)  # of the first cards that compute with e4m3: L4, RTX 4090; H100 has 9.0
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -36,8 +36,11 @@ class ModelDescription(TypedDict):
     model_revision: str
     """Hub commit, or ``sha256:…``, the fingerprint of a local folder."""
     quantization: str
-    """nf4, fp4, fp8, int8 or none; nf4 and fp4 mean blocks of 64 with double quantization, fp8 means e4m3 with one
-    scale a row."""
+    """nf4, fp4, mxfp4, fp8, int8 or none; nf4 and fp4 mean blocks of 64 with double quantization, fp8 means e4m3 with
+    one scale a row, or with those of `weight_scales`."""
+    weight_scales: str
+    """Of weights in fp8: ``row``; ``128x128`` where the checkpoint has a scale a block; ``row of 128x128`` where such
+    weights are quantized again, for products in fp8."""
     matmul: str
     """What the products with quantized matrices are computed in: bf16, which stands for `compute_dtype`, or fp8."""
     compute_dtype: str
@@ -134,14 +137,19 @@ def find_routers(model: nn.Module) -> dict[int, nn.Module]:
     return dict(sorted(routers.items()))
 
 
-def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The model on the meta device: every module and shape, no weights; its attention is sdpa wherever it has that."""
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, *, head: bool = False) -> Any:
+    """The model on the meta device: every module and shape, no weights; its attention is sdpa wherever it has that.
+
+    Parameters
+    ----------
+    head
+        Whether the language-model head stands on it.
+    """
+    kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         with torch.device("meta"):
-            return transformers.AutoModel.from_config(
-                config, dtype=dtype, attn_implementation=None, trust_remote_code=False
-            )
+            return kind.from_config(config, dtype=dtype, attn_implementation=None, trust_remote_code=False)
     except Exception as error:  # of a configuration that makes no sense, classes raise whatever they run into
         raise ValueError(
             f"transformers {transformers.__version__} cannot build the model of "
@@ -201,12 +209,8 @@ def describe_checkpoint(
         raise ValueError(f"routers are quantized as {' or '.join(FOUR_BITS)}, and quantization is {quantization!r}")
     if "fp8" in (quantization, matmul):
         _refuse_fp8(quantization, matmul, device_type, dtype)
-    stored = stored_quantization(checkpoint)
-    if stored not in (None, quantization):
-        raise ValueError(
-            f"{checkpoint.folder} holds {stored} weights, and quantization {quantization!r} was asked for: ask for"
-            f" {stored!r}, or give the original checkpoint"
-        )
+    stored = stored_form(checkpoint)
+    _refuse_other_than_stored(checkpoint, stored, quantization)
     skeleton = build_skeleton(checkpoint, dtype)
     layers = list(find_routers(skeleton))
     config = skeleton.config.get_text_config()
@@ -226,6 +230,7 @@ def describe_checkpoint(
         model=checkpoint.model,
         model_revision=checkpoint.revision,
         quantization=quantization,
+        weight_scales=_weight_scales(stored, quantization, matmul),
         matmul=matmul,
         compute_dtype=computed_in,
         gate_precision=quantization if quantize_gates else computed_in,
@@ -237,6 +242,31 @@ def describe_checkpoint(
         vocab_size=_read(config, ("vocab_size",)),
         max_position_embeddings=_read(config, ("max_position_embeddings",)),
     )
+
+
+def _refuse_other_than_stored(checkpoint: Checkpoint, stored: Stored | None, quantization: str) -> None:
+    """Weights are used as they are stored; published ones may be quantized again, and nothing is made into MXFP4."""
+    if stored is None:
+        if quantization == "mxfp4":
+            raise ValueError(
+                f"{checkpoint.folder} holds weights that are not quantized, and mxfp4 is only read where a model is"
+                " published in it, as gpt-oss is: use --quantization nf4"
+            )
+        return
+    kept = stored.quantization
+    again = FOUR_BITS if stored.form in PUBLISHED else ()
+    if quantization not in (kept, *again):
+        others = f" or {again[0]!r}, in which they are quantized again" if again else ""
+        raise ValueError(
+            f"{checkpoint.folder} holds {kept} weights, and quantization {quantization!r} was asked for: ask for"
+            f" {kept!r}{others}, or give the original checkpoint"
+        )
+
+
+def _weight_scales(stored: Stored | None, quantization: str, matmul: str) -> str:
+    if stored is None or stored.form != "fp8_blocks" or quantization != "fp8":
+        return "row"
+    return "row of 128x128" if matmul == "fp8" else "128x128"
 
 
 def _refuse_fp8(quantization: str, matmul: str, device_type: str, dtype: torch.dtype) -> None:
@@ -274,21 +304,27 @@ def _read(config: Any, names: tuple[str, ...]) -> int:
     raise ValueError(f"the configuration of model_type {config.model_type!r} has none of {', '.join(names)}")
 
 
-def quantization_config(quantization: str, skeleton: nn.Module, dtype: torch.dtype) -> Any:
-    """Settings as transformers takes them, or None for ``none``; routers stay as they are."""
-    if quantization == "none":
+def quantization_config(form: str, skeleton: nn.Module, dtype: torch.dtype) -> Any:
+    """Settings as transformers takes them, or None for ``none``; routers stay as they are.
+
+    Parameters
+    ----------
+    form
+        What the matrices are held in: a value of `quantization`, or fp8_blocks.
+    """
+    if form == "none":
         return None
     routers = set(find_routers(skeleton).values())
     names = [name for name, module in skeleton.named_modules() if module in routers]
-    if quantization == "fp8":
-        from workers.models.fp8_loading import RowScaledConfig  # it imports bitsandbytes, which takes seconds
+    if form in (*E4M3_FORMS, "mxfp4"):
+        from workers.models.fp8_loading import StoredConfig  # it imports bitsandbytes, which takes seconds
 
-        return RowScaledConfig(names, str(dtype).removeprefix("torch."))
-    if quantization == "int8":
+        return StoredConfig(form, names, str(dtype).removeprefix("torch."))
+    if form == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=names)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=quantization,
+        bnb_4bit_quant_type=form,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=names,

@@ -18,7 +18,7 @@ from workers.models.description import (
     num_experts,
     quantization_config,
 )
-from workers.models.stored import BLOCK, FOUR_BITS, stored_quantization
+from workers.models.stored import BLOCK, FOUR_BITS, loaded_form, stored_form
 
 _SCALE_BLOCK = 256  # scales that share a scale of their own under double quantization; likewise
 
@@ -90,8 +90,7 @@ def option_that_fits(checkpoint: Checkpoint, quantization: str, dtype: torch.dty
 
     Half of the room of each card is left for activations and buffers where the model is spread over several.
     """
-    stored = stored_quantization(checkpoint)
-    if stored is None and quantization not in FOUR_BITS:
+    if stored_form(checkpoint) is None and quantization not in FOUR_BITS:
         smaller = estimate_checkpoint(checkpoint, "nf4", dtype)
         if smaller < free_bytes:
             return f"--quantization nf4, which takes {smaller:,}"
@@ -99,10 +98,12 @@ def option_that_fits(checkpoint: Checkpoint, quantization: str, dtype: torch.dty
     return f"--gpus_per_worker {-(-2 * needed // max(free_bytes, 1))} with so many cards like it, or a larger card"
 
 
-def quantized_skeleton(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def quantized_skeleton(
+    checkpoint: Checkpoint, quantization: str, dtype: torch.dtype, matmul: str = "bf16"
+) -> tuple[nn.Module, Any]:
     """The model without its numbers, each matrix of the kind that it will be of, and its `quantization_config`."""
     skeleton = build_skeleton(checkpoint, dtype)
-    settings = quantization_config(quantization, skeleton, dtype)
+    settings = quantization_config(loaded_form(checkpoint, quantization, matmul), skeleton, dtype)
     if settings is not None:
         from workers.models.quantizers import quantize_skeleton  # bitsandbytes takes seconds to import
 

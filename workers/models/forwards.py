@@ -6,7 +6,7 @@ class. Every other model is applied as transformers does it.
 
 from collections.abc import Callable
 from pkgutil import resolve_name
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 FORWARDS: dict[str, str] = {
     "MixtralModel": "workers.models.decoder:MixtralForward",
@@ -18,6 +18,15 @@ FORWARDS: dict[str, str] = {
     "DeepseekV3Model": "workers.models.latent:LatentForward",
 }
 """Name of transformers' model class to the forward, as ``module:class``."""
+
+
+class LastHidden(NamedTuple):
+    """What a forward that ran to its end returns."""
+
+    before_TH: Any
+    """The hidden states before the final norm, shape (tokens, hidden)."""
+    normed_TH: Any
+    """And after it."""
 
 
 class Forward(Protocol):
@@ -36,6 +45,12 @@ class Forward(Protocol):
     matmuls: ClassVar[tuple[str, ...]]
     """In what it can multiply: bf16, fp8."""
 
+    whole: bool
+    """Whether the layers are run to their end; else up to the last router. False unless it is set."""
+    seen: Callable[[Any, Any, Any], None] | None
+    """Called in each layer with the router, the outputs of its experts before they are weighed, shape (slots, hidden),
+    and which slot each choice has, shape (tokens, k). None unless it is set."""
+
     def __init__(self, model: Any, matmul: str) -> None: ...
 
     @classmethod
@@ -51,8 +66,8 @@ class Forward(Protocol):
         """
         ...
 
-    def __call__(self, input_ids: Any, **ignored: Any) -> None:
-        """Run the layers up to the last router, each router called as a module, so that hooks on it fire.
+    def __call__(self, input_ids: Any, **ignored: Any) -> LastHidden | None:
+        """Run the layers up to the last router, or to their end; each router is called as a module: hooks on it fire.
 
         Parameters
         ----------

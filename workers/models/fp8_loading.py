@@ -1,9 +1,9 @@
-"""Linears whose matrix is stored in e4m3 with one scale a row, and transformers loading models into them.
+"""Linears whose matrix is stored in e4m3, and transformers loading models into them and into MXFP4's experts.
 
 A matrix is quantized while the checkpoint is read, one above the final size at the peak; or it is read as it is from a
-checkpoint that holds e4m3 with a scale for each matrix or each of its rows, whatever wrote it: compressed-tensors,
-FBGEMM, AutoFP8 and ModelOpt all call the scale ``weight_scale`` and mean ``weight * weight_scale``. Scales of
-activations, which some of them have too, are not used: here each token has its own.
+checkpoint that holds e4m3 with a scale for each matrix, row or block, whatever wrote it: compressed-tensors, FBGEMM,
+AutoFP8 and ModelOpt all call the scale ``weight_scale``, DeepSeek and transformers ``weight_scale_inv``, and all mean
+``weight * scale``. Scales of activations, which some of them have too, are not used: here each token has its own.
 
 Promises: the matrices of a checkpoint that is quantized already are multiplied as it holds them, scale for scale.
 """
@@ -17,14 +17,52 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from workers.models.fp8 import E4M3, RowScaled, restored, rounded
+from workers.models.published import BlockScaled, restore_blocks
 from workers.models.quantizer import cast_unquantized
 from workers.models.stacking import PacksExperts, one_a_row
+from workers.models.stored import E4M3_FORMS, SCALE_BLOCK
 
-METHOD = "row_scaled_fp8"
+METHOD = "expert_atlas"
 
 
-class RowScaledLinear(nn.Linear):
-    """A Linear in e4m3, on the meta device until it is loaded.
+class E4m3Linear(nn.Linear):
+    """A Linear in e4m3."""
+
+    def restore(self, into_RC: torch.Tensor) -> None:
+        """Its matrix, dequantized to the dtype of a tensor."""
+        raise NotImplementedError
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """In the input's dtype."""
+        matrix = torch.empty(self.weight.shape, dtype=input.dtype, device=input.device)
+        self.restore(matrix)
+        return nn.functional.linear(input, matrix, self.bias)
+
+    def _own(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+        self.register_parameter(name, parameter)
+
+
+class BlockScaledLinear(E4m3Linear):
+    """With one scale for 128 × 128 values, on the meta device until it is loaded."""
+
+    weight_scale_inv: nn.Parameter
+
+    def __init__(self, plain: nn.Linear) -> None:
+        bias = plain.bias is not None
+        dtype = plain.weight.dtype
+        super().__init__(plain.in_features, plain.out_features, bias=bias, device="meta", dtype=dtype)
+        self._own("weight", (self.out_features, self.in_features), E4M3)
+        blocks = -(-self.out_features // SCALE_BLOCK), -(-self.in_features // SCALE_BLOCK)
+        self._own("weight_scale_inv", blocks, torch.float32)
+
+    def restore(self, into_RC: torch.Tensor) -> None:
+        """See `E4m3Linear`."""
+        restore_blocks(BlockScaled(self.weight.data[None], self.weight_scale_inv.data[None]), into_RC[None])
+
+
+class RowScaledLinear(E4m3Linear):
+    """With one scale a row, on the meta device until it is loaded.
 
     Parameters
     ----------
@@ -38,21 +76,17 @@ class RowScaledLinear(nn.Linear):
         bias = plain.bias is not None
         dtype = plain.weight.dtype
         super().__init__(plain.in_features, plain.out_features, bias=bias, device="meta", dtype=dtype)
-        shape = (self.out_features, self.in_features)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=stored_in, device="meta"), requires_grad=False)
-        scale = torch.empty(self.out_features, dtype=torch.float32, device="meta")
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self._own("weight", (self.out_features, self.in_features), stored_in)
+        self._own("weight_scale", (self.out_features,), torch.float32)
 
     @property
     def row_scaled(self) -> RowScaled:
         """The matrix, once it is loaded."""
         return RowScaled(self.weight.data, self.weight_scale.data[:, None])
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """In the input's dtype."""
-        matrix = torch.empty(self.weight.shape, dtype=input.dtype, device=input.device)
-        restored(self.row_scaled, matrix)
-        return nn.functional.linear(input, matrix, self.bias)
+    def restore(self, into_RC: torch.Tensor) -> None:
+        """See `E4m3Linear`."""
+        restored(self.row_scaled, into_RC)
 
     def settle(self) -> None:
         """Give each row its scale, in float32, where the checkpoint has one for the whole matrix.
@@ -65,11 +99,14 @@ class RowScaledLinear(nn.Linear):
         self.weight_scale = nn.Parameter(one_a_row(self.weight_scale.data, self.out_features), requires_grad=False)
 
 
-class RowScaledConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Which modules stay as they are, by name, and in which dtype."""
+class StoredConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """In which form matrices are held, which modules stay as they are, by name, and the compute dtype."""
 
-    def __init__(self, skip_modules: list[str] | None = None, dtype: str = "bfloat16", **_: Any) -> None:
+    def __init__(
+        self, form: str = "fp8", skip_modules: list[str] | None = None, dtype: str = "bfloat16", **_: Any
+    ) -> None:
         self.quant_method = METHOD
+        self.form = form
         self.skip_modules = skip_modules or []
         self.dtype = dtype
 
@@ -86,41 +123,44 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
         return found
 
 
-class RowScaledQuantizer(PacksExperts, HfQuantizer):  # type: ignore[misc]
-    """Loads a model whose Linears are `RowScaledLinear`, and whose experts lie in stacks in e4m3."""
+class StoredQuantizer(PacksExperts, HfQuantizer):  # type: ignore[misc]
+    """Loads a model whose Linears are in e4m3, or as they were, and whose experts lie in stacks in e4m3 or MXFP4."""
 
     requires_calibration = False
 
     def _kind(self) -> tuple[str, torch.dtype]:
-        return "fp8", getattr(torch, self.quantization_config.dtype)
+        return self.quantization_config.form, getattr(torch, self.quantization_config.dtype)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, **kwargs)
+        form, _ = self._kind()
         for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and name not in self.quantization_config.skip_modules:
+            if form in E4M3_FORMS and type(module) is nn.Linear and name not in self.quantization_config.skip_modules:
                 # transformers 5.17 casts what it reads to this dtype before it has it quantized
                 stored_in = E4M3 if self.pre_quantized else module.weight.dtype
-                model.set_submodule(name, RowScaledLinear(module, stored_in))
+                scaled = BlockScaledLinear(module) if form == "fp8_blocks" else RowScaledLinear(module, stored_in)
+                model.set_submodule(name, scaled)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
-        linears = row_scaled_linears(model)
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, E4m3Linear)}
         for name, module in linears.items():
             try:
-                module.settle()
+                if isinstance(module, RowScaledLinear):
+                    module.settle()
             except ValueError as error:
                 raise ValueError(f"{name}.weight {error}") from None
         if self.pre_quantized:
             stored: list[torch.Tensor] = []
             for module in linears.values():
-                stored += [module.weight, module.weight_scale]
-            cast_unquantized(model, getattr(torch, self.quantization_config.dtype), stored)
+                stored += [parameter for leaf, parameter in module.named_parameters() if leaf != "bias"]
+            cast_unquantized(model, self._kind()[1], stored)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Also what decides whether another shape than the module's is an error."""
         owner, _, leaf = param_name.rpartition(".")
-        scaled = isinstance(model.get_submodule(owner), RowScaledLinear)
-        own = scaled and leaf in (("weight", "weight_scale") if self.pre_quantized else ("weight",))
+        scaled = isinstance(model.get_submodule(owner), E4m3Linear)
+        own = scaled and (leaf == "weight" or (self.pre_quantized and leaf != "bias"))
         return own or super().param_needs_quantization(model, param_name, **kwargs)
 
     def get_quantize_ops(self) -> _Quantize:
@@ -135,8 +175,3 @@ class RowScaledQuantizer(PacksExperts, HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """It is for capturing only."""
         return False
-
-
-def row_scaled_linears(model: nn.Module) -> dict[str, RowScaledLinear]:
-    """The modules, by name, whose matrix is in e4m3."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, RowScaledLinear)}

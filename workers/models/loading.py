@@ -35,7 +35,7 @@ from workers.models.description import (
 from workers.models.experts import PackedExperts
 from workers.models.footprint import estimate_checkpoint, option_that_fits, quantized_skeleton
 from workers.models.packed import PackedStack
-from workers.models.stored import BLOCK, FOUR_BITS, stored_quantization
+from workers.models.stored import BLOCK, E4M3_FORMS, FOUR_BITS, Stored, loaded_form, stored_form
 
 __all__ = [
     "LoadedModel",
@@ -93,8 +93,9 @@ def load_model(
     quantization
         Applied while loading: ``nf4`` and ``fp4`` (double quantization, blocks of 64), ``fp8`` (e4m3 with one scale a
         row), ``int8`` (LLM.int8), or ``none``. A checkpoint that is quantized already (`workers.models.saving`,
-        transformers with its routers left out, or e4m3 with one scale a matrix or a row) loads as it is, and must be in
-        what is asked for.
+        transformers with its routers left out, ``mxfp4``, or ``fp8``: e4m3 with one scale a matrix, a row or a block)
+        loads as it is, and must be in what is asked for; one that was published in mxfp4 or in fp8 with blocks may be
+        quantized again, to ``nf4`` or ``fp4``.
     dtype
         Compute dtype: ``float32``, ``bfloat16`` or ``float16``; by default float32 on a CPU, else bfloat16.
     quantize_gates
@@ -216,15 +217,17 @@ def _from_pretrained(
     """Run transformers' own loader, with experts that can be quantized, and read its report."""
     quantization, backend = description["quantization"], description["expert_backend"]
     skeleton = build_skeleton(checkpoint, dtype)
-    settings = quantization_config(quantization, skeleton, dtype)
+    stored = stored_form(checkpoint)
+    settings = quantization_config(loaded_form(checkpoint, quantization, description["matmul"]), skeleton, dtype)
     # Given by itself: else an attention that it names, as some published ones do, would have the last word.
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    if stored_quantization(checkpoint) is not None:
-        _check_stored(checkpoint, description, dtype)
-        # The checkpoint's own settings are equal in all that its weights depend on, and tell another compute dtype.
+    if stored is not None:
+        _check_stored(checkpoint, stored, description, dtype)
+        # The checkpoint's own settings are equal in all that its weights depend on, or these are what is wanted, and
+        # tell another compute dtype.
         config.quantization_config = settings.to_dict()
         settings = None
-    with _quiet(), _quantizers(quantization):
+    with _quiet(), _quantizers(quantization, stored):
         try:
             model, report = transformers.AutoModel.from_pretrained(
                 checkpoint.folder,
@@ -279,17 +282,19 @@ def _from_pretrained(
     return model
 
 
-def _check_stored(checkpoint: Checkpoint, description: ModelDescription, dtype: torch.dtype) -> None:
+def _check_stored(checkpoint: Checkpoint, stored: Stored, description: ModelDescription, dtype: torch.dtype) -> None:
     """Refuse a quantized checkpoint that has other matrices quantized than a load of the original one would have.
 
     transformers 4 quantizes the routers too, unless they are named in llm_int8_skip_modules.
     """
     from workers.models.names import quantized_names  # bitsandbytes takes seconds to import
 
-    skeleton, _ = quantized_skeleton(checkpoint, description["quantization"], dtype)
+    skeleton, _ = quantized_skeleton(checkpoint, stored.quantization, dtype)
     names = tensor_names(checkpoint.folder)
-    if description["quantization"] == "fp8":
-        found = {name.removesuffix("_scale") for name in names if name.endswith(".weight_scale")}
+    if stored.form in E4M3_FORMS:
+        found = {name.removesuffix(stored.scale) for name in names if name.endswith(f".weight{stored.scale}")}
+    elif stored.form == "mxfp4":
+        found = {name for name in names if name.endswith("_blocks")}
     else:
         found = {name.partition(".quant_state.")[0] for name in names if ".quant_state." in name}
         found |= {name for name in names if name.endswith(PACKED)}
@@ -324,12 +329,12 @@ def _quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def _quantizers(quantization: str) -> AbstractContextManager[None]:
+def _quantizers(quantization: str, stored: Stored | None) -> AbstractContextManager[None]:
     if quantization == "none":
         return nullcontext()
     from workers.models.quantizers import own_quantizers  # bitsandbytes takes seconds to import
 
-    return own_quantizers()
+    return own_quantizers(stored)
 
 
 def _check_precision(
@@ -347,7 +352,7 @@ def _check_precision(
     for router in routers.values():
         block = names[router].rpartition(".")[0]
         for leaf, parameter in model.get_submodule(block).named_parameters(prefix=block):
-            if parameter.ndim < 2:
+            if parameter.ndim < 2 or leaf.endswith("_scale_inv"):
                 continue
             gate = leaf.startswith(f"{names[router]}.")
             faults[leaf] = _gate_fault(parameter, description) if gate else _matrix_fault(parameter, quantization)
@@ -394,7 +399,7 @@ def _gate_fault(parameter: nn.Parameter, description: ModelDescription) -> str |
 def _matrix_fault(parameter: torch.Tensor, quantization: str) -> str | None:
     """What a matrix that is no router's is instead of what it should be, or None."""
     kind = type(parameter).__name__
-    if quantization == "none":
+    if quantization in ("none", "mxfp4"):  # in MXFP4 only experts are, which lie in stacks
         return None if parameter.is_floating_point() else f"{parameter.dtype}, not floating point"
     if quantization == "int8":
         fits = kind == "Int8Params" and parameter.dtype == torch.int8

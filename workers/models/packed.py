@@ -1,7 +1,8 @@
 """The matrices of a layer's experts in common tensors, in 4 bits or e4m3.
 
-E experts, R rows and C columns of a matrix. Each matrix is quantized by itself, as bitsandbytes does it; only where its
-parts lie differs, so that one kernel dequantizes many. Nothing here knows how a checkpoint names them.
+E experts, R rows and C columns of a matrix. Each matrix is quantized by itself, as bitsandbytes does it or as it was
+published; only where its parts lie differs, so that one kernel dequantizes many. Nothing here knows how a checkpoint
+names them.
 """
 
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 
 from workers.models.four_bits import STEP_BLOCK, FourBits
-from workers.models.fp8 import E4M3, RowScaled
-from workers.models.stored import BLOCK
+from workers.models.fp8 import E4M3, RowScaled, restored
+from workers.models.kernels import dequantize
+from workers.models.published import BlockScaled, Mxfp4, restore_blocks, restore_mxfp4
+from workers.models.stored import BLOCK, FOUR_BITS, MX_BLOCK, SCALE_BLOCK
 
 
 class PackedStack(nn.Module):
@@ -50,6 +53,10 @@ class PackedStack(nn.Module):
 
     def part(self, first: int, last: int) -> Any:
         """The matrices of some experts."""
+        raise NotImplementedError
+
+    def restore(self, first: int, last: int, into_NRC: torch.Tensor) -> None:
+        """The matrices of some experts into a tensor, dequantized to its dtype."""
         raise NotImplementedError
 
     def _own(self, name: str, device: torch.device) -> torch.Tensor:
@@ -104,6 +111,10 @@ class Stack4bit(PackedStack):
         each = self.packed[which], self.scale[which], self.step[which], self.offset[which]
         return FourBits(*each, self.code, self.scale_code)
 
+    def restore(self, first: int, last: int, into_NRC: torch.Tensor) -> None:
+        """See `PackedStack`."""
+        dequantize(self.part(first, last), into_NRC)
+
 
 class StackE4m3(PackedStack):
     """In e4m3 with one scale a row, on the meta device until it is loaded."""
@@ -128,3 +139,76 @@ class StackE4m3(PackedStack):
     def part(self, first: int, last: int) -> RowScaled:
         """See `PackedStack`; values (N, R, C), scale (N, R, 1)."""
         return RowScaled(self.values[first:last], self.scale[first:last])
+
+    def restore(self, first: int, last: int, into_NRC: torch.Tensor) -> None:
+        """See `PackedStack`."""
+        part = self.part(first, last)
+        restored(RowScaled(*(each.flatten(0, 1) for each in part)), into_NRC.flatten(0, 1))
+
+
+class _StackAsPublished(PackedStack):
+    """In a form of `workers.models.published`, on the meta device until it is loaded."""
+
+    def take(self, number: int, matrix: Mxfp4 | BlockScaled) -> None:
+        """See `PackedStack`."""
+        for name, given in matrix._asdict().items():
+            self._own(name, given.device)[number] = given[0]
+
+    def _part(self, name: str, first: int, last: int) -> torch.Tensor:
+        tensor: torch.Tensor = getattr(self, name)
+        return tensor[first * self.parts : last * self.parts]
+
+
+class StackMxfp4(_StackAsPublished):
+    """In MXFP4."""
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, shape: tuple[int, int, int, int], *, transposed: bool = False) -> None:
+        super().__init__(shape, transposed=transposed)
+        many, rows = self.experts * self.parts, self.rows // self.parts
+        self._meta(
+            packed=((many, rows, self.columns // 2), torch.uint8),
+            scale=((many, rows, self.columns // MX_BLOCK), torch.uint8),
+        )
+
+    def part(self, first: int, last: int) -> Mxfp4:
+        """See `PackedStack`."""
+        return Mxfp4(self._part("packed", first, last), self._part("scale", first, last))
+
+    def restore(self, first: int, last: int, into_NRC: torch.Tensor) -> None:
+        """See `PackedStack`."""
+        restore_mxfp4(self.part(first, last), into_NRC)
+
+
+class StackBlocks(_StackAsPublished):
+    """In e4m3 with one scale a block of 128 × 128."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, shape: tuple[int, int, int, int], *, transposed: bool = False) -> None:
+        super().__init__(shape, transposed=transposed)
+        many, rows = self.experts * self.parts, self.rows // self.parts
+        blocks = -(-rows // SCALE_BLOCK), -(-self.columns // SCALE_BLOCK)
+        self._meta(values=((many, rows, self.columns), E4M3), scale=((many, *blocks), torch.float32))
+
+    def part(self, first: int, last: int) -> BlockScaled:
+        """See `PackedStack`."""
+        return BlockScaled(self._part("values", first, last), self._part("scale", first, last))
+
+    def restore(self, first: int, last: int, into_NRC: torch.Tensor) -> None:
+        """See `PackedStack`."""
+        restore_blocks(self.part(first, last), into_NRC)
+
+
+STACKS: dict[str, type[PackedStack]] = {
+    **dict.fromkeys(FOUR_BITS, Stack4bit),
+    "fp8": StackE4m3,
+    "fp8_blocks": StackBlocks,
+    "mxfp4": StackMxfp4,
+}
+"""By the form that they hold."""
+BLOCKS = {"mxfp4": MX_BLOCK} | dict.fromkeys(FOUR_BITS, BLOCK)
+"""Values that a matrix, and of mxfp4 a row, must be a multiple of, by form."""

@@ -18,9 +18,8 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.integrations.moe import _default_apply_gate
 
 from workers.models.experts import PackedExperts
-from workers.models.packed import PackedStack, Stack4bit, StackE4m3
+from workers.models.packed import BLOCKS, STACKS, PackedStack
 from workers.models.products import Products
-from workers.models.stored import BLOCK
 
 BIASES = (".both_bias", ".down_bias")
 FUSED = {"both": "gate_up_proj", "down": "down_proj"}
@@ -37,11 +36,13 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def pack_skeleton(model: nn.Module, quantization: str, dtype: torch.dtype) -> None:
+def pack_skeleton(model: nn.Module, form: str, dtype: torch.dtype) -> None:
     """Replace every fused experts module of a model on the meta device, in place.
 
     Parameters
     ----------
+    form
+        Of `workers.models.packed.STACKS`.
     dtype
         The compute dtype.
 
@@ -57,23 +58,22 @@ def pack_skeleton(model: nn.Module, quantization: str, dtype: torch.dtype) -> No
         if "has_bias" not in vars(module) or getattr(module, "has_post_expert_norm", False):
             raise ValueError(
                 f"{name} ({type(module).__name__}) does not say what its experts compute, or says that a norm follows"
-                f" each, which {quantization} does not know; use --quantization none"
+                f" each, which {form} does not know; use --quantization none"
             )
-        both, down = (_stack(module.get_parameter(leaf), module, quantization) for leaf in FUSED.values())
+        both, down = (_stack(module.get_parameter(leaf), module, form) for leaf in FUSED.values())
         biased = dtype if module.has_bias else None
         model.set_submodule(name, PackedExperts(both, down, _gate(module), products, biased))
 
 
-def _stack(parameter: torch.Tensor, fused: Any, quantization: str) -> PackedStack:
+def _stack(parameter: torch.Tensor, fused: Any, form: str) -> PackedStack:
     """For a fused parameter; gate and up are quantized each by itself where one lies above the other."""
     experts, rows, columns = parameter.mT.shape if fused.is_transposed else parameter.shape
     parts = 2 if parameter is fused.gate_up_proj and fused.is_concatenated else 1
     shape = experts, parts, rows // parts, columns
-    if quantization == "fp8":
-        return StackE4m3(shape, transposed=fused.is_transposed)
-    if rows // parts * columns % BLOCK:
-        raise ValueError(f"an expert's matrix of shape {shape[2:]} does not fill blocks of {BLOCK} values")
-    return Stack4bit(shape, transposed=fused.is_transposed)
+    block = BLOCKS.get(form, 1)
+    if (columns if form == "mxfp4" else rows // parts * columns) % block:
+        raise ValueError(f"an expert's matrix of shape {shape[2:]} does not fill blocks of {block} values")
+    return STACKS[form](shape, transposed=fused.is_transposed)
 
 
 def _gate(fused: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -147,7 +147,8 @@ def expert_places(skeleton: Any) -> dict[str, Place]:
     for name, experts in packed.items():
         for place, fused in FUSED.items():
             stack = f"{name}.{place}"
-            places[f"{name}.{fused}"] = places[f"{stack}.packed"] = Place(stack, None)
+            for whole in (f"{name}.{fused}", f"{name}.{fused}_blocks", f"{stack}.packed"):
+                places[whole] = Place(stack, None)
             each = leaves.get(place, [])
             for number in range(len(experts) * len(each)):
                 expert, part = divmod(number, len(each))

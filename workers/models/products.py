@@ -2,9 +2,9 @@
 
 T tokens, S slots sorted by expert, E experts, H hidden, I inner, R rows and C columns of a matrix. An operand is what
 stands on the left of a product, a matrix what stands on its right: plain tensors in one way,
-`workers.models.fp8.RowScaled` in the other. Matrices are Linears in 4 bits or in e4m3 (`workers.models.fp8_loading`),
-one below the other, or those of experts (`workers.models.packed`). What must be dequantized goes into a buffer that the
-next of its place takes. A router's product is none of these: it is the router's own.
+`workers.models.fp8.RowScaled` in the other. Matrices are Linears in 4 bits, in e4m3 (`workers.models.fp8_loading`) or
+as they were, one below the other, or those of experts (`workers.models.packed`). What must be dequantized goes into a
+buffer that the next of its place takes. A router's product is none of these: it is the router's own.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,6 @@ from workers.models.fp8 import (
     RowScaled,
     dequantize_rounded,
     multiply,
-    restored,
     rounded,
     rounded_add_norm,
     rounded_swiglu,
@@ -86,12 +85,16 @@ class Products:
 
     def matrix(self, place: str, *linears: Any) -> Any:
         """Matrices one below the other; valid until the next ones of the same place."""
+        if len(linears) == 1 and linears[0].weight.dtype == self.dtype:
+            return linears[0].weight
         into_RC = self._buffer_of(place, *linears)
         start = 0
         for linear in linears:
             rows = slice(start, start + linear.out_features)
-            if linear.weight.dtype == E4M3:
-                restored(linear.row_scaled, into_RC[rows])
+            if linear.weight.dtype == self.dtype:
+                into_RC[rows] = linear.weight
+            elif linear.weight.dtype == E4M3:
+                linear.restore(into_RC[rows])
             else:
                 dequantize(FourBits.of(linear.weight), into_RC[rows])
             start = rows.stop
@@ -100,11 +103,7 @@ class Products:
     def matrices(self, place: str, stack: PackedStack, first: int, last: int) -> Any:
         """Those of some experts, shape (N, R, C); valid until the next ones of the same place."""
         into_NRC = self._buffer(place, (last - first, stack.rows, stack.columns), stack.device)
-        if isinstance(stack, StackE4m3):
-            part = stack.part(first, last)
-            restored(RowScaled(*(each.flatten(0, 1) for each in part)), into_NRC.flatten(0, 1))
-        else:
-            dequantize(stack.part(first, last), into_NRC)
+        stack.restore(first, last, into_NRC)
         return into_NRC
 
     def one(self, matrices: Any, number: int) -> Any:

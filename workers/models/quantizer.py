@@ -187,5 +187,5 @@ class Unfusing8bit(Bnb8BitHfQuantizer):  # type: ignore[misc]
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The modules, by name, whose matrix is in 4 bits or in e4m3, or should be."""
-    kinds = ("Linear4bit", "RowScaledLinear")
+    kinds = ("Linear4bit", "RowScaledLinear", "BlockScaledLinear")
     return {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}

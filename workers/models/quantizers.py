@@ -2,28 +2,34 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers.quantizers import auto
 
-from workers.models.fp8_loading import METHOD, RowScaledConfig, RowScaledQuantizer
+from workers.models.fp8_loading import METHOD, StoredConfig, StoredQuantizer
 from workers.models.quantizer import Packing4bit, Unfusing8bit
+from workers.models.stored import Stored
 
-OURS: dict[str, Any] = {
-    "bitsandbytes_4bit": Packing4bit,
-    "bitsandbytes_8bit": Unfusing8bit,
-    METHOD: RowScaledQuantizer,
-}
+OURS: dict[str, Any] = {"bitsandbytes_4bit": Packing4bit, METHOD: StoredQuantizer}
 
 
 @contextmanager
-def own_quantizers() -> Iterator[None]:
-    """Inside, transformers loads quantized models through ours; outside, as ever."""
-    tables = (auto.AUTO_QUANTIZER_MAPPING, OURS), (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, {METHOD: RowScaledConfig})
+def own_quantizers(stored: Stored | None = None) -> Iterator[None]:
+    """Inside, transformers loads quantized models through ours; outside, as ever.
+
+    Parameters
+    ----------
+    stored
+        In what the checkpoint to load holds its matrices.
+    """
+    ours: dict[str, Any] = {name: partial(quantizer, stored=stored) for name, quantizer in OURS.items()}
+    ours["bitsandbytes_8bit"] = Unfusing8bit
+    tables = (auto.AUTO_QUANTIZER_MAPPING, ours), (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, {METHOD: StoredConfig})
     stock = [dict(table) for table, _ in tables]
-    for table, ours in tables:
-        table.update(ours)
+    for table, added in tables:
+        table.update(added)
     try:
         yield
     finally:
@@ -34,10 +40,10 @@ def own_quantizers() -> Iterator[None]:
 
 def quantize_skeleton(model: nn.Module, settings: Any) -> None:
     """Give a model on the meta device the modules it will have once loaded with these settings."""
+    quantizer: Any
     if settings.quant_method == METHOD:
-        name = METHOD
+        quantizer = StoredQuantizer(settings, pre_quantized=True)
     else:
-        name = "bitsandbytes_8bit" if settings.load_in_8bit else "bitsandbytes_4bit"
+        quantizer = (Unfusing8bit if settings.load_in_8bit else Packing4bit)(settings, pre_quantized=False)
     with own_quantizers():
-        quantizer = OURS[name](settings, pre_quantized=name == METHOD)
         quantizer.preprocess_model(model, device_map={"": "cpu"})

@@ -47,6 +47,7 @@ class GptOssForward(DecoderForward):
         super().__init__(model, matmul)
         config = model.config
         alpha, limit = getattr(config, "swiglu_alpha", 1.702), getattr(config, "swiglu_limit", 7.0)
+        model.norm.float()
         for layer in model.layers:
             layer.input_layernorm.float()
             layer.post_attention_layernorm.float()

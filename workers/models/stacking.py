@@ -4,11 +4,11 @@ Each is quantized as if it were a Linear's, and put in its place: one matrix abo
 checkpoint that keeps the experts of a layer in one tensor, one such tensor.
 
 A checkpoint holds experts in one of four ways: each matrix by itself, original or quantized; all of a layer in one
-tensor, as transformers' fused module has them; or packed, as `workers.models.saving` writes them, which are plain
-tensors.
+tensor, as transformers' fused module has them, or in MXFP4 in two; or packed, as `workers.models.saving` writes them,
+which are plain tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,29 +19,36 @@ from workers.models.four_bits import FourBits
 from workers.models.fp8 import E4M3, RowScaled, rounded
 from workers.models.packed import PackedStack
 from workers.models.packing import FUSED, Place, fusing_converters, pack_skeleton
+from workers.models.published import BlockScaled, Mxfp4, restored_matrix
 from workers.models.quantizing import QuantState, packed_in_four_bits
-from workers.models.stored import BLOCK
+from workers.models.stored import BLOCK, E4M3_FORMS, MX_BLOCK, PUBLISHED, SCALE_BLOCK, Stored
+
+Matrix = FourBits | RowScaled | Mxfp4 | BlockScaled
 
 
 class Reader(NamedTuple):
     """A matrix from its parts in a checkpoint."""
 
-    quantization: str
-    """nf4, fp4 or fp8."""
-    stored: bool
-    """Whether the checkpoint holds it quantized."""
+    form: str
+    """What it becomes: a key of `workers.models.packed.STACKS`."""
+    stored: Stored | None
+    """What the checkpoint holds."""
+    dtype: torch.dtype
+    """The compute dtype: of a matrix that is stored otherwise, before it is quantized again."""
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         """What the names of its parts end in."""
-        if not self.stored:
+        if self.stored is None:
             return ("",)
-        if self.quantization == "fp8":
-            return ("", "_scale")
-        state = f".quant_state.bitsandbytes__{self.quantization}"
+        if self.stored.form == "mxfp4":
+            return ("_blocks", "_scales")
+        if self.stored.form in E4M3_FORMS:
+            return ("", self.stored.scale)
+        state = f".quant_state.bitsandbytes__{self.stored.form}"
         return ("", ".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map", state)
 
-    def read(self, shape: tuple[int, int], matrix: torch.Tensor, *others: torch.Tensor) -> FourBits | RowScaled:
+    def read(self, shape: tuple[int, int], *parts: torch.Tensor) -> Matrix:
         """A matrix that should be of some shape.
 
         Raises
@@ -49,30 +56,80 @@ class Reader(NamedTuple):
         ValueError
             When it is not, or is quantized otherwise.
         """
-        if not self.stored or self.quantization == "fp8":
-            _refuse_shape(tuple(matrix.shape), shape)
-        if not self.stored:
-            return quantized(matrix, self.quantization)
-        if self.quantization == "fp8":
-            if matrix.dtype != E4M3:
-                raise ValueError(f"is of {matrix.dtype}, not e4m3")
+        if self.stored is None:
+            _refuse_shape(tuple(parts[0].shape), shape)
+            return quantized(parts[0], self.form)
+        found = self._as_stored(self.stored.form, shape, *parts)
+        if self.form == self.stored.form or not isinstance(found, (Mxfp4, BlockScaled)):
+            return found
+        return quantized(restored_matrix(found, self.dtype), self.form)
+
+    def _as_stored(self, form: str, shape: tuple[int, int], *parts: torch.Tensor) -> Matrix:
+        if form == "mxfp4":
+            return mxfp4_of(*parts, shape=shape)
+        if form == "fp8_blocks":
+            return blocks_of(*parts, shape=shape)
+        matrix, *others = parts
+        if form == "fp8":
+            refuse_other_e4m3(matrix, shape)
             return RowScaled(matrix, one_a_row(others[0], matrix.shape[0])[:, None])
         if matrix.dtype != torch.uint8:  # bitsandbytes may keep the bytes as numbers of another type
             raise ValueError(f"is stored in {matrix.dtype}, not in bytes (bnb_4bit_quant_storage)")
         state = QuantState.from_dict(
             {suffix[1:]: part for suffix, part in zip(self.suffixes[1:], others, strict=True)}, matrix.device
         )
-        if fault := state_fault(state, self.quantization):
+        if fault := state_fault(state, form):
             raise ValueError(f"is {fault}")
         _refuse_shape(tuple(state.shape), shape)
         return FourBits.from_state(matrix, state)
 
 
-def quantized(matrix: torch.Tensor, quantization: str) -> FourBits | RowScaled:
+def mxfp4_of(blocks: torch.Tensor, scales: torch.Tensor, *, shape: tuple[int, int]) -> Mxfp4:
+    """A matrix as gpt-oss is published: uint8 (R, C/32, 16) and (R, C/32).
+
+    Raises
+    ------
+    ValueError
+        When it is of another shape or dtype.
+    """
+    rows, columns = shape
+    wanted = (rows, columns // MX_BLOCK, MX_BLOCK // 2), (rows, columns // MX_BLOCK)
+    found = tuple(blocks.shape), tuple(scales.shape)
+    if found != wanted or {blocks.dtype, scales.dtype} != {torch.uint8}:
+        raise ValueError(
+            f"has blocks of {blocks.dtype} {found[0]} and scales of {scales.dtype} {found[1]}, not of torch.uint8"
+            f" {wanted[0]} and {wanted[1]}"
+        )
+    return Mxfp4(blocks.reshape(1, rows, -1), scales[None])
+
+
+def blocks_of(values: torch.Tensor, scale: torch.Tensor, *, shape: tuple[int, int]) -> BlockScaled:
+    """A matrix in e4m3 (R, C) with floating-point scales (⌈R/128⌉, ⌈C/128⌉).
+
+    Raises
+    ------
+    ValueError
+        When it is of another shape or dtype.
+    """
+    refuse_other_e4m3(values, shape)
+    wanted = tuple(-(-size // SCALE_BLOCK) for size in shape)
+    if tuple(scale.shape) != wanted or scale.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"has scales of {scale.dtype} {tuple(scale.shape)}, not of float32 or bfloat16 {wanted}")
+    return BlockScaled(values[None], scale.float()[None])
+
+
+def refuse_other_e4m3(matrix: torch.Tensor, shape: tuple[int, int]) -> None:
+    """A ValueError where a matrix is not in e4m3, or of another shape."""
+    _refuse_shape(tuple(matrix.shape), shape)
+    if matrix.dtype != E4M3:
+        raise ValueError(f"is of {matrix.dtype}, not e4m3")
+
+
+def quantized(matrix: torch.Tensor, form: str) -> FourBits | RowScaled:
     """A matrix in nf4, fp4 or fp8, where it lies."""
-    if quantization == "fp8":
+    if form == "fp8":
         return rounded(matrix.contiguous())
-    return FourBits.from_state(*packed_in_four_bits(matrix, quantization))
+    return FourBits.from_state(*packed_in_four_bits(matrix, form))
 
 
 def state_fault(state: Any, quantization: str) -> str | None:
@@ -122,16 +179,20 @@ class Packing(WeightConverter):  # type: ignore[misc]
         Of a tensor of a `PackedStack`.
     reader
         What makes a matrix of each.
+    end
+        Of the patterns, behind what the names of a matrix's parts end in.
     """
 
-    def __init__(self, sources: list[str], target: str, reader: Reader) -> None:
-        parts = [f"{source}{suffix}" for source in sources for suffix in reader.suffixes]
+    def __init__(self, sources: list[str], target: str, reader: Reader, end: str = "") -> None:
+        self.ends = [f"{suffix}{end}" for suffix in reader.suffixes]
+        self.end = end
+        parts = [f"{source}{each}" for source in sources for each in self.ends]
         super().__init__(sorted(parts, key=len, reverse=True), [target], operations=[reader])
         self.sources = sources
 
     def __deepcopy__(self, _: Any) -> "Packing":
         """transformers copies it for each tensor, and nothing in it changes but what a copy collects."""
-        return Packing(self.sources, self.target_patterns[0], self.operations[0])
+        return Packing(self.sources, self.target_patterns[0], self.operations[0], self.end)
 
     def convert(
         self, layer_name: str, model: Any = None, loading_info: Any = None, **_: Any
@@ -165,14 +226,17 @@ class Packing(WeightConverter):  # type: ignore[misc]
 
     def _matrices(self, stack: PackedStack) -> Iterator[tuple[str, list[torch.Tensor]]]:
         """The parts of each matrix, read when it is asked for."""
-        suffixes = self.operations[0].suffixes
-        if len(suffixes) == 1 and "*" not in self.sources[0]:
-            [load] = self.collected_tensors.pop(self.sources[0])
-            for matrix in matrices_of(_read(load), stack):
-                yield self.sources[0], [matrix]
+        if "*" not in self.sources[0]:
+            loads = [self.collected_tensors.pop(f"{self.sources[0]}{end}", [None])[0] for end in self.ends]
+            if None in loads:
+                return
+            whole = [_read(load) for load in loads]
+            each: list[Iterable[torch.Tensor]] = [*whole] if len(whole) > 1 else [matrices_of(whole[0], stack)]
+            for matrix in zip(*each, strict=True):
+                yield self.sources[0], list(matrix)
             return
         waiting = [
-            [iter(_taken(self.collected_tensors.pop(f"{source}{suffix}", []))) for suffix in suffixes]
+            [iter(_taken(self.collected_tensors.pop(f"{source}{end}", []))) for end in self.ends]
             for source in self.sources
         ]
         expert = 0
@@ -197,6 +261,50 @@ def _read(load: Any) -> torch.Tensor:
     """What transformers collected: a call that reads, or the result of a thread that does."""
     tensor: torch.Tensor = load() if callable(load) else load.result()
     return tensor
+
+
+class Restoring(WeightConverter):  # type: ignore[misc]
+    """Reads what is no expert's of a published checkpoint: as it is stored, or made into what the module holds.
+
+    Parameters
+    ----------
+    quantizer
+        transformers' quantizer, one of ours.
+    """
+
+    def __init__(self, quantizer: Any) -> None:
+        self.quantizer = quantizer
+        scale = quantizer._stored.scale
+        sources = ["weight$", f"weight{scale}$"] if scale else ["weight$"]
+        super().__init__(sources, ["weight"], operations=[quantizer])
+
+    def __deepcopy__(self, _: Any) -> "Restoring":
+        """transformers copies it for each tensor, and nothing in it changes but what a copy collects."""
+        return Restoring(self.quantizer)
+
+    def convert(self, layer_name: str, model: Any = None, **others: Any) -> dict[str, torch.Tensor]:
+        """The tensors of a module, by name.
+
+        Raises
+        ------
+        ValueError
+            When a matrix is another one than it should be.
+        """
+        module, (_, dtype) = model.get_submodule(layer_name.rpartition(".")[0]), self.quantizer._kind()
+        weight, *scales = (_read(self.collected_tensors[source][0]) for source in sorted(self.collected_tensors))
+        if scales:
+            try:
+                blocks = blocks_of(weight, scales[0], shape=(module.out_features, module.in_features))
+            except ValueError as error:
+                raise ValueError(f"{layer_name} {error}") from None
+            if type(module).__name__ == "BlockScaledLinear":
+                return {layer_name: blocks.values[0], f"{layer_name}_scale_inv": blocks.scale[0]}
+            weight = restored_matrix(blocks, dtype)
+        if type(module).__name__ not in ("Linear4bit", "RowScaledLinear"):
+            return {layer_name: weight}
+        given, quantize = {layer_name: weight.to(dtype)}, self.quantizer.get_quantize_ops().convert
+        made: dict[str, torch.Tensor] = quantize(given, full_layer_name=layer_name, model=model)
+        return made
 
 
 class StackWriter:
@@ -236,16 +344,29 @@ class StackWriter:
 
 
 class PacksExperts:
-    """What quantizers add to their stock counterpart: experts in common tensors."""
+    """What quantizers add to their stock counterpart: experts in common tensors.
+
+    To transformers every checkpoint that is quantized is one that needs no quantizing, so that it hands each tensor
+    over in the dtype that it is stored in; what is held otherwise than it is stored is made here.
+
+    Parameters
+    ----------
+    stored
+        In what the checkpoint holds matrices; None where they are not quantized.
+    """
+
+    def __init__(self, *arguments: Any, stored: Stored | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._stored = stored
 
     def _kind(self) -> tuple[str, torch.dtype]:
-        """nf4, fp4 or fp8, and the compute dtype."""
+        """The form that experts are held in, and the compute dtype."""
         raise NotImplementedError
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        kind, dtype = self._kind()
-        pack_skeleton(model, kind, dtype)
-        if not self.pre_quantized:  # type: ignore[attr-defined]
+        form, dtype = self._kind()
+        pack_skeleton(model, form, dtype)
+        if self._stored is None or self._stored.form != form:
             for module in list(model.modules()):
                 if isinstance(module, PackedStack):
                     module.register_buffer(WAITING, torch.empty(0, dtype=dtype, device="meta"))
@@ -253,30 +374,33 @@ class PacksExperts:
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> Any:
         """Have experts packed where they would be fused (transformers passes the model from 5.11 or so on)."""
-        kind, _ = self._kind()
+        form, dtype = self._kind()
         fusing = fusing_converters(weight_conversions)
-        stored = self.pre_quantized  # type: ignore[attr-defined]
-        first = WAITING if not stored else "values" if kind == "fp8" else "packed"
+        reader = Reader(form, self._stored, dtype)
+        as_stored = self._stored is not None and self._stored.form == form
+        first = WAITING if not as_stored else "values" if form in E4M3_FORMS else "packed"
         packing: list[Any] = []
         for stack, leaf in FUSED.items():
-            if not stored:
-                packing.append(Packing([rf"\.{leaf}$"], f".{stack}.{first}", Reader(kind, stored)))
+            if self._stored is None or self._stored.form == "mxfp4":
+                packing.append(Packing([rf"\.{leaf}"], f".{stack}.{first}", reader, end="$"))
             packing.append(WeightRenaming(rf"\.{leaf}_bias$", f".{stack}_bias"))
             if leaf in fusing:
                 target = fusing[leaf].target_patterns[0].removesuffix(leaf)
-                packing.append(Packing(fusing[leaf].source_patterns, f"{target}{stack}.{first}", Reader(kind, stored)))
+                packing.append(Packing(fusing[leaf].source_patterns, f"{target}{stack}.{first}", reader))
         kept = [each for each in weight_conversions if all(each is not one for one in fusing.values())]
+        if self._stored is not None and self._stored.form in PUBLISHED:
+            kept.append(Restoring(self))
         return [*packing, *super().update_weight_conversions(kept, *model)]  # type: ignore[misc]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Also what decides in which dtype a tensor is read, and whether another shape is an error."""
         if isinstance(model.get_submodule(param_name.rpartition(".")[0]), PackedStack):
-            return not self.pre_quantized  # type: ignore[attr-defined]
+            return self._stored is None
         needed: bool = super().param_needs_quantization(model, param_name, **kwargs)  # type: ignore[misc]
         return needed
 
     def get_new_dtype(self, converter: Any, *arguments: Any) -> Any:
         """In which dtype a tensor of a quantized checkpoint is read; None is its own."""
-        if isinstance(converter, Packing):
+        if isinstance(converter, (Packing, Restoring)):
             return None
         return super().get_new_dtype(converter, *arguments)  # type: ignore[misc]

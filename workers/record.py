@@ -1,0 +1,83 @@
+"""What a capture records beside its choices, from what was asked for. Imports nothing heavy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from store.layout import FLOAT16_BITS, FLOAT32_BITS
+
+Recordable = Literal["logits", "output_norm", "logprob"]
+WeightPrecision = Literal["float16", "float32", "compact"]
+
+ALL_LOGITS = 64  # experts at most, of which all logits are kept
+TOP_LOGITS = 32  # so many are kept where there are more experts
+MANTISSA_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
+LOGIT_BITS = 2  # a logit of 4 to 8 has a step of so many bits more than its mantissa's last, and so has its weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """The fields of `store.Layout` that say what is recorded."""
+
+    record: tuple[str, ...] = ()
+    """Names of optional arrays."""
+    top_logits: int = 0
+    weight_bits: int = FLOAT16_BITS
+
+    @property
+    def whole(self) -> bool:
+        """Whether the last layer's experts are needed."""
+        return not {"output_norm", "logprob"}.isdisjoint(self.record)
+
+
+def what_to_record(
+    names: Sequence[str],
+    num_experts: int,
+    router_dtype: str,
+    *,
+    top_logits: int | None = None,
+    weight_precision: str = "float16",
+) -> Recorded:
+    """The arrays and precisions that are asked for.
+
+    Parameters
+    ----------
+    names
+        Any of `Recordable`.
+    num_experts
+        E.
+    router_dtype
+        float32, bfloat16 or float16: what routers compute in.
+    top_logits
+        So many of the largest logits are kept; None: all of `ALL_LOGITS` experts or fewer, else `TOP_LOGITS`.
+    weight_precision
+        One of `WeightPrecision`. A weight is the exponential of a logit: its relative error is the logit's absolute
+        one. So "compact" keeps `LOGIT_BITS` fewer bits than the routers' dtype has, and at most those of float16.
+
+    Raises
+    ------
+    ValueError
+        When a name or a number is none that can be recorded.
+    """
+    for name in names:
+        if name not in get_args(Recordable):
+            raise ValueError(f"{name!r:.80} cannot be recorded; what can: {', '.join(get_args(Recordable))}")
+    if weight_precision not in get_args(WeightPrecision):
+        raise ValueError(f"weight_precision {weight_precision!r:.80} is none of {', '.join(get_args(WeightPrecision))}")
+    if top_logits is not None and "logits" not in names:
+        raise ValueError(f"--top_logits is {top_logits}, and no logits are recorded: give --record logits too")
+    if top_logits is not None and not 1 <= top_logits <= num_experts:
+        raise ValueError(f"--top_logits is {top_logits}, and must be 1 to {num_experts}, the experts of the model")
+    kept = top_logits or (num_experts if num_experts <= ALL_LOGITS else TOP_LOGITS)
+    some = "logits" in names and kept < num_experts
+    of_logits = ("logit", "logit_expert") if some else ("logit",)
+    bits = {"float16": FLOAT16_BITS, "float32": FLOAT32_BITS}
+    compact = min(FLOAT16_BITS, MANTISSA_BITS[router_dtype] - LOGIT_BITS)
+    return Recorded(
+        record=(
+            *(of_logits if "logits" in names else ()),
+            *(name for name in ("output_norm", "logprob") if name in names),
+        ),
+        top_logits=kept if some else 0,
+        weight_bits=bits.get(weight_precision, compact),
+    )

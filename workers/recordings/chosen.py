@@ -1,0 +1,41 @@
+"""Which recordings a capture makes: those that give the arrays that it records."""
+
+from typing import Any
+
+from workers.models.head import Head
+from workers.models.loading import LoadedModel
+from workers.record import Recorded
+from workers.recordings.logits import RouterLogits
+from workers.recordings.logprobs import NextToken
+from workers.recordings.norms import OutputNorms, experts_of
+from workers.recordings.recording import Recording
+
+
+def recordings_of(loaded: LoadedModel, forward: Any, recorded: Recorded) -> list[Recording]:
+    """The recordings of a model.
+
+    Parameters
+    ----------
+    forward
+        What applies its layers; a forward of ours is told to run them to their end, and to show its experts' outputs.
+
+    Raises
+    ------
+    ValueError
+        When the model cannot be recorded so.
+    """
+    found: list[Recording] = []
+    own = forward is not loaded.model
+    if "logit" in recorded.record:
+        found.append(RouterLogits(loaded.routers, loaded.num_experts, loaded.experts_per_token, recorded.top_logits))
+    if "output_norm" in recorded.record:
+        norms = OutputNorms(loaded.routers, () if own else experts_of(loaded.model, loaded.routers))
+        if own:
+            forward.seen = norms.seen
+        found.append(norms)
+    if "logprob" in recorded.record:
+        model: Any = loaded.model
+        found.append(NextToken(Head(loaded.folder, model), model.norm))
+    if own:
+        forward.whole = any(recording.whole for recording in found)
+    return found

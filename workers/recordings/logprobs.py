@@ -1,0 +1,79 @@
+"""The log-probability of the next token of the row, at the position that predicts it.
+
+T tokens in B rows of P positions, S of them sampled, N of them followed by another, H hidden, V vocabulary. The proof:
+for the sample, the final norm as a module and the published head, and the tokens by their rows, must give the same.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from workers.models.forwards import LastHidden
+from workers.models.head import Head
+from workers.recordings.recording import Batch, Chosen, Recording, doubted, near
+
+OTHERS = "the log-probabilities recorded after it are not those of the tokens that follow"
+
+
+class NextToken(Recording):
+    """Of every token that another follows in its row; NaN elsewhere.
+
+    Parameters
+    ----------
+    head
+        The published one.
+    norm
+        The model's final norm.
+    """
+
+    whole = True
+
+    def __init__(self, head: Head, norm: nn.Module) -> None:
+        self.head, self.norm = head, norm
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """See `Recording`."""
+        handle = self.norm.register_forward_pre_hook(self._keep_before)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _keep_before(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        self._before = args[0]
+
+    def begin(self, batch: Batch) -> None:
+        """See `Recording`."""
+        self._batch = batch
+
+    def ended(self, output: Any) -> None:
+        """See `Recording`."""
+        ended = output if isinstance(output, LastHidden) else LastHidden(self._before, output.last_hidden_state)
+        before_TH, hidden_TH = (part.reshape(-1, part.shape[-1]).to(self.head.device) for part in ended)
+        token_BP, sample, place_N = self._batch
+        self._logprob_T = torch.full((token_BP.numel(),), torch.nan, device=token_BP.device)
+        self._logprob_T[place_N] = self.head.logprobs(hidden_TH, place_N, token_BP.flatten()[place_N + 1])
+        self._doubts_1S = self._look(self.head.logits(self.norm.forward(before_TH[sample])).float())
+
+    def _look(self, logits_SV: torch.Tensor) -> torch.Tensor:
+        """Which sampled tokens have another log-probability than these logits give; the last of a row has none."""
+        token_BP, sample, place_N = self._batch
+        following_BP = token_BP.roll(-1, dims=1)
+        target_S = following_BP[sample // token_BP.shape[1], sample % token_BP.shape[1]]
+        wanted_S = logits_SV.gather(-1, target_S[:, None])[:, 0] - logits_SV.logsumexp(dim=-1)
+        found_S, followed_S = self._logprob_T[sample], torch.isin(sample, place_N)
+        close_S = near(found_S, wanted_S, self.head.dtype, logits_SV.abs().amax(dim=-1))
+        return doubted(torch.where(followed_S, close_S, found_S.isnan())[None])
+
+    def arrays(self, chosen: Chosen) -> dict[str, torch.Tensor]:
+        """See `Recording`."""
+        return {"logprob": self._logprob_T}
+
+    def doubts(self, chosen: Chosen) -> dict[str, torch.Tensor]:
+        """See `Recording`."""
+        none = self._doubts_1S.new_zeros(len(chosen.experts_LTK) - 1, len(chosen.sample))
+        return {OTHERS: torch.cat([none, self._doubts_1S])}
