@@ -195,6 +195,7 @@ class Layer:
 
     def __init__(self, model: Any, number: int, states: torch.Tensor) -> None:
         self.layers, self.rotary_emb, self.config = model.layers[number : number + 2], model.rotary_emb, model.config
+        self.norm = model.norm
         self.embed_tokens = nn.Embedding(1, 1, dtype=torch.bfloat16, device="cuda")
         self.embed_tokens.forward = lambda ids: states.clone()  # the forward adds to them in place
 
