@@ -27,6 +27,7 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 
+from checkpoints import make_mxfp4  # noqa: E402
 from full_size import fill, random_matrix  # noqa: E402
 from gpu import GIB, Run, alternate, captured, stock  # noqa: E402
 
@@ -83,6 +84,11 @@ LAYERS = {"gpt-oss-120b": 12, "qwen3-235b-a22b": 12}
 """How many are made where nothing is asked for; else all."""
 
 
+def stored_in(config: Any) -> str:
+    """What the rows are of: gpt-oss as it is published, all others in NF4."""
+    return "mxfp4" if config.model_type == "gpt_oss" else "nf4"
+
+
 def config_of(name: str, layers: int | None = None) -> Any:
     """One of `CONFIGS`, perhaps with fewer layers."""
     config = CONFIGS[name]()
@@ -96,7 +102,7 @@ def random_model(config: Any, quantization: str) -> Any:
     Parameters
     ----------
     quantization
-        nf4, packed, or none: bf16 with transformers' fused experts.
+        nf4 or mxfp4, packed, or none: bf16 with transformers' fused experts.
     """
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16)
@@ -122,7 +128,10 @@ def _copy_of(experts: Any) -> Any:
 
 
 def save_checkpoint(config: Any, folder: Path) -> None:
-    """Random weights as `jobs/quantize.py` would leave them, in NF4, one file a layer, with the tiny tokenizer."""
+    """Random weights in NF4, as `jobs/quantize.py` would leave them, one file a layer; of gpt-oss in MXFP4."""
+    if stored_in(config) == "mxfp4":
+        make_mxfp4(config, folder)
+        return
     folder.mkdir(parents=True)
     with torch.device("meta"):
         skeleton = transformers.AutoModel.from_config(config, dtype=torch.bfloat16)
@@ -208,7 +217,8 @@ def layer_by_layer(name: str, layers: int = 5, rows: int = 16) -> list[dict[str,
     """
     config = config_of(name, layers)
     layers = config.num_hidden_layers
-    model = random_model(config, "nf4")
+    form = stored_in(config)
+    model = random_model(config, form)
     ids = torch.randint(0, config.vocab_size, (rows, POSITIONS), device="cuda")
     states: list[torch.Tensor] = []
     handles = [
@@ -220,8 +230,8 @@ def layer_by_layer(name: str, layers: int = 5, rows: int = 16) -> list[dict[str,
     found = []
     for number in range(layers - 1):
         of_layer = Layer(model, number, states[number])
-        for matmul in ("bf16", "fp8"):
-            forward = own_forward(model, "nf4")(of_layer, matmul)
+        for matmul in ("bf16",) if form == "mxfp4" else ("bf16", "fp8"):
+            forward = own_forward(model, form)(of_layer, matmul)
             hidden, experts = _at_routers(of_layer.layers, partial(forward, ids))[-1]
             wanted, chosen = theirs[number + 1 - layers]  # the first layers may have no router
             away = (hidden.float() - wanted.float()).norm() / wanted.float().norm()
@@ -328,14 +338,16 @@ def of_model(name: str, options: argparse.Namespace, result: dict[str, Any]) -> 
     """All rows of one family."""
     config = config_of(name, options.layers)
     table = Table(name, config, options.seconds)
-    model = random_model(config, "nf4")
+    form = stored_in(config)
+    model = random_model(config, form)
     drop_last_experts(as_loaded(model, config))
-    forwards = {matmul: own_forward(model, "nf4")(model, matmul) for matmul in ("bf16", "fp8")}
+    matmuls = ("bf16",) if form == "mxfp4" else ("bf16", "fp8")
+    forwards = {matmul: own_forward(model, form)(model, matmul) for matmul in matmuls}
     sizes = num_experts(config), experts_per_token(config)
     for tokens in options.tokens:
         ids = torch.randint(0, config.vocab_size, (tokens // POSITIONS, POSITIONS), device="cuda")
         make: dict[tuple[str, str, str], Callable[[], Run]] = {
-            ("captured", "nf4", matmul): partial(captured, model, forward, ids, *sizes)
+            ("captured", form, matmul): partial(captured, model, forward, ids, *sizes)
             for matmul, forward in forwards.items()
         }
         for matmul, forward in forwards.items():  # after all captures, whose memory they would add to
