@@ -87,6 +87,11 @@ def cases(dtype: torch.dtype) -> dict[str, list[float]]:
         found[f"add_biases {width}"] = both(biased.add_biases, biased.plain_add_biases, *arguments)
         arguments = (3 * random(5, 2 * width), 1.702, 2.0)
         found[f"clamped_swiglu {width}"] = both(biased.clamped_swiglu, biased.plain_clamped_swiglu, *arguments)
+    rows = random(5, 2 * 96)
+    rows[1, 0] = rows[2, 3] = rows[3, 4] = float("nan")  # two gates, and what one is multiplied with
+    lost = [form(rows, 1.702, 2.0).isnan() for form in (biased.clamped_swiglu, biased.plain_clamped_swiglu)]
+    same = bool((lost[0] == lost[1]).all()) and int(lost[0].sum()) == 3
+    found["clamped_swiglu of what is not a number"] = [0.0 if same else float("inf")]
     slots = torch.randperm(12, device=DEVICE).view(6, 2)
     weights = torch.rand(6, 2, device=DEVICE)
     for width in (64, 100):

@@ -18,7 +18,7 @@ import torch
 
 from workers.models.forwards import forward_of
 from workers.models.loading import LoadedModel, load_model
-from workers.record import Recorded
+from workers.record import CHOICES_ALONE, Recorded
 from workers.recorder import Micro, RouteRecorder, on_device
 from workers.recordings.chosen import recordings_of
 from workers.shard import DeviceLost, OutOfMemory, Routes, RoutingError
@@ -41,7 +41,7 @@ class ModelEngine:
         When the model cannot be recorded so.
     """
 
-    def __init__(self, loaded: LoadedModel, recorded: Recorded | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, recorded: Recorded = CHOICES_ALONE) -> None:
         self.model = loaded.model
         self.layers = tuple(loaded.routers)
         self.num_experts = loaded.num_experts
@@ -49,7 +49,6 @@ class ModelEngine:
         self.device = next(loaded.model.parameters()).device
         how = (loaded.provenance[name] for name in ("quantization", "expert_backend", "matmul"))
         self.forward = forward_of(loaded.model, *how)
-        recorded = recorded or Recorded()
         recordings = recordings_of(loaded, self.forward, recorded)
         self.recorder = RouteRecorder(
             loaded.routers, loaded.num_experts, loaded.experts_per_token, recordings, recorded.weight_bits
@@ -122,7 +121,7 @@ def _to_host(part: torch.Tensor) -> torch.Tensor:
     return part.contiguous().to("cpu", non_blocking=True)
 
 
-def load_engine(model: str | Path, *, device: str, recorded: Recorded | None = None, **options: Any) -> ModelEngine:
+def load_engine(model: str | Path, *, device: str, recorded: Recorded = CHOICES_ALONE, **options: Any) -> ModelEngine:
     """Load a model as an engine; the arguments are those of `load_model`, or the model is "tiny".
 
     What nothing that is recorded needs is not kept: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
@@ -132,7 +131,7 @@ def load_engine(model: str | Path, *, device: str, recorded: Recorded | None = N
         # too late: torch reads it when it is first asked what the card can do.
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     loaded = load_model(model_path(model), device=device, **options)
-    if recorded is None or not recorded.whole:
+    if not recorded.whole:
         drop_last_experts(loaded)
     if device != "cpu":
         torch.cuda.empty_cache()  # transformers takes more while it loads than the weights need

@@ -30,6 +30,9 @@ class Recorded:
         return not {"output_norm", "logprob"}.isdisjoint(self.record)
 
 
+CHOICES_ALONE = Recorded()
+
+
 def what_to_record(
     names: Sequence[str],
     num_experts: int,

@@ -147,9 +147,11 @@ def route_rows(
         shapes = {name: (len(batch), width, *spec.trailing[1:]) for name, spec in specs.items()}
         filled = np.arange(width) < length[:, None]
         _check(found, shapes, filled, layout)
-        row, position = np.nonzero(filled)
         for name, values in routes.result().items():
-            values[batch[row], position] = found[name][filled]
+            for row, given, size in zip(
+                batch, found[name], length, strict=True
+            ):  # by slices: other threads run meanwhile
+                values[row, :size] = given[:size]
 
     putter = ThreadPoolExecutor(1, thread_name_prefix="put")  # beside the next micro-batch
     routes = putter.submit(unfilled)  # a shard of 48 layers and 8 choices has 300 MB, which take a tenth of a second

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from full_size import full_size_config, random_matrix
+from full_size import full_size_config, random_matrix, random_mxfp4
 from safetensors.torch import save_file
 
 from workers.models.description import quantization_config
@@ -72,7 +72,7 @@ def make_checkpoint(
         (folder / file.name).write_bytes(file.read_bytes())
 
 
-def make_mxfp4(config: Any, folder: Path, device: str = "cuda") -> None:
+def make_mxfp4(config: Any, folder: Path) -> None:
     """One of gpt-oss, as it is published: codes and powers of two for the experts, bf16 for all else.
 
     Parameters
@@ -85,22 +85,20 @@ def make_mxfp4(config: Any, folder: Path, device: str = "cuda") -> None:
     (folder / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": settings}))
     with torch.device("meta"):
         skeleton = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator("cuda").manual_seed(0)
     files: dict[str, dict[str, torch.Tensor]] = {}
     for name, meta in skeleton.named_parameters():
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         tensors = files.setdefault(f"layer-{int(layer[1]):02d}" if layer else "embed", {})
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             experts, inputs, outputs = meta.shape
-            shape = experts, outputs, inputs // 32
-            codes = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, device=device, generator=generator)
-            powers = torch.randint(118, 122, shape, dtype=torch.uint8, device=device, generator=generator)
-            tensors |= {f"{name}_blocks": codes.cpu(), f"{name}_scales": powers.cpu()}
+            found = random_mxfp4((experts * outputs, inputs), generator)
+            tensors[f"{name}_blocks"] = found.packed.view(experts, outputs, inputs // 32, 16).cpu()
+            tensors[f"{name}_scales"] = found.scale.view(experts, outputs, inputs // 32).cpu()
         elif name.endswith("norm.weight"):
             tensors[name] = torch.ones(meta.shape, dtype=torch.bfloat16)
         else:
-            values = torch.randn(meta.shape, dtype=torch.bfloat16, device=device, generator=generator)
-            tensors[name] = (values * meta.shape[-1] ** -0.5).cpu()
+            tensors[name] = random_matrix(tuple(meta.shape), generator, 1.0 if "embed" in name else None).cpu()
     index = {}
     for number, tensors in files.items():
         save_file(tensors, folder / f"model-{number}.safetensors", metadata={"format": "pt"})

@@ -2,8 +2,9 @@
 
 Makes each model on the card with random weights (NF4, packed as `load_model` leaves it; and for transformers' own
 forward bf16), and prints a table: tokens/s and memory of our forward with its proof and its copy to the host, with bf16
-and with fp8 products, of the matrix products alone, and of transformers' forward with `grouped_mm`. All layers have
-equal experts. Contestants alternate in one run; rates are medians.
+and with fp8 products, of the matrix products alone, and of transformers' forward with `grouped_mm` and the attention
+that it takes by itself: sdpa, for gpt-oss eager. All layers have equal experts; models that are too large in bf16 get
+fewer layers. Contestants alternate in one run; rates are medians.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,17 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 
+from checkpoints import make_mxfp4  # noqa: E402
 from full_size import fill, random_matrix  # noqa: E402
 from gpu import GIB, Run, alternate, captured, stock  # noqa: E402
 
 from workers.engine import drop_last_experts  # noqa: E402
 from workers.models import fp8, saving  # noqa: E402
-from workers.models.description import find_routers, quantization_config  # noqa: E402
-from workers.models.forwards import forward_of  # noqa: E402
+from workers.models.decoder import DecoderForward, dense_linears, router_of  # noqa: E402
+from workers.models.description import experts_per_token, find_routers, num_experts, quantization_config  # noqa: E402
+from workers.models.forwards import own_forward  # noqa: E402
 from workers.models.loading import LoadedModel  # noqa: E402
+from workers.models.packed import PackedStack  # noqa: E402
 from workers.models.products import products_of  # noqa: E402
 from workers.models.quantizers import quantize_skeleton  # noqa: E402
 from workers.tiny import tiny_checkpoint  # noqa: E402
@@ -51,8 +55,45 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, vocab_size=50304,
         max_position_embeddings=4096, dtype="bfloat16", architectures=["OlmoeForCausalLM"],
     ),
+    "gpt-oss-20b": lambda: transformers.GptOssConfig(
+        num_hidden_layers=24, num_local_experts=32, dtype="bfloat16", architectures=["GptOssForCausalLM"],
+    ),
+    "gpt-oss-120b": lambda: transformers.GptOssConfig(
+        num_hidden_layers=36, num_local_experts=128, dtype="bfloat16", architectures=["GptOssForCausalLM"],
+    ),
+    "deepseek-v2-lite": lambda: transformers.DeepseekV2Config(
+        hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=27,
+        num_attention_heads=16, num_key_value_heads=16, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
+        first_k_dense_replace=1, topk_method="greedy", n_group=1, topk_group=1, routed_scaling_factor=1.0,
+        norm_topk_prob=False, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+        v_head_dim=128, vocab_size=102400, max_position_embeddings=163840,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 4096,
+            "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707},
+        dtype="bfloat16", architectures=["DeepseekV2ForCausalLM"],
+    ),
+    "qwen3-235b-a22b": lambda: transformers.Qwen3MoeConfig(
+        hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=94,
+        num_attention_heads=64, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        vocab_size=151936, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], sliding_window=None,
+        max_position_embeddings=40960, dtype="bfloat16", architectures=["Qwen3MoeForCausalLM"],
+    ),
 }  # fmt: skip
 """The published configurations."""
+LAYERS = {"gpt-oss-120b": 12, "qwen3-235b-a22b": 12}
+"""How many are made where nothing is asked for; else all."""
+
+
+def stored_in(config: Any) -> str:
+    """What the rows are of: gpt-oss as it is published, all others in NF4."""
+    return "mxfp4" if config.model_type == "gpt_oss" else "nf4"
+
+
+def config_of(name: str, layers: int | None = None) -> Any:
+    """One of `CONFIGS`, perhaps with fewer layers."""
+    config = CONFIGS[name]()
+    config.num_hidden_layers = min(layers or LAYERS.get(name, config.num_hidden_layers), config.num_hidden_layers)
+    return config
 
 
 def random_model(config: Any, quantization: str) -> Any:
@@ -61,10 +102,10 @@ def random_model(config: Any, quantization: str) -> Any:
     Parameters
     ----------
     quantization
-        nf4, packed, or none: bf16 with transformers' fused experts.
+        nf4 or mxfp4, packed, or none: bf16 with transformers' fused experts.
     """
     with torch.device("meta"):
-        model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16)
     if quantization == "none":
         model.set_experts_implementation("grouped_mm")
     else:
@@ -73,7 +114,8 @@ def random_model(config: Any, quantization: str) -> Any:
     *others, last = model.layers
     fill(last, generator, quantization)
     for layer in others:
-        layer.mlp.experts = _copy_of(last.mlp.experts)
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts = _copy_of(last.mlp.experts)
     fill(model, generator, quantization)
     model.rotary_emb = type(model.rotary_emb)(config).to("cuda")
     return model.eval().requires_grad_(False)
@@ -85,10 +127,12 @@ def _copy_of(experts: Any) -> Any:
     return deepcopy(experts, shared)
 
 
-def save_checkpoint(name: str, folder: Path) -> None:
-    """Random weights as `jobs/quantize.py` would leave them, in NF4, one file a layer, with the tiny tokenizer."""
+def save_checkpoint(config: Any, folder: Path) -> None:
+    """Random weights in NF4, as `jobs/quantize.py` would leave them, one file a layer; of gpt-oss in MXFP4."""
+    if stored_in(config) == "mxfp4":
+        make_mxfp4(config, folder)
+        return
     folder.mkdir(parents=True)
-    config = CONFIGS[name]()
     with torch.device("meta"):
         skeleton = transformers.AutoModel.from_config(config, dtype=torch.bfloat16)
     settings = quantization_config("nf4", skeleton, torch.bfloat16)
@@ -110,20 +154,17 @@ def save_checkpoint(name: str, folder: Path) -> None:
 def as_loaded(model: Any, config: Any) -> LoadedModel:
     """What `load_model` would give."""
     return LoadedModel(
-        folder=Path(), model=model, routers=find_routers(model), num_experts=config.num_experts,
-        experts_per_token=config.num_experts_per_tok, provenance={},
+        folder=Path(), model=model, routers=find_routers(model), num_experts=num_experts(config),
+        experts_per_token=experts_per_token(config), provenance={},
     )  # fmt: skip
 
 
-def products_alone(config: Any, matmul: str, tokens: int) -> Run:
+def products_alone(forward: DecoderForward, choices: int, matmul: str, tokens: int) -> Run:
     """Every matrix product of a forward, experts evenly loaded, with weights that all layers share."""
     generator = torch.Generator("cuda").manual_seed(1)
     products = products_of(matmul, torch.bfloat16)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    heads, groups, experts = config.num_attention_heads, config.num_key_value_heads, config.num_experts
-    slots = tokens * config.num_experts_per_tok
 
+    @cache
     def matrix(rows: int, columns: int, many: int | None = None) -> Any:
         values = random_matrix((rows * (many or 1), columns), generator)
         shape = (many, rows, columns) if many else (rows, columns)
@@ -132,20 +173,28 @@ def products_alone(config: Any, matmul: str, tokens: int) -> Run:
         found = fp8.rounded(values)
         return fp8.RowScaled(found.values.view(shape), found.scale.view(*shape[:-1], 1))
 
-    qkv = matrix((heads + 2 * groups) * head, config.hidden_size)
-    o = matrix(config.hidden_size, heads * head)
-    both, down = matrix(2 * inner, config.hidden_size, experts), matrix(config.hidden_size, inner, experts)
-    hidden, flat = matrix(tokens, config.hidden_size), matrix(tokens, heads * head)
-    taken, gated = matrix(slots, config.hidden_size), matrix(slots, inner)
-    ends = torch.linspace(0, slots, experts + 1, device="cuda")[1:].round().int()
+    def of_linears(linears: tuple[Any, ...]) -> Run:
+        columns = linears[0].in_features
+        right = matrix(sum(linear.out_features for linear in linears), columns)
+        return partial(products.multiply, matrix(tokens, columns), right)
+
+    def of_stack(stack: PackedStack) -> Run:
+        slots = tokens * choices
+        ends = torch.linspace(0, slots, stack.experts + 1, device="cuda")[1:].round().int()
+        right = matrix(stack.rows, stack.columns, stack.experts)
+        return partial(products.grouped, matrix(slots, stack.columns), right, ends)
+
+    steps: list[Run] = []
+    *layers, last = forward.model.layers
+    for layer in layers:
+        steps += [of_linears(linears) for linears in (*forward.attention_linears(layer), *dense_linears(layer))]
+        if hasattr(layer.mlp, "experts"):
+            steps += [of_stack(stack) for stack in (layer.mlp.experts.both, layer.mlp.experts.down)]
+    steps += [of_linears(linears) for linears in forward.attention_linears(last)]
 
     def run() -> None:
-        for layer in range(config.num_hidden_layers):
-            products.multiply(hidden, qkv)
-            products.multiply(flat, o)
-            if layer + 1 < config.num_hidden_layers:
-                products.grouped(taken, both, ends)
-                products.grouped(gated, down, ends)
+        for step in steps:
+            step()
 
     return run
 
@@ -155,6 +204,7 @@ class Layer:
 
     def __init__(self, model: Any, number: int, states: torch.Tensor) -> None:
         self.layers, self.rotary_emb, self.config = model.layers[number : number + 2], model.rotary_emb, model.config
+        self.norm = model.norm
         self.embed_tokens = nn.Embedding(1, 1, dtype=torch.bfloat16, device="cuda")
         self.embed_tokens.forward = lambda ids: states.clone()  # the forward adds to them in place
 
@@ -165,9 +215,10 @@ def layer_by_layer(name: str, layers: int = 5, rows: int = 16) -> list[dict[str,
     Both start from what transformers' forward had before the layer, so that a router is reached through one whole
     layer: attention, experts, attention.
     """
-    config = CONFIGS[name]()
-    config.num_hidden_layers = layers
-    model = random_model(config, "nf4")
+    config = config_of(name, layers)
+    layers = config.num_hidden_layers
+    form = stored_in(config)
+    model = random_model(config, form)
     ids = torch.randint(0, config.vocab_size, (rows, POSITIONS), device="cuda")
     states: list[torch.Tensor] = []
     handles = [
@@ -179,10 +230,10 @@ def layer_by_layer(name: str, layers: int = 5, rows: int = 16) -> list[dict[str,
     found = []
     for number in range(layers - 1):
         of_layer = Layer(model, number, states[number])
-        for matmul in ("bf16", "fp8"):
-            forward = type(forward_of(model, "nf4", "grouped", matmul))(of_layer, matmul)
+        for matmul in ("bf16",) if form == "mxfp4" else ("bf16", "fp8"):
+            forward = own_forward(model, form)(of_layer, matmul)
             hidden, experts = _at_routers(of_layer.layers, partial(forward, ids))[-1]
-            wanted, chosen = theirs[number + 1]
+            wanted, chosen = theirs[number + 1 - layers]  # the first layers may have no router
             away = (hidden.float() - wanted.float()).norm() / wanted.float().norm()
             same = (experts.sort(-1).values == chosen.sort(-1).values).all(-1).float().mean()
             found.append({"model": name, "layer": number + 1, "matmul": matmul, "tokens": ids.numel()})
@@ -194,7 +245,7 @@ def layer_by_layer(name: str, layers: int = 5, rows: int = 16) -> list[dict[str,
 def _at_routers(model: nn.Module, run: Callable[[], Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What reaches each router, and what it chooses."""
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    routers = [layer.mlp.gate for layer in getattr(model, "layers", model)]
+    routers = filter(None, [router_of(layer.mlp) for layer in getattr(model, "layers", model)])
     handles = [
         router.register_forward_hook(lambda _, args, output: found.append((args[0].flatten(0, -2).clone(), output[2])))
         for router in routers
@@ -227,7 +278,8 @@ class Table:
         took = alternate({" ".join(key): run for key, run in runs.items()}, self.seconds)
         for key in runs:
             system, weights, matmul = key
-            row = {"model": self.name, "system": system, "weights": weights, "matmul": matmul, "tokens": tokens}
+            row = {"model": self.name, "layers": self.config.num_hidden_layers, "system": system}
+            row |= {"weights": weights, "matmul": matmul, "tokens": tokens}
             row |= {"tokens_per_s": round(tokens / took[" ".join(key)]), "peak_gib": round(peaks[key], 2)}
             self.rows.append(row)
             print(json.dumps(row), flush=True)
@@ -253,6 +305,7 @@ def main() -> None:
     """Make the models, measure, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", choices=list(CONFIGS), help="only these")
+    parser.add_argument("--layers", type=int, help="so many at most; of models too large for a card, 12 by default")
     parser.add_argument("--tokens", type=int, nargs="*", default=[16_384, 32_768])
     parser.add_argument("--seconds", type=float, default=8, help="of each comparison")
     parser.add_argument("--without_transformers", action="store_true", help="leave the bf16 model out")
@@ -263,7 +316,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.checkpoint is not None:
         with torch.inference_mode():
-            save_checkpoint((options.model or list(CONFIGS))[0], options.checkpoint)
+            save_checkpoint(config_of((options.model or list(CONFIGS))[0], options.layers), options.checkpoint)
         return
     result: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -283,20 +336,22 @@ def main() -> None:
 
 def of_model(name: str, options: argparse.Namespace, result: dict[str, Any]) -> None:
     """All rows of one family."""
-    config = CONFIGS[name]()
+    config = config_of(name, options.layers)
     table = Table(name, config, options.seconds)
-    model = random_model(config, "nf4")
+    form = stored_in(config)
+    model = random_model(config, form)
     drop_last_experts(as_loaded(model, config))
-    forwards = {matmul: forward_of(model, "nf4", "grouped", matmul) for matmul in ("bf16", "fp8")}
-    sizes = config.num_experts, config.num_experts_per_tok
+    matmuls = ("bf16",) if form == "mxfp4" else ("bf16", "fp8")
+    forwards = {matmul: own_forward(model, form)(model, matmul) for matmul in matmuls}
+    sizes = num_experts(config), experts_per_token(config)
     for tokens in options.tokens:
         ids = torch.randint(0, config.vocab_size, (tokens // POSITIONS, POSITIONS), device="cuda")
         make: dict[tuple[str, str, str], Callable[[], Run]] = {
-            ("captured", "nf4", matmul): partial(captured, model, forward, ids, *sizes)
+            ("captured", form, matmul): partial(captured, model, forward, ids, *sizes)
             for matmul, forward in forwards.items()
         }
-        for matmul in forwards:  # after all captures, whose memory they would add to
-            make["products alone", matmul, matmul] = partial(products_alone, config, matmul, tokens)
+        for matmul, forward in forwards.items():  # after all captures, whose memory they would add to
+            make["products alone", matmul, matmul] = partial(products_alone, forward, sizes[1], matmul, tokens)
         if not options.without_transformers:
             make["transformers, grouped_mm", "bf16", "bf16"] = lambda ids=ids: stock(random_model(config, "none"), ids)
         table.measure(make, tokens)

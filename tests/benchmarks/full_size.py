@@ -1,5 +1,6 @@
 """Mixtral 8x7B's full size with random weights, made on the GPU: what the GPU benchmarks and tests run."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from workers.models.experts import PackedExperts
 from workers.models.fp8 import rounded
 from workers.models.fp8_loading import RowScaledLinear
 from workers.models.loading import LoadedModel
+from workers.models.published import Mxfp4
 from workers.models.quantizers import quantize_skeleton
 from workers.models.stacking import WAITING, quantized
 
@@ -41,6 +43,14 @@ def random_matrix(shape: tuple[int, ...], generator: torch.Generator, std: float
     return (values * (shape[-1] ** -0.5 if std is None else std)).to(torch.bfloat16)
 
 
+def random_mxfp4(shape: tuple[int, int], generator: torch.Generator) -> Mxfp4:
+    """On the GPU; rows of norm one, about: the values of E2M1 have a root mean square of 2.9."""
+    (rows, columns), options = shape, {"dtype": torch.uint8, "device": "cuda", "generator": generator}
+    codes = torch.randint(0, 256, (1, rows, columns // 2), **options)
+    exponent = 127 - round(math.log2(2.9 * columns**0.5))
+    return Mxfp4(codes, torch.randint(exponent - 1, exponent + 1, (1, rows, columns // 32), **options))
+
+
 def fill(part: nn.Module, generator: torch.Generator, quantization: str, *, keep: bool = False) -> None:
     """Give all that is still on the meta device random numbers, quantized matrix by matrix.
 
@@ -63,7 +73,9 @@ def fill(part: nn.Module, generator: torch.Generator, quantization: str, *, keep
         module = part.get_submodule(owner)
         if not parameter.is_meta:
             continue
-        if parameter.ndim == 1:
+        if leaf in ("bias", "sinks"):
+            made = nn.Parameter(random_matrix(tuple(parameter.shape), generator, 0.1), requires_grad=False)
+        elif parameter.ndim == 1:
             made = nn.Parameter(torch.ones_like(parameter, device="cuda"), requires_grad=False)
         elif type(parameter).__name__ == "Params4bit":
             values = random_matrix((module.out_features, module.in_features), generator)
@@ -88,10 +100,13 @@ def _fill_experts(experts: PackedExperts, generator: torch.Generator, quantizati
         for stack in (both, down):
             for part in range(stack.parts):
                 matrices.append(random_matrix((stack.rows // stack.parts, stack.columns), generator))
-                stack.take(expert * stack.parts + part, quantized(matrices[-1], quantization))
+                found = random_mxfp4(matrices[-1].shape, generator) if quantization == "mxfp4" else None
+                stack.take(expert * stack.parts + part, found or quantized(matrices[-1], quantization))
         originals.append(matrices)
     for stack in (both, down):
         stack._buffers.pop(WAITING, None)
+    for name, bias in list(experts.named_buffers(recurse=False)):
+        setattr(experts, name, random_matrix(tuple(bias.shape), generator, 0.1))
     if keep:
         experts.originals = originals
 

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
 import gpu_capture  # noqa: E402
 from checkpoints import checkpoint_gb  # noqa: E402
-from families import CONFIGS, save_checkpoint  # noqa: E402
+from families import CONFIGS, config_of, save_checkpoint  # noqa: E402
 
 
 def main() -> None:
@@ -36,17 +36,18 @@ def main() -> None:
     parser.add_argument("--cards", type=int, nargs="+", default=[2, 1], help="how many, one run each")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
-    config = CONFIGS[options.model]()
-    whole = config.num_hidden_layers
+    whole = CONFIGS[options.model]().num_hidden_layers
+    config = config_of(options.model, options.layers)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, started = Path(folder) / options.model, time.monotonic()
-        save_checkpoint(options.model, checkpoint, options.layers)
+        with torch.inference_mode():
+            save_checkpoint(config, checkpoint)
         result: dict[str, Any] = {
             "date": datetime.now(UTC).date().isoformat(),
             "gpu": torch.cuda.get_device_name(),
             "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "zarr")},
             "model": options.model,
-            "layers": f"{options.layers or whole} of {whole}",
+            "layers": f"{config.num_hidden_layers} of {whole}",
             "checkpoint_gb": round(checkpoint_gb(checkpoint), 1),
             "seconds_to_make_checkpoint": round(time.monotonic() - started, 1),
         }

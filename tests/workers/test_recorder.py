@@ -3,7 +3,7 @@
 import copy
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from workers.models.decoder import MixtralForward
 from workers.models.description import find_routers
 from workers.models.loading import LoadedModel, load_model
 from workers.models.routers import choices, in_order
+from workers.record import CHOICES_ALONE, Recorded
 from workers.recorder import OTHERS, SAMPLE, RouteRecorder
 from workers.shard import OutOfMemory, RoutingError, capture_shard, route_rows
 
@@ -44,7 +45,7 @@ def random_rows(count: int, seed: int = 0, longest: int = POSITIONS, vocabulary:
 
 
 def layout_of(
-    engine: ModelEngine, rows: Rows, rows_per_shard: int | None = None, record: tuple[str, ...] = ()
+    engine: ModelEngine, rows: Rows, rows_per_shard: int | None = None, recorded: Recorded = CHOICES_ALONE
 ) -> Layout:
     return Layout(
         sequence_length=rows.token.shape[1],
@@ -53,7 +54,7 @@ def layout_of(
         num_experts=engine.num_experts,
         experts_per_token=engine.experts_per_token,
         vocab_size=32_000,
-        record=record,
+        **asdict(recorded),
     )
 
 
@@ -375,10 +376,10 @@ FAULTS: dict[str, tuple[Broken, str]] = {
 
 
 def planned(
-    engine: ModelEngine, folder: Path, rows: Rows, rows_per_shard: int, record: tuple[str, ...] = ()
+    engine: ModelEngine, folder: Path, rows: Rows, rows_per_shard: int, recorded: Recorded = CHOICES_ALONE
 ) -> CaptureGroup:
     """A group with these rows planned and nothing captured."""
-    layout = layout_of(engine, rows, rows_per_shard, record)
+    layout = layout_of(engine, rows, rows_per_shard, recorded)
     group = CaptureGroup.create(folder, "broken", layout=layout, identity={"model": "tiny"}, attrs={}, pieces=["a"])
     plan = Plan(complete=True, rows=len(rows.length), tokens=int(rows.length.sum()), documents=len(rows.length))
     group.publish(rows, [f"row {number}" for number in rows.document_id], plan)

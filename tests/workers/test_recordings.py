@@ -162,6 +162,12 @@ def test_choices_and_weights_are_the_same_to_the_bit_with_and_without_what_is_re
         np.testing.assert_array_equal(without[name][filled], found[name][filled])
 
 
+def test_where_no_token_follows_another_there_is_no_log_probability(tiny_model: LoadedModel) -> None:
+    found = ModelEngine(tiny_model, ALL).route(np.array([[5], [7]], np.int32), np.array([1, 1]))
+    assert np.isnan(found["logprob"]).all()
+    assert np.isfinite(found["output_norm"]).all()
+
+
 def test_no_array_of_tokens_by_vocabulary_is_made(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, rows, sizes = ModelEngine(tiny_model, ALL), random_rows(12), []
     head = engine.recorder.recordings[-1].head  # type: ignore[attr-defined]
@@ -232,12 +238,25 @@ def _softened(output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return output[0].softmax(-1), *output[1:]
 
 
+def ids_of_the_token_before(monkeypatch: pytest.MonkeyPatch, engine: ModelEngine) -> None:
+    """The experts of the largest logits, not the logits."""
+    [recording] = engine.recorder.recordings
+    original = recording.doubts
+
+    def doubts(chosen: Any) -> Any:
+        recording._ids_TLM = recording._ids_TLM.roll(1, dims=0)  # type: ignore[attr-defined]
+        return original(chosen)
+
+    monkeypatch.setattr(recording, "doubts", doubts)
+
+
 LAYER_ON = partial(lambda parts: [parts[-1], *parts[:-1]])
 PLANTED: dict[str, tuple[str, Any, str]] = {
     "logits of the token before": ("logits", altered(logits, "router_logits", by_one_token), logits.OTHERS),
     "logits of the layer before": ("logits", among_layers("RouterLogits", LAYER_ON), logits.OTHERS),
     "logits of the batch before": (
         "logits", altered(logits, "router_logits", partial(of_a_call_before, back=8)), logits.OTHERS),
+    "experts of the largest logits of the token before": ("logits", ids_of_the_token_before, logits.OTHERS),
     "probabilities for logits": ("logits", probabilities, logits.NO_LOGITS),
     "norms of the token before": ("output_norm", altered(norms, "row_norms", by_one_token), norms.OTHERS),
     "norms of the layer before": ("output_norm", among_layers("OutputNorms", LAYER_ON), norms.OTHERS),
@@ -253,11 +272,11 @@ def test_what_lies_beside_its_place_stops_the_shard(
     tiny_model: LoadedModel, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, plant, message = PLANTED[fault]
-    asked = what_to_record([name], 8, "float32")
+    asked = what_to_record([name], 8, "float32", top_logits=3 if "largest" in fault else None)
     engine, rows = ModelEngine(tiny_model, asked), random_rows(16, seed=1)
     rows.length[:] = POSITIONS  # both shards are micro-batches of one shape
     rows.token[rows.token == -1] = 7
-    group = planned(engine, tmp_path / "s.zarr", rows, rows_per_shard=8, record=asked.record)
+    group = planned(engine, tmp_path / "s.zarr", rows, rows_per_shard=8, recorded=asked)
     capture_shard(group, 0, group.read_rows(0), engine, batch_tokens=8 * POSITIONS)()
     with monkeypatch.context() as patch:
         plant(patch, engine)

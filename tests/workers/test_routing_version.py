@@ -18,11 +18,13 @@ import pytest
 import xarray as xr
 from conftest import Ran
 from fake_model import store_files
+from test_families import checkpoint_of
 
 from jobs import status
 from store import CaptureGroup, coverage
 from store.identity import LATER, differences, identity_of, refuse_other_identity
-from workers import shard
+from workers import describe_model, shard, tiny_checkpoint
+from workers.models.forwards import FORWARDS
 
 Command = Callable[..., Ran]
 STORES = Path(__file__).parents[1] / "stores"
@@ -102,6 +104,30 @@ def test_a_store_that_older_code_began_resumes_with_the_same_command(name: str, 
     assert {key for key in before if again[key] != before[key]} <= objects | {f"{name}/expert/commits/{lost}.json"}
     assert_same_routes(store, name)
     assert CaptureGroup(store, name).identity == json.loads(before[f"{name}/zarr.json"])["attributes"]["identity"]
+
+
+@pytest.mark.slow
+def test_a_capture_that_began_with_transformers_attention_resumes_with_it(
+    place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt-oss had no forward of its own: its experts were packed, and attention was transformers'."""
+    folder = checkpoint_of("gpt_oss", place / "model", vocab_size=32_000)
+    for file in tiny_checkpoint().glob("*token*"):
+        shutil.copy(file, folder)
+    given = [*options("nf4", place / "store"), "--model", folder, "--limit_documents", "12"]
+    with monkeypatch.context() as patch:
+        patch.delitem(FORWARDS, "GptOssModel")
+        assert command(*given).status == 0
+    group = CaptureGroup(place / "store", "nf4")
+    before, begun = store_files(place / "store"), group.identity
+    assert begun["expert_backend"] == "grouped"
+    group.discard(0)
+    ran = command(*given)
+    assert ran.status == 0, ran.err
+    again = store_files(place / "store")
+    assert CaptureGroup(place / "store", "nf4").identity == begun
+    assert {key for key in before if again[key] != before[key]} <= {"nf4/expert/commits/0.json"}
+    assert describe_model(folder, quantization="nf4", device_type="cpu")["expert_backend"] == "grouped_sinks"
 
 
 def test_a_field_of_the_identity_that_came_later_is_left_out_at_its_first_value() -> None:

@@ -50,8 +50,9 @@ if triton is not None:
         column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
         kept = column < inner
         pair = both + row * 2 * inner + 2 * column
-        gate = tl.minimum(tl.load(pair, kept, 0.0).to(tl.float32), limit)
-        up = tl.minimum(tl.maximum(tl.load(pair + 1, kept, 0.0).to(tl.float32), -limit), limit)
+        gate, up = tl.load(pair, kept, 0.0).to(tl.float32), tl.load(pair + 1, kept, 0.0).to(tl.float32)
+        gate = tl.where(gate > limit, limit, gate)  # unlike the least of two, it leaves what is not a number
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
         value = (up + 1) * gate / (1 + tl.exp(-alpha * gate))
         tl.store(out + row * inner + column, value.to(out.dtype.element_ty), kept)
 

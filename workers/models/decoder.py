@@ -74,10 +74,7 @@ class DecoderForward:
         self.products = products_of(matmul, model.embed_tokens.weight.dtype)
         self._norms = {layer.self_attn: self._head_norm(layer.self_attn) for layer in model.layers}
         for layer in model.layers:
-            groups = [*self._projections(layer.self_attn), (layer.self_attn.o_proj,)]
-            for dense in _dense(layer.mlp):
-                groups += [(dense.gate_proj, dense.up_proj), (dense.down_proj,)]
-            for linears in groups:
+            for linears in (*self.attention_linears(layer), *dense_linears(layer)):
                 self.products.prepare(*linears)
             if (experts := getattr(layer.mlp, "experts", None)) is not None:
                 for stack in (experts.both, experts.down):
@@ -109,7 +106,7 @@ class DecoderForward:
                 residual_TH, cos_PD, sin_PD = (part.to(here) for part in (residual_TH, cos_PD, sin_PD))
                 operand = products.moved(operand, here)
             mixed_TH = self._attention(layer.self_attn, operand, cos_PD, sin_PD)
-            norm, router = layer.post_attention_layernorm, _router(layer.mlp)
+            norm, router = layer.post_attention_layernorm, router_of(layer.mlp)
             normed_TH, operand = products.normed(
                 residual_TH, norm.weight, norm.variance_epsilon, mixed_TH, routed=router is not None
             )
@@ -127,7 +124,7 @@ class DecoderForward:
 
     def _mlp(self, mlp: Any, normed_TH: torch.Tensor, operand: Any) -> tuple[torch.Tensor, ...]:
         """What a layer adds to the residual: rows, or slots' rows, each token's slots and their weights."""
-        if (router := _router(mlp)) is None:
+        if (router := router_of(mlp)) is None:
             return (self._dense(mlp, operand),)
         _, weight_TK, expert_TK = router(normed_TH)
         shared = list(_dense(mlp))
@@ -154,8 +151,12 @@ class DecoderForward:
         cos_PD, sin_PD = (table[0] for table in self.model.rotary_emb(residual_TH, place))
         return cos_PD, sin_PD
 
+    def attention_linears(self, layer: Any) -> list[tuple[Any, ...]]:
+        """The matrices of a layer's attention, in groups that are multiplied as one."""
+        return [*self._projections(layer.self_attn), (layer.self_attn.o_proj,)]
+
     def _projections(self, attention: Any) -> Iterator[tuple[Any, ...]]:
-        """The matrices before the heads, in groups that are multiplied as one."""
+        """Those before the heads."""
         yield _qkv(attention)
 
     def _attention(self, attention: Any, operand: Any, cos_PD: torch.Tensor, sin_PD: torch.Tensor) -> torch.Tensor:
@@ -220,7 +221,14 @@ def _qkv(attention: Any) -> tuple[Any, ...]:
     return attention.q_proj, attention.k_proj, attention.v_proj
 
 
-def _router(mlp: Any) -> Any:
+def dense_linears(layer: Any) -> Iterator[tuple[Any, ...]]:
+    """The matrices that every token of a layer meets after attention, in groups that are multiplied as one."""
+    for dense in _dense(layer.mlp):
+        yield dense.gate_proj, dense.up_proj
+        yield (dense.down_proj,)
+
+
+def router_of(mlp: Any) -> Any:
     """What chooses a layer's experts, or None."""
     return getattr(mlp, "gate", getattr(mlp, "router", None))
 

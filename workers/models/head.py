@@ -85,7 +85,7 @@ class Head:
             self.logits(hidden_TH[place]).log_softmax(-1, dtype=torch.float32).gather(-1, target[:, None])[:, 0]
             for place, target in zip(*(torch.split(part, self.rows) for part in (place_N, target_N)), strict=True)
         ]
-        return torch.cat(parts) if parts else hidden_TH.new_empty(0, dtype=torch.float32)
+        return torch.cat(parts)
 
 
 def causal_skeleton(folder: Path, dtype: torch.dtype) -> Any:
