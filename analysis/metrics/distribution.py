@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.attributes import described
-from analysis.metrics.scores import NO_IDS, Scores, entropy_ends, log_score, scores_of
+from analysis.metrics.scores import NO_IDS, Scores, bits_of, log_score, scores_of
 from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, scan
 from analysis.statistics.jackknife import Jackknife, with_intervals
 
@@ -141,8 +141,6 @@ def _add(
                 continue
             for layer in range(layers):
                 own, at = logit[row, position, layer], expert[row, position, layer]
-                if not np.isfinite(own).all():
-                    return False
                 chosen[:] = False
                 if ids.size == 0:
                     for k in range(choices):
@@ -151,19 +149,36 @@ def _add(
                     for index in range(recorded):
                         for k in range(choices):
                             chosen[index] |= ids[row, position, layer, index] == at[k]
-                tokens[layer] += 1
-                for end, bits in enumerate(entropy_ends(own, experts, sigmoid)):
-                    entropy[end, layer] += _units(bits)
-                    effective[end, layer] += _units(2.0**bits)
-                for end, part in enumerate(_mass_ends(own, chosen, choices, experts, sigmoid)):
-                    mass[end, layer] += _units(part)
-                among, first, other = 0, np.inf, -np.inf
+                largest, smallest = log_score(own.max(), sigmoid), 0.0
+                total, product, of_chosen, among, first, other = 0.0, 0.0, 0.0, 0, np.inf, -np.inf
                 for index in range(recorded):
+                    log = log_score(own[index], sigmoid) - largest
+                    score = np.exp(log)
+                    smallest = min(smallest, log)
+                    total += score
+                    product += score * log
                     if chosen[index]:
+                        of_chosen += score
                         among += 1
                         first = min(first, own[index])
                     else:
                         other = max(other, own[index])
+                if not np.isfinite(product + own.max()):
+                    return False
+                low, high = bits_of(total, product, smallest, experts - recorded)
+                effective_low = 2.0**low
+                _add_ends(entropy, layer, low, high)
+                _add_ends(effective, layer, effective_low, effective_low if high == low else 2.0**high)
+                # Chosen ones that are not recorded have scores from 0 to the smallest, and so have the others.
+                unknown, least = choices - among, np.exp(smallest)
+                others = (experts - recorded - unknown) * least
+                _add_ends(
+                    mass,
+                    layer,
+                    of_chosen / (total + others),
+                    (of_chosen + unknown * least) / (total + unknown * least),
+                )
+                tokens[layer] += 1
                 if among == choices and other > -np.inf:
                     margin[layer] += _units(first - other)
                     margin_tokens[layer] += 1
@@ -171,22 +186,11 @@ def _add(
 
 
 @kernel
-def _units(value: float) -> int:
-    return int(np.rint(value / UNIT))
+def _add_ends(sums: Array, layer: int, low: float, high: float) -> None:
+    sums[0, layer] += _units(low)
+    sums[1, layer] += _units(high)
 
 
 @kernel
-def _mass_ends(logit: Array, chosen: Array, choices: int, experts: int, sigmoid: bool) -> tuple[float, float]:
-    """The part that the chosen experts have, its lower and its upper bound."""
-    largest, smallest, of_chosen, total, among = log_score(logit.max(), sigmoid), np.inf, 0.0, 0.0, 0
-    for index in range(logit.size):
-        score = np.exp(log_score(logit[index], sigmoid) - largest)
-        smallest = min(smallest, score)
-        total += score
-        if chosen[index]:
-            of_chosen += score
-            among += 1
-    unknown = choices - among  # chosen, and not among the recorded
-    others = experts - logit.size - unknown
-    at_least = of_chosen / (total + others * smallest)
-    return at_least, (of_chosen + unknown * smallest) / (total + unknown * smallest)
+def _units(value: float) -> int:
+    return int(np.rint(value / UNIT))

@@ -105,10 +105,18 @@ def entropy_ends(logit: Array, experts: int, sigmoid: bool) -> tuple[float, floa
     largest, smallest, total, product = log_score(logit.max(), sigmoid), 0.0, 0.0, 0.0
     for index in range(logit.size):
         log = log_score(logit[index], sigmoid) - largest
+        score = np.exp(log)
         smallest = min(smallest, log)
-        total += np.exp(log)
-        product += np.exp(log) * log
-    low, left = _bits(total, product), experts - logit.size
+        total += score
+        product += score * log
+    return bits_of(total, product, smallest, experts - logit.size)
+
+
+@kernel
+def bits_of(total: float, product: float, smallest: float, left: int) -> tuple[float, float]:
+    """The bounds of the entropy of scores of this sum and this sum of score × log score, where so many are left, each
+    of them at most the smallest, which is given as its logarithm."""
+    low = _bits(total, product)
     if left == 0:
         return low, low
     others = left * np.exp(smallest)

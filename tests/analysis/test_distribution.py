@@ -133,10 +133,12 @@ def test_what_is_not_known_or_damaged_is_an_error_that_says_what_to_do() -> None
     odd = make_capture(record=LOGIT, scores="unknown")
     with pytest.raises(ValueError, match=r"become weights is 'unknown', .* one of softmax, renormalized, sigmoid"):
         router_distribution(odd)
-    damaged = make_capture(record=LOGIT, chunked=False)
-    damaged["logit"].values[0, 0, 1, 3] = np.nan
-    with pytest.raises(ValueError, match="a logit is not a finite number"):
-        router_distribution(damaged)
+    for scores in ("softmax", "sigmoid"):
+        for value in (np.nan, np.inf, -np.inf):
+            damaged = make_capture(record=LOGIT, scores=scores, chunked=False)
+            damaged["logit"].values[0, 0, 1, 3] = value
+            with pytest.raises(ValueError, match="a logit is not a finite number"):
+                router_distribution(damaged)
     with pytest.raises(ValueError, match=r"RouterDistribution needs logit, .*--record logits makes it"):
         scan(make_capture(), [RouterDistribution(scores_of(damaged))])
 
