@@ -129,13 +129,19 @@ def load_engine(model: str | Path, *, device: str, recorded: Recorded = CHOICES_
     if device != "cpu" and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
         # An H200 showed 31.1 GiB instead of 47.4 for Mixtral 8x7B with fp8 products. An environment variable would be
         # too late: torch reads it when it is first asked what the card can do.
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        _set_allocator("expandable_segments:True")
     loaded = load_model(model_path(model), device=device, **options)
     if not recorded.whole:
         drop_last_experts(loaded)
     if device != "cpu":
         torch.cuda.empty_cache()  # transformers takes more while it loads than the weights need
     return ModelEngine(loaded, recorded)
+
+
+def _set_allocator(settings: str) -> None:
+    """Under the name that it has in this version of torch: 2.11 warns of the older one."""
+    named = getattr(torch._C, "_accelerator_setAllocatorSettings", torch.cuda.memory._set_allocator_settings)
+    named(settings)
 
 
 def drop_last_experts(loaded: LoadedModel) -> None:

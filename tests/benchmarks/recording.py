@@ -74,16 +74,16 @@ class Batches:
 
 
 def alternate(contestants: dict[str, Batches], seconds: float) -> dict[str, float]:
-    """Median seconds of three micro-batches of each, by three, in turns; the first round is warming up."""
+    """Median seconds of a micro-batch of each, two at a time, in turns; the first round is warming up."""
     took: dict[str, list[float]] = {name: [] for name in contestants}
     end = time.monotonic() + seconds
-    while time.monotonic() < end or min(map(len, took.values())) < 4:
+    while time.monotonic() < end or min(map(len, took.values())) < 3:
         for name, run in contestants.items():
             run()
             started = time.perf_counter()
-            for _ in range(3):
+            for _ in range(2):
                 run()
-            took[name].append((time.perf_counter() - started) / 3)
+            took[name].append((time.perf_counter() - started) / 2)
             run.before()
             run.before = lambda: None
     return {name: statistics.median(times[1:]) for name, times in took.items()}
@@ -169,8 +169,8 @@ def rows_of(loaded: LoadedModel, options: argparse.Namespace, emit: Callable[[di
     if options.shards < 2:
         return
     plain = 0.0
-    for name, engine in engines.items():
-        rows = options.shard_tokens // options.positions
+    for name in options.written:
+        engine, rows = engines[name], options.shard_tokens // options.positions
         second, sizes = written(engine, asked[name], options.shards, rows, options.positions, options.tokens)
         again = alternate({name: batches[name]}, options.seconds / 4)[name]  # the card slows down under load
         plain = plain or second
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=2048)
     parser.add_argument("--seconds", type=float, default=60.0, help="of the comparison without a store")
     parser.add_argument("--shards", type=int, default=4, help="to write for each; 0 leaves it out")
+    parser.add_argument("--written", nargs="+", choices=ASKED, default=list(ASKED), help="of which shards are written")
     parser.add_argument("--shard_tokens", type=int, default=262_144)
     parser.add_argument("--tiny", action="store_true", help="the tiny model, on a CPU")
     parser.add_argument("-o", "--output", type=Path, required=True)

@@ -71,7 +71,7 @@ def test_a_shard_that_does_not_fit_is_rerun_in_halves_and_its_commit_says_so(eng
     assert facts["halvings"] == 0
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 4.5 * GIB) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 3.0 * GIB) / total)
     try:
         rows = group.read_rows(0)
         found, facts = capture_shard(group, 0, rows, engine, batch_tokens=131_072)()
