@@ -93,6 +93,8 @@ def config_of(name: str, layers: int | None = None) -> Any:
     """One of `CONFIGS`, perhaps with fewer layers."""
     config = CONFIGS[name]()
     config.num_hidden_layers = min(layers or LAYERS.get(name, config.num_hidden_layers), config.num_hidden_layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
     return config
 
 
