@@ -21,6 +21,11 @@ LATER: dict[str, Any] = {
     "record": [],
     "top_logits": 0,
     "weight_bits": 10,
+    "mask": [],
+    "force": [],
+    "top_k": None,
+    "routes_from": None,
+    "routes_weights": False,
 }
 """Fields that came after the first captures, with the value that stands for what was done before they existed. A field
 with that value is left out of an identity, so that captures begun before it resume and compare as before."""
@@ -39,6 +44,7 @@ MODEL = (
         "attention",
     ),
     *("attention", "routing_version", "tokenizer", "layers", "num_experts", "experts_per_token"),
+    *("mask", "force", "top_k", "routes_from", "routes_weights"),
 )
 """Fields that decide which experts a token gets, whatever the text is."""
 

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from workers.interventions import Interventions
 from workers.models.forwards import forward_of
+from workers.models.intervening import Steering
 from workers.models.loading import LoadedModel, load_model
 from workers.record import Recorded
 from workers.recorder import Micro, RouteRecorder, on_device
@@ -34,6 +36,8 @@ class ModelEngine:
         From `workers.models.loading.load_model`.
     recorded
         What is recorded beside the choices, and in what precision weights are.
+    interventions
+        What is changed about the choices.
 
     Raises
     ------
@@ -41,23 +45,32 @@ class ModelEngine:
         When the model cannot be recorded so.
     """
 
-    def __init__(self, loaded: LoadedModel, recorded: Recorded | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, recorded: Recorded | None = None, interventions: Interventions | None = None
+    ) -> None:
         self.model = loaded.model
         self.layers = tuple(loaded.routers)
         self.num_experts = loaded.num_experts
-        self.experts_per_token = loaded.experts_per_token
+        interventions = interventions or Interventions()
+        self.experts_per_token = interventions.top_k or loaded.experts_per_token
+        self.steering = Steering(loaded.routers, loaded.num_experts, self.experts_per_token, interventions)
         self.device = next(loaded.model.parameters()).device
         how = (loaded.provenance[name] for name in ("quantization", "expert_backend", "matmul"))
         self.forward = forward_of(loaded.model, *how)
         recorded = recorded or Recorded()
-        recordings = recordings_of(loaded, self.forward, recorded)
         self.recorder = RouteRecorder(
-            loaded.routers, loaded.num_experts, loaded.experts_per_token, recordings, recorded.weight_bits
+            loaded.routers,
+            loaded.num_experts,
+            self.experts_per_token,
+            recordings_of(loaded, self.forward, recorded, self.experts_per_token),
+            recorded.weight_bits,
+            self.steering.of,
         )
-        self.description: Mapping[str, Any] = loaded.provenance | asdict(recorded)
+        described = loaded.provenance | {"experts_per_token": self.experts_per_token}
+        self.description: Mapping[str, Any] = described | asdict(recorded) | interventions.fields()
 
     @torch.inference_mode()
-    def start(self, token: np.ndarray, length: np.ndarray) -> Callable[[], Routes]:
+    def start(self, token: np.ndarray, length: np.ndarray, given: Routes | None = None) -> Callable[[], Routes]:
         """See `workers.shard.Engine.start`.
 
         Raises
@@ -72,7 +85,9 @@ class ModelEngine:
         """
         positions = token.shape[1]
         padded = np.where(np.arange(positions) < length[:, None], token, 0)
-        with self._device_errors(), self.recorder.attached(), _one_thread(self.device):
+        if given is not None:
+            self.steering.begin(*self._given(given, length))
+        with self._device_errors(), self.steering.attached(), self.recorder.attached(), _one_thread(self.device):
             recorded = self.recorder.record(self.forward, on_device(padded.astype(np.int64), self.device), length)
             copies = Micro(*({what: _to_host(part) for what, part in parts.items()} for parts in recorded))
             copied = torch.cuda.Event() if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -90,6 +105,15 @@ class ModelEngine:
     def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
         """`start`, and wait."""
         return self.start(token, length)()
+
+    def _given(self, given: Routes, length: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choices and weights (L, T, K) on the device; legal ones where there is no token."""
+        expert, weight = given["expert"].astype(np.int64), given["weight"].astype(np.float32)
+        empty = np.arange(expert.shape[1]) >= length[:, None]
+        expert[empty], weight[empty] = np.arange(self.experts_per_token), 1
+        parts = (np.ascontiguousarray(part.reshape(-1, *part.shape[2:]).swapaxes(0, 1)) for part in (expert, weight))
+        experts_LTK, weights_LTK = (on_device(part, self.device) for part in parts)
+        return experts_LTK, weights_LTK
 
     @contextmanager
     def _device_errors(self) -> Iterator[None]:
@@ -122,7 +146,14 @@ def _to_host(part: torch.Tensor) -> torch.Tensor:
     return part.contiguous().to("cpu", non_blocking=True)
 
 
-def load_engine(model: str | Path, *, device: str, recorded: Recorded | None = None, **options: Any) -> ModelEngine:
+def load_engine(
+    model: str | Path,
+    *,
+    device: str,
+    recorded: Recorded | None = None,
+    interventions: Interventions | None = None,
+    **options: Any,
+) -> ModelEngine:
     """Load a model as an engine; the arguments are those of `load_model`, or the model is "tiny".
 
     What nothing that is recorded needs is not kept: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
@@ -136,7 +167,7 @@ def load_engine(model: str | Path, *, device: str, recorded: Recorded | None = N
         drop_last_experts(loaded)
     if device != "cpu":
         torch.cuda.empty_cache()  # transformers takes more while it loads than the weights need
-    return ModelEngine(loaded, recorded)
+    return ModelEngine(loaded, recorded, interventions)
 
 
 def drop_last_experts(loaded: LoadedModel) -> None:
