@@ -85,8 +85,7 @@ class ModelEngine:
         """
         positions = token.shape[1]
         padded = np.where(np.arange(positions) < length[:, None], token, 0)
-        if given is not None:
-            self.steering.begin(*self._given(given, length))
+        self._give(given, length)
         with self._device_errors(), self.steering.attached(), self.recorder.attached(), _one_thread(self.device):
             recorded = self.recorder.record(self.forward, on_device(padded.astype(np.int64), self.device), length)
             copies = Micro(*({what: _to_host(part) for what, part in parts.items()} for parts in recorded))
@@ -106,14 +105,20 @@ class ModelEngine:
         """`start`, and wait."""
         return self.start(token, length)()
 
-    def _given(self, given: Routes, length: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choices and weights (L, T, K) on the device; legal ones where there is no token."""
-        expert, weight = given["expert"].astype(np.int64), given["weight"].astype(np.float32)
-        empty = np.arange(expert.shape[1]) >= length[:, None]
-        expert[empty], weight[empty] = np.arange(self.experts_per_token), 1
-        parts = (np.ascontiguousarray(part.reshape(-1, *part.shape[2:]).swapaxes(0, 1)) for part in (expert, weight))
-        experts_LTK, weights_LTK = (on_device(part, self.device) for part in parts)
-        return experts_LTK, weights_LTK
+    def _give(self, given: Routes | None, length: np.ndarray) -> None:
+        """Give the routers their choices, legal ones where there is no token."""
+        if given is None:
+            assert self.description["routes_from"] is None, "no routes are given to an engine that does not choose"
+            return
+        empty = np.arange(given["expert"].shape[1]) >= length[:, None]
+        legal: dict[str, Any] = {"expert": np.arange(self.experts_per_token), "weight": 1 / self.experts_per_token}
+        layers = []
+        for name, dtype in (("expert", np.int64), ("weight", np.float32)):
+            if name in given:
+                values = given[name].astype(dtype)
+                values[empty] = legal[name]
+                layers.append(np.ascontiguousarray(values.reshape(-1, *values.shape[2:]).swapaxes(0, 1)))
+        self.steering.begin(*(on_device(each, self.device) for each in layers))
 
     @contextmanager
     def _device_errors(self) -> Iterator[None]:

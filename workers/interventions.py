@@ -14,6 +14,7 @@ from typing import Any
 Named = str | tuple[int, int]
 """Experts by name, or one as (layer, expert)."""
 
+LOGITS_OF = "each router before its choices were changed"
 _SIDE = re.compile(r"\*|\d+(-\d+)?")
 
 
@@ -35,6 +36,19 @@ class Interventions:
     def fields(self) -> dict[str, Any]:
         """The fields as JSON has them."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def told(self, transformation: str) -> dict[str, Any]:
+        """Attributes that say what recorded logits are, and how weights come of them: see `store.Layout`.
+
+        Parameters
+        ----------
+        transformation
+            How they come without a change.
+        """
+        if self == Interventions():
+            return {"router_transformation": transformation}
+        other = self.routes_weights or (self.mask and transformation == "softmax")  # the softmax is over what is left
+        return {"router_transformation": "unknown" if other else transformation, "logits_of": LOGITS_OF}
 
     def masked(self) -> dict[int, list[int]]:
         """Of each layer the experts that are never chosen."""

@@ -159,7 +159,7 @@ def capture_texts(
         "pairs_cut": sum(one == other for one, other in pairwise(documents)),
     }
     if "logit" in recorded.record:
-        attrs["router_transformation"] = transformation_of(model.folder)
+        attrs |= interventions.told(transformation_of(model.folder))
     return _dataset(layout, arrays, attrs)
 
 

@@ -174,10 +174,11 @@ class Steering:
                     stack.enter_context(_set(router, "forward", own))
             yield
 
-    def begin(self, experts_LTK: torch.Tensor, weights_LTK: torch.Tensor) -> None:
-        """Take the choices of a micro-batch from elsewhere."""
-        for change, experts, weights in zip(self._changes.values(), experts_LTK, weights_LTK, strict=True):
-            change.given_TK, change.weights_TK = experts, weights if self.asked.routes_weights else None
+    def begin(self, experts_LTK: torch.Tensor, weights_LTK: torch.Tensor | None = None) -> None:
+        """Give the choices of a micro-batch, and their weights."""
+        for index, change in enumerate(self._changes.values()):
+            change.given_TK = experts_LTK[index]
+            change.weights_TK = None if weights_LTK is None else weights_LTK[index]
 
     @contextmanager
     def of(self, sample: torch.Tensor) -> Iterator[None]:
@@ -272,11 +273,12 @@ def _try(router: Any, layer: int, asked: Interventions, experts: int, k: int, hi
     if not (right and weight_TK.isfinite().all()):
         raise RoutingError("its rule is none that is known here")
     if forced or (asked.routes_from and not asked.routes_weights):
-        own = Change(given_TK=expert_TK)  # its own choices must have the weights that they had
-        with _set(router, "top_k", k), _set(router, "forward", changed(router.forward, own, experts, k)):
-            again_TK = choices(routed_by(router, *given), k)[1]
+        with _set(router, "top_k", k):
+            own_TK, weight_TK = choices(routed_by(router, *given), k)
+            with _set(router, "forward", changed(router.forward, Change(given_TK=own_TK), experts, k)):
+                again_TK = choices(routed_by(router, *given), k)[1]
         if not torch.equal(again_TK, weight_TK):
-            raise RoutingError("the weights of choices that are given would not be its own")
+            raise RoutingError("its own choices, given to it, would not have its own weights")
 
 
 def _fewest(router: Any, masked: Sequence[int], experts: int) -> int:
