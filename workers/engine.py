@@ -107,17 +107,19 @@ class ModelEngine:
 
     def _give(self, given: Routes | None, length: np.ndarray) -> None:
         """Give the routers their choices, legal ones where there is no token."""
+        asked = self.steering.asked
+        assert (given is None) == (asked.routes_from is None), "routes are given to an engine that takes them, only"
         if given is None:
-            assert self.description["routes_from"] is None, "no routes are given to an engine that does not choose"
             return
         empty = np.arange(given["expert"].shape[1]) >= length[:, None]
-        legal: dict[str, Any] = {"expert": np.arange(self.experts_per_token), "weight": 1 / self.experts_per_token}
+        legal: dict[str, Any] = {"expert": np.arange(self.experts_per_token)}
+        if asked.routes_weights:
+            legal["weight"] = 1 / self.experts_per_token
         layers = []
-        for name, dtype in (("expert", np.int64), ("weight", np.float32)):
-            if name in given:
-                values = given[name].astype(dtype)
-                values[empty] = legal[name]
-                layers.append(np.ascontiguousarray(values.reshape(-1, *values.shape[2:]).swapaxes(0, 1)))
+        for name, fill in legal.items():
+            values = given[name].astype(np.int64 if name == "expert" else np.float32)
+            values[empty] = fill
+            layers.append(np.ascontiguousarray(values.reshape(-1, *values.shape[2:]).swapaxes(0, 1)))
         self.steering.begin(*(on_device(each, self.device) for each in layers))
 
     @contextmanager

@@ -50,5 +50,5 @@ def test_a_capture_that_is_not_whole_or_not_of_this_text_is_refused(given: Given
         with pytest.raises(ValueError, match=f"of other tokens, or of another model:\n  {field}: the store has "):
             given.refuse_unfit(group.identity | {field: other})
     group.discard(1)
-    with pytest.raises(ValueError, match="is not complete: .*Finish that capture first"):
+    with pytest.raises(ValueError, match=r"is not complete: .*Finish that capture first"):
         given.refuse_unfit(group.identity)

@@ -1,6 +1,7 @@
 """Interventions: each family chooses by its published rule among what is left, in its own forward and transformers'."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_families import EXPERTS, FAMILIES, NEAR_TIE, VOCABULARY, Family, checkpoint_of, softmax
+from test_families import EXPERTS, FAMILIES, FLOAT16_STEP, NEAR_TIE, VOCABULARY, Family, checkpoint_of, softmax
 from test_loading import dequantized_reference
 
 import workers
@@ -20,6 +21,7 @@ from workers.models.description import find_routers
 from workers.models.intervening import Steering, choose_to_change
 from workers.models.loading import LoadedModel, load_model
 from workers.record import what_to_record
+from workers.shard import RoutingError
 
 LENGTH = np.array([20, 1, 13])
 TOKEN = np.random.default_rng(1).integers(3, VOCABULARY, (3, 20)).astype(np.int32)
@@ -229,6 +231,29 @@ def test_a_planted_expert_that_alone_carries_predictions_shows_exactly_that_loss
     assert not carried.all()
     np.testing.assert_allclose(lost(before, after)[~carried], 0, atol=1e-5)
     assert np.abs(lost(before, after)[carried]).max() > 0.1
+
+
+def test_the_proof_asks_each_router_under_the_change_that_its_choices_were_made_under(tiny: LoadedModel) -> None:
+    token = np.random.default_rng(2).integers(3, 32_000, (4, 40)).astype(np.int32)
+    length = np.array([40, 40, 7, 40])
+    there = np.arange(40) < length[:, None]
+    logits = what_to_record(["logits"], 8, "float32")
+    masked = ModelEngine(tiny, logits, choose_to_change(tiny.folder, None, mask=["*:0-2"]))
+    given = masked.route(token, length)
+    follows = Interventions(routes_from="a" * 64)
+    following = ModelEngine(tiny, logits, follows), ModelEngine(tiny, logits, replace(follows, routes_weights=True))
+    for engine in following:
+        found = engine.start(token, length, given)()
+        for name in ("expert", "weight"):
+            np.testing.assert_allclose(found[name][there], given[name][there], rtol=FLOAT16_STEP)
+    unchanged = type(tiny.routers[3]).forward
+    handle = tiny.routers[3].register_forward_hook(lambda router, args, output: unchanged(router, args[0]))
+    try:  # the layer's experts get choices that were made without the change
+        for engine, theirs in ((masked, None), *((engine, given) for engine in following)):
+            with pytest.raises(RoutingError, match="layer 3: its recorded choices are not those of its router"):
+                engine.start(token, length, theirs)()
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize(

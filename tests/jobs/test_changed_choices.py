@@ -13,7 +13,7 @@ import store
 from analysis.report.command import command as reproducing
 from jobs import report, status
 from jobs.capturing.options import parse_capture
-from store.identity import LATER, changes_in_words
+from store.identity import LATER, changes_in_words, identity_hash
 
 Command = Callable[..., Any]
 
@@ -24,7 +24,7 @@ def base(tmp_path: Path) -> tuple[Any, ...]:
     return (
         *("--dataset", write(tmp_path / "texts"), "--local", "--model", "tiny", "--device", "cpu"),
         *("--sequence_length", "32", "--rows_per_shard", "4", "--limit_documents", "4", "--store", tmp_path / "s.zarr"),
-        *("--record", "logprob", "--weight_precision", "float32"),
+        *("--record", "logits", "--record", "logprob", "--weight_precision", "float32"),
     )
 
 
@@ -45,6 +45,8 @@ def test_what_is_changed_is_captured_resumed_and_told(command: Command, base: An
     for layer, experts in ((7, [1]), (5, [6, 7]), (2, [0, 3])):
         assert not np.isin(chosen[:, layer], experts).any()
     group = store.CaptureGroup(tmp_path / "s.zarr", "m")
+    assert group.attrs["logits_of"] == "each router before its choices were changed"
+    assert np.isfinite(found["logit"].values[found["token"].values >= 0]).all()
     mask, force = ["2:0", "2:3", "5:6", "5:7", "7:1"], [f"{layer}:4" for layer in range(8)]
     for told in (group.identity, group.attrs):
         assert (told["mask"], told["force"], told["top_k"]) == (mask, force, 3)
@@ -69,6 +71,7 @@ def test_what_is_changed_is_captured_resumed_and_told(command: Command, base: An
 def test_without_a_change_nothing_of_it_stands_anywhere(command: Command, base: Any, tmp_path: Path) -> None:
     assert command(*base, "--top_k", "2").status == 0, "the model's own number"
     group = store.CaptureGroup(tmp_path / "s.zarr", "texts")
+    assert "logits_of" not in group.attrs
     names = {"mask", "force", "top_k", "routes_from", "routes_weights"}
     assert names <= LATER.keys()
     assert names.isdisjoint(group.identity)
@@ -100,7 +103,8 @@ def test_a_capture_s_own_routes_and_weights_give_its_predictions_back(
     source = store.CaptureGroup(tmp_path / "s.zarr", "own")
     attrs = store.CaptureGroup(tmp_path / "s.zarr", "again").attrs
     assert (len(attrs["routes_from"]), attrs["routes_weights"]) == (64, True)
-    assert attrs["routes_from"] == attrs["identity"]["routes_from"] != source.identity
+    assert (attrs["router_transformation"], source.attrs["router_transformation"]) == ("unknown", "renormalized")
+    assert attrs["routes_from"] == attrs["identity"]["routes_from"] == identity_hash(source.identity)
 
 
 def test_choices_and_weights_of_others_are_used_as_they_are(command: Command, base: Any, tmp_path: Path) -> None:
