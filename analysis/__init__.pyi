@@ -31,6 +31,7 @@ from .metrics.contexts import TopContexts as TopContexts
 from .metrics.contexts import top_contexts as top_contexts
 from .metrics.contrast import contrast as contrast
 from .metrics.document_scores import document_scores as document_scores
+from .metrics.effect import effect as effect
 from .metrics.excess import token_excess_of as token_excess_of
 from .metrics.layer_pairs import LayerPairs as LayerPairs
 from .metrics.load import ExpertCounts as ExpertCounts

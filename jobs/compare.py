@@ -1,10 +1,10 @@
-"""Do two captures of the same text agree? `python jobs/compare.py A B`, each STORE/DATASET."""
+"""Do two captures of the same text agree, and does one predict it better? `python jobs/compare.py A B`."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -19,6 +19,12 @@ from jobs.console.places import capture_at
 from jobs.console.tables import Column, Facts, print_line, print_table, stdout_console
 from jobs.console.terminal import reporting, run_job
 
+if TYPE_CHECKING:
+    import xarray as xr
+    from rich.console import Console
+
+    from analysis.scanning import Selection
+
 MEASURES = ("same_set", "overlap", "same_first", "first_difference", "margin", "margin_at_flips")
 
 
@@ -30,14 +36,22 @@ COLUMNS = (
     Column(name="layer", text=lambda row: row["layer"]),
     *(Column(name=name.replace("_", " "), text=_number(name), spare=at) for at, name in enumerate(MEASURES)),
 )
+OF_TOKENS = (
+    Column(name="tokens that lose most", text=lambda row: row["piece"], left=True),
+    Column(name="predicted", text=lambda row: f"{row['tokens']:,}"),
+    Column(name="effect", text=lambda row: f"{row['effect']:+.4f}"),
+    Column(name="in all", text=lambda row: f"{row['effect'] * row['tokens']:+.3f}"),
+)
+MOST_TOKENS = 10  # that are named (arbitrary)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Compare what two captures of the same rows chose, token by token and layer by layer.
+    """Compare what two captures of the same rows chose, token by token and layer by layer, and what they predicted.
 
-    For the same text under another quantization, revision, back-end or machine. Exit status: 0 compared, whatever came
-    out, 2 when they cannot be.
+    For the same text under another quantization, revision, back-end or machine, or with experts masked. Where both
+    recorded log-probabilities (--record logprob), the effect of the second one on each predicted token is shown. Exit
+    status: 0 compared, whatever came out, 2 when they cannot be.
     """
 
     one: Annotated[str, tyro.conf.Positional]
@@ -80,7 +94,33 @@ def main(arguments: list[str]) -> int:
         print_line(console, f"{name}: {values[0]} and {values[1]}")
     n, different = found.attrs["n"], found.attrs["any_difference"]
     print_line(console, f"{n:,} tokens in both; {different:.2%} of them differ in some layer's experts")
+    if all("logprob" in capture for capture in captures):
+        _print_effect(console, captures, only)
     return 0
+
+
+def _print_effect(console: "Console", captures: "Sequence[xr.Dataset]", only: "Selection") -> None:
+    """How the second capture predicts the tokens, beside the first, and which tokens lose most in all."""
+    from analysis.metrics.effect import effect
+
+    with reporting("effect", unit="shards") as report:
+        found = effect(*captures, only=only, progress=lambda done, total: report.to(done))
+    low, high, p = (float(found[name]) for name in ("low", "high", "p"))
+    sure = f"{found.attrs['level']:.0%} interval {low:+.4f} to {high:+.4f}, p {p:.4f}"
+    print_line(
+        console,
+        f"effect on predictions: {float(found['effect']):+.4f} nats a token in the second capture, below 0 where it"
+        f" predicts worse ({found.attrs['untested'] or sure}; {found.attrs['n']:,} tokens)",
+    )
+    mean, tokens = found["of_token"].fillna(0).values, found["tokens"].values
+    worst = (mean * tokens).argsort(kind="stable")[:MOST_TOKENS]
+    rows: list[Facts] = [
+        {"piece": str(captures[0]["piece"].values[each]), "tokens": int(tokens[each]), "effect": float(mean[each])}
+        for each in worst.tolist()
+        if mean[each] < 0
+    ]
+    if rows:
+        print_table(console, OF_TOKENS, rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from test_capture import write
 
 import store
 from analysis.report.command import command as reproducing
-from jobs import report, status
+from jobs import compare, report, status
 from jobs.capturing.options import parse_capture
 from store.identity import LATER, changes_in_words, identity_hash
 
@@ -105,6 +105,24 @@ def test_a_capture_s_own_routes_and_weights_give_its_predictions_back(
     assert (len(attrs["routes_from"]), attrs["routes_weights"]) == (64, True)
     assert (attrs["router_transformation"], source.attrs["router_transformation"]) == ("unknown", "renormalized")
     assert attrs["routes_from"] == attrs["identity"]["routes_from"] == identity_hash(source.identity)
+
+
+def test_the_effect_is_told_where_both_recorded_predictions(command: Command, base: Any, tmp_path: Path) -> None:
+    assert command(*base, "--name", "whole").status == 0
+    assert command(*base, "--name", "masked", "--mask", "*:1").status == 0
+    path = tmp_path / "s.zarr"
+    whole, masked = (opened(tmp_path, name) for name in ("whole", "masked"))
+    difference = (masked["logprob"] - whole["logprob"]).values[:, :-1]
+    special = np.isin(whole["token"].values[:, 1:], whole.attrs["special_token_ids"])
+    known = np.isfinite(difference) & ~special
+    told = command(path / "whole", path / "masked", main=compare.main).out
+    assert f"effect on predictions: {difference[known].mean():+.4f} nats a token in the second capture" in told
+    assert f"{known.sum():,} tokens)" in told
+    assert f"mask: [] and {masked.attrs['mask']}" in told
+    assert "tokens that lose most" in told
+    same = command(path / "whole", path / "whole", main=compare.main).out
+    assert "effect on predictions: +0.0000 nats" in same
+    assert "tokens that lose most" not in same
 
 
 def test_choices_and_weights_of_others_are_used_as_they_are(command: Command, base: Any, tmp_path: Path) -> None:
