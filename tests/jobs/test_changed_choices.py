@@ -120,6 +120,14 @@ def test_the_effect_is_told_where_both_recorded_predictions(command: Command, ba
     assert f"{known.sum():,} tokens)" in told
     assert f"mask: [] and {masked.attrs['mask']}" in told
     assert "tokens that lose most" in told
+    found = json.loads(command(path / "whole", path / "masked", "--json", main=compare.main).out)
+    assert found["effect"]["effect"] == pytest.approx(difference[known].mean(), abs=1e-6)
+    assert (found["effect"]["n"], found["differ"]["mask"]) == (known.sum(), [[], masked.attrs["mask"]])
+    worst = found["effect"]["lose_most"][0]
+    token = whole["token"].values[:, 1:]
+    total = {each: difference[known & (token == each)].sum() for each in np.unique(token[known])}
+    assert worst["effect"] * worst["tokens"] == pytest.approx(min(total.values()), abs=1e-4)
+    assert total[worst["token_id"]] == pytest.approx(min(total.values()), abs=1e-4)
     same = command(path / "whole", path / "whole", main=compare.main).out
     assert "effect on predictions: +0.0000 nats" in same
     assert "tokens that lose most" not in same
