@@ -21,7 +21,7 @@ from jobs.console.tables import Bars, Column, Facts, print_json, print_line, pri
 from jobs.console.terminal import log, reporting, run_job, shown
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
-from store.identity import LATER
+from store.identity import LATER, changes_in_words
 from store.lease import lease_holder
 from store.verification import Findings, verify
 
@@ -47,9 +47,10 @@ class StatusConfig:
     that is committed was read back as it was committed; null without --verify); plan_complete (whether the text is
     planned to its end: before, all counts are of what is planned so far); quantization and matmul (what the weights are
     stored in, and what their products are computed in); record (the arrays that are recorded beside the choices);
-    weight_bits (of the mantissas of the choices' weights: 10 is float16, 23 float32); shards_total, shards_done,
-    missing (shards); rows, documents, documents_empty, documents_repaired, documents_skipped, skipped (the names of the
-    first 100),
+    weight_bits (of the mantissas of the choices' weights: 10 is float16, 23 float32); mask, force, top_k,
+    routes_from and routes_weights (what is changed about the choices, as options of jobs/capture.py; routes_from is the
+    hash of a capture's identity); shards_total, shards_done, missing (shards); rows, documents, documents_empty,
+    documents_repaired, documents_skipped, skipped (the names of the first 100),
     tokens_planned, tokens_done, bytes_done, seconds (of workers); digest (SHA-256 of what is planned and committed);
     wrong (shard and reason, of shards that do not hold); quarantined (shard, documents and errors); lost (objects of
     the plan that are gone); plan_faults (what is damaged in the plan; null without --verify); not_noted (why what is
@@ -141,6 +142,7 @@ def facts(one: Looked) -> dict[str, Any]:
         "matmul": one.identity.get("matmul"),
         "record": one.identity.get("record"),
         "weight_bits": one.identity.get("weight_bits"),
+        **{name: one.identity.get(name) for name in CHANGES},
         **{key: None if state is None else fact(state) for key, fact in KNOWN.items()},
         "wrong": [{"shard": shard, "reason": reason} for shard, reason in sorted(wrong.items())],
         "plan_faults": None if found is None else found.plan,
@@ -151,6 +153,7 @@ def facts(one: Looked) -> dict[str, Any]:
     return {**row, "state": _in_a_word(row)}
 
 
+CHANGES = ("mask", "force", "top_k", "routes_from", "routes_weights")
 KNOWN: dict[str, Callable[[Coverage], Any]] = {
     "plan_complete": lambda state: state.plan.complete,
     "shards_total": lambda state: state.shards_total,
@@ -194,7 +197,8 @@ def _in_a_word(row: Facts) -> str:
 def print_status(console: Console, looked: list[Looked]) -> None:
     """A line a data set, and in full what is missing or damaged."""
     rows = [facts(one) for one in looked]
-    columns = [column for column in COLUMNS if column is not RECORDED or any(row["record"] for row in rows)]
+    said = (RECORDED, CHANGED)  # where some data set has something to say
+    columns = [column for column in COLUMNS if column not in said or any(column.text(row) != "-" for row in rows)]
     print_table(console, columns, rows)
     for state in (one.state for one in looked if one.state is not None):
         if not state.complete:
@@ -233,6 +237,7 @@ def _colour(row: Facts) -> str:
 
 
 RECORDED = Column(name="recorded too", text=lambda row: ", ".join(row["record"] or "-"), left=True, spare=10)
+CHANGED = Column(name="changed", text=lambda row: changes_in_words(row) or "-", left=True, spare=11)
 COLUMNS = (
     Column(name="data set", text=lambda row: row["data_set"], left=True, elastic=True),
     Column(name="shards", text=_shards),
@@ -246,6 +251,7 @@ COLUMNS = (
     Column(name="tokens/s a worker", text=_ratio("tokens_done", "seconds", ",.0f"), spare=6),
     Column(name="weights", text=_precision, left=True, spare=9),
     RECORDED,
+    CHANGED,
     Column(name="state", text=lambda row: row["state"], left=True, style=_colour),
 )
 

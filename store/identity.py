@@ -5,7 +5,7 @@ Byte-identity is promised for equal identity, halvings, device type and package 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Identity = Mapping[str, Any]
@@ -21,6 +21,11 @@ LATER: dict[str, Any] = {
     "record": [],
     "top_logits": 0,
     "weight_bits": 10,
+    "mask": [],
+    "force": [],
+    "top_k": None,
+    "routes_from": None,
+    "routes_weights": False,
 }
 """Fields that came after the first captures, with the value that stands for what was done before they existed. A field
 with that value is left out of an identity, so that captures begun before it resume and compare as before."""
@@ -36,9 +41,9 @@ MODEL = (
         "compute_dtype",
         "gate_precision",
         "expert_backend",
-        "attention",
     ),
     *("attention", "routing_version", "tokenizer", "layers", "num_experts", "experts_per_token"),
+    *("mask", "force", "top_k", "routes_from", "routes_weights"),
 )
 """Fields that decide which experts a token gets, whatever the text is."""
 
@@ -70,6 +75,36 @@ def model_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[
     here, there = ({**LATER, **side.get("identity", side)} for side in (one, other))
     values = {name: json.loads(json.dumps([here.get(name), there.get(name)])) for name in MODEL}  # tuples equal lists
     return {name: (first, second) for name, (first, second) in values.items() if first != second}
+
+
+TOLD = 6  # experts that are named in a line of words (arbitrary)
+
+
+def changes_in_words(fields: Mapping[str, Any]) -> str:
+    """What was changed about a model's choices; empty where nothing was.
+
+    Parameters
+    ----------
+    fields
+        An identity, or attributes.
+
+    Examples
+    --------
+    >>> changes_in_words({"mask": ["7:1"], "top_k": 3})
+    'mask 7:1; top_k 3'
+    """
+    words = [_named(name, fields[name]) for name in ("mask", "force") if fields.get(name)]
+    if fields.get("top_k"):
+        words.append(f"top_k {fields['top_k']}")
+    if source := fields.get("routes_from"):
+        words.append(f"routes{' and weights' if fields.get('routes_weights') else ''} from capture {source[:8]}")
+    return "; ".join(words)
+
+
+def _named(name: str, experts: str | Sequence[str]) -> str:
+    experts = [experts] if isinstance(experts, str) else list(experts)  # netCDF keeps a list of one as a text
+    more = f" and {len(experts) - TOLD:,} more" if len(experts) > TOLD else ""
+    return f"{name} {', '.join(experts[:TOLD])}{more}"
 
 
 def identity_of(fields: Mapping[str, Any]) -> dict[str, Any]:

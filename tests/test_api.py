@@ -98,6 +98,12 @@ def recorded_counts(*reducers: Reducer) -> list[xr.Dataset]:
     return scan(RECORDED, reducers)
 
 
+def with_logprob(capture: xr.Dataset) -> xr.Dataset:
+    """With the log-probability of the next token at each position, as if it had been recorded."""
+    logprob = np.full(capture["token"].shape, -1.0, np.float32)
+    return capture.assign(logprob=(("doc", "position"), logprob)).chunk({"doc": 4})
+
+
 def words(capture: xr.Dataset) -> xr.Dataset:
     table, shuffled = scan(capture, [analysis.TokenCounts(), analysis.ShuffledTokenCounts()])
     return analysis.vocabulary_specialization_of(table, [shuffled], min_count=3)
@@ -135,6 +141,10 @@ METRICS: dict[str, tuple[Ask, object]] = {
         tokens() + tokens(OTHER),
     ),
     "domain_specialization": (lambda c: analysis.domain_specialization(analysis.expert_load(c)), tokens()),
+    "effect": (
+        lambda c: analysis.effect(with_logprob(c), with_logprob(c), replicates=5),
+        int(counted(CAPTURE)[:, 1:].sum()),
+    ),
     "expert_load": (analysis.expert_load, tokens()),
     "expert_tokens": (lambda c: analysis.expert_tokens(c, 1), tokens()),
     "expert_tokens_of": (lambda c: analysis.expert_tokens_of(counts(analysis.TokenCounts())[0], by="lift"), tokens()),

@@ -21,8 +21,8 @@ MAY_IMPORT = {
 }
 ROOMS = {
     "workers": [
-        *["shard", "environment", "tiny", "record", "text", "imports", "models", "recordings", "recorder"],
-        *["replica", "engine", "notebook"],
+        *["shard", "given", "environment", "tiny", "record", "interventions", "text", "imports", "models"],
+        *["recordings", "recorder", "replica", "engine", "notebook"],
     ],
     "jobs": ["console", "sources", "capturing", "cluster"],  # and then the scripts
     "analysis": [

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from workers.interventions import Interventions
 from workers.models.forwards import forward_of
+from workers.models.intervening import Steering
 from workers.models.loading import LoadedModel, load_model
 from workers.record import CHOICES_ALONE, Recorded
 from workers.recorder import Micro, RouteRecorder, on_device
@@ -34,6 +36,8 @@ class ModelEngine:
         From `workers.models.loading.load_model`.
     recorded
         What is recorded beside the choices, and in what precision weights are.
+    interventions
+        What is changed about the choices.
 
     Raises
     ------
@@ -41,22 +45,31 @@ class ModelEngine:
         When the model cannot be recorded so.
     """
 
-    def __init__(self, loaded: LoadedModel, recorded: Recorded = CHOICES_ALONE) -> None:
+    def __init__(
+        self, loaded: LoadedModel, recorded: Recorded = CHOICES_ALONE, interventions: Interventions | None = None
+    ) -> None:
         self.model = loaded.model
         self.layers = tuple(loaded.routers)
         self.num_experts = loaded.num_experts
-        self.experts_per_token = loaded.experts_per_token
+        interventions = interventions or Interventions()
+        self.experts_per_token = interventions.top_k or loaded.experts_per_token
+        self.steering = Steering(loaded.routers, loaded.num_experts, self.experts_per_token, interventions)
         self.device = next(loaded.model.parameters()).device
         how = (loaded.provenance[name] for name in ("quantization", "expert_backend", "matmul"))
         self.forward = forward_of(loaded.model, *how)
-        recordings = recordings_of(loaded, self.forward, recorded)
         self.recorder = RouteRecorder(
-            loaded.routers, loaded.num_experts, loaded.experts_per_token, recordings, recorded.weight_bits
+            loaded.routers,
+            loaded.num_experts,
+            self.experts_per_token,
+            recordings_of(loaded, self.forward, recorded, self.experts_per_token),
+            recorded.weight_bits,
+            self.steering.of,
         )
-        self.description: Mapping[str, Any] = loaded.provenance | asdict(recorded)
+        described = loaded.provenance | {"experts_per_token": self.experts_per_token}
+        self.description: Mapping[str, Any] = described | asdict(recorded) | interventions.fields()
 
     @torch.inference_mode()
-    def start(self, token: np.ndarray, length: np.ndarray) -> Callable[[], Routes]:
+    def start(self, token: np.ndarray, length: np.ndarray, given: Routes | None = None) -> Callable[[], Routes]:
         """See `workers.shard.Engine.start`.
 
         Raises
@@ -71,7 +84,8 @@ class ModelEngine:
         """
         positions = token.shape[1]
         padded = np.where(np.arange(positions) < length[:, None], token, 0)
-        with self._device_errors(), self.recorder.attached(), _one_thread(self.device):
+        self._give(given, length)
+        with self._device_errors(), self.steering.attached(), self.recorder.attached(), _one_thread(self.device):
             recorded = self.recorder.record(self.forward, on_device(padded.astype(np.int64), self.device), length)
             copies = Micro(*({what: _to_host(part) for what, part in parts.items()} for parts in recorded))
             copied = torch.cuda.Event() if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -89,6 +103,23 @@ class ModelEngine:
     def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
         """`start`, and wait."""
         return self.start(token, length)()
+
+    def _give(self, given: Routes | None, length: np.ndarray) -> None:
+        """Give the routers their choices, legal ones where there is no token."""
+        asked = self.steering.asked
+        assert (given is None) == (asked.routes_from is None), "routes are given to an engine that takes them, only"
+        if given is None:
+            return
+        empty = np.arange(given["expert"].shape[1]) >= length[:, None]
+        legal: dict[str, Any] = {"expert": np.arange(self.experts_per_token)}
+        if asked.routes_weights:
+            legal["weight"] = 1 / self.experts_per_token
+        layers = []
+        for name, fill in legal.items():
+            values = given[name].astype(np.int64 if name == "expert" else np.float32)
+            values[empty] = fill
+            layers.append(np.ascontiguousarray(values.reshape(-1, *values.shape[2:]).swapaxes(0, 1)))
+        self.steering.begin(*(on_device(each, self.device) for each in layers))
 
     @contextmanager
     def _device_errors(self) -> Iterator[None]:
@@ -121,7 +152,14 @@ def _to_host(part: torch.Tensor) -> torch.Tensor:
     return part.contiguous().to("cpu", non_blocking=True)
 
 
-def load_engine(model: str | Path, *, device: str, recorded: Recorded = CHOICES_ALONE, **options: Any) -> ModelEngine:
+def load_engine(
+    model: str | Path,
+    *,
+    device: str,
+    recorded: Recorded = CHOICES_ALONE,
+    interventions: Interventions | None = None,
+    **options: Any,
+) -> ModelEngine:
     """Load a model as an engine; the arguments are those of `load_model`, or the model is "tiny".
 
     What nothing that is recorded needs is not kept: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
@@ -135,7 +173,7 @@ def load_engine(model: str | Path, *, device: str, recorded: Recorded = CHOICES_
         drop_last_experts(loaded)
     if device != "cpu":
         torch.cuda.empty_cache()  # transformers takes more while it loads than the weights need
-    return ModelEngine(loaded, recorded)
+    return ModelEngine(loaded, recorded, interventions)
 
 
 def _set_allocator(settings: str) -> None:

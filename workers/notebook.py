@@ -11,9 +11,12 @@ import torch
 import xarray as xr
 
 from store.attributes import flat
+from store.identity import identity_of
 from store.layout import Layout
 from store.plan import Rows
 from workers.engine import ModelEngine
+from workers.interventions import Named
+from workers.models.intervening import choose_to_change
 from workers.models.loading import LoadedModel, load_model
 from workers.models.routers import transformation_of
 from workers.models.stored import default_quantization
@@ -36,6 +39,9 @@ def capture_texts(
     record: Sequence[Recordable] = (),
     top_logits: int | None = None,
     weight_precision: WeightPrecision = "float16",
+    mask: Sequence[Named] = (),
+    force: Sequence[Named] = (),
+    top_k: int | None = None,
 ) -> xr.Dataset:
     """Capture the routes of some texts, in memory.
 
@@ -66,6 +72,13 @@ def capture_texts(
         of expert_id, and `logit_expert` beside it. Default: all of up to 64 experts, 32 of more.
     weight_precision
         "float16", "float32", or "compact": rounded to what the routers' own precision means.
+    mask
+        Experts that cannot be chosen, each as (layer, expert) or by name, such as "7:1", "3-5:0-2" or "*:1": the
+        router's own rule chooses among the others. `logit` is what the router computed before.
+    force
+        Experts that are always among the chosen, named as those of `mask`, with the weight that their logits give.
+    top_k
+        Experts a token. Default: the model's own number.
 
     Returns
     -------
@@ -76,8 +89,8 @@ def capture_texts(
     Raises
     ------
     ValueError
-        When no text has a token, the rows would be longer than the model's positions, or the model cannot be captured
-        or recorded so.
+        When no text has a token, the rows would be longer than the model's positions, or the model cannot be captured,
+        recorded or changed so.
     """
     if isinstance(texts, str):
         raise ValueError("give a list of texts, not one text: each of its characters would be a document")
@@ -91,6 +104,7 @@ def capture_texts(
     if not isinstance(model, LoadedModel):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         path = model_path(model)
+        choose_to_change(path, None, mask=mask, force=force, top_k=top_k)  # a mistake is named before weights are read
         quantization = quantization or default_quantization(path, None, device)
         model = load_model(path, quantization=quantization, matmul=matmul, device=device)
     most = model.provenance["max_position_embeddings"]
@@ -104,7 +118,8 @@ def capture_texts(
         top_logits=top_logits,
         weight_precision=weight_precision,
     )
-    engine = ModelEngine(model, recorded)
+    interventions = choose_to_change(model.folder, None, mask=mask, force=force, top_k=top_k)
+    engine = ModelEngine(model, recorded, interventions)
     cut = [
         (document, *row)
         for document, ids in enumerate(tokenizer.encode_batch(list(texts)))
@@ -138,11 +153,13 @@ def capture_texts(
     }
     attrs = {
         **model.provenance,
+        **identity_of(interventions.fields()),
+        "experts_per_token": engine.experts_per_token,
         "special_token_ids": tokenizer.special_ids,
         "pairs_cut": sum(one == other for one, other in pairwise(documents)),
     }
     if "logit" in recorded.record:
-        attrs["router_transformation"] = transformation_of(model.folder)
+        attrs |= interventions.told(transformation_of(model.folder))
     return _dataset(layout, arrays, attrs)
 
 

@@ -12,7 +12,7 @@ each time, so that a router which repeats an earlier answer for as many tokens i
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +64,8 @@ class RouteRecorder:
         What is recorded beside the choices.
     weight_bits
         See `store.Layout`.
+    asked_about
+        Within what it gives for some tokens of a micro-batch, routers are asked about those alone.
 
     Raises
     ------
@@ -78,6 +80,7 @@ class RouteRecorder:
         experts_per_token: int,
         recordings: Sequence[Recording] = (),
         weight_bits: int = FLOAT16_BITS,
+        asked_about: Callable[[torch.Tensor], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         if not routers:
             raise RoutingError("the model has no routers to record")
@@ -88,6 +91,7 @@ class RouteRecorder:
                 raise RoutingError(f"layer {layer}: its router is that of layer {owner[router]} too")
         self.num_experts, self.k = num_experts, experts_per_token
         self.recordings, self.weight_bits = tuple(recordings), weight_bits
+        self._asked_about = asked_about
         self._whole = any(recording.whole for recording in recordings)
         self._choices: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._finite: dict[int, torch.Tensor] = {}
@@ -158,7 +162,8 @@ class RouteRecorder:
             self._choices[layer].append((experts_TK.to(home), weights_TK.to(home)))
             self._finite[layer] = _finite(output).to(home)
             hidden_SH = hidden_TH[self._sample.to(hidden_TH.device)]
-            again = self.routers[layer].forward(hidden_SH)
+            with self._asked_about(self._sample):
+                again = self.routers[layer].forward(hidden_SH)
             experts_SK, weights_SK = self._of_sample(layer, again)
             self._again[layer] = experts_SK.to(home), weights_SK.to(home)
             for recording in self.recordings:
@@ -196,8 +201,9 @@ class RouteRecorder:
         was = experts_LTK[:, self._sample], weights_LTK[:, self._sample]
         other_LS = doubted(same_choices(was, in_order(*stacked(list(self._again.values())))))
         doubts = {OTHERS: ~illegal_L[:, None] & other_LS}
-        for recording in self.recordings:
-            doubts |= recording.doubts(chosen)
+        with self._asked_about(self._sample):
+            for recording in self.recordings:
+                doubts |= recording.doubts(chosen)
         faults = {ILLEGAL: _first(wrong_LF, filled), NOT_FINITE: _first(~finite_LF, filled)}
         faults |= {what: _first(found_LS, self._sample) for what, found_LS in doubts.items()}
         dtype = torch.uint8 if self.num_experts <= 255 else torch.int32

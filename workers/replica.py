@@ -16,6 +16,7 @@ from store.group import CaptureGroup
 from store.identity import LATER, differences
 from store.lease import lease_token
 from workers.environment import SAME_BYTES_NEEDS, environment
+from workers.given import GivenRoutes
 from workers.shard import ROUTING_VERSION, Engine, capture_shard
 
 
@@ -35,6 +36,8 @@ class Assignment:
     """"cuda" or "cpu"."""
     batch_tokens: int
     """Padded tokens in a micro-batch at most."""
+    given: GivenRoutes | None = None
+    """Where routers take their choices from, instead of choosing."""
     allow_mixed: bool = False
     """Take part also with other package versions, or another device, than the capture was begun with."""
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -102,8 +105,15 @@ class Replica:
         group = self._groups[dataset]
         with self._computing:
             rows = group.read_rows(shard)
+            source = self._assignment.given
             finish = capture_shard(
-                group, shard, rows, self._engine, batch_tokens=self._assignment.batch_tokens, progress=self._count
+                group,
+                shard,
+                rows,
+                self._engine,
+                batch_tokens=self._assignment.batch_tokens,
+                progress=self._count,
+                given=None if source is None else source.of(shard, rows),
             )
             self._writing.acquire()
 

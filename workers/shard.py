@@ -60,7 +60,7 @@ class Engine(Protocol):
     description: Mapping[str, Any]
     """What it is, in the terms of a capture's identity; fields that an identity does not have mean nothing there."""
 
-    def start(self, token: np.ndarray, length: np.ndarray) -> Callable[[], Routes]:
+    def start(self, token: np.ndarray, length: np.ndarray, given: Routes | None = None) -> Callable[[], Routes]:
         """Begin to route right-padded rows.
 
         Parameters
@@ -68,6 +68,8 @@ class Engine(Protocol):
         token : int32 array, shape (rows, positions)
             At and beyond a row's length the values mean nothing.
         length : int32 array, shape (rows,)
+        given
+            `expert`, and perhaps `weight`, which its routers take instead of their own.
 
         Returns
         -------
@@ -110,6 +112,7 @@ def route_rows(
     layout: Layout,
     batch_tokens: int,
     progress: Callable[[int], None] = lambda tokens: None,
+    given: Routes | None = None,
 ) -> Callable[[], Routes]:
     """The routes of a shard's rows, in the rows' own order, fill values at and beyond each length.
 
@@ -119,6 +122,8 @@ def route_rows(
         Padded tokens in a micro-batch at most.
     progress
         Called with the number of tokens of each micro-batch that was begun.
+    given
+        Routes of the rows, with which the engine's routers are given theirs.
 
     Returns
     -------
@@ -160,7 +165,8 @@ def route_rows(
         for batch in micro_batches(rows.length, batch_tokens):
             length = rows.length[batch]
             width = int(length.max())
-            begun = engine.start(rows.token[batch, :width], length)
+            theirs = () if given is None else ({name: values[batch, :width] for name, values in given.items()},)
+            begun = engine.start(rows.token[batch, :width], length, *theirs)
             if pending is not None:
                 pending.result()
             pending = putter.submit(put, batch, length, width, begun)
@@ -212,8 +218,14 @@ def capture_shard(
     batch_tokens: int,
     max_halvings: int = 6,
     progress: Callable[[int], None] = lambda tokens: None,
+    given: Routes | None = None,
 ) -> Callable[[], tuple[Routes, dict[str, Any]]]:
     """Route one shard's rows; the caller commits them with `CaptureGroup.commit`.
+
+    Parameters
+    ----------
+    batch_tokens, progress, given
+        As for `route_rows`.
 
     Returns
     -------
@@ -238,7 +250,7 @@ def capture_shard(
     while True:
         try:
             with _naming(group, shard):
-                routed = route_rows(engine, rows, layout, max(1, batch_tokens >> halvings), progress)
+                routed = route_rows(engine, rows, layout, max(1, batch_tokens >> halvings), progress, given)
         except OutOfMemory as error:
             if halvings == max_halvings:
                 tokens = max(1, batch_tokens >> halvings)

@@ -38,14 +38,7 @@ class Agreement(Reducer):
 
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
-        expert, other, counted = block["expert"], block["other_expert"], block["counted"]
-        both = counted & (other[:, :, 0, 0] != np.iinfo(other.dtype).max)
-        if wrong := np.argwhere(both & (block["token"] != block["other_token"])).tolist():
-            row, position = wrong[0]
-            raise ValueError(
-                f"the captures hold other texts: at position {position} of a row stand tokens"
-                f" {block['token'][row, position]} and {block['other_token'][row, position]}"
-            )
+        expert, other, both = block["expert"], block["other_expert"], counted_in_both(block)
         weight = block["weight"] if "weight" in block else np.zeros(expert.shape)
         _add(expert, other, weight.astype(np.float32), both, *state.values())
 
@@ -131,7 +124,7 @@ def agreement(one: xr.Dataset, other: xr.Dataset, *, threads: int | None = None)
 
 
 def paired(one: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
-    """The first capture, with the second one's choices and tokens beside its own."""
+    """The first capture, with the second one's choices, tokens and recorded predictions beside its own."""
     here, there = ({**each.sizes, "experts": int(each.attrs["num_experts"])} for each in (one, other))
     for name in ("doc", "position", "layer", "k", "experts"):
         if here[name] != there[name]:
@@ -140,7 +133,8 @@ def paired(one: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
             )
     if one["layer"].values.tolist() != other["layer"].values.tolist():
         raise ValueError(f"the captures have other layers: {one['layer'].values} and {other['layer'].values}")
-    variables = {f"other_{name}": other[name].variable for name in ("expert", "token")}
+    names = ("expert", "token", *["logprob"] * ("logprob" in other))
+    variables = {f"other_{name}": other[name].variable for name in names}
     if "captured" in one and "captured" in other:
         variables["captured"] = one["captured"].variable & other["captured"].variable
     chunks = dict(one.chunksizes)
@@ -150,6 +144,25 @@ def paired(one: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
             for name, variable in variables.items()
         }
     )
+
+
+def counted_in_both(block: Block) -> Array:
+    """Which tokens count that both captures hold; bool (doc, position).
+
+    Raises
+    ------
+    ValueError
+        When they are other tokens; the message names the first.
+    """
+    other = block["other_expert"]
+    both: Array = block["counted"] & (other[:, :, 0, 0] != np.iinfo(other.dtype).max)
+    if wrong := np.argwhere(both & (block["token"] != block["other_token"])).tolist():
+        row, position = wrong[0]
+        raise ValueError(
+            f"the captures hold other texts: at position {position} of a row stand tokens"
+            f" {block['token'][row, position]} and {block['other_token'][row, position]}"
+        )
+    return both
 
 
 @kernel

@@ -21,10 +21,8 @@ from analysis.metrics.contrast import refuse_incomparable
 from analysis.metrics.load import ExpertCounts
 from analysis.scanning import Array, scan
 from analysis.statistics.differences import p_adjusted, p_by_layer, quantile_of_largest, studentized
-from analysis.statistics.jackknife import MIN_EFFECTIVE_DOCUMENTS, Jackknife, effective_documents
-
-REPLICATES = 1999  # flips of signs
-MIN_UNITS = 6  # of fewer, the smallest p of flipped signs is above 5 %
+from analysis.statistics.flips import REPLICATES, flipped, sum_of, why_untested
+from analysis.statistics.jackknife import Jackknife
 
 
 def paired_contrast(
@@ -82,12 +80,12 @@ def paired_contrast(
         pooled = count.sum((0, 1)) / total.sum()
         part = tokens.sum(0) / total.sum()
     alike = _residuals(count, tokens, np.stack([pooled, pooled]))
-    difference, error = _sum_of(alike, part)
-    reason = _why_untested(tokens)
+    difference, error = sum_of(alike, part)
+    reason = why_untested(tokens)
     largest, centred = np.zeros((0, 0)), np.zeros((0, 0))
     if not reason:
         signs = np.random.default_rng(0).choice([-1.0, 1.0], (replicates, len(part)))
-        largest, centred = (_flipped(each, part, signs) for each in (alike, _residuals(count, tokens, share)))
+        largest, centred = (flipped(each, part, signs) for each in (alike, _residuals(count, tokens, share)))
     reach = quantile_of_largest(centred, level) * error
     cell = ("layer", "expert")
     statistic = abs(studentized(difference, error))
@@ -144,37 +142,3 @@ def _residuals(count: Array, tokens: Array, share: Array) -> Array:
     one, other = ((count[side] - tokens[side][:, None, None] * share[side]) / max(total[side], 1.0) for side in (0, 1))
     residuals: Array = one - other
     return residuals
-
-
-def _sum_of(residuals: Array, part: Array) -> tuple[Array, Array]:
-    """The sum over units, and its standard error (Bell & McCaffrey 2002, CR2)."""
-    whole = residuals.sum(0)
-    apart = residuals - part[:, None, None] * whole
-    return whole, np.sqrt((apart**2 / (1 - np.minimum(part, 1 - 1e-12))[:, None, None]).sum(0))
-
-
-def _flipped(residuals: Array, part: Array, signs: Array) -> Array:
-    """The largest studentized sum of each layer with flipped signs: (layer, replicate)."""
-    larger = (1 / (1 - part))[:, None]
-    found = []
-    for layer in range(residuals.shape[1]):
-        own = residuals[:, layer]
-        whole = signs @ own
-        squares = (own**2 * larger).sum(0) - 2 * whole * (signs @ (own * part[:, None] * larger))
-        squares += whole**2 * float((part[:, None] ** 2 * larger).sum())
-        found.append(abs(studentized(whole, np.sqrt(np.maximum(squares, 0)))).max(1))
-    return np.array(found)
-
-
-def _why_untested(tokens: Array) -> str:
-    """Why nothing is tested, in words; empty where it is."""
-    units, effective = tokens.shape[1], effective_documents(tokens.sum(0))
-    if not tokens.sum(1).all():
-        return "no token is counted in one of the captures"
-    if units < MIN_UNITS:
-        return f"{units} documents: flipped signs of fewer than {MIN_UNITS} cannot be significant"
-    if effective < MIN_EFFECTIVE_DOCUMENTS:
-        return (
-            f"{units} units, as unequal as {effective:.1f} of one length: no test below {MIN_EFFECTIVE_DOCUMENTS:.0f}"
-        )
-    return ""

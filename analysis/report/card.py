@@ -14,6 +14,7 @@ import yaml
 
 from analysis.report.command import command, versions
 from store.coverage import Coverage
+from store.identity import changes_in_words
 
 TAGS = ("mixture-of-experts", "expert-routing", "interpretability", "zarr")
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
@@ -88,6 +89,7 @@ def _about(each: Shared) -> str:
         "model": attrs.get("model", "not stated"),
         "revision": attrs.get("model_revision", "not stated"),
         "quantization": attrs.get("quantization", "not stated"),
+        **({"changed": changes} if (changes := changes_in_words(attrs)) else {}),
         "tokens": f"{each.state.tokens_done:,} of {plan.documents:,} documents, in {plan.rows:,} rows; {complete}",
         "routes": f"{attrs['experts_per_token']} of {attrs['num_experts']} experts at {len(layers)} layers"
         f" ({layers[0]} to {layers[-1]})",

@@ -36,6 +36,7 @@ from analysis.results import Runner, measure
 from analysis.scanning import EVERYTHING, Selection, accumulate
 from store import Coverage, coverage, dataset_names
 from store.files import whole_file
+from store.identity import changes_in_words
 from store.reader import open_covered
 
 FIGURE_WIDTH = 420  # pixels of a chart outside the page (arbitrary)
@@ -166,6 +167,7 @@ def render(report: Report) -> str:
         scripts=[Markup(script) for script in scripts],
         hashes=[policy_hash(script) for script in scripts],
         visible=visible,
+        changes_in_words=changes_in_words,
     )
 
 

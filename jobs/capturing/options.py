@@ -105,6 +105,20 @@ class CaptureConfig:
     weight_precision: WeightPrecision = "float16"
     """What the weights of choices are stored in. float32 is for training that replays routes. compact rounds them to
     what the routers' own precision means: of routers in bfloat16, to 5 bits of mantissa."""
+    mask: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Experts that cannot be chosen, as LAYER:EXPERT, once for each: 7:1. Either side may be a range, 3-5:0-2, or * for
+    all. The router's own rule chooses among the others; recorded logits are those before."""
+    mask_file: Path | None = None
+    """JSON file with more experts that cannot be chosen: layers with lists of experts, {"7": [1, 3]}."""
+    force: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Experts that are always among the chosen, named as those of --mask, with the weight that their logits give."""
+    top_k: int | None = None
+    """Experts chosen for each token. Default: the model's own number."""
+    routes_from: str | None = None
+    """Take the choices from another capture of the same text by the same model, STORE/DATASET, instead of the routers:
+    what would these weights do on the routes of others? Its rows must be the same. Workers must see its store."""
+    routes_weights: bool = False
+    """With --routes_from: take the weights of the choices too. Default: this model's own logits weigh them."""
     batch_tokens: int | None = None
     """Padded tokens in a micro-batch at most. Default: 32768 on a GPU, 8192 on a CPU."""
     bos: Literal["none", "document", "row"] = "none"
@@ -241,7 +255,7 @@ def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
-    for repeated in ("--dataset", "--name", "--record"):
+    for repeated in ("--dataset", "--name", "--record", "--mask", "--force"):
         early.add_argument(repeated, action="append")
     early.add_argument("--preset")
     known, _ = early.parse_known_args(arguments)
@@ -257,8 +271,8 @@ def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
     # What is given on the command line goes in place of the file's list, not after it.
     if known.dataset:
         base = replace(base, dataset=(), name=())
-    if known.record:
-        base = replace(base, record=())
+    lists: dict[str, Any] = {name: () for name in ("record", "mask", "force") if getattr(known, name)}
+    base = replace(base, **lists)
     return _parse(arguments, base)
 
 

@@ -17,6 +17,7 @@ import torch
 
 from jobs.capturing.options import CaptureConfig
 from jobs.capturing.planner import default_sequence_length
+from jobs.console.places import capture_at
 from jobs.sources.documents import Source
 from jobs.sources.resolve import group_name, resolve_source
 from store.group import CaptureGroup, valid_name
@@ -24,8 +25,11 @@ from store.identity import identity_of
 from store.layout import SCHEMA_VERSION, SHARD_TOKENS, Layout, default_rows_per_shard
 from workers.engine import load_engine
 from workers.environment import environment
+from workers.given import GivenRoutes
+from workers.interventions import Interventions, experts_in_file
 from workers.models.description import EARLIER, ModelDescription, describe_model
 from workers.models.footprint import operations_per_token
+from workers.models.intervening import choose_to_change
 from workers.models.routers import transformation_of
 from workers.models.stored import default_quantization
 from workers.record import Recorded, what_to_record
@@ -135,6 +139,34 @@ class Run:
         )
 
     @cached_property
+    def given(self) -> GivenRoutes | None:
+        """Where routers take their choices from."""
+        place = self.config.routes_from
+        if place is None:
+            return None
+        if (many := len(self.config.dataset)) > 1:
+            raise ValueError(
+                f"--routes_from is one capture, and --dataset is given {many} times: capture them one by one"
+            )
+        path, name = capture_at(place if "://" in place else str(Path(place).expanduser().absolute()))
+        return GivenRoutes(path, name, self.config.routes_weights)
+
+    @cached_property
+    def interventions(self) -> Interventions:
+        """What is changed about the model's choices."""
+        config = self.config
+        in_file = experts_in_file(config.mask_file.expanduser()) if config.mask_file else []
+        return choose_to_change(
+            self.model,
+            config.model_revision,
+            mask=[*config.mask, *in_file],
+            force=config.force,
+            top_k=config.top_k,
+            routes_from=None if self.given is None else self.given.identity,
+            routes_weights=config.routes_weights,
+        )
+
+    @cached_property
     def tokenizer(self) -> TextTokenizer:
         """The model's tokenizer, which gives as much of a text as is asked for."""
         day = date.fromisoformat(self.config.template_date)
@@ -173,11 +205,13 @@ class Run:
                 matmul=config.matmul,
                 expert_backend=self.expert_backend,
                 recorded=self.recorded,
+                interventions=self.interventions,
                 device=self.device,
                 gpus=max(1, int(config.gpus_per_worker)) if self.device == "cuda" else 1,
             ),
             device=self.device,
             batch_tokens=self.batch_tokens,
+            given=self.given,
             allow_mixed=config.allow_mixed,
             secrets={"HF_TOKEN": token} if token else {},
         )
@@ -208,6 +242,7 @@ class Run:
             When the rows would be longer than the model's positions, or the data set has no document.
         """
         config, model = self.config, self.described
+        choices = self.interventions.top_k or model["experts_per_token"]
         if next(source.documents(faulty=True), None) is None:
             raise ValueError(f"{name}: the data set holds no document")
         length = config.sequence_length or self._settled(name, "sequence_length")
@@ -230,7 +265,7 @@ class Run:
             rows_per_shard=config.rows_per_shard or self._settled(name, "rows_per_shard") or self._rows(length),
             layers=tuple(model["layers"]),
             num_experts=model["num_experts"],
-            experts_per_token=model["experts_per_token"],
+            experts_per_token=choices,
             vocab_size=self.tokenizer.vocab_size,
             roles=ROLES if source.conversations else (),
             **asdict(self.recorded),
@@ -238,6 +273,8 @@ class Run:
         text = {f"text_{field}": value for field, value in source.identity.items()}
         fields = {
             **{name: value for name, value in model.items() if name not in ("vocab_size", "max_position_embeddings")},
+            **self.interventions.fields(),
+            "experts_per_token": choices,
             **text,
             "tokenizer": self.tokenizer.sha256,
             "chat_template": self.tokenizer.chat_template_sha256 if layout.roles else None,
@@ -256,6 +293,8 @@ class Run:
             "top_logits": layout.top_logits,
             "weight_bits": layout.weight_bits,
         }
+        if self.given is not None:
+            self.given.refuse_unfit(fields)
         return Prepared(name=name, source=source, layout=layout, identity=identity_of(fields))
 
     def _rows(self, sequence_length: int) -> int:
@@ -288,6 +327,7 @@ class Run:
             "model": self.described["model"],
             "quantization": self.described["quantization"],
             "matmul": self.described["matmul"],
+            **identity_of(self.interventions.fields()),
             "window_rule": f"documents are cut into rows of at most sequence_length tokens; none share a row{limit}",
             "bos": config.bos,
             "special_token_ids": self.tokenizer.special_ids,
@@ -306,11 +346,11 @@ class Run:
             pieces=self.tokenizer.pieces(),
         )
 
-    def _meanings(self) -> dict[str, str]:
+    def _meanings(self) -> dict[str, Any]:
         """Attributes that say what recorded values mean."""
         if "logit" not in self.recorded.record:
             return {}
-        return {"router_transformation": transformation_of(self.model, self.model_commit)}
+        return self.interventions.told(transformation_of(self.model, self.model_commit))
 
 
 def _exists(group: CaptureGroup) -> bool:

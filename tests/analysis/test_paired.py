@@ -8,7 +8,8 @@ import xarray as xr
 from synthetic import make_capture
 
 from analysis.metrics.load import expert_load
-from analysis.metrics.paired import MIN_UNITS, paired_contrast
+from analysis.metrics.paired import paired_contrast
+from analysis.statistics.flips import MIN_UNITS
 
 
 def rerouted(capture: xr.Dataset, seed: int, share: float, to: int | None = None) -> xr.Dataset:

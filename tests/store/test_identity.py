@@ -44,6 +44,7 @@ OTHERS = {
     "model_revision": "b2",
     "quantization": "none",
     "matmul": "fp8",
+    "weight_scales": "128x128",
     "compute_dtype": "float32",
     "gate_precision": "quantization",
     "expert_backend": "eager",
@@ -53,6 +54,11 @@ OTHERS = {
     "layers": [0, 1, 2],
     "num_experts": 16,
     "experts_per_token": 4,
+    "mask": ["1:3"],
+    "force": ["0:2"],
+    "top_k": 4,
+    "routes_from": "f6",
+    "routes_weights": True,
 }
 
 

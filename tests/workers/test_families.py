@@ -57,10 +57,10 @@ def sigmoid_in_groups(
 ) -> tuple[Any, Any]:
     """DeepSeek-V3 (arXiv 2412.19437, 2.1.2; a group counts with its two best), and GLM-4.5 with one group.
 
-    The bias takes part in the choice and not in the weight.
+    The bias takes part in the choice and not in the weight. An expert whose logit is -inf is not there.
     """
     affinity = 1 / (1 + np.exp(-logits))
-    grouped = (affinity + bias).reshape(len(logits), groups, -1)
+    grouped = np.where(logits == -np.inf, -np.inf, affinity + bias).reshape(len(logits), groups, -1)
     kept_groups, groups_clear = largest(np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1), kept)
     chosen, clear = largest(np.where(kept_groups[..., None], grouped, -np.inf).reshape(logits.shape), k)
     weights = np.where(chosen, affinity, 0)
@@ -81,8 +81,10 @@ def softmax_in_groups(
 def sparsemixer(logits: np.ndarray, bias: np.ndarray, k: int, *, noise: float) -> tuple[Any, Any]:
     """Phi-3.5-MoE (GRIN, arXiv 2409.12136): the best expert, then the best of the others.
 
-    Each is weighed by a softmax over those left that are at most 2 · noise below it, relatively.
+    Each is weighed by a softmax over those left that are at most 2 · noise below it, relatively. An expert
+    whose logit is -inf is not there.
     """
+    logits = np.maximum(logits, -1e300)
     weights, clear, left = np.zeros_like(logits), np.full(len(logits), np.inf), logits
     for _ in range(k):
         best = left.max(axis=-1, keepdims=True)

@@ -11,13 +11,15 @@ from workers.recordings.norms import OutputNorms, experts_of
 from workers.recordings.recording import Recording
 
 
-def recordings_of(loaded: LoadedModel, forward: Any, recorded: Recorded) -> list[Recording]:
+def recordings_of(loaded: LoadedModel, forward: Any, recorded: Recorded, k: int) -> list[Recording]:
     """The recordings of a model.
 
     Parameters
     ----------
     forward
         What applies its layers; a forward of ours is told to run them to their end, and to show its experts' outputs.
+    k
+        Choices a token.
 
     Raises
     ------
@@ -27,7 +29,7 @@ def recordings_of(loaded: LoadedModel, forward: Any, recorded: Recorded) -> list
     found: list[Recording] = []
     own = forward is not loaded.model
     if "logit" in recorded.record:
-        found.append(RouterLogits(loaded.routers, loaded.num_experts, loaded.experts_per_token, recorded.top_logits))
+        found.append(RouterLogits(loaded.routers, loaded.num_experts, k, recorded.top_logits))
     if "output_norm" in recorded.record:
         norms = OutputNorms(loaded.routers, () if own else experts_of(loaded.model, loaded.routers))
         if own:

@@ -1,0 +1,96 @@
+"""The effect of a second capture on predictions: against plain numpy and all flips, and where nothing is known."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import xarray as xr
+from synthetic import make_capture
+
+from analysis import effect
+
+UNIT = 2.0**-20
+
+
+def predicting(capture: xr.Dataset, seed: int, shift: float = 0.0) -> xr.Dataset:
+    """With log-probabilities of the next tokens, worse by `shift` on average; NaN where no token follows."""
+    random = np.random.default_rng(seed)
+    followed = np.arange(capture.sizes["position"]) < capture["length"].values[:, None] - 1
+    values = np.where(followed, -random.gamma(2.0, size=followed.shape) - shift, np.nan).astype(np.float32)
+    return capture.assign(logprob=(("doc", "position"), values)).chunk({"doc": 4})
+
+
+def plainly(one: xr.Dataset, other: xr.Dataset) -> list[tuple[int, int, float]]:
+    """Document, predicted token and difference, one by one."""
+    found = []
+    special = one.attrs["special_token_ids"]
+    for row in range(one.sizes["doc"]):
+        for position in range(int(one["length"][row]) - 1):
+            token = int(one["token"][row, position + 1])
+            if token not in special:
+                values = [float(each["logprob"][row, position]) for each in (one, other)]
+                found.append((int(one["document_id"][row]), token, values[1] - values[0]))
+    return found
+
+
+def test_the_effect_its_interval_and_p_are_those_of_documents() -> None:
+    whole = make_capture(documents=9, chunked=False)
+    one, other = predicting(whole, 1), predicting(whole, 2, 0.3)
+    found, plain = effect(one, other, replicates=4000), plainly(one.load(), other.load())
+    difference = np.array([each[2] for each in plain])
+    assert (found.attrs["n"], found.attrs["untested"]) == (len(plain), "")
+    assert float(found["effect"]) == pytest.approx(difference.mean(), abs=UNIT)
+    for token in range(whole.sizes["token_id"]):
+        own = [each[2] for each in plain if each[1] == token]
+        assert int(found["tokens"][token]) == len(own)
+        if own:
+            assert float(found["of_token"][token]) == pytest.approx(np.mean(own), abs=UNIT)
+
+    document = np.array([each[0] for each in plain])
+    sums, many = (np.array([f(difference[document == d]) for d in np.unique(document)]) for f in (np.sum, len))
+    without = (sums.sum() - sums) / (many.sum() - many)
+    error = np.sqrt(((without - difference.mean()) ** 2).sum() * (len(many) - 1) / len(many))
+    half = float(found["high"] - found["low"]) / 2
+    assert half > 1.96 * error
+    assert float(found["low"]) == pytest.approx(difference.mean() - half, abs=1e-5)
+
+    def studentized(signs: np.ndarray) -> float:
+        own, part = signs * sums / many.sum(), many / many.sum()
+        return abs(own.sum()) / np.sqrt(((own - part * own.sum()) ** 2 / (1 - part)).sum())
+
+    flips = np.array([studentized(np.array(signs)) for signs in product([-1.0, 1.0], repeat=len(sums))])
+    exact = (flips >= studentized(np.ones(len(sums))) - 1e-9).mean()
+    assert abs(float(found["p"]) - exact) < 4 * np.sqrt(exact * (1 - exact) / 4000) + 1e-3
+
+
+def test_a_capture_has_no_effect_beside_itself_and_few_documents_no_p() -> None:
+    one = predicting(make_capture(documents=9, chunked=False), 1)
+    same = effect(one, one, replicates=99)
+    assert (float(same["effect"]), float(same["p"])) == (0.0, 1.0)
+    few = predicting(make_capture(documents=4, chunked=False), 1)
+    found = effect(few, predicting(few, 2))
+    assert "flipped signs of fewer than 6" in found.attrs["untested"]
+    assert np.isnan([float(found[name]) for name in ("low", "high", "p")]).all()
+    assert np.isfinite(float(found["effect"]))
+
+
+def test_p_values_of_no_effect_are_even() -> None:
+    whole = make_capture(documents=12, chunked=False)
+    p = [
+        float(effect(predicting(whole, seed), predicting(whole, 1000 + seed), replicates=99)["p"]) for seed in range(40)
+    ]
+    assert 0 <= np.mean(np.array(p) < 0.1) < 0.3
+    assert 0.3 < np.mean(p) < 0.7
+
+
+def test_other_tokens_and_captures_without_predictions_are_refused() -> None:
+    one = predicting(make_capture(documents=9, chunked=False), 1)
+    token = one["token"].compute().copy()
+    row = int(np.flatnonzero(one["length"].values > 3)[0])
+    token[row, 2] = 39 - token[row, 2]
+    with pytest.raises(ValueError, match="the captures hold other texts: at position 2"):
+        effect(one, one.assign(token=token.chunk({"doc": 4})))
+    with pytest.raises(ValueError, match="needs logprob"):
+        effect(one.drop_vars("logprob"), one)
+    with pytest.raises(ValueError, match="needs other_logprob"):
+        effect(one, one.drop_vars("logprob"))

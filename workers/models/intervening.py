@@ -1,0 +1,292 @@
+"""Interventions where a router's output is made: its own code chooses without some experts, with others, or as given.
+
+T tokens, E experts, K choices, H hidden. A router is a linear product, a softmax or a sigmoid of it, and a choice of
+the largest. While a router is changed, its `forward` runs with these steps watched, so that the rest of its rule
+(correction biases, groups, renormalization) is its own code, for transformers' modules and for our forwards alike, and
+so that it gives the same answer to whoever asks it again:
+
+- an expert that is masked has the logit and the score -∞, before groups are kept and experts are chosen;
+- an expert that is forced counts as the largest where experts are chosen;
+- choices that are given take the place of the router's; their weights are made of its own scores, unless given too.
+
+The logits that a router returns are those that it computed before. A masked expert that is chosen nevertheless has a
+weight that is not finite, which the recorder refuses.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from workers.interventions import Interventions, Named, what_to_change
+from workers.models.checkpoint import find_checkpoint
+from workers.models.description import build_skeleton, experts_per_token, find_routers, num_experts
+from workers.models.routers import choices, routed_by, router_logits
+from workers.shard import RoutingError
+
+SCORES = (torch.softmax, torch.Tensor.softmax, nn.functional.softmax, torch.sigmoid, torch.Tensor.sigmoid)
+TOP = (torch.topk, torch.Tensor.topk)
+PROBES = 256  # tokens with random logits on which a change is tried before weights are loaded (arbitrary)
+
+
+@dataclass(kw_only=True)
+class Change:
+    """What is changed of one router."""
+
+    masked_E: torch.Tensor | None = None
+    """bool."""
+    forced_E: torch.Tensor | None = None
+    """bool."""
+    given_TK: torch.Tensor | None = None
+    """int64: the choices, of the tokens that the router is asked about now."""
+    weights_TK: torch.Tensor | None = None
+    """float32: and their weights."""
+
+
+class _Watched(TorchFunctionMode):
+    """Within it, the steps of a router are changed."""
+
+    def __init__(self, change: Change, num_experts: int, k: int) -> None:
+        super().__init__()
+        self.change, self.num_experts, self.k = change, num_experts, k
+        self.logits_TE: torch.Tensor | None = None
+        self.scores_TE: torch.Tensor | None = None
+        self.choices = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear:
+            self.logits_TE = found
+            return self._without_masked(found)
+        if func in SCORES and found.shape[-1] == self.num_experts:
+            self.scores_TE = self._without_masked(found)
+            return self.scores_TE
+        if func in TOP and args[0].shape[1:] == (self.num_experts,) and found[1].shape[-1] == self.k:
+            self.choices += 1
+            return self._chosen(args[0], *found)
+        return found
+
+    def _without_masked(self, values_TE: torch.Tensor) -> torch.Tensor:
+        masked_E = self.change.masked_E
+        return values_TE if masked_E is None else values_TE.masked_fill(masked_E.to(values_TE.device), -torch.inf)
+
+    def _chosen(
+        self, ranked_TE: torch.Tensor, values_TK: torch.Tensor, expert_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        change = self.change
+        if change.given_TK is not None:
+            expert_TK = change.given_TK.to(expert_TK.device)
+        elif change.forced_E is not None:
+            forced_E = change.forced_E.to(ranked_TE.device)
+            expert_TK = ranked_TE.masked_fill(forced_E, torch.inf).topk(self.k, dim=-1).indices
+        else:
+            return values_TK, expert_TK
+        scores_TE = ranked_TE if self.scores_TE is None else self.scores_TE  # ranks may leave out groups
+        return scores_TE.gather(-1, expert_TK).to(values_TK.dtype), expert_TK
+
+
+def changed(own: Callable[..., Any], change: Change, num_experts: int, k: int) -> Callable[..., Any]:
+    """A router's forward, changed; it returns what the router's own does, with the logits before the change.
+
+    Raises
+    ------
+    RoutingError
+        When the router makes no linear product, or chooses otherwise than by one topk where that must be replaced.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _Watched(change, num_experts, k) as watched:
+            output = own(*args, **kwargs)
+        by_top = change.forced_E is not None or (change.given_TK is not None and change.weights_TK is None)
+        if watched.logits_TE is None or (by_top and watched.choices != 1):
+            raise RoutingError("it makes no linear product, or does not choose with one topk")
+        return _with(output, watched.logits_TE, change, num_experts, k)
+
+    return forward
+
+
+def _with(output: Any, logits_TE: torch.Tensor, change: Change, num_experts: int, k: int) -> Any:
+    """What a router returned, with these logits, and with choices and weights where both are given."""
+    returned = router_logits(output, num_experts)
+    parts = list(output) if isinstance(output, tuple) else [output]
+    for place, part in enumerate(parts):
+        if returned is not None and part.shape[-1] == num_experts and part.is_floating_point():
+            parts[place], returned = logits_TE.to(part.dtype).view_as(part), None
+        elif change.given_TK is not None and change.weights_TK is not None and part.shape[-1] == k:
+            given = change.weights_TK if part.is_floating_point() else change.given_TK
+            parts[place] = given.to(part).view_as(part)
+    return tuple(parts) if isinstance(output, tuple) else parts[0]
+
+
+class Steering:
+    """A model's routers under interventions.
+
+    Parameters
+    ----------
+    routers
+        The model's own layer number to the module that chooses experts.
+    num_experts, experts_per_token
+        E, and K after the interventions.
+    interventions
+        What is changed.
+    """
+
+    def __init__(
+        self,
+        routers: Mapping[int, nn.Module],
+        num_experts: int,
+        experts_per_token: int,
+        interventions: Interventions | None = None,
+    ) -> None:
+        self.asked = interventions or Interventions()
+        self.routers, self.num_experts, self.k = routers, num_experts, experts_per_token
+        masked, forced = (self._sets(named) for named in (self.asked.masked(), self.asked.forced()))
+        self._changes = {
+            layer: Change(masked_E=masked.get(layer), forced_E=forced.get(layer))
+            for layer in routers
+            if layer in masked or layer in forced or self.asked.routes_from
+        }
+        self._given: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    def _sets(self, named: Mapping[int, list[int]]) -> dict[int, torch.Tensor]:
+        found = {}
+        for layer, experts in ((layer, named[layer]) for layer in self.routers if layer in named):
+            device = next(self.routers[layer].parameters()).device
+            found[layer] = torch.zeros(self.num_experts, dtype=torch.bool, device=device)
+            found[layer][experts] = True
+        return found
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Every router that is changed, while the block runs."""
+        with ExitStack() as stack:
+            for layer, router in self.routers.items():
+                if self.asked.top_k is not None:
+                    stack.enter_context(_set(router, "top_k", self.k))
+                if layer in self._changes:
+                    own = changed(router.forward, self._changes[layer], self.num_experts, self.k)
+                    stack.enter_context(_set(router, "forward", own))
+            yield
+
+    def begin(self, experts_LTK: torch.Tensor, weights_LTK: torch.Tensor | None = None) -> None:
+        """Give the choices of a micro-batch, and their weights."""
+        for index, change in enumerate(self._changes.values()):
+            change.given_TK = experts_LTK[index]
+            change.weights_TK = None if weights_LTK is None else weights_LTK[index]
+
+    @contextmanager
+    def of(self, sample: torch.Tensor) -> Iterator[None]:
+        """Within it, routers are asked about these tokens of the micro-batch alone, in this order."""
+        before = [(change, change.given_TK, change.weights_TK) for change in self._changes.values()]
+        for change, experts_TK, weights_TK in before:
+            change.given_TK = None if experts_TK is None else experts_TK[sample]
+            change.weights_TK = None if weights_TK is None else weights_TK[sample]
+        try:
+            yield
+        finally:
+            for change, experts_TK, weights_TK in before:
+                change.given_TK, change.weights_TK = experts_TK, weights_TK
+
+
+@contextmanager
+def _set(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """An attribute of a module, while the block runs; what hides one of its class is removed again."""
+    own = name in vars(module)
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before) if own else delattr(module, name)
+
+
+def choose_to_change(
+    model: str | Path,
+    revision: str | None,
+    *,
+    mask: Sequence[Named] = (),
+    force: Sequence[Named] = (),
+    top_k: int | None = None,
+    routes_from: str | None = None,
+    routes_weights: bool = False,
+) -> Interventions:
+    """What is asked for, tried on the model's routers with random logits; reads the configuration and no weights.
+
+    Parameters
+    ----------
+    model, revision
+        As for `workers.models.loading.load_model`.
+    mask, force, top_k
+        As for `workers.interventions.what_to_change`.
+    routes_from, routes_weights
+        See `Interventions`.
+
+    Raises
+    ------
+    ValueError
+        When it makes no sense for this model, or the code of its routers cannot be changed so; the message names them.
+    """
+    changes = bool(mask or force or top_k is not None)
+    if routes_weights and not routes_from:
+        raise ValueError("--routes_weights takes the weights of --routes_from, which is not given")
+    if routes_from and changes:
+        raise ValueError("--routes_from gives all choices: leave out --mask, --mask_file, --force and --top_k")
+    if not (changes or routes_from):
+        return Interventions()
+    skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), torch.float32)
+    routers, config = find_routers(skeleton), skeleton.config.get_text_config()
+    experts, k = num_experts(config), experts_per_token(config)
+    asked = what_to_change(mask, force, top_k, layers=list(routers), num_experts=experts, experts_per_token=k)
+    asked = replace(asked, routes_from=routes_from, routes_weights=routes_weights)
+    own_layers = {*asked.masked(), *asked.forced(), next(iter(routers))}
+    for layer in sorted(own_layers):
+        router = copy.deepcopy(routers[layer]).to_empty(device="cpu").eval()
+        for tensor in (*router.parameters(), *router.buffers()):
+            tensor.data.normal_(generator=torch.Generator().manual_seed(1))  # a correction bias may change choices
+        try:
+            _try(router, layer, asked, experts, asked.top_k or k, config.hidden_size)
+        except (RuntimeError, AttributeError) as error:
+            raise ValueError(
+                f"the routers of {type(skeleton).__name__} ({type(router).__name__}) cannot be changed as asked, at"
+                f" layer {layer}: {error}"
+            ) from error
+    return asked
+
+
+@torch.inference_mode()
+def _try(router: Any, layer: int, asked: Interventions, experts: int, k: int, hidden: int) -> None:
+    """Raise a RoutingError where a router does not choose as it must under its change."""
+    masked, forced = asked.masked().get(layer, []), asked.forced().get(layer, [])
+    if (fewest := _fewest(router, masked, experts)) < k:
+        raise RoutingError(f"it may keep groups with {fewest} experts left, and {k} are chosen for each token")
+    given = torch.randn(PROBES, experts, generator=torch.Generator().manual_seed(2)), torch.zeros(PROBES, hidden)
+    with Steering({layer: router}, experts, k, asked).attached():
+        expert_TK, weight_TK = choices(routed_by(router, *given), k)
+    chosen_TE = torch.zeros(PROBES, experts).scatter(-1, expert_TK, 1).bool()
+    right = (chosen_TE.sum(-1) == k).all() and chosen_TE[:, forced].all() and not chosen_TE[:, masked].any()
+    if not (right and weight_TK.isfinite().all()):
+        raise RoutingError("its rule is none that is known here")
+    if forced or (asked.routes_from and not asked.routes_weights):
+        with _set(router, "top_k", k):
+            own_TK, weight_TK = choices(routed_by(router, *given), k)
+            with _set(router, "forward", changed(router.forward, Change(given_TK=own_TK), experts, k)):
+                again_TK = choices(routed_by(router, *given), k)[1]
+        if not torch.equal(again_TK, weight_TK):
+            raise RoutingError("its own choices, given to it, would not have its own weights")
+
+
+def _fewest(router: Any, masked: Sequence[int], experts: int) -> int:
+    """The fewest experts that a token may be left with; a router in groups keeps the best groups, which may be any."""
+    left_E = torch.ones(experts, dtype=torch.int64)
+    left_E[list(masked)] = 0
+    groups, kept = (getattr(router, name, None) or 1 for name in ("num_group", "topk_group"))
+    if getattr(router, "topk_method", "") == "greedy":
+        groups = 1
+    left_G = left_E.view(groups, -1).sum(dim=-1)
+    return int(left_G[left_G > 0].sort().values[:kept].sum())
