@@ -21,6 +21,10 @@ from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes
 MARGIN_BINS = 10  # of equal width, from 0 to 1 (arbitrary)
 
 
+class OtherTokens(ValueError):
+    """Two captures hold other tokens, or the same in other rows: they have a contrast, and no agreement."""
+
+
 class Agreement(Reducer):
     """Counts of what two captures have in common; of a dataset that `paired` made."""
 
@@ -117,8 +121,10 @@ def agreement(one: xr.Dataset, other: xr.Dataset, *, threads: int | None = None)
 
     Raises
     ------
+    OtherTokens
+        When they do not hold the same tokens in the same rows.
     ValueError
-        When the captures cannot be compared; the message says what differs.
+        When the captures cannot be compared otherwise; the message says what differs.
     """
     return scan(paired(one, other), [Agreement()], threads=threads)[0]
 
@@ -128,9 +134,10 @@ def paired(one: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
     here, there = ({**each.sizes, "experts": int(each.attrs["num_experts"])} for each in (one, other))
     for name in ("doc", "position", "layer", "k", "experts"):
         if here[name] != there[name]:
-            raise ValueError(
-                f"the captures cannot be compared: one has {here[name]} of {name}, the other {there[name]}"
-            )
+            differs = f"one has {here[name]} of {name}, the other {there[name]}"
+            if name in ("doc", "position"):
+                raise OtherTokens(f"the captures hold other rows: {differs}")
+            raise ValueError(f"the captures cannot be compared: {differs}")
     if one["layer"].values.tolist() != other["layer"].values.tolist():
         raise ValueError(f"the captures have other layers: {one['layer'].values} and {other['layer'].values}")
     names = ("expert", "token", *["logprob"] * ("logprob" in other))
@@ -151,14 +158,14 @@ def counted_in_both(block: Block) -> Array:
 
     Raises
     ------
-    ValueError
-        When they are other tokens; the message names the first.
+    OtherTokens
+        The message names the first that differs.
     """
     other = block["other_expert"]
     both: Array = block["counted"] & (other[:, :, 0, 0] != np.iinfo(other.dtype).max)
     if wrong := np.argwhere(both & (block["token"] != block["other_token"])).tolist():
         row, position = wrong[0]
-        raise ValueError(
+        raise OtherTokens(
             f"the captures hold other texts: at position {position} of a row stand tokens"
             f" {block['token'][row, position]} and {block['other_token'][row, position]}"
         )

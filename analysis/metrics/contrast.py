@@ -24,7 +24,7 @@ import xarray as xr
 
 from analysis.attributes import described
 from analysis.metrics.load import ExpertCounts, share_of_experts
-from analysis.scanning import Array, scan
+from analysis.scanning import EVERYTHING, Array, Selection, scan
 from analysis.statistics.differences import (
     Differences,
     by_chance,
@@ -46,6 +46,7 @@ def contrast(
     replicates: int = REPLICATES,
     level: float = 0.95,
     block_tokens: int | None = None,
+    only: Selection = EVERYTHING,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
@@ -61,7 +62,7 @@ def contrast(
         Of the intervals.
     block_tokens : int, optional
         Take blocks of so many tokens for documents: see `Jackknife`.
-    threads, progress
+    only, threads, progress
         See `analysis.scan`; progress is that of one capture after the other.
 
     Returns
@@ -91,10 +92,9 @@ def contrast(
         When there are fewer than two captures, or they have other layers or experts.
     """
     refuse_incomparable(captures)
+    asked = [Jackknife(ExpertCounts(), block_tokens=block_tokens)]
     counts = {
-        name: scan(capture, [Jackknife(ExpertCounts(), block_tokens=block_tokens)], threads=threads, progress=progress)[
-            0
-        ]
+        name: scan(capture, asked, only=only, threads=threads, progress=progress)[0]
         for name, capture in captures.items()
     }
     return contrast_of(counts, replicates=replicates, level=level, threads=threads).assign_attrs(

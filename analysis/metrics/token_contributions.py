@@ -16,7 +16,7 @@ import xarray as xr
 from analysis.attributes import described
 from analysis.metrics.contrast import refuse_incomparable
 from analysis.metrics.tokens import TokenCounts
-from analysis.scanning import Array, scan
+from analysis.scanning import EVERYTHING, Array, Selection, scan
 
 
 def token_contributions(
@@ -25,6 +25,7 @@ def token_contributions(
     layers: Sequence[int] | None = None,
     *,
     top: int = 20,
+    only: Selection = EVERYTHING,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
@@ -38,7 +39,7 @@ def token_contributions(
         The model's layer numbers; default all.
     top : int
         Tokens listed for each expert.
-    threads, progress
+    only, threads, progress
         See `analysis.scan`.
 
     Returns
@@ -59,7 +60,8 @@ def token_contributions(
     refuse_incomparable({"one": one, "other": other})
     if not np.array_equal(one["piece"].values, other["piece"].values):
         raise ValueError("the captures have other tokenizers: their pieces differ")
-    tables = [scan(capture, [TokenCounts(layers)], threads=threads, progress=progress)[0] for capture in (one, other)]
+    asked = [TokenCounts(layers)]
+    tables = [scan(capture, asked, only=only, threads=threads, progress=progress)[0] for capture in (one, other)]
     n = [int(table["tokens"].sum()) for table in tables]
     if not all(n):
         raise ValueError(
