@@ -1,7 +1,7 @@
-"""Do two captures of the same text agree, and does one predict it better? `python jobs/compare.py A B`."""
+"""How do two captures differ? `python jobs/compare.py A B`: agreement and effect of equal tokens, else a contrast."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,9 +15,11 @@ end_on_interrupt()
 
 import tyro
 
+from jobs.console.agreement_rows import agreement_told, print_agreement
+from jobs.console.contrast_rows import contrast_told, print_contrast
 from jobs.console.places import capture_at
-from jobs.console.tables import Column, Facts, print_json, print_line, print_table, stdout_console
-from jobs.console.terminal import reporting, run_job
+from jobs.console.tables import Facts, print_json, print_line, stdout_console
+from jobs.console.terminal import run_job
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -25,33 +27,16 @@ if TYPE_CHECKING:
 
     from analysis.scanning import Selection
 
-MEASURES = ("same_set", "overlap", "same_first", "first_difference", "margin", "margin_at_flips")
-
-
-def _number(measure: str) -> Callable[[Facts], str]:
-    return lambda row: "" if row[measure] is None else f"{row[measure]:.4f}"
-
-
-COLUMNS = (
-    Column(name="layer", text=lambda row: row["layer"]),
-    *(Column(name=name.replace("_", " "), text=_number(name), spare=at) for at, name in enumerate(MEASURES)),
-)
-OF_TOKENS = (
-    Column(name="tokens that lose most", text=lambda row: row["piece"], left=True),
-    Column(name="predicted", text=lambda row: f"{row['tokens']:,}"),
-    Column(name="effect", text=lambda row: f"{row['effect']:+.4f}"),
-    Column(name="in all", text=lambda row: f"{row['effect'] * row['tokens']:+.3f}"),
-)
-MOST_TOKENS = 10  # that are named (arbitrary)
-
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Compare what two captures of the same rows chose, token by token and layer by layer, and what they predicted.
+    """Compare what two captures of one model chose. The first line says how.
 
-    For the same text under another quantization, revision, back-end or machine, or with experts masked. Where both
-    recorded log-probabilities (--record logprob), the effect of the second one on each predicted token is shown. Exit
-    status: 0 compared, whatever came out, 2 when they cannot be.
+    Where both hold the same tokens in the same rows, as under another quantization, revision, back-end or machine, or
+    with experts masked: agreement, layer by layer; and where both recorded log-probabilities (--record logprob), the
+    effect of the second one on each predicted token. Else the contrast of the two data sets: the experts whose share of
+    tokens differs most, and the tokens that carry that. Exit status: 0 compared, whatever came out, 2 when they cannot
+    be.
     """
 
     one: Annotated[str, tyro.conf.Positional]
@@ -61,48 +46,59 @@ class CompareConfig:
     allow_incomplete: bool = False
     """Compare as far as both captures go."""
     phase: Annotated[tuple[Literal["prompt", "generated"], ...], tyro.conf.UseAppendAction] = ()
-    """Only tokens of this phase, where the first capture says it (imported routes do). May be repeated."""
+    """Only tokens of this phase, where the captures say it (imported routes do); with equal tokens it is enough that
+    the first one does. May be repeated."""
     role: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Only tokens of this speaker, where the first capture is of conversations: assistant. May be repeated."""
+    """Only tokens of this speaker, where the captures are of conversations: assistant; with equal tokens it is enough
+    that the first one is. May be repeated."""
+    top: int = 10
+    """Experts or tokens that are listed."""
     json: bool = False
-    """For scripts: one JSON document on standard output instead of the table, with the keys layers (rows as in the
-    table), differ (what the captures say differently of themselves, with both values), n (tokens), any_difference (the
-    share of tokens whose experts differ at some layer), and effect: null where one did not record log-probabilities,
-    else effect, low, high (nats a predicted token), p, level, untested (why there is no interval, else empty), n,
-    documents, estimator, definition, and lose_most (token_id, piece, tokens and effect of those that lose most)."""
+    """For scripts: one JSON document on standard output instead of the tables, with the keys shows ("agreement" or
+    "contrast"), one and other (the captures), differ (what they say differently of themselves, with both values),
+    layers and n. Of an agreement, layers has rows as in the table, n is the number of tokens, and there are
+    any_difference (the share of tokens whose experts differ at some layer), and effect: null where one did not record
+    log-probabilities, else effect, low, high (nats a predicted token), p, level, untested (why there is no interval,
+    else empty), n, documents, estimator, definition, and lose_most (token_id, piece, tokens and effect of those that
+    lose most). Of a contrast, why says why it is one; layers has layer, divergence (bits) with _low, _high and
+    _by_chance, and p; experts has layer, expert, share, other_share, difference, low, high, p, usage and routing (the
+    parts of the difference), and tokens (token_id, piece, contribution, usage, routing); cells (experts of all layers)
+    and beyond_chance (of them, those with p of at most 1 - level); n, documents, effective_documents and untested are
+    by data set. What is no number is null."""
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise ValueError(f"--top is {self.top}, and must be at least 1")
 
 
 def main(arguments: list[str]) -> int:
     """Print what was found."""
     config = tyro.cli(CompareConfig, prog="python jobs/compare.py", args=arguments, use_underscores=True)
 
-    from analysis.metrics.agreement import Agreement, paired  # numba takes a second: --help does not wait for it
-    from analysis.scanning import Selection, scan
+    from analysis.scanning import Selection  # numba takes a second: --help does not wait for it
     from store import open_capture
 
-    captures = []
-    for place in (config.one, config.other):
-        captures.append(open_capture(*capture_at(place), allow_incomplete=config.allow_incomplete))
+    places = (config.one, config.other)
+    captures = [open_capture(*capture_at(place), allow_incomplete=config.allow_incomplete) for place in places]
     only = Selection(roles=config.role or None, phases=config.phase or None)
-    with reporting("compare", unit="shards") as report:
-        found = scan(paired(*captures), [Agreement()], only=only, progress=lambda done, total: report.to(done))[0]
-    rows: list[Facts] = [
-        {"layer": str(number), **{column: float(found[column].sel(layer=number)) for column in MEASURES}}
-        for number in found["layer"].values.tolist()
-    ]
-    rows.append({"layer": "by chance", **{column: found[column].attrs["null"] for column in MEASURES}})
-    told = {
-        "layers": rows,
-        "differ": _differences(captures),
-        "n": found.attrs["n"],
-        "any_difference": found.attrs["any_difference"],
-        "effect": _effect(captures, only) if all("logprob" in capture for capture in captures) else None,
-    }
+    told = {"one": config.one, "other": config.other, "differ": _differences(captures)}
+    told |= _compared(places, captures, only, config.top)
     if config.json:
         print_json(told)
     else:
         _print(stdout_console(), told)
     return 0
+
+
+def _compared(places: tuple[str, str], captures: "Sequence[xr.Dataset]", only: "Selection", top: int) -> dict[str, Any]:
+    """Agreement and effect where the captures hold the same tokens, else the contrast of the two data sets."""
+    from analysis.metrics.agreement import OtherTokens
+
+    try:
+        return {"shows": "agreement", **agreement_told(captures, only, top)}
+    except OtherTokens as reason:
+        by_place = dict(zip(places, captures, strict=True))
+        return {"shows": "contrast", "why": str(reason), **contrast_told(by_place, only, top)}
 
 
 def _differences(captures: "Sequence[xr.Dataset]") -> dict[str, Any]:
@@ -114,45 +110,21 @@ def _differences(captures: "Sequence[xr.Dataset]") -> dict[str, Any]:
     return {**model_differences(*provenance), **({"environment": (one, other)} if one != other else {})}
 
 
-def _effect(captures: "Sequence[xr.Dataset]", only: "Selection") -> Facts:
-    """How the second capture predicts the tokens, beside the first, and which tokens lose most in all."""
-    from analysis.metrics.effect import effect
-
-    with reporting("effect", unit="shards") as report:
-        found = effect(*captures, only=only, progress=lambda done, total: report.to(done))
-    mean, tokens = found["of_token"].fillna(0).values, found["tokens"].values
-    worst = (mean * tokens).argsort(kind="stable")[:MOST_TOKENS]
-    losing: list[Facts] = [
-        {
-            "token_id": each,
-            "piece": str(captures[0]["piece"].values[each]),
-            "tokens": int(tokens[each]),
-            "effect": float(mean[each]),
-        }
-        for each in worst.tolist()
-        if mean[each] < 0
-    ]
-    values = {name: float(found[name]) for name in ("effect", "low", "high", "p")}
-    said = {name: found.attrs[name] for name in ("level", "untested", "n", "documents", "estimator", "definition")}
-    return {**values, **said, "lose_most": losing}
-
-
 def _print(console: "Console", told: Facts) -> None:
-    print_table(console, COLUMNS, told["layers"])
+    print_line(console, _first_line(told))
     for name, values in told["differ"].items():
         print_line(console, f"{name}: {values[0]} and {values[1]}")
-    different = told["any_difference"]
-    print_line(console, f"{told['n']:,} tokens in both; {different:.2%} of them differ in some layer's experts")
-    if (effect := told["effect"]) is None:
-        return
-    sure = f"{effect['level']:.0%} interval {effect['low']:+.4f} to {effect['high']:+.4f}, p {effect['p']:.4f}"
-    print_line(
-        console,
-        f"effect on predictions: {effect['effect']:+.4f} nats a token in the second capture, below 0 where it predicts"
-        f" worse ({effect['untested'] or sure}; {effect['n']:,} tokens)",
-    )
-    if effect["lose_most"]:
-        print_table(console, OF_TOKENS, effect["lose_most"])
+    (print_contrast if told["shows"] == "contrast" else print_agreement)(console, told)
+
+
+def _first_line(told: Facts) -> str:
+    """What is shown, of which captures, and why."""
+    both = f"of {told['one']} and {told['other']}"
+    if told["shows"] == "contrast":
+        return f"contrast {both}: {told['why']}"
+    if told["effect"] is None:
+        return f"agreement {both}: equal tokens; no effect without --record logprob in both"
+    return f"agreement and effect {both}: equal tokens"
 
 
 if __name__ == "__main__":

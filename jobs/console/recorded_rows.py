@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jobs.console.query_rows import Listed
-from jobs.console.tables import Bars, Column, Facts
+from jobs.console.tables import Bars, Facts, count, number
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -20,17 +20,7 @@ Recorded = tuple[Sequence["Reducer"], Callable[..., Listed]]
 """What to count, and what makes an answer of the layers and of the counts."""
 
 
-def _number(name: str, key: str, digits: int = 3, spare: int = 0) -> Column:
-    """A column of numbers; empty where there is none."""
-    text = lambda row: "" if row[key] is None or math.isnan(row[key]) else f"{row[key]:.{digits}f}"
-    return Column(name=name, text=text, spare=spare)
-
-
-def _count(name: str, key: str, spare: int = 0) -> Column:
-    return Column(name=name, text=lambda row: f"{row[key]:,}", spare=spare)
-
-
-PLACE = (_count("layer", "layer"), _count("expert", "expert"))
+PLACE = (count("layer", "layer"), count("expert", "expert"))
 ENTROPY = {
     "entropy": "mean_entropy",
     "effective_experts": "mean_effective_experts",
@@ -40,24 +30,24 @@ ENTROPY = {
 """Keys of a row, and variables; of the largest logits alone, bounds are in place of all but the margin."""
 SALIENCY = (
     *PLACE,
-    _count("tokens", "tokens"),
-    _number("saliency", "mean_saliency"),
-    _number("from", "mean_saliency_low", spare=2),
-    _number("to", "mean_saliency_high", spare=2),
-    _number("largest", "largest_saliency", spare=3),
-    _number("share", "share", 4),
+    count("tokens", "tokens"),
+    number("saliency", "mean_saliency"),
+    number("from", "mean_saliency_low", spare=2),
+    number("to", "mean_saliency_high", spare=2),
+    number("largest", "largest_saliency", spare=3),
+    number("share", "share", ".4f"),
     Bars(part=lambda row: row["share"]),
 )
 LOGPROB = (
     *PLACE,
-    _count("tokens", "tokens", spare=4),
-    _number("logprob", "mean_logprob"),
-    _number("difference", "difference", spare=3),
-    _number("within", "within"),
-    _number("from", "within_low", spare=2),
-    _number("to", "within_high", spare=2),
-    _number("p", "within_p"),
-    _count("compared", "compared", spare=5),
+    count("tokens", "tokens", spare=4),
+    number("logprob", "mean_logprob"),
+    number("difference", "difference", spare=3),
+    number("within", "within"),
+    number("from", "within_low", spare=2),
+    number("to", "within_high", spare=2),
+    number("p", "within_p"),
+    count("compared", "compared", spare=5),
 )
 
 
@@ -94,9 +84,9 @@ def entropy_answer(capture: "xr.Dataset", layers: list[int], counts: "xr.Dataset
         if f"{name}{bound}" in found
     }
     keys = {f"{key}{end}": f"{name}{end}" for key, name in known.items() for end in ("", "_low", "_high")}
-    columns = [_count("layer", "layer")]
+    columns = [count("layer", "layer")]
     for key in known:
-        columns += [_number(key, key), _number("from", f"{key}_low", spare=2), _number("to", f"{key}_high", spare=2)]
+        columns += [number(key, key), number("from", f"{key}_low", spare=2), number("to", f"{key}_high", spare=2)]
     facts = {**found.attrs, "null_by_key": {key: found[name].attrs["null"] for key, name in known.items()}}
     title = (
         f"routers of {capture.attrs['dataset']}, {found.attrs['n']:,} tokens: entropy in bits, effective experts, mass"

@@ -55,6 +55,17 @@ class Bars:
     style: Callable[[Facts], str] = lambda row: "cyan"
 
 
+def number(name: str, key: str, form: str = ".3f", spare: int = 0) -> Column:
+    """A column of numbers, in Python's notation of a format; empty where there is none."""
+    text = lambda row: "" if row[key] is None or math.isnan(row[key]) else format(row[key], form)
+    return Column(name=name, text=text, spare=spare)
+
+
+def count(name: str, key: str, spare: int = 0) -> Column:
+    """A column of whole numbers."""
+    return number(name, key, ",", spare)
+
+
 class _Stdout(Console):
     """A console whose reader may go away, as `head` does: that ends the command as any other."""
 

@@ -1,0 +1,114 @@
+"""What `jobs/compare.py` tells of two data sets: which experts they use differently, and which tokens carry that.
+
+Promises: what is drawn and what a script gets are the same rows. Does not know how a question was put.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from jobs.console.tables import Column, Facts, count, number, print_line, print_table
+from jobs.console.terminal import reporting
+
+if TYPE_CHECKING:
+    import numpy as np
+    import xarray as xr
+
+    from analysis.scanning import Selection
+
+TOKENS_TOLD = 3  # of an expert, in the table (arbitrary)
+OF_LAYER = ("divergence", "divergence_low", "divergence_high", "divergence_by_chance", "p")
+OF_TOKEN = {"token_id": "token_id", "piece": "piece", "contribution": "contribution"}
+OF_TOKEN |= {"usage": "token_usage", "routing": "token_routing"}
+SAID = ("n", "documents", "effective_documents", "untested", "level", "estimator", "definition", "source")
+LAYERS = (
+    count("layer", "layer"),
+    number("divergence in bits", "divergence", ".4f"),
+    number("by chance", "divergence_by_chance", ".4f"),
+    number("p", "p", ".4f"),
+)
+EXPERTS = (
+    count("layer", "layer"),
+    count("expert", "expert"),
+    number("first", "share", ".4f", spare=1),
+    number("second", "other_share", ".4f", spare=1),
+    number("difference", "difference", "+.4f"),
+    number("from", "low", "+.4f"),
+    number("to", "high", "+.4f"),
+    number("p", "p", ".4f"),
+    Column(name="tokens that carry it", text=lambda row: _carriers(row["tokens"]), left=True, elastic=True),
+)
+
+
+def contrast_told(captures: "Mapping[str, xr.Dataset]", only: "Selection", top: int) -> Facts:
+    """How two captures of one model differ: layer by layer, and the experts that differ most, with their tokens.
+
+    Raises
+    ------
+    ValueError
+        When they are not of one model and tokenizer, or one holds no token that counts.
+    """
+    from analysis.metrics.contrast import contrast  # numba takes a second: --help does not wait for it
+    from analysis.metrics.token_contributions import token_contributions
+
+    with reporting("contrast", unit="shards", transient=True) as report:
+        found = contrast(captures, only=only, progress=lambda done, total: report.add(1))
+    cells = _largest(found["difference"].isel(data_set=0).values, top)
+    layers = found["layer"].values
+    first, second = captures.values()
+    asked = sorted({int(layers[at]) for at, _ in cells})
+    with reporting("tokens", unit="shards", transient=True) as report:
+        progress = lambda done, total: report.add(1)
+        carried = token_contributions(first, second, asked, top=top, only=only, progress=progress)
+    return {
+        "layers": [
+            {"layer": int(layer), **{name: float(found[name][at]) for name in OF_LAYER}}
+            for at, layer in enumerate(layers)
+        ],
+        "experts": [_expert(found, carried, int(layers[at]), expert) for at, expert in cells],
+        "cells": found["difference"].isel(data_set=0).size,
+        "beyond_chance": int((found["difference_p"].isel(data_set=0) <= 1 - found.attrs["level"]).sum()),
+        **{name: found.attrs[name] for name in SAID},
+    }
+
+
+def _largest(difference: "np.ndarray[Any, Any]", top: int) -> list[tuple[int, int]]:
+    """Index of the layer and expert of the largest differences, whatever their sign; what is not known comes last."""
+    order = (-abs(difference)).argsort(axis=None, kind="stable")[:top].tolist()
+    return [divmod(cell, difference.shape[1]) for cell in order]
+
+
+def _expert(found: "xr.Dataset", carried: "xr.Dataset", layer: int, expert: int) -> dict[str, Any]:
+    """A row: the shares of both data sets, their difference, and the tokens that carry most of it."""
+    first, second = (found.sel(layer=layer, expert=expert).isel(data_set=side) for side in (0, 1))
+    of_tokens = carried.sel(layer=layer, expert=expert)
+    columns = [of_tokens[name].values.tolist() for name in OF_TOKEN.values()]
+    return {
+        "layer": layer,
+        "expert": expert,
+        "share": float(first["share"]),
+        "other_share": float(second["share"]),
+        "difference": float(first["difference"]),
+        **{name: float(first[f"difference_{name}"]) for name in ("low", "high", "p")},
+        **{name: float(of_tokens[name]) for name in ("usage", "routing")},
+        "tokens": [dict(zip(OF_TOKEN, row, strict=True)) for row in zip(*columns, strict=True) if row[0] >= 0],
+    }
+
+
+def _carriers(tokens: list[dict[str, Any]]) -> str:
+    """The first of them, each with its part of the difference."""
+    return ", ".join(f"{token['piece']} {token['contribution']:+.4f}" for token in tokens[:TOKENS_TOLD])
+
+
+def print_contrast(console: Console, told: Facts) -> None:
+    """The tables of layers and of experts, and what they rest on."""
+    print_table(console, LAYERS, told["layers"])
+    print_table(console, EXPERTS, told["experts"])
+    tokens = " and ".join(f"{n:,} tokens of {told['documents'][name]:,} documents" for name, n in told["n"].items())
+    print_line(console, f"{tokens}; difference: the first data set's share of tokens less the second's")
+    for name, reason in told["untested"].items():
+        print_line(console, f"no intervals and no p: {name}: {reason}")
+    if not told["untested"]:
+        beyond = f"{told['beyond_chance']:,} of {told['cells']:,} experts differ by more than chance"
+        print_line(console, f"{beyond}; intervals of {told['level']:.0%} and p hold for all of them together")

@@ -1,0 +1,78 @@
+"""`jobs/compare.py` of data sets with other tokens: the contrast, against counts from the store's arrays."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Ran
+from fake_model import fake_capture
+
+from jobs import compare
+from store import open_capture
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two data sets of ten documents with few words, which one has in other numbers; leave it as you find it."""
+    path, random = tmp_path_factory.mktemp("compare") / "s.zarr", np.random.default_rng(3)
+    for name, often in (("a", [8, 1, 1, 1]), ("b", [1, 1, 1, 8])):
+        drawn = random.choice(4, (10, 30), p=np.array(often) / sum(often))
+        fake_capture(path, [" ".join(f"w{word}" for word in text) for text in drawn], name)
+    fake_capture(path, ["w0 w1 w2 w3"], "short")
+    return path
+
+
+def shares(path: Path, name: str) -> tuple[np.ndarray, Counter[tuple[int, int, int]], Counter[int], int]:
+    """Shares (layer, expert) of tokens, how often a token reaches an expert, how often it occurs, and all of them."""
+    capture = open_capture(path, name).load()
+    there = (capture["token"] >= 0).values & ~np.isin(capture["token"], capture.attrs["special_token_ids"])
+    reached, seen = Counter[tuple[int, int, int]](), Counter[int]()
+    for token, routes in zip(capture["token"].values[there].tolist(), capture["expert"].values[there], strict=True):
+        seen[token] += 1
+        reached.update((layer, int(e), token) for layer, chosen in enumerate(routes) for e in chosen)
+    found = np.zeros((capture.sizes["layer"], capture.attrs["num_experts"]))
+    for (layer, expert, _), number in reached.items():
+        found[layer, expert] += number / seen.total()
+    return found, reached, seen, seen.total()
+
+
+def test_other_tokens_have_a_contrast_with_experts_and_their_tokens(store: Path, command: Callable[..., Ran]) -> None:
+    both = (store / "a", store / "b")
+    found: dict[str, Any] = json.loads(command(*both, "--json", "--top", 5, main=compare.main).out)
+    (one, reached, _, n), (other, there, _, m) = (shares(store, name) for name in ("a", "b"))
+    assert (found["shows"], found["one"], found["n"]) == ("contrast", str(both[0]), {str(both[0]): n, str(both[1]): m})
+    assert found["why"].startswith("the captures hold other texts")
+    largest = np.sort(abs(one - other).ravel())[::-1][:5]
+    assert [abs(row["difference"]) for row in found["experts"]] == pytest.approx(largest.tolist())
+    layers = [row["layer"] for row in found["layers"]]
+    assert len(layers) == len(one)
+    assert found["cells"] == one.size
+    for row in found["experts"]:
+        layer, expert = layers.index(row["layer"]), row["expert"]
+        assert (row["share"], row["other_share"]) == pytest.approx((one[layer, expert], other[layer, expert]))
+        assert row["low"] < row["difference"] < row["high"]
+        assert row["usage"] + row["routing"] == pytest.approx(row["difference"])
+        for token in row["tokens"]:
+            cell = (layer, expert, token["token_id"])
+            assert token["contribution"] == pytest.approx(reached[cell] / n - there[cell] / m)
+        assert sum(token["contribution"] for token in row["tokens"]) == pytest.approx(row["difference"])
+    assert 0 < found["beyond_chance"] < found["cells"]
+    assert found["experts"][0]["p"] < 0.05, "one word is eight times as frequent"
+
+
+def test_the_contrast_is_drawn_and_says_what_it_is(store: Path, command: Callable[..., Ran]) -> None:
+    told = command(store / "a", store / "b", "--top", 2, main=compare.main).out
+    assert told.startswith(f"contrast of {store / 'a'} and {store / 'b'}: the captures hold other texts")
+    assert "tokens that carry it" in told
+    assert "experts differ by more than chance; intervals of 95% and p hold for all of them together" in told
+    few = command(store / "a", store / "short", main=compare.main)
+    assert few.status == 0, few.err
+    assert "the captures hold other rows: one has" in few.out.splitlines()[0]
+    assert f"no intervals and no p: {store / 'short'}: one document" in few.out
+    assert "nan" not in few.out
+    refused = command(store / "a", store / "b", "--top", 0, main=compare.main)
+    assert (refused.status, "--top is 0, and must be at least 1" in refused.err) == (2, True)
