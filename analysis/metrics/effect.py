@@ -23,6 +23,7 @@ from analysis.statistics.flips import REPLICATES, flipped, sum_of, why_untested
 from analysis.statistics.jackknife import Jackknife, interval
 
 UNIT = 2.0**-20  # nats; differences are rounded to it, so that sums are exact in any order
+PLACES = 10  # of the largest losses that are listed (arbitrary)
 DEFINITION = "mean over predicted tokens of log P(token | before it) in the second capture - the same in the first"
 
 
@@ -48,10 +49,9 @@ class Effects(Reducer):
 
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
-        difference = (block["other_logprob"].astype(float) - block["logprob"])[:, :-1]
-        predicted = counted_in_both(block)[:, 1:] & np.isfinite(difference)
+        difference, predicted = _differences(block)
         token = block["token"][:, 1:][predicted] if self.by_token else np.zeros(np.count_nonzero(predicted), int)
-        np.add.at(state["difference"], token, np.rint(difference[predicted] / UNIT).astype(np.int64))
+        np.add.at(state["difference"], token, difference[predicted])
         np.add.at(state["tokens"], token, 1)
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
@@ -72,12 +72,73 @@ class Effects(Reducer):
         )
 
 
+class LargestLosses(Reducer):
+    """The places whose token the second capture predicts worst beside the first; of a dataset that `paired` made.
+
+    Parameters
+    ----------
+    top
+        Places kept, one a row at most, so that one text does not fill the list.
+    """
+
+    needs = Effects.needs
+
+    def __init__(self, top: int = PLACES) -> None:
+        if top < 1:
+            raise ValueError(f"top={top}: at least 1")
+        self.top = top
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """No places."""
+        return {name: np.zeros(0, np.int64) for name in ("difference", "row", "position")}
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard."""
+        difference, predicted = _differences(block)
+        if not difference.size:
+            return
+        difference = np.where(predicted, difference, 0)
+        position, row = difference.argmin(1), np.arange(len(difference))
+        found = {"difference": difference[row, position], "row": block["row"], "position": position + 1}
+        lost = found["difference"] < 0
+        state |= self.merge(state, {name: values[lost] for name, values in found.items()})
+
+    def merge(self, state: State, other: State) -> State:
+        """The larger losses of both; ties go to the earlier row."""
+        both = {name: np.concatenate([state[name], other[name]]) for name in state}
+        order = np.lexsort((both["row"], both["difference"]))[: self.top]
+        return {name: values[order] for name, values in both.items()}
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """The places, the largest loss first."""
+        found = {"effect": state["difference"] * UNIT, "row": state["row"], "position": state["position"]}
+        return described(
+            xr.Dataset({name: ("place", values) for name, values in found.items()}),
+            n=len(state["row"]),
+            counted="places",
+            estimator="exact",
+            null="none: places, not a statistic",
+            definition="the tokens whose log-probability falls most, at most one in a row; ties go to the earlier row,"
+            " then to the earlier position",
+            source="-",
+        )
+
+
+def _differences(block: Block) -> tuple[Array, Array]:
+    """By how much the second capture predicts a token better than the first, in `UNIT`, int64, and where that is known,
+    bool; both (doc, position) from position 1 on."""
+    difference = (block["other_logprob"].astype(float) - block["logprob"])[:, :-1]
+    known = counted_in_both(block)[:, 1:] & np.isfinite(difference)
+    return np.rint(np.where(known, difference, 0.0) / UNIT).astype(np.int64), known
+
+
 def effect(
     one: xr.Dataset,
     other: xr.Dataset,
     *,
     level: float = 0.95,
     replicates: int = REPLICATES,
+    places: int = PLACES,
     only: Selection = EVERYTHING,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -92,6 +153,8 @@ def effect(
         Of the interval.
     replicates : int
         Flips of signs.
+    places : int
+        Places listed of the largest losses.
     only, threads, progress
         See `analysis.scan`.
 
@@ -102,14 +165,16 @@ def effect(
         `high`, by a jackknife over documents; `p`, two-sided, of flipped signs of whole documents. They are NaN where
         there are fewer than six units of documents, or four effective ones: attribute `untested` gives the reason.
         Over token_id, by the token that is predicted: `of_token` float64, NaN where there is none, and `tokens` int64.
+        Over place, the largest loss first, one a row at most, and no more places than rows with a loss: `of_place`
+        float64, and `row` and `position` int64 of the token that is predicted.
 
     Raises
     ------
     ValueError
         When the captures cannot be compared, hold other tokens, or one did not record log-probabilities.
     """
-    asked = [Jackknife(Effects()), Effects(by_token=True)]
-    found, of_token = scan(paired(one, other), asked, only=only, threads=threads, progress=progress)
+    asked = [Jackknife(Effects()), Effects(by_token=True), LargestLosses(places)]
+    found, of_token, losses = scan(paired(one, other), asked, only=only, threads=threads, progress=progress)
     tokens = found["tokens"].values[0] - found["tokens"].values[1:].astype(float)
     means, counts = found["effect"].fillna(0).values, found["tokens"].values
     sums = means[0] * counts[0] - means[1:] * counts[1:]
@@ -124,6 +189,9 @@ def effect(
                 "p": ((), np.nan if reason else _p(sums / counts[0], tokens / counts[0], replicates)),
                 "of_token": of_token["effect"],
                 "tokens": of_token["tokens"],
+                "of_place": losses["effect"],
+                "row": losses["row"],
+                "position": losses["position"],
             }
         ),
         n=int(counts[0]),

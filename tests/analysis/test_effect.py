@@ -74,6 +74,21 @@ def test_a_capture_has_no_effect_beside_itself_and_few_documents_no_p() -> None:
     assert np.isfinite(float(found["effect"]))
 
 
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_the_places_that_lose_most_are_those_of_a_loop_in_any_order(rows: int) -> None:
+    whole = make_capture(documents=9, chunked=False)
+    one, other = predicting(whole, 1), predicting(whole, 2, 0.3)
+    found = effect(one.chunk({"doc": rows}), other.chunk({"doc": rows}), replicates=9, places=6)
+    lost = np.rint((other["logprob"].values.astype(float) - one["logprob"].values)[:, :-1] / UNIT)
+    lost[np.isin(one["token"].values[:, 1:], one.attrs["special_token_ids"]) | ~np.isfinite(lost)] = 0
+    worst = sorted((float(values.min()), row, int(values.argmin()) + 1) for row, values in enumerate(lost))[:6]
+    columns = [found[name].values.tolist() for name in ("of_place", "row", "position")]
+    assert list(zip(*columns, strict=True)) == [(value * UNIT, row, position) for value, row, position in worst]
+    assert worst[-1][0] < 0
+    better = effect(one, one.assign(logprob=one["logprob"] + 0.5), replicates=9)
+    assert (better.sizes["place"], float(better["effect"])) == (0, pytest.approx(0.5, abs=UNIT))
+
+
 def test_p_values_of_no_effect_are_even() -> None:
     whole = make_capture(documents=12, chunked=False)
     p = [
