@@ -113,7 +113,10 @@ class LargestLosses(Reducer):
         """The places, the largest loss first."""
         found = {"effect": state["difference"] * UNIT, "row": state["row"], "position": state["position"]}
         return described(
-            xr.Dataset({name: ("place", values) for name, values in found.items()}),
+            xr.Dataset(
+                {name: ("place", values) for name, values in found.items()},
+                {"place": np.arange(1, len(state["row"]) + 1)},
+            ),
             n=len(state["row"]),
             counted="places",
             estimator="exact",

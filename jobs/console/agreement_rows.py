@@ -3,6 +3,7 @@
 Promises: what is drawn and what a script gets are the same rows. Does not know how a question was put.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,17 @@ MEASURES = ("same_set", "overlap", "same_first", "first_difference", "margin", "
 COLUMNS = (
     Column(name="layer", text=lambda row: row["layer"]),
     *(number(name.replace("_", " "), name, ".4f", spare=at) for at, name in enumerate(MEASURES)),
+)
+CHANGED = Column(name="changed", text=lambda row: row["changed"], left=True)
+BEFORE, AFTER = 10, 5  # tokens of context on both sides (arbitrary)
+OF_PLACES = (
+    number("effect", "effect", "+.4f"),
+    Column(name="document", text=lambda row: row["name"], left=True, spare=2),
+    Column(name="position", text=lambda row: str(row["position"]), spare=1),
+    Column(name="token", text=lambda row: row["token"], left=True),
+    Column(
+        name="in its text", text=lambda row: f"{row['before']}⟦{row['token']}⟧{row['after']}", left=True, elastic=True
+    ),
 )
 OF_TOKENS = (
     Column(name="tokens that lose most", text=lambda row: row["piece"], left=True),
@@ -42,28 +54,65 @@ def agreement_told(captures: "Sequence[xr.Dataset]", only: "Selection", top: int
 
     with reporting("compare", unit="shards", transient=True) as report:
         found = scan(paired(*captures), [Agreement()], only=only, progress=lambda done, total: report.to(done))[0]
+    changed = _changed(captures)
     rows: list[Facts] = [
-        {"layer": str(layer), **{measure: float(found[measure].sel(layer=layer)) for measure in MEASURES}}
+        {
+            "layer": str(layer),
+            **{measure: float(found[measure].sel(layer=layer)) for measure in MEASURES},
+            "changed": "; ".join(f"{field} {', '.join(experts)}" for field, experts in changed.get(layer, {}).items()),
+        }
         for layer in found["layer"].values.tolist()
     ]
-    rows.append({"layer": "by chance", **{measure: found[measure].attrs["null"] for measure in MEASURES}})
+    rows.append({"layer": "by chance", **{name: found[name].attrs["null"] for name in MEASURES}, "changed": ""})
     return {
         "layers": rows,
+        "moved": _moved(found["same_set"], sorted(changed)),
         "n": found.attrs["n"],
         "any_difference": found.attrs["any_difference"],
         "effect": _effect(captures, only, top) if all("logprob" in capture for capture in captures) else None,
     }
 
 
+def _changed(captures: "Sequence[xr.Dataset]") -> dict[int, dict[str, list[str]]]:
+    """The experts by layer that only one of two captures masks or forces, by field."""
+    from store import attributes, model_differences
+
+    changed: dict[int, dict[str, list[str]]] = {}
+    differ = model_differences(*map(attributes, captures))
+    for field in ("mask", "force"):
+        one, other = differ.get(field, ((), ()))
+        for place in [place for place in (*one, *other) if (place in one) != (place in other)]:
+            layer, _, expert = place.partition(":")
+            changed.setdefault(int(layer), {}).setdefault(field, []).append(expert)
+    return changed
+
+
+def _moved(same_set: "xr.DataArray", changed: list[int]) -> Facts | None:
+    """The share of tokens with another set of experts, on average over the layers below those that were changed, over
+    these, and over those above their lowest that were not changed; None where none was changed."""
+    if not changed:
+        return None
+    layer = same_set["layer"]
+    parts = {"below": layer < changed[0], "changed": layer.isin(changed)}
+    parts["above"] = (layer > changed[0]) & ~parts["changed"]
+    return {"layers": changed, **{name: float(1 - same_set[part].mean()) for name, part in parts.items()}}
+
+
 def _effect(captures: "Sequence[xr.Dataset]", only: "Selection", top: int) -> Facts:
     """How the second capture predicts the tokens, beside the first, and which tokens lose most in all."""
     from analysis.metrics.effect import effect
 
+    one, other = captures
     with reporting("effect", unit="shards", transient=True) as report:
-        found = effect(*captures, only=only, progress=lambda done, total: report.to(done))
+        found = effect(one, other, places=top, only=only, progress=lambda done, total: report.to(done))
     values = {name: float(found[name]) for name in ("effect", "low", "high", "p")}
     said = {name: found.attrs[name] for name in ("level", "untested", "n", "documents", "estimator", "definition")}
-    return {**values, **said, "lose_most": _losing_tokens(captures[0], found, top)}
+    return {
+        **values,
+        **said,
+        "lose_most": _losing_tokens(one, found, top),
+        "places": _losing_places(one, found),
+    }
 
 
 def _losing_tokens(capture: "xr.Dataset", found: "xr.Dataset", top: int) -> list[dict[str, Any]]:
@@ -82,13 +131,42 @@ def _losing_tokens(capture: "xr.Dataset", found: "xr.Dataset", top: int) -> list
     ]
 
 
+def _losing_places(capture: "xr.Dataset", found: "xr.Dataset") -> list[dict[str, Any]]:
+    """The places that lose most, with the text around them."""
+    from analysis.explorer.pieces import readable
+
+    rows, reads = [], readable([str(piece) for piece in capture["piece"].values])
+    for effect, row, at in zip(*(found[name].values.tolist() for name in ("of_place", "row", "position")), strict=True):
+        length, start = int(capture["length"][row]), max(0, at - BEFORE)
+        ids = capture["token"].isel(doc=row, position=slice(start, min(length, at + 1 + AFTER))).values
+        texts = [reads[token] for token in ids.tolist()]
+        document = int(capture["document_id"][row])
+        place = {"row": row, "position": at, "document": document, "name": str(capture["name"].values[document])}
+        text = {"before": texts[: at - start], "token": texts[at - start : at - start + 1]}
+        text["after"] = texts[at - start + 1 :]
+        rows.append({"effect": effect, **place, **{name: "".join(part) for name, part in text.items()}})
+    return rows
+
+
 def print_agreement(console: Console, told: Facts) -> None:
     """The table of layers, and what predictions lose."""
-    print_table(console, COLUMNS, told["layers"])
+    moved = told["moved"]
+    print_table(console, COLUMNS if moved is None else (*COLUMNS, CHANGED), told["layers"])
+    if moved is not None:
+        print_line(console, _moved_in_words(moved))
     different = told["any_difference"]
     print_line(console, f"{told['n']:,} tokens in both; {different:.2%} of them differ in some layer's experts")
     if told["effect"] is not None:
         _print_effect(console, told["effect"])
+
+
+def _moved_in_words(moved: Facts) -> str:
+    """How routes below, in and above the changed layers moved."""
+    layers = moved["layers"]
+    which = f"layer {layers[0]}" if len(layers) == 1 else f"the {len(layers)} changed layers"
+    shares = {"below": f"below layer {layers[0]}", "changed": f"at {which}", "above": "at the others above"}
+    known = [f"{moved[name]:.2%} {words}" for name, words in shares.items() if not math.isnan(moved[name])]
+    return f"tokens with another set of experts, on average over layers: {'; '.join(known)}"
 
 
 def _print_effect(console: Console, effect: Facts) -> None:
@@ -100,3 +178,6 @@ def _print_effect(console: Console, effect: Facts) -> None:
     )
     if effect["lose_most"]:
         print_table(console, OF_TOKENS, effect["lose_most"])
+    if effect["places"]:
+        print_line(console, "the places that lose most, one a row of the capture at most:")
+        print_table(console, OF_PLACES, effect["places"])

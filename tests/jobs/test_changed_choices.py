@@ -109,7 +109,7 @@ def test_a_capture_s_own_routes_and_weights_give_its_predictions_back(
 
 def test_the_effect_is_told_where_both_recorded_predictions(command: Command, base: Any, tmp_path: Path) -> None:
     assert command(*base, "--name", "whole").status == 0
-    assert command(*base, "--name", "masked", "--mask", "*:1").status == 0
+    assert command(*base, "--name", "masked", "--mask", "3:0-1", "--mask", "5:2").status == 0
     path = tmp_path / "s.zarr"
     whole, masked = (opened(tmp_path, name) for name in ("whole", "masked"))
     difference = (masked["logprob"] - whole["logprob"]).values[:, :-1]
@@ -128,9 +128,27 @@ def test_the_effect_is_told_where_both_recorded_predictions(command: Command, ba
     total = {each: difference[known & (token == each)].sum() for each in np.unique(token[known])}
     assert worst["effect"] * worst["tokens"] == pytest.approx(min(total.values()), abs=1e-4)
     assert total[worst["token_id"]] == pytest.approx(min(total.values()), abs=1e-4)
+    lost = np.where(known, difference, 0).min(1)
+    assert [place["effect"] for place in found["effect"]["places"]] == pytest.approx(np.sort(lost)[:10], abs=1e-6)
+    for place in found["effect"]["places"]:
+        row, at = place["row"], place["position"]
+        assert difference[row, at - 1] == pytest.approx(place["effect"], abs=1e-6)
+        ids = whole["token"].values[row, max(0, at - 10) : at + 6]
+        text = "".join(whole["piece"].values[ids[ids >= 0]]).replace("▁", " ").replace("<0x0A>", "\n")
+        assert place["before"] + place["token"] + place["after"] == text
+    assert f"⟦{found['effect']['places'][0]['token']}⟧" in told
+    counted = (whole["token"].values >= 0) & ~np.isin(whole["token"].values, whole.attrs["special_token_ids"])
+    sets = [np.sort(each["expert"].values[counted], axis=-1) for each in (whole, masked)]
+    moved = (sets[0] != sets[1]).any(-1).mean(0)
+    shares = {"below": moved[:3].mean(), "changed": moved[[3, 5]].mean(), "above": moved[[4, 6, 7]].mean()}
+    assert found["moved"] == {"layers": [3, 5], **{name: pytest.approx(share) for name, share in shares.items()}}
+    assert shares["below"] == 0 < shares["changed"]
+    assert [row["changed"] for row in found["layers"]] == ["", "", "", "mask 0, 1", "", "mask 2", "", "", ""]
+    assert f"0.00% below layer 3; {shares['changed']:.2%} at the 2 changed layers; {shares['above']:.2%} at the" in told
     same = command(path / "whole", path / "whole", main=compare.main).out
     assert "effect on predictions: +0.0000 nats" in same
     assert "tokens that lose most" not in same
+    assert "changed" not in same
 
 
 def test_choices_and_weights_of_others_are_used_as_they_are(command: Command, base: Any, tmp_path: Path) -> None:
