@@ -202,8 +202,9 @@ class Layout:
                 f"a shard of {self.rows_per_shard} rows would hold {choices:,} choices, and {SHARD_CHOICES:,} are the"
                 " most: give fewer --rows_per_shard"
             )
-        for name, spec in self.arrays().items():
-            if spec.captured and (size := spec.shard_bytes) > SHARD_BYTES:
+        arrays, wide = self.arrays(), ["weight"] if self.weight_bits > FLOAT16_BITS else []
+        for name in (*self.record, *wide):
+            if (size := arrays[name].shard_bytes) > SHARD_BYTES:
                 raise ValueError(
                     f"a shard of {self.rows_per_shard} rows would hold {size:,} bytes of {name}, and {SHARD_BYTES:,}"
                     " are the most: give fewer --rows_per_shard"

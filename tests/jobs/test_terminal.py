@@ -325,7 +325,8 @@ def test_a_mistake_writes_nothing_where_json_is_asked_for(store: Path, command: 
     ):
         ran = command(*arguments, main=main)
         assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
-    assert "--json goes with --token, --token_id, --expert, --document, not with --parquet" in ran.err
+    questions = "--token, --token_id, --expert, --document, --entropy, --saliency, --logprob"
+    assert f"--json goes with {questions}, not with --parquet" in ran.err
 
 
 def test_help_documents_every_key_of_json(store: Path, command: Callable[..., Ran]) -> None:

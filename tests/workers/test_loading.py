@@ -447,7 +447,7 @@ def test_transformers_own_quantizers_are_back_after_a_load_and_after_a_failed_on
 def test_arguments_that_cannot_be_met_are_refused_with_what_would_do(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="'q4' is none of nf4, fp4, fp8, int8, none"):
+    with pytest.raises(ValueError, match="'q4' is none of nf4, fp4, mxfp4, fp8, int8, none"):
         load_model(tiny, quantization="q4", device="cpu")
     with pytest.raises(ValueError, match="routers are quantized as nf4 or fp4, and quantization is 'int8'"):
         load_model(tiny, quantization="int8", quantize_gates=True, device="cpu")

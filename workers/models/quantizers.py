@@ -12,7 +12,11 @@ from workers.models.fp8_loading import METHOD, StoredConfig, StoredQuantizer
 from workers.models.quantizer import Packing4bit, Unfusing8bit
 from workers.models.stored import Stored
 
-OURS: dict[str, Any] = {"bitsandbytes_4bit": Packing4bit, METHOD: StoredQuantizer}
+OURS: dict[str, Any] = {
+    "bitsandbytes_4bit": Packing4bit,
+    "bitsandbytes_8bit": Unfusing8bit,
+    METHOD: StoredQuantizer,
+}
 
 
 @contextmanager
@@ -24,8 +28,7 @@ def own_quantizers(stored: Stored | None = None) -> Iterator[None]:
     stored
         In what the checkpoint to load holds its matrices.
     """
-    ours: dict[str, Any] = {name: partial(quantizer, stored=stored) for name, quantizer in OURS.items()}
-    ours["bitsandbytes_8bit"] = Unfusing8bit
+    ours = {name: partial(quantizer, stored=stored) for name, quantizer in OURS.items()}
     tables = (auto.AUTO_QUANTIZER_MAPPING, ours), (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, {METHOD: StoredConfig})
     stock = [dict(table) for table, _ in tables]
     for table, added in tables:
