@@ -21,7 +21,7 @@ from workers.models.description import find_routers
 from workers.models.intervening import Steering, choose_to_change
 from workers.models.loading import LoadedModel, load_model
 from workers.record import what_to_record
-from workers.shard import RoutingError
+from workers.shard import OutOfMemory, RoutingError
 
 LENGTH = np.array([20, 1, 13])
 TOKEN = np.random.default_rng(1).integers(3, VOCABULARY, (3, 20)).astype(np.int32)
@@ -254,6 +254,19 @@ def test_the_proof_asks_each_router_under_the_change_that_its_choices_were_made_
                 engine.start(token, length, theirs)()
     finally:
         handle.remove()
+
+
+def test_given_choices_that_do_not_fit_on_the_device_halve_the_micro_batch(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 MiB")
+
+    engine = ModelEngine(tiny, interventions=Interventions(routes_from="a" * 64))
+    monkeypatch.setattr(engine.steering, "begin", full)
+    given = {"expert": np.zeros((1, 4, 8, 2), np.uint8)}
+    with pytest.raises(OutOfMemory, match="CUDA out of memory"):  # after which `capture_shard` halves
+        engine.start(np.zeros((1, 4), np.int32), np.array([4]), given)
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,6 @@ class Steering:
             for layer in routers
             if layer in masked or layer in forced or self.asked.routes_from
         }
-        self._given: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def _sets(self, named: Mapping[int, list[int]]) -> dict[int, torch.Tensor]:
         found = {}
