@@ -18,7 +18,7 @@ from store import Layout
 from workers.engine import ModelEngine, load_engine
 from workers.models.head import Head
 from workers.models.loading import LoadedModel, load_model
-from workers.models.routers import transformation_of
+from workers.models.routers import router_dtype, transformation_of
 from workers.record import Recorded, what_to_record
 from workers.recorder import rounded
 from workers.recordings import logits, logprobs, norms
@@ -321,6 +321,24 @@ def test_weights_are_rounded_to_so_many_bits_ties_to_even() -> None:
 )  # fmt: skip
 def test_compact_keeps_what_the_router_s_dtype_can_mean(precision: str, dtype: str, bits: int) -> None:
     assert what_to_record([], 8, dtype, weight_precision=precision).weight_bits == bits
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("mixtral", "bfloat16"), ("deepseek_v2", "float32"), ("glm4_moe", "float32")]
+)
+def test_routers_that_compute_in_float32_in_any_dtype_are_found_without_weights(
+    name: str, wanted: str, tmp_path: Path
+) -> None:
+    folder = checkpoint_of(name, tmp_path)
+    assert router_dtype(folder, None, torch.bfloat16) == wanted
+    loaded = load_model(folder, quantization="none", device="cpu", dtype="bfloat16")
+    token = torch.arange(8)[None]
+    kept: list[torch.Tensor] = []
+    handle = next(iter(loaded.routers.values())).register_forward_hook(lambda *found: kept.append(found[2][0]))
+    loaded.model(input_ids=token)
+    handle.remove()
+    rounded_again = kept[0].float().bfloat16().float()
+    assert torch.equal(rounded_again, kept[0].float()) == (wanted == "bfloat16")
 
 
 @pytest.mark.parametrize(
