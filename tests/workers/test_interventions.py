@@ -149,6 +149,29 @@ def test_what_may_leave_too_few_in_the_groups_that_a_router_keeps_is_refused(tmp
             choose_to_change(folder, None, **change)
 
 
+class OneWeightForEachExpert(torch.nn.Module):
+    """A router that returns weights of all experts, 0 of those that are not chosen, as older ones of gpt-oss do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top_k, self.weight = 2, torch.nn.Parameter(torch.zeros(EXPERTS, 4))
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = torch.nn.functional.linear(hidden, self.weight)
+        values, ids = torch.topk(logits, self.top_k, dim=-1)
+        return logits, torch.zeros_like(logits).scatter(1, ids, values.softmax(-1)), ids
+
+
+def test_a_router_that_would_not_take_the_weights_that_are_given_to_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.models.intervening.find_routers", lambda model: {0: OneWeightForEachExpert()})
+    folder, change = checkpoint_of("mixtral", tmp_path), partial(choose_to_change, routes_from="a" * 64)
+    with pytest.raises(ValueError, match=r"OneWeightForEachExpert.* would not return the choices and weights that are"):
+        change(folder, None, routes_weights=True)
+    change(folder, None)
+
+
 # --- What a change does to predictions --------------------------------------------------------------------------------
 
 
