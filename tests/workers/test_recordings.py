@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from workers.models.routers import router_dtype, transformation_of
 from workers.record import Recorded, what_to_record
 from workers.recorder import rounded
 from workers.recordings import logits, logprobs, norms
+from workers.recordings.chosen import recordings_of
 from workers.shard import RoutingError, capture_shard
 
 ALL = what_to_record(["logits", "output_norm", "logprob"], EXPERTS, "float32")
@@ -412,3 +414,9 @@ def test_a_checkpoint_without_its_head_or_with_a_quantized_one_is_refused_by_nam
         ValueError, match=r"has lm_head\.weight of torch\.float32 \(127, 64\), and floats of \(128, 64\)"
     ):
         ModelEngine(loaded, ALL)
+
+
+def test_a_model_whose_final_norm_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    loaded: Any = SimpleNamespace(model=torch.nn.Linear(1, 1), folder=tmp_path)
+    with pytest.raises(ValueError, match="Linear has no final norm"):
+        recordings_of(loaded, loaded.model, Recorded(record=("logprob",)), 2)
