@@ -84,7 +84,8 @@ class ModelEngine:
         """
         positions = token.shape[1]
         padded = np.where(np.arange(positions) < length[:, None], token, 0)
-        self._give(given, length)
+        with self._device_errors():
+            self._give(given, length)
         with self._device_errors(), self.steering.attached(), self.recorder.attached(), _one_thread(self.device):
             recorded = self.recorder.record(self.forward, on_device(padded.astype(np.int64), self.device), length)
             copies = Micro(*({what: _to_host(part) for what, part in parts.items()} for parts in recorded))

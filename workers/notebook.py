@@ -18,7 +18,7 @@ from workers.engine import ModelEngine
 from workers.interventions import Named
 from workers.models.intervening import choose_to_change
 from workers.models.loading import LoadedModel, load_model
-from workers.models.routers import transformation_of
+from workers.models.routers import router_dtype, transformation_of
 from workers.models.stored import default_quantization
 from workers.record import Recordable, WeightPrecision, what_to_record
 from workers.shard import route_rows
@@ -114,7 +114,7 @@ def capture_texts(
     recorded = what_to_record(
         record,
         model.num_experts,
-        model.provenance["compute_dtype"],
+        router_dtype(model.folder, None, getattr(torch, model.provenance["compute_dtype"])),
         top_logits=top_logits,
         weight_precision=weight_precision,
     )

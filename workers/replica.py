@@ -73,6 +73,8 @@ class Replica:
         os.environ.update(assignment.secrets)
         self._assignment = assignment
         self._groups = {name: self._open(name, token) for name, token in assignment.leases.items()}
+        if assignment.given is not None:
+            self._refuse_other_routes(assignment.given)
         here = environment(assignment.device)
         for group in self._groups.values():
             self._refuse_other(group, group.environment or here, here)
@@ -152,6 +154,21 @@ class Replica:
                 " nodes see it, such as a shared file system or s3://"
             )
         return CaptureGroup(path, name)
+
+    def _refuse_other_routes(self, given: GivenRoutes) -> None:
+        """Another capture may lie at the same path here, of the same tokens."""
+        host, place = socket.gethostname(), f"{given.path}/{given.dataset}"
+        advice = "put the store of --routes_from where all nodes see it, such as a shared file system or s3://"
+        try:
+            found = given.identity
+        except OSError as error:
+            raise Misplaced(f"{host} cannot read {place}, which gives the choices ({error}): {advice}") from error
+        for group in self._groups.values():
+            if (wanted := group.identity.get("routes_from")) != found:
+                raise Misplaced(
+                    f"{place} is another capture on {host} than the one that gives the choices of {group.dataset}: its"
+                    f" identity is {found}, and {wanted} is wanted: {advice}"
+                )
 
     def _refuse_other(self, group: CaptureGroup, begun: Mapping[str, str], here: Mapping[str, str]) -> None:
         begun, here = ({name: side.get(name, "") for name in SAME_BYTES_NEEDS} for side in (begun, here))

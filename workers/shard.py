@@ -153,10 +153,8 @@ def route_rows(
         filled = np.arange(width) < length[:, None]
         _check(found, shapes, filled, layout)
         for name, values in routes.result().items():
-            for row, given, size in zip(
-                batch, found[name], length, strict=True
-            ):  # by slices: other threads run meanwhile
-                values[row, :size] = given[:size]
+            for row, its, size in zip(batch, found[name], length, strict=True):  # slices: other threads run meanwhile
+                values[row, :size] = its[:size]
 
     putter = ThreadPoolExecutor(1, thread_name_prefix="put")  # beside the next micro-batch
     routes = putter.submit(unfilled)  # a shard of 48 layers and 8 choices has 300 MB, which take a tenth of a second

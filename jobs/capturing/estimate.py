@@ -98,8 +98,7 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
         "rows": f"about {text.rows:,} of {layout.sequence_length:,} positions",
         "shards": f"about {math.ceil(text.rows / layout.rows_per_shard):,} of {layout.rows_per_shard:,} rows",
         "filled": f"{filled:.1%} of the positions hold a token",
-        "store": f"about {text.tokens * stored_bytes(layout, run.described['compute_dtype']):,.0f} bytes in"
-        f" {config.store_path}",
+        "store": f"about {text.tokens * stored_bytes(layout, run.router_dtype):,.0f} bytes in {config.store_path}",
         "precision": f"weights in {run.quantization}, their products in {run.described['matmul']}",
         "recorded": ", ".join(layout.routes),
         "device memory": _device_memory(run, layout),

@@ -30,7 +30,7 @@ from workers.interventions import Interventions, experts_in_file
 from workers.models.description import EARLIER, ModelDescription, describe_model
 from workers.models.footprint import operations_per_token
 from workers.models.intervening import choose_to_change
-from workers.models.routers import transformation_of
+from workers.models.routers import router_dtype, transformation_of
 from workers.models.stored import default_quantization
 from workers.record import Recorded, what_to_record
 from workers.replica import Assignment
@@ -127,13 +127,19 @@ class Run:
         )
 
     @cached_property
+    def router_dtype(self) -> str:
+        """What the routers compute logits in."""
+        dtype = getattr(torch, self.described["compute_dtype"])
+        return router_dtype(self.model, self.config.model_revision, dtype)
+
+    @cached_property
     def recorded(self) -> Recorded:
         """What is recorded beside the choices, and in what precision weights are."""
         config, model = self.config, self.described
         return what_to_record(
             config.record,
             model["num_experts"],
-            model["compute_dtype"],
+            self.router_dtype,
             top_logits=config.top_logits,
             weight_precision=config.weight_precision,
         )

@@ -173,6 +173,25 @@ def test_a_model_over_two_gpus_chooses_as_on_one(quantization: str, matmul: str)
         np.testing.assert_array_equal(found[name], wanted[name])
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_model_over_two_gpus_records_as_on_one(quantization: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    from workers.engine import load_engine
+    from workers.record import what_to_record
+
+    asked = what_to_record(["logits", "output_norm", "logprob"], 8, "bfloat16")
+    one, two = (
+        load_engine("tiny", quantization=quantization, device="cuda", gpus=gpus, recorded=asked) for gpus in (1, 2)
+    )
+    random = np.random.default_rng(0)
+    token, length = random.integers(0, 32_000, (16, 512), dtype=np.int32), random.integers(1, 513, 16)
+    found, wanted = two.route(token, length), one.route(token, length)
+    filled = np.arange(512) < length[:, None]
+    for name in ("expert", *asked.record):
+        np.testing.assert_array_equal(found[name][filled], wanted[name][filled], err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def here() -> dict[str, np.ndarray]:
     """What the kernels of this code give on this card."""

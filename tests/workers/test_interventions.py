@@ -21,7 +21,7 @@ from workers.models.description import find_routers
 from workers.models.intervening import Steering, choose_to_change
 from workers.models.loading import LoadedModel, load_model
 from workers.record import what_to_record
-from workers.shard import RoutingError
+from workers.shard import OutOfMemory, RoutingError
 
 LENGTH = np.array([20, 1, 13])
 TOKEN = np.random.default_rng(1).integers(3, VOCABULARY, (3, 20)).astype(np.int32)
@@ -149,6 +149,29 @@ def test_what_may_leave_too_few_in_the_groups_that_a_router_keeps_is_refused(tmp
             choose_to_change(folder, None, **change)
 
 
+class OneWeightForEachExpert(torch.nn.Module):
+    """A router that returns weights of all experts, 0 of those that are not chosen, as older ones of gpt-oss do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top_k, self.weight = 2, torch.nn.Parameter(torch.zeros(EXPERTS, 4))
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = torch.nn.functional.linear(hidden, self.weight)
+        values, ids = torch.topk(logits, self.top_k, dim=-1)
+        return logits, torch.zeros_like(logits).scatter(1, ids, values.softmax(-1)), ids
+
+
+def test_a_router_that_would_not_take_the_weights_that_are_given_to_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.models.intervening.find_routers", lambda model: {0: OneWeightForEachExpert()})
+    folder, change = checkpoint_of("mixtral", tmp_path), partial(choose_to_change, routes_from="a" * 64)
+    with pytest.raises(ValueError, match=r"OneWeightForEachExpert.* would not return the choices and weights that are"):
+        change(folder, None, routes_weights=True)
+    change(folder, None)
+
+
 # --- What a change does to predictions --------------------------------------------------------------------------------
 
 
@@ -254,6 +277,19 @@ def test_the_proof_asks_each_router_under_the_change_that_its_choices_were_made_
                 engine.start(token, length, theirs)()
     finally:
         handle.remove()
+
+
+def test_given_choices_that_do_not_fit_on_the_device_halve_the_micro_batch(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 MiB")
+
+    engine = ModelEngine(tiny, interventions=Interventions(routes_from="a" * 64))
+    monkeypatch.setattr(engine.steering, "begin", full)
+    given = {"expert": np.zeros((1, 4, 8, 2), np.uint8)}
+    with pytest.raises(OutOfMemory, match="CUDA out of memory"):  # after which `capture_shard` halves
+        engine.start(np.zeros((1, 4), np.int32), np.array([4]), given)
 
 
 @pytest.mark.parametrize(

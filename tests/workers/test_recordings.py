@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from store import Layout
 from workers.engine import ModelEngine, load_engine
 from workers.models.head import Head
 from workers.models.loading import LoadedModel, load_model
-from workers.models.routers import transformation_of
+from workers.models.routers import router_dtype, transformation_of
 from workers.record import Recorded, what_to_record
 from workers.recorder import rounded
 from workers.recordings import logits, logprobs, norms
+from workers.recordings.chosen import recordings_of
 from workers.shard import RoutingError, capture_shard
 
 ALL = what_to_record(["logits", "output_norm", "logprob"], EXPERTS, "float32")
@@ -324,6 +326,24 @@ def test_compact_keeps_what_the_router_s_dtype_can_mean(precision: str, dtype: s
 
 
 @pytest.mark.parametrize(
+    ("name", "wanted"), [("mixtral", "bfloat16"), ("deepseek_v2", "float32"), ("glm4_moe", "float32")]
+)
+def test_routers_that_compute_in_float32_in_any_dtype_are_found_without_weights(
+    name: str, wanted: str, tmp_path: Path
+) -> None:
+    folder = checkpoint_of(name, tmp_path)
+    assert router_dtype(folder, None, torch.bfloat16) == wanted
+    loaded = load_model(folder, quantization="none", device="cpu", dtype="bfloat16")
+    token = torch.arange(8)[None]
+    kept: list[torch.Tensor] = []
+    handle = next(iter(loaded.routers.values())).register_forward_hook(lambda *found: kept.append(found[2][0]))
+    loaded.model(input_ids=token)
+    handle.remove()
+    rounded_again = kept[0].float().bfloat16().float()
+    assert torch.equal(rounded_again, kept[0].float()) == (wanted == "bfloat16")
+
+
+@pytest.mark.parametrize(
     ("names", "options", "said"),
     [
         (["mood"], {}, "'mood' cannot be recorded; what can: logits, output_norm, logprob"),
@@ -394,3 +414,9 @@ def test_a_checkpoint_without_its_head_or_with_a_quantized_one_is_refused_by_nam
         ValueError, match=r"has lm_head\.weight of torch\.float32 \(127, 64\), and floats of \(128, 64\)"
     ):
         ModelEngine(loaded, ALL)
+
+
+def test_a_model_whose_final_norm_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    loaded: Any = SimpleNamespace(model=torch.nn.Linear(1, 1), folder=tmp_path)
+    with pytest.raises(ValueError, match="Linear has no final norm"):
+        recordings_of(loaded, loaded.model, Recorded(record=("logprob",)), 2)

@@ -13,6 +13,7 @@ from fake_model import FakeEngine, FakeRun, fake_capture, words
 from store import CaptureGroup
 from store.lease import lease
 from workers.environment import environment
+from workers.given import GivenRoutes
 from workers.replica import Assignment, Misplaced, Replica
 
 TEXTS = [words(40)]
@@ -104,3 +105,25 @@ def test_another_model_is_refused_with_both_values(tmp_path: Path) -> None:
         refused = refusal(replace(run.assignment({"fake": held.token}), make_engine=partial(OtherEngine)))
     assert refused.startswith(f"the model on {gethostname()} is not the captured one:")
     assert refused.splitlines()[1:] == ["  model: the store has 'fake', this run has 'other'"]
+
+
+def test_routes_of_another_capture_at_the_same_path_are_refused_with_both_identities(tmp_path: Path) -> None:
+    run, others = captured(tmp_path), GivenRoutes(str(tmp_path / "others.zarr"), "fake")
+    assert fake_capture(others.path, TEXTS).complete
+    metadata = Path(run.store) / "fake/zarr.json"
+    kept = json.loads(metadata.read_text())
+
+    def follows(identity: str) -> None:
+        kept["attributes"]["identity"]["routes_from"] = identity
+        metadata.write_text(json.dumps(kept))
+
+    with lease(CaptureGroup(run.store, "fake")) as held:
+        assignment = replace(run.assignment({"fake": held.token}), given=others)
+        follows(others.identity)
+        Replica().load(assignment)
+        follows("a" * 64)
+        refused = refusal(replace(assignment, make_engine=never))
+        assert f"its identity is {others.identity}, and {'a' * 64} is wanted: put the store of --routes_from" in refused
+        gone = GivenRoutes(str(tmp_path / "gone.zarr"), "fake")
+        refused = refusal(replace(assignment, given=gone, make_engine=never))
+        assert refused.startswith(f"{gethostname()} cannot read {gone.path}/fake, which gives the choices (")

@@ -152,7 +152,6 @@ class Steering:
             for layer in routers
             if layer in masked or layer in forced or self.asked.routes_from
         }
-        self._given: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def _sets(self, named: Mapping[int, list[int]]) -> dict[int, torch.Tensor]:
         found = {}
@@ -279,6 +278,13 @@ def _try(router: Any, layer: int, asked: Interventions, experts: int, k: int, hi
                 again_TK = choices(routed_by(router, *given), k)[1]
         if not torch.equal(again_TK, weight_TK):
             raise RoutingError("its own choices, given to it, would not have its own weights")
+    if asked.routes_weights:
+        expert_TK, weight_TK = (expert_TK + 1) % experts, weight_TK + 1
+        forward = changed(router.forward, Change(given_TK=expert_TK, weights_TK=weight_TK), experts, k)
+        with _set(router, "forward", forward):
+            found = choices(routed_by(router, *given), k)
+        if not all(map(torch.equal, found, (expert_TK, weight_TK))):
+            raise RoutingError("it would not return the choices and weights that are given to it")
 
 
 def _fewest(router: Any, masked: Sequence[int], experts: int) -> int:

@@ -114,6 +114,35 @@ def router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
     return found[0].reshape(-1, num_experts) if found else None
 
 
+class _Product(Exception):
+    """A router has come to its product, of this dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+class _ToTheProduct(TorchFunctionMode):
+    """Within it, a router ends at its linear product."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            raise _Product(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def router_dtype(model: str | Path, revision: str | None, dtype: torch.dtype) -> str:
+    """What a model's routers compute logits in, by their own code: the compute dtype, or float32 as in DeepSeek."""
+    skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), dtype)
+    router = next(iter(find_routers(skeleton).values()))
+    hidden_TH = torch.zeros(1, skeleton.config.get_text_config().hidden_size, dtype=dtype, device="meta")
+    try:
+        with _ToTheProduct():
+            router.forward(hidden_TH)
+    except _Product as product:
+        dtype = product.dtype
+    return str(dtype).removeprefix("torch.")
+
+
 TRANSFORMATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits_TE, expert_TK: logits_TE.softmax(-1).gather(-1, expert_TK),
     "renormalized": lambda logits_TE, expert_TK: logits_TE.gather(-1, expert_TK).softmax(-1),

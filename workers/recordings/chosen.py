@@ -37,6 +37,8 @@ def recordings_of(loaded: LoadedModel, forward: Any, recorded: Recorded, k: int)
         found.append(norms)
     if "logprob" in recorded.record:
         model: Any = loaded.model
+        if not hasattr(model, "norm"):
+            raise ValueError(f"{type(model).__name__} has no final norm of the name norm: capture without logprob")
         found.append(NextToken(Head(loaded.folder, model), model.norm))
     if own:
         forward.whole = any(recording.whole for recording in found)

@@ -44,7 +44,10 @@ class NextToken(Recording):
             handle.remove()
 
     def _keep_before(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        self._before_SH = _rows(args[0])[self._batch.sample]
+        self._before_SH = self._sampled(_rows(args[0]))
+
+    def _sampled(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        return hidden_TH[self._batch.sample.to(hidden_TH.device)]  # the last layers may lie on another GPU
 
     def begin(self, batch: Batch) -> None:
         """See `Recording`."""
@@ -52,9 +55,9 @@ class NextToken(Recording):
 
     def ended(self, output: Any) -> None:
         """See `Recording`."""
-        token_BP, sample, place_N = self._batch
+        token_BP, _, place_N = self._batch
         if isinstance(output, LastHidden):  # of a forward of ours, which calls no module for its norms
-            self._before_SH = output.before_TH[sample]
+            self._before_SH = self._sampled(output.before_TH)
         hidden_TH = output.normed_TH if isinstance(output, LastHidden) else _rows(output.last_hidden_state)
         hidden_TH, before_SH = (part.to(self.head.device) for part in (hidden_TH, self._before_SH))
         self._logprob_T = torch.full((token_BP.numel(),), torch.nan, device=token_BP.device)
