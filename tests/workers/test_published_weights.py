@@ -18,8 +18,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from store.identity import identity_of
 from workers.engine import ModelEngine
 from workers.models import fp8
+from workers.models.checkpoint import find_checkpoint
 from workers.models.description import describe_model
-from workers.models.footprint import estimate_bytes
+from workers.models.footprint import estimate_bytes, estimate_checkpoint, option_that_fits
 from workers.models.loading import load_model
 from workers.models.packed import PackedStack, StackBlocks, StackMxfp4
 from workers.models.published import MX_VALUES, BlockScaled, Mxfp4, restored_matrix
@@ -248,6 +249,12 @@ def test_the_identity_tells_apart_what_differs_and_leaves_alone_what_does_not(
     assert "weight_scales" not in identity_of(by_row)
     blocks = describe_model(checkpoints["qwen3_moe"], quantization="fp8", device_type="cpu")
     assert identity_of(blocks)["weight_scales"] == "128x128"
+
+
+def test_a_card_that_is_too_small_for_weights_in_fp8_is_told_that_they_fit_in_nf4(checkpoints: dict[str, Path]) -> None:
+    checkpoint = find_checkpoint(checkpoints["qwen3_moe"], None, weights=False)
+    free = int(0.9 * estimate_checkpoint(checkpoint, "fp8", torch.bfloat16))
+    assert option_that_fits(checkpoint, "fp8", torch.bfloat16, free).startswith("--quantization nf4, which takes")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from workers.models.description import (
     num_experts,
     quantization_config,
 )
-from workers.models.stored import BLOCK, FOUR_BITS, loaded_form, stored_form
+from workers.models.stored import BLOCK, FOUR_BITS, PUBLISHED, loaded_form, stored_form
 
 _SCALE_BLOCK = 256  # scales that share a scale of their own under double quantization; likewise
 
@@ -90,7 +90,8 @@ def option_that_fits(checkpoint: Checkpoint, quantization: str, dtype: torch.dty
 
     Half of the room of each card is left for activations and buffers where the model is spread over several.
     """
-    if stored_form(checkpoint) is None and quantization not in FOUR_BITS:
+    stored = stored_form(checkpoint)
+    if quantization not in FOUR_BITS and (stored is None or stored.form in PUBLISHED):
         smaller = estimate_checkpoint(checkpoint, "nf4", dtype)
         if smaller < free_bytes:
             return f"--quantization nf4, which takes {smaller:,}"
