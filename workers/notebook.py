@@ -101,24 +101,24 @@ def capture_texts(
             raise ValueError(
                 f"text {number} holds half of a surrogate pair, which is no text: replace it first"
             ) from error
+    path = model.folder if isinstance(model, LoadedModel) else model_path(model)
+    interventions = choose_to_change(path, None, mask=mask, force=force, top_k=top_k)  # before weights are read
     if not isinstance(model, LoadedModel):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        path = model_path(model)
-        choose_to_change(path, None, mask=mask, force=force, top_k=top_k)  # a mistake is named before weights are read
         quantization = quantization or default_quantization(path, None, device)
         model = load_model(path, quantization=quantization, matmul=matmul, device=device)
     most = model.provenance["max_position_embeddings"]
     if not 1 <= sequence_length <= most:
         raise ValueError(f"sequence_length is {sequence_length}, and must be 1 to {most}, the positions of the model")
     tokenizer = load_tokenizer(model.folder)
+    computed_in = getattr(torch, model.provenance["compute_dtype"])
     recorded = what_to_record(
         record,
         model.num_experts,
-        router_dtype(model.folder, None, getattr(torch, model.provenance["compute_dtype"])),
+        router_dtype(model.folder, None, computed_in) if weight_precision == "compact" else None,
         top_logits=top_logits,
         weight_precision=weight_precision,
     )
-    interventions = choose_to_change(model.folder, None, mask=mask, force=force, top_k=top_k)
     engine = ModelEngine(model, recorded, interventions)
     cut = [
         (document, *row)

@@ -36,7 +36,7 @@ CHOICES_ALONE = Recorded()
 def what_to_record(
     names: Sequence[str],
     num_experts: int,
-    router_dtype: str,
+    router_dtype: str | None,
     *,
     top_logits: int | None = None,
     weight_precision: str = "float16",
@@ -50,7 +50,7 @@ def what_to_record(
     num_experts
         E.
     router_dtype
-        float32, bfloat16 or float16: what routers compute in.
+        float32, bfloat16 or float16: what routers compute in. Only "compact" needs it; else it may be None.
     top_logits
         So many of the largest logits are kept; None: all of `ALL_LOGITS` experts or fewer, else `TOP_LOGITS`.
     weight_precision
@@ -74,13 +74,16 @@ def what_to_record(
     kept = top_logits or (num_experts if num_experts <= ALL_LOGITS else TOP_LOGITS)
     some = "logits" in names and kept < num_experts
     of_logits = ("logit", "logit_expert") if some else ("logit",)
-    bits = {"float16": FLOAT16_BITS, "float32": FLOAT32_BITS}
-    compact = min(FLOAT16_BITS, MANTISSA_BITS[router_dtype] - LOGIT_BITS)
+    if weight_precision == "compact":
+        assert router_dtype is not None, "it decides how many bits a weight has"
+        bits = min(FLOAT16_BITS, MANTISSA_BITS[router_dtype] - LOGIT_BITS)
+    else:
+        bits = {"float16": FLOAT16_BITS, "float32": FLOAT32_BITS}[weight_precision]
     return Recorded(
         record=(
             *(of_logits if "logits" in names else ()),
             *(name for name in ("output_norm", "logprob") if name in names),
         ),
         top_logits=kept if some else 0,
-        weight_bits=bits.get(weight_precision, compact),
+        weight_bits=bits,
     )

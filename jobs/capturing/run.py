@@ -139,7 +139,7 @@ class Run:
         return what_to_record(
             config.record,
             model["num_experts"],
-            self.router_dtype,
+            self.router_dtype if config.weight_precision == "compact" else None,  # a model is built for it
             top_logits=config.top_logits,
             weight_precision=config.weight_precision,
         )
