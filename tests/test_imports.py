@@ -22,7 +22,7 @@ MAY_IMPORT = {
 ROOMS = {
     "workers": [
         *["shard", "given", "environment", "tiny", "record", "interventions", "text", "imports", "models"],
-        *["recordings", "recorder", "replica", "engine", "notebook"],
+        *["recordings", "recorder", "replica", "engine", "importance", "notebook"],
     ],
     "jobs": ["console", "sources", "capturing", "cluster"],  # and then the scripts
     "analysis": [
