@@ -31,7 +31,9 @@ from workers.shard import Routes, RoutingError
 
 EFFECTS = Recorded(record=("output_norm", "logprob", "effect"))
 """What is recorded: the effects, and what may predict them."""
-STEP = 2.0**-16  # nats; effects are rounded to it, far below what bf16 does to them, and take half the bytes (arbitrary)
+STEP = (
+    2.0**-16
+)  # nats; effects are rounded to it, far below what bf16 does to them, and take half the bytes (arbitrary)
 
 
 class _Unchanged(Exception):
