@@ -262,6 +262,7 @@ TYPOS = {
     "doctor": (["s.zarr/a", "--agianst", "s.zarr/b"], "--against"),
     "card": (["s.zarr", "--licnese", "mit"], "--license"),
     "train_tiny": (["out", "--setps", "3"], "--steps"),
+    "importance": (["--sample-tokns", "3"], "--sample-tokens"),
 }
 
 

@@ -149,7 +149,8 @@ class ImportanceEngine(ModelEngine):
 
     def _reports(self, layers: Sequence[int], tokens: int) -> list[int]:
         """How many of the tokens count as done with each run: the more, the more layers it has."""
-        layers_run = np.array([self.model.config.num_hidden_layers - layer for layer in layers])
+        model: Any = self.model
+        layers_run = np.array([len(model.layers) - layer for layer in layers])
         done = tokens * layers_run.cumsum() // layers_run.sum()
         found: list[int] = np.diff(done, prepend=0).tolist()
         return found
