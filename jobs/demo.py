@@ -1,7 +1,9 @@
-"""The demo: four contrasting texts through a tiny Mixtral on the CPU, and a report. `make demo` runs it.
+"""Capture four contrasting texts with a tiny Mixtral on the CPU, and draw a report: three minutes.
 
-It does nothing that the commands it prints do not: capture, then report, in this folder. The texts are those that were
-held out when the model was trained.
+usage: python jobs/demo.py
+
+It has no options, and does nothing that the commands which it prints do not: it captures into
+demo.zarr, and draws demo.html. The texts are those that were held out when the model was trained.
 """
 
 import sys
@@ -13,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 from rich.console import Console
 

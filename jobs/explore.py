@@ -1,4 +1,29 @@
-"""Walk through a store in a browser: `python jobs/explore.py STORE`, a small web server on this machine."""
+"""Walk through a store in a browser: texts coloured by expert, tokens, experts, documents.
+
+usage: python jobs/explore.py STORE[/DATASET] [options]
+
+Examples:
+  python jobs/explore.py demo.zarr
+  python jobs/explore.py demo.zarr/demo-prose --port 0
+  python jobs/explore.py demo.zarr/demo-prose --export page.html --document 12
+
+Server:
+  --port PORT               where it listens, 0 for any that is free (8177)
+  --host ADDRESS            whoever reaches it can read the store: there is no password (127.0.0.1)
+  --index FOLDER            where the index is kept (beside the store)
+  --threads N               shards that are indexed at the same time (one a processor)
+
+What counts:
+  --phase PHASE             count and find only tokens of the prompt, or only generated ones
+  --role ROLE               count and find only tokens of this speaker; repeat for more
+
+One file instead of a server:
+  --export FILE             write documents as an HTML file that works offline
+  --document DOCUMENT       one of them, by its id or its name; repeat for more
+
+It answers until Ctrl-C stops it. docs/options.md explains every option.
+Exit status: 0 stopped or exported, 2 there is no such store, document or address.
+"""
 
 import contextlib
 import ipaddress
@@ -12,12 +37,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 
+from jobs.console.arguments import parse
 from jobs.console.places import captures_at, only_one, refuse_no_file
 from jobs.console.terminal import log, run_job
 
@@ -58,7 +84,7 @@ class ExploreConfig:
 
 def main(arguments: list[str]) -> int:
     """Serve, or export."""
-    config = tyro.cli(ExploreConfig, prog="python jobs/explore.py", args=arguments, use_underscores=True)
+    config = parse(ExploreConfig, "explore", arguments)
     if bool(config.document) != (config.export is not None):
         raise ValueError("--export FILE and --document ID go together: give both, or neither")
     if not 0 <= config.port < 65_536:

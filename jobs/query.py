@@ -1,4 +1,35 @@
-"""One question to a store, or its tables as Parquet: `python jobs/query.py STORE --token "▁the" --layer 15`."""
+"""Ask where a token goes, what an expert gets, or what way a document's tokens take.
+
+usage: python jobs/query.py STORE/DATASET QUESTION [options]
+
+Examples:
+  python jobs/query.py demo.zarr/demo-prose --token " the" --layer 3
+  python jobs/query.py demo.zarr/demo-code --expert 3:5 --min_count 20
+  python jobs/query.py demo.zarr --parquet tables
+
+Questions, one of them:
+  --token TOKEN             its experts, layer by layer; the, " the", "\\n", a piece or an id
+  --token_id ID             the same, by the id alone
+  --expert LAYER:EXPERT     its tokens, by count and by lift
+  --document DOCUMENT       the experts of each of its tokens; an id or a name; repeat for more
+  --entropy                 how spread out the routers are; needs --record logits
+  --saliency                what each expert contributes; needs --record output_norm
+  --logprob                 the log-probability of the next token, by expert; needs --record logprob
+  --parquet FOLDER          write tables of all data sets of STORE there
+
+What counts:
+  --layer LAYER             only this layer; repeat for more
+  --phase PHASE             only tokens of the prompt, or only generated ones
+  --role ROLE               only tokens of this speaker of a conversation; repeat for more
+  --min_count N             with --expert: only tokens that occur so often (1)
+
+Output:
+  --top N                   with --expert: tokens that are listed (20)
+  --json                    one JSON document, for scripts; docs/json.md names its keys
+
+What is counted is kept beside the store: the first question reads all of it, later ones do not.
+docs/options.md explains every option. Exit status: 0 answered, 2 that cannot be answered.
+"""
 
 import difflib
 import re
@@ -12,12 +43,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 
+from jobs.console.arguments import parse
 from jobs.console.places import captures_at, only_one
 from jobs.console.query_rows import Answer, Listed, document_answer, expert_answer, token_answer
 from jobs.console.recorded_rows import recorded_question
@@ -94,7 +126,7 @@ class QueryConfig:
 
 def main(arguments: list[str]) -> int:
     """Answer."""
-    config = tyro.cli(QueryConfig, prog="python jobs/query.py", args=arguments, use_underscores=True)
+    config = parse(QueryConfig, "query", arguments)
     _check(config)
     store, names = captures_at(config.store)
     documents = [int(document) if document.isdecimal() else document for document in config.document]

@@ -1,4 +1,27 @@
-"""Draw a report: `python jobs/report.py STORE [STORE ...] -o report.html`, one offline HTML file."""
+"""Draw what the experts do as one HTML page that works offline.
+
+usage: python jobs/report.py STORE[/DATASET] [STORE[/DATASET] ...] [options]
+
+Examples:
+  python jobs/report.py demo.zarr
+  python jobs/report.py demo.zarr/demo-prose demo.zarr/demo-code -o two.html
+  python jobs/report.py ~/expert-atlas/routes.zarr --figures figures
+
+Output:
+  --output FILE, -o FILE    the page (report.html)
+  --figures FOLDER          every chart as SVG, PDF and PNG too
+
+What counts:
+  --phase PHASE             only tokens of the prompt, or only generated ones
+  --role ROLE               only tokens of this speaker of a conversation; repeat for more
+  --block_tokens N          take blocks of so many tokens for documents
+
+Where to run:
+  --cluster                 read the stores on a Ray cluster
+
+An incomplete capture is drawn as far as it goes. docs/options.md explains every option.
+Exit status: 0 drawn, 2 there is no such store, or nothing in it.
+"""
 
 import contextlib
 import ctypes
@@ -18,12 +41,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 
+from jobs.console.arguments import parse
 from jobs.console.places import refuse_no_file
 from jobs.console.terminal import LOG_EVERY_S, log, run_job
 
@@ -56,7 +80,7 @@ class ReportConfig:
 
 def main(arguments: list[str]) -> int:
     """Write the report and print its path."""
-    config = tyro.cli(ReportConfig, prog="python jobs/report.py", args=arguments, use_underscores=True)
+    config = parse(ReportConfig, "report", arguments)
     if not config.stores:
         raise ValueError("name at least one store, such as demo.zarr")
     if config.block_tokens is not None and config.block_tokens < 1:

@@ -1,4 +1,19 @@
-"""How far captures are, and whether they still hold: `python jobs/status.py STORE [--verify]`; works while they run."""
+"""Tell what is captured and what is missing, and whether it still is what was committed.
+
+usage: python jobs/status.py STORE[/DATASET] [options]
+
+Examples:
+  python jobs/status.py demo.zarr
+  python jobs/status.py demo.zarr/demo-prose --verify
+  python jobs/status.py s3://bucket/routes.zarr --json
+
+Options:
+  --verify                  read everything back, and compare it with what was committed
+  --json                    one JSON document, for scripts; docs/json.md names its keys
+
+Safe while a capture runs. docs/options.md explains every option.
+Exit status: 0 everything is complete, 1 something is missing or wrong, 2 there is no such store.
+"""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -9,13 +24,14 @@ from typing import Annotated, Any
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 from rich.console import Console
 
+from jobs.console.arguments import parse
 from jobs.console.places import captures_at
 from jobs.console.tables import Bars, Column, Facts, print_json, print_line, print_table, stdout_console
 from jobs.console.terminal import log, reporting, run_job, shown
@@ -84,7 +100,7 @@ class Looked:
 
 def main(arguments: list[str]) -> int:
     """Print what was found; 0 when every data set is complete."""
-    config = tyro.cli(StatusConfig, prog="python jobs/status.py", args=arguments, use_underscores=True)
+    config = parse(StatusConfig, "status", arguments)
     store, names = captures_at(config.store)
     looked = [_look(store, name, deep=config.verify) for name in config.dataset or names]
     whole = all(one.whole for one in looked)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
+from jobs.console.arguments import parse
 from jobs.sources.formats import described
 from jobs.sources.wikitext import CONFIGS, REPOSITORY
 from store.secrets import without_secrets
@@ -277,13 +278,7 @@ def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
 
 
 def _parse(arguments: Sequence[str], default: CaptureConfig) -> CaptureConfig:
-    return tyro.cli(
-        CaptureConfig,
-        prog="python jobs/capture.py",
-        args=list(arguments),
-        default=default,
-        use_underscores=True,
-    )
+    return parse(CaptureConfig, "capture", arguments, default=default)
 
 
 def _read(path: Path) -> dict[str, Any]:

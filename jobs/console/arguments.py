@@ -1,0 +1,74 @@
+"""Command lines: from a typed dataclass to its options, with a mistake told in a line."""
+
+import difflib
+import types
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from jobs.console.starting import as_typed
+
+Config = TypeVar("Config")
+REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """`int | None` is an option that takes a whole number or is left out, and nobody types None."""
+    given = [kind for kind in get_args(info.type) if kind is not types.NoneType]
+    if get_origin(info.type) not in (Union, types.UnionType) or len(given) != 1:
+        return None
+    inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(given[0], set(info.markers)))
+    if not isinstance(inner, PrimitiveConstructorSpec):
+        return None
+    return replace(
+        inner,
+        is_instance=lambda value: value is None or inner.is_instance(value),
+        str_from_instance=lambda value: [] if value is None else inner.str_from_instance(value),
+    )
+
+
+def parse(config: type[Config], script: str, arguments: Sequence[str], *, default: Config | None = None) -> Config:
+    """The options of a script, from its command line.
+
+    Parameters
+    ----------
+    config
+        A dataclass: a field is an option.
+    script
+        The script's name: "report".
+    default
+        What holds for the options that are not given; default the dataclass's own values.
+
+    Raises
+    ------
+    ValueError
+        When there is no such option; it names the nearest.
+    SystemExit
+        When a value is not the option's, or one is missing that must be given.
+    """
+    given = {} if default is None else {"default": default}
+    parsed, unknown = tyro.cli(
+        config,
+        prog=as_typed(f"python jobs/{script}.py"),
+        args=list(arguments),
+        use_underscores=True,
+        registry=REGISTRY,
+        return_unknown_args=True,
+        **given,
+    )
+    if unknown:
+        raise ValueError(_unknown(unknown[0], config, script))
+    return parsed
+
+
+def _unknown(word: str, config: Any, script: str) -> str:
+    """What to say of a word that is no option, nor the value of one."""
+    known = [f"--{field.name}" for field in fields(config)]
+    near = difflib.get_close_matches(word.partition("=")[0].replace("-", "_").replace("__", "--", 1), known, n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    what = f"there is no option {word.partition('=')[0]}" if word.startswith("-") else f"{word!r} is no option's value"
+    return f"{what}: {meant}{as_typed(f'python jobs/{script}.py')} --help lists the options"
