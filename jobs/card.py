@@ -45,7 +45,7 @@ class CardConfig:
     Prints the path of the file. Exit status: 0 written, 2 when there is no such store.
     """
 
-    store: Annotated[str, tyro.conf.Positional]
+    place: Annotated[str, tyro.conf.Positional]
     """STORE, or STORE/DATASET for one of its data sets; the store is a folder, or s3://bucket/prefix."""
     license: str
     """The licence of what is shared, as the hub names it: cc-by-4.0, other. The text's own licence holds for it, since
@@ -61,7 +61,7 @@ class CardConfig:
 def main(arguments: list[str]) -> int:
     """Write the card and print its path."""
     config = parse(CardConfig, "card", arguments)
-    store, names = captures_at(config.store)
+    store, names = captures_at(config.place)
     output = config.output or _in(store)
     refuse_no_file("output", output)
 

@@ -61,7 +61,7 @@ class DoctorConfig:
     status: 0 nothing is wrong, 1 something is, 2 it cannot be examined.
     """
 
-    capture: Annotated[str, tyro.conf.Positional]
+    place: Annotated[str, tyro.conf.Positional]
     """The routes, as STORE/DATASET: demo.zarr/demo-prose, or s3://bucket/routes.zarr/imported."""
     against: str | None = None
     """A capture of the same tokens by this project, as STORE/DATASET: which shift in position and layer fits best, how
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
     from store import coverage
     from store.reader import open_covered
 
-    store, name = capture_at(config.capture)
+    store, name = capture_at(config.place)
     state = coverage(store, name)
     capture = open_covered(store, state)
     if not state.complete:
@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> int:
     if config.json:
         findings = [asdict(finding) for finding in found]
         comparison = None if compared is None else asdict(compared)
-        told = {"capture": config.capture, "tokens_examined": state.tokens_done}
+        told = {"capture": config.place, "tokens_examined": state.tokens_done}
         print_json({**told, "findings": findings, "comparison": comparison})
         return int(wrong)
     console = stdout_console()

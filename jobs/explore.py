@@ -44,7 +44,7 @@ start(__name__, __doc__)
 import tyro
 
 from jobs.console.arguments import parse
-from jobs.console.places import captures_at, only_one, refuse_no_file
+from jobs.console.places import capture_at, captures_at, refuse_no_file
 from jobs.console.terminal import log, run_job
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class ExploreConfig:
     stopped, or exported; 2 when there is no such store, document or address.
     """
 
-    store: Annotated[str, tyro.conf.Positional]
+    place: Annotated[str, tyro.conf.Positional]
     """STORE, or STORE/DATASET for one of its data sets: demo.zarr, s3://bucket/routes.zarr/wikitext-103."""
     host: str = "127.0.0.1"
     """The address to listen at. Whoever reaches it can read the store: there is no password."""
@@ -93,22 +93,22 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--threads {config.threads}: 1 or more")
     if config.export is not None and (config.phase or config.role):
         raise ValueError("--export writes whole texts: leave out --phase and --role")
-    store, names = captures_at(config.store)
     if config.export is not None:
-        return _export(store, names, config)
+        return _export(*capture_at(config.place), config)
+    store, names = captures_at(config.place)
 
     from analysis.explorer.live import Explorer  # numba takes a second: --help does not wait for it
     from analysis.scanning import Selection
 
     _open_more_files()
     only = Selection(roles=config.role or None, phases=config.phase or None)
-    named = None if config.store.rstrip("/") == store.rstrip("/") else names
+    named = None if config.place.rstrip("/") == store.rstrip("/") else names
     return _serve(Explorer(store, named, config.index, only=only, threads=config.threads, log=log), config)
 
 
-def _export(store: str, names: list[str], config: ExploreConfig) -> int:
+def _export(store: str, name: str, config: ExploreConfig) -> int:
     """Write documents as one file."""
-    name, output = only_one(store, names), config.export
+    output = config.export
     assert output is not None
     refuse_no_file("export", output)
 

@@ -50,7 +50,7 @@ start(__name__, __doc__)
 import tyro
 
 from jobs.console.arguments import parse
-from jobs.console.places import captures_at, only_one
+from jobs.console.places import capture_at, captures_at
 from jobs.console.query_rows import Answer, Listed, document_answer, expert_answer, token_answer
 from jobs.console.recorded_rows import recorded_question
 from jobs.console.tables import print_json, stdout_console
@@ -76,8 +76,9 @@ class QueryConfig:
     answered, 2 when that cannot be.
     """
 
-    store: Annotated[str, tyro.conf.Positional]
-    """STORE, or STORE/DATASET where it holds several: demo.zarr/demo-prose, s3://bucket/routes.zarr/wikitext-103."""
+    place: Annotated[str, tyro.conf.Positional]
+    """STORE/DATASET: demo.zarr/demo-prose, s3://bucket/routes.zarr/wikitext-103. STORE is enough where it holds one, and
+    with --parquet it stands for all."""
     token: str | None = None
     """A token, as the tokenizer's piece: "▁the", "<0x0A>". Where it goes: its experts by layer. Write --token=-x where
     it begins with a dash."""
@@ -128,11 +129,10 @@ def main(arguments: list[str]) -> int:
     """Answer."""
     config = parse(QueryConfig, "query", arguments)
     _check(config)
-    store, names = captures_at(config.store)
     documents = [int(document) if document.isdecimal() else document for document in config.document]
     if config.parquet is not None:
-        return _write_tables(config, store, names, documents)
-    return _answer(config, store, only_one(store, names), documents)
+        return _write_tables(config, *captures_at(config.place), documents)
+    return _answer(config, *capture_at(config.place), documents)
 
 
 def _answer(config: QueryConfig, store: str, name: str, documents: list[int | str]) -> int:

@@ -50,10 +50,8 @@ class StatusConfig:
     2 when there is no store.
     """
 
-    store: Annotated[str, tyro.conf.Positional]
+    place: Annotated[str, tyro.conf.Positional]
     """STORE, or STORE/DATASET for one of its data sets; the store is a folder, or s3://bucket/prefix."""
-    dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Only this data set; may be repeated. Default: all."""
     verify: bool = False
     """Read everything back and compare it with the commit records. What is wrong is noted in the store, and captured
     again by the next capture."""
@@ -101,8 +99,8 @@ class Looked:
 def main(arguments: list[str]) -> int:
     """Print what was found; 0 when every data set is complete."""
     config = parse(StatusConfig, "status", arguments)
-    store, names = captures_at(config.store)
-    looked = [_look(store, name, deep=config.verify) for name in config.dataset or names]
+    store, names = captures_at(config.place)
+    looked = [_look(store, name, deep=config.verify) for name in names]
     whole = all(one.whole for one in looked)
     if config.json:
         print_json({"store": store, "whole": whole, "data_sets": [facts(one) for one in looked]})

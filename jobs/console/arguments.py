@@ -2,7 +2,7 @@
 
 import difflib
 import types
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import fields, replace
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -46,11 +46,17 @@ def parse(config: type[Config], script: str, arguments: Sequence[str], *, defaul
     Raises
     ------
     ValueError
-        When there is no such option; it names the nearest.
+        When there is no such option; it names the nearest. When a value is too many.
     SystemExit
         When a value is not the option's, or one is missing that must be given.
     """
-    given = {} if default is None else {"default": default}
+    names = [field.name for field in fields(config)]  # type: ignore[arg-type]
+    options = {f"--{name}" for name in names} | {f"--no_{name}" for name in names} | {"--help"}
+    for word in arguments:  # before tyro says what else is missing
+        name = word.partition("=")[0]
+        if name.startswith("--") and name != "--" and _with_underscores(name) not in options:
+            raise ValueError(f"there is no option {name}: {_meant(name, options)}{_all_options(script)}")
+    parsed: Config
     parsed, unknown = tyro.cli(
         config,
         prog=as_typed(f"python jobs/{script}.py"),
@@ -58,17 +64,21 @@ def parse(config: type[Config], script: str, arguments: Sequence[str], *, defaul
         use_underscores=True,
         registry=REGISTRY,
         return_unknown_args=True,
-        **given,
+        default=tyro.MISSING_NONPROP if default is None else default,
     )
     if unknown:
-        raise ValueError(_unknown(unknown[0], config, script))
+        raise ValueError(f"{unknown[0]!r} is one value too many: {_all_options(script)}")
     return parsed
 
 
-def _unknown(word: str, config: Any, script: str) -> str:
-    """What to say of a word that is no option, nor the value of one."""
-    known = [f"--{field.name}" for field in fields(config)]
-    near = difflib.get_close_matches(word.partition("=")[0].replace("-", "_").replace("__", "--", 1), known, n=1)
-    meant = f"did you mean {near[0]}? " if near else ""
-    what = f"there is no option {word.partition('=')[0]}" if word.startswith("-") else f"{word!r} is no option's value"
-    return f"{what}: {meant}{as_typed(f'python jobs/{script}.py')} --help lists the options"
+def _with_underscores(option: str) -> str:
+    return "--" + option[2:].replace("-", "_")
+
+
+def _meant(option: str, options: Set[str]) -> str:
+    near = difflib.get_close_matches(_with_underscores(option), sorted(options), n=1)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def _all_options(script: str) -> str:
+    return f"{as_typed(f'python jobs/{script}.py')} --help lists the options"
