@@ -50,11 +50,7 @@ from jobs.console.starting import start
 
 start(__name__, __doc__)
 
-import os
-
-from dotenv import dotenv_values, find_dotenv
-
-from jobs.capturing.options import CaptureConfig, parse_capture
+from jobs.capturing.options import CaptureConfig, parse_capture, take_hub_token
 from jobs.console.terminal import run_job
 from workers.tiny import model_path
 
@@ -68,7 +64,7 @@ def main(arguments: list[str]) -> int:
     if not config.dataset:
         raise ValueError("give at least one --dataset, such as --dataset demo:prose; --help lists the kinds")
     model_path(config.model)  # a name with a typo is an error before torch is imported
-    _take_token()
+    take_hub_token()
     if config.dry_run:
         return _estimate(config)
     return _capture_here(config) if config.local else _capture_on_cluster(config)
@@ -104,13 +100,6 @@ def _capture_on_cluster(config: CaptureConfig) -> int:
     sources = Run(config).sources()  # first: a mistake is reported before a cluster is waited for
     with connected(config) as cluster:
         return exit_status(capture_datasets(Run(config, cluster.device), sources, cluster.capture))
-
-
-def _take_token() -> None:
-    """HF_TOKEN from a `.env` file, before a hub library reads the environment; nothing else that stands in there."""
-    token = dotenv_values(find_dotenv(usecwd=True)).get("HF_TOKEN")
-    if token:
-        os.environ.setdefault("HF_TOKEN", token)
 
 
 if __name__ == "__main__":

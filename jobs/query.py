@@ -77,8 +77,8 @@ class QueryConfig:
     """
 
     place: Annotated[str, tyro.conf.Positional]
-    """STORE/DATASET: demo.zarr/demo-prose, s3://bucket/routes.zarr/wikitext-103. STORE is enough where it holds one, and
-    with --parquet it stands for all."""
+    """STORE/DATASET: demo.zarr/demo-prose, s3://bucket/routes.zarr/wikitext-103. STORE is enough where it holds one
+    data set, and stands for all with --parquet."""
     token: str | None = None
     """A token, as the tokenizer's piece: "▁the", "<0x0A>". Where it goes: its experts by layer. Write --token=-x where
     it begins with a dash."""

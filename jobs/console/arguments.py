@@ -67,7 +67,10 @@ def parse(config: type[Config], script: str, arguments: Sequence[str], *, defaul
         default=tyro.MISSING_NONPROP if default is None else default,
     )
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is one value too many: {_all_options(script)}")
+        what = (
+            f"there is no option {unknown[0]}" if unknown[0].startswith("-") else f"{unknown[0]!r} is a value too many"
+        )
+        raise ValueError(f"{what}: {_all_options(script)}")
     return parsed
 
 
