@@ -288,14 +288,19 @@ def test_parquet_writes_all_data_sets_or_one_and_routes_of_documents(tmp_path: P
 # --- What cannot be answered --------------------------------------------------------------------------------------
 
 MISTAKES: list[tuple[list[str], str]] = [
-    ([], "ask one of --token, --token_id, --tokens, --expert, --document, --entropy, --saliency, --logprob, --parquet; got none"),
+    (
+        [],
+        "ask one of --token, --token_id, --tokens, --expert, --document, --entropy, --saliency, --logprob, --parquet;"
+        " got none",
+    ),
     (["--token", "▁2", "--expert", "0:1"], "--parquet; got --token and --expert"),
     (["--token", "▁2", "--document", "0"], "got --token and --document"),
     (["--token", "▁2", "--token_id", "2"], "got --token and --token_id"),
     (["--parquet", "x", "--expert", "0:1"], "got --expert and --parquet"),
     (
         ["--expert", "0:1", "--layer", "0"],
-        "--layer goes with --token, --token_id, --tokens, --document, --entropy, --saliency, --logprob, not with --expert",
+        "--layer goes with --token, --token_id, --tokens, --document, --entropy, --saliency, --logprob,"
+        " not with --expert",
     ),
     (["--document", "0", "--top", "3"], "--top goes with --expert, not with --document"),
     (["--token", "▁2", "--min_count", "3"], "--min_count goes with --expert, not with --token"),
