@@ -37,6 +37,8 @@ class ExploreConfig:
 
     store: Annotated[str, tyro.conf.Positional]
     """STORE, or STORE/DATASET for one of its data sets: demo.zarr, s3://bucket/routes.zarr/wikitext-103."""
+    page: str | None = None
+    """The page whose address is printed, without the host, as reports name it: demo-code/expert/2/7."""
     host: str = "127.0.0.1"
     """The address to listen at. Whoever reaches it can read the store: there is no password."""
     port: int = 8177
@@ -117,7 +119,7 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
         if not address.is_loopback:
             log(f"note: whoever reaches {where}, port {port}, can read this store: there is no password")
         name = socket.gethostname() if address.is_unspecified else f"[{where}]" if address.version == 6 else where
-        print(f"http://{name}:{port}/", flush=True)
+        print(f"http://{name}:{port}/{(config.page or '').lstrip('/')}", flush=True)
         log("Ctrl-C stops it")
         follower.start()
         try:
