@@ -16,7 +16,7 @@ from analysis.metrics.excess import token_excess_of
 from analysis.metrics.tokens import add_tokens
 from analysis.scanning import EVERYTHING, Array, Block, Reducer, Selection, State, labelled, scan, sizes
 from analysis.statistics.jackknife import Jackknife, effective_of, how, interval
-from analysis.token_classes import CLASSES, members_of
+from analysis.token_classes import CLASSES, members_by_class
 
 
 class ClassCounts(Reducer):
@@ -117,8 +117,7 @@ def class_experts(
     ValueError
         When there is no such class, or a regular expression is none.
     """
-    pieces = dataset["piece"].values.tolist()
-    counted = Jackknife(ClassCounts({which: members_of(which, pieces) for which in classes}))
+    counted = Jackknife(ClassCounts(members_by_class(classes, dataset["piece"].values.tolist())))
     return class_experts_of(scan(dataset, [counted], only=only, threads=threads, progress=progress)[0], level)
 
 
