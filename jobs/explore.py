@@ -10,6 +10,7 @@ Examples:
 Server:
   --port PORT               where it listens, 0 for any that is free (8177)
   --host ADDRESS            whoever reaches it can read the store: there is no password (127.0.0.1)
+  --page PAGE               what the printed address opens: demo-code/token/604
   --index FOLDER            where the index is kept (beside the store)
   --threads N               shards that are indexed at the same time (one a processor)
 
@@ -63,6 +64,8 @@ class ExploreConfig:
 
     place: Annotated[str, tyro.conf.Positional]
     """STORE, or STORE/DATASET for one of its data sets: demo.zarr, s3://bucket/routes.zarr/wikitext-103."""
+    page: str | None = None
+    """The page whose address is printed, without the host, as reports name it: demo-code/expert/2/7."""
     host: str = "127.0.0.1"
     """The address to listen at. Whoever reaches it can read the store: there is no password."""
     port: int = 8177
@@ -143,7 +146,7 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
         if not address.is_loopback:
             log(f"note: whoever reaches {where}, port {port}, can read this store: there is no password")
         name = socket.gethostname() if address.is_unspecified else f"[{where}]" if address.version == 6 else where
-        print(f"http://{name}:{port}/", flush=True)
+        print(f"http://{name}:{port}/{(config.page or '').lstrip('/')}", flush=True)
         log("Ctrl-C stops it")
         follower.start()
         try:

@@ -10,6 +10,7 @@ Examples:
 Output:
   --output FILE, -o FILE    the page (report.html)
   --figures FOLDER          every chart as SVG, PDF and PNG too
+  --explorer ADDRESS        link findings to an explorer that answers there: http://127.0.0.1:8177
 
 What counts:
   --phase PHASE             only tokens of the prompt, or only generated ones
@@ -74,6 +75,9 @@ class ReportConfig:
     """Count only tokens of this phase, where captures say it (imported routes do). May be repeated."""
     role: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Count only tokens of this speaker, where captures are of conversations: assistant. May be repeated."""
+    explorer: str | None = None
+    """Link what is found to an explorer of the store that answers at this address: http://127.0.0.1:8177. Default: the
+    page shows commands that start one."""
     cluster: bool = False
     """Read the stores on the Ray cluster of $RAY_ADDRESS, which must see them, or on one that is started here."""
 
@@ -85,6 +89,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError("name at least one store, such as demo.zarr")
     if config.block_tokens is not None and config.block_tokens < 1:
         raise ValueError(f"--block_tokens {config.block_tokens}: at least 1")
+    if config.explorer is not None and not config.explorer.startswith(("http://", "https://")):
+        raise ValueError(f"--explorer {config.explorer}: an address that begins with http:// or https://")
     refuse_no_file("output", config.output)
     _give_memory_back()
     from analysis.report.page import (  # the chart libraries take a second: --help does not wait for them
@@ -103,7 +109,13 @@ def main(arguments: list[str]) -> int:
             stack.enter_context(connection())
             where["runner_of"] = ClusterRunner
         drawn = write_report(
-            config.stores, config.output, progress=_progress(), block_tokens=config.block_tokens, only=only, **where
+            config.stores,
+            config.output,
+            progress=_progress(),
+            block_tokens=config.block_tokens,
+            only=only,
+            explorer=config.explorer,
+            **where,
         )
     for answers in drawn.answers:
         if not answers.state.complete:
