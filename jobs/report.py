@@ -49,7 +49,7 @@ start(__name__, __doc__)
 import tyro
 
 from jobs.console.arguments import parse
-from jobs.console.places import refuse_no_file
+from jobs.console.places import by_store, refuse_no_file
 from jobs.console.terminal import LOG_EVERY_S, log, run_job
 
 
@@ -61,8 +61,8 @@ class ReportConfig:
     0 drawn, 2 not a store, or nothing in it.
     """
 
-    stores: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """The stores."""
+    places: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """STORE for all of its data sets, STORE/DATASET for one, as many as are to be on the page."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The file to write; one that is there is replaced."""
     figures: Path | None = None
@@ -85,13 +85,14 @@ class ReportConfig:
 def main(arguments: list[str]) -> int:
     """Write the report and print its path."""
     config = parse(ReportConfig, "report", arguments)
-    if not config.stores:
-        raise ValueError("name at least one store, such as demo.zarr")
+    if not config.places:
+        raise ValueError("name at least one STORE or STORE/DATASET, such as demo.zarr")
     if config.block_tokens is not None and config.block_tokens < 1:
         raise ValueError(f"--block_tokens {config.block_tokens}: at least 1")
     if config.explorer is not None and not config.explorer.startswith(("http://", "https://")):
         raise ValueError(f"--explorer {config.explorer}: an address that begins with http:// or https://")
     refuse_no_file("output", config.output)
+    datasets = by_store(config.places)
     _give_memory_back()
     from analysis.report.page import (  # the chart libraries take a second: --help does not wait for them
         write_figures,
@@ -109,8 +110,9 @@ def main(arguments: list[str]) -> int:
             stack.enter_context(connection())
             where["runner_of"] = ClusterRunner
         drawn = write_report(
-            config.stores,
+            list(datasets),
             config.output,
+            datasets=datasets,
             progress=_progress(),
             block_tokens=config.block_tokens,
             only=only,
