@@ -46,12 +46,12 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.starting import start
+from jobs.console.starting import command_line, start
 
 start(__name__, __doc__)
 
 from jobs.capturing.options import CaptureConfig, parse_capture, take_hub_token
-from jobs.console.terminal import run_job
+from jobs.console.terminal import run_job, say_next
 from workers.tiny import model_path
 
 
@@ -67,6 +67,13 @@ def main(arguments: list[str]) -> int:
     take_hub_token()
     if config.dry_run:
         return _estimate(config)
+    status, place = carry_out(config), config.store_path
+    say_next(*(command_line(script, place) for script in (("explore", "report") if status == 0 else ("status",))))
+    return status
+
+
+def carry_out(config: CaptureConfig) -> int:
+    """Capture, and give the exit status."""
     return _capture_here(config) if config.local else _capture_on_cluster(config)
 
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.starting import start
+from jobs.console.starting import command_line, start
 
 start(__name__, __doc__)
 
@@ -38,9 +38,9 @@ import tyro
 from jobs.console.agreement_rows import agreement_told, print_agreement
 from jobs.console.arguments import parse
 from jobs.console.contrast_rows import contrast_told, print_contrast
-from jobs.console.places import capture_at
+from jobs.console.places import by_store, capture_at
 from jobs.console.tables import Facts, print_json, print_line, stdout_console
-from jobs.console.terminal import run_job
+from jobs.console.terminal import run_job, say_next
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -111,6 +111,7 @@ def main(arguments: list[str]) -> int:
         print_json(told)
     else:
         _print(stdout_console(), told)
+        say_next(*(command_line("explore", place) for place in by_store(places)))
     return 0
 
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.starting import start
+from jobs.console.starting import command_line, start
 
 start(__name__, __doc__)
 
@@ -39,7 +39,7 @@ import tyro
 from jobs.console.arguments import parse
 from jobs.console.places import capture_at
 from jobs.console.tables import print_json, print_line, stdout_console
-from jobs.console.terminal import log, reporting, run_job, shown
+from jobs.console.terminal import log, reporting, run_job, say_next, shown
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -117,6 +117,8 @@ def main(arguments: list[str]) -> int:
     if compared is not None:
         for line in _in_words(compared):
             print_line(console, line)
+    if not wrong:
+        say_next(command_line("explore", config.place), command_line("report", config.place))
     return int(wrong)
 
 

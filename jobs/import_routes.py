@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.starting import start
+from jobs.console.starting import command_line, start
 
 start(__name__, __doc__)
 
@@ -50,7 +50,7 @@ import tyro
 
 from jobs.console.arguments import parse
 from jobs.console.tables import print_json
-from jobs.console.terminal import Reporter, log, reporting, run_job, shown
+from jobs.console.terminal import Reporter, log, reporting, run_job, say_next, shown
 from store.coverage import Coverage
 from store.layout import missing_expert
 from store.writing import write_capture
@@ -342,8 +342,8 @@ def _tell(config: ImportConfig, facts: dict[str, Any], *, by_weight: bool) -> No
     )
     if not by_weight:
         log("note: the engine does not promise that a token's first expert has its largest weight")
-    log(shown(f"next: python jobs/doctor.py {place}"))
     print(place)
+    say_next(command_line("doctor", place))
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ from typing import Annotated, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.starting import start
+from jobs.console.starting import command_line, start
 
 start(__name__, __doc__)
 
 import tyro
 
 from jobs.console.arguments import parse
-from jobs.console.terminal import log, reporting, run_job
+from jobs.console.terminal import log, reporting, run_job, say_next
 from workers.tiny import model_path
 
 MEGABYTE = 10**6
@@ -94,8 +94,9 @@ def main(arguments: list[str]) -> int:
             progress=count,
         )
     written_bytes = sum(file.stat().st_size for file in weight_files(config.out))
-    log(f"{read_bytes:,} bytes of weights became {written_bytes:,}; capture with --model {config.out}")
+    log(f"{read_bytes:,} bytes of weights became {written_bytes:,}")
     print(config.out)
+    say_next(command_line("capture", "--model", config.out, "--dataset", "wikitext-103"))
     return 0
 
 

@@ -32,7 +32,6 @@ What is counted is kept beside the store: the first question reads all of it, la
 docs/options.md explains every option. Exit status: 0 answered, 2 that cannot be answered.
 """
 
-import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -51,9 +50,10 @@ start(__name__, __doc__)
 import tyro
 
 from jobs.console.arguments import parse
+from jobs.console.asked_token import asked_token
 from jobs.console.class_rows import class_question
 from jobs.console.places import capture_at, captures_at
-from jobs.console.query_rows import Answer, Listed, document_answer, expert_answer, token_answer
+from jobs.console.query_rows import Answer, Listed, document_answer, expert_answer
 from jobs.console.recorded_rows import recorded_question
 from jobs.console.tables import print_json, stdout_console
 from jobs.console.terminal import log, reporting, run_job, shown
@@ -82,8 +82,9 @@ class QueryConfig:
     """STORE/DATASET: demo.zarr/demo-prose, s3://bucket/routes.zarr/wikitext-103. STORE is enough where it holds one
     data set, and stands for all with --parquet."""
     token: str | None = None
-    """A token, as the tokenizer's piece: "▁the", "<0x0A>". Where it goes: its experts by layer. Write --token=-x where
-    it begins with a dash."""
+    """A token: as text, "the" or " the" (with the space before it), as the tokenizer's piece, "▁the", "<0x0A>", "\\n",
+    or by its id. Where it goes: its experts by layer. Of several tokens the most frequent is answered, and the others
+    are named with their counts. Write --token=-x where it begins with a dash."""
     token_id: int | None = None
     """The same, by its id."""
     tokens: str | None = None
@@ -206,7 +207,7 @@ def _counted(
         reducers, answer_of = class_question(config.tokens, capture)
         answers = [partial(answer_of, capture, layers)]
     else:
-        answers = [partial(token_answer, capture, _token(capture, config.token, config.token_id), layers)]
+        answers = [partial(asked_token(capture, config.token, config.token_id).answer, capture, layers)]
     with reporting(state.dataset, unit="shards", transient=True) as report:
         progress = lambda done, total: report.to(done)
         counts = measure(store, state.dataset, reducers, state=state, only=only, progress=progress)
@@ -259,41 +260,6 @@ def _expert(capture: "xr.Dataset", place: str) -> tuple[int, int]:
     if expert >= (experts := int(capture.attrs["num_experts"])):
         raise ValueError(f"--expert {place}: a layer has experts 0 to {experts - 1}")
     return layer, expert
-
-
-def _token(capture: "xr.Dataset", piece: str | None, token_id: int | None) -> int:
-    """A token's id, from either; special tokens, which are not counted, are refused."""
-    from analysis.scanning import special_tokens
-
-    pieces: list[str] = capture["piece"].values.tolist()
-    if token_id is None:
-        found = [number for number, other in enumerate(pieces) if other == piece]
-        if len(found) != 1:
-            raise ValueError(_which(piece or "", pieces, found))
-        token_id = found[0]
-    if not 0 <= token_id < len(pieces):
-        raise ValueError(f"--token_id {token_id}: the vocabulary has tokens 0 to {len(pieces) - 1}")
-    if token_id in special_tokens(capture):
-        raise ValueError(f"token {token_id}, {shown(pieces[token_id])}, is a special one: they are not counted")
-    return token_id
-
-
-def _which(piece: str, pieces: list[str], found: list[int]) -> str:
-    """What to say when several tokens have a piece, or none, and which ones are near it."""
-    if found:
-        return f"tokens {found} all have the piece {shown(piece)}: give one as --token_id"
-    plain: dict[str, list[int]] = {}
-    for number, other in enumerate(pieces):
-        plain.setdefault(_plain(other), []).append(number)
-    near = [_plain(piece), *difflib.get_close_matches(_plain(piece), plain, n=5)]
-    numbers = [number for word in dict.fromkeys(near) for number in plain.get(word, [])][:5]
-    named = ", ".join(f"{shown(pieces[number])} ({number})" for number in numbers)
-    return f"no token has the piece {shown(piece)}; near it, with their ids: {named or 'none'}"
-
-
-def _plain(piece: str) -> str:
-    """A piece without the ▁ that stands for a space, and in lower case."""
-    return piece.replace("▁", " ").strip().casefold()
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.starting import start
+from jobs.console.starting import command_line, start
 
 start(__name__, __doc__)
 
@@ -50,7 +50,7 @@ import tyro
 
 from jobs.console.arguments import parse
 from jobs.console.places import by_store, refuse_no_file
-from jobs.console.terminal import LOG_EVERY_S, log, run_job
+from jobs.console.terminal import LOG_EVERY_S, log, run_job, say_next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,7 @@ def main(arguments: list[str]) -> int:
     print(config.output.absolute())
     if config.figures is not None:
         log(f"{len(write_figures(drawn, config.figures))} files in {config.figures}")
+    say_next(*(command_line("explore", place) for place in datasets))
     return 0
 
 

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.starting import start
+from jobs.console.starting import command_line, start
 
 start(__name__, __doc__)
 
@@ -45,7 +45,7 @@ from rich.table import Table
 
 from jobs.capturing.options import CaptureConfig
 from jobs.console.arguments import parse
-from jobs.console.terminal import log, reporting, run_job
+from jobs.console.terminal import log, reporting, run_job, say_next
 from jobs.sources.documents import Document, Source
 from jobs.sources.resolve import resolve_source
 
@@ -136,6 +136,7 @@ def main(arguments: list[str]) -> int:
     print_result(found)
     print(f"published: {published_counts().attrs['model']}")
     print(f"captured: {model['model']}, {model['quantization']}")
+    say_next(command_line("report", asked.store_path))
     return 0 if bool(found["confirmed"].all()) else 1
 
 

@@ -58,12 +58,16 @@ def command_line(script: str, *arguments: object) -> str:
     ----------
     script
         Its name: "report".
+    arguments
+        Paths within the folder are shortened.
     """
-    words = [f"python jobs/{script}.py", *(shlex.quote(str(argument)) for argument in arguments)]
-    typed, python = as_typed(" ".join(words)), Path(sys.executable)
-    if typed.startswith("python ") and python.is_relative_to(Path.cwd()):
-        return f"{python.relative_to(Path.cwd())}{typed.removeprefix('python')}"
-    return typed
+    words = [f"python jobs/{script}.py", *(shlex.quote(_from_here(str(argument))) for argument in arguments)]
+    typed, python = as_typed(" ".join(words)), _from_here(sys.executable)
+    return python + typed.removeprefix("python") if python != sys.executable and typed.startswith("python") else typed
+
+
+def _from_here(path: str) -> str:
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
 
 
 def _with_bold_headings(page: str) -> str:
