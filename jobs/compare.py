@@ -75,20 +75,7 @@ class CompareConfig:
     top: int = 10
     """Experts or tokens that are listed."""
     json: bool = False
-    """For scripts: one JSON document on standard output instead of the tables, with the keys shows ("agreement" or
-    "contrast"), one and other (the captures), differ (what they say differently of themselves, with both values),
-    layers and n. Of an agreement, layers has rows as in the table, n is the number of tokens, and there are
-    any_difference (the share of tokens whose experts differ at some layer), moved (null where no expert is masked
-    or forced in one alone, else layers, where one is, and the share of tokens whose set of experts differs, on
-    average over the layers below, the changed ones, and those above), and effect: null where one did not record
-    log-probabilities, else effect, low, high (nats a predicted token), p, level, untested (why there is no
-    interval, else empty), n, documents, estimator, definition, lose_most (token_id, piece, tokens and effect of
-    those that lose most), and places (effect, row, position, document, name, before, token and after of those that
-    lose most). Of a contrast, why says why it is one; layers has layer, divergence (bits) with _low, _high and
-    _by_chance, and p; experts has layer, expert, share, other_share, difference, low, high, p, usage and routing
-    (the parts of the difference), and tokens (token_id, piece, contribution, usage, routing); cells (experts of all
-    layers) and beyond_chance (of them, those with p of at most 1 - level); n, documents, effective_documents and
-    untested are by data set. What is no number is null."""
+    """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
     def __post_init__(self) -> None:
         if self.top < 1:

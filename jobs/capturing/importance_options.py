@@ -71,10 +71,7 @@ class ImportanceConfig(CaptureConfig):
     least: int = 1
     """With --write_mask: so many of each layer."""
     json: bool = False
-    """For scripts: one JSON document on standard output instead of the tables, with the keys data_sets, layers, and
-    level; in data_sets, by name, n (predicted tokens), documents, untested (why there is no interval, else empty),
-    experts (layer, expert, effect, low, high, p, q, share, weight_share, mean_saliency, total_saliency), and
-    correlations (predictor, within_layers and over_all, each with _low and _high). What is no number is null."""
+    """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
