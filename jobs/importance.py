@@ -11,15 +11,16 @@ What to measure:
   --dataset DATASET         as jobs/capture.py takes it; repeat for more
   --layers LAYERS           whose experts: 3, or 3-5; repeat for more (all)
   --sample_tokens N         documents are drawn at random until they have so many (65536)
-  --limit_tokens N          the first tokens of each document (2048); --seed N: of the draw (0)
+  --limit_tokens N          the first tokens of each document (2048)
   --store STORE             where the effects are kept (~/expert-atlas/routes.zarr)
-  also --name --split --text_field --revision --sequence_length --rows_per_shard --bos
+  also --seed --name --split --text_field --revision --sequence_length --rows_per_shard --bos
   --skip_unrenderable --template_date
 
 What becomes of the effects:
   --output FOLDER, -o       a small store that xarray opens (importance.zarr)
   --figures FOLDER          a chart of each data set as SVG, PDF and PNG
-  --write_mask FILE         the least important experts, for --mask_file; --least N of each layer (1)
+  --write_mask FILE         the least important experts of each layer, for --mask_file
+  --least N                 with --write_mask: so many of each layer (1)
   --json                    one JSON document, for scripts; docs/json.md names its keys
 
 Model and precision:
