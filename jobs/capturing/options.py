@@ -14,6 +14,7 @@ import tyro
 import yaml
 from dotenv import dotenv_values, find_dotenv
 
+from jobs.console.arguments import parse
 from jobs.sources.formats import described
 from jobs.sources.wikitext import CONFIGS, REPOSITORY
 from store.secrets import without_secrets
@@ -266,27 +267,22 @@ def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
     base = PRESETS.get(known.preset, CaptureConfig())
     if early.parse_known_args([*file, *arguments])[0].dataset:
         base = replace(base, dataset=(), split=None)  # a preset's split is its data set's
-    base = parse(file, from_environment(base))
+    base = parse(CaptureConfig, "capture", file, default=from_environment(base))
     # What is given on the command line goes in place of the file's list, not after it.
     if known.dataset:
         base = replace(base, dataset=(), name=())
     lists: dict[str, Any] = {name: () for name in ("record", "mask", "force") if getattr(known, name)}
     base = replace(base, **lists)
-    return parse(arguments, base)
+    return parse(CaptureConfig, "capture", arguments, default=base)
 
 
 Config = TypeVar("Config", bound=CaptureConfig)
 
 
-def from_environment(default: Config, prog: str = "python jobs/capture.py") -> Config:
-    """Options with what the environment says in place of their defaults; errors are those of `prog`."""
+def from_environment(default: Config, script: str = "capture") -> Config:
+    """Options with what the environment says in place of their defaults; errors are those of the script."""
     given = {name: os.environ[variable] for name, variable in VARIABLES.items() if os.environ.get(variable)}
-    return parse([f"--{name}={value}" for name, value in given.items()], default, prog)
-
-
-def parse(arguments: Sequence[str], default: Config, prog: str = "python jobs/capture.py") -> Config:
-    """Read options from a command line, in place of some defaults."""
-    return tyro.cli(type(default), prog=prog, args=list(arguments), default=default, use_underscores=True)
+    return parse(type(default), script, [f"--{name}={value}" for name, value in given.items()], default=default)
 
 
 def take_hub_token() -> None:
