@@ -41,6 +41,11 @@ from .metrics.distribution import router_distribution as router_distribution
 from .metrics.document_scores import document_scores as document_scores
 from .metrics.effect import effect as effect
 from .metrics.excess import token_excess_of as token_excess_of
+from .metrics.importance import MaskEffects as MaskEffects
+from .metrics.importance import importance as importance
+from .metrics.importance import importance_of as importance_of
+from .metrics.importance import importances as importances
+from .metrics.importance import least_important as least_important
 from .metrics.layer_pairs import LayerPairs as LayerPairs
 from .metrics.load import ExpertCounts as ExpertCounts
 from .metrics.load import Load as Load

@@ -151,6 +151,11 @@ class Run:
             weight_precision=config.weight_precision,
         )
 
+    @property
+    def kept_bytes(self) -> int:
+        """What a worker keeps on its device beside what a capture needs."""
+        return 0
+
     @cached_property
     def given(self) -> GivenRoutes | None:
         """Where routers take their choices from."""
