@@ -8,7 +8,7 @@ import xarray as xr
 from scipy.stats import t as student
 from synthetic import make_capture
 
-from analysis import effect
+from analysis import effect, effect_by_data_set
 
 UNIT = 2.0**-20
 
@@ -134,6 +134,30 @@ def test_p_values_of_no_effect_are_even() -> None:
     ]
     assert 0 <= np.mean(np.array(p) < 0.1) < 0.3
     assert 0.3 < np.mean(p) < 0.7
+
+
+def test_effects_of_data_sets_are_those_of_each_pair_and_differ_as_their_means_do() -> None:
+    pairs = {}
+    for at, (name, shift) in enumerate({"prose": 0.8, "code": 0.0}.items()):
+        whole = make_capture(seed=at, documents=24, chunked=False)
+        pairs[name] = predicting(whole, 10 + at), predicting(whole, 20 + at, shift)
+    found = effect_by_data_set(pairs, classes=["word-initial"], replicates=99)
+    for name, pair in pairs.items():
+        alone, own = effect(*pair, classes=["word-initial"], replicates=99), found.sel(data_set=name)
+        for variable in ("effect", "low", "high", "p"):
+            assert float(own[variable]) == float(alone[variable])
+        assert float(own["class_p"][0]) == float(alone["class_p"][0])
+        assert int(own["predicted"]) == alone.attrs["n"] == found.attrs["n"][name]
+    prose, code = (found.sel(data_set=name) for name in pairs)
+    assert float(prose["difference"]) == pytest.approx(float(prose["effect"] - code["effect"]))
+    assert float(prose["difference_high"]) < 0 < float(code["difference_low"])
+    assert float(prose["difference_p"]) < 0.05
+    few = {name: tuple(each.isel(doc=slice(3)) for each in pair) for name, pair in pairs.items()}
+    untested = effect_by_data_set({"one": few["prose"]})
+    assert "difference" not in untested
+    assert "flipped signs of fewer than 6" in untested.attrs["untested"]["one"]
+    with pytest.raises(ValueError, match="there is no pair of captures"):
+        effect_by_data_set({})
 
 
 def test_other_tokens_and_captures_without_predictions_are_refused() -> None:
