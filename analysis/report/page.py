@@ -95,11 +95,12 @@ def report_of(
 
 
 def write_report(
-    paths: Sequence[Path],
+    paths: Sequence[Path | str],
     output: Path,
     *,
+    datasets: Mapping[str, Sequence[str]] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-    runner_of: Callable[[Path, Coverage], Runner] = lambda path, state: accumulate,
+    runner_of: Callable[[Path | str, Coverage], Runner] = lambda path, state: accumulate,
     block_tokens: int | None = None,
     only: Selection = EVERYTHING,
     explorer: str | None = None,
@@ -112,6 +113,8 @@ def write_report(
         Stores; they may be incomplete, which the page says.
     output
         The HTML file; it is replaced whole or not at all.
+    datasets
+        By path, the data sets to draw; default all.
     progress
         Called with a data set's label, shards read and shards in all.
     runner_of
@@ -138,7 +141,7 @@ def write_report(
     """
     if explorer is not None and len(paths) > 1:
         raise ValueError(f"{explorer} is the explorer of one store, and here are {len(paths)}: draw them one by one")
-    found = [(path, name) for path in paths for name in dataset_names(path)]
+    found = [(path, name) for path in paths for name in (datasets or {}).get(str(path)) or dataset_names(path)]
     if not found:
         raise ValueError(f"no data set in {', '.join(map(str, paths))}: nothing to report")
     opened = {}
@@ -152,18 +155,22 @@ def write_report(
             measure, path, state.dataset, state=state, only=only, progress=on_shard, runner=runner_of(path, state)
         )
         answers.append(answer(data, state, label, ask, block_tokens=block_tokens, only=only, store=str(path)))
-    report = report_of(answers, again=_again(paths, block_tokens, only))
+    report = report_of(answers, again=_again(found, block_tokens, only))
     page = render(report, explorer)
     with whole_file(output) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return report
 
 
-def _again(paths: Sequence[Path], block_tokens: int | None, only: Selection) -> str:
-    """The command that draws a report again."""
+def _again(drawn: Sequence[tuple[Path | str, str]], block_tokens: int | None, only: Selection) -> str:
+    """The command that draws a report of some data sets again."""
+    places: list[str] = []
+    for path, group in groupby(drawn, key=lambda each: each[0]):
+        names = [name for _, name in group]
+        places += [str(path)] if names == dataset_names(path) else [f"{path}/{name}" for name in names]
     options = [] if block_tokens is None else ["--block_tokens", str(block_tokens)]
     options += [word for name, labels in only.labels.items() for label in labels for word in (f"--{name}", label)]
-    return shlex.join(["python", "jobs/report.py", *map(str, paths), *options])
+    return shlex.join(["python", "jobs/report.py", *places, *options])
 
 
 def render(report: Report, explorer: str | None = None, drawn_on: date | None = None) -> str:
