@@ -7,7 +7,7 @@ Does not know where a token stands: a word that begins a line has no space befor
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,7 +110,17 @@ def members_of(which: str, pieces: Iterable[str]) -> NDArray[np.bool_]:
     ValueError
         When there is no class of this name, the regular expression is none, or it does not end in `PATIENCE_S`.
     """
-    fits, texts = compiled(which), map(text_of, pieces)
+    return members_by_class([which], pieces)[which]
+
+
+def members_by_class(classes: Iterable[str], pieces: Iterable[str]) -> dict[str, NDArray[np.bool_]]:
+    """The same of several classes, by their names; the pieces are read once."""
+    texts = list(map(text_of, pieces))
+    return {which: _members(which, texts) for which in classes}
+
+
+def _members(which: str, texts: Sequence[str]) -> NDArray[np.bool_]:
+    fits = compiled(which)
     if not _is_expression(which):
         return np.array([fits.fullmatch(text) is not None for text in texts], dtype=np.bool_)
     end = time.monotonic() + PATIENCE_S
