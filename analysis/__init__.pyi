@@ -21,6 +21,7 @@ from .metrics.choices import coactivation_of as coactivation_of
 from .metrics.choices import layer_overlap_of as layer_overlap_of
 from .metrics.choices import transitions as transitions
 from .metrics.choices import transitions_of as transitions_of
+from .metrics.carriers import carriers as carriers
 from .metrics.class_experts import ClassCounts as ClassCounts
 from .metrics.class_experts import class_excess_of as class_excess_of
 from .metrics.class_experts import class_experts as class_experts

@@ -4,7 +4,6 @@ usage: python jobs/compare.py STORE/DATASET STORE/DATASET [options]
 
 Examples:
   python jobs/compare.py demo.zarr/demo-prose demo.zarr/demo-code
-  python jobs/compare.py nf4.zarr/wikitext-103 fp8.zarr/wikitext-103
   python jobs/compare.py routes.zarr/whole routes.zarr/masked --json
   python jobs/compare.py whole.zarr masked.zarr
 
