@@ -1,6 +1,7 @@
 """`jobs/importance.py` from text to effects: killed and resumed, refused, told, and read by others."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from analysis.charts import files
 from analysis.report.command import command as reproducing
 from jobs import importance as job
 from jobs.capturing.importance_options import parse_importance
+from jobs.capturing.importance_run import ImportanceRun
 from jobs.sources.documents import Document, Source
 from jobs.sources.sampled import sampled
 from store.lease import lease
@@ -24,17 +26,17 @@ from workers.importance import ImportanceEngine
 Command = Callable[..., Any]
 TEXTS = {
     f"{number}.txt": f"In the year {number} the river rose {'and the road was lost ' * (1 + number % 3)}again."
-    for number in range(9)
+    for number in range(7)
 }
 GROUP = "texts-importance"
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> tuple[Any, ...]:
-    """The last two layers, on a few texts, in several shards."""
+    """The last layer, on a few texts, in two shards."""
     return (
         *("--dataset", write(tmp_path / "texts", TEXTS), "--local", "--model", "tiny", "--device", "cpu"),
-        *("--layers", "6-7", "--rows_per_shard", "4", "--limit_tokens", "16"),
+        *("--layers", "7", "--rows_per_shard", "4", "--limit_tokens", "16"),
         *("--store", tmp_path / "s.zarr", "--output", tmp_path / "i.zarr"),
     )
 
@@ -45,7 +47,7 @@ def run(command: Command) -> Command:
 
 
 def test_a_job_that_is_killed_resumes_and_tells_what_an_undisturbed_one_does(
-    run: Command, base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Command, command: Command, base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "FORMS", {"svg": files.FORMS["svg"]})
     quiet = (*base, "--store", tmp_path / "quiet.zarr", "--output", tmp_path / "quiet_i.zarr")
@@ -64,49 +66,47 @@ def test_a_job_that_is_killed_resumes_and_tells_what_an_undisturbed_one_does(
     assert (ended.status, "what was finished is kept" in ended.err) == (130, True)
     assert not (tmp_path / "i.zarr").exists()
     state = store.coverage(tmp_path / "s.zarr", GROUP)
-    assert (state.shards_done, state.shards_total) == (1, 3)
+    assert (state.shards_done, state.shards_total) == (1, 2)
     again = run(*base)
-    assert (again.status, len(calls)) == (0, 4), "a micro-batch a shard, and none is done again"
+    assert (again.status, len(calls)) == (0, 3), "a micro-batch a shard, and none is done again"
     assert without_times(tmp_path / "s.zarr") == without_times(tmp_path / "quiet.zarr")
     assert again.out == whole.out
     third = run(*base, "--json")
     assert "nothing to do" in third.err
-    assert len(calls) == 4
+    assert len(calls) == 3
 
-    capture = store.open_capture(tmp_path / "s.zarr", GROUP)
-    wanted = importance(capture)
+    wanted = importance(store.open_capture(tmp_path / "s.zarr", GROUP))
     with xr.open_zarr(tmp_path / "i.zarr", consolidated=False, chunks=None) as stored:
         for name in ("effect", "effect_low", "p", "q", "share", "within_layers"):
             np.testing.assert_array_equal(stored[name].sel(data_set=GROUP), wanted[name])
-        assert stored["layer"].values.tolist() == [6, 7]
-        assert (stored["documents"].item(), stored.attrs["model"]) == (9, "tiny-mixtral")
+        assert stored["layer"].values.tolist() == [7]
+        assert (stored["documents"].item(), stored.attrs["model"]) == (7, "tiny-mixtral")
     told = json.loads(third.out)
     [rows] = [each["experts"] for each in told["data_sets"].values()]
     assert [row["effect"] for row in rows] == pytest.approx(wanted["effect"].values.ravel().tolist())
-    assert told["layers"] == [6, 7]
+    assert told["layers"] == [7]
     assert len(list((tmp_path / "figures").iterdir())) == 1
     worst = min(rows, key=lambda row: row["effect"])
     assert f"{worst['layer']}  {worst['expert']:>6}  {worst['effect']:+.4f}" in " ".join(whole.out.split("\n"))
 
-
-def test_a_mask_of_the_least_important_is_read_by_captures(
-    run: Command, command: Command, base: Any, tmp_path: Path
-) -> None:
-    file = tmp_path / "mask.json"
-    ran = run(*base, "--write_mask", file, "--least", "2")
-    assert ran.status == 0, ran.err
-    effect = importance(store.open_capture(tmp_path / "s.zarr", GROUP))["effect"].values
-    mask = {str(layer): np.argsort(-effect[at], kind="stable")[:2].tolist() for at, layer in enumerate((6, 7))}
-    assert json.loads(file.read_text()) == mask
-    capture = ("--local", "--model", "tiny", "--device", "cpu", "--dataset", tmp_path / "texts", "--mask_file", file)
-    assert command(*capture, "--store", tmp_path / "s.zarr", "--name", "masked").status == 0
+    least = np.argsort(-wanted["effect"].values[0], kind="stable")[:2].tolist()
+    assert json.loads((tmp_path / "mask.json").read_text()) == {"7": least}
+    capture = ("--local", "--model", "tiny", "--device", "cpu", "--dataset", tmp_path / "texts", "--name", "masked")
+    masked = command(*capture, "--store", tmp_path / "s.zarr", "--mask_file", tmp_path / "mask.json")
+    assert masked.status == 0, masked.err
     found = store.open_capture(tmp_path / "s.zarr", "masked").load()
-    chosen = found["expert"].values[found["token"].values >= 0]
-    assert not any(np.isin(chosen[:, int(layer)], experts).any() for layer, experts in mask.items())
-    attrs = store.CaptureGroup(tmp_path / "s.zarr", GROUP).attrs
-    again = str(reproducing(attrs))
+    assert not np.isin(found["expert"].values[found["token"].values >= 0][:, 7], least).any()
+    again = str(reproducing(store.CaptureGroup(tmp_path / "s.zarr", GROUP).attrs))
     assert again.startswith("python jobs/importance.py ")
-    assert parse_importance(again.split()[2:]).layers == ("6-7",)
+    assert parse_importance(again.split()[2:]).layers == ("7",)
+
+
+def test_an_assignment_travels_to_other_machines(base: Any) -> None:
+    run = ImportanceRun(parse_importance([*map(str, base)]))
+    there = pickle.loads(pickle.dumps(run.assignment({})))
+    engine = there.make_engine()
+    assert isinstance(engine, ImportanceEngine)
+    assert (engine.measured, engine.description["effect_layers"], there.batch_tokens) == ((7,), [7], 8192)
 
 
 def test_what_cannot_be_done_is_refused_before_weights_are_loaded(
@@ -141,7 +141,7 @@ def test_another_sample_and_another_job_at_the_same_time_are_refused(
     assert run(*base).status == 130
     other = run(*base, "--seed", "3", "--layers", "5")
     assert other.status == 2
-    assert "  effect_layers: the store has [6, 7], this run has [5, 6, 7]\n" in other.err
+    assert "  effect_layers: the store has [7], this run has [5, 7]\n" in other.err
     assert "  text_seed: the store has 0, this run has 3\n" in other.err
 
 
