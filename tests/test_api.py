@@ -34,6 +34,8 @@ CAPTURE, OTHER = make_capture(), make_capture(seed=5)
 MIXTRAL = make_capture(layers=(0, 7, 15))
 RECORDED, OTHER_RECORDED = (make_capture(seed=seed, record=RECORD) for seed in (0, 5))  # the same tokens and choices
 SCORES = analysis.scores_of(RECORDED)
+MEMBERS = {"/w1/": analysis.members_of("/w1/", CAPTURE["piece"].values.tolist())}
+IN_CLASSES = analysis.ClassCounts(MEMBERS)
 
 # --- What is counted, looked up in the arrays -------------------------------------------------------------------------
 
@@ -118,6 +120,12 @@ METRICS: dict[str, tuple[Ask, object]] = {
     "balance_of": (lambda c: analysis.balance_of(analysis.expert_load(c)), tokens()),
     "cache_hits": (lambda c: analysis.cache_hits(c, [2, 3]), pairs()),
     "cache_hits_of": (lambda c: analysis.cache_hits_of(counts(analysis.CacheCounts())[0]), pairs()),
+    "class_excess_of": (
+        lambda c: analysis.class_excess_of(counts(analysis.SampledRoutes())[0], MEMBERS, min_count=2),
+        tokens(),
+    ),
+    "class_experts": (lambda c: analysis.class_experts(c, ["letters", "/w1/"]), tokens()),
+    "class_experts_of": (lambda c: analysis.class_experts_of(counts(analysis.Jackknife(IN_CLASSES))[0]), tokens()),
     "coactivation": (analysis.coactivation, tokens()),
     "coactivation_of": (
         lambda c: analysis.coactivation_of(counts(analysis.Choices())[0], by="adjacent"),
@@ -144,6 +152,10 @@ METRICS: dict[str, tuple[Ask, object]] = {
     "effect": (
         lambda c: analysis.effect(with_logprob(c), with_logprob(c), replicates=5),
         int(counted(CAPTURE)[:, 1:].sum()),
+    ),
+    "effect_by_data_set": (
+        lambda c: analysis.effect_by_data_set({"a": (with_logprob(c), with_logprob(c))}, replicates=5),
+        {"a": int(counted(CAPTURE)[:, 1:].sum())},
     ),
     "expert_load": (analysis.expert_load, tokens()),
     "expert_tokens": (lambda c: analysis.expert_tokens(c, 1), tokens()),
@@ -212,6 +224,10 @@ METRICS: dict[str, tuple[Ask, object]] = {
         pairs(),
     ),
     "segment_routing": (lambda c: analysis.segment_routing(c, [4]), tokens()),
+    "strongest_experts_of": (
+        lambda c: analysis.strongest_experts_of(counts(analysis.Jackknife(IN_CLASSES))[0], min_count=2),
+        tokens(),
+    ),
     "surprise": (lambda c: analysis.surprise(RECORDED), predicted()),
     "surprise_and_entropy": (lambda c: analysis.surprise_and_entropy(RECORDED), predicted()),
     "surprise_and_entropy_of": (
@@ -259,6 +275,7 @@ NO_METRICS = {"association", "conditional_information", "described", "entropy", 
 REDUCERS: dict[str, tuple[Reducer, int]] = {
     "CacheCounts": (analysis.CacheCounts([2], segment_lengths=[3]), pairs()),
     "Choices": (analysis.Choices(), tokens()),
+    "ClassCounts": (IN_CLASSES, tokens()),
     "Confidence": (analysis.Confidence(), tokens()),
     "ExpertCounts": (analysis.ExpertCounts(), tokens()),
     "Jackknife": (analysis.Jackknife(analysis.ExpertCounts(3), 4), tokens()),

@@ -26,8 +26,8 @@ from workers.text.tokenizer import load_tokenizer
 
 SAMPLE_DOCUMENTS = 500
 BYTES_A_VALUE = {"expert": 25 / 64, "weight": 82 / 64, "logit": 1.5, "logit_expert": 1.0, "effect": 2.2}
-"""Of each value, compressed: of real Mixtral routes (measured: 32 layers × 2), of logits in bfloat16 and effects (tiny
-model)."""
+"""Of each value, compressed: of real Mixtral routes (measured: 32 layers × 2), of logits in bfloat16 and of effects (of
+the tiny model)."""
 BYTES_A_FLOAT32 = 3.3  # of a value of which all bits mean something (measured: norms 3.2, log-probabilities 3.4)
 BYTES_A_TOKEN = 2.0  # the token itself, compressed (measured)
 FILLED_WARNING = 0.5

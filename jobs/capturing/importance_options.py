@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jobs.capturing.options import CaptureConfig, from_environment, parse
+from jobs.capturing.options import CaptureConfig, from_environment
+from jobs.console.arguments import parse
 from jobs.console.places import refuse_no_file
 
 HIDDEN = (
-    *("preset", "record", "top_logits", "weight_precision", "mask", "mask_file", "force", "top_k", "routes_from"),
-    *("routes_weights", "limit_documents", "config", "print_config"),
+    *("preset", "record", "top_logits", "weight_precision", "mask", "mask_file", "force", "force_file"),
+    *("top_k", "routes_from", "routes_weights", "limit_documents", "config", "print_config"),
 )
 """Options of a capture that it does not have."""
 TELLING = ("output", "figures", "write_mask", "least", "json")
@@ -36,6 +37,7 @@ class ImportanceConfig(CaptureConfig):
     mask: tyro.conf.Suppress[tuple[()]] = ()
     mask_file: tyro.conf.Suppress[None] = None
     force: tyro.conf.Suppress[tuple[()]] = ()
+    force_file: tyro.conf.Suppress[None] = None
     top_k: tyro.conf.Suppress[None] = None
     routes_from: tyro.conf.Suppress[None] = None
     routes_weights: tyro.conf.Suppress[bool] = False
@@ -69,10 +71,7 @@ class ImportanceConfig(CaptureConfig):
     least: int = 1
     """With --write_mask: so many of each layer."""
     json: bool = False
-    """For scripts: one JSON document on standard output instead of the tables, with the keys data_sets, layers, and
-    level; in data_sets, by name, n (predicted tokens), documents, untested (why there is no interval, else empty),
-    experts (layer, expert, effect, low, high, p, q, share, weight_share, mean_saliency, total_saliency), and
-    correlations (predictor, within_layers and over_all, each with _low and _high). What is no number is null."""
+    """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,5 +99,5 @@ def parse_importance(arguments: Sequence[str]) -> ImportanceConfig:
     SystemExit
         From `--help` and from unknown or malformed options.
     """
-    prog = "python jobs/importance.py"
-    return parse(arguments, from_environment(ImportanceConfig(), prog), prog)
+    default = from_environment(ImportanceConfig(), "importance")
+    return parse(ImportanceConfig, "importance", arguments, default=default)
