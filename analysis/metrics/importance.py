@@ -31,7 +31,6 @@ from analysis.statistics.testing import false_discovery
 
 UNIT = 2.0**-20  # nats; effects are rounded to it, so that sums are exact; stored ones are multiples of 2**-16
 REPLICATES = 9999  # flips of signs: many, since p-values of single experts are adjusted for all of them
-PREDICTORS = ("share", "weight_share", "mean_saliency", "total_saliency")
 DEFINITION = (
     "mean over predicted tokens of log P(token | before it) where the expert cannot be chosen at the layer - the same"
     " where it can"
@@ -119,8 +118,10 @@ def importance_of(
     ----------
     effects, load, saliency : xr.Dataset
         From `analysis.Jackknife` of `MaskEffects`, `Load` and `Saliency`, of the same tokens.
-    level, replicates
-        As of `importance`.
+    level : float
+        Of the intervals.
+    replicates : int
+        Flips of signs.
 
     Returns
     -------
@@ -134,6 +135,11 @@ def importance_of(
         experts, each with the ends `_low` and `_high` of a jackknife interval; NaN where all ranks are equal. Intervals
         and p are NaN where there are fewer than six units of documents, or four effective ones: attribute `untested`
         gives the reason.
+
+    Raises
+    ------
+    ValueError
+        When no effect was measured.
     """
     predicted = effects["predicted"].isel(replicate=0)
     if not int(predicted.max()):
