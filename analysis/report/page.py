@@ -152,14 +152,14 @@ def write_report(
             measure, path, state.dataset, state=state, only=only, progress=on_shard, runner=runner_of(path, state)
         )
         answers.append(answer(data, state, label, ask, block_tokens=block_tokens, only=only, store=str(path)))
-    report = report_of(answers, again=_again(paths, block_tokens, only))
+    report = report_of(answers, again=again(paths, block_tokens, only))
     page = render(report, explorer)
     with whole_file(output) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return report
 
 
-def _again(paths: Sequence[Path], block_tokens: int | None, only: Selection) -> str:
+def again(paths: Sequence[Path], block_tokens: int | None, only: Selection) -> str:
     """The command that draws a report again."""
     options = [] if block_tokens is None else ["--block_tokens", str(block_tokens)]
     options += [word for name, labels in only.labels.items() for label in labels for word in (f"--{name}", label)]
