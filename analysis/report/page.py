@@ -173,7 +173,7 @@ def render(report: Report, explorer: str | None = None, drawn_on: date | None = 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    data = {
+    data: dict[str, Any] = {
         "figures": [_packed(figure) for figure in report.figures],
         "themes": {"light": theme(), "dark": theme(dark=True)},
     }

@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from synthetic import make_capture
 from test_report import contrasted, few, planted
 
+from analysis.charts.theme import theme
 from analysis.explorer.live import Explorer
 from analysis.explorer.site import site
 from analysis.report import page as report
@@ -134,7 +135,7 @@ def test_a_data_set_has_one_colour_on_the_whole_page_and_nothing_else_has_it(spe
                 assert colour.get("scale", {}).get("range") != "category"
     assert series > 10
     for name in ("light", "dark"):
-        colours = report.theme(name == "dark")["range"]
+        colours = theme(name == "dark")["range"]
         shared = [set(colours["category"]), {*colours["diverging"], *colours["ramp"]}, set(colours["ordinal"])]
         assert sum(map(len, shared)) == len(set.union(*shared))
 
