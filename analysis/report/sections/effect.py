@@ -45,6 +45,12 @@ class Pair:
         """The data sets, the changed one first."""
         return f"{self.other.label} beside {self.one.label}"
 
+    @property
+    def counted(self) -> str:
+        """How many tokens are compared, and of how many where that is a sample, in words."""
+        n, of = (self.rows[0]["expert"] == 0).sum().item(), self.other["predictions"].attrs["of"]
+        return f"{n:,} tokens" if n == of else f"{n:,} of {of:,} tokens, in a sample of whole documents"
+
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
     """A sample of documents with their log-probabilities, where they were recorded."""
@@ -79,12 +85,11 @@ def findings(answers: Sequence[Answers]) -> Iterator[Finding]:
         found = effect(*pair.rows, classes=(), places=1)
         low, high = float(found["low"]), float(found["high"])
         if float(found["p"]) <= SURE and low * high > 0:
-            worse = "worse" if high < 0 else "better"
-            near, far = sorted(map(abs, (low, high)))
+            worse, (near, far) = "worse" if high < 0 else "better", sorted(map(abs, (low, high)))
             yield Finding(
                 said=f"{pair.other.label} ({pair.changed}) predicts {worse} than {pair.one.label}, by"
                 f" {abs(float(found['effect'])):.4f} nats a token ({near:.4f} to {far:.4f}, 95 % interval over"
-                f" documents; p {float(found['p']):.4f}; {found.attrs['n']:,} tokens).",
+                f" documents; p {float(found['p']):.4f}; {pair.counted}).",
                 of=pair.other,
             )
 
@@ -96,13 +101,11 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
     if len(pairs) > 1:
         yield _beside(pairs, effects)
     for pair, found in zip(pairs, effects, strict=True):
-        sampled = pair.other["predictions"].attrs
-        part = f" of {sampled['n']:,} of {sampled['of']:,} tokens" * (sampled["n"] < sampled["of"])
         by_class = effect_chart(
             class_rows(found),
             over="class",
             title="Effect on predictions, by class of token",
-            subtitle=[pair.changed, f"n = {found.attrs['n']:,} predicted tokens{part}; pale where p > 0.05"],
+            subtitle=[pair.changed, f"n = {pair.counted}; pale where p > 0.05"],
             description="The effect on predictions by class of the predicted token, with intervals.",
         )
         untested = f"none: {found.attrs['untested']}" if found.attrs["untested"] else INTERVAL
