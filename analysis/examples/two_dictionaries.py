@@ -38,4 +38,5 @@ if __name__ == "__main__":
     parser.add_argument("--layer", type=int, required=True)
     parser.add_argument("--top", type=int, default=10, help="entries to print (default 10)")
     options = parser.parse_args()
-    main(*options.place.rsplit("/", 1), options.layer, options.top)
+    path, _, dataset = options.place.rpartition("/")
+    main(path, dataset, options.layer, options.top)
