@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -417,6 +418,18 @@ def test_which_token_is_answered_follows_the_counts_and_never_a_special_one() ->
         asked_token(capture, "<s>", None)
     with pytest.raises(ValueError, match=r"no token reads retrun; near it, with their ids: ▁return \(11\)"):
         asked_token(capture, "retrun", None)
+
+
+def test_a_question_that_was_asked_before_loads_no_compiler_and_a_script_says_it(store: Path) -> None:
+    """What xarray loads with its first variable is not ours to leave out: pandas, dask and, of it, scipy."""
+    script, question = str(ROOT / "jobs" / "query.py"), [str(store / "b"), "--token_id", "17"]
+    query.main(question)  # the answer is kept
+    told = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run([sys.executable, script, *question], env=told, capture_output=True, text=True, check=True)
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "in b: " in done.stdout
+    assert {"tyro", "xarray", "zarr"} <= loaded
+    assert loaded.isdisjoint({"numba", "llvmlite", "torch", "transformers", "ray", "altair", "datasets"})
 
 
 def test_it_runs_as_a_script_and_a_typo_names_the_flag(store: Path) -> None:
