@@ -21,6 +21,7 @@ from .metrics.choices import coactivation_of as coactivation_of
 from .metrics.choices import layer_overlap_of as layer_overlap_of
 from .metrics.choices import transitions as transitions
 from .metrics.choices import transitions_of as transitions_of
+from .metrics.carriers import carriers as carriers
 from .metrics.class_experts import ClassCounts as ClassCounts
 from .metrics.class_experts import class_excess_of as class_excess_of
 from .metrics.class_experts import class_experts as class_experts
@@ -40,7 +41,13 @@ from .metrics.distribution import RouterDistribution as RouterDistribution
 from .metrics.distribution import router_distribution as router_distribution
 from .metrics.document_scores import document_scores as document_scores
 from .metrics.effect import effect as effect
+from .metrics.effect_by_data_set import effect_by_data_set as effect_by_data_set
 from .metrics.excess import token_excess_of as token_excess_of
+from .metrics.importance import MaskEffects as MaskEffects
+from .metrics.importance import importance as importance
+from .metrics.importance import importance_of as importance_of
+from .metrics.importance import importances as importances
+from .metrics.importance import least_important as least_important
 from .metrics.layer_pairs import LayerPairs as LayerPairs
 from .metrics.load import ExpertCounts as ExpertCounts
 from .metrics.load import Load as Load

@@ -243,6 +243,8 @@ def without(dataset: xr.Dataset, missing: Sequence[str]) -> str:
     """That a capture lacks some arrays, and what makes them."""
     where = dataset.attrs.get("dataset", "the capture")
     said = f"{', '.join(missing)}, and the routes of {where} came without"
+    if "effect" in missing:
+        return f"{said}; python jobs/importance.py makes captures with it"
     record = sorted({RECORDED[name] for name in missing if name in RECORDED})
     made = " ".join(f"--record {name}" for name in record)
     return f"{said}; python jobs/capture.py {made} makes {'them' if len(missing) > 1 else 'it'}" if record else said

@@ -4,8 +4,8 @@ usage: python jobs/compare.py STORE/DATASET STORE/DATASET [options]
 
 Examples:
   python jobs/compare.py demo.zarr/demo-prose demo.zarr/demo-code
-  python jobs/compare.py nf4.zarr/wikitext-103 fp8.zarr/wikitext-103
   python jobs/compare.py routes.zarr/whole routes.zarr/masked --json
+  python jobs/compare.py whole.zarr masked.zarr
 
 What counts:
   --phase PHASE             only tokens of the prompt, or only generated ones
@@ -23,6 +23,7 @@ Exit status: 0 compared, whatever came out, 2 they cannot be.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,7 +39,8 @@ import tyro
 from jobs.console.agreement_rows import agreement_told, print_agreement
 from jobs.console.arguments import parse
 from jobs.console.contrast_rows import contrast_told, print_contrast
-from jobs.console.places import by_store, capture_at
+from jobs.console.effect_rows import effects_told, print_effects
+from jobs.console.places import by_store, capture_at, captures_at
 from jobs.console.tables import Facts, print_json, print_line, stdout_console
 from jobs.console.terminal import run_job, say_next
 
@@ -56,14 +58,14 @@ class CompareConfig:
     Where both hold the same tokens in the same rows, as under another quantization, revision, back-end or machine, or
     with experts masked: agreement, layer by layer; and where both recorded log-probabilities (--record logprob), the
     effect of the second one on each predicted token. Else the contrast of the two data sets: the experts whose share of
-    tokens differs most, and the tokens that carry that. Exit status: 0 compared, whatever came out, 2 when they cannot
-    be.
+    tokens differs most, and the tokens that carry that. Of two stores that hold the same data sets, the effect on each
+    of them. Exit status: 0 compared, whatever came out, 2 when they cannot be.
     """
 
     one: Annotated[str, tyro.conf.Positional]
-    """A capture, as STORE/DATASET: demo.zarr/demo-prose, or s3://bucket/routes.zarr/wikitext-103."""
+    """A capture, as STORE/DATASET: demo.zarr/demo-prose, or s3://bucket/routes.zarr/wikitext-103; or STORE for all."""
     other: Annotated[str, tyro.conf.Positional]
-    """Another one."""
+    """Another one; or a store that holds the same data sets, captured in another way."""
     allow_incomplete: bool = False
     """Compare as far as both captures go."""
     phase: Annotated[tuple[Literal["prompt", "generated"], ...], tyro.conf.UseAppendAction] = ()
@@ -87,13 +89,10 @@ def main(arguments: list[str]) -> int:
     config = parse(CompareConfig, "compare", arguments)
 
     from analysis.scanning import Selection  # numba takes a second: --help does not wait for it
-    from store import open_capture
 
-    places = (config.one, config.other)
-    captures = [open_capture(*capture_at(place), allow_incomplete=config.allow_incomplete) for place in places]
-    only = Selection(roles=config.role or None, phases=config.phase or None)
-    told = {"one": config.one, "other": config.other, "differ": _differences(captures)}
-    told |= _compared(places, captures, only, config.top)
+    only, places = Selection(roles=config.role or None, phases=config.phase or None), (config.one, config.other)
+    told: dict[str, Any] = {"one": config.one, "other": config.other}
+    told |= (_of_stores if _are_stores(*places) else _of_captures)(places, only, config)
     if config.json:
         print_json(told)
     else:
@@ -102,15 +101,41 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _compared(places: tuple[str, str], captures: "Sequence[xr.Dataset]", only: "Selection", top: int) -> dict[str, Any]:
+def _are_stores(one: str, other: str) -> bool:
+    """Whether both name stores, of which one at least holds several data sets."""
+    names = [captures_at(place) for place in (one, other)]
+    stores = [path.rstrip("/") == place.rstrip("/") for (path, _), place in zip(names, (one, other), strict=True)]
+    return all(stores) and max(len(held) for _, held in names) > 1
+
+
+def _of_stores(places: tuple[str, str], only: "Selection", config: CompareConfig) -> dict[str, Any]:
+    """The effect on each data set that both stores hold."""
+    from store import open_capture
+
+    (one, names), (other, others) = map(captures_at, places)
+    common = [name for name in names if name in others]
+    if not common:
+        raise ValueError(f"{one} holds {', '.join(names)} and {other} {', '.join(others)}: no data set is in both")
+    opened = partial(open_capture, allow_incomplete=config.allow_incomplete)
+    pairs = {name: (opened(one, name), opened(other, name)) for name in common}
+    left_out = sorted(set(names) ^ set(others))
+    shown = {"shows": "effects", "left_out": left_out, "differ": _differences(pairs[common[0]])}
+    return {**shown, **effects_told(pairs, only)}
+
+
+def _of_captures(places: tuple[str, str], only: "Selection", config: CompareConfig) -> dict[str, Any]:
     """Agreement and effect where the captures hold the same tokens, else the contrast of the two data sets."""
     from analysis.metrics.agreement import OtherTokens
+    from store import open_capture
 
+    captures = [open_capture(*capture_at(place), allow_incomplete=config.allow_incomplete) for place in places]
+    differ = _differences(captures)
     try:
-        return {"shows": "agreement", **agreement_told(captures, only, top)}
+        return {"shows": "agreement", "differ": differ, **agreement_told(captures, only, config.top)}
     except OtherTokens as reason:
         by_place = dict(zip(places, captures, strict=True))
-        return {"shows": "contrast", "why": str(reason), **contrast_told(by_place, only, top)}
+        told = contrast_told(by_place, only, config.top)
+        return {"shows": "contrast", "why": str(reason), "differ": differ, **told}
 
 
 def _differences(captures: "Sequence[xr.Dataset]") -> dict[str, Any]:
@@ -126,7 +151,8 @@ def _print(console: "Console", told: Facts) -> None:
     print_line(console, _first_line(told))
     for name, values in told["differ"].items():
         print_line(console, f"{name}: {values[0]} and {values[1]}")
-    (print_contrast if told["shows"] == "contrast" else print_agreement)(console, told)
+    shown = {"agreement": print_agreement, "contrast": print_contrast, "effects": print_effects}
+    shown[told["shows"]](console, told)
 
 
 def _first_line(told: Facts) -> str:
@@ -134,6 +160,9 @@ def _first_line(told: Facts) -> str:
     both = f"of {told['one']} and {told['other']}"
     if told["shows"] == "contrast":
         return f"contrast {both}: {told['why']}"
+    if told["shows"] == "effects":
+        beside = f"; in one of them only: {', '.join(told['left_out'])}" if told["left_out"] else ""
+        return f"effect {both}, by data set{beside}"
     if told["effect"] is None:
         return f"agreement {both}: equal tokens; no effect without --record logprob in both"
     return f"agreement and effect {both}: equal tokens"

@@ -12,8 +12,8 @@ from jobs.console.arguments import parse
 from jobs.console.places import refuse_no_file
 
 HIDDEN = (
-    *("preset", "record", "top_logits", "weight_precision", "mask", "mask_file", "force", "top_k", "routes_from"),
-    *("routes_weights", "limit_documents", "rate", "config", "print_config"),
+    *("preset", "record", "top_logits", "weight_precision", "mask", "mask_file", "force", "force_file"),
+    *("top_k", "routes_from", "routes_weights", "limit_documents", "config", "print_config"),
 )
 """Options of a capture that it does not have."""
 TELLING = ("output", "figures", "write_mask", "least", "json")
@@ -37,12 +37,12 @@ class ImportanceConfig(CaptureConfig):
     mask: tyro.conf.Suppress[tuple[()]] = ()
     mask_file: tyro.conf.Suppress[None] = None
     force: tyro.conf.Suppress[tuple[()]] = ()
+    force_file: tyro.conf.Suppress[None] = None
     top_k: tyro.conf.Suppress[None] = None
     routes_from: tyro.conf.Suppress[None] = None
     routes_weights: tyro.conf.Suppress[bool] = False
     weight_precision: tyro.conf.Suppress[Literal["float16"]] = "float16"
     limit_documents: tyro.conf.Suppress[None] = None
-    rate: tyro.conf.Suppress[None] = None
     config: tyro.conf.Suppress[None] = None
     print_config: tyro.conf.Suppress[bool] = False
     layers: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
