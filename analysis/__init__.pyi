@@ -15,13 +15,13 @@ from .metrics.agreement import agreement as agreement
 from .metrics.caching import CacheCounts as CacheCounts
 from .metrics.caching import cache_hits as cache_hits
 from .metrics.caching import cache_hits_of as cache_hits_of
+from .metrics.carriers import carriers as carriers
 from .metrics.choices import Choices as Choices
 from .metrics.choices import coactivation as coactivation
 from .metrics.choices import coactivation_of as coactivation_of
 from .metrics.choices import layer_overlap_of as layer_overlap_of
 from .metrics.choices import transitions as transitions
 from .metrics.choices import transitions_of as transitions_of
-from .metrics.carriers import carriers as carriers
 from .metrics.class_experts import ClassCounts as ClassCounts
 from .metrics.class_experts import class_excess_of as class_excess_of
 from .metrics.class_experts import class_experts as class_experts

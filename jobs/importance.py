@@ -33,7 +33,7 @@ Where to run:
   also --device --workers --gpus_per_worker --cpus_per_worker --batch_tokens --stall_minutes
 
 Recovery: the same command resumes what was stopped. Its other options:
-  also --dry_run --retry_quarantined --allow_mixed
+  also --dry_run --rate --retry_quarantined --allow_mixed
 
 docs/options.md explains every option. Exit status: 0 measured, 1 something is missing, 2 a mistake,
 3 only shards in quarantine are missing, 130 or 143 interrupted.
