@@ -19,7 +19,7 @@ What to capture:
 Model:
   --model MODEL             a hub id, a folder, or tiny (Mixtral-8x7B-Instruct-v0.1)
   --mask LAYER:EXPERT       an expert that cannot be chosen; --force: one that always is; --top_k N
-  also --model_revision --mask_file --routes_from --routes_weights
+  also --model_revision --mask_file --force_file --routes_from --routes_weights
 
 Precision:
   --quantization KIND       nf4, fp4, mxfp4, fp8, int8 or none (as it is stored, else nf4 on a GPU)

@@ -4,7 +4,6 @@ usage: python jobs/compare.py STORE/DATASET STORE/DATASET [options]
 
 Examples:
   python jobs/compare.py demo.zarr/demo-prose demo.zarr/demo-code
-  python jobs/compare.py nf4.zarr/wikitext-103 fp8.zarr/wikitext-103
   python jobs/compare.py routes.zarr/whole routes.zarr/masked --json
   python jobs/compare.py whole.zarr masked.zarr
 
@@ -78,24 +77,7 @@ class CompareConfig:
     top: int = 10
     """Experts or tokens that are listed."""
     json: bool = False
-    """For scripts: one JSON document on standard output instead of the tables, with the keys shows ("agreement",
-    "contrast" or "effects"), one and other (the captures), differ (what they say differently of themselves, with both
-    values), layers and n. Of an agreement, layers has rows as in the table, n is the number of tokens, and there are
-    any_difference (the share of tokens whose experts differ at some layer), moved (null where no expert is masked or
-    forced in one alone, else layers, where one is, and the share of tokens whose set of experts differs, on average
-    over the layers below, the changed ones, and those above), and effect: null where one did not record
-    log-probabilities, else effect, low, high (nats a predicted token), p, level, untested (why there is no interval,
-    else empty), n, documents, estimator, definition, classes (of predicted tokens, that which loses most a token first:
-    class, tokens, effect, low, high, and p, which holds for all classes together), lose_most (token_id, piece, tokens
-    and effect of those that lose most), and places (effect, row, position, document, name, before, token and after of
-    those that lose most). Of a contrast, why says why it is one; layers has layer, divergence (bits) with _low, _high
-    and _by_chance, and p; experts has layer, expert, share, other_share, difference, low, high, p, usage and routing
-    (the parts of the difference), and tokens (token_id, piece, contribution, usage, routing); cells (experts of all
-    layers) and beyond_chance (of them, those with p of at most 1 - level); n, documents, effective_documents and
-    untested are by data set. Of effects, which two stores have, one and other are the stores, and differ is of their
-    first data set; data_sets has data_set, tokens, effect, low, high, p, difference (from the mean of the others) with
-    difference_low, difference_high and difference_p, and classes as above; left_out names data sets that only one store
-    holds, and untested_difference those without difference_p, with the reason. What is no number is null."""
+    """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
     def __post_init__(self) -> None:
         if self.top < 1:

@@ -75,10 +75,7 @@ class DoctorConfig:
     batch_tokens: int = 8192
     """With --recapture: padded tokens in a micro-batch at most."""
     json: bool = False
-    """For scripts: one JSON document on standard output, with the keys capture, tokens_examined, findings (each with
-    fault, layers, rows and evidence) and comparison (null, or verdict, position and layer, which are the best shift,
-    agreement, unshifted and chance, which are shares of choices with the same experts at that shift, without any and
-    of unrelated ones, tokens, documents, differing, explained)."""
+    """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
 
 def main(arguments: list[str]) -> int:

@@ -110,9 +110,7 @@ class ImportConfig:
     rows_per_shard: int | None = None
     """Default: about 262,144 positions."""
     json: bool = False
-    """For scripts: one JSON document on standard output, with the keys store, data_set, format, tokens, rows,
-    documents, tokens_without_routes, layers, num_experts, experts_per_token, weights and phases (whether there are),
-    digest (SHA-256 of what is planned and committed)."""
+    """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,20 +118,7 @@ class QueryConfig:
     role: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Only tokens of this speaker, where the capture is of conversations: assistant. May be repeated."""
     json: bool = False
-    """For scripts: one JSON document on standard output instead of tables, with the keys store, data_set, complete
-    (whether the capture is), shards_done, shards_total, phase and role (what is selected; empty: all), and answers.
-    Each answer has rows, what it is about, and the attributes of the measurement: n (of what counted says: tokens),
-    null (a share by chance), null_lift, estimator, definition, source. To --token, one answer: token_id, piece, tokens
-    (its occurrences); rows of layer, expert, count, share, lift, without experts that got none. To --tokens, one
-    answer: class, description, tokens, documents (of the data set), effective_documents (of equal length, that tell as
-    much as those of the class), level, most_frequent (token_id, piece and tokens of some); rows as to --token, and
-    share_low, share_high, lift_low and lift_high, which are intervals over documents. To --expert two, by count and by
-    lift: layer, expert, order, min_count; rows of rank, token_id, piece, count, tokens, share, lift. To --document one
-    for each: document, name, n, tokens_missing, layers; rows of position, token_id, piece, and where the capture has
-    them role, phase and weight, with expert and weight as lists, by layer, of its choices. To --entropy: rows of layer,
-    with entropy, effective_experts, mass and margin, each with _low and _high, or of the largest logits alone with
-    _at_least and _at_most in place of the first three; to --saliency and --logprob: rows of layer, expert and the
-    variables of analysis.saliency and analysis.logprob_by_expert. What is no number is null."""
+    """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
 
 def main(arguments: list[str]) -> int:

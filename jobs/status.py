@@ -56,20 +56,7 @@ class StatusConfig:
     """Read everything back and compare it with the commit records. What is wrong is noted in the store, and captured
     again by the next capture."""
     json: bool = False
-    """For scripts: one JSON document on standard output instead of the table, with the keys store, whole (whether the
-    exit status is 0), and data_sets. Each of these has data_set; state, as in the table; complete; holds (whether all
-    that is committed was read back as it was committed; null without --verify); plan_complete (whether the text is
-    planned to its end: before, all counts are of what is planned so far); quantization and matmul (what the weights are
-    stored in, and what their products are computed in); record (the arrays that are recorded beside the choices);
-    weight_bits (of the mantissas of the choices' weights: 10 is float16, 23 float32); mask, force, top_k,
-    routes_from and routes_weights (what is changed about the choices, as options of jobs/capture.py; routes_from is the
-    hash of a capture's identity); shards_total, shards_done, missing (shards); rows, documents, documents_empty,
-    documents_repaired, documents_skipped, skipped (the names of the first 100),
-    tokens_planned, tokens_done, bytes_done, seconds (of workers); digest (SHA-256 of what is planned and committed);
-    wrong (shard and reason, of shards that do not hold); quarantined (shard, documents and errors); lost (objects of
-    the plan that are gone); plan_faults (what is damaged in the plan; null without --verify); not_noted (why what is
-    wrong could not be noted in the store, else null); captured_by (who captures it now, else null); error (why it
-    cannot be read, else null: then what is not known is null)."""
+    """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,6 +81,7 @@ class TrainConfig:
     steps: int = 2_000
     """Batches of 128 rows of 512 tokens."""
     device: Literal["cuda", "cpu"] = "cuda"
+    """Where it is trained. The published weights are those of a GPU."""
 
 
 def main(arguments: list[str]) -> int:

@@ -9,7 +9,6 @@ Does not know what is asked, said or drawn: `analysis.report.answers`, `analysis
 """
 
 import json
-import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import vl_convert
 import xarray as xr
 from markupsafe import Markup
 
+from analysis.charts.files import write_chart
 from analysis.charts.theme import theme
 from analysis.escaping import inert_json, policy_hash, visible
 from analysis.report.answers import answer
@@ -43,13 +43,6 @@ from store import Coverage, coverage, dataset_names
 from store.files import whole_file
 from store.identity import changes_in_words
 from store.reader import open_covered
-
-FIGURE_WIDTH = 420  # pixels of a chart outside the page (arbitrary)
-FORMS: Mapping[str, Callable[..., str | bytes]] = {
-    "svg": vl_convert.vegalite_to_svg,
-    "pdf": vl_convert.vegalite_to_pdf,
-    "png": partial(vl_convert.vegalite_to_png, scale=3),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,20 +238,12 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
     list of Path
         The files, in the page's order.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    paper = theme() | {"background": "white"}  # on a transparent ground vl-convert gives pale colours another hue
     written = []
     for number, figure in enumerate(report.figures):
         options: list[Option | None] = [option for option in figure.options if option.for_papers]
         for option in options or [None]:
             suffix = "" if option is None else f"-{option.name}"
-            name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{number:02d}-{figure.name}{suffix}")
-            spec = {**figure.shown(option), "width": FIGURE_WIDTH}
-            for form, convert in FORMS.items():
-                drawn = convert(spec, config=paper, allowed_base_urls=[])
-                with whole_file(folder / f"{name}.{form}") as unfinished:
-                    unfinished.write_bytes(drawn.encode() if isinstance(drawn, str) else drawn)
-                written.append(folder / f"{name}.{form}")
+            written += write_chart(figure.shown(option), folder, f"{number:02d}-{figure.name}{suffix}")
     return written
 
 

@@ -12,8 +12,8 @@ from jobs.console.arguments import parse
 from jobs.console.places import refuse_no_file
 
 HIDDEN = (
-    *("preset", "record", "top_logits", "weight_precision", "mask", "mask_file", "force", "top_k", "routes_from"),
-    *("routes_weights", "limit_documents", "rate", "config", "print_config"),
+    *("preset", "record", "top_logits", "weight_precision", "mask", "mask_file", "force", "force_file"),
+    *("top_k", "routes_from", "routes_weights", "limit_documents", "config", "print_config"),
 )
 """Options of a capture that it does not have."""
 TELLING = ("output", "figures", "write_mask", "least", "json")
@@ -37,12 +37,12 @@ class ImportanceConfig(CaptureConfig):
     mask: tyro.conf.Suppress[tuple[()]] = ()
     mask_file: tyro.conf.Suppress[None] = None
     force: tyro.conf.Suppress[tuple[()]] = ()
+    force_file: tyro.conf.Suppress[None] = None
     top_k: tyro.conf.Suppress[None] = None
     routes_from: tyro.conf.Suppress[None] = None
     routes_weights: tyro.conf.Suppress[bool] = False
     weight_precision: tyro.conf.Suppress[Literal["float16"]] = "float16"
     limit_documents: tyro.conf.Suppress[None] = None
-    rate: tyro.conf.Suppress[None] = None
     config: tyro.conf.Suppress[None] = None
     print_config: tyro.conf.Suppress[bool] = False
     layers: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -71,10 +71,7 @@ class ImportanceConfig(CaptureConfig):
     least: int = 1
     """With --write_mask: so many of each layer."""
     json: bool = False
-    """For scripts: one JSON document on standard output instead of the tables, with the keys data_sets, layers, and
-    level; in data_sets, by name, n (predicted tokens), documents, untested (why there is no interval, else empty),
-    experts (layer, expert, effect, low, high, p, q, share, weight_share, mean_saliency, total_saliency), and
-    correlations (predictor, within_layers and over_all, each with _low and _high). What is no number is null."""
+    """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,6 +16,8 @@ from jobs.sources.sampled import sampled
 from store.layout import default_rows_per_shard
 from workers.importance import EFFECTS, ImportanceEngine
 from workers.interventions import Interventions, layers_named
+from workers.models.checkpoint import find_checkpoint
+from workers.models.description import build_skeleton, compute_dtype
 from workers.models.footprint import operations_per_token
 from workers.models.intervening import choose_to_change
 from workers.record import Recorded
@@ -31,6 +33,7 @@ class ImportanceRun(Run):
     def __init__(self, config: ImportanceConfig, device: str | None = None) -> None:
         super().__init__(config, device)
         self.engine = partial(ImportanceEngine, layers=self.measured)
+        self._refuse_mask()
 
     @cached_property
     def measured(self) -> tuple[int, ...]:
@@ -45,6 +48,15 @@ class ImportanceRun(Run):
         choose_to_change(self.model, self.config.model_revision, mask=[(layer, 0) for layer in layers])
         return layers
 
+    def _refuse_mask(self) -> None:
+        """Refuse to write a mask that no capture could take."""
+        left = self.described["num_experts"] - self.config.least
+        if self.config.write_mask is not None and left < (chosen := self.described["experts_per_token"]):
+            raise ValueError(
+                f"--least {self.config.least} would leave {left} of {self.described['num_experts']} experts of each"
+                f" layer in --write_mask, and {chosen} are chosen for each token: give fewer"
+            )
+
     @cached_property
     def recorded(self) -> Recorded:
         """See `Run`; so for the others."""
@@ -54,6 +66,15 @@ class ImportanceRun(Run):
     def interventions(self) -> Interventions:
         """None beside the experts that are masked one by one."""
         return Interventions()
+
+    @property
+    def kept_bytes(self) -> int:
+        """The hidden states that reach each measured layer."""
+        config = self.config
+        dtype = compute_dtype(self.device, config.dtype)
+        skeleton = build_skeleton(find_checkpoint(self.model, config.model_revision, weights=False), dtype)
+        hidden: int = skeleton.config.get_text_config().hidden_size
+        return len(self.measured) * self.batch_tokens * hidden * dtype.itemsize
 
     def sources(self) -> list[tuple[str, Source]]:
         config = self.config

@@ -151,6 +151,11 @@ class Run:
             weight_precision=config.weight_precision,
         )
 
+    @property
+    def kept_bytes(self) -> int:
+        """What a worker keeps on its device beside what a capture needs."""
+        return 0
+
     @cached_property
     def given(self) -> GivenRoutes | None:
         """Where routers take their choices from."""
@@ -168,12 +173,18 @@ class Run:
     def interventions(self) -> Interventions:
         """What is changed about the model's choices."""
         config = self.config
-        in_file = experts_in_file(config.mask_file.expanduser()) if config.mask_file else []
+        mask, force = (
+            [*given, *(experts_in_file(f"--{option}", file.expanduser()) if file else ())]
+            for option, given, file in (
+                ("mask_file", config.mask, config.mask_file),
+                ("force_file", config.force, config.force_file),
+            )
+        )
         return choose_to_change(
             self.model,
             config.model_revision,
-            mask=[*config.mask, *in_file],
-            force=config.force,
+            mask=mask,
+            force=force,
             top_k=config.top_k,
             routes_from=None if self.given is None else self.given.identity,
             routes_weights=config.routes_weights,
