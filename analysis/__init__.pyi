@@ -15,6 +15,7 @@ from .metrics.agreement import agreement as agreement
 from .metrics.caching import CacheCounts as CacheCounts
 from .metrics.caching import cache_hits as cache_hits
 from .metrics.caching import cache_hits_of as cache_hits_of
+from .metrics.carriers import carriers as carriers
 from .metrics.choices import Choices as Choices
 from .metrics.choices import coactivation as coactivation
 from .metrics.choices import coactivation_of as coactivation_of
@@ -40,7 +41,13 @@ from .metrics.distribution import RouterDistribution as RouterDistribution
 from .metrics.distribution import router_distribution as router_distribution
 from .metrics.document_scores import document_scores as document_scores
 from .metrics.effect import effect as effect
+from .metrics.effect_by_data_set import effect_by_data_set as effect_by_data_set
 from .metrics.excess import token_excess_of as token_excess_of
+from .metrics.importance import MaskEffects as MaskEffects
+from .metrics.importance import importance as importance
+from .metrics.importance import importance_of as importance_of
+from .metrics.importance import importances as importances
+from .metrics.importance import least_important as least_important
 from .metrics.layer_pairs import LayerPairs as LayerPairs
 from .metrics.load import ExpertCounts as ExpertCounts
 from .metrics.load import Load as Load
@@ -64,6 +71,7 @@ from .metrics.paths import frequent_windows_of as frequent_windows_of
 from .metrics.position import dependent_experts as dependent_experts
 from .metrics.position import position_load as position_load
 from .metrics.position import position_load_of as position_load_of
+from .metrics.predictions import SampledPredictions as SampledPredictions
 from .metrics.published import published_counts as published_counts
 from .metrics.published import validation as validation
 from .metrics.repetition import Repetition as Repetition

@@ -1,4 +1,19 @@
-"""How far captures are, and whether they still hold: `python jobs/status.py STORE [--verify]`; works while they run."""
+"""Tell what is captured and what is missing, and whether it still is what was committed.
+
+usage: python jobs/status.py STORE[/DATASET] [options]
+
+Examples:
+  python jobs/status.py demo.zarr
+  python jobs/status.py demo.zarr/demo-prose --verify
+  python jobs/status.py s3://bucket/routes.zarr --json
+
+Options:
+  --verify                  read everything back, and compare it with what was committed
+  --json                    one JSON document, for scripts; docs/json.md names its keys
+
+Safe while a capture runs. docs/options.md explains every option.
+Exit status: 0 everything is complete, 1 something is missing or wrong, 2 there is no such store.
+"""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -9,13 +24,14 @@ from typing import Annotated, Any
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 from rich.console import Console
 
+from jobs.console.arguments import parse
 from jobs.console.places import captures_at
 from jobs.console.tables import Bars, Column, Facts, print_json, print_line, print_table, stdout_console
 from jobs.console.terminal import log, reporting, run_job, shown
@@ -34,28 +50,13 @@ class StatusConfig:
     2 when there is no store.
     """
 
-    store: Annotated[str, tyro.conf.Positional]
+    place: Annotated[str, tyro.conf.Positional]
     """STORE, or STORE/DATASET for one of its data sets; the store is a folder, or s3://bucket/prefix."""
-    dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Only this data set; may be repeated. Default: all."""
     verify: bool = False
     """Read everything back and compare it with the commit records. What is wrong is noted in the store, and captured
     again by the next capture."""
     json: bool = False
-    """For scripts: one JSON document on standard output instead of the table, with the keys store, whole (whether the
-    exit status is 0), and data_sets. Each of these has data_set; state, as in the table; complete; holds (whether all
-    that is committed was read back as it was committed; null without --verify); plan_complete (whether the text is
-    planned to its end: before, all counts are of what is planned so far); quantization and matmul (what the weights are
-    stored in, and what their products are computed in); record (the arrays that are recorded beside the choices);
-    weight_bits (of the mantissas of the choices' weights: 10 is float16, 23 float32); mask, force, top_k,
-    routes_from and routes_weights (what is changed about the choices, as options of jobs/capture.py; routes_from is the
-    hash of a capture's identity); shards_total, shards_done, missing (shards); rows, documents, documents_empty,
-    documents_repaired, documents_skipped, skipped (the names of the first 100),
-    tokens_planned, tokens_done, bytes_done, seconds (of workers); digest (SHA-256 of what is planned and committed);
-    wrong (shard and reason, of shards that do not hold); quarantined (shard, documents and errors); lost (objects of
-    the plan that are gone); plan_faults (what is damaged in the plan; null without --verify); not_noted (why what is
-    wrong could not be noted in the store, else null); captured_by (who captures it now, else null); error (why it
-    cannot be read, else null: then what is not known is null)."""
+    """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +85,9 @@ class Looked:
 
 def main(arguments: list[str]) -> int:
     """Print what was found; 0 when every data set is complete."""
-    config = tyro.cli(StatusConfig, prog="python jobs/status.py", args=arguments, use_underscores=True)
-    store, names = captures_at(config.store)
-    looked = [_look(store, name, deep=config.verify) for name in config.dataset or names]
+    config = parse(StatusConfig, "status", arguments)
+    store, names = captures_at(config.place)
+    looked = [_look(store, name, deep=config.verify) for name in names]
     whole = all(one.whole for one in looked)
     if config.json:
         print_json({"store": store, "whole": whole, "data_sets": [facts(one) for one in looked]})

@@ -738,7 +738,7 @@ def place(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
 @example(("capture", ["--local", "--config=--"]))
 @example(("capture", ["--local", "--dataset=t.txt", "--gpus_per_worker=nan", "--print_config"]))
 @example(("report", ["s.zarr", "-o", "\udcff.html"]))
-@example(("status", ["s.zarr", "--dataset", "\x1b[31m"]))
+@example(("status", ["s.zarr/\x1b[31m"]))
 def test_any_command_line_ends_with_a_status_and_a_message(place: Path, line: tuple[str, list[str]]) -> None:
     job, words = line
     ran(JOBS[job][0].main, *words)

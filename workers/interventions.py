@@ -115,7 +115,21 @@ def what_to_change(
     )
 
 
-def experts_in_file(path: Path) -> list[str]:
+def layers_named(names: Sequence[str], layers: Sequence[int]) -> list[int]:
+    """The layers that are named, ascending, each by a number or a range; all where none is.
+
+    Raises
+    ------
+    ValueError
+        When a name is none, or a layer does not exist.
+    """
+    for name in names:
+        if not _SIDE.fullmatch(name):
+            raise ValueError(f"--layers {name!r:.80} is no layer: give a number or a range, such as 3 or 3-5")
+    return sorted({layer for name in names or ["*"] for layer in _numbers(f"--layers {name}", "layer", name, layers)})
+
+
+def experts_in_file(option: str, path: Path) -> list[str]:
     """The experts in a JSON file: an object of layers, each with a list of experts, as ``{"7": [1, 3]}``.
 
     Raises
@@ -126,7 +140,7 @@ def experts_in_file(path: Path) -> list[str]:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"--mask_file {path} is not JSON: {error}") from error
+        raise ValueError(f"{option} {path} is not JSON: {error}") from error
     right = isinstance(held, dict) and all(
         layer.isdecimal()
         and isinstance(numbers, list)
@@ -135,7 +149,7 @@ def experts_in_file(path: Path) -> list[str]:
     )
     if not right:
         raise ValueError(
-            f"--mask_file {path} holds {json.dumps(held)[:80]}, and must hold layers with lists of experts, such as"
+            f"{option} {path} holds {json.dumps(held)[:80]}, and must hold layers with lists of experts, such as"
             ' {"7": [1, 3]}'
         )
     return [f"{layer}:{number}" for layer, numbers in held.items() for number in numbers]

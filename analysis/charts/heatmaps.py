@@ -199,6 +199,44 @@ def logprob_heatmap(found: xr.Dataset, *, spread: float) -> Drawing:
     )
 
 
+def importance_heatmap(found: xr.Dataset) -> Drawing:
+    """What predictions gain or lose without each expert.
+
+    Parameters
+    ----------
+    found : xr.Dataset
+        From `analysis.importances`, of one data set. The largest twentieth of the effects have the full colour.
+    """
+    spread = max(float(np.nanquantile(abs(found["effect"]), _FULL_COLOUR)), 1e-9)
+    drawing = _heat_map(
+        _cells({name: found[variable] for name, (variable, _) in _OF_IMPORTANCE.items()}, found),
+        expert_axis("expert", found.sizes["expert"]),
+        alt.Color("effect:Q", title="nats a token without it"),
+        [-spread, 0, spread],
+        [
+            alt.Tooltip("expert:O"),
+            *(alt.Tooltip(f"{name}:Q", title=title, format=",") for name, (_, title) in _OF_IMPORTANCE.items()),
+        ],
+        found.sizes["layer"],
+        title="Effect of masking an expert on the next token's log-probability",
+        subtitle=f"n = {int(found['n']):,} tokens; blue where predictions lose without it, pale where q > 0.05",
+        description="Heat map of what predictions lose or gain where an expert cannot be chosen at a layer.",
+    )
+    pale = alt.condition("datum.q <= 0.05", alt.value(1), alt.value(0.3))
+    return Drawing(drawing.chart.encode(opacity=pale), drawing.rows)
+
+
+_FULL_COLOUR = 0.95  # arbitrary: the quantile of the effects' sizes
+_OF_IMPORTANCE = {
+    "effect": ("effect", "effect, nats a predicted token"),
+    "low": ("effect_low", "95 % from"),
+    "high": ("effect_high", "to"),
+    "q": ("q", "q, of all experts"),
+    "share": ("share", "share of choices"),
+    "saliency": ("mean_saliency", "mean saliency"),
+}
+
+
 _OF_LOGPROB = {
     "within": ("within", "within the same token, nats"),
     "low": ("within_low", "95 % of all together, from"),

@@ -9,7 +9,6 @@ Does not know what is asked, said or drawn: `analysis.report.answers`, `analysis
 """
 
 import json
-import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import vl_convert
 import xarray as xr
 from markupsafe import Markup
 
+from analysis.charts.files import write_chart
 from analysis.charts.theme import theme
 from analysis.escaping import inert_json, policy_hash, visible
 from analysis.report.answers import answer
@@ -43,13 +43,6 @@ from store import Coverage, coverage, dataset_names
 from store.files import whole_file
 from store.identity import changes_in_words
 from store.reader import open_covered
-
-FIGURE_WIDTH = 420  # pixels of a chart outside the page (arbitrary)
-FORMS: Mapping[str, Callable[..., str | bytes]] = {
-    "svg": vl_convert.vegalite_to_svg,
-    "pdf": vl_convert.vegalite_to_pdf,
-    "png": partial(vl_convert.vegalite_to_png, scale=3),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +88,12 @@ def report_of(
 
 
 def write_report(
-    paths: Sequence[Path],
+    paths: Sequence[Path | str],
     output: Path,
     *,
+    datasets: Mapping[str, Sequence[str]] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-    runner_of: Callable[[Path, Coverage], Runner] = lambda path, state: accumulate,
+    runner_of: Callable[[Path | str, Coverage], Runner] = lambda path, state: accumulate,
     block_tokens: int | None = None,
     only: Selection = EVERYTHING,
     explorer: str | None = None,
@@ -112,6 +106,8 @@ def write_report(
         Stores; they may be incomplete, which the page says.
     output
         The HTML file; it is replaced whole or not at all.
+    datasets
+        By path, the data sets to draw; default all.
     progress
         Called with a data set's label, shards read and shards in all.
     runner_of
@@ -138,7 +134,7 @@ def write_report(
     """
     if explorer is not None and len(paths) > 1:
         raise ValueError(f"{explorer} is the explorer of one store, and here are {len(paths)}: draw them one by one")
-    found = [(path, name) for path in paths for name in dataset_names(path)]
+    found = [(path, name) for path in paths for name in (datasets or {}).get(str(path)) or dataset_names(path)]
     if not found:
         raise ValueError(f"no data set in {', '.join(map(str, paths))}: nothing to report")
     opened = {}
@@ -152,18 +148,22 @@ def write_report(
             measure, path, state.dataset, state=state, only=only, progress=on_shard, runner=runner_of(path, state)
         )
         answers.append(answer(data, state, label, ask, block_tokens=block_tokens, only=only, store=str(path)))
-    report = report_of(answers, again=again(paths, block_tokens, only))
+    report = report_of(answers, again=again(found, block_tokens, only))
     page = render(report, explorer)
     with whole_file(output) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return report
 
 
-def again(paths: Sequence[Path], block_tokens: int | None, only: Selection) -> str:
-    """The command that draws a report again."""
+def again(drawn: Sequence[tuple[Path | str, str]], block_tokens: int | None, only: Selection) -> str:
+    """The command that draws a report of some data sets again."""
+    places: list[str] = []
+    for path, group in groupby(drawn, key=lambda each: each[0]):
+        names = [name for _, name in group]
+        places += [str(path)] if names == dataset_names(path) else [f"{path}/{name}" for name in names]
     options = [] if block_tokens is None else ["--block_tokens", str(block_tokens)]
     options += [word for name, labels in only.labels.items() for label in labels for word in (f"--{name}", label)]
-    return shlex.join(["python", "jobs/report.py", *map(str, paths), *options])
+    return shlex.join(["python", "jobs/report.py", *places, *options])
 
 
 def render(report: Report, explorer: str | None = None, drawn_on: date | None = None) -> str:
@@ -238,20 +238,12 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
     list of Path
         The files, in the page's order.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    paper = theme() | {"background": "white"}  # on a transparent ground vl-convert gives pale colours another hue
     written = []
     for number, figure in enumerate(report.figures):
         options: list[Option | None] = [option for option in figure.options if option.for_papers]
         for option in options or [None]:
             suffix = "" if option is None else f"-{option.name}"
-            name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{number:02d}-{figure.name}{suffix}")
-            spec = {**figure.shown(option), "width": FIGURE_WIDTH}
-            for form, convert in FORMS.items():
-                drawn = convert(spec, config=paper, allowed_base_urls=[])
-                with whole_file(folder / f"{name}.{form}") as unfinished:
-                    unfinished.write_bytes(drawn.encode() if isinstance(drawn, str) else drawn)
-                written.append(folder / f"{name}.{form}")
+            written += write_chart(figure.shown(option), folder, f"{number:02d}-{figure.name}{suffix}")
     return written
 
 

@@ -25,8 +25,9 @@ from workers.models.head import CHUNK_BYTES, head_bytes
 from workers.text.tokenizer import load_tokenizer
 
 SAMPLE_DOCUMENTS = 500
-BYTES_A_VALUE = {"expert": 25 / 64, "weight": 82 / 64, "logit": 1.5, "logit_expert": 1.0}
-"""Of each value, compressed: of real Mixtral routes (measured: 32 layers × 2), of logits in bfloat16 (tiny model)."""
+BYTES_A_VALUE = {"expert": 25 / 64, "weight": 82 / 64, "logit": 1.5, "logit_expert": 1.0, "effect": 2.2}
+"""Of each value, compressed: of real Mixtral routes (measured: 32 layers × 2), of logits in bfloat16 and of effects (of
+the tiny model)."""
 BYTES_A_FLOAT32 = 3.3  # of a value of which all bits mean something (measured: norms 3.2, log-probabilities 3.4)
 BYTES_A_TOKEN = 2.0  # the token itself, compressed (measured)
 FILLED_WARNING = 0.5
@@ -145,6 +146,7 @@ def _device_memory(run: Run, layout: Layout) -> str:
     if work is None:
         return f"{weights:,} bytes of weights {where}; what is computed is not counted"
     work += run.batch_tokens * _token_bytes(layout, recorded.record) + _head_work(dtype, recorded.record)
+    work += run.kept_bytes
     total = card_bytes(weights, work)
     rest = total - weights - work
     return f"about {total:,} bytes {where}: {weights:,} of weights, {work:,} to compute, {rest:,} of torch and CUDA"

@@ -4,16 +4,19 @@ import argparse
 import math
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
+from dotenv import dotenv_values, find_dotenv
 
+from jobs.console.arguments import parse
 from jobs.sources.formats import described
+from jobs.sources.resolve import group_name
 from jobs.sources.wikitext import CONFIGS, REPOSITORY
 from store.secrets import without_secrets
 from workers.record import Recordable, WeightPrecision
@@ -112,6 +115,8 @@ class CaptureConfig:
     """JSON file with more experts that cannot be chosen: layers with lists of experts, {"7": [1, 3]}."""
     force: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Experts that are always among the chosen, named as those of --mask, with the weight that their logits give."""
+    force_file: Path | None = None
+    """JSON file with more experts that are always among the chosen, as that of --mask_file."""
     top_k: int | None = None
     """Experts chosen for each token. Default: the model's own number."""
     routes_from: str | None = None
@@ -265,25 +270,58 @@ def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
     base = PRESETS.get(known.preset, CaptureConfig())
     if early.parse_known_args([*file, *arguments])[0].dataset:
         base = replace(base, dataset=(), split=None)  # a preset's split is its data set's
-    given = {name: os.environ[variable] for name, variable in VARIABLES.items() if os.environ.get(variable)}
-    base = _parse([f"--{name}={value}" for name, value in given.items()], base)
-    base = _parse(file, base)
+    base = parse(CaptureConfig, "capture", file, default=from_environment(base))
     # What is given on the command line goes in place of the file's list, not after it.
     if known.dataset:
         base = replace(base, dataset=(), name=())
     lists: dict[str, Any] = {name: () for name in ("record", "mask", "force") if getattr(known, name)}
     base = replace(base, **lists)
-    return _parse(arguments, base)
+    return parse(CaptureConfig, "capture", arguments, default=base)
 
 
-def _parse(arguments: Sequence[str], default: CaptureConfig) -> CaptureConfig:
-    return tyro.cli(
-        CaptureConfig,
-        prog="python jobs/capture.py",
-        args=list(arguments),
-        default=default,
-        use_underscores=True,
-    )
+def as_begun(attrs: Mapping[str, Any], data_set: str, **changes: Any) -> CaptureConfig:
+    """The options that capture a data set again as it was captured.
+
+    Parameters
+    ----------
+    attrs
+        What `store.attributes` gives of the capture.
+    data_set
+        Its name in the store.
+    changes
+        Options that are to be others.
+
+    Raises
+    ------
+    ValueError
+        When it was not captured by a command, as imported routes are not.
+    """
+    begun = attrs.get("configuration")
+    if not isinstance(begun, Mapping) or "dataset" not in begun:
+        raise ValueError(f"{data_set} does not say with which options it was captured: it cannot be captured again")
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in begun.items()}
+    options = {name: value for name, value in options.items() if name in _FIELDS}
+    names = options["name"] or tuple(map(group_name, options["dataset"]))
+    options |= {"dataset": (options["dataset"][names.index(data_set)],), "name": (data_set,)}
+    options |= {name: attrs[name] for name in ("sequence_length", "rows_per_shard")}  # so that rows are the same
+    options |= {f"{name}_file": None for name in ("mask", "force")}  # the identity has what stood in them
+    options |= {name: tuple(attrs.get(name) or ()) for name in ("mask", "force")}
+    return CaptureConfig(**options | changes)
+
+
+Config = TypeVar("Config", bound=CaptureConfig)
+
+
+def from_environment(default: Config, script: str = "capture") -> Config:
+    """Options with what the environment says in place of their defaults; errors are those of the script."""
+    given = {name: os.environ[variable] for name, variable in VARIABLES.items() if os.environ.get(variable)}
+    return parse(type(default), script, [f"--{name}={value}" for name, value in given.items()], default=default)
+
+
+def take_hub_token() -> None:
+    """HF_TOKEN from a `.env` file, before a hub library reads the environment; nothing else that stands in there."""
+    if token := dotenv_values(find_dotenv(usecwd=True)).get("HF_TOKEN"):
+        os.environ.setdefault("HF_TOKEN", token)
 
 
 def _read(path: Path) -> dict[str, Any]:

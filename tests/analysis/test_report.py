@@ -13,6 +13,7 @@ import pytest
 from scipy.stats import t as student
 from synthetic import HOSTILE, bursty, make_capture, state_of
 
+from analysis.charts import files
 from analysis.charts.paths import MAX_TOKEN_LINKS
 from analysis.metrics.contrast import contrast_of
 from analysis.report import page as report
@@ -728,7 +729,7 @@ def test_a_page_and_its_figures_are_made_of_one_drawing(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "open_covered", lambda path, state: data)
     monkeypatch.setattr(report, "coverage", lambda path, name: state_of(data))
     monkeypatch.setattr(report, "measure", lambda path, name, reducers, **_: scan(data, reducers))
-    monkeypatch.setattr(report, "FORMS", {"svg": report.FORMS["svg"]})
+    monkeypatch.setattr(files, "FORMS", {"svg": files.FORMS["svg"]})
     drawn = report.write_report([tmp_path], tmp_path / "report.html")
     assert report.write_figures(drawn, tmp_path / "figures")
     assert made == ["answer", "contrast_between", *["Drawn"] * len(SECTIONS)]

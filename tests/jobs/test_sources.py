@@ -571,7 +571,7 @@ def test_a_demo_whose_package_is_missing_says_how_to_install_it_before_a_capture
     monkeypatch.setitem(sys.modules, imported, None)  # as Python itself marks what cannot be imported
     with pytest.raises(ValueError, match=f"{spec} needs the package {installed}: pip install {installed}"):
         resolve_source(spec)
-    monkeypatch.setattr(demo.capture, "main", lambda arguments: pytest.fail(f"a capture began: {arguments}"))
+    monkeypatch.setattr(demo.capture, "carry_out", lambda config: pytest.fail(f"a capture began: {config}"))
     ran = command(main=demo.main)
     assert (ran.status, ran.out) == (2, "")
     assert ran.err == f"error: {spec} needs the package {installed}: pip install {installed}\n"

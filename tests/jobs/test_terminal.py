@@ -282,11 +282,11 @@ def test_json_says_of_every_data_set_what_the_store_says(
     assert found["missing"]["missing"] == [1]
     assert not found["unfinished"]["plan_complete"]
     CaptureGroup(broken, "quarantined").discard(1)
-    [both] = json.loads(command(broken, "--json", "--dataset", "quarantined", main=status.main).out)["data_sets"]
+    [both] = json.loads(command(broken / "quarantined", "--json", main=status.main).out)["data_sets"]
     assert (both["state"], both["missing"], len(both["quarantined"])) == ("missing 2", [1, 2], 1)
     [aside] = found["quarantined"]["quarantined"]
     assert aside == {"shard": 2, "documents": ["a", "b"], "errors": ["RoutingError: \x1b[31mlayer 3\nand more"]}
-    assert command(broken, "--json", "--dataset", "complete", main=status.main).status == 0
+    assert command(broken / "complete", "--json", main=status.main).status == 0
 
 
 def test_what_is_planned_so_far_is_not_complete(store: Path) -> None:
@@ -308,7 +308,7 @@ def test_json_of_what_was_verified_says_what_does_not_hold(
     assert [(each["holds"], each["plan_faults"]) for each in json.loads(ran.out)["data_sets"]] == [(True, [])] * 2
     found = Findings(shards={1: "its weight shard is gone"}, plan=["name/c/0 is gone"], unnoted="read-only")
     monkeypatch.setattr(status, "verify", lambda group, progress: found)
-    ran = command(store, "--json", "--verify", "--dataset", "a", main=status.main)
+    ran = command(store / "a", "--json", "--verify", main=status.main)
     [told] = json.loads(ran.out)["data_sets"]
     assert (ran.status, told["holds"], told["state"]) == (1, False, "plan damaged")
     assert told["wrong"] == [{"shard": 1, "reason": "its weight shard is gone"}]
@@ -329,18 +329,22 @@ def test_a_mistake_writes_nothing_where_json_is_asked_for(store: Path, command: 
     assert f"--json goes with {questions}, not with --parquet" in ran.err
 
 
-def test_help_documents_every_key_of_json(store: Path, command: Callable[..., Ran]) -> None:
+def documented(script: str) -> set[str]:
+    """The keys of a script's --json that docs/json.md names."""
+    text = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+    return set(re.findall(r"`(\w+)`", text.partition(f"\n## {script}\n")[2].partition("\n## ")[0]))
+
+
+def test_the_docs_name_every_key_of_json(store: Path, command: Callable[..., Ran]) -> None:
     ran = command(store, "--json", main=status.main)
     keys = {*json.loads(ran.out), *(key for each in json.loads(ran.out)["data_sets"] for key in each)}
-    about = command("--help", main=status.main).out
-    assert {key for key in keys if not re.search(rf"\b{key}\b", about)} == set()
+    assert keys - documented("status") == set()
     asked = (["--token", f"▁{word_id(TEXTS[0].split()[0])}"], ["--tokens", "digits"])
     asked += (["--expert", "0:1"], ["--document", "0"])
-    about = command("--help", main=query.main).out
     for question in asked:
         told = json.loads(command(store / "a", *question, "--json", main=query.main).out)
         keys = {*told, *(key for each in told["answers"] for key in (*each, *each["rows"][0]))}
-        assert {key for key in keys if not re.search(rf"\b{key}\b", about)} == set()
+        assert keys - documented("query") == set()
 
 
 def test_status_in_a_terminal_has_a_bar_for_each_data_set_and_breaks_no_line(broken: Path) -> None:
@@ -485,13 +489,14 @@ def test_the_demo_ends_with_what_it_found_and_the_report_s_path(
         )
         for name, routes in captures.items()
     ]
-    monkeypatch.setattr(capture, "main", lambda arguments: 0)
+    monkeypatch.setattr(capture, "carry_out", lambda config: 0)
     monkeypatch.setattr(
         analysis.report.page, "write_report", lambda stores, output: SimpleNamespace(answers=answers, apart=None)
     )
     assert demo.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == str(demo.REPORT)
+    assert re.fullmatch(r"  \S*python jobs/explore\.py \S*demo\.zarr", lines[-3])
     for each in answers:
         share = each["load"]["share"]
         [row] = [line for line in lines if line.startswith(f"{each.label}  ")]
@@ -509,6 +514,6 @@ def test_the_demo_ends_with_what_it_found_and_the_report_s_path(
 
 
 def test_the_demo_stops_at_the_first_capture_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "main", lambda arguments: 7)
+    monkeypatch.setattr(capture, "carry_out", lambda config: 7)
     monkeypatch.setattr(analysis.report.page, "write_report", lambda *_: pytest.fail("reported"))
     assert demo.main([]) == 7

@@ -235,7 +235,7 @@ def choose_to_change(
     if routes_weights and not routes_from:
         raise ValueError("--routes_weights takes the weights of --routes_from, which is not given")
     if routes_from and changes:
-        raise ValueError("--routes_from gives all choices: leave out --mask, --mask_file, --force and --top_k")
+        raise ValueError("--routes_from gives all choices: leave out --mask, --force, their files, and --top_k")
     if not (changes or routes_from):
         return Interventions()
     skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), torch.float32)

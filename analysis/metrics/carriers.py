@@ -1,0 +1,56 @@
+"""The experts that carry what sets one data set apart: those that it uses more than the others, beyond chance.
+
+Does not know what becomes of them, such as a mask.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+
+def carriers(found: xr.Dataset, data_set: str, *, most: int = 8, left: int = 1) -> list[tuple[int, int]]:
+    """The experts whose share of a data set's tokens is larger than in the others by more than chance.
+
+    Parameters
+    ----------
+    found : xr.Dataset
+        What `analysis.contrast` gave.
+    data_set : str
+        One of its data sets.
+    most : int
+        At most so many experts, those with the largest differences.
+    left : int
+        So many experts of each layer are not taken, such as the k that a router chooses.
+
+    Returns
+    -------
+    list of (int, int)
+        (layer, expert), by the model's own numbers; the largest difference first, ties by layer and expert. Empty where
+        no difference is beyond chance: where none has a `difference_p` of at most 1 less the level of `found`, which
+        holds for all experts, layers and data sets together.
+
+    Raises
+    ------
+    ValueError
+        When there is no such data set, `most` is not positive, or the data set is not tested; the message says why.
+    """
+    names = found["data_set"].values.tolist()
+    if data_set not in names:
+        raise ValueError(f"no data set {data_set!r}; there are {', '.join(names)}")
+    if most < 1 or left < 0:
+        raise ValueError(f"most={most}, left={left}: at least 1, and at least 0")
+    if untested := found.attrs["untested"]:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in untested.items())
+        raise ValueError(f"what is beyond chance is not known: {reasons}")
+    own = found.sel(data_set=data_set)
+    difference, p = (own[name].transpose("layer", "expert").values for name in ("difference", "difference_p"))
+    beyond = (difference > 0) & (p <= 1 - found.attrs["level"])
+    room = dict.fromkeys(range(len(difference)), difference.shape[1] - left)
+    taken: list[tuple[int, int]] = []
+    for cell in np.argsort(-difference, axis=None, kind="stable").tolist():
+        layer, expert = divmod(cell, difference.shape[1])
+        if len(taken) < most and beyond[layer, expert] and room[layer] > 0:
+            room[layer] -= 1
+            taken.append((int(own["layer"][layer]), int(own["expert"][expert])))
+    return taken

@@ -1,0 +1,80 @@
+"""What `jobs/steer.py` tells: the experts that carry what sets a data set apart, and what it loses beside another.
+
+Promises: what is drawn and what a script gets are the same rows. Does not know how a question was put.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from jobs.console.tables import Facts, count, number, print_line, print_table
+from jobs.console.terminal import reporting
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+EXPERTS = (
+    count("layer", "layer"),
+    count("expert", "expert"),
+    number("first", "share", ".4f", spare=1),
+    number("second", "other_share", ".4f", spare=1),
+    number("difference", "difference", "+.4f"),
+    number("from", "low", "+.4f"),
+    number("to", "high", "+.4f"),
+    number("p", "p", ".4f"),
+)
+
+
+def carriers_told(captures: "Mapping[str, xr.Dataset]", most: int, *, forced: bool) -> dict[str, Any]:
+    """The experts that the first of two captures uses more, by more than chance.
+
+    Raises
+    ------
+    ValueError
+        When there is none, it is not known, or the captures are not of one model.
+    """
+    from analysis.metrics.carriers import carriers  # numba takes a second: --help does not wait for it
+    from analysis.metrics.contrast import contrast
+
+    with reporting("contrast", unit="shards", transient=True) as report:
+        found = contrast(captures, progress=lambda done, total: report.add(1))
+    if found.attrs["models_differ"]:
+        raise ValueError(f"the captures are not of one model: {'; '.join(found.attrs['models_differ'].values())}")
+    one, other = captures
+    k = next(iter(captures.values())).sizes["k"]
+    taken = carriers(found, one, most=most, left=found.sizes["expert"] - k if forced else k)
+    if not taken:
+        raise ValueError(f"no expert is used more by {one} than by {other} beyond chance: there is nothing to change")
+    rows = []
+    for layer, expert in taken:
+        first, second = (found.sel(data_set=name, layer=layer, expert=expert) for name in captures)
+        values = {name: float(first[f"difference_{name}"]) for name in ("low", "high", "p")}
+        shares = {"share": float(first["share"]), "other_share": float(second["share"])}
+        rows.append({"layer": layer, "expert": expert, **shares, "difference": float(first["difference"]), **values})
+    return {"experts": rows, "level": found.attrs["level"]}
+
+
+def print_carriers(console: Console, told: Facts) -> None:
+    """The table of experts."""
+    print_line(console, f"experts that {told['one']} uses more than {told['other']}:")
+    print_table(console, EXPERTS, told["experts"])
+    print_line(console, f"shares of tokens; intervals of {told['level']:.0%} and p hold for all experts together")
+
+
+def print_steered(console: Console, told: Facts) -> None:
+    """What both lose, in a sentence."""
+    first, second = told["data_sets"]
+    if math.isnan(first["difference"]):
+        return
+    n, how = len(told["experts"]), "With {} forced" if told["change"] == "force" else "Without {}"
+    changed = how.format("this expert" if n == 1 else f"these {n} experts")
+    by = " and ".join(f"by {each['effect']:+.4f} nats in {each['data_set']}" for each in (first, second))
+    sure = f"{told['level']:.0%} interval {first['difference_low']:+.4f} to {first['difference_high']:+.4f}"
+    untested = "; ".join(f"{name}: {reason}" for name, reason in told["untested_difference"].items())
+    known = untested or f"{sure}, p {first['difference_p']:.4f}"
+    print_line(
+        console,
+        f"{changed}, the log-probability of a token changes {by}: a difference of {first['difference']:+.4f} ({known})",
+    )

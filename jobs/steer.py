@@ -1,0 +1,200 @@
+"""Take away the experts that one data set uses more than another, and see what each loses.
+
+usage: python jobs/steer.py STORE/DATASET STORE/DATASET [options]
+
+Examples:
+  python jobs/steer.py demo.zarr/demo-code demo.zarr/demo-legal --local
+  python jobs/steer.py demo.zarr/demo-code demo.zarr/demo-legal --local --experts 4 --force
+  python jobs/steer.py demo.zarr/demo-code demo.zarr/demo-legal --only_name --write code.json
+
+What to change:
+  --experts N               at most so many, those with the largest difference (8)
+  --force                   they are chosen for every token, instead of never
+  --write FILE              the experts, for --mask_file or --force_file of a capture
+  --only_name               name them, and stop
+
+The captures under the change:
+  --into STORE              where they go (the store's name with -without-DATASET or -with-DATASET)
+  --local                   in this process, on one device, without Ray
+  also --device --workers --gpus_per_worker
+
+Output:
+  --json                    one JSON document, for scripts; docs/json.md names its keys
+
+Both data sets are captured again as they were, but for the change, and compared with what they
+were: both must have been captured with --record logprob. The same command resumes.
+docs/options.md explains every option. Exit status: 0 told, 1 a capture is not complete,
+2 a mistake, 3 only shards in quarantine are missing, 130 or 143 interrupted.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from jobs.console.starting import command_line, start
+
+start(__name__, __doc__)
+
+import tyro
+
+from jobs.capture import carry_out
+from jobs.capturing.options import CaptureConfig, as_begun, take_hub_token
+from jobs.console.arguments import parse
+from jobs.console.effect_rows import effects_told, print_effects
+from jobs.console.places import capture_at, refuse_no_file
+from jobs.console.steer_rows import carriers_told, print_carriers, print_steered
+from jobs.console.tables import Facts, print_json, stdout_console
+from jobs.console.terminal import run_job, say_next
+from store.files import whole_file
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerConfig:
+    """Find the experts that one data set uses more than another by more than chance, and measure what both data sets
+    lose when a model cannot choose them.
+
+    Both data sets are captured again as they were, but for the change, into a store of their own, and the effect on the
+    log-probability of their tokens is told, with how it differs between the two. Exit status: 0 told, 1 a capture is
+    not complete, 2 the command cannot be carried out, 3 only shards in quarantine are missing, 130 or 143 interrupted.
+    """
+
+    one: Annotated[str, tyro.conf.Positional]
+    """The data set whose experts are changed, as STORE/DATASET, captured with --record logprob."""
+    other: Annotated[str, tyro.conf.Positional]
+    """The data set that it is compared with."""
+    experts: int = 8
+    """At most so many experts: those whose share of tokens differs most, of those that differ by more than chance. Each
+    layer keeps as many as a token chooses."""
+    force: bool = False
+    """Force the experts, so that they are among the chosen of every token, instead of masking them; of each layer as
+    many at most as a token chooses."""
+    write: Path | None = None
+    """Write the experts as a JSON file that --mask_file or --force_file of jobs/capture.py takes."""
+    only_name: bool = False
+    """Name the experts, and capture nothing."""
+    into: str | None = None
+    """Store of the captures under the change. Default: the first store's name with -without-DATASET, or -with-DATASET
+    where experts are forced."""
+    local: bool = False
+    """Capture in this process, on one device, without Ray."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Device of the model, as for a capture."""
+    workers: int | None = None
+    """Copies of the model on a cluster, as for a capture."""
+    gpus_per_worker: float = 1.0
+    """GPUs of a worker, as for a capture."""
+    json: bool = False
+    """One JSON document on standard output, for scripts: docs/json.md names its keys."""
+
+    def __post_init__(self) -> None:
+        if self.experts < 1:
+            raise ValueError(f"--experts is {self.experts}, and must be at least 1")
+        if self.write is not None:
+            refuse_no_file("write", self.write)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Of the two data sets."""
+        return capture_at(self.one)[1], capture_at(self.other)[1]
+
+    @property
+    def store(self) -> str:
+        """Where the captures under the change go."""
+        path, name = capture_at(self.one)
+        changed = f"{path.removesuffix('.zarr')}-{'with' if self.force else 'without'}-{name}.zarr"
+        return changed if self.into is None else self.into
+
+
+def main(arguments: list[str]) -> int:
+    """Name the experts, capture without them, and tell what that does."""
+    config = parse(SteerConfig, "steer", arguments)
+    take_hub_token()
+
+    from store import open_capture  # takes a second: --help does not wait for it
+
+    if config.names[0] == config.names[1]:
+        raise ValueError(f"{config.one} and {config.other} have one name: give two data sets of other names")
+    captures = {place: open_capture(*capture_at(place)) for place in (config.one, config.other)}
+    told: dict[str, Any] = {"one": config.one, "other": config.other, "change": "force" if config.force else "mask"}
+    told |= carriers_told(captures, config.experts, forced=config.force)
+    experts = [(row["layer"], row["expert"]) for row in told["experts"]]
+    if config.write is not None:
+        _write(config.write, experts)
+    if not config.json:
+        print_carriers(stdout_console(), told)
+    if not config.only_name:
+        for each in [_again(config, place, capture, experts) for place, capture in captures.items()]:
+            if status := carry_out(each):
+                return status
+        told |= {"into": config.store, **_effects(config, captures.values())}
+    if config.json:
+        print_json(told)
+    elif config.only_name:
+        _say_how_to_capture(config, experts)
+    else:
+        print_effects(stdout_console(), told)
+        print_steered(stdout_console(), told)
+        say_next(
+            command_line("report", config.store),
+            command_line("compare", config.one, f"{config.store}/{config.names[0]}"),
+        )
+    return 0
+
+
+def _again(config: SteerConfig, place: str, capture: "xr.Dataset", experts: list[tuple[int, int]]) -> CaptureConfig:
+    """The options that capture a data set again, with the experts masked or forced."""
+    from store import attributes
+
+    if "logprob" not in capture:
+        raise ValueError(f"{place} did not record log-probabilities: capture it with --record logprob")
+    where = {field: getattr(config, field) for field in ("local", "device", "workers", "gpus_per_worker")}
+    begun = as_begun(
+        attributes(capture),
+        capture_at(place)[1],
+        store=config.store,
+        record=("logprob",),
+        top_logits=None,
+        **where,
+    )
+    more = tuple(f"{layer}:{expert}" for layer, expert in experts)
+    if config.force:
+        return replace(begun, force=(*begun.force, *more))
+    return replace(begun, mask=(*begun.mask, *more))
+
+
+def _effects(config: SteerConfig, captures: "Iterable[xr.Dataset]") -> Facts:
+    """What the change does to the predictions of both."""
+    from analysis.scanning import EVERYTHING
+    from store import open_capture
+
+    changed = [open_capture(config.store, name) for name in config.names]
+    pairs = dict(zip(config.names, zip(captures, changed, strict=True), strict=True))
+    return effects_told(pairs, EVERYTHING)
+
+
+def _write(file: Path, experts: list[tuple[int, int]]) -> None:
+    by_layer = {
+        str(layer): sorted(e for at, e in experts if at == layer) for layer in sorted({at for at, _ in experts})
+    }
+    with whole_file(file) as path:
+        path.write_text(json.dumps(by_layer) + "\n", encoding="utf-8")
+
+
+def _say_how_to_capture(config: SteerConfig, experts: list[tuple[int, int]]) -> None:
+    option = "--force" if config.force else "--mask"
+    words = [word for layer, expert in experts for word in (option, f"{layer}:{expert}")]
+    given = [f"{option}_file", config.write] if config.write is not None else words
+    say_next(command_line("capture", "--record", "logprob", *given))
+
+
+if __name__ == "__main__":
+    run_job(main)
