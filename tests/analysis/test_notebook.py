@@ -188,7 +188,7 @@ def test_tables_are_html_and_charts_are_pictures_that_need_no_network(run: Run) 
     for name in ("token-to-experts", "expert-to-tokens", "path", "two-data-sets", "plain"):
         assert re.search(r"<table|xr-wrap", shown(run, name, "text/html")), name
     assert "expert chosen" in shown(run, "two-data-sets", "text/html"), "attributes are there to be unfolded"
-    marks = {"load": ("rect mark", 64), "lift": ("text mark", 64), "repetition": ("circle", 16)}
+    marks = {"load": ("rect mark", 64), "lift": ("text mark", 64), "repetition": ("point", 16)}
     marks |= {"transitions": ("circle", 64), "contrast": ("rect mark", 64)}
     for name, (mark, count) in marks.items():
         picture = shown(run, name, "image/svg+xml")
