@@ -176,7 +176,7 @@ METRICS: dict[str, tuple[Ask, object]] = {
         int(counted(CAPTURE)[:, 1:].sum()),
     ),
     "importances": (
-        lambda c: analysis.importances(dict.fromkeys("ab", analysis.importance(RECORDED, replicates=9))),
+        lambda c: analysis.importances(dict.fromkeys("ab", RECORDED), replicates=9),
         dict.fromkeys("ab", int(counted(CAPTURE)[:, 1:].sum())),
     ),
     "growth": (lambda c: analysis.growth(c, analysis.Load(), halvings=2), tokens()),
