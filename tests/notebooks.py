@@ -4,12 +4,18 @@ They are committed with their outputs, so that a code host shows them. Run it af
 to what its cells show.
 """
 
+import ast
 import shutil
 import sys
 import tempfile
+import warnings
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -52,6 +58,56 @@ def executed(notebook: Any, root: Path) -> Path:
         resources = {"metadata": {"path": str(folder)}}
         NotebookClient(notebook, timeout=HUNG_S, resources=resources, record_timing=False).execute()
     return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """A notebook after its cells ran in this process."""
+
+    shown: dict[tuple[str, str], str]
+    """What each cell shows, by the cell's id and the MIME type."""
+    names: dict[str, Any]
+    """The variables."""
+    said: str
+    """What was written to the terminal, warnings too."""
+
+
+def run_here(notebook: Any, folder: Path) -> Ran:
+    """Run the cells in this process, in a folder: in a kernel of their own they take the imports' time once more."""
+    names: dict[str, Any] = {"__name__": "notebook"}
+    shown, before, said = {}, alt.renderers.active, StringIO()
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
+        stack.callback(alt.renderers.enable, before)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("default")
+        patch.setattr(warnings, "showwarning", lambda message, *about: print(message, file=said))
+        stack.enter_context(redirect_stdout(said))
+        stack.enter_context(redirect_stderr(said))
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                value = _value_of(cell.source, names)
+                shown |= {(cell.id, kind): data for kind, data in _forms(value).items()}
+    return Ran(shown=shown, names=names, said=said.getvalue())
+
+
+def _forms(value: Any) -> dict[str, str]:
+    """What a value shows, by MIME type; a chart by the renderer that is enabled."""
+    if hasattr(value, "_repr_mimebundle_"):
+        bundle = value._repr_mimebundle_()
+        return dict(bundle[0] if isinstance(bundle, tuple) else bundle)
+    html = {"text/html": str(value._repr_html_())} if hasattr(value, "_repr_html_") else {}
+    return {"text/plain": repr(value), **html}
+
+
+def _value_of(source: str, names: dict[str, Any]) -> Any:
+    """Run a cell; the value of its last line where that is an expression."""
+    *most, last = ast.parse(source).body
+    if not isinstance(last, ast.Expr):
+        most, last = [*most, last], ast.Expr(ast.Constant(None))
+    exec(compile(ast.Module(most, []), "cell", "exec"), names)
+    return eval(compile(ast.fix_missing_locations(ast.Expression(last.value)), "cell", "eval"), names)
 
 
 def without_places(notebook: Any, folder: Path) -> None:

@@ -1,12 +1,9 @@
 """The example notebook, run offline in a kernel as a reader runs it; its numbers are counted again in Python lists."""
 
-import ast
-import json
 import re
 import shlex
-import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from notebooks import EXAMPLES, SIZE, executed
+from notebooks import EXAMPLES, SIZE, Ran, run_here
 from tokenizers import Tokenizer
 
 import store
@@ -29,16 +26,6 @@ from workers.tiny import tiny_checkpoint
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = EXAMPLES / "original_experiment.ipynb"
-DUMP = "import json\nopen('dictionaries.json', 'w').write(json.dumps([token_to_experts, expert_to_tokens]))"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """The notebook after it was executed, and the store that it filled."""
-
-    cells: dict[str, Any]
-    store: Path
-    dictionaries: list[dict[str, dict[str, int]]]
 
 
 def read() -> Any:
@@ -47,20 +34,15 @@ def read() -> Any:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the original experiment runs."""
+    return tmp_path_factory.mktemp("notebook")
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Ran:
     """The original experiment, executed."""
-    notebook = read()
-    notebook.cells.append(nbformat.v4.new_code_cell(DUMP))
-    folder = executed(notebook, tmp_path_factory.mktemp("notebook"))
-    dictionaries = json.loads((folder / "dictionaries.json").read_text())
-    cells = {cell.id: cell for cell in notebook.cells}
-    return Run(cells=cells, store=folder / "notebook.zarr", dictionaries=dictionaries)
-
-
-def shown(run: Run, name: str, kind: str) -> str:
-    """What a cell shows in a MIME type."""
-    [output] = [output for output in run.cells[name].outputs if output.output_type == "execute_result"]
-    return str(output.data[kind])
+    return run_here(read(), folder)
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted(EXAMPLES.glob("*.ipynb"))])
@@ -81,30 +63,16 @@ def test_it_is_committed_with_what_its_cells_show_and_names_no_machine(name: str
         assert (EXAMPLES / link).exists(), link
 
 
-def test_what_is_committed_is_what_it_shows_today(run: Run) -> None:
+def test_what_is_committed_is_what_it_shows_today(run: Ran) -> None:
     kept = {cell.id: cell for cell in read().cells}
     for name in ("token-to-experts", "expert-to-tokens", "path"):
         [output] = kept[name].outputs
-        assert output.data["text/plain"] == shown(run, name, "text/plain"), "python tests/notebooks.py runs it anew"
+        assert output.data["text/plain"] == run.shown[name, "text/plain"], "python tests/notebooks.py runs it anew"
 
 
-def cell_of(source: str, names: dict[str, Any]) -> Any:
-    """Run a cell in this process; the value of its last line where that is an expression."""
-    *most, last = ast.parse(source).body
-    value = isinstance(last, ast.Expr)
-    exec(compile(ast.Module([*most, *([] if value else [last])], []), "cell", "exec"), names)
-    return eval(compile(ast.Expression(last.value), "cell", "eval"), names) if isinstance(last, ast.Expr) else None
-
-
-def test_the_specialist_that_is_removed_hurts_its_own_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run cell by cell in this process; the shares and the effect are counted again without a metric."""
-    monkeypatch.chdir(EXAMPLES)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    before, names = alt.renderers.active, {"__name__": "notebook"}
-    for cell in nbformat.read(EXAMPLES / "remove_a_specialist.ipynb", as_version=4).cells:
-        if cell.cell_type == "code":
-            cell_of(cell.source, names)
-    alt.renderers.enable(before)
+def test_the_specialist_that_is_removed_hurts_its_own_text_alone() -> None:
+    """The shares and the effect are counted again without a metric."""
+    names = run_here(nbformat.read(EXAMPLES / "remove_a_specialist.ipynb", as_version=4), EXAMPLES).names
     whole, removed, found, control = (names[name] for name in ("whole", "removed", "found", "control"))
     share = {
         name: np.stack([(kept["expert"].values[kept["token"].values > 2] == e).any(-1).mean(0) for e in range(8)], -1)
@@ -135,8 +103,8 @@ def test_its_ten_lines_are_the_preset_but_for_the_one_that_is_marked() -> None:
     assert config == replace(PRESETS["notebook"], preset="notebook", **where)
 
 
-def test_its_dictionaries_hold_what_python_lists_hold(run: Run) -> None:
-    group = zarr.open_group(run.store, mode="r")["notebook"]
+def test_its_dictionaries_hold_what_python_lists_hold(run: Ran, folder: Path) -> None:
+    group = zarr.open_group(folder / "notebook.zarr", mode="r")["notebook"]
     token, expert, piece = (group[name][:] for name in ("token", "expert", "piece"))
     assert token.shape == (8, 128)
     token_to_experts, expert_to_tokens = defaultdict(list), defaultdict(list)
@@ -145,7 +113,7 @@ def test_its_dictionaries_hold_what_python_lists_hold(run: Run) -> None:
             token_to_experts[piece[token[row, position]]].append(chosen)
             expert_to_tokens[chosen].append(piece[token[row, position]])
     assert (expert < 8).all(), "every position holds a token"
-    by_token, by_expert = run.dictionaries
+    by_token, by_expert = run.names["token_to_experts"], run.names["expert_to_tokens"]
     assert {x: Counter(experts) for x, experts in token_to_experts.items()} == {
         x: Counter({int(e): count for e, count in of.items() if count}) for x, of in by_token.items()
     }
@@ -154,11 +122,11 @@ def test_its_dictionaries_hold_what_python_lists_hold(run: Run) -> None:
     }
 
 
-def test_its_choices_are_those_that_hooks_on_the_gates_see(run: Run) -> None:
+def test_its_choices_are_those_that_hooks_on_the_gates_see(run: Ran, folder: Path) -> None:
     """As the notebook was: a text at a time through transformers' own forward, a gate's logits multiplied out."""
     loaded = load_model(tiny_checkpoint(), quantization="fp4", dtype="float16", quantize_gates=True, device="cpu")
     tokenizer = Tokenizer.from_file(str(tiny_checkpoint() / "tokenizer.json"))
-    data = store.open_capture(run.store, "notebook").load()
+    data = store.open_capture(folder / "notebook.zarr", "notebook").load()
     seen: list[torch.Tensor] = []
 
     def hook(gate: Any, inputs: Any, _: Any) -> None:
@@ -184,14 +152,14 @@ def test_its_choices_are_those_that_hooks_on_the_gates_see(run: Run) -> None:
     assert (data.attrs["quantization"], identity["compute_dtype"]) == ("fp4", "float16")
 
 
-def test_tables_are_html_and_charts_are_pictures_that_need_no_network(run: Run) -> None:
+def test_tables_are_html_and_charts_are_pictures_that_need_no_network(run: Ran) -> None:
     for name in ("token-to-experts", "expert-to-tokens", "path", "two-data-sets", "plain"):
-        assert re.search(r"<table|xr-wrap", shown(run, name, "text/html")), name
-    assert "expert chosen" in shown(run, "two-data-sets", "text/html"), "attributes are there to be unfolded"
+        assert re.search(r"<table|xr-wrap", run.shown[name, "text/html"]), name
+    assert "expert chosen" in run.shown["two-data-sets", "text/html"], "attributes are there to be unfolded"
     marks = {"load": ("rect mark", 64), "lift": ("text mark", 64), "repetition": ("point", 16)}
     marks |= {"transitions": ("circle", 64), "contrast": ("rect mark", 64)}
     for name, (mark, count) in marks.items():
-        picture = shown(run, name, "image/svg+xml")
+        picture = run.shown[name, "image/svg+xml"]
         assert picture.count(f'aria-roledescription="{mark}"') == count, name
         assert set(re.findall(r"https?://[^/\"]+", picture)) == {"http://www.w3.org"}, name
         assert 'fill="white"' in picture.split("<text")[0], "a dark Jupyter shows it on white"
@@ -206,28 +174,25 @@ def test_charts_with_tooltips_carry_their_javascript_as_it_says() -> None:
     assert round(len(page) / 1e6, 1) == 0.9
 
 
-def test_its_heat_map_and_its_plain_xarray_show_what_numpy_counts(run: Run) -> None:
-    prose, code = (store.open_capture(run.store, name).load()["expert"].values for name in ("demo-prose", "demo-code"))
-    labels = re.findall(r"expert: (\d); layer: (\d); [^\"]*tokens: ([\d,]+)", shown(run, "load", "image/svg+xml"))
+def test_its_heat_map_and_its_plain_xarray_show_what_numpy_counts(run: Ran, folder: Path) -> None:
+    prose, code = (
+        store.open_capture(folder / "notebook.zarr", name).load()["expert"].values
+        for name in ("demo-prose", "demo-code")
+    )
+    labels = re.findall(r"expert: (\d); layer: (\d); [^\"]*tokens: ([\d,]+)", run.shown["load", "image/svg+xml"])
     told = {(int(layer), int(expert)): int(tokens.replace(",", "")) for expert, layer, tokens in labels}
     assert told == {(layer, e): int((prose[:, :, layer] == e).sum()) for layer in range(8) for e in range(8)}
     first = code[..., 0]
     share = (first == 6).sum((0, 1)) / (first != 255).sum((0, 1))
-    numbers = re.search(r"array\(\[([^\]]*)\]", shown(run, "plain", "text/plain"))
+    numbers = re.search(r"array\(\[([^\]]*)\]", run.shown["plain", "text/plain"])
     assert numbers is not None
     np.testing.assert_allclose([float(number) for number in numbers[1].split(",")], share, atol=1e-6)
 
 
-def test_what_it_says_beside_its_results_is_so_and_nothing_warns(run: Run) -> None:
-    said = "".join(
-        output.text
-        for cell in run.cells.values()
-        for output in cell.get("outputs", [])
-        if output.output_type == "stream"
-    )
-    assert "arning" not in said
-    assert len(re.findall(r"(?m)^\S+: complete, ", said)) == 3
-    tops = re.findall(r"expert: (\d); .*?times all tokens: ([\d.]+)", shown(run, "lift", "image/svg+xml"))
+def test_what_it_says_beside_its_results_is_so_and_nothing_warns(run: Ran) -> None:
+    assert "arning" not in run.said
+    assert len(re.findall(r"(?m)^\S+: complete, ", run.said)) == 3
+    tops = re.findall(r"expert: (\d); .*?times all tokens: ([\d.]+)", run.shown["lift", "image/svg+xml"])
     assert {expert for expert, lift in tops if float(lift) > 3} == set("0123456"), "experts of a layer come apart"
-    apart = re.findall(r"p, of all cells together: ([\d.]+)", shown(run, "contrast", "image/svg+xml"))
+    apart = re.findall(r"p, of all cells together: ([\d.]+)", run.shown["contrast", "image/svg+xml"])
     assert 32 < sum(float(p) <= 0.05 for p in apart) < 64, "some cells are pale, most are not"
