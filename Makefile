@@ -7,10 +7,10 @@ BIN := .venv/bin
 
 .PHONY: demo test chaos check bench lock clean
 
-demo: .venv/ready
+demo: $(BIN)/expert-atlas
 	$(BIN)/python jobs/demo.py
 
-test: .venv/ready
+test: $(BIN)/expert-atlas
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=15
 
 chaos: .venv/ready
@@ -31,6 +31,11 @@ bench: .venv/ready
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@touch $@
+
+# The command expert-atlas, which runs the scripts of this folder; built with the environment's own setuptools.
+$(BIN)/expert-atlas: .venv/ready pyproject.toml
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # Writes requirements.lock anew from pyproject.toml: every platform, hashes, no addresses.

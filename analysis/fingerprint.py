@@ -21,7 +21,6 @@ from types import CodeType, FunctionType, GenericAlias, MethodType, ModuleType, 
 from typing import Any
 
 import numpy as np
-from numba.core.dispatcher import Dispatcher
 
 OURS = ("store", "workers", "analysis", "jobs")  # followed, also where they are installed
 PLAIN = (
@@ -72,8 +71,8 @@ def frozen(names: Mapping[str, object], file: str) -> dict[str, object]:
     for name, value in names.items():
         if isinstance(value, ModuleType) and not _installed(value.__name__):
             raise ValueError(f"{file} refers to the module {value.__name__}: import names from it")
-        if isinstance(value, Dispatcher):
-            if value.py_func.__code__.co_filename != file:
+        if loop := _loop(value):
+            if loop.__code__.co_filename != file:
                 kept[name] = value
         elif not name.startswith("__") and isinstance(value, bool | int | float | complex | str | tuple | np.ndarray):
             kept[name] = value
@@ -122,10 +121,10 @@ class _Reader:
             self.say("array", value.dtype.str, value.shape, data)
 
     def _read_once(self, value: Any) -> None:
-        if isinstance(value, Dispatcher):
-            if not Path(value.py_func.__code__.co_filename).is_file():
-                raise ValueError(f"the kernel {value.py_func.__qualname__} is in no file: its code may be an older one")
-            self._each("kernel", [value.targetoptions, value.py_func])
+        if loop := _loop(value):
+            if not Path(loop.__code__.co_filename).is_file():
+                raise ValueError(f"the kernel {loop.__qualname__} is in no file: its code may be an older one")
+            self._each("kernel", [value.targetoptions, loop])
         elif found := _public(value):
             self.say("installed", found)
         elif isinstance(value, FunctionType):
@@ -165,6 +164,12 @@ class _Reader:
         self.say("code", sys.version_info[:2], value.co_code, value.co_names, value.co_varnames, value.co_freevars)
         self.say(value.co_argcount, value.co_kwonlyargcount, value.co_flags, getattr(value, "co_exceptiontable", b""))
         self._each("constants", value.co_consts)
+
+
+def _loop(value: Any) -> FunctionType | None:
+    """The Python function of a kernel, ours or numba's own; None of anything else."""
+    found = None if isinstance(value, type | ModuleType) else getattr(value, "py_func", None)
+    return found if isinstance(found, FunctionType) else None
 
 
 def _parts(value: Any) -> list[object]:

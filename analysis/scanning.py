@@ -16,16 +16,14 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
-import numba
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
 from analysis.attributes import refuse_undescribed
-from analysis.fingerprint import fingerprint, frozen
+from analysis.compiled import kernel as kernel  # for the modules of reducers too
 
 Array = NDArray[Any]
 Block = dict[str, Array]
@@ -39,8 +37,6 @@ RECORDED = {"logit": "logits", "logit_expert": "logits", "output_norm": "output_
 """What `--record` of a capture makes each of the arrays that only some captures have."""
 COMPUTED = frozenset({"code", "document"})  # what a block holds that the store does not
 CODES = 254  # ordered choices of a token that are counted as one number: E**k at most, 64 for Mixtral
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,38 +98,6 @@ def label_numbers(dataset: xr.Dataset, name: str, wanted: Sequence[str]) -> list
 def selected_labels(dataset: xr.Dataset, only: Selection) -> dict[str, list[int]]:
     """The numbers of the roles and phases that are selected, by variable; errors as `label_numbers`."""
     return {name: label_numbers(dataset, name, labels) for name, labels in only.labels.items()}
-
-
-def kernel(function: _Function) -> _Function:
-    """Compile a numpy loop to machine code that runs without the interpreter lock.
-
-    It is kept for the next process where some folder can be written: beside the code, or in the user's cache. It is
-    compiled anew when its file changes, or what the file takes from others by name: kernels that it may call, and
-    constants.
-    """
-    compiled = numba.njit(nogil=True)(function)
-    try:
-        taken = _taken(function)
-        compiled.enable_caching()
-    except (RuntimeError, ValueError):  # no folder can be written, as in containers; no file, as in notebooks
-        return cast(_Function, compiled)
-    cache = compiled._cache._cache_file  # numba compares only the function's own file with what it was compiled from
-    cache._source_stamp = (cache._source_stamp, taken)
-    return cast(_Function, compiled)
-
-
-def _taken(function: Callable[..., Any]) -> str:
-    """A fingerprint of what a function's file has taken from others so far that machine code may hold.
-
-    Raises
-    ------
-    ValueError
-        When the function is in no file, or that cannot be told.
-    """
-    own = function.__code__.co_filename
-    if not Path(own).is_file():
-        raise ValueError(f"{own} is no file")
-    return fingerprint(frozen(function.__globals__, own))
 
 
 class Reducer(ABC):

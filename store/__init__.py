@@ -18,12 +18,13 @@ from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.identity import model_differences
 from store.layout import Layout
+from store.names import dataset_names
 from store.plan import Plan, Rows
 from store.verification import Findings, verify
 from store.writing import write_capture
 
 if TYPE_CHECKING:
-    from store.reader import dataset_names, open_capture, open_tree
+    from store.reader import open_capture, open_tree
 
 __all__ = [
     "CaptureGroup",

@@ -176,7 +176,7 @@ METRICS: dict[str, tuple[Ask, object]] = {
         int(counted(CAPTURE)[:, 1:].sum()),
     ),
     "importances": (
-        lambda c: analysis.importances(dict.fromkeys("ab", analysis.importance(RECORDED, replicates=9))),
+        lambda c: analysis.importances(dict.fromkeys("ab", RECORDED), replicates=9),
         dict.fromkeys("ab", int(counted(CAPTURE)[:, 1:].sum())),
     ),
     "growth": (lambda c: analysis.growth(c, analysis.Load(), halvings=2), tokens()),
@@ -289,6 +289,7 @@ REDUCERS: dict[str, tuple[Reducer, int]] = {
     "Repetition": (analysis.Repetition((1, 4)), pairs()),
     "RouterDistribution": (analysis.RouterDistribution(SCORES), tokens()),
     "Saliency": (analysis.Saliency(), tokens()),
+    "SampledPredictions": (analysis.SampledPredictions(), tokens()),
     "SampledRoutes": (analysis.SampledRoutes(), tokens()),
     "SampledRows": (analysis.SampledRows(analysis.Load(), 1), tokens()),
     "SegmentRouting": (analysis.SegmentRouting((4,)), tokens()),

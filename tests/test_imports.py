@@ -27,8 +27,8 @@ ROOMS = {
     ],
     "jobs": ["console", "sources", "capturing", "cluster"],  # and then the scripts
     "analysis": [
-        *["escaping", "token_classes", "attributes", "fingerprint", "scanning", "statistics", "results", "charts"],
-        *["metrics", "doctor", "exports", "report", "explorer", "examples"],
+        *["escaping", "token_classes", "attributes", "fingerprint", "compiled", "scanning", "statistics", "results"],
+        *["charts", "metrics", "doctor", "exports", "report", "explorer", "examples"],
     ],
 }
 """Files and folders of a package, from the ground up: each may import from those before it."""

@@ -1,4 +1,4 @@
-"""A metric of one's own in ten lines: `python analysis/examples/own_metric.py demo.zarr demo-prose`.
+"""A metric of one's own in ten lines: `python analysis/examples/own_metric.py demo.zarr/demo-prose`.
 
 At how many tokens could the router as well have chosen the other way round? The share of tokens whose two largest
 weights differ by less than a tenth. A reducer adds up integers, shard by shard; `scan` does all else: threads, memory,
@@ -43,8 +43,9 @@ class NearTies(Reducer):
         )
 
 
-def main(path: str, dataset: str) -> None:
+def main(place: str) -> None:
     """Print the metric."""
+    path, _, dataset = place.rpartition("/")
     [found] = scan(store.open_capture(path, dataset), [NearTies()])
     print(f"{dataset}: share of {found.attrs['n']:,} tokens whose two weights differ by less than a tenth")
     for layer in found["layer"].values.tolist():
@@ -52,6 +53,6 @@ def main(path: str, dataset: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python analysis/examples/own_metric.py STORE DATASET")
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit("usage: python analysis/examples/own_metric.py STORE/DATASET")
+    main(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Mixtral's table 5 on a capture of yours: `python analysis/examples/table5.py demo.zarr demo-prose`.
+"""Mixtral's table 5 on a capture of yours: `python analysis/examples/table5.py demo.zarr/demo-prose`.
 
 How often does the next token go to the same expert? After Mixtral of Experts (Jiang et al. 2024), whose table has three
 layers, 0, 15 and 31: "first choice", and "first or second choice", which is any expert in common.
@@ -13,8 +13,9 @@ import store
 from analysis import repetition
 
 
-def main(path: str, dataset: str) -> None:
+def main(place: str) -> None:
     """Print the table."""
+    path, _, dataset = place.rpartition("/")
     found = repetition(store.open_capture(path, dataset)).sel(lag=1)
     print(f"{dataset}: {found.attrs['n']:,} pairs of neighbouring tokens; % that repeat\n")
     print(f"{'layer':>9}  {'first choice':>14}  {'first or second':>16}")
@@ -26,6 +27,6 @@ def main(path: str, dataset: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python analysis/examples/table5.py STORE DATASET")
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit("usage: python analysis/examples/table5.py STORE/DATASET")
+    main(sys.argv[1])

@@ -1,4 +1,4 @@
-"""The notebook's two dictionaries: `python analysis/examples/two_dictionaries.py demo.zarr demo-prose --layer 3`.
+"""The notebook's two dictionaries: `python analysis/examples/two_dictionaries.py demo.zarr/demo-prose --layer 3`.
 
 Expert -> its tokens, and token -> its experts, at one layer, each with how often. A token is an expert's when it is any
 of the token's choices. Add `by="lift", min_count=20` to `expert_tokens` for the tokens that are typical of an expert.
@@ -34,9 +34,9 @@ def main(path: str, dataset: str, layer: int, top: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Expert -> tokens and token -> experts, at one layer.")
-    parser.add_argument("store")
-    parser.add_argument("dataset")
+    parser.add_argument("place", metavar="STORE/DATASET")
     parser.add_argument("--layer", type=int, required=True)
     parser.add_argument("--top", type=int, default=10, help="entries to print (default 10)")
     options = parser.parse_args()
-    main(options.store, options.dataset, options.layer, options.top)
+    path, _, dataset = options.place.rpartition("/")
+    main(path, dataset, options.layer, options.top)

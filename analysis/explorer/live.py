@@ -20,7 +20,7 @@ from analysis.explorer.expert import Profiles
 from analysis.explorer.index import PARTS_AT_ONCE, CaptureIndex
 from analysis.explorer.view import View
 from analysis.scanning import EVERYTHING, Selection
-from store.reader import dataset_names
+from store.names import dataset_names
 from store.secrets import without_secrets
 
 BUSY_S, QUIET_S = 2.0, 20.0  # between looks at a capture that runs, and at one that is complete

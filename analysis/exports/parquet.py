@@ -39,7 +39,8 @@ from analysis.scanning import EVERYTHING, Array, Reducer, Selection
 from store.attributes import attributes
 from store.coverage import Coverage, coverage
 from store.files import whole_file
-from store.reader import dataset_names, open_covered
+from store.names import dataset_names
+from store.reader import open_covered
 
 ROWS = 2**17  # of a row group: what DuckDB gives to one thread (122,880), rounded up to a power of two
 CONVENTIONS: tuple[Followed, ...] = ("first", "all", "rank")

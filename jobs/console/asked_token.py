@@ -36,15 +36,12 @@ class AskedToken:
         tokens = counts["tokens"].values.tolist()
         first, *rest = sorted(self.meant, key=lambda token: -tokens[token])
         others = sorted((token for token in (*rest, *self.near) if tokens[token]), key=lambda token: -tokens[token])
-        pieces = capture["piece"].values[others].tolist()
-        rows = [
-            {"token_id": token, "piece": piece, "tokens": tokens[token]}
-            for token, piece in zip(others, pieces, strict=True)
-        ]
+        pieces = capture["piece"].values
+        rows = [{"token_id": token, "piece": pieces[token], "tokens": tokens[token]} for token in others]
         answer = token_answer(capture, first, layers, counts)
         listed = ", ".join(f"{shown(row['piece'])} (id {row['token_id']}) {row['tokens']:,}" for row in rows[:LISTED])
         more = f" and {len(rows) - LISTED} more" * (len(rows) > LISTED)
-        taken = f"{shown(self.word)!r} is taken for {answer.facts['piece']!r} (id {first})"
+        taken = f'"{shown(self.word)}" is taken for {shown(pieces[first])} (id {first})'
         note = f"{taken}; near it, with their occurrences: {listed}{more}; --token_id asks for one of them"
         return replace(answer, facts={**answer.facts, "others": rows}, note=note if rows else "")
 
@@ -109,7 +106,7 @@ def _none(word: str, pieces: list[str], near: list[int]) -> str:
     words = difflib.get_close_matches(_plain(word), plain, n=LISTED)
     numbers = [*near, *(number for other in words for number in plain[other])]
     named = ", ".join(f"{shown(pieces[number])} ({number})" for number in list(dict.fromkeys(numbers))[:LISTED])
-    return f"no token is {shown(word)!r}; near it, with their ids: {named or 'none'}"
+    return f"no token reads {shown(word)}; near it, with their ids: {named or 'none'}"
 
 
 def _plain(piece: str) -> str:

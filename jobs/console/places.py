@@ -1,7 +1,7 @@
 """How a command line names captures, and files to write.
 
 A place is STORE/DATASET, or STORE for all data sets of a store; where one capture is meant, STORE is enough if it holds
-only one. Does not open captures, nor load xarray before it looks.
+only one. Does not open captures, and does not load xarray.
 """
 
 from collections.abc import Iterable

@@ -61,7 +61,7 @@ def test_table5_counts_what_numpy_counts(path: Path, tmp_path: Path) -> None:
     data, filled = routed(path, "one")
     expert, both = data["expert"].values, filled[:, 1:]
     here, before = expert[:, 1:][both], expert[:, :-1][both]
-    lines = example("table5", path, "one", folder=tmp_path).splitlines()  # from any folder
+    lines = example("table5", path / "one", folder=tmp_path).splitlines()  # from any folder
     assert lines[0] == f"one: {both.sum()} pairs of neighbouring tokens; % that repeat"
     for line, index in zip(lines[3:6], range(3), strict=True):
         first = (here[:, index, 0] == before[:, index, 0]).mean()
@@ -90,7 +90,7 @@ def test_two_dictionaries_counts_what_numpy_counts(path: Path) -> None:
     data, filled = routed(path, "two")
     token, chosen = data["token"].values[filled], data["expert"].values[filled][:, LAYERS.index(5)]
     pairs = Counter((int(t), int(e)) for t, both in zip(token, chosen, strict=True) for e in both)
-    lines = example("two_dictionaries", path, "two", "--layer", 5, "--top", 3).splitlines()
+    lines = example("two_dictionaries", path / "two", "--layer", 5, "--top", 3).splitlines()
     assert lines[0] == "expert -> tokens, at layer 5 of two"
     occurs = Counter(token.tolist())
     for expert, line in enumerate(lines[1:9]):
@@ -109,7 +109,7 @@ def test_own_metric_counts_what_numpy_counts(path: Path) -> None:
     data, filled = routed(path, "one")
     weight = data["weight"].values[filled].astype(float)
     near = weight[..., 1] > 0.9 * weight[..., 0]
-    lines = example("own_metric", path, "one").splitlines()
+    lines = example("own_metric", path / "one").splitlines()
     assert f"share of {filled.sum()} tokens" in lines[0]
     assert [numbers(line) for line in lines[1:]] == [
         [layer, round(float(near[:, index].mean()), 4)] for index, layer in enumerate(LAYERS)

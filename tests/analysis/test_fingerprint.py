@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import analysis
+from analysis.compiled import Kernel
 from analysis.fingerprint import fingerprint
 from analysis.metrics.choice_kernels import in_common
 from analysis.metrics.choices import Choices
@@ -149,7 +150,7 @@ def test_a_kernel_is_compiled_anew_when_another_file_s_kernel_or_constant_change
 
     def run() -> tuple[int, int]:
         code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; sys.dont_write_bytecode = True\n"
-        code += "from caller import f\nprint(f(10), sum(f.stats.cache_hits.values()))"
+        code += "from caller import f\nprint(f(10), sum(f.compiled.stats.cache_hits.values()))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         found, hits = map(int, done.stdout.split())
         return found, hits
@@ -164,7 +165,6 @@ def test_a_kernel_is_compiled_anew_when_another_file_s_kernel_or_constant_change
 
 def test_the_kernels_of_the_analysis_are_kept_for_the_next_process() -> None:
     from numba.core.caching import NullCache
-    from numba.core.dispatcher import Dispatcher
 
     for name in analysis.__all__:
         getattr(analysis, name)
@@ -173,7 +173,7 @@ def test_the_kernels_of_the_analysis_are_kept_for_the_next_process() -> None:
         for name, module in list(sys.modules.items())
         if name.startswith("analysis.")
         for key, value in vars(module).items()
-        if isinstance(value, Dispatcher)
+        if isinstance(value, Kernel)
     }
     assert len(kernels) > 20
-    assert [name for name, found in kernels.items() if isinstance(found._cache, NullCache)] == []
+    assert [name for name, found in kernels.items() if isinstance(found.compiled._cache, NullCache)] == []

@@ -132,8 +132,19 @@ def test_few_documents_have_effects_and_no_intervals() -> None:
 
 
 def test_of_several_data_sets_the_least_important_experts_are_those_of_the_mean() -> None:
-    found = {name: importance(capture_of(seed=seed), replicates=9) for name, seed in (("a", 1), ("b", 2))}
-    together = importances(found)
+    captures = {name: capture_of(seed=seed) for name, seed in (("a", 1), ("b", 2))}
+    found = {name: importance(capture, replicates=9) for name, capture in captures.items()}
+    together = importances(captures, replicates=9)
+    for name, alone in found.items():
+        own = together.sel(data_set=name, drop=True)
+        xr.testing.assert_equal(own[["effect", "p", "q", "share"]], alone[["effect", "p", "q", "share"]])
+        share, average = alone["share"].values, (found["a"]["share"].values + found["b"]["share"].values) / 2
+        np.testing.assert_allclose(own["lift"], share / average)
+        ranks = [
+            spearmanr(loss, lift).statistic for loss, lift in zip(-alone["effect"].values, share / average, strict=True)
+        ]
+        assert float(own["within_layers"].sel(predictor="lift")) == pytest.approx(np.mean(ranks))
+    assert "lift" not in importances({"a": captures["a"]}, replicates=9)
     assert together["effect"].dims == ("data_set", "layer", "expert")
     assert (together["n"].values == [found["a"].attrs["n"], found["b"].attrs["n"]]).all()
     mean = (found["a"]["effect"] + found["b"]["effect"]).values / 2

@@ -29,8 +29,7 @@ def test_a_kernel_compiles_where_no_folder_for_its_cache_can_be_written(monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(Dispatcher, "enable_caching", unwritable)
-        add_one = kernel(lambda number: number + 1)
-    assert add_one(2) == 3
+        assert kernel(lambda number: number + 1)(2) == 3
 
 
 def test_a_user_without_a_home_is_given_a_name_for_it_and_asked_for_a_store(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,10 +22,13 @@ from synthetic import HOSTILE, make_capture
 from analysis import logprob_by_expert, router_distribution, saliency
 from analysis.exports.parquet import SCHEMAS
 from analysis.metrics.paths import document_path
-from analysis.metrics.tokens import expert_tokens, token_experts
+from analysis.metrics.tokens import TokenCounts, expert_tokens, token_experts
+from analysis.scanning import scan
 from jobs import query
 from jobs.console import tables as screen
+from jobs.console.asked_token import asked_token
 from jobs.console.query_rows import document_answer, expert_color
+from jobs.console.terminal import shown
 from store import CaptureGroup, open_capture
 
 ROOT = Path(__file__).parents[2]
@@ -314,9 +318,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--document", "4"], "document 4: the capture has documents 0 to 3"),
     (["--document", "-1"], "no document has the name '-1'; give the id of one, 0 to 3"),
     (["--document", "none"], "no document has the name 'none'; give the id of one, 0 to 3"),
-    (["--token", "17"], "no token has the piece 17; near it, with their ids: ▁17 (17)"),
-    (["--token", "\x1b[31m%"], r"no token has the piece \x1b[31m%; near it, with their ids: "),
-    (["--token", "%!%"], "no token has the piece %!%; near it, with their ids: none"),
+    (["--token", "17x"], "no token reads 17x; near it, with their ids: ▁17"),
+    (["--token", "\x1b[31m%"], r"no token reads \x1b[31m%; near it, with their ids: "),
+    (["--token", "%!%"], "no token reads %!%; near it, with their ids: none"),
+    (["--token", "1000"], "no token reads 1000; near it, with their ids: ▁"),
     (["--token_id", "1000"], "--token_id 1000: the vocabulary has tokens 0 to 999"),
     (["--token_id", "-1"], "--token_id -1: the vocabulary has tokens 0 to 999"),
     (["--token_id", str(BOS_ID)], f"token {BOS_ID}, ▁{BOS_ID}, is a special one: they are not counted"),
@@ -353,12 +358,78 @@ def test_a_place_that_is_no_capture_is_told(place: str, told: str, ask: Callable
     assert done.err == f"error: {told}\n"
 
 
-def test_a_piece_of_several_tokens_is_asked_for_by_id() -> None:
-    capture = make_capture(pieces=["same", "<s>", "same", *(f"▁w{number}" for number in range(37))])
-    with pytest.raises(ValueError, match=r"tokens \[0, 2\] all have the piece same: give one as --token_id"):
-        query._token(capture, "same", None)
-    with pytest.raises(ValueError, match=r"near it, with their ids: ▁w5 \(8\), "):
-        query._token(capture, "W5", None)
+# --- Which token ----------------------------------------------------------------------------------------------------
+
+PIECES = ["<s>", "the", "▁the", "▁The", "THE", "<0x0A>", "\\n", "7", "▁7", "▁", "a▁b", "▁return", "<0x61>", "a"]
+TIMES = [50, 10, 6094, 321, 0, 1700, 2, 161, 30, 5, 1, 21, 3, 9]
+
+
+def occurring(*times: int) -> tuple[Any, Any]:
+    """A capture with those pieces, and counts of them; all go to expert 0 of layer 0."""
+    capture = make_capture(pieces=[*PIECES, *(f"w{number}" for number in range(26))]).assign_attrs(
+        special_token_ids=[0]
+    )
+    counts = scan(capture, [TokenCounts()])[0]
+    every = [*times, *[1] * 26]
+    counted = np.zeros_like(counts["counts"].values)
+    counted[:, :, 0] = np.array(every)[:, None]
+    return capture, counts.assign(tokens=("token_id", every), counts=(counts["counts"].dims, counted))
+
+
+@pytest.mark.parametrize(
+    ("word", "answered", "others"),
+    [
+        ("the", "▁the", ["▁The", "the"]),
+        (" the", "▁the", ["▁The", "the"]),
+        ("▁the", "▁the", ["▁The", "the"]),
+        ("The", "▁The", ["▁the", "the"]),
+        ("THE", "THE", ["▁the", "▁The", "the"]),
+        (r"\n", "<0x0A>", [r"\n"]),
+        ("\n", "<0x0A>", []),
+        ("<0x0A>", "<0x0A>", []),
+        ("7", "7", ["▁7"]),
+        (" 7", "▁7", ["7"]),
+        (" ", "▁", []),
+        ("a b", "a▁b", []),
+        ("a", "a", ["<0x61>"]),
+        ("11", "▁return", []),
+        (r"\x61", "a", ["<0x61>"]),
+    ],
+)
+def test_a_token_is_asked_for_as_text_piece_escape_or_id_and_the_most_frequent_is_answered(
+    word: str, answered: str, others: list[str]
+) -> None:
+    capture, counts = occurring(*TIMES)
+    answer = asked_token(capture, word, None).answer(capture, [0], counts)
+    assert (answer.facts["piece"], answer.facts["tokens"]) == (answered, TIMES[PIECES.index(answered)])
+    named = [row["piece"] for row in answer.facts["others"] if row["token_id"] < len(PIECES)]
+    assert named == others
+    for row in answer.facts["others"]:
+        assert f"{shown(row['piece'])} (id {row['token_id']}) {row['tokens']:,}" in answer.note
+    by_id = asked_token(capture, None, PIECES.index(answered)).answer(capture, [0], counts)
+    assert (by_id.facts["piece"], by_id.facts["others"], by_id.note) == (answered, [], "")
+
+
+def test_which_token_is_answered_follows_the_counts_and_never_a_special_one() -> None:
+    capture, counts = occurring(*TIMES[:1], 9000, *TIMES[2:])
+    assert asked_token(capture, "the", None).answer(capture, [0], counts).facts["piece"] == "the"
+    assert asked_token(capture, " the", None).answer(capture, [0], counts).facts["piece"] == "▁the", "with its space"
+    with pytest.raises(ValueError, match="token 0, <s>, is a special one"):
+        asked_token(capture, "<s>", None)
+    with pytest.raises(ValueError, match=r"no token reads retrun; near it, with their ids: ▁return \(11\)"):
+        asked_token(capture, "retrun", None)
+
+
+def test_a_question_that_was_asked_before_loads_no_compiler_and_a_script_says_it(store: Path) -> None:
+    """What xarray loads with its first variable is not ours to leave out: pandas, dask and, of it, scipy."""
+    script, question = str(ROOT / "jobs" / "query.py"), [str(store / "b"), "--token_id", "17"]
+    query.main(question)  # the answer is kept
+    told = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run([sys.executable, script, *question], env=told, capture_output=True, text=True, check=True)
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "in b: " in done.stdout
+    assert {"tyro", "xarray", "zarr"} <= loaded
+    assert loaded.isdisjoint({"numba", "llvmlite", "torch", "transformers", "ray", "altair", "datasets"})
 
 
 def test_it_runs_as_a_script_and_a_typo_names_the_flag(store: Path) -> None:
@@ -368,4 +439,4 @@ def test_it_runs_as_a_script_and_a_typo_names_the_flag(store: Path) -> None:
     assert len(drawn(done.stdout)) == 40
     typo = subprocess.run([*script, str(store), "--tokne", "x"], capture_output=True, text=True, check=False)
     assert typo.returncode == 2
-    assert "--token " in (typo.stdout + typo.stderr)
+    assert "did you mean --token?" in typo.stderr
