@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.starting import start
+from jobs.console.starting import command_line, start
 
 start(__name__, __doc__)
 
@@ -57,10 +57,9 @@ from jobs.capturing.importance_options import ImportanceConfig, parse_importance
 from jobs.capturing.options import take_hub_token
 from jobs.console.importance_rows import importance_told, print_importance
 from jobs.console.tables import print_json, stdout_console
-from jobs.console.terminal import log, reporting, run_job
+from jobs.console.terminal import log, reporting, run_job, say_next
 from store.attributes import flat
 from store.files import whole_file
-from store.records import parse_record
 from workers.tiny import model_path
 
 if TYPE_CHECKING:
@@ -86,15 +85,17 @@ def main(arguments: list[str]) -> int:
     from jobs.capturing.captures import exit_status
 
     states = _measured(config)
+    status = exit_status(states)
     if any(not state.tokens_done for state in states):
-        return exit_status(states)
+        return status
     found = _found(config, states)
     if config.write_mask is not None:
         _write_mask(config.write_mask, found, config.least)
     if config.figures is not None:
         _draw(config.figures, found)
     _tell(config, found)
-    return exit_status(states)
+    say_next(command_line("report" if status == 0 else "status", config.store_path))
+    return status
 
 
 def _estimate(config: ImportanceConfig) -> int:
@@ -113,7 +114,7 @@ def _measured(config: ImportanceConfig) -> "Sequence[Coverage]":
     from jobs.capturing.importance_run import ImportanceRun
 
     run = ImportanceRun(config)
-    sources = run.sources()  # a mistake is reported before a cluster is waited for
+    sources = run.sources()  # a data set that is not there is reported before a cluster is waited for
     if config.local:
         from jobs.capturing.local import capture_here
 
@@ -121,13 +122,14 @@ def _measured(config: ImportanceConfig) -> "Sequence[Coverage]":
     from jobs.cluster.ray_workers import connected
 
     with connected(config) as cluster:
-        return capture_datasets(ImportanceRun(config, cluster.device), sources, cluster.capture)
+        run = ImportanceRun(config, cluster.device)  # whose device may do what this machine's cannot
+        return capture_datasets(run, run.sources(), cluster.capture)
 
 
 def _refuse_other_store(output: Path) -> None:
     """Refuse a place that holds anything but an earlier result."""
     about = output / "zarr.json"
-    earlier = about.is_file() and parse_record(about.read_bytes()).get("attributes", {}).get("format") == FORMAT
+    earlier = about.is_file() and FORMAT in about.read_text(encoding="utf-8", errors="replace")
     if output.exists() and not earlier:
         raise ValueError(f"--output {output} is there, and no result of this job: name a new folder")
 

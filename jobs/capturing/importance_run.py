@@ -3,7 +3,7 @@
 Everything else is a capture's: planning, leases, shards, commits, workers, and what happens when something breaks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from jobs.capturing.run import CPU_SHARD_OPERATIONS, Prepared, Run
 from jobs.sources.documents import Document, Source
 from jobs.sources.sampled import sampled
 from store.layout import default_rows_per_shard
+from workers.engine import ModelEngine
 from workers.importance import EFFECTS, ImportanceEngine
 from workers.interventions import Interventions, layers_named
 from workers.models.checkpoint import find_checkpoint
@@ -29,11 +30,6 @@ class ImportanceRun(Run):
     config: ImportanceConfig
     batch_tokens_on: ClassVar[Mapping[str, int]] = {"cuda": 65_536, "cpu": 8_192}
     named: ClassVar[str] = "-importance"
-
-    def __init__(self, config: ImportanceConfig, device: str | None = None) -> None:
-        super().__init__(config, device)
-        self.engine = partial(ImportanceEngine, layers=self.measured)
-        self._refuse_mask()
 
     @cached_property
     def measured(self) -> tuple[int, ...]:
@@ -57,9 +53,13 @@ class ImportanceRun(Run):
                 f" layer in --write_mask, and {chosen} are chosen for each token: give fewer"
             )
 
+    @property
+    def engine(self) -> Callable[..., ModelEngine]:
+        """See `Run`; so for the others."""
+        return partial(ImportanceEngine, layers=self.measured)
+
     @cached_property
     def recorded(self) -> Recorded:
-        """See `Run`; so for the others."""
         return EFFECTS
 
     @cached_property
@@ -89,6 +89,7 @@ class ImportanceRun(Run):
         ]
 
     def prepare(self, name: str, source: Source) -> Prepared:
+        self._refuse_mask()
         prepared = super().prepare(name, source)
         return replace(prepared, identity={**prepared.identity, "effect_layers": [*self.measured]})
 

@@ -67,8 +67,6 @@ class Run:
     """Default tokens in a micro-batch, by device."""
     named: ClassVar[str] = ""
     """What follows a data set's name in the default name of its group."""
-    engine: Callable[..., ModelEngine] = ModelEngine
-    """What is made of the loaded model: see `workers.engine.load_engine`."""
 
     def __init__(self, config: CaptureConfig, device: str | None = None) -> None:
         self.config = config
@@ -150,6 +148,11 @@ class Run:
             top_logits=config.top_logits,
             weight_precision=config.weight_precision,
         )
+
+    @property
+    def engine(self) -> Callable[..., ModelEngine]:
+        """What is made of the loaded model: see `workers.engine.load_engine`."""
+        return ModelEngine
 
     @property
     def kept_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """What the effects of all experts cost: `python tests/benchmarks/importance.py -o RESULT.json` on one GPU, by hand.
 
-Makes Mixtral 8x7B's full size on the card (random weights, NF4), in products of one kind: `--matmul bf16`, about eight
-minutes on an H200, or `--matmul fp8`, about six. Times captures with one expert masked, of which the naive sweep has
+Makes Mixtral 8x7B's full size on the card (random weights, NF4), in products of one kind: `--matmul bf16`, about seven
+minutes on an H200, or `--matmul fp8`, about four. Times captures with one expert masked, of which the naive sweep has
 one for each expert, and then the effects of all experts on one micro-batch, and compares some of them with those of the
 captures. `--last 2` measures the last two layers only; `--tiny` does it with the tiny model on a CPU, to try it.
 """
