@@ -254,8 +254,8 @@ def test_a_place_is_a_store_or_a_data_set_of_it(store: Path, command: Callable[.
     assert by_store([f"{store}/b", f"{store}/a", f"{store}/"]) == {str(store): ["b", "a"]}
     with pytest.raises(FileNotFoundError, match=rf"no data set 'c' in {store}; it holds: a, b"):
         captures_at(f"{store}/c")
-    with pytest.raises(FileNotFoundError, match=rf"no store at {store}/a/x .*, and {store}/a is no store"):
-        captures_at(f"{store}/a/x")
+    with pytest.raises(FileNotFoundError, match=rf"no store at {store}-no/x .*, and {store}-no is no store"):
+        captures_at(f"{store}-no/x")
     told = json.loads(command(store / "b", "--json", main=status.main).out)
     assert [each["data_set"] for each in told["data_sets"]] == ["b"]
     assert command(store, main=doctor.main).err == f"error: {store} holds a, b: say which, as {store}/a\n"
