@@ -68,7 +68,7 @@ def class_heatmap(found: xr.Dataset) -> Drawing:
         *([cells, words] if layers <= WORDS_LAYERS else [cells]),
         title=alt.Title(
             "Classes: the expert with the highest lift",
-            subtitle=[f"n = {found.attrs['n']:,} tokens; pale where the interval holds 1, by chance, or there is none"],
+            subtitle=[f"n = {found.attrs['n']:,} tokens; pale where it may be chance, or there is no interval"],
         ),
         width="container",
         height=layer_step(layers) * layers,
