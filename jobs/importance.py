@@ -33,7 +33,8 @@ Where to run:
   also --device --workers --gpus_per_worker --cpus_per_worker --batch_tokens --stall_minutes
 
 Recovery: the same command resumes what was stopped. Its other options:
-  also --dry_run --rate --retry_quarantined --allow_mixed
+  --dry_run                 estimate tokens, bytes and memory, and write nothing; with --rate: time
+  also --retry_quarantined --allow_mixed
 
 docs/options.md explains every option. Exit status: 0 measured, 1 something is missing, 2 a mistake,
 3 only shards in quarantine are missing, 130 or 143 interrupted.
@@ -135,17 +136,14 @@ def _found(config: ImportanceConfig, states: "Sequence[Coverage]") -> "xr.Datase
     """The importance of every expert on each data set, written as a small store too."""
     from numpy.dtypes import StringDType
 
-    from analysis.metrics.importance import importance, importances
+    from analysis.metrics.importance import importances
     from store.reader import open_covered
 
-    found = {}
-    for state in states:
-        with reporting(state.dataset, unit="shards", transient=True) as report:
-            capture = open_covered(config.store_path, state)
-            progress = lambda done, total, report=report: report.to(done)
-            found[state.dataset] = importance(capture, progress=progress)
-    together = importances(found)
-    together.attrs = flat({**together.attrs, "model": capture.attrs["model"], "format": FORMAT})
+    captures = {state.dataset: open_covered(config.store_path, state) for state in states}
+    with reporting("effects", unit="shards", transient=True) as report:
+        together = importances(captures, progress=lambda done, total: report.add(1))
+    model = next(iter(captures.values())).attrs["model"]
+    together.attrs = flat({**together.attrs, "model": model, "format": FORMAT})
     texts = {name: {"dtype": StringDType()} for name, each in together.variables.items() if each.dtype.kind == "U"}
     together.to_zarr(config.output, mode="w", consolidated=False, encoding=texts)
     log(f"the effects by data set, layer and expert are in {config.output}")

@@ -41,11 +41,12 @@ def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = Fal
         `offset` and `captured` over (doc), `name` (document), `piece` (token_id); for conversations also `role` uint8
         (doc, position). What was recorded too: `logit` float32 (doc, position, layer, expert_id), or with the dim
         candidate in its place and `logit_expert` beside it; `output_norm` float32, with the dims of `expert`; `logprob`
-        float32 (doc, position), in nats. Routes that came from elsewhere may have no `weight`, and may have `phase`
-        uint8 (doc, position), 0 for tokens of the prompt and 1 for generated ones. A `doc` is a row: a window of a
-        document. Positions at or beyond `length` hold fill values: `expert` and `logit_expert` 255 or 65535, `weight`
-        0, `token` -1, `role` and `phase` 255, the others NaN; `logprob` is NaN at the last position of a row too.
-        Attributes are such that netCDF holds them; `attributes` gives them with mappings.
+        float32 (doc, position), in nats; `effect` float32 (doc, position, layer, expert_id), in nats. Routes that came
+        from elsewhere may have no `weight`, and may have `phase` uint8 (doc, position), 0 for tokens of the prompt and
+        1 for generated ones. A `doc` is a row: a window of a document. Positions at or beyond `length` hold fill
+        values: `expert` and `logit_expert` 255 or 65535, `weight` 0, `token` -1, `role` and `phase` 255, the others
+        NaN; `logprob` and `effect` are NaN at the last position of a row too. Attributes are such that netCDF holds
+        them; `attributes` gives them with mappings.
 
     Raises
     ------

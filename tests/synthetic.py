@@ -127,13 +127,14 @@ def make_capture(
     return capture.chunk({"doc": rows_per_shard}) if chunked else capture
 
 
-RECORD = ("logit", "output_norm", "logprob")
+RECORD = ("logit", "output_norm", "logprob", "effect")
 
 
 def recorded(
     capture: xr.Dataset, logit: np.ndarray, captured: np.ndarray, *, seed: int, top_logits: int
 ) -> dict[str, Any]:
-    """What `--record` adds: these logits, norms that depend on the expert, log-probabilities that depend on the token.
+    """What `--record` adds: these logits, norms that depend on the expert, log-probabilities that depend on the token;
+    and what `jobs/importance.py` does: effects that depend on layer and expert.
 
     Where only some logits are recorded, in the order of falling ones, their experts stand beside them.
     """
@@ -150,11 +151,14 @@ def recorded(
     logprob = np.where(predicted, -surprise, np.nan).astype(np.float32)
     ids = np.where(captured[..., None, None], order, fill).astype(expert.dtype)
     last = "candidate" if top_logits else "expert_id"
+    helps = random.normal(-0.1, 0.1, logit.shape[2:]) + random.normal(0, 0.1, logit.shape)
+    effect = np.where(predicted[..., None, None], np.rint(helps * 2**16) / 2**16, np.nan).astype(np.float32)
     return {
         "logit": ((*place, "layer", last), logits),
         "logit_expert": ((*place, "layer", "candidate"), ids),
         "output_norm": ((*place, "layer", "k"), norms),
         "logprob": (place, logprob),
+        "effect": ((*place, "layer", "expert_id"), effect),
     }
 
 

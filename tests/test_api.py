@@ -167,6 +167,18 @@ METRICS: dict[str, tuple[Ask, object]] = {
         tokens(),
     ),
     "gpu_load": (lambda c: analysis.gpu_load(analysis.expert_load(c), 2), tokens()),
+    "importance": (lambda c: analysis.importance(RECORDED, replicates=9), int(counted(CAPTURE)[:, 1:].sum())),
+    "importance_of": (
+        lambda c: analysis.importance_of(
+            *recorded_counts(*map(analysis.Jackknife, (analysis.MaskEffects(), analysis.Load(), analysis.Saliency()))),
+            replicates=9,
+        ),
+        int(counted(CAPTURE)[:, 1:].sum()),
+    ),
+    "importances": (
+        lambda c: analysis.importances(dict.fromkeys("ab", RECORDED), replicates=9),
+        dict.fromkeys("ab", int(counted(CAPTURE)[:, 1:].sum())),
+    ),
     "growth": (lambda c: analysis.growth(c, analysis.Load(), halvings=2), tokens()),
     "layer_overlap_of": (lambda c: analysis.layer_overlap_of(counts(analysis.Choices())[0]), tokens()),
     "logprob_by_expert": (lambda c: analysis.logprob_by_expert(RECORDED), predicted()),
@@ -271,6 +283,7 @@ REDUCERS: dict[str, tuple[Reducer, int]] = {
     "LargestSaliency": (analysis.LargestSaliency(), tokens()),
     "Load": (analysis.Load(), tokens()),
     "LogProbability": (analysis.LogProbability(), predicted()),
+    "MaskEffects": (analysis.MaskEffects(), int(counted(CAPTURE)[:, 1:].sum())),
     "MeanWeights": (analysis.MeanWeights(), tokens()),
     "Parts": (analysis.Parts(analysis.Load(), 1, parts.halves), tokens()),
     "Repetition": (analysis.Repetition((1, 4)), pairs()),

@@ -13,7 +13,7 @@ from store.plan import Rows
 from workers.shard import Routes, RoutingError
 
 SAME = {*TEXT, "tokenizer", "model", "layers", "num_experts", "experts_per_token"} - {
-    *("record", "top_logits", "weight_bits", "batch_tokens", "schema_version"),
+    *("record", "top_logits", "weight_bits", "effect_layers", "batch_tokens", "schema_version"),
 }
 """Fields of the identity that two captures must share, beside those of the text: which rows there are, of what tokens,
 and which choices a model can make. Its weights and what they are computed in may differ."""

@@ -110,6 +110,7 @@ class ImportanceEngine(ModelEngine):
         with self.steering.attached():
             before_N = self._logprobs(self.measured[0], place_N, target_N)
         self._refuse_other(before_N, self.predicted.logprob_T[place_N])
+        finite: list[torch.Tensor] = []
         runs = [(layer, expert) for layer in self.measured for expert in range(self.num_experts)]
         reports = self._reports([layer for layer, _ in runs], int(length.sum()))
         for (layer, expert), tokens in zip(runs, reports, strict=True):
@@ -117,8 +118,11 @@ class ImportanceEngine(ModelEngine):
             with suppress(_Unchanged), self._masked(layer, expert, filled_F):
                 effect_N = (self._logprobs(layer, place_N, target_N) - before_N).div_(STEP).round_().mul_(STEP)
             effect_TLE[place_N, self.layers.index(layer), expert] = effect_N
+            finite.append(effect_N.isfinite().all())
             self.report(tokens)
-        self._refuse_not_finite(effect_TLE[place_N])
+        for (layer, expert), there in zip(runs, torch.stack(finite).tolist(), strict=True):
+            if not there:
+                raise RoutingError(f"layer {layer}: without expert {expert}, predictions are not finite numbers")
         return effect_TLE
 
     def _logprobs(self, layer: int, place_N: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
@@ -161,10 +165,3 @@ class ImportanceEngine(ModelEngine):
                 f"layer {self.measured[0]}: the layers from there on, run again, predict other than the whole model"
                 " did: the effects of this family's experts cannot be measured"
             )
-
-    def _refuse_not_finite(self, effect_NLE: torch.Tensor) -> None:
-        finite_LE = effect_NLE.isfinite().all(dim=0).tolist()
-        for layer in self.measured:
-            for expert, finite in enumerate(finite_LE[self.layers.index(layer)]):
-                if not finite:
-                    raise RoutingError(f"layer {layer}: without expert {expert}, predictions are not finite numbers")

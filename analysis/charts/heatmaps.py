@@ -336,8 +336,6 @@ def _heat_map(
         alt.Chart(alt.NamedData(name=CELLS), name=CELLS)
         .mark_rect(cornerRadius=2)
         .encode(
-            x=x,
-            y=y,
             color=scaled.legend(orient="bottom", format=".3~g", values=domain, gradientLength=180),
             tooltip=[alt.Tooltip("layer:O"), *tooltip],
         )
@@ -348,16 +346,16 @@ def _heat_map(
     field = str(colour.shorthand).removesuffix(":Q")
     chart = layered(
         cells,
-        *(_numbers(x, y, field, domain, sure) if few else []),
+        *(_numbers(field, domain, sure) if few else []),
         title=alt.Title(title, subtitle=[subtitle]),
         width="container",
         height=layer_step(num_layers) * num_layers,
         description=description,
     )
-    return Drawing(chart, {CELLS: rows})
+    return Drawing(chart.encode(x=x, y=y), {CELLS: rows})
 
 
-def _numbers(x: alt.X, y: alt.Y, field: str, domain: Sequence[float], sure: str | None) -> list[alt.Chart]:
+def _numbers(field: str, domain: Sequence[float], sure: str | None) -> list[alt.Chart]:
     """The numbers of cells: on pale, middle and strong colours in the ink that the theme has for each."""
     low, middle, high = domain
     digits = 0 if high >= 10 else 1 if high >= 1 else 2
@@ -370,6 +368,6 @@ def _numbers(x: alt.X, y: alt.Y, field: str, domain: Sequence[float], sure: str 
     return [
         base.transform_filter(of)
         .mark_text(style=f"cell-{kind}", fontSize=11, aria=False)
-        .encode(x=x, y=y, text=alt.Text(f"{field}:Q", format=f".{digits}f"))
+        .encode(text=alt.Text(f"{field}:Q", format=f".{digits}f"))
         for kind, of in kinds.items()
     ]

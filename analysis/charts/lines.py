@@ -83,8 +83,8 @@ def lines(
         if any(name in row for row in rows)
     ]
     base = alt.Chart(alt.NamedData(name=POINTS)).encode(x=x, color=colour)
-    ends = alt.Scale(zero=False) if domain is None else alt.Scale(domain=domain)
-    y = alt.Y("value:Q", title=unit, scale=ends)
+    extent = alt.Scale(zero=False) if domain is None else alt.Scale(domain=domain)
+    y = alt.Y("value:Q", title=unit, scale=extent)
     points = base.mark_point(size=45, filled=True).encode(y=y, shape=shape, tooltip=tooltip)
     drawn = [points.properties(name=POINTS)]
     drawn.append(base.mark_line(strokeWidth=1.8, aria=False).encode(y=y))

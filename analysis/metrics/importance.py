@@ -31,12 +31,12 @@ from analysis.statistics.testing import false_discovery
 
 UNIT = 2.0**-20  # nats; effects are rounded to it, so that sums are exact; stored ones are multiples of 2**-16
 REPLICATES = 9999  # flips of signs: many, since p-values of single experts are adjusted for all of them
-PREDICTORS = ("share", "weight_share", "mean_saliency", "total_saliency")
 DEFINITION = (
     "mean over predicted tokens of log P(token | before it) where the expert cannot be chosen at the layer - the same"
     " where it can"
 )
 CELL = ("layer", "expert")
+Progress = Callable[[int, int], None] | None
 
 
 class MaskEffects(Reducer):
@@ -80,7 +80,7 @@ def importance(
     replicates: int = REPLICATES,
     only: Selection = EVERYTHING,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
 ) -> xr.Dataset:
     """What each expert of the measured layers does to predictions, beside what may predict that.
 
@@ -105,13 +105,24 @@ def importance(
     ValueError
         When the capture has no effects, or one of them is not finite.
     """
+    counts = _counted(dataset, only, threads, progress)
+    return importance_of(*counts, level=level, replicates=replicates)
+
+
+def _counted(dataset: xr.Dataset, only: Selection, threads: int | None, progress: Progress) -> list[xr.Dataset]:
+    """What `importance_of` needs of a capture."""
     asked = [Jackknife(MaskEffects()), Jackknife(Load()), Jackknife(Saliency())]
-    found = scan(dataset, asked, only=only, threads=threads, progress=progress)
-    return importance_of(*found, level=level, replicates=replicates)
+    return scan(dataset, asked, only=only, threads=threads, progress=progress)
 
 
 def importance_of(
-    effects: xr.Dataset, load: xr.Dataset, saliency: xr.Dataset, *, level: float = 0.95, replicates: int = REPLICATES
+    effects: xr.Dataset,
+    load: xr.Dataset,
+    saliency: xr.Dataset,
+    *,
+    average: xr.DataArray | None = None,
+    level: float = 0.95,
+    replicates: int = REPLICATES,
 ) -> xr.Dataset:
     """What each expert does to predictions, from what was counted of one capture.
 
@@ -119,8 +130,12 @@ def importance_of(
     ----------
     effects, load, saliency : xr.Dataset
         From `analysis.Jackknife` of `MaskEffects`, `Load` and `Saliency`, of the same tokens.
-    level, replicates
-        As of `importance`.
+    average : xr.DataArray, optional
+        Shares of choices, float64 (layer, expert), beside which `lift` is told.
+    level : float
+        Of the intervals.
+    replicates : int
+        Flips of signs.
 
     Returns
     -------
@@ -129,11 +144,17 @@ def importance_of(
         expert helps; its interval `effect_low` to `effect_high`, by a jackknife over documents; `p`, two-sided, of
         flipped signs of whole documents, and `q`, the same adjusted for all these experts (Benjamini & Hochberg 1995);
         `share` of choices, `weight_share` of weight, `mean_saliency` over the tokens that reach the expert (NaN where
-        none does) and `total_saliency`, all of which may predict the effect. Over predictor, the names of these:
+        none does) and `total_saliency`, all of which may predict the effect; and `lift`, the share divided by the
+        average one, where that is given (NaN where it is 0). Over predictor, the names of these:
         `within_layers`, the rank correlation with the loss within a layer, averaged over layers, and `over_all`
         experts, each with the ends `_low` and `_high` of a jackknife interval; NaN where all ranks are equal. Intervals
         and p are NaN where there are fewer than six units of documents, or four effective ones: attribute `untested`
         gives the reason.
+
+    Raises
+    ------
+    ValueError
+        When no effect was measured.
     """
     predicted = effects["predicted"].isel(replicate=0)
     if not int(predicted.max()):
@@ -149,6 +170,8 @@ def importance_of(
         "mean_saliency": saliency["mean_saliency"],
         "total_saliency": saliency["total_saliency"],
     }
+    if average is not None:
+        predictors["lift"] = load["share"] / average.where(average > 0).sel(layer=there)
     p = np.full(found["effect"].shape, np.nan) if reason else _p(totals.total, totals.amount, replicates)
     p_of = xr.DataArray(p.reshape(found["effect"].shape), found["effect"].coords, CELL)
     ends = {name: found[name].where(not reason) for name in ("effect_low", "effect_high")}
@@ -176,27 +199,48 @@ def importance_of(
     )
 
 
-def importances(found: Mapping[str, xr.Dataset]) -> xr.Dataset:
-    """What `importance` found of several data sets, as one Dataset.
+def importances(
+    captures: Mapping[str, xr.Dataset],
+    *,
+    level: float = 0.95,
+    replicates: int = REPLICATES,
+    only: Selection = EVERYTHING,
+    threads: int | None = None,
+    progress: Progress = None,
+) -> xr.Dataset:
+    """What each expert does to the predictions of several data sets.
 
     Parameters
     ----------
-    found : mapping of str to xr.Dataset
-        From `importance`, by data set: of one model and the same layers.
+    captures : mapping of str to xr.Dataset
+        As `importance` takes them, by data set: of one model and the same measured layers.
+    level : float
+        Of the intervals.
+    replicates : int
+        Flips of signs.
+    only, threads, progress
+        See `analysis.scan`; progress is that of one capture after the other.
 
     Returns
     -------
     xr.Dataset
-        The variables of `importance_of`, with the dim data_set before theirs; and over data_set, `n`, predicted tokens,
-        and `documents`, int64, and `untested`, why there is no interval, else empty.
+        The variables of `importance_of`, with the dim data_set before theirs; of several data sets also `lift`, the
+        share of choices beside the average of all data sets' shares; and over data_set, `n`, predicted tokens, and
+        `documents`, int64, and `untested`, why there is no interval, else empty.
 
     Raises
     ------
     ValueError
-        When there is no data set, or they have other layers or experts.
+        When there is no data set, or they have other layers or experts, or `importance` refuses one.
     """
-    if not found:
-        raise ValueError("no data set: give the results of analysis.importance by name")
+    if not captures:
+        raise ValueError("no data set: give captures of jobs/importance.py by name")
+    counts = {name: _counted(capture, only, threads, progress) for name, capture in captures.items()}
+    shares = [load["share"].isel(replicate=0, drop=True) for _, load, _ in counts.values()]
+    average = sum(shares[1:], shares[0]) / len(shares) if len(shares) > 1 else None
+    found = {
+        name: importance_of(*each, average=average, level=level, replicates=replicates) for name, each in counts.items()
+    }
     names = xr.DataArray(list(found), dims="data_set", name="data_set")
     said = {
         name: ("data_set", np.array([each.attrs[name] for each in found.values()], dtype))

@@ -148,14 +148,14 @@ def write_report(
             measure, path, state.dataset, state=state, only=only, progress=on_shard, runner=runner_of(path, state)
         )
         answers.append(answer(data, state, label, ask, block_tokens=block_tokens, only=only, store=str(path)))
-    report = report_of(answers, again=_again(found, block_tokens, only))
+    report = report_of(answers, again=again(found, block_tokens, only))
     page = render(report, explorer)
     with whole_file(output) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return report
 
 
-def _again(drawn: Sequence[tuple[Path | str, str]], block_tokens: int | None, only: Selection) -> str:
+def again(drawn: Sequence[tuple[Path | str, str]], block_tokens: int | None, only: Selection) -> str:
     """The command that draws a report of some data sets again."""
     places: list[str] = []
     for path, group in groupby(drawn, key=lambda each: each[0]):
@@ -173,7 +173,7 @@ def render(report: Report, explorer: str | None = None, drawn_on: date | None = 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    data = {
+    data: dict[str, Any] = {
         "figures": [_packed(figure) for figure in report.figures],
         "themes": {"light": theme(), "dark": theme(dark=True)},
     }

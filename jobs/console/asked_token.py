@@ -70,13 +70,15 @@ def asked_token(capture: "xr.Dataset", word: str | None, token_id: int | None) -
 
 def _by_word(word: str, pieces: list[str]) -> AskedToken:
     """The tokens whose piece or text a word is, or whose id where there is none."""
+    if not word:
+        raise ValueError('--token is empty: a space is " ", and a line feed "\\n"')
     forms = {form: None for text in (word, ESCAPE.sub(_unescaped, word)) for form in _forms(text)}
     order = {form: number for number, form in enumerate(forms)}
     found = [number for number, piece in enumerate(pieces) if piece in forms]
     found.sort(key=lambda number: order[pieces[number]])
     plain = {_plain(form) for form in forms} - {""}
     near = [number for number, piece in enumerate(pieces) if _plain(piece) in plain]
-    if word.isascii() and word.isdecimal() and int(word) < len(pieces):
+    if word.isascii() and word.isdecimal() and len(word) < 19 and int(word) < len(pieces):  # a number of 64 bits
         if not found:
             return AskedToken(word=word, meant=[int(word)], near=near)
         near.append(int(word))

@@ -58,7 +58,8 @@ def importance_told(found: "xr.Dataset") -> Facts:
 
 
 def _of_data_set(found: "xr.Dataset") -> Facts:
-    values = {key: found[name].transpose("layer", "expert").values for key, name in EXPERT.items()}
+    lift = {"lift": "lift"} if "lift" in found else {}
+    values = {key: found[name].transpose("layer", "expert").values for key, name in (EXPERT | lift).items()}
     experts = [
         {"layer": layer, "expert": expert, **{key: float(each[at, e]) for key, each in values.items()}}
         for at, layer in enumerate(found["layer"].values.tolist())

@@ -1,8 +1,10 @@
 """The example notebook, run offline in a kernel as a reader runs it; its numbers are counted again in Python lists."""
 
+import ast
 import json
 import re
 import shlex
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,8 +17,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from nbclient import NotebookClient
-from patience import HUNG_S
+from notebooks import EXAMPLES, SIZE, executed
 from tokenizers import Tokenizer
 
 import store
@@ -27,9 +28,8 @@ from workers.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "analysis" / "examples" / "original_experiment.ipynb"
+NOTEBOOK = EXAMPLES / "original_experiment.ipynb"
 DUMP = "import json\nopen('dictionaries.json', 'w').write(json.dumps([token_to_experts, expert_to_tokens]))"
-NO_ONE = "http://127.0.0.1:9"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,24 +48,10 @@ def read() -> Any:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Executed two folders below the packages, as where it lies, and with no way to a network or to other settings."""
-    root = tmp_path_factory.mktemp("notebook")
-    folder = root / "some" / "folder"
-    folder.mkdir(parents=True)
-    for package in ("store", "workers", "jobs", "analysis"):
-        (root / package).symlink_to(ROOT / package)
+    """The original experiment, executed."""
     notebook = read()
     notebook.cells.append(nbformat.v4.new_code_cell(DUMP))
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "HF_HOME"):
-            patch.setenv(name, str(root / name))
-        for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "HF_ENDPOINT"):
-            patch.setenv(name, NO_ONE)
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        for name in ("PYTHONPATH", "JUPYTER_PATH"):
-            patch.delenv(name, raising=False)
-        # Raises what a cell raises.
-        NotebookClient(notebook, timeout=HUNG_S, resources={"metadata": {"path": str(folder)}}).execute()
+    folder = executed(notebook, tmp_path_factory.mktemp("notebook"))
     dictionaries = json.loads((folder / "dictionaries.json").read_text())
     cells = {cell.id: cell for cell in notebook.cells}
     return Run(cells=cells, store=folder / "notebook.zarr", dictionaries=dictionaries)
@@ -77,16 +63,62 @@ def shown(run: Run, name: str, kind: str) -> str:
     return str(output.data[kind])
 
 
-def test_it_is_committed_without_outputs_and_names_no_machine() -> None:
-    text = NOTEBOOK.read_text(encoding="utf-8")
-    notebook = read()
+@pytest.mark.parametrize("name", [path.name for path in sorted(EXAMPLES.glob("*.ipynb"))])
+def test_it_is_committed_with_what_its_cells_show_and_names_no_machine(name: str) -> None:
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    notebook = nbformat.reads(text, as_version=4)
     nbformat.validate(notebook)
-    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+    assert len(text.encode()) < SIZE
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    kinds = {kind for cell in cells for output in cell.outputs for kind in output.get("data", {})}
+    assert {"text/html", "image/svg+xml"} <= kinds
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
     assert all(not cell.metadata for cell in notebook.cells)
     assert notebook.metadata.keys() == {"kernelspec", "language_info"}
-    assert str(ROOT) not in text
-    for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert (NOTEBOOK.parent / link).exists(), link
+    assert not re.search(r"/(home|tmp|work|root|Users)/", text)
+    for link in re.findall(r"\]\(([^)#]+)\)", "".join(cell.source for cell in notebook.cells)):
+        assert (EXAMPLES / link).exists(), link
+
+
+def test_what_is_committed_is_what_it_shows_today(run: Run) -> None:
+    kept = {cell.id: cell for cell in read().cells}
+    for name in ("token-to-experts", "expert-to-tokens", "path"):
+        [output] = kept[name].outputs
+        assert output.data["text/plain"] == shown(run, name, "text/plain"), "python tests/notebooks.py runs it anew"
+
+
+def cell_of(source: str, names: dict[str, Any]) -> Any:
+    """Run a cell in this process; the value of its last line where that is an expression."""
+    *most, last = ast.parse(source).body
+    value = isinstance(last, ast.Expr)
+    exec(compile(ast.Module([*most, *([] if value else [last])], []), "cell", "exec"), names)
+    return eval(compile(ast.Expression(last.value), "cell", "eval"), names) if isinstance(last, ast.Expr) else None
+
+
+def test_the_specialist_that_is_removed_hurts_its_own_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run cell by cell in this process; the shares and the effect are counted again without a metric."""
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before, names = alt.renderers.active, {"__name__": "notebook"}
+    for cell in nbformat.read(EXAMPLES / "remove_a_specialist.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            cell_of(cell.source, names)
+    alt.renderers.enable(before)
+    whole, removed, found, control = (names[name] for name in ("whole", "removed", "found", "control"))
+    share = {
+        name: np.stack([(kept["expert"].values[kept["token"].values > 2] == e).any(-1).mean(0) for e in range(8)], -1)
+        for name, kept in whole.items()
+    }
+    assert divmod(int((share["code"] - share["prose"]).argmax()), 8) == (names["layer"], names["expert"])
+    for name in whole:
+        change = (removed[name]["logprob"] - whole[name]["logprob"]).values
+        assert float(found["effect"].sel(data_set=name)) == pytest.approx(float(np.nanmean(change)), abs=1e-4)
+        assert not (removed[name]["expert"].sel(layer=names["layer"]) == names["expert"]).any()
+    assert float(found["high"].sel(data_set="code")) < 0
+    assert float(found["difference_p"].sel(data_set="code")) < 0.05
+    assert float(control["high"].sel(data_set="prose")) < 0
+    assert float(control["difference_p"].sel(data_set="prose")) < 0.05
 
 
 def test_its_ten_lines_are_the_preset_but_for_the_one_that_is_marked() -> None:
@@ -156,7 +188,7 @@ def test_tables_are_html_and_charts_are_pictures_that_need_no_network(run: Run) 
     for name in ("token-to-experts", "expert-to-tokens", "path", "two-data-sets", "plain"):
         assert re.search(r"<table|xr-wrap", shown(run, name, "text/html")), name
     assert "expert chosen" in shown(run, "two-data-sets", "text/html"), "attributes are there to be unfolded"
-    marks = {"load": ("rect mark", 64), "lift": ("text mark", 64), "repetition": ("circle", 16)}
+    marks = {"load": ("rect mark", 64), "lift": ("text mark", 64), "repetition": ("point", 16)}
     marks |= {"transitions": ("circle", 64), "contrast": ("rect mark", 64)}
     for name, (mark, count) in marks.items():
         picture = shown(run, name, "image/svg+xml")

@@ -24,6 +24,7 @@ from analysis.report.sections import load as load_section
 from analysis.report.sections import tokens as tokens_section
 from analysis.report.sections.all import SECTIONS
 from analysis.report.sections.contrast import contrast_between
+from analysis.report.summary import main_finding
 from analysis.scanning import scan
 
 OF_SENTENCES = (load_section.SECTION, contrast_section.SECTION, tokens_section.SECTION)
@@ -212,8 +213,12 @@ def test_of_uniform_routes_no_more_than_chance_is_said():
     finds = 0
     for seed in range(0, 24, 2):
         pair = {name: make_capture(seed=seed + at, documents=60, strength=0) for at, name in enumerate("ab")}
-        said = told(few(**pair))
+        answers = few(**pair)
+        said, apart = told(answers), contrast_between(answers)
         assert len(said) == 3  # and nothing of tokens
+        main = main_finding(answers, apart)  # of the summary
+        assert (" the specialist is " in main.said) == any("Its specialist" in sentence for sentence in said)
+        assert main.said.startswith("The busiest expert") != (" the specialist is " in main.said)
         equal = ["nor do its shares differ from theirs" in sentence for sentence in said[:2]]
         assert equal[0] == equal[1]
         finds += not all(equal)

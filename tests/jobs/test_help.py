@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -128,6 +129,15 @@ def test_expert_atlas_names_the_command_that_was_meant_and_its_version(
     assert exits("--zzz")[2] == "error: there is no command '--zzz': expert-atlas --help lists them\n"
     monkeypatch.setattr(atlas, "version", lambda name: {"expert-atlas": "9.9"}[name])
     assert exits("--version") == (0, "expert-atlas 9.9\n", "")
+
+
+def test_the_package_installs_the_command_and_make_installs_the_package() -> None:
+    root = options_page.ROOT
+    scripts = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert scripts == {"expert-atlas": f"{atlas.__name__}:{atlas.main.__name__}"}
+    made = (root / "Makefile").read_text(encoding="utf-8")
+    assert "\ndemo: $(BIN)/expert-atlas\n" in made
+    assert "--no-deps --no-build-isolation --editable ." in made, "nothing is fetched that is not locked"
 
 
 def test_a_command_can_be_copied_to_a_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -321,6 +321,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--token", "17x"], "no token reads 17x; near it, with their ids: ▁17"),
     (["--token", "\x1b[31m%"], r"no token reads \x1b[31m%; near it, with their ids: "),
     (["--token", "%!%"], "no token reads %!%; near it, with their ids: none"),
+    (["--token", ""], '--token is empty: a space is " "'),
+    (["--token", "9" * 5000], "no token reads 999"),
     (["--token", "1000"], "no token reads 1000; near it, with their ids: ▁"),
     (["--token_id", "1000"], "--token_id 1000: the vocabulary has tokens 0 to 999"),
     (["--token_id", "-1"], "--token_id -1: the vocabulary has tokens 0 to 999"),

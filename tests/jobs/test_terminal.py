@@ -32,8 +32,9 @@ from analysis.metrics.paths import document_path
 from analysis.metrics.sample import SampledRoutes
 from analysis.metrics.tokens import TokenCounts, expert_tokens, token_experts
 from analysis.report.section import Answers
-from analysis.scanning import scan
-from jobs import capture, demo, query, status
+from analysis.scanning import EVERYTHING, scan
+from jobs import capture, demo, doctor, query, status
+from jobs.console.places import by_store, capture_at, captures_at
 from jobs.console.query_rows import document_answer, expert_answer, token_answer
 from jobs.console.tables import Bars, Column, print_json, print_table
 from store import CaptureGroup, coverage, open_capture
@@ -239,6 +240,31 @@ def test_json_is_one_line_of_ascii_without_nan(capsys: pytest.CaptureFixture[str
     )
     out = capsys.readouterr().out
     assert out == '{"a": [null, null, 3], "b": {"c": [[1.5, null]]}, "d": "\\ud800\\u2581"}\n'
+
+
+# --- Places -------------------------------------------------------------------------------------------------------
+
+
+def test_a_place_is_a_store_or_a_data_set_of_it(store: Path, command: Callable[..., Ran]) -> None:
+    for place in (f"{store}", f"{store}/"):
+        assert captures_at(place) == (place, ["a", "b"])
+        with pytest.raises(ValueError, match=rf"holds a, b: say which, as {store}/a"):
+            capture_at(place)
+    assert capture_at(f"{store}/b/") == (str(store), "b")
+    assert by_store([f"{store}/b", f"{store}/a", f"{store}/"]) == {str(store): ["b", "a"]}
+    with pytest.raises(FileNotFoundError, match=rf"no data set 'c' in {store}; it holds: a, b"):
+        captures_at(f"{store}/c")
+    with pytest.raises(FileNotFoundError, match=rf"no store at {store}-no/x .*, and {store}-no is no store"):
+        captures_at(f"{store}-no/x")
+    told = json.loads(command(store / "b", "--json", main=status.main).out)
+    assert [each["data_set"] for each in told["data_sets"]] == ["b"]
+    assert command(store, main=doctor.main).err == f"error: {store} holds a, b: say which, as {store}/a\n"
+
+
+def test_the_command_that_draws_a_report_again_names_its_places(store: Path) -> None:
+    again = analysis.report.page._again
+    assert again([(store, "a"), (store, "b")], None, EVERYTHING) == f"python jobs/report.py {store}"
+    assert again([(store, "b")], None, EVERYTHING) == f"python jobs/report.py {store}/b"
 
 
 # --- Status -------------------------------------------------------------------------------------------------------

@@ -178,5 +178,5 @@ def test_a_name_that_no_version_here_can_record_is_refused(store: Path, monkeypa
     with pytest.raises(ValueError, match=r"record names 'mood', which this version cannot record; it can: .*, margin"):
         fake_layout(record=("mood",))
     monkeypatch.delitem(OPTIONAL, "margin")
-    with pytest.raises(ValueError, match=r"describes no capture: record names 'margin'.*it can: logit, .*logprob$"):
+    with pytest.raises(ValueError, match=r"describes no capture: record names 'margin'.*it can: logit, .*effect$"):
         open_capture(store, "fake")

@@ -4,14 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import xarray as xr
 
-from analysis.metrics.caching import CacheCounts, cache_hits_of
+from analysis.metrics.caching import CacheCounts, Policy, cache_hits_of
 from analysis.report.figures import Figure, line_figure
 from analysis.report.section import Answers, Asked, Found, Section
 from analysis.scanning import Reducer
 from analysis.statistics.sampling import SampledRows, of_how_many
 
 CACHED_TOKENS = 2**20  # about; simulating caches takes as long as all other counting (arbitrary)
-POLICIES = {"lru": "LRU", "belady": "Belady, which knows the future"}
+POLICIES: Mapping[Policy, str] = {"lru": "LRU", "belady": "Belady, which knows the future"}
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
