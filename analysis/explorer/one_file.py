@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from analysis.escaping import inert_json, policy_hash, visible
+from analysis.explorer.document import whole
 from analysis.explorer.view import View
 
 FOLDER = Path(__file__).parent / "pages"
@@ -40,7 +41,7 @@ def inline(text: object) -> str:
 
 
 def reader_data(view: View, documents: Sequence[dict[str, Any]]) -> Markup:
-    """What explorer.js draws a text from: documents as `View.document` gives them."""
+    """What explorer.js draws a text from: documents as `analysis.explorer.document` gives them."""
     shape = {"layers": view.layers, "experts": view.experts, "choices": view.choices, "words": len(view.texts)}
     shape["distributions"] = view.scores is not None
     return inert_json({**shape, "documents": list(documents)})
@@ -56,7 +57,7 @@ def export_page(view: View, documents: Sequence[int]) -> str:
     """
     documents = list(dict.fromkeys(documents))
     refuse_too_long(view, documents)
-    texts = [view.whole(document) for document in documents]
+    texts = [whole(view, document) for document in documents]
     for text in texts:
         text["name"] = inline(text["name"]) or "(no name)"
     tokens = sum(len(text["ids"]) for text in texts)

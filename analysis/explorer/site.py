@@ -18,8 +18,11 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from analysis.explorer.document import distribution, document_page
 from analysis.explorer.live import Explorer, Shown
 from analysis.explorer.one_file import FOLDER, MOST_TOKENS, environment, export_page, reader_data, refuse_too_long
+from analysis.explorer.search import documents, find_tokens
+from analysis.explorer.token import contexts, token_page
 from analysis.explorer.view import MIN_COUNT, Unreadable
 
 FEW = 16  # experts of a layer that fit beside each other; of more, so many are listed
@@ -100,7 +103,7 @@ class Pages:
                 (layer, [(int(e), float(np.nan_to_num(share[at, e]))) for e in listed[at]])
                 for at, layer in enumerate(view.layers)
             ]
-        found = view.documents(page=page)
+        found = documents(view, page=page)
         return self._page(
             "dataset",
             view.dataset,
@@ -117,13 +120,13 @@ class Pages:
         asked = request.query_params.get("q", "")
         if not asked:
             raise HTTPException(400, "the search is for nothing: give a part of a token or of a document's name")
-        tokens, documents = shown.view.find_tokens(asked), shown.view.documents(asked, page)
-        return self._page("search", asked, shown, asked=asked, tokens=tokens, documents=documents)
+        tokens, named = find_tokens(shown.view, asked), documents(shown.view, asked, page)
+        return self._page("search", asked, shown, asked=asked, tokens=tokens, documents=named)
 
     def document(self, request: Request) -> Response:
         """A page of a document's text."""
         shown, (page,) = self._shown(request), _numbers(request, page=1)
-        found = shown.view.document(request.path_params["document"], page)
+        found = document_page(shown.view, request.path_params["document"], page)
         title = found["name"] or f"document {found['document']}"
         data = reader_data(shown.view, [found])
         fits = found["tokens"] <= MOST_TOKENS
@@ -151,7 +154,7 @@ class Pages:
         """What the routers computed for one token: what a page asks for when a token is chosen."""
         shown, (row, position) = self._shown(request), _numbers(request, row=0, position=0)
         try:
-            return JSONResponse(shown.view.distribution(row, position), headers=HEADERS)
+            return JSONResponse(distribution(shown.view, row, position), headers=HEADERS)
         except ValueError as error:
             return JSONResponse({"error": str(error)}, 404, headers=HEADERS)
 
@@ -159,7 +162,7 @@ class Pages:
         """A token: where it goes, and its places."""
         shown, (layer, expert, page) = self._shown(request), _numbers(request, layer=None, expert=None, page=1)
         view = shown.view
-        token = view.token(request.path_params["token"])
+        token = token_page(view, request.path_params["token"])
         shares = [np.array(counts) / max(1, token["of"]) for counts in token["counts"]]
         listed = [_largest(each) if view.experts > FEW else range(view.experts) for each in shares]
         return self._page(
@@ -172,7 +175,7 @@ class Pages:
                 (number, [(int(e), float(each[e])) for e in experts])
                 for number, each, experts in zip(view.layers, shares, listed, strict=True)
             ],
-            found=view.contexts(token["id"], layer, expert, page),
+            found=contexts(view, token["id"], layer, expert, page),
             chosen_layer=layer,
             chosen_expert=expert,
             query={} if layer is None else {"layer": layer, "expert": expert},

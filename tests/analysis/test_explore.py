@@ -24,8 +24,10 @@ import uvicorn
 from fake_model import fake_capture, fake_layout, words
 from patience import HUNG_S, wait_until
 
+from analysis.explorer.document import document_page, whole
 from analysis.explorer.live import Explorer
 from analysis.explorer.site import site
+from analysis.explorer.token import token_page
 from analysis.metrics.choices import coactivation, transitions
 from analysis.metrics.load import expert_load
 from analysis.metrics.tokens import expert_tokens
@@ -478,13 +480,13 @@ def test_where_tables_have_no_room_tokens_are_counted_in_their_places(
     one, other = (each.shown["fake"].view for each in (kept, bare))
     assert (len(one.tables), len(other.tables)) == (3, 0)
     for token in np.flatnonzero(one.token_counts).tolist():
-        assert one.token(token) == other.token(token)
+        assert token_page(one, token) == token_page(other, token)
     for layer in (0, 1, 2):
         for by in ("lift", "count"):
             assert one.top(layer, by).equals(other.top(layer, by))
-    monkeypatch.setattr("analysis.explorer.view.MAPPED", 6 * 3)  # of three occurrences
+    monkeypatch.setattr("analysis.explorer.token.MAPPED", 6 * 3)  # of three occurrences
     frequent = int(one.token_counts.argmax())
-    found = other.token(frequent)
+    found = token_page(other, frequent)
     assert (found["of"], found["count"]) == (3, int(one.token_counts[frequent]))
     assert [sum(each) for each in found["counts"]] == [6, 6, 6]
 
@@ -493,9 +495,9 @@ def test_tokens_are_numbered_through_a_document_whatever_stands_before_its_rows(
     path = tmp_path / "s.zarr"
     fake_capture(path, [words(20, 1)], bos="row")
     view = Explorer(str(path)).shown["fake"].view
-    pages = [view.document(0, page + 1) for page in range(len(view.pages_of(0)))]
+    pages = [document_page(view, 0, page + 1) for page in range(len(view.pages_of(0)))]
     assert [page["offset"] for page in pages] == [0, 8, 16]
-    assert [number for page in pages for number in page["ids"]] == view.whole(0)["ids"]
+    assert [number for page in pages for number in page["ids"]] == whole(view, 0)["ids"]
 
 
 @pytest.mark.parametrize("array", ["token", "expert", "weight"])

@@ -14,9 +14,10 @@ from synthetic import HOSTILE
 from test_explore import serving
 from test_report_browser import browser, patient, until
 
-import analysis.explorer.view
+import analysis.explorer.token
 from analysis.explorer.live import Explorer
 from analysis.explorer.one_file import export_page
+from analysis.explorer.token import token_page
 from store import CaptureGroup
 
 pytestmark = pytest.mark.browser
@@ -196,8 +197,8 @@ def test_the_keyboard_alone_walks_tokens_layers_and_pages(opened: Any, address: 
 def test_a_page_s_number_can_be_typed_and_what_was_asked_is_kept(
     opened: Any, explorer: Explorer, address: str, token: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analysis.explorer.view, "CONTEXTS", 2)
-    counts = explorer.shown["fake"].view.token(token)["counts"][0]
+    monkeypatch.setattr(analysis.explorer.token, "CONTEXTS", 2)
+    counts = token_page(explorer.shown["fake"].view, token)["counts"][0]
     page, _ = opened
     for place, asked in (("document/0", ""), (f"token/{token}", f"layer=0&expert={int(np.argmax(counts))}&")):
         go(page, f"{address}/fake/{place}?{asked}")
