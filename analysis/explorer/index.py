@@ -34,6 +34,7 @@ from analysis.explorer.parts import MARK, Occurrences, Part
 from analysis.metrics.choices import Choices
 from analysis.metrics.contexts import TopContexts
 from analysis.metrics.load import ExpertCounts, Load
+from analysis.metrics.sample import SampledRoutes
 from analysis.results import beside, question
 from analysis.scanning import EVERYTHING, Reducer, Selection, State, accumulate, merge, selected_labels
 from analysis.statistics.jackknife import Jackknife
@@ -44,6 +45,8 @@ from store.identity import identity_hash
 from store.reader import open_covered
 
 PARTS_AT_ONCE = 32  # shards between two savings of the sums (arbitrary)
+AROUND = 12  # tokens of context on each side of a place (arbitrary)
+SAMPLED = 32_768  # tokens of whole documents that are kept one by one: 12 MB for 48 layers of 8 choices (arbitrary)
 ABANDONED_S = 86_400.0  # after which a file that was not finished is taken for a killed process's (arbitrary)
 
 Sums = dict[str, State]
@@ -56,8 +59,9 @@ def reducers(capture: xr.Dataset) -> dict[str, Reducer]:
         "load": Jackknife(Load()),
         "choices": Choices(),
         "position": ExpertCounts(32),
+        "sample": SampledRoutes(SAMPLED),
     }
-    return counted | ({"contexts": TopContexts()} if "weight" in capture else {})
+    return counted | ({"contexts": TopContexts(around=AROUND)} if "weight" in capture else {})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from analysis.explorer.expert import Profiles
+from analysis.explorer.expert import Alike, Profiles
 from analysis.explorer.index import PARTS_AT_ONCE, CaptureIndex
 from analysis.explorer.view import View
+from analysis.metrics.contrast import differences_in_words
 from analysis.scanning import EVERYTHING, Selection
+from store.attributes import attributes
 from store.reader import dataset_names
 from store.secrets import without_secrets
 
@@ -97,14 +99,19 @@ class Explorer:
                     self.indexes[name] = CaptureIndex(self.path, name, self.folder, self.only)
                     self.shown[name] = self._show(name)
 
-    def alike(self, own: Shown) -> list[Profiles]:
-        """The profiles of the data sets whose experts can be compared with one's, itself included."""
+    def alike(self, own: Shown) -> list[Alike]:
+        """The other data sets whose experts can be shown beside one's."""
 
         def model(view: View) -> tuple[object, ...]:
             return view.capture.attrs.get("model"), view.experts, view.choices, *view.layers
 
-        each = [own if shown.view.dataset == own.view.dataset else shown for shown in [*self.shown.values()]]
-        return [shown.profiles for shown in each if model(shown.view) == model(own.view)]
+        others = [each for name, each in [*self.shown.items()] if name != own.view.dataset and each.view.now.tokens]
+        said = attributes(own.view.capture)
+        return [
+            Alike(each.profiles, differences_in_words(said, attributes(each.view.capture)))
+            for each in others
+            if model(each.view) == model(own.view)
+        ]
 
     def refresh(self, name: str, most: int | None = None) -> int:
         """Index what was committed of a data set since, so many shards of it at most, and show it.

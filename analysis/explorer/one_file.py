@@ -13,8 +13,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from analysis.escaping import inert_json, policy_hash, visible
+from analysis.escaping import inert_json, policy_hash
 from analysis.explorer.document import whole
+from analysis.explorer.pieces import inline
 from analysis.explorer.view import View
 
 FOLDER = Path(__file__).parent / "pages"
@@ -32,12 +33,6 @@ def environment() -> jinja2.Environment:
     )
     made.filters["inline"] = inline
     return made
-
-
-def inline(text: object) -> str:
-    """A text on one line, where everything can be seen: a line feed is ↵, and blanks alone are ␣."""
-    line = visible(str(text).replace("\n", "↵"))
-    return line if line.strip() else "␣" * len(line)
 
 
 def reader_data(view: View, documents: Sequence[dict[str, Any]]) -> Markup:

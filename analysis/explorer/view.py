@@ -14,20 +14,22 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from analysis.explorer.index import Indexed
+from analysis.explorer.index import AROUND, Indexed
 from analysis.explorer.parts import Part
 from analysis.explorer.pieces import readable
+from analysis.explorer.places import in_lines, in_one_line, words_around
 from analysis.metrics.scores import Scores, known_scores
 from analysis.metrics.tokens import TokenOrder, expert_tokens_of, label_counts
 from analysis.scanning import Array, sizes
+from analysis.token_classes import CLASSES, members_of
 from store.attributes import attributes
 from store.group import CaptureGroup
 from store.layout import CHUNK_POSITIONS
 from store.secrets import without_secrets
 
-AROUND = 12  # tokens of context on each side
 ORDERS: tuple[TokenOrder, ...] = ("lift", "count")
 TOP_TOKENS, MIN_COUNT = 20, 20  # of an expert by lift; a lift of a rarer token is mostly luck
+INDENTED = 0.005  # of the tokens are blanks that indent a line, in code and the like (arbitrary)
 TABLES_BYTES = 2**28  # of counts by token and expert, for as many layers as have room (arbitrary)
 
 
@@ -56,6 +58,7 @@ class View:
         self.texts: list[str] = before.texts if before else readable(self.pieces)
         self.tops: dict[tuple[int, TokenOrder], xr.Dataset] = {}
         self.tables: dict[int, Array] = {}
+        self._classes = before._classes if before else None
         self._before = before if before and before.now.parts.keys() <= now.parts.keys() else None
         group = CaptureGroup(path, dataset)
         self.arrays: Any = zarr.open_group(group.objects.zarr_store(), path=dataset, mode="r", use_consolidated=False)
@@ -125,12 +128,23 @@ class View:
 
     # Places
 
-    def place(self, part: Part, row: int, position: int) -> dict[str, Any]:
-        """A token in its row, with the text around it, and which page of which document it is on."""
+    @cached_property
+    def indented(self) -> bool:
+        """Whether its texts are indented, as code is: then their lines are kept."""
+        blank = [text.isspace() and len(text.replace("\n", "")) > 1 for text in self.texts]
+        return bool(self.token_counts[blank].sum() > INDENTED * self.token_counts.sum())
+
+    def place(self, part: Part, row: int, position: int, shares: Array | None = None) -> dict[str, Any]:
+        """A token in its row, with the text around it, and which document it is of; `shares` say how strongly the
+        `AROUND` tokens on both sides, and itself, are shaded."""
         ids, at = part.around(row, position, AROUND)
         texts = [self.texts[number] for number in ids.tolist()]
         document = int(self.rows["document_id"][row])
+        own = None if shares is None else shares[AROUND - at :][: len(ids)].tolist()
+        words = words_around(texts, at, own)
         return {
+            "words": None if self.indented else in_one_line(words),
+            "lines": in_lines(words) if self.indented else None,
             "row": row,
             "position": position,
             "before": "".join(texts[:at]),
@@ -190,7 +204,19 @@ class View:
                 part.add_table(at, count)
         if self.has_room:
             self.tables[at] = count
+        elif count.nbytes <= TABLES_BYTES:
+            self.tables = {at: count}  # a page asks a layer for more than one thing
         return count
+
+    @property
+    def classes(self) -> tuple[list[str], Array]:
+        """The classes that tokens of the vocabulary are in, by name, and which these are: bool (class, token_id)."""
+        if self._classes is None:
+            names = [*CLASSES]
+            members = np.array([members_of(name, self.pieces) for name in names])
+            there = members.any(axis=1)
+            self._classes = [name for name, any_token in zip(names, there, strict=True) if any_token], members[there]
+        return self._classes
 
     @property
     def has_room(self) -> bool:
