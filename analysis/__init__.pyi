@@ -21,6 +21,9 @@ from .metrics.choices import coactivation_of as coactivation_of
 from .metrics.choices import layer_overlap_of as layer_overlap_of
 from .metrics.choices import transitions as transitions
 from .metrics.choices import transitions_of as transitions_of
+from .metrics.class_experts import ClassCounts as ClassCounts
+from .metrics.class_experts import class_experts as class_experts
+from .metrics.class_experts import class_experts_of as class_experts_of
 from .metrics.conditional import domain_information as domain_information
 from .metrics.conditional import position_information as position_information
 from .metrics.conditional import token_information as token_information
@@ -110,3 +113,5 @@ from .statistics.jackknife import interval as interval
 from .statistics.parts import Parts as Parts
 from .statistics.sampling import SampledRows as SampledRows
 from .statistics.testing import false_discovery as false_discovery
+from .token_classes import CLASSES as CLASSES
+from .token_classes import members_of as members_of

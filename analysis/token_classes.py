@@ -110,11 +110,12 @@ def members_of(which: str, pieces: Iterable[str]) -> NDArray[np.bool_]:
     ValueError
         When there is no class of this name, the regular expression is none, or it does not end in `PATIENCE_S`.
     """
-    fits = compiled(which)
-    looked_for = fits.search if _is_expression(which) else fits.fullmatch
+    fits, texts = compiled(which), map(text_of, pieces)
+    if not _is_expression(which):
+        return np.array([fits.fullmatch(text) is not None for text in texts], dtype=np.bool_)
     end = time.monotonic() + PATIENCE_S
     try:
-        found = [looked_for(text_of(piece), timeout=max(0.0, end - time.monotonic())) is not None for piece in pieces]
+        found = [fits.search(text, timeout=max(0.0, end - time.monotonic())) is not None for text in texts]
     except TimeoutError:
         raise ValueError(f"{which}: it takes more than {PATIENCE_S:g} s; write it in another way") from None
     return np.array(found, dtype=np.bool_)

@@ -34,6 +34,7 @@ CAPTURE, OTHER = make_capture(), make_capture(seed=5)
 MIXTRAL = make_capture(layers=(0, 7, 15))
 RECORDED, OTHER_RECORDED = (make_capture(seed=seed, record=RECORD) for seed in (0, 5))  # the same tokens and choices
 SCORES = analysis.scores_of(RECORDED)
+IN_CLASSES = analysis.ClassCounts({"/w1/": analysis.members_of("/w1/", CAPTURE["piece"].values.tolist())})
 
 # --- What is counted, looked up in the arrays -------------------------------------------------------------------------
 
@@ -118,6 +119,8 @@ METRICS: dict[str, tuple[Ask, object]] = {
     "balance_of": (lambda c: analysis.balance_of(analysis.expert_load(c)), tokens()),
     "cache_hits": (lambda c: analysis.cache_hits(c, [2, 3]), pairs()),
     "cache_hits_of": (lambda c: analysis.cache_hits_of(counts(analysis.CacheCounts())[0]), pairs()),
+    "class_experts": (lambda c: analysis.class_experts(c, ["letters", "/w1/"]), tokens()),
+    "class_experts_of": (lambda c: analysis.class_experts_of(counts(analysis.Jackknife(IN_CLASSES))[0]), tokens()),
     "coactivation": (analysis.coactivation, tokens()),
     "coactivation_of": (
         lambda c: analysis.coactivation_of(counts(analysis.Choices())[0], by="adjacent"),
@@ -247,6 +250,7 @@ NO_METRICS = {"association", "conditional_information", "described", "entropy", 
 REDUCERS: dict[str, tuple[Reducer, int]] = {
     "CacheCounts": (analysis.CacheCounts([2], segment_lengths=[3]), pairs()),
     "Choices": (analysis.Choices(), tokens()),
+    "ClassCounts": (IN_CLASSES, tokens()),
     "Confidence": (analysis.Confidence(), tokens()),
     "ExpertCounts": (analysis.ExpertCounts(), tokens()),
     "Jackknife": (analysis.Jackknife(analysis.ExpertCounts(3), 4), tokens()),

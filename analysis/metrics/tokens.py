@@ -64,7 +64,7 @@ class TokenCounts(Reducer):
         if state["tokens"].sum() + arrays[2].size > np.iinfo(state["count"].dtype).max:
             state["count"] = state["count"].astype(np.int64)
         choices = 1 if self.choice == "first" else block["expert"].shape[-1]
-        _add_tokens(*arrays, state["index"], choices, state["count"], state["tokens"])
+        add_tokens(*arrays, state["index"], choices, state["count"], state["tokens"])
 
     def merge(self, state: State, other: State) -> State:
         """Sum the counts; both hold the same layers."""
@@ -393,9 +393,10 @@ def layer_index(layers: Array, wanted: Sequence[int] | None) -> Array:
 
 
 @kernel
-def _add_tokens(
+def add_tokens(
     expert: Array, token: Array, counted: Array, index: Array, choices: int, count: Array, tokens: Array
 ) -> None:
+    """Count tokens by id and by their first so many choices at some layers, given by their places in the capture."""
     rows, positions, _, _ = expert.shape
     for row in range(rows):
         for position in range(positions):

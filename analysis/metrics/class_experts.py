@@ -1,0 +1,182 @@
+"""Which experts a class of tokens goes to: digits, punctuation, words in capitals, a regular expression.
+
+A class is counted as one token would be: a token of it is at an expert that is any of its k choices. Promises exact
+counts, and intervals over documents. Does not know which tokens a class has: `analysis.token_classes` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import xarray as xr
+
+from analysis.attributes import described
+from analysis.metrics.tokens import add_tokens
+from analysis.scanning import EVERYTHING, Array, Block, Reducer, Selection, State, labelled, scan, sizes
+from analysis.statistics.jackknife import Jackknife, effective_of, how, interval
+from analysis.token_classes import CLASSES, members_of
+
+
+class ClassCounts(Reducer):
+    """Counts by class of token, layer and expert: what `class_experts_of` takes, within `Jackknife`.
+
+    Tokens that are in the same classes are counted together, so that a token in five classes is counted once.
+
+    Parameters
+    ----------
+    members : mapping of str to bool array, shape (token_id)
+        Each class by its name, and which tokens are in it: `analysis.token_classes.members_of`.
+
+    Raises
+    ------
+    ValueError
+        When there is no class.
+    """
+
+    stacks = True
+
+    def __init__(self, members: Mapping[str, Array]) -> None:
+        if not members:
+            raise ValueError("there is no class of tokens to count: name one")
+        self.names = tuple(members)
+        self.belongs, group = np.unique(np.stack([*members.values()], 1), axis=0, return_inverse=True)
+        self.group = group.astype(np.int32)
+
+    def init(self, dataset: xr.Dataset) -> State:
+        """Zeros: `count` (group, layer, expert) and `tokens` (group), of tokens that are in the same classes."""
+        layers, _, experts = sizes(dataset)
+        groups = len(self.belongs)
+        return {"count": np.zeros((groups, layers, experts), np.int64), "tokens": np.zeros(groups, np.int64)}
+
+    def update(self, state: State, block: Block) -> None:
+        """Add one shard."""
+        layers, choices = block["expert"].shape[2:]
+        group = self.group[block["token"]]  # -1 behind a row's end: it takes the last one's, and is not counted
+        add_tokens(
+            block["expert"], group, block["counted"], np.arange(layers), choices, state["count"], state["tokens"]
+        )
+
+    def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
+        """`counts` (token_class, layer, expert) and `tokens` (token_class), `all_counts` (layer, expert) and
+        `all_tokens` of all tokens; int64."""
+        (_, choices, experts), belongs = sizes(dataset), self.belongs.astype(np.int64)
+        coords = {"layer": dataset["layer"].values, "expert": np.arange(experts)}
+        by_class = {"token_class": np.array(self.names, object), **coords}
+        count, tokens = state["count"], state["tokens"]
+        found = xr.Dataset(
+            {
+                "counts": labelled(np.einsum("gc,...gle->...cle", belongs, count), *by_class, **by_class),
+                "tokens": labelled(tokens @ belongs, "token_class"),
+                "all_counts": labelled(count.sum(-3), *coords, **coords),
+                "all_tokens": labelled(tokens.sum(-1)),
+            }
+        )
+        return described(
+            found,
+            n=int(tokens.reshape(-1, tokens.shape[-1])[0].sum()),
+            estimator="counts",
+            null="every table even",
+            definition="occurrences of tokens of a class with an expert among the k choices at a layer; of the class",
+            source="OLMoE (Muennighoff et al. 2024), section 5, vocabulary specialization, of classes of tokens",
+            experts_per_token=choices,
+            experts=experts,
+        )
+
+
+def class_experts(
+    dataset: xr.Dataset,
+    classes: Sequence[str] = tuple(CLASSES),
+    *,
+    level: float = 0.95,
+    only: Selection = EVERYTHING,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    r"""For classes of tokens, how often they were sent to each expert.
+
+    Parameters
+    ----------
+    dataset : xr.Dataset
+        A capture.
+    classes : sequence of str
+        Names of `analysis.token_classes.CLASSES`, or regular expressions between slashes: `/\d/`.
+    level : float
+        Of the intervals.
+    only, threads, progress
+        See `analysis.scan`.
+
+    Returns
+    -------
+    xr.Dataset
+        See `class_experts_of`.
+
+    Raises
+    ------
+    ValueError
+        When there is no such class, or a regular expression is none.
+    """
+    pieces = dataset["piece"].values.tolist()
+    counted = Jackknife(ClassCounts({which: members_of(which, pieces) for which in classes}))
+    return class_experts_of(scan(dataset, [counted], only=only, threads=threads, progress=progress)[0], level)
+
+
+def class_experts_of(counts: xr.Dataset, level: float = 0.95) -> xr.Dataset:
+    """For classes of tokens, how often they were sent to each expert, from what `Jackknife(ClassCounts())` counted.
+
+    Parameters
+    ----------
+    counts : xr.Dataset
+        From `ClassCounts` within `Jackknife`; a selection of its layers or experts serves as well.
+    level : float
+        Of the intervals.
+
+    Returns
+    -------
+    xr.Dataset
+        Over (token_class, layer, expert): `counts` int64; `share` of the class's tokens that are sent to the expert,
+        `lift` over the share of all tokens, and their intervals over documents, `_low` and `_high`, float64; `tokens`
+        int64 and `effective_documents` float64 (token_class), the occurrences of the class, and of how many documents
+        of equal length. The null of a share is k/E, that of a lift 1. NaN where the class or the expert has no token;
+        an interval also where its tokens are of fewer than four effective documents, or an expert gets none or all of
+        them.
+    """
+    amount, share = counts["tokens"], share_of_class(counts)
+    lift = lift_of_class(counts)
+    of_share = interval(share, level, scale="share", amount=amount)
+    of_lift = np.exp(interval(np.log(lift.where(lift > 0)), level, amount=amount))
+    whole = counts.isel(replicate=0).drop_vars(["replicate", "left_out", "unit"])
+    own = lift.isel(replicate=0, drop=True)
+    return described(
+        xr.Dataset(
+            {
+                "counts": whole["counts"].assign_attrs(long_name="tokens sent to the expert", units="tokens"),
+                "tokens": whole["tokens"].assign_attrs(long_name="occurrences of the class", units="tokens"),
+                "effective_documents": effective_of(share, amount),
+                "share": of_share["estimate"].assign_attrs(long_name="share of the class sent to the expert"),
+                "lift": own.assign_attrs(long_name="share over the share of all tokens sent to the expert"),
+                **{f"share_{end}": of_share[end] for end in ("low", "high")},
+                **{f"lift_{end}": of_lift[end] for end in ("low", "high")},
+            }
+        ),
+        n=counts.attrs["n"],
+        documents=counts.attrs["documents"],
+        level=level,
+        estimator=f"maximum likelihood; {how(counts.attrs['units'], level)}, of the logarithm of a lift",
+        null=counts.attrs["experts_per_token"] / counts.attrs["experts"],
+        null_lift=1.0,
+        definition="share = N_ce / N_c: occurrences of tokens of class c with expert e among the k choices, over all of"
+        " c; lift = share / (N_e / T)",
+        source=counts.attrs["source"],
+    )
+
+
+def share_of_class(counts: xr.Dataset) -> xr.DataArray:
+    """The share of a class's tokens that are sent to each expert; NaN where it has none."""
+    return counts["counts"] / counts["tokens"].where(counts["tokens"] > 0)
+
+
+def lift_of_class(counts: xr.Dataset) -> xr.DataArray:
+    """That share over the share of all tokens; NaN where the class has no token, or the expert."""
+    of_all = counts["all_counts"].where(counts["all_counts"] > 0) / counts["all_tokens"]
+    return share_of_class(counts) / of_all
