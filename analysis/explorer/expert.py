@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class Profiles:
         load = view.now.result("load")
         self.share = load["share"]
         self.load = interval(self.share, scale="share")
+        self.choices_of_units = load[["counts"]].sum("k").assign_attrs(load.attrs, experts_per_token=view.choices)
         self.mass = load["mass_share"].isel(replicate=0)
         choices = view.now.result("choices")
         self.together = coactivation_of(choices)
@@ -90,11 +92,11 @@ class Profiles:
             "by_lift": self._tokens(layer, expert, "lift"),
             "by_count": self._tokens(layer, expert, "count"),
             "against": self._against(layer, expert, [each.view for each in others]),
-            "contexts": self._contexts(layer, expert),
+            "contexts": self.contexts_of(layer, expert),
             "elsewhere": [
                 (each.view.dataset, found)
                 for each in others
-                if (found := each._contexts(layer, expert, ELSEWHERE)) and each is not self
+                if (found := each.contexts_of(layer, expert, ELSEWHERE)) and each is not self
             ],
             "together": self._together(layer, expert),
             "similar": self.similar.of(view.layers.index(layer), expert),
@@ -120,7 +122,7 @@ class Profiles:
         if not others:
             return None
         if layer not in self.ranked or self.ranked[layer][0] != others:
-            self.ranked[layer] = others, self._contributions(layer, others)
+            self.ranked[layer] = others, contributions(self.view, others, self.view.layers.index(layer))
         found = self.ranked[layer][1].sel(expert=expert)
         names = ("token_id", "contribution", "token_usage", "token_routing")
         rows = [
@@ -132,20 +134,6 @@ class Profiles:
             "names": [other.dataset for other in others],
             "rows": [row | {"text": self.view.texts[row["token_id"]]} for row in rows if row["token_id"] >= 0],
         }
-
-    def _contributions(self, layer: int, others: Sequence[View]) -> xr.Dataset:
-        """Of all experts of a layer."""
-        at = self.view.layers.index(layer)
-        one, other = (
-            xr.Dataset(
-                {
-                    "counts": (("token_id", "expert"), sum(view.table(at) for view in views)),
-                    "tokens": ("token_id", sum(view.token_counts for view in views)),
-                }
-            )
-            for views in ([self.view], others)
-        )
-        return contributions_of(one, other, np.array(self.view.pieces, object), TOP_TOKENS)
 
     def _set(self, layer: int, expert: int, differs: str = "") -> dict[str, Any]:
         """Its row among those of all data sets."""
@@ -165,7 +153,7 @@ class Profiles:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return [row | {"text": self.view.texts[row["token_id"]]} for row in rows if row["token_id"] >= 0]
 
-    def _contexts(self, layer: int, expert: int, most: int | None = None) -> list[dict[str, Any]] | None:
+    def contexts_of(self, layer: int, expert: int, most: int | None = None) -> list[dict[str, Any]] | None:
         """Where its weights are largest, each token shaded by its own; None of routes that came without weights."""
         if self.contexts is None:
             return None
@@ -209,6 +197,20 @@ class Profiles:
             {"start": int(start), "share": _number(share), "choices": number}
             for start, share, number in zip(own["start"].values, own.values, choices, strict=True)
         ]
+
+
+def contributions(one: View, others: Sequence[View], at: int, top: int = TOP_TOKENS) -> xr.Dataset:
+    """The tokens that make the experts of a layer (by index) busier or less busy than in other data sets together."""
+    counts = [
+        xr.Dataset(
+            {
+                "counts": (("token_id", "expert"), reduce(np.add, [view.table(at) for view in views])),
+                "tokens": ("token_id", reduce(np.add, [view.token_counts for view in views])),
+            }
+        )
+        for views in ([one], others)
+    ]
+    return contributions_of(*counts, np.array(one.pieces, object), top)
 
 
 def _ranked(share: Array, leave_out: int | None = None) -> list[dict[str, Any]]:

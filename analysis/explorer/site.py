@@ -8,6 +8,7 @@ anybody's is refused, so that no page elsewhere can read a store through the vis
 import ipaddress
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from starlette.applications import Starlette
@@ -18,8 +19,11 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from analysis.explorer.compare import Comparisons
+from analysis.explorer.compared import verdict
 from analysis.explorer.document import distribution, document_page
-from analysis.explorer.live import Explorer, Shown
+from analysis.explorer.index import index_folder
+from analysis.explorer.live import Explorer, Shown, differs
 from analysis.explorer.one_file import FOLDER, MOST_TOKENS, environment, export_page, reader_data, refuse_too_long
 from analysis.explorer.search import documents, find_tokens
 from analysis.explorer.token import contexts, token_page
@@ -51,6 +55,8 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
         Route("/{name}/place", pages.place),
         Route("/{name}/distribution", pages.distribution),
         Route("/{name}/token/{token:int}", pages.token),
+        Route("/{name}/compare", pages.any_comparison),
+        Route("/{name}/compare/{other}", pages.compare),
         Route("/{name}/expert", pages.any_expert),
         Route("/{name}/expert/{layer:int}/{expert:int}", pages.expert),
     ]
@@ -81,6 +87,8 @@ class Pages:
 
     def __init__(self, explorer: Explorer) -> None:
         self.explorer, self.templates = explorer, environment()
+        folder = explorer.folder or index_folder(explorer.path)
+        self.comparisons = Comparisons(folder, explorer.only, explorer.threads)
 
     def home(self, request: Request) -> Response:
         """The data sets."""
@@ -197,6 +205,23 @@ class Pages:
             length=shown.view.capture.sizes["position"],
         )
 
+    def compare(self, request: Request) -> Response:
+        """Two data sets, or how far counting them is."""
+        shown, other = self._shown(request), self._shown(request, "other")
+        names = shown.view.dataset, other.view.dataset
+        found = self.comparisons.of(shown, other)
+        title, differ = f"{names[0]} and {names[1]}", differs(shown.view, other.view)
+        if found is None:
+            done, total = self.comparisons.progress.get(names, (0, 0))
+            return self._page("comparing", title, shown, other=names[1], done=done, total=total)
+        said = verdict(found, names)
+        return self._page("compare", title, shown, other=names[1], found=found, differs=differ, said=said)
+
+    def any_comparison(self, request: Request) -> Response:
+        """To the comparison with the data set that a form names."""
+        shown, other = self._shown(request), request.query_params.get("with", "")
+        return RedirectResponse(f"/{quote(shown.view.dataset)}/compare/{quote(other, safe='')}", headers=HEADERS)
+
     def any_expert(self, request: Request) -> Response:
         """To the page of the expert that a form names."""
         shown, (layer, expert) = self._shown(request), _numbers(request, layer=None, expert=None)
@@ -219,9 +244,9 @@ class Pages:
         title = titles.get(status, "That went wrong")
         return self._page("error", title, status=status, message=message)
 
-    def _shown(self, request: Request) -> Shown:
+    def _shown(self, request: Request, part: str = "name") -> Shown:
         """The data set that an address names."""
-        name, shown = request.path_params["name"], self.explorer.shown
+        name, shown = request.path_params[part], self.explorer.shown
         if name not in shown:
             raise HTTPException(404, f"no data set {name!r}: here are {', '.join(shown)}")
         return shown[name]

@@ -58,7 +58,7 @@ class View:
         self.texts: list[str] = before.texts if before else readable(self.pieces)
         self.tops: dict[tuple[int, TokenOrder], xr.Dataset] = {}
         self.tables: dict[int, Array] = {}
-        self._classes = before._classes if before else None
+        self._classes: Mapping[str, Array] | None = before._classes if before else None
         self._before = before if before and before.now.parts.keys() <= now.parts.keys() else None
         group = CaptureGroup(path, dataset)
         self.arrays: Any = zarr.open_group(group.objects.zarr_store(), path=dataset, mode="r", use_consolidated=False)
@@ -205,13 +205,11 @@ class View:
         return count
 
     @property
-    def classes(self) -> tuple[list[str], Array]:
-        """The classes that tokens of the vocabulary are in, by name, and which these are: bool (class, token_id)."""
+    def classes(self) -> Mapping[str, Array]:
+        """The classes that tokens of the vocabulary are in, by name, and which these are: bool (token_id)."""
         if self._classes is None:
-            names = [*CLASSES]
-            members = np.array([members_of(name, self.pieces) for name in names])
-            there = members.any(axis=1)
-            self._classes = [name for name, any_token in zip(names, there, strict=True) if any_token], members[there]
+            members = {name: members_of(name, self.pieces) for name in CLASSES}
+            self._classes = {name: own for name, own in members.items() if own.any()}
         return self._classes
 
     @property

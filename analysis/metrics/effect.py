@@ -9,7 +9,7 @@ Promises: tokens are compared, not believed; exact sums, the same in any order. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -176,8 +176,18 @@ def effect(
     ValueError
         When the captures cannot be compared, hold other tokens, or one did not record log-probabilities.
     """
-    asked = [Jackknife(Effects()), Effects(by_token=True), LargestLosses(places)]
-    found, of_token, losses = scan(paired(one, other), asked, only=only, threads=threads, progress=progress)
+    counted = scan(paired(one, other), effect_asked(places), only=only, threads=threads, progress=progress)
+    return effect_of(counted, level=level, replicates=replicates)
+
+
+def effect_asked(places: int = PLACES) -> list[Reducer]:
+    """What `effect_of` takes the answers of."""
+    return [Jackknife(Effects()), Effects(by_token=True), LargestLosses(places)]
+
+
+def effect_of(counted: Sequence[xr.Dataset], *, level: float = 0.95, replicates: int = REPLICATES) -> xr.Dataset:
+    """`effect`, from what the reducers of `effect_asked` counted."""
+    found, of_token, losses = counted
     tokens = found["tokens"].values[0] - found["tokens"].values[1:].astype(float)
     means, counts = found["effect"].fillna(0).values, found["tokens"].values
     sums = means[0] * counts[0] - means[1:] * counts[1:]
@@ -208,6 +218,13 @@ def effect(
         definition=DEFINITION,
         source="Fisher 1935 (sign-flip test)",
     )
+
+
+def losing_tokens(found: xr.Dataset, top: int) -> Array:
+    """The ids of the tokens that lose most over all their occurrences, at most so many, from `effect`."""
+    total = (found["of_token"].fillna(0) * found["tokens"]).values
+    worst: Array = total.argsort(kind="stable")[:top]
+    return worst[total[worst] < 0]
 
 
 def _p(residuals: Array, part: Array, replicates: int) -> float:

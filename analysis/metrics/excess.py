@@ -39,6 +39,8 @@ def token_excess_of(routes: xr.Dataset, *, min_count: int = 20) -> xr.Dataset:
     ValueError
         When `min_count` is below 1.
     """
+    from scipy import special
+
     if min_count < 1:
         raise ValueError(f"min_count={min_count}: at least 1")
     ids, first, token = np.unique(routes["token_id"].values, return_index=True, return_inverse=True)
@@ -51,7 +53,10 @@ def token_excess_of(routes: xr.Dataset, *, min_count: int = 20) -> xr.Dataset:
     experts = routes.attrs["experts"]
     count, expected = _count(expert, slot[token], document, experts, len(frequent))
     n = occurrences[frequent]
-    p = tail_of(count, expected, n[:, None, None])
+    share = np.clip(expected / n[:, None, None], 0, 1)
+    # P(Binomial(n, share) >= count), by the incomplete beta function; Hoeffding's bound holds from the mean + 1 on.
+    tail = special.betainc(np.maximum(count, 1), (n[:, None, None] - count) + 1.0, share)
+    p = np.where(count >= expected + 1, tail, 1.0)
     dims = ("token_id", "layer", "expert")
     result = xr.Dataset(
         {"counts": (dims, count), "expected": (dims, expected), "p": (dims, p), "tokens": ("token_id", n)},
@@ -73,17 +78,6 @@ def token_excess_of(routes: xr.Dataset, *, min_count: int = 20) -> xr.Dataset:
         documents=routes.attrs["documents"],
         min_count=min_count,
     )
-
-
-def tail_of(count: Array, expected: Array, n: Array) -> Array:
-    """An upper bound of the probability of so large a count of n tokens, where tokens are shuffled within documents and
-    so many are expected; 1 where no more are there than the mean and one."""
-    from scipy import special
-
-    # P(Binomial(n, share) >= count), by the incomplete beta function; Hoeffding's bound holds from the mean + 1 on.
-    share = np.clip(expected / np.maximum(n, 1), 0, 1)
-    tail = special.betainc(np.maximum(count, 1), (n - count) + 1.0, share)
-    return np.where(count >= expected + 1, tail, 1.0)
 
 
 @kernel

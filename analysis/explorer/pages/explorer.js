@@ -312,6 +312,7 @@
     setTimeout(follow, wait);
   };
 
+  if (document.querySelector("[data-reload]")) setTimeout(() => location.reload(), 2000);
   paint();
   dark.addEventListener("change", paint);
   const data = document.getElementById("data");
