@@ -22,8 +22,10 @@ from .metrics.choices import layer_overlap_of as layer_overlap_of
 from .metrics.choices import transitions as transitions
 from .metrics.choices import transitions_of as transitions_of
 from .metrics.class_experts import ClassCounts as ClassCounts
+from .metrics.class_experts import class_excess_of as class_excess_of
 from .metrics.class_experts import class_experts as class_experts
 from .metrics.class_experts import class_experts_of as class_experts_of
+from .metrics.class_experts import strongest_experts_of as strongest_experts_of
 from .metrics.conditional import domain_information as domain_information
 from .metrics.conditional import position_information as position_information
 from .metrics.conditional import token_information as token_information

@@ -18,6 +18,7 @@ end_on_interrupt()
 
 import tyro
 
+from jobs.console.class_rows import class_question
 from jobs.console.places import captures_at, only_one
 from jobs.console.query_rows import Answer, Listed, document_answer, expert_answer, token_answer
 from jobs.console.recorded_rows import recorded_question
@@ -51,6 +52,9 @@ class QueryConfig:
     it begins with a dash."""
     token_id: int | None = None
     """The same, by its id."""
+    tokens: str | None = None
+    """A class of tokens, such as digits, punctuation, keywords or capitalized (a name that is none lists all), or a
+    regular expression between slashes: '/^ ?[A-Z]/'. Where it goes: its experts by layer, with intervals."""
     expert: str | None = None
     """An expert, as LAYER:EXPERT: 15:3. Its tokens, by count and by lift."""
     document: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -68,8 +72,8 @@ class QueryConfig:
     """A folder: write load, token_experts, transitions and the routes of each --document there, as Parquet, of all
     data sets of STORE. analysis/examples/queries.sql asks them with DuckDB."""
     layer: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
-    """With --token, --document, --entropy, --saliency and --logprob: only this layer, by the model's own number. May be
-    repeated. Default: all."""
+    """With --token, --tokens, --document, --entropy, --saliency and --logprob: only this layer, by the model's own
+    number. May be repeated. Default: all."""
     top: int = 20
     """With --expert: tokens listed."""
     min_count: int = 1
@@ -82,14 +86,17 @@ class QueryConfig:
     """For scripts: one JSON document on standard output instead of tables, with the keys store, data_set, complete
     (whether the capture is), shards_done, shards_total, phase and role (what is selected; empty: all), and answers.
     Each answer has rows, what it is about, and the attributes of the measurement: n (of what counted says: tokens),
-    null (a share by chance), null_lift, estimator, definition, source. To --token, one answer: token_id, piece,
-    tokens (its occurrences); rows of layer, expert, count, share, lift, without experts that got none. To --expert
-    two, by count and by lift: layer, expert, order, min_count; rows of rank, token_id, piece, count, tokens, share,
-    lift. To --document one for each: document, name, n, tokens_missing, layers; rows of position, token_id, piece,
-    and where the capture has them role, phase and weight, with expert and weight as lists, by layer, of its choices.
-    To --entropy: rows of layer, with entropy, effective_experts, mass and margin, each with _low and _high, or of the
-    largest logits alone with _at_least and _at_most in place of the first three; to --saliency and --logprob: rows of
-    layer, expert and the variables of analysis.saliency and analysis.logprob_by_expert. What is no number is null."""
+    null (a share by chance), null_lift, estimator, definition, source. To --token, one answer: token_id, piece, tokens
+    (its occurrences); rows of layer, expert, count, share, lift, without experts that got none. To --tokens, one
+    answer: class, description, tokens, documents (of the data set), effective_documents (of equal length, that tell as
+    much as those of the class), level, most_frequent (token_id, piece and tokens of some); rows as to --token, and
+    share_low, share_high, lift_low and lift_high, which are intervals over documents. To --expert two, by count and by
+    lift: layer, expert, order, min_count; rows of rank, token_id, piece, count, tokens, share, lift. To --document one
+    for each: document, name, n, tokens_missing, layers; rows of position, token_id, piece, and where the capture has
+    them role, phase and weight, with expert and weight as lists, by layer, of its choices. To --entropy: rows of layer,
+    with entropy, effective_experts, mass and margin, each with _low and _high, or of the largest logits alone with
+    _at_least and _at_most in place of the first three; to --saliency and --logprob: rows of layer, expert and the
+    variables of analysis.saliency and analysis.logprob_by_expert. What is no number is null."""
 
 
 def main(arguments: list[str]) -> int:
@@ -162,6 +169,9 @@ def _counted(
         top, least = config.top, config.min_count
         check_ranking(top=top, by="count", min_count=least)
         answers = [partial(expert_answer, capture, layer, expert, top=top, by=by, min_count=least) for by in ORDERS]
+    elif config.tokens is not None:
+        reducers, answer_of = class_question(config.tokens, capture)
+        answers = [partial(answer_of, capture, layers)]
     else:
         answers = [partial(token_answer, capture, _token(capture, config.token, config.token_id), layers)]
     with reporting(state.dataset, unit="shards", transient=True) as report:
@@ -175,6 +185,7 @@ def _check(config: QueryConfig) -> None:
     given = {
         "token": config.token is not None,
         "token_id": config.token_id is not None,
+        "tokens": config.tokens is not None,
         "expert": config.expert is not None,
         "document": bool(config.document) and config.parquet is None,
         **{name: getattr(config, name) for name in RECORDED},
@@ -185,10 +196,10 @@ def _check(config: QueryConfig) -> None:
         got = " and ".join(f"--{name}" for name in asked) or "none"
         raise ValueError(f"ask one of {', '.join(f'--{name}' for name in given)}; got {got}")
     limits = {
-        "layer": ("token", "token_id", "document", *RECORDED),
+        "layer": ("token", "token_id", "tokens", "document", *RECORDED),
         "top": ("expert",),
         "min_count": ("expert",),
-        "json": ("token", "token_id", "expert", "document", *RECORDED),
+        "json": ("token", "token_id", "tokens", "expert", "document", *RECORDED),
     }
     for option, questions in limits.items():
         if getattr(config, option) != getattr(QueryConfig, option) and asked[0] not in questions:

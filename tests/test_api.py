@@ -34,7 +34,8 @@ CAPTURE, OTHER = make_capture(), make_capture(seed=5)
 MIXTRAL = make_capture(layers=(0, 7, 15))
 RECORDED, OTHER_RECORDED = (make_capture(seed=seed, record=RECORD) for seed in (0, 5))  # the same tokens and choices
 SCORES = analysis.scores_of(RECORDED)
-IN_CLASSES = analysis.ClassCounts({"/w1/": analysis.members_of("/w1/", CAPTURE["piece"].values.tolist())})
+MEMBERS = {"/w1/": analysis.members_of("/w1/", CAPTURE["piece"].values.tolist())}
+IN_CLASSES = analysis.ClassCounts(MEMBERS)
 
 # --- What is counted, looked up in the arrays -------------------------------------------------------------------------
 
@@ -119,6 +120,10 @@ METRICS: dict[str, tuple[Ask, object]] = {
     "balance_of": (lambda c: analysis.balance_of(analysis.expert_load(c)), tokens()),
     "cache_hits": (lambda c: analysis.cache_hits(c, [2, 3]), pairs()),
     "cache_hits_of": (lambda c: analysis.cache_hits_of(counts(analysis.CacheCounts())[0]), pairs()),
+    "class_excess_of": (
+        lambda c: analysis.class_excess_of(counts(analysis.SampledRoutes())[0], MEMBERS, min_count=2),
+        tokens(),
+    ),
     "class_experts": (lambda c: analysis.class_experts(c, ["letters", "/w1/"]), tokens()),
     "class_experts_of": (lambda c: analysis.class_experts_of(counts(analysis.Jackknife(IN_CLASSES))[0]), tokens()),
     "coactivation": (analysis.coactivation, tokens()),
@@ -203,6 +208,10 @@ METRICS: dict[str, tuple[Ask, object]] = {
         pairs(),
     ),
     "segment_routing": (lambda c: analysis.segment_routing(c, [4]), tokens()),
+    "strongest_experts_of": (
+        lambda c: analysis.strongest_experts_of(counts(analysis.Jackknife(IN_CLASSES))[0], min_count=2),
+        tokens(),
+    ),
     "surprise": (lambda c: analysis.surprise(RECORDED), predicted()),
     "surprise_and_entropy": (lambda c: analysis.surprise_and_entropy(RECORDED), predicted()),
     "surprise_and_entropy_of": (

@@ -15,7 +15,7 @@ import xarray as xr
 
 from analysis.explorer.excess import Excess
 from analysis.explorer.similar import Similar
-from analysis.explorer.summary import SURE, Set, busiest, summary
+from analysis.explorer.summary import SURE, Set, summary
 from analysis.explorer.view import TOP_TOKENS, View
 from analysis.metrics.choices import coactivation_of, transitions_of
 from analysis.metrics.position import position_load_of
@@ -107,7 +107,7 @@ class Profiles:
         sets = [each._busy(layer, expert, 1 + len(others)) for each in (self, *others)]
         reach = self.view.choices * sets[0].share
         classes, tokens = self.excess.kinds(layer, expert)
-        return summary(sets[0], reach, classes, tokens, busiest(sets), sets[1:])
+        return summary(sets[0], reach, classes, tokens, sets[1:])
 
     def _busy(self, layer: int, expert: int, sets: int) -> Set:
         """How busy it is, with an interval that holds all experts and layers of so many data sets together."""

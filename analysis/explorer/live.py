@@ -22,7 +22,9 @@ from analysis.explorer.unusual import Unusual, unusual_documents
 from analysis.explorer.view import View
 from analysis.metrics.contrast import differences_in_words
 from analysis.scanning import EVERYTHING, Selection
+from store import model_differences
 from store.attributes import attributes
+from store.identity import changes_in_words
 from store.reader import dataset_names
 from store.secrets import without_secrets
 
@@ -112,11 +114,8 @@ class Explorer:
             return view.capture.attrs.get("model"), view.experts, view.choices, *view.layers
 
         others = [each for name, each in [*self.shown.items()] if name != own.view.dataset and each.view.now.tokens]
-        said = attributes(own.view.capture)
         return [
-            Alike(each.profiles, differences_in_words(said, attributes(each.view.capture)))
-            for each in others
-            if model(each.view) == model(own.view)
+            Alike(each.profiles, differs(own.view, each.view)) for each in others if model(each.view) == model(own.view)
         ]
 
     def refresh(self, name: str, most: int | None = None) -> int:
@@ -215,6 +214,15 @@ class Explorer:
             _ = shown.profiles, shown.unusual
             view.warm()
         return shown
+
+
+def differs(one: View, other: View) -> str:
+    """In what the model of another data set differs, in words: what was changed about its choices, if that is all."""
+    said = [attributes(view.capture) for view in (one, other)]
+    fields, changed = model_differences(*said), ("mask", "force", "top_k", "routes_from", "routes_weights")
+    if fields.keys() <= set(changed):
+        return changes_in_words(said[1]["identity"]) or ("unchanged choices" if fields else "")
+    return differences_in_words(*said)
 
 
 def _digest(index: CaptureIndex) -> str:

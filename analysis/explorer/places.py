@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 COLUMN = 40  # characters before the token where lines are kept (arbitrary)
 
@@ -33,13 +33,15 @@ def words_around(texts: Sequence[str], at: int, shares: Sequence[float] | None =
     return joined
 
 
-def in_one_line(words: Sequence[Word]) -> list[Word]:
-    """The same with line feeds as ↵."""
-    return [word._replace(text=word.text.replace("\n", "↵")) for word in words]
+def in_one_line(words: Sequence[Word]) -> dict[str, Any]:
+    """Words `before` the `focus` and `after` it, with line feeds as ↵; `lines` is None."""
+    words = [word._replace(text=word.text.replace("\n", "↵")) for word in words]
+    at = _focus(words)
+    return {"before": words[:at], "focus": words[at], "after": words[at + 1 :], "lines": None}
 
 
-def in_lines(words: Sequence[Word]) -> list[list[Word]]:
-    """Line by line, moved so that the token that is looked for begins at `COLUMN`; what is left of 0 is cut off."""
+def in_lines(words: Sequence[Word]) -> dict[str, Any]:
+    """`lines` of words, moved so that the focus begins at `COLUMN`; what is left of 0 is cut off."""
     lines: list[list[Word]] = [[]]
     for word in words:
         first, *others = word.text.split("\n")
@@ -47,8 +49,22 @@ def in_lines(words: Sequence[Word]) -> list[list[Word]]:
         lines[-1].append(word._replace(text=shown))
         lines += [[word._replace(text=other, focus=False)] for other in others]
     [own] = [line for line in lines if any(word.focus for word in line)]
-    column = sum(len(word.text) for word in own[: next(at for at, word in enumerate(own) if word.focus)])
-    return [[word for word in _moved(line, COLUMN - column) if word.text] for line in lines]
+    column = sum(len(word.text) for word in own[: _focus(own)])
+    while lines[0] is not own and _blank(lines[0]):
+        lines.pop(0)
+    while lines[-1] is not own and _blank(lines[-1]):
+        lines.pop()
+    return {"lines": [[word for word in _moved(line, COLUMN - column) if word.text] for line in lines]}
+
+
+def _blank(line: Sequence[Word]) -> bool:
+    """Whether nothing of a line can be seen."""
+    return not any(word.text.strip() for word in line)
+
+
+def _focus(words: Sequence[Word]) -> int:
+    """Which word is looked for."""
+    return next(at for at, word in enumerate(words) if word.focus)
 
 
 def _moved(line: Sequence[Word], by: int) -> list[Word]:

@@ -154,13 +154,9 @@ class View:
         own = None if shares is None else shares[AROUND - at :][: len(ids)].tolist()
         words = words_around(texts, at, own)
         return {
-            "words": None if self.indented else in_one_line(words),
-            "lines": in_lines(words) if self.indented else None,
+            **(in_lines(words) if self.indented else in_one_line(words)),
             "row": row,
             "position": position,
-            "before": "".join(texts[:at]),
-            "token": texts[at],
-            "after": "".join(texts[at + 1 :]),
             "document": document,
             "name": self.names[document],
             "experts": [],

@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from analysis.attributes import described
+from analysis.metrics.excess import token_excess_of
 from analysis.metrics.tokens import add_tokens
 from analysis.scanning import EVERYTHING, Array, Block, Reducer, Selection, State, labelled, scan, sizes
 from analysis.statistics.jackknife import Jackknife, effective_of, how, interval
@@ -169,6 +170,73 @@ def class_experts_of(counts: xr.Dataset, level: float = 0.95) -> xr.Dataset:
         " c; lift = share / (N_e / T)",
         source=counts.attrs["source"],
     )
+
+
+def strongest_experts_of(counts: xr.Dataset, *, min_count: int = 20, level: float = 0.95) -> xr.Dataset:
+    """Of each class at each layer, the expert with the highest lift, from what `Jackknife(ClassCounts())` counted.
+
+    Parameters
+    ----------
+    counts : xr.Dataset
+        From `ClassCounts` within `Jackknife`.
+    min_count : int
+        An expert that gets fewer tokens of the class is left out: its lift is mostly luck.
+    level : float
+        Of the intervals, each of which holds for one expert that is named beforehand: of the highest of several lifts
+        it is somewhat too high.
+
+    Returns
+    -------
+    xr.Dataset
+        Over (token_class, layer): `strongest` int64, the expert, -1 where none gets so many; all else as
+        `class_experts_of` gives it for this expert, NaN or 0 where there is none.
+
+    Raises
+    ------
+    ValueError
+        When `min_count` is below 1.
+    """
+    if min_count < 1:
+        raise ValueError(f"min_count={min_count}: at least 1")
+    whole = counts.isel(replicate=0, drop=True)
+    lift = lift_of_class(whole).where(whole["counts"] >= min_count)
+    known, strongest = lift.notnull().any("expert"), lift.fillna(-1.0).argmax("expert")
+    found = class_experts_of(counts.isel(expert=strongest), level).drop_vars("expert")
+    found = found.assign(counts=found["counts"].where(known, 0), strongest=strongest.where(known, -1))
+    return found.assign({name: found[name].where(known) for name in found if str(name).startswith(("share", "lift"))})
+
+
+def class_excess_of(routes: xr.Dataset, members: Mapping[str, Array], *, min_count: int = 20) -> xr.Dataset:
+    """How much more often classes went to experts than their documents explain, from what `SampledRoutes` kept.
+
+    Parameters
+    ----------
+    routes : xr.Dataset
+        From `analysis.SampledRoutes`.
+    members : mapping of str to bool array, shape (token_id)
+        Each class by its name, and which tokens are in it.
+    min_count : int
+        Classes that occur less often in the sample are left out.
+
+    Returns
+    -------
+    xr.Dataset
+        Over (token_class, layer, expert) what `token_excess_of` gives for a token: `counts` int64, `expected` and `p`
+        float64; `tokens` int64 (token_class).
+
+    Raises
+    ------
+    ValueError
+        When `min_count` is below 1, or there is no class.
+    """
+    if not members:
+        raise ValueError("there is no class of tokens: name one")
+    token, found = routes["token_id"].values, []
+    for name, belongs in members.items():
+        two = token_excess_of(routes.assign(token_id=("token", belongs[token].astype(np.int64))), min_count=min_count)
+        own = two.isel(token_id=np.flatnonzero(two["token_id"].values == 1)).drop_vars("piece")
+        found.append(own.assign_coords(token_id=[name] * own.sizes["token_id"]))
+    return xr.concat(found, "token_id", combine_attrs="override").rename(token_id="token_class")
 
 
 def share_of_class(counts: xr.Dataset) -> xr.DataArray:

@@ -5,10 +5,11 @@ import re
 import numpy as np
 import pytest
 import xarray as xr
+from scipy.stats import binom
 from scipy.stats import t as student
 from synthetic import make_capture
 
-from analysis import ClassCounts, class_experts
+from analysis import ClassCounts, SampledRoutes, class_excess_of, class_experts, members_of, strongest_experts_of
 from analysis.metrics.class_experts import lift_of_class
 from analysis.scanning import scan
 from analysis.statistics.jackknife import Jackknife
@@ -94,6 +95,47 @@ def test_a_class_in_few_documents_has_no_interval_and_a_lift_all_the_same() -> N
     assert np.isfinite(found["lift"].sel(token_class="digits")).any()
     assert np.isnan(found[["share_low", "lift_low", "lift_high"]].to_array()).all()
     assert np.isnan(found["lift"].sel(token_class="han")).all()
+
+
+def test_the_strongest_expert_has_the_highest_lift_of_those_with_enough_tokens() -> None:
+    members = {which: members_of(which, PIECES) for which in IN}
+    counted = scan(CAPTURE, [Jackknife(ClassCounts(members))])[0]
+    whole, found = class_experts(CAPTURE, list(IN)), strongest_experts_of(counted, min_count=8)
+    chosen = set()
+    for which in IN:
+        for layer in whole["layer"].values.tolist():
+            own, one = (each.sel(token_class=which, layer=layer) for each in (whole, found))
+            enough = np.flatnonzero(own["counts"].values >= 8)
+            best = max(enough, key=lambda expert: float(own["lift"][expert]), default=-1)
+            chosen.add(int(best))
+            assert int(one["strongest"]) == best
+            if best >= 0:
+                for name in ("counts", "share", "lift", "lift_low", "share_high"):
+                    assert float(one[name]) == pytest.approx(float(own[name][best]), nan_ok=True)
+            else:
+                assert (int(one["counts"]), np.isnan(float(one["lift"]))) == (0, True)
+    assert len(chosen - {-1}) > 2
+    assert -1 in chosen
+    with pytest.raises(ValueError, match="min_count=0: at least 1"):
+        strongest_experts_of(counted, min_count=0)
+
+
+def test_the_excess_of_a_class_is_that_of_its_tokens_as_one() -> None:
+    routes = scan(CAPTURE, [SampledRoutes()])[0]
+    found = class_excess_of(routes, {which: members_of(which, PIECES) for which in IN}, min_count=5)
+    assert found["token_class"].values.tolist() == [which for which in IN if which != "han"]
+    counts, tokens = plainly(CAPTURE.compute())
+    here = tokens[-1] > 0
+    expected = (tokens[0][here, None, None] * counts[""][here] / tokens[-1][here, None, None]).sum(0)
+    own = found.sel(token_class="digits")
+    np.testing.assert_allclose(own["expected"], expected)
+    np.testing.assert_array_equal(own["counts"], counts["digits"].sum(0))
+    tail = binom.sf(counts["digits"].sum(0) - 1, tokens[0].sum(), expected / tokens[0].sum())
+    far = counts["digits"].sum(0) >= expected + 1
+    np.testing.assert_allclose(own["p"].values[far], tail[far], rtol=1e-9)
+    assert (own["p"].values < 1e-3).any()
+    with pytest.raises(ValueError, match="there is no class of tokens"):
+        class_excess_of(routes, {})
 
 
 def test_the_class_of_all_tokens_has_a_lift_of_one_and_a_class_is_needed() -> None:

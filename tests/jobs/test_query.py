@@ -95,6 +95,36 @@ def test_a_token_that_does_not_occur_is_an_answer(ask: Callable[..., Ran]) -> No
     assert ": 0 occurrences" in done.out
 
 
+def test_a_class_of_tokens_goes_where_its_tokens_go(store: Path, ask: Callable[..., Ran]) -> None:
+    capture = open_capture(store, "a").load()
+    counts = capture["token"].where(~capture["token"].isin([-1, BOS_ID]))
+    inside = counts.astype("U8").str.startswith("1") & counts.notnull()
+    found = json.loads(ask("--tokens", "/^ 1/", "--layer", 2, "--json").out)["answers"][0]
+    assert (found["class"], found["tokens"]) == ("/^ 1/", int(inside.sum()))
+    assert found["most_frequent"][0]["piece"].startswith("▁1")
+    of_class, of_all = (
+        [int(((capture["expert"].sel(layer=2) == e).any("k") & where).sum()) for e in range(8)]
+        for where in (inside, counts.notnull())
+    )
+    assert {row["expert"]: row["count"] for row in found["rows"]} == {e: n for e, n in enumerate(of_class) if n}
+    for row in found["rows"]:
+        assert row["share"] == pytest.approx(row["count"] / int(inside.sum()))
+        assert row["lift"] == pytest.approx(row["share"] * int(counts.notnull().sum()) / of_all[row["expert"]])
+    told = ask("--tokens", "/^ 1/", "--layer", 2).out
+    assert [line[2] for line in cells(told)] == [str(row["count"]) for row in found["rows"]]
+    assert "documents of equal length, and 4 are needed" in told
+    every = ask("--tokens", "digits", "--layer", 0).out
+    assert {line[4] for line in cells(every)} == {"1.00"}, "all pieces are numbers"
+
+
+def test_a_class_without_tokens_is_an_answer_and_no_class_an_error(ask: Callable[..., Ran]) -> None:
+    none = ask("--tokens", "han")
+    assert (none.status, cells(none.out)) == (0, [])
+    assert "han (letters of the script Han) in a: 0 occurrences; by chance a share is 0.2500" in none.out
+    refused = ask("--tokens", "digit")
+    assert (refused.status, "no class of tokens is called 'digit'; there are digits, " in refused.err) == (2, True)
+
+
 def test_an_expert_s_tokens_are_those_of_a_scan(store: Path, ask: Callable[..., Ran]) -> None:
     capture = open_capture(store, "a")
     for options, top, least in (([], 20, 1), (["--top", 3, "--min_count", 2], 3, 2)):
@@ -258,14 +288,19 @@ def test_parquet_writes_all_data_sets_or_one_and_routes_of_documents(tmp_path: P
 # --- What cannot be answered --------------------------------------------------------------------------------------
 
 MISTAKES: list[tuple[list[str], str]] = [
-    ([], "ask one of --token, --token_id, --expert, --document, --entropy, --saliency, --logprob, --parquet; got none"),
+    (
+        [],
+        "ask one of --token, --token_id, --tokens, --expert, --document, --entropy, --saliency, --logprob, --parquet;"
+        " got none",
+    ),
     (["--token", "▁2", "--expert", "0:1"], "--parquet; got --token and --expert"),
     (["--token", "▁2", "--document", "0"], "got --token and --document"),
     (["--token", "▁2", "--token_id", "2"], "got --token and --token_id"),
     (["--parquet", "x", "--expert", "0:1"], "got --expert and --parquet"),
     (
         ["--expert", "0:1", "--layer", "0"],
-        "--layer goes with --token, --token_id, --document, --entropy, --saliency, --logprob, not with --expert",
+        "--layer goes with --token, --token_id, --tokens, --document, --entropy, --saliency, --logprob,"
+        " not with --expert",
     ),
     (["--document", "0", "--top", "3"], "--top goes with --expert, not with --document"),
     (["--token", "▁2", "--min_count", "3"], "--min_count goes with --expert, not with --token"),

@@ -325,7 +325,7 @@ def test_a_mistake_writes_nothing_where_json_is_asked_for(store: Path, command: 
     ):
         ran = command(*arguments, main=main)
         assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
-    questions = "--token, --token_id, --expert, --document, --entropy, --saliency, --logprob"
+    questions = "--token, --token_id, --tokens, --expert, --document, --entropy, --saliency, --logprob"
     assert f"--json goes with {questions}, not with --parquet" in ran.err
 
 
@@ -334,7 +334,8 @@ def test_help_documents_every_key_of_json(store: Path, command: Callable[..., Ra
     keys = {*json.loads(ran.out), *(key for each in json.loads(ran.out)["data_sets"] for key in each)}
     about = command("--help", main=status.main).out
     assert {key for key in keys if not re.search(rf"\b{key}\b", about)} == set()
-    asked = (["--token", f"▁{word_id(TEXTS[0].split()[0])}"], ["--expert", "0:1"], ["--document", "0"])
+    asked = (["--token", f"▁{word_id(TEXTS[0].split()[0])}"], ["--tokens", "digits"])
+    asked += (["--expert", "0:1"], ["--document", "0"])
     about = command("--help", main=query.main).out
     for question in asked:
         told = json.loads(command(store / "a", *question, "--json", main=query.main).out)

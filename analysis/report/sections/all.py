@@ -8,6 +8,7 @@ NAMES = (
     "glance",
     "load",
     "tokens",
+    "token_classes",
     "contrast",
     "paths",
     "repetition",

@@ -1,0 +1,104 @@
+"""The experts of classes of tokens: digits, punctuation, words in capitals."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import xarray as xr
+
+from analysis.charts.classes import class_heatmap
+from analysis.metrics.class_experts import ClassCounts, class_excess_of, strongest_experts_of
+from analysis.metrics.token_paths import frequent_ids
+from analysis.report.figures import Figure, about, figure
+from analysis.report.section import TOKEN_MIN_COUNT, Answers, Asked, Found, Section
+from analysis.report.sections import tokens
+from analysis.scanning import Array, Reducer
+from analysis.statistics.jackknife import Jackknife
+from analysis.token_classes import CLASSES, members_of
+
+LEFT_OUT = ("letters",)  # they are most of a text
+IDS_LOOKED_AT = 4_096  # the most frequent tokens, among which a class must have one (arbitrary)
+TOLD = 4  # classes of each data set in words (arbitrary)
+SURE = 0.05  # probability that a class is told where documents explain all of them (Bonferroni)
+
+
+def ask(asked: Asked) -> Mapping[str, Reducer]:
+    """Counts of the classes that occur, by units of documents, and the sample of documents of the tokens' section."""
+    found: dict[str, Reducer] = {"routes": tokens.ask(asked)["routes"]}
+    if members := members_in(asked.data):
+        found["class_counts"] = Jackknife(ClassCounts(members), block_tokens=asked.block_tokens)
+    return found
+
+
+def members_in(data: xr.Dataset) -> dict[str, Array]:
+    """The classes that have a frequent token, and which tokens are in each."""
+    pieces = data["piece"].values
+    frequent = pieces[frequent_ids(data, IDS_LOOKED_AT)].tolist()
+    occur = [name for name in CLASSES if name not in LEFT_OUT and members_of(name, frequent).any()]
+    return {name: members_of(name, pieces.tolist()) for name in occur}
+
+
+def answer(found: Found, asked: Asked) -> Found:
+    """`classes`: the strongest expert of each; `class_excess`: what is more than their documents explain."""
+    if "class_counts" not in found:
+        return {}
+    counts = found["class_counts"]
+    often = counts["tokens"].isel(replicate=0).values >= TOKEN_MIN_COUNT
+    if not often.any():
+        return {}
+    counts = counts.isel(token_class=np.flatnonzero(often))
+    members = {name: own for name, own in members_in(asked.data).items() if name in counts["token_class"].values}
+    return {
+        "classes": strongest_experts_of(counts, min_count=TOKEN_MIN_COUNT),
+        "class_excess": class_excess_of(found["routes"], members, min_count=TOKEN_MIN_COUNT),
+    }
+
+
+def reading(answers: Sequence[Answers]) -> str:
+    """How to read the charts, and where classes go beyond what their documents explain."""
+    said = (
+        "For each layer and class of tokens, the number of the expert that gets the class most out of proportion;"
+        " colour: how many times as often as all tokens. Pale cells may be chance. A token is in several classes: the"
+        " is lowercase and word-initial, and for is a keyword in prose too. An interval is that of a cell by itself."
+        " Classes that go to an expert beyond what their documents explain, with what tokens shuffled within their"
+        " documents would give:"
+    )
+    told = [tell(each) for each in answers if each.get("class_excess") is not None]
+    return " ".join([said, *(filter(None, told) if any(told) else ["none."])])
+
+
+def tell(each: Answers) -> str:
+    """The classes that go to an expert by most points more than documents explain, to most of them, one for each
+    expert; empty where none does."""
+    found = each["class_excess"]
+    share = found["counts"] / found["tokens"]
+    sure = (found["p"] * found["p"].size <= SURE) & (share > 1 / 2)
+    more = (share - found["expected"] / found["tokens"]).where(sure).fillna(0.0)
+    best = [own.isel(own.argmax(("layer", "expert"))) for own in more]
+    told: dict[tuple[int, int], xr.Dataset] = {}
+    for cell in sorted((cell for cell in best if float(cell) > 0), key=lambda cell: -float(cell)):
+        place = {name: cell[name].item() for name in ("token_class", "layer", "expert")}
+        told.setdefault((place["layer"], place["expert"]), found.sel(place))
+    if not told:
+        return ""
+    n, of = found.attrs["n"], found.attrs["of"]
+    sampled = f" of {n:,} of its {of:,} tokens, a sample of whole documents," * (n < of)
+    return f"{each.label}:{sampled} {'; '.join(map(_told, list(told.values())[:TOLD]))}."
+
+
+def _told(cell: xr.Dataset) -> str:
+    share, usual = (float(cell[name] / cell["tokens"]) for name in ("counts", "expected"))
+    which, layer, expert = (cell[name].item() for name in ("token_class", "layer", "expert"))
+    return f"{share:.0%} of {int(cell['tokens']):,} {which} at layer {layer} go to expert {expert} ({usual:.0%})"
+
+
+def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
+    """A chart for each data set in which a class occurs often enough."""
+    interval = "95 %, of each cell by itself, in the numbers of each cell"
+    for each in answers:
+        if (found := each.get("classes")) is not None:
+            yield figure("classes", f"classes-{each.label}", each.label, class_heatmap(found), about(found, interval))
+
+
+SECTION = Section(
+    id="classes", title="Experts of classes of tokens", reading=reading, ask=ask, answer=answer, draw=draw
+)
