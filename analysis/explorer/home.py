@@ -20,6 +20,7 @@ from analysis.statistics.jackknife import interval
 
 SPECIALISTS = 3  # of a data set that are shown (arbitrary)
 FREQUENT = 0.002  # of the tokens, for a token to be told of (arbitrary)
+TINY = 1e-300  # instead of no share at all, in a logarithm
 ONE_WAY = 0.9  # of a token's occurrences go to one expert, for it to be told of (arbitrary)
 
 
@@ -41,15 +42,17 @@ class Home:
         digests = " ".join(each.digest for each in shown)
         if self._kept[0] != digests:
             known = [each for each in shown if each.view.now.tokens]
-            specialists = {each.view.dataset: self._specialists(each) for each in known}
-            findings = [*_busiest(specialists), *_one_way(known), *_unusual(known)]
-            self._kept = digests, {"findings": findings, "specialists": specialists}
+            others = {each.view.dataset: self._others(each) for each in known}
+            found = {each.view.dataset: specialists(each.profiles, others[each.view.dataset]) for each in known}
+            busy = {each.view.dataset: busiest(each.profiles, others[each.view.dataset]) for each in known}
+            findings = [*_strongest(found), *_one_way(known), *_unusual(known)]
+            self._kept = digests, {"findings": findings, "specialists": found, "busiest": busy}
         cards = [self.explorer.state(each.view.dataset) for each in shown]
         return {"cards": cards, **self._kept[1]}
 
-    def _specialists(self, own: Shown) -> list[dict[str, Any]]:
-        others = [each.profiles for each in self.explorer.alike(own) if not each.differs]
-        return specialists(own.profiles, others)
+    def _others(self, own: Shown) -> list[Profiles]:
+        """The data sets that can be compared with one."""
+        return [each.profiles for each in self.explorer.alike(own) if not each.differs]
 
 
 def specialists(own: Profiles, others: Sequence[Profiles], most: int = SPECIALISTS) -> list[dict[str, Any]]:
@@ -63,32 +66,42 @@ def specialists(own: Profiles, others: Sequence[Profiles], most: int = SPECIALIS
         found = [interval(each.share, level, scale="share") for each in others]
         high = np.max([each["high"].values for each in found], axis=0)  # NaN where one is not known
         rest = np.max([each["estimate"].values for each in found], axis=0)
-    told = np.where(low > high, share * np.log2(np.maximum(share, 1e-300) / np.maximum(rest, 1e-300)), 0)
+    told = share * np.log2(np.maximum(share, TINY) / np.maximum(rest, TINY))
+    told = np.where(low > high, told, 0)
     first = np.argsort(-told, axis=None, kind="stable")[:most]
     at = [divmod(int(cell), view.experts) for cell in first if told.flat[cell] > 0]
     return [
-        {
-            "dataset": view.dataset,
-            "layer": view.layers[layer],
-            "expert": expert,
-            "share": float(share[layer, expert]),
-            "rest": float(rest[layer, expert]),
-            "told": float(told[layer, expert]),
-            "compared": bool(others),
-            "line": own.summary(view.layers[layer], expert, others)["line"],
-        }
-        for layer, expert in at
+        _said(own, others, *cell) | {"rest": float(rest[cell]), "told": float(told[cell]), "compared": bool(others)}
+        for cell in at
     ]
 
 
-def _busiest(specialists: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def busiest(own: Profiles, others: Sequence[Profiles], most: int = SPECIALISTS) -> list[dict[str, Any]]:
+    """The experts with the largest shares of the choices of their layer."""
+    first = np.argsort(-own.load["estimate"].values, axis=None, kind="stable")[:most]
+    return [_said(own, others, *divmod(int(cell), own.view.experts)) for cell in first]
+
+
+def _said(own: Profiles, others: Sequence[Profiles], at: int, expert: int) -> dict[str, Any]:
+    """What a card says of an expert."""
+    layer = own.view.layers[at]
+    return {
+        "dataset": own.view.dataset,
+        "layer": layer,
+        "expert": expert,
+        "share": float(own.load["estimate"].values[at, expert]),
+        "line": own.summary(layer, expert, others)["line"],
+    }
+
+
+def _strongest(specialists: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The specialist that tells most of its data set."""
     first = [each[0] for each in specialists.values() if each]
     return [{"kind": "specialist", **max(first, key=lambda each: float(each["told"]))}] if first else []
 
 
 def _one_way(shown: Sequence[Shown]) -> list[dict[str, Any]]:
-    """The frequent token that goes most surely to one expert of a layer, over all data sets."""
+    """The frequent token that goes most surely to one expert of a late layer, over all data sets."""
     found = [each for one in shown for each in _surest(one.view)]
     return [max(found, key=lambda each: float(each["share"]))] if found else []
 
@@ -98,7 +111,9 @@ def _surest(view: View) -> list[dict[str, Any]]:
     frequent = np.flatnonzero(view.token_counts >= max(FREQUENT * view.token_counts.sum(), 1))
     if len(view.tables) < len(view.layers) or not len(frequent):
         return []
-    share = np.array([view.tables[at][frequent] for at in range(len(view.layers))]) / view.token_counts[frequent, None]
+    late = len(view.layers) // 2  # the first layers know little but the token
+    share = np.array([view.tables[at][frequent] for at in range(late, len(view.layers))])
+    share = share / view.token_counts[frequent, None]
     layer, token, expert = (int(at) for at in np.unravel_index(share.argmax(), share.shape))
     if share[layer, token, expert] < max(ONE_WAY, 2 * view.choices / view.experts):
         return []
@@ -107,7 +122,7 @@ def _surest(view: View) -> list[dict[str, Any]]:
         {
             "kind": "token",
             "dataset": view.dataset,
-            "layer": view.layers[layer],
+            "layer": view.layers[late + layer],
             "expert": expert,
             "token": number,
             "text": view.texts[number],

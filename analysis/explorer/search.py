@@ -24,7 +24,7 @@ def search_page(view: View, text: str, page: int = 1, *, tokens: int = TOKENS, p
         When there is no such page.
     """
     text = text.replace("↵", "\n")
-    found = {
+    found: dict[str, Any] = {
         "dataset": view.dataset,
         "tokens": find_tokens(view, text, tokens),
         "places": find_places(view, text, page, places),

@@ -14,10 +14,10 @@ import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from analysis.explorer.dataset import Order, documents
 from analysis.explorer.document import distribution, document_page
@@ -62,16 +62,31 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
         Route("/{name}/expert/{layer:int}/{expert:int}", pages.expert),
     ]
 
-    async def by_name(request: Request, answer: RequestResponseEndpoint) -> Response:
-        host = request.url.hostname or ""
-        if host in ("localhost", *names) or _is_address(host):
-            return await answer(request)
-        return PlainTextResponse(f"{host} is no name of this machine's", 400, headers=HEADERS)
-
     answers = {HTTPException: pages.error, ValueError: pages.error}
-    return Starlette(
-        routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=by_name)], exception_handlers=answers
-    )
+    return Starlette(routes=routes, middleware=[Middleware(ByName, names=names)], exception_handlers=answers)
+
+
+class ByName:
+    """Answers requests by address, to localhost, and under some names; refuses all others.
+
+    Parameters
+    ----------
+    app
+        What answers.
+    names
+        Of this machine.
+    """
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self.app, self.names = app, ("localhost", *names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        host = (Request(scope).url.hostname or "") if scope["type"] == "http" else ""
+        if scope["type"] != "http" or host in self.names or _is_address(host):
+            return await self.app(scope, receive, send)
+        refused = PlainTextResponse(f"{host} is no name of this machine's", 400, headers=HEADERS)
+        return await refused(scope, receive, send)
 
 
 def _is_address(host: str) -> bool:
@@ -102,7 +117,8 @@ class Pages:
         """A data set: its experts and its documents."""
         shown, (page,) = self._shown(request), _numbers(request, page=1)
         view, known = shown.view, bool(shown.view.now.tokens)
-        asked, by = request.query_params.get("name", ""), request.query_params.get("by", "unusual" if known else "id")
+        asked = request.query_params.get("name", "")
+        by: Any = request.query_params.get("by", "unusual" if known else "id")
         if by not in ORDERS:
             raise HTTPException(400, f"by={by}: documents are ordered by {', '.join(ORDERS)}")
         unusual = shown.unusual if known else None
