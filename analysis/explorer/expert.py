@@ -84,7 +84,7 @@ class Profiles:
             "layer": layer,
             "expert": expert,
             "even": even,
-            "summary": self._summary(layer, expert, others),
+            "summary": self.summary(layer, expert, others),
             "sets": sets,
             "most": max(even, *(each["estimate"] or 0 for each in sets)),
             "positions": positions,
@@ -104,7 +104,7 @@ class Profiles:
             **self._neighbours(layer, expert),
         }
 
-    def _summary(self, layer: int, expert: int, others: Sequence[Profiles]) -> Mapping[str, Any]:
+    def summary(self, layer: int, expert: int, others: Sequence[Profiles]) -> Mapping[str, Any]:
         """What it does, in words."""
         sets = [each._busy(layer, expert, 1 + len(others)) for each in (self, *others)]
         reach = self.view.choices * sets[0].share

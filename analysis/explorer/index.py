@@ -105,6 +105,22 @@ class Indexed:
             number += here
         return number, found
 
+    def neighbour(self, token: int, row: int, position: int, *, back: bool = False) -> tuple[int, int]:
+        """The next place of a token after another place, or before it; after the last one comes the first.
+
+        Raises
+        ------
+        ValueError
+            When it does not occur.
+        """
+        number, _ = self.occurrences(token, limit=0)
+        if not number:
+            raise ValueError(f"token {token} does not occur in what is indexed")
+        before = sum(part.before(token, row, position + (not back)) for part in self.parts.values())
+        _, [(part, found)] = self.occurrences(token, skip=(before - back) % number, limit=1)
+        rows, positions = part.places(np.array([found]))
+        return int(rows[0]), int(positions[0])
+
     def part_of(self, row: int) -> Part | None:
         """The part that holds a row of the capture; None where it is not indexed."""
         shard = row // int(self.capture.attrs["rows_per_shard"])

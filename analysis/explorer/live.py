@@ -18,6 +18,7 @@ from typing import Any
 
 from analysis.explorer.expert import Alike, Profiles
 from analysis.explorer.index import PARTS_AT_ONCE, CaptureIndex
+from analysis.explorer.unusual import Unusual, unusual_documents
 from analysis.explorer.view import View
 from analysis.metrics.contrast import differences_in_words
 from analysis.scanning import EVERYTHING, Selection
@@ -46,6 +47,11 @@ class Shown:
     def profiles(self) -> Profiles:
         """Of its experts; computed when the first is asked for."""
         return Profiles(self.view)
+
+    @cached_property
+    def unusual(self) -> Unusual:
+        """How unusual its documents are; computed when they are first asked for."""
+        return unusual_documents(self.view)
 
 
 class Explorer:
@@ -205,7 +211,7 @@ class Explorer:
         view = View(self.path, name, index.now, before.view if before and same else None)
         shown = Shown(view, _digest(index), index.identity)
         if index.now.parts:
-            _ = shown.profiles
+            _ = shown.profiles, shown.unusual
             view.warm()
         return shown
 

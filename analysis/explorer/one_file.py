@@ -38,7 +38,7 @@ def environment() -> jinja2.Environment:
 def reader_data(view: View, documents: Sequence[dict[str, Any]]) -> Markup:
     """What explorer.js draws a text from: documents as `analysis.explorer.document` gives them."""
     shape = {"layers": view.layers, "experts": view.experts, "choices": view.choices, "words": len(view.texts)}
-    shape["distributions"] = view.scores is not None
+    shape["distributions"], shape["indented"] = view.scores is not None, view.indented
     return inert_json({**shape, "documents": list(documents)})
 
 

@@ -1,48 +1,61 @@
-"""What a search finds: the tokens and the documents that contain a text.
+"""What a search finds: tokens, places in the text, and documents.
 
-Promises: what is asked for exactly comes first. Does not know HTML.
+Promises: the token that is asked for comes first, and none that does not occur; a phrase is found whatever tokens it is
+cut into. Does not know HTML.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from analysis.explorer.dataset import documents
 from analysis.explorer.view import View, refuse_page
 
-DOCUMENTS, TOKENS = 50, 50  # rows of a page's lists
+PLACES, TOKENS = 20, 20  # rows of a page's lists
+GLANCE = 3  # of each, where all data sets are searched (arbitrary)
 
 
-def find_tokens(view: View, text: str) -> dict[str, Any]:
-    """The tokens that contain a text, in their piece or as they read: the same ones first, then by frequency."""
-    text = text.replace("↵", "\n")
-    wanted, count = text.casefold(), view.token_counts
-    both = zip(view.pieces, view.texts, strict=True)
-    found = [at for at, names in enumerate(both) if any(wanted in name.casefold() for name in names)]
-    exactly = {text, f" {text}", f"▁{text}"}
-    found.sort(key=lambda at: (view.texts[at] not in exactly and view.pieces[at] not in exactly, -count[at], at))
-    rows = [
-        {"id": number, "text": view.texts[number], "piece": view.pieces[number], "count": int(count[number])}
-        for number in found[:TOKENS]
-    ]
-    return {"rows": rows, "number": len(found)}
-
-
-def documents(view: View, containing: str = "", page: int = 1) -> dict[str, Any]:
-    """A page, from 1 on, of the documents whose names contain a text, whatever its case.
+def search_page(view: View, text: str, page: int = 1, *, tokens: int = TOKENS, places: int = PLACES) -> dict[str, Any]:
+    """What a data set has of a text: `tokens`, a page from 1 on of `places`, and `documents`.
 
     Raises
     ------
     ValueError
         When there is no such page.
     """
-    wanted, found = containing.casefold(), list(range(len(view.names)))
-    if wanted:
-        found = [number for number, name in enumerate(view.folded_names) if wanted in name]
-    refuse_page(page, len(found), DOCUMENTS)
-    shown = found[(page - 1) * DOCUMENTS : page * DOCUMENTS]
-    tokens, captured = view.document_tokens
+    text = text.replace("↵", "\n")
+    found: dict[str, Any] = {
+        "dataset": view.dataset,
+        "tokens": find_tokens(view, text, tokens),
+        "places": find_places(view, text, page, places),
+        "documents": documents(view, containing=text),
+    }
+    return found | {"anything": any(found[kind]["number"] for kind in ("tokens", "places", "documents"))}
+
+
+def find_tokens(view: View, text: str, most: int = TOKENS) -> dict[str, Any]:
+    """The tokens that occur and contain a text, in their piece or as they read: equal ones first, then by frequency."""
+    count, exactly = view.token_counts, {text, f" {text}", f"▁{text}"}
+    found = [at for at in view.tokens_containing(text) if count[at]]
+    found.sort(key=lambda at: (view.texts[at] not in exactly and view.pieces[at] not in exactly, -count[at], at))
     rows = [
-        {"id": number, "name": view.names[number], "tokens": int(tokens[number]), "captured": int(captured[number])}
-        for number in shown
+        {"id": number, "text": view.texts[number], "piece": view.pieces[number], "count": int(count[number])}
+        for number in found[:most]
     ]
-    return {"rows": rows, "number": len(found), "page": page, "pages": -(-len(found) // DOCUMENTS)}
+    return {"rows": rows, "number": len(found)}
+
+
+def find_places(view: View, text: str, page: int = 1, rows: int = PLACES) -> dict[str, Any]:
+    """A page, from 1 on, of the places of a text; `complete` where these are all that there are.
+
+    Raises
+    ------
+    ValueError
+        When there is no such page.
+    """
+    skip = max(0, page - 1) * rows
+    found = view.phrases.find(text, view.now.parts.values(), view.token_counts, skip=skip, limit=rows)
+    refuse_page(page, found.number, rows)
+    places = [view.place(each.part, each.row, each.position, tokens=each.tokens) for each in found.places]
+    pages = -(-found.number // rows)
+    return {"rows": places, "number": found.number, "complete": found.complete, "page": page, "pages": pages}

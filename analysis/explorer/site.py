@@ -7,29 +7,33 @@ anybody's is refused, so that no page elsewhere can read a store through the vis
 
 import ipaddress
 from collections.abc import Mapping, Sequence
-from typing import Any
-from urllib.parse import quote
+from typing import Any, get_args
+from urllib.parse import quote, urlencode
 
 import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from analysis.explorer.compare import Comparisons
 from analysis.explorer.compared import verdict
+from analysis.explorer.dataset import Order, documents
 from analysis.explorer.document import distribution, document_page
+from analysis.explorer.home import Home
 from analysis.explorer.index import index_folder
 from analysis.explorer.live import Explorer, Shown, differs
+from analysis.explorer.maps import expert_map
 from analysis.explorer.one_file import FOLDER, MOST_TOKENS, environment, export_page, reader_data, refuse_too_long
-from analysis.explorer.search import documents, find_tokens
+from analysis.explorer.phrases import LONGEST
+from analysis.explorer.search import GLANCE, search_page
 from analysis.explorer.token import contexts, token_page
 from analysis.explorer.view import MIN_COUNT, Unreadable
 
-FEW = 16  # experts of a layer that fit beside each other; of more, so many are listed
+ORDERS = get_args(Order)
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
     " img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -48,11 +52,13 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
         Route("/-/state.json", pages.state),
         Route("/-/explorer.css", lambda _: FileResponse(FOLDER / "explorer.css", headers=HEADERS)),
         Route("/-/explorer.js", lambda _: FileResponse(FOLDER / "explorer.js", headers=HEADERS)),
+        Route("/-/search", pages.search_all),
         Route("/{name}", pages.dataset),
         Route("/{name}/search", pages.search),
         Route("/{name}/document/{document:int}", pages.document),
         Route("/{name}/document/{document:int}/export", pages.export),
         Route("/{name}/place", pages.place),
+        Route("/{name}/next", pages.next),
         Route("/{name}/distribution", pages.distribution),
         Route("/{name}/token/{token:int}", pages.token),
         Route("/{name}/compare", pages.any_comparison),
@@ -61,16 +67,31 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
         Route("/{name}/expert/{layer:int}/{expert:int}", pages.expert),
     ]
 
-    async def by_name(request: Request, answer: RequestResponseEndpoint) -> Response:
-        host = request.url.hostname or ""
-        if host in ("localhost", *names) or _is_address(host):
-            return await answer(request)
-        return PlainTextResponse(f"{host} is no name of this machine's", 400, headers=HEADERS)
-
     answers = {HTTPException: pages.error, ValueError: pages.error}
-    return Starlette(
-        routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=by_name)], exception_handlers=answers
-    )
+    return Starlette(routes=routes, middleware=[Middleware(ByName, names=names)], exception_handlers=answers)
+
+
+class ByName:
+    """Answers requests by address, to localhost, and under some names; refuses all others.
+
+    Parameters
+    ----------
+    app
+        What answers.
+    names
+        Of this machine.
+    """
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self.app, self.names = app, ("localhost", *names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        host = (Request(scope).url.hostname or "") if scope["type"] == "http" else ""
+        if scope["type"] != "http" or host in self.names or _is_address(host):
+            return await self.app(scope, receive, send)
+        refused = PlainTextResponse(f"{host} is no name of this machine's", 400, headers=HEADERS)
+        return await refused(scope, receive, send)
 
 
 def _is_address(host: str) -> bool:
@@ -86,15 +107,14 @@ class Pages:
     """One method a page; run by Starlette in threads."""
 
     def __init__(self, explorer: Explorer) -> None:
-        self.explorer, self.templates = explorer, environment()
+        self.explorer, self.templates, self.first = explorer, environment(), Home(explorer)
         folder = explorer.folder or index_folder(explorer.path)
         self.comparisons = Comparisons(folder, explorer.only, explorer.threads)
 
     def home(self, request: Request) -> Response:
-        """The data sets."""
-        sets = [self.explorer.state(name) for name in [*self.explorer.shown]]
+        """The data sets, and what was found in them."""
         problems = {name: why for name, why in self.explorer.problems.items() if name not in self.explorer.shown}
-        return self._page("home", "What do the experts do?", sets=sets, problems=problems)
+        return self._page("home", "What do the experts do?", problems=problems, **self.first.page())
 
     def state(self, request: Request) -> Response:
         """How far all data sets are: what a page asks for again and again."""
@@ -103,33 +123,35 @@ class Pages:
     def dataset(self, request: Request) -> Response:
         """A data set: its experts and its documents."""
         shown, (page,) = self._shown(request), _numbers(request, page=1)
-        view, loads = shown.view, []
-        if view.now.tokens:
-            share = shown.profiles.load["estimate"].values
-            listed = [_largest(each) if view.experts > FEW else range(view.experts) for each in share]
-            loads = [
-                (layer, [(int(e), float(np.nan_to_num(share[at, e]))) for e in listed[at]])
-                for at, layer in enumerate(view.layers)
-            ]
-        found = documents(view, page=page)
+        view, known = shown.view, bool(shown.view.now.tokens)
+        asked = request.query_params.get("name", "")
+        by: Any = request.query_params.get("by", "unusual" if known else "id")
+        if by not in ORDERS:
+            raise HTTPException(400, f"by={by}: documents are ordered by {', '.join(ORDERS)}")
+        unusual = shown.unusual if known else None
         return self._page(
             "dataset",
             view.dataset,
             shown,
-            map=loads,
-            few=view.experts > FEW,
+            map=expert_map(view, shown.profiles.load["estimate"].values) if known else None,
             state=str(view.now.state),
-            documents=found,
+            documents=documents(view, unusual, containing=asked, by=by, page=page),
+            named=asked,
         )
 
     def search(self, request: Request) -> Response:
-        """Tokens and documents that contain a text."""
-        shown, (page,) = self._shown(request), _numbers(request, page=1)
-        asked = request.query_params.get("q", "")
-        if not asked:
-            raise HTTPException(400, "the search is for nothing: give a part of a token or of a document's name")
-        tokens, named = find_tokens(shown.view, asked), documents(shown.view, asked, page)
-        return self._page("search", asked, shown, asked=asked, tokens=tokens, documents=named)
+        """Tokens, places and documents that contain a text."""
+        shown, (page,), asked = self._shown(request), _numbers(request, page=1), _asked(request)
+        return self._page("search", asked, shown, asked=asked, found=search_page(shown.view, asked, page))
+
+    def search_all(self, request: Request) -> Response:
+        """The same in all data sets, a few of each."""
+        asked, shown = _asked(request), [*self.explorer.shown.values()]
+        if len(shown) == 1:
+            where = f"/{quote(shown[0].view.dataset)}/search?{urlencode({'q': asked})}"
+            return RedirectResponse(where, headers=HEADERS)
+        found = [search_page(each.view, asked, tokens=GLANCE, places=GLANCE) for each in shown]
+        return self._page("search_all", asked, asked=asked, found=found)
 
     def document(self, request: Request) -> Response:
         """A page of a document's text."""
@@ -158,6 +180,16 @@ class Pages:
         query = f"page={page}&token={token}" + (f"&layer={layer}" if layer is not None else "")
         return RedirectResponse(f"/{shown.view.dataset}/document/{document}?{query}", headers=HEADERS)
 
+    def next(self, request: Request) -> Response:
+        """To the next place of a token, or to the one before."""
+        shown = self._shown(request)
+        token, row, position, back, layer = _numbers(request, token=None, row=0, position=0, back=0, layer=None)
+        if token is None or token >= len(shown.view.texts):
+            raise HTTPException(400, f"name a token below {len(shown.view.texts)}")
+        row, position = shown.view.now.neighbour(token, row, position, back=bool(back))
+        query = {"row": row, "position": position} | ({} if layer is None else {"layer": layer})
+        return RedirectResponse(f"/{quote(shown.view.dataset)}/place?{urlencode(query)}", headers=HEADERS)
+
     def distribution(self, request: Request) -> Response:
         """What the routers computed for one token: what a page asks for when a token is chosen."""
         shown, (row, position) = self._shown(request), _numbers(request, row=0, position=0)
@@ -171,18 +203,12 @@ class Pages:
         shown, (layer, expert, page) = self._shown(request), _numbers(request, layer=None, expert=None, page=1)
         view = shown.view
         token = token_page(view, request.path_params["token"])
-        shares = [np.array(counts) / max(1, token["of"]) for counts in token["counts"]]
-        listed = [_largest(each) if view.experts > FEW else range(view.experts) for each in shares]
         return self._page(
             "token",
             token["text"],
             shown,
             token=token,
-            few=view.experts > FEW,
-            map=[
-                (number, [(int(e), float(each[e])) for e in experts])
-                for number, each, experts in zip(view.layers, shares, listed, strict=True)
-            ],
+            map=expert_map(view, np.array(token["counts"]) / max(1, token["of"])),
             found=contexts(view, token["id"], layer, expert, page),
             chosen_layer=layer,
             chosen_expert=expert,
@@ -276,10 +302,14 @@ class Pages:
         return HTMLResponse(page, status, headers=HEADERS)
 
 
-def _largest(values: Any) -> list[int]:
-    """The experts with the largest values, as many as are listed."""
-    order = np.argsort(-np.nan_to_num(np.asarray(values)), kind="stable")
-    return [int(e) for e in order[:FEW]]
+def _asked(request: Request) -> str:
+    """What is searched for."""
+    asked = request.query_params.get("q", "")
+    if not asked:
+        raise HTTPException(400, "the search is for nothing: give a part of a text, of a token or of a document's name")
+    if len(asked) > LONGEST:
+        raise HTTPException(400, f"a text of {len(asked):,} characters: {LONGEST} can be looked for at most")
+    return asked
 
 
 def _numbers(request: Request, **defaults: int | None) -> list[Any]:

@@ -6,6 +6,8 @@ escapes it. Does not know what a page shows: each has a file of its own beside t
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -16,6 +18,7 @@ import zarr
 
 from analysis.explorer.index import AROUND, Indexed
 from analysis.explorer.parts import Part
+from analysis.explorer.phrases import Phrases
 from analysis.explorer.pieces import readable
 from analysis.explorer.places import in_lines, in_one_line, words_around
 from analysis.metrics.scores import Scores, known_scores
@@ -59,9 +62,14 @@ class View:
         self.tops: dict[tuple[int, TokenOrder], xr.Dataset] = {}
         self.tables: dict[int, Array] = {}
         self._classes: Mapping[str, Array] | None = before._classes if before else None
+        self._kept = before.phrases if before else None
         self._before = before if before and before.now.parts.keys() <= now.parts.keys() else None
-        group = CaptureGroup(path, dataset)
-        self.arrays: Any = zarr.open_group(group.objects.zarr_store(), path=dataset, mode="r", use_consolidated=False)
+
+    @cached_property
+    def arrays(self) -> Mapping[str, Any]:
+        """The arrays of the store, opened once."""
+        store = CaptureGroup(self.store, self.dataset).objects.zarr_store()
+        return dict(zarr.open_group(store, path=self.dataset, mode="r", use_consolidated=False).arrays())
 
     # Documents
 
@@ -134,11 +142,14 @@ class View:
         blank = [text.isspace() and len(text.replace("\n", "")) > 1 for text in self.texts]
         return bool(self.token_counts[blank].sum() > INDENTED * self.token_counts.sum())
 
-    def place(self, part: Part, row: int, position: int, shares: Array | None = None) -> dict[str, Any]:
-        """A token in its row, with the text around it, and which document it is of; `shares` say how strongly the
-        `AROUND` tokens on both sides, and itself, are shaded."""
-        ids, at = part.around(row, position, AROUND)
+    def place(
+        self, part: Part, row: int, position: int, shares: Array | None = None, tokens: int = 1
+    ) -> dict[str, Any]:
+        """A token in its row, or several as one, with the text around, and which document it is of; `shares` say how
+        strongly the `AROUND` tokens on both sides, and itself, are shaded."""
+        ids, at = part.around(row, position, AROUND, tokens)
         texts = [self.texts[number] for number in ids.tolist()]
+        texts[at : at + tokens] = ["".join(texts[at : at + tokens])]
         document = int(self.rows["document_id"][row])
         own = None if shares is None else shares[AROUND - at :][: len(ids)].tolist()
         words = words_around(texts, at, own)
@@ -168,6 +179,27 @@ class View:
         return document, self.pages_of(document).index((row, start)) + 1, position - start
 
     # Tokens
+
+    @cached_property
+    def phrases(self) -> Phrases:
+        """To look for phrases with."""
+        return Phrases(self.pieces, self.capture.attrs["special_token_ids"]) if self._kept is None else self._kept
+
+    def tokens_containing(self, text: str) -> list[int]:
+        """Ids of the tokens that contain a text, in their piece or as they read, whatever its case; in order."""
+        wanted, (joined, starts) = text.casefold().replace("\0", ""), self._joined
+        found, at = set[int](), joined.find(wanted)
+        while at >= 0:
+            token = bisect_right(starts, at) - 1
+            found.add(token)
+            at = joined.find(wanted, starts[token + 1])
+        return sorted(found)
+
+    @cached_property
+    def _joined(self) -> tuple[str, list[int]]:
+        """All pieces and texts without case, one after the other, and where each token's begin."""
+        both = [f"{piece}\0{text}\0".casefold() for piece, text in zip(self.pieces, self.texts, strict=True)]
+        return "".join(both), [0, *itertools.accumulate(map(len, both))]
 
     @cached_property
     def token_counts(self) -> Array:
@@ -221,6 +253,7 @@ class View:
         """Compute what the first visitors would wait for, and forget the view before."""
         _ = self.document_tokens, self.token_counts
         self.now.occurrences(0, 0, 0)  # compiled
+        self.phrases.find("the", self.now.parts.values(), self.token_counts, skip=0, limit=1)  # likewise, and spelled
         if self.has_room:
             for at, layer in enumerate(self.layers):
                 self.table(at)

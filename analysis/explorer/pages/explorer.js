@@ -41,9 +41,30 @@
     }
   };
 
+  // Keys, where nothing is being typed: what each does is listed in the help.
+  const keys = new Map();
+  const key = (name, said, action) => keys.set(name, { said, action });
+  const typing = ({ target }) => target.closest("input:not([type=range]):not([type=checkbox]), select, textarea, dialog");
+  document.addEventListener("keydown", (event) => {
+    const found = keys.get(event.key);
+    if (!found?.action || event.ctrlKey || event.metaKey || event.altKey || typing(event)) return;
+    event.preventDefault();
+    found.action();
+  });
+  const help = () => {
+    const dialog = element("dialog", undefined, { "aria-labelledby": "keys-title" }), list = element("dl");
+    for (const [name, { said }] of keys) list.append(element("dt", name), element("dd", said));
+    const close = element("form", undefined, { method: "dialog" });
+    close.append(element("button", "Close"));
+    dialog.append(element("h2", "Keys", { id: "keys-title" }), list, close);
+    dialog.addEventListener("close", () => dialog.remove());
+    document.body.append(dialog);
+    dialog.showModal();
+  };
+
   // A text with its routes.
   const reader = (data) => {
-    const { layers, experts, choices, words, distributions, documents } = data;
+    const { layers, experts, choices, words, distributions, indented, documents } = data;
     const measures = { // what a text can be coloured by beside its experts, and where the colour is full
       surprise: { name: "surprise at the next token", unit: "nats", most: Math.log(words), digits: 2 },
       entropy: { name: "entropy of the router", unit: "bits", most: Math.log2(experts), digits: 2 },
@@ -51,7 +72,7 @@
     const by = (id) => document.getElementById(id);
     const text = by("text"), slider = by("layer"), path = by("path");
     const asked = new URLSearchParams(location.search);
-    const state = { document: 0, layer: Math.max(0, layers.indexOf(Number(asked.get("layer") ?? layers[0]))), alone: null, token: null, by: asked.get("by") ?? "expert" };
+    const state = { document: 0, layer: Math.max(0, layers.indexOf(Number(asked.get("layer") ?? layers[0]))), alone: null, token: null, by: asked.get("by") ?? "expert", mono: asked.has("mono") ? asked.get("mono") !== "0" : indented, blanks: asked.has("blanks") };
     const whole = (name, below) => (/^\d+$/.test(asked.get(name) ?? "") && Number(asked.get(name)) < below ? Number(asked.get(name)) : null);
     state.alone = whole("expert", experts);
     state.token = whole("token", Infinity);
@@ -84,6 +105,8 @@
       set("expert", state.alone);
       set("token", state.token);
       set("by", state.by === "expert" ? null : state.by);
+      set("mono", state.mono === indented ? null : Number(state.mono));
+      set("blanks", state.blanks ? 1 : null);
       if (documents.length > 1) set("document", state.document);
       try { history.replaceState(null, "", url); } catch { /* a file's page may not change its address */ }
     };
@@ -160,6 +183,11 @@
           layers.forEach((number, l) => {
             const expert = routes.expert(token, l, k), weight = routes.weight(token, l, k);
             const dot = drawn("circle", { cx: X(l), cy: Y(expert), r: 1.5 + (largest - 1.5) * Math.sqrt(weight / routes.most), ...(k ? { class: "other" } : {}) });
+            if (!k && X(1) - X(0) >= 18) {
+              const name = drawn("text", { class: "name", x: X(l), y: Y(expert) - largest - 2 > 8 ? Y(expert) - largest - 2 : Y(expert) + largest + 10 });
+              name.textContent = expert;
+              parts.push(name);
+            }
             if (!k) dot.style.fill = `rgb(${rgb(expert, experts).join(" ")})`;
             const title = drawn("title", {});
             title.textContent = `layer ${number}: choice ${k + 1} is expert ${expert}${routes.said(token, l, k, ", weight ")}`;
@@ -178,7 +206,7 @@
       by("links").replaceChildren();
       drawPath(token);
       if (token === null) {
-        by("token").append(element("span", "Point at a token, or tap it, to see its experts at all layers. Up and down change the layer.", { class: "soft" }));
+        by("token").append(element("span", "Point at a token, or tap it, to see its experts at all layers. The keys k and j change the layer, n goes to a token's next occurrence.", { class: "soft" }));
         return;
       }
       const chosen = Array.from({ length: choices }, (_, k) => [routes.expert(token, state.layer, k), routes.said(token, state.layer, k, " (", ")")]);
@@ -243,7 +271,8 @@
       by("by").replaceChildren(...["expert", ...offered].map((name) => element("option", measures[name]?.name ?? name, { value: name })));
       by("by").value = state.by;
       by("by-label").hidden = !offered.length;
-      spans = own.texts.map((piece) => element("span", piece.replaceAll("\n", "↵\n")));
+      const blank = (text) => (state.blanks ? text.replaceAll(" ", "·") : text);
+      spans = own.texts.map((piece) => element("span", blank(piece).replaceAll("\n", "↵\n")));
       text.replaceChildren(...spans.flatMap((span, at) => {
         const speaker = own.roles?.[at], before = own.roles?.[at - 1];
         return speaker && speaker !== before ? [element("b", speaker, { class: "speaker" }), span] : [span];
@@ -259,15 +288,42 @@
     text.addEventListener("click", (event) => { const at = tokenOf(event); if (at !== null) { state.token = at === state.token ? null : at; change(); } });
     text.addEventListener("keydown", (event) => {
       if (!spans.length) return;
-      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], layer = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], higher = { ArrowUp: 1, ArrowDown: -1 }[event.key];
       if (step) state.token = Math.max(0, Math.min(spans.length - 1, (state.token ?? (step > 0 ? -1 : spans.length)) + step));
-      else if (layer) state.layer = Math.max(0, Math.min(layers.length - 1, state.layer + layer));
+      else if (higher) return event.preventDefault(), layer(higher);
       else if (event.key === "Escape") { state.token = null; state.alone = null; }
       else return;
       event.preventDefault();
       change();
       if (step) spans[state.token]?.scrollIntoView({ block: "nearest" });
     });
+    by("mono").checked = state.mono;
+    by("blanks").checked = state.blanks;
+    const set = () => { text.classList.toggle("mono", state.mono); };
+    set();
+    by("mono").addEventListener("change", (event) => { state.mono = event.target.checked; set(); change(); });
+    by("blanks").addEventListener("change", (event) => { state.blanks = event.target.checked; open(state.document); });
+    // The chosen token's next occurrence: on this page, else the server knows where.
+    const occurrence = (step) => {
+      const own = documents[state.document], { ids } = own;
+      if (state.token === null) return;
+      for (let at = state.token + step; at >= 0 && at < ids.length; at += step) {
+        if (ids[at] !== ids[state.token]) continue;
+        state.token = at;
+        change();
+        return spans[at].scrollIntoView({ block: "center" });
+      }
+      if (!body.dataset) return;
+      const place = { token: ids[state.token], row: own.row, position: own.start + state.token, back: step < 0 ? 1 : 0, layer: layers[state.layer] };
+      location.assign(`/${encodeURIComponent(body.dataset)}/next?${new URLSearchParams(place)}`);
+    };
+    const layer = (step) => { state.layer = Math.max(0, Math.min(layers.length - 1, state.layer + step)); change(); };
+    key("n", "next occurrence of the chosen token", () => occurrence(1));
+    key("p", "the occurrence before", () => occurrence(-1));
+    key("k", "a layer up", () => layer(1));
+    key("j", "a layer down", () => layer(-1));
+    key("← →", "the token before, the next token; first click into the text");
+    key("Esc", "choose no token");
     by("by").addEventListener("change", (event) => { state.by = event.target.value; change(); });
     slider.max = layers.length - 1;
     slider.addEventListener("input", () => { state.layer = Number(slider.value); change(); });
@@ -313,9 +369,15 @@
   };
 
   if (document.querySelector("[data-reload]")) setTimeout(() => location.reload(), 2000);
+  const search = document.getElementById("find");
+  if (search) key("/", "search", () => { search.focus(); search.select(); });
+  for (const link of document.querySelectorAll("[aria-keyshortcuts]")) key(link.getAttribute("aria-keyshortcuts"), link.title || link.textContent, () => link.click());
   paint();
   dark.addEventListener("change", paint);
   const data = document.getElementById("data");
   if (data) reader(JSON.parse(data.textContent));
+  key("?", "this help", help);
+  const shortcuts = document.getElementById("keys");
+  if (shortcuts) { shortcuts.hidden = false; shortcuts.onclick = help; }
   if (document.getElementById("state")) follow();
 })();
