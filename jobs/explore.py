@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from analysis.explorer.live import Explorer
 
 
+SWITCH_S = (
+    0.0005  # after which a thread gives way: a page's threads hand over ten times, and 5 ms each is felt (measured)
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExploreConfig:
     """Read a store's texts coloured by expert, look for tokens, walk from expert to expert; every view has a link.
@@ -107,6 +112,7 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
 
     from analysis.explorer.site import site
 
+    sys.setswitchinterval(SWITCH_S)
     stop = threading.Event()
     follower = threading.Thread(target=explorer.follow, args=(stop,), daemon=True)
     with _listener(config.host, config.port) as listener:
