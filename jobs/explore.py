@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from analysis.explorer.live import Explorer
 
 
-SWITCH_S = (
-    0.0005  # after which a thread gives way: a page's threads hand over ten times, and 5 ms each is felt (measured)
-)
+SWITCH_S = 0.0005  # after which a thread gives way: a page takes ten hand-overs, of 5 ms by default (measured)
 
 
 @dataclass(frozen=True, kw_only=True)
