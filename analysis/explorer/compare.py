@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from analysis.explorer.effect import same_rows
 from analysis.explorer.expert import contributions
 from analysis.explorer.live import Shown
 from analysis.explorer.view import View
@@ -168,12 +169,6 @@ class Comparisons:
                 {"name": name, "right": float(found["right"][at]), "documents": own.sizes["document"], "odd": odd}
             )
         return {"told": told, "auc": float(found["auc"][0]), "why": ""}
-
-
-def same_rows(one: View, other: View) -> bool:
-    """Whether two data sets have rows of the same documents, parts and lengths, and one vocabulary."""
-    names = ("document_id", "offset", "length")
-    return one.pieces == other.pieces and all(np.array_equal(one.rows[name], other.rows[name]) for name in names)
 
 
 def _effect(view: View, found: xr.Dataset) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from analysis.explorer.compare import Comparisons
 from analysis.explorer.compared import verdict
 from analysis.explorer.dataset import Order, documents
 from analysis.explorer.document import distribution, document_page
+from analysis.explorer.effect import comparable, effect_page
 from analysis.explorer.home import Home
 from analysis.explorer.index import index_folder
 from analysis.explorer.live import Explorer, Shown, differs
@@ -60,6 +61,7 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
         Route("/{name}/place", pages.place),
         Route("/{name}/next", pages.next),
         Route("/{name}/distribution", pages.distribution),
+        Route("/{name}/effect", pages.effect),
         Route("/{name}/token/{token:int}", pages.token),
         Route("/{name}/compare", pages.any_comparison),
         Route("/{name}/compare/{other}", pages.compare),
@@ -158,6 +160,10 @@ class Pages:
         shown, (page,) = self._shown(request), _numbers(request, page=1)
         found = document_page(shown.view, request.path_params["document"], page)
         title = found["name"] or f"document {found['document']}"
+        others = [each.view for each in [*self.explorer.shown.values()]]
+        found["against"] = [
+            {"name": each.dataset, "differs": differs(shown.view, each)} for each in comparable(shown.view, others)
+        ]
         data = reader_data(shown.view, [found])
         fits = found["tokens"] <= MOST_TOKENS
         return self._page("document", title, shown, document=found, data=data, can_be_saved=fits)
@@ -177,8 +183,10 @@ class Pages:
         """To the page of a document where a row's position is."""
         shown, (row, position, layer) = self._shown(request), _numbers(request, row=0, position=0, layer=None)
         document, page, token = shown.view.page_at(row, position)
-        query = f"page={page}&token={token}" + (f"&layer={layer}" if layer is not None else "")
-        return RedirectResponse(f"/{shown.view.dataset}/document/{document}?{query}", headers=HEADERS)
+        query = {"page": page, "token": token} | ({} if layer is None else {"layer": layer})
+        query |= {name: request.query_params[name] for name in ("by",) if name in request.query_params}
+        where = f"/{quote(shown.view.dataset)}/document/{document}?{urlencode(query)}"
+        return RedirectResponse(where, headers=HEADERS)
 
     def next(self, request: Request) -> Response:
         """To the next place of a token, or to the one before."""
@@ -195,6 +203,17 @@ class Pages:
         shown, (row, position) = self._shown(request), _numbers(request, row=0, position=0)
         try:
             return JSONResponse(distribution(shown.view, row, position), headers=HEADERS)
+        except ValueError as error:
+            return JSONResponse({"error": str(error)}, 404, headers=HEADERS)
+
+    def effect(self, request: Request) -> Response:
+        """How another capture predicts a page of text: what the page asks for when that is chosen as its colour."""
+        shown, (row, start) = self._shown(request), _numbers(request, row=0, start=0)
+        other = self.explorer.shown.get(request.query_params.get("against", ""))
+        if other is None:
+            raise HTTPException(404, "name another data set with against=")
+        try:
+            return JSONResponse(effect_page(shown.view, other.view, row, start), headers=HEADERS)
         except ValueError as error:
             return JSONResponse({"error": str(error)}, 404, headers=HEADERS)
 
