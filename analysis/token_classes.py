@@ -111,7 +111,7 @@ def members_of(which: str, pieces: Iterable[str]) -> NDArray[np.bool_]:
         When there is no class of this name, the regular expression is none, or it does not end in `PATIENCE_S`.
     """
     fits, texts = compiled(which), map(text_of, pieces)
-    if not _is_expression(which):
+    if not is_expression(which):
         return np.array([fits.fullmatch(text) is not None for text in texts], dtype=np.bool_)
     end = time.monotonic() + PATIENCE_S
     try:
@@ -123,7 +123,7 @@ def members_of(which: str, pieces: Iterable[str]) -> NDArray[np.bool_]:
 
 def compiled(which: str) -> regex.Pattern[str]:
     """The pattern of a class or of a regular expression between slashes; errors as `members_of`."""
-    if _is_expression(which):
+    if is_expression(which):
         try:
             return regex.compile(which[1:-1])
         except regex.error as error:
@@ -137,5 +137,6 @@ def compiled(which: str) -> regex.Pattern[str]:
     return regex.compile(rf"\s*(?:{own.pattern})\s*" if own.spaced else own.pattern, regex.DOTALL)
 
 
-def _is_expression(which: str) -> bool:
+def is_expression(which: str) -> bool:
+    """Whether it is a regular expression between slashes."""
     return len(which) > 1 and which.startswith("/") and which.endswith("/")

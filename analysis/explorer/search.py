@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from analysis.explorer.dataset import documents
+from analysis.explorer.token_class import classes_named
 from analysis.explorer.view import View, refuse_page
 
 PLACES, TOKENS = 20, 20  # rows of a page's lists
@@ -16,7 +17,8 @@ GLANCE = 3  # of each, where all data sets are searched (arbitrary)
 
 
 def search_page(view: View, text: str, page: int = 1, *, tokens: int = TOKENS, places: int = PLACES) -> dict[str, Any]:
-    """What a data set has of a text: `tokens`, a page from 1 on of `places`, and `documents`.
+    """What a data set has of a text: `classes` of tokens that are named so, `tokens`, a page from 1 on of `places`, and
+    `documents`.
 
     Raises
     ------
@@ -26,11 +28,13 @@ def search_page(view: View, text: str, page: int = 1, *, tokens: int = TOKENS, p
     text = text.replace("↵", "\n")
     found: dict[str, Any] = {
         "dataset": view.dataset,
+        "classes": classes_named(view, text),
         "tokens": find_tokens(view, text, tokens),
         "places": find_places(view, text, page, places),
         "documents": documents(view, containing=text),
     }
-    return found | {"anything": any(found[kind]["number"] for kind in ("tokens", "places", "documents"))}
+    anything = any(found[kind]["number"] for kind in ("tokens", "places", "documents")) or bool(found["classes"])
+    return found | {"anything": anything}
 
 
 def find_tokens(view: View, text: str, most: int = TOKENS) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainT
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from analysis.explorer.compare import Comparisons
+from analysis.explorer.compare import compared
 from analysis.explorer.compared import verdict
+from analysis.explorer.counting import Counting
 from analysis.explorer.dataset import Order, documents
 from analysis.explorer.document import distribution, document_page
 from analysis.explorer.effect import comparable, effect_page
@@ -32,6 +33,7 @@ from analysis.explorer.one_file import FOLDER, MOST_TOKENS, environment, export_
 from analysis.explorer.phrases import LONGEST
 from analysis.explorer.search import GLANCE, search_page
 from analysis.explorer.token import contexts, token_page
+from analysis.explorer.token_class import class_page
 from analysis.explorer.view import MIN_COUNT, Unreadable
 
 ORDERS = get_args(Order)
@@ -63,6 +65,7 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
         Route("/{name}/distribution", pages.distribution),
         Route("/{name}/effect", pages.effect),
         Route("/{name}/token/{token:int}", pages.token),
+        Route("/{name}/class", pages.token_class),
         Route("/{name}/compare", pages.any_comparison),
         Route("/{name}/compare/{other}", pages.compare),
         Route("/{name}/expert", pages.any_expert),
@@ -111,7 +114,7 @@ class Pages:
     def __init__(self, explorer: Explorer) -> None:
         self.explorer, self.templates, self.first = explorer, environment(), Home(explorer)
         folder = explorer.folder or index_folder(explorer.path)
-        self.comparisons = Comparisons(folder, explorer.only, explorer.threads)
+        self.counting = Counting(folder, explorer.only, explorer.threads)
 
     def home(self, request: Request) -> Response:
         """The data sets, and what was found in them."""
@@ -254,13 +257,28 @@ class Pages:
         """Two data sets, or how far counting them is."""
         shown, other = self._shown(request), self._shown(request, "other")
         names = shown.view.dataset, other.view.dataset
-        found = self.comparisons.of(shown, other)
-        title, differ = f"{names[0]} and {names[1]}", differs(shown.view, other.view)
+        title, found = f"{names[0]} and {names[1]}", compared(self.counting, shown, other)
         if found is None:
-            done, total = self.comparisons.progress.get(names, (0, 0))
-            return self._page("comparing", title, shown, other=names[1], done=done, total=total)
-        said = verdict(found, names)
+            return self._counting(title, shown)
+        differ, said = differs(shown.view, other.view), verdict(found, names)
         return self._page("compare", title, shown, other=names[1], found=found, differs=differ, said=said)
+
+    def token_class(self, request: Request) -> Response:
+        """A class of tokens: where it goes, and some places."""
+        shown, (layer, expert), asked = (
+            self._shown(request),
+            _numbers(request, layer=None, expert=None),
+            _asked(request),
+        )
+        found = class_page(self.counting, shown, asked, layer, expert)
+        if found is None:
+            return self._counting(asked, shown)
+        return self._page("class", asked, shown, found=found, chosen_layer=layer, chosen_expert=expert)
+
+    def _counting(self, title: str, shown: Shown) -> Response:
+        """What is shown of a page whose numbers are not there yet."""
+        done, total = self.counting.progress
+        return self._page("counting", title, shown, done=done, total=total)
 
     def any_comparison(self, request: Request) -> Response:
         """To the comparison with the data set that a form names."""

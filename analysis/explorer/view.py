@@ -163,6 +163,20 @@ class View:
             "weight": None,
         }
 
+    def chosen_layer(self, layer: int | None, expert: int | None) -> int | None:
+        """The index of a layer whose number is given with an expert; None where neither is.
+
+        Raises
+        ------
+        ValueError
+            When there is no such layer or expert, or one is given without the other.
+        """
+        if (layer is None) != (expert is None) or not (layer is None or layer in self.layers):
+            raise ValueError(f"name a layer of {self.layers[0]} to {self.layers[-1]} and an expert, or neither")
+        if expert is not None and not 0 <= expert < self.experts:
+            raise ValueError(f"expert {expert}: {self.dataset} has experts 0 to {self.experts - 1}")
+        return None if layer is None else self.layers.index(layer)
+
     def page_at(self, row: int, position: int) -> tuple[int, int, int]:
         """The document, its page, and the token on it, of a place.
 
