@@ -22,10 +22,11 @@ from analysis.metrics.agreement import Agreement, OtherTokens, paired
 from analysis.metrics.contrast import contrast_of, refuse_incomparable
 from analysis.metrics.differing import beyond_chance, expert_row, largest_cells
 from analysis.metrics.document_scores import document_scores_by
-from analysis.metrics.effect import effect_asked, effect_of, losing_tokens
+from analysis.metrics.effect import effect_asked, effect_from, losing_tokens
 from analysis.scanning import Reducer
 
 EXPERTS, TOKENS, PLACES, DOCUMENTS = 12, 5, 3, 5  # rows of the page's lists
+CLASSES_SHOWN = 10  # that lose most (arbitrary)
 EXAMPLES = 3  # experts that are shown with examples
 OF_LAYER = ("divergence", "divergence_corrected", "divergence_low", "divergence_high", "divergence_by_chance", "p")
 OF_AGREEMENT = ("same_set", "overlap", "same_first")
@@ -57,7 +58,9 @@ def _agreement(counting: Counting, one: Shown, other: Shown) -> dict[str, Any]:
     """Of equal tokens: how far they agree, and the effect where both recorded log-probabilities."""
     both = paired(one.view.capture, other.view.capture)
     measured = all("logprob" in each.view.capture for each in (one, other))
-    found, *counted = counting.ask(both, [Agreement(), *(effect_asked() if measured else [])], (one, other))
+    found, *counted = counting.ask(
+        both, [Agreement(), *(effect_asked(one.view.pieces) if measured else [])], (one, other)
+    )
     return {
         "shows": "agreement",
         "tokens": found.attrs["n"],
@@ -67,7 +70,7 @@ def _agreement(counting: Counting, one: Shown, other: Shown) -> dict[str, Any]:
             for layer in one.view.layers
         ],
         "chance": {name: found[name].attrs["null"] for name in OF_AGREEMENT},
-        "effect": _effect(one.view, effect_of(counted)) if counted else None,
+        "effect": _effect(one.view, effect_from(counted)) if counted else None,
     }
 
 
@@ -143,6 +146,7 @@ def _effect(view: View, found: xr.Dataset) -> dict[str, Any]:
         **{name: float(found[name]) for name in ("effect", "low", "high", "p")},
         **{name: found.attrs[name] for name in ("n", "documents", "untested", "level")},
         "known": not math.isnan(float(found["p"])),
+        "classes": _classes(found),
         "lose_most": [
             {
                 "id": token,
@@ -154,3 +158,13 @@ def _effect(view: View, found: xr.Dataset) -> dict[str, Any]:
         ],
         "places": places,
     }
+
+
+def _classes(found: xr.Dataset) -> list[dict[str, Any]]:
+    """The classes of predicted tokens, the largest loss a token first."""
+    names = {"effect": "of_class", "low": "class_low", "high": "class_high", "p": "class_p", "tokens": "class_tokens"}
+    rows = [
+        {"name": name, **{key: found[variable].values[at].item() for key, variable in names.items()}}
+        for at, name in enumerate(found["token_class"].values.tolist())
+    ]
+    return sorted((row for row in rows if row["tokens"]), key=lambda row: float(row["effect"]))[:CLASSES_SHOWN]

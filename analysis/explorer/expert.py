@@ -52,6 +52,7 @@ class Profiles:
         load = view.now.result("load")
         self.share = load["share"]
         self.load = interval(self.share, scale="share")
+        self._bounds: dict[int, tuple[Array, Array, Array]] = {}
         self.choices_of_units = load[["counts"]].sum("k").assign_attrs(load.attrs, experts_per_token=view.choices)
         self.mass = load["mass_share"].isel(replicate=0)
         choices = view.now.result("choices")
@@ -113,9 +114,18 @@ class Profiles:
 
     def _busy(self, layer: int, expert: int, sets: int) -> Set:
         """How busy it is, with an interval that holds all experts and layers of so many data sets together."""
-        level = 1 - SURE / (sets * len(self.view.layers) * self.view.experts)
-        found = interval(self.share.sel(layer=layer, expert=expert), level, scale="share")
-        return Set(self.view.dataset, *(float(found[name]) for name in ("estimate", "low", "high")))
+        at = self.view.layers.index(layer), expert
+        return Set(self.view.dataset, *(float(found[at]) for found in self.bounds(sets)))
+
+    def bounds(self, sets: int) -> tuple[Array, Array, Array]:
+        """Shares of the choices (layer, expert), and the ends of intervals that hold all experts and layers of so many
+        data sets together."""
+        if sets not in self._bounds:
+            level = 1 - SURE / (sets * len(self.view.layers) * self.view.experts)
+            found = interval(self.share, level, scale="share")
+            one, other, last = (found[name].values for name in ("estimate", "low", "high"))
+            self._bounds[sets] = one, other, last
+        return self._bounds[sets]
 
     def _against(self, layer: int, expert: int, others: list[View]) -> dict[str, Any] | None:
         """The tokens that make it busier or less busy than in the other data sets together; None without others."""

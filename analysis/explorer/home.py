@@ -14,9 +14,7 @@ import numpy as np
 
 from analysis.explorer.expert import Profiles
 from analysis.explorer.live import Explorer, Shown
-from analysis.explorer.summary import SURE
 from analysis.explorer.view import View
-from analysis.statistics.jackknife import interval
 
 SPECIALISTS = 3  # of a data set that are shown (arbitrary)
 FREQUENT = 0.002  # of the tokens, for a token to be told of (arbitrary)
@@ -57,15 +55,11 @@ class Home:
 
 def specialists(own: Profiles, others: Sequence[Profiles], most: int = SPECIALISTS) -> list[dict[str, Any]]:
     """The experts that a data set uses more than all others do, those that tell most of it first."""
-    view = own.view
-    level = 1 - SURE / ((1 + len(others)) * len(view.layers) * view.experts)
-    bounds = interval(own.share, level, scale="share")
-    share, low = bounds["estimate"].values, bounds["low"].values
+    view, sets = own.view, 1 + len(others)
+    share, low, _ = own.bounds(sets)
     rest, high = np.full_like(share, 1 / view.experts), np.full_like(share, 1 / view.experts)
     if others:
-        found = [interval(each.share, level, scale="share") for each in others]
-        high = np.max([each["high"].values for each in found], axis=0)  # NaN where one is not known
-        rest = np.max([each["estimate"].values for each in found], axis=0)
+        rest, _, high = np.max([each.bounds(sets) for each in others], axis=0)  # NaN where one is not known
     told = share * np.log2(np.maximum(share, TINY) / np.maximum(rest, TINY))
     told = np.where(low > high, told, 0)
     first = np.argsort(-told, axis=None, kind="stable")[:most]

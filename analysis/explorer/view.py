@@ -24,7 +24,7 @@ from analysis.explorer.places import in_lines, in_one_line, words_around
 from analysis.metrics.scores import Scores, known_scores
 from analysis.metrics.tokens import TokenOrder, expert_tokens_of, label_counts
 from analysis.scanning import Array, sizes
-from analysis.token_classes import CLASSES, members_of
+from analysis.token_classes import CLASSES, members_by_class
 from store.attributes import attributes
 from store.group import CaptureGroup
 from store.layout import CHUNK_POSITIONS
@@ -254,8 +254,7 @@ class View:
     def classes(self) -> Mapping[str, Array]:
         """The classes that tokens of the vocabulary are in, by name, and which these are: bool (token_id)."""
         if self._classes is None:
-            members = {name: members_of(name, self.pieces) for name in CLASSES}
-            self._classes = {name: own for name, own in members.items() if own.any()}
+            self._classes = {name: own for name, own in members_by_class(CLASSES, self.pieces).items() if own.any()}
         return self._classes
 
     @property
