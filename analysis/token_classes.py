@@ -25,7 +25,7 @@ _KEYWORDS = (
     "self|short|signed|sizeof|static|struct|super|switch|synchronized|template|this|throw|throws|trait|true|True|"
     "try|typedef|typename|typeof|union|unsafe|unsigned|use|using|var|virtual|void|volatile|where|while|with|yield"
 )
-_SCRIPTS = (
+SCRIPTS = (
     *("Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Devanagari", "Bengali", "Tamil"),
     *("Telugu", "Thai", "Han", "Hiragana", "Katakana", "Hangul"),
 )
@@ -71,7 +71,7 @@ CLASSES: dict[str, TokenClass] = {
         name.lower(): TokenClass(
             description=f"letters of the script {name}", pattern=rf"(?=\p{{L}})[\p{{Script={name}}}\p{{M}}]+"
         )
-        for name in _SCRIPTS
+        for name in SCRIPTS
     },
 }
 """By name; a token may be in several."""

@@ -56,6 +56,7 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
         Route("/-/explorer.css", lambda _: FileResponse(FOLDER / "explorer.css", headers=HEADERS)),
         Route("/-/explorer.js", lambda _: FileResponse(FOLDER / "explorer.js", headers=HEADERS)),
         Route("/-/search", pages.search_all),
+        Route("/-/compare", pages.any_comparison),
         Route("/{name}", pages.dataset),
         Route("/{name}/search", pages.search),
         Route("/{name}/document/{document:int}", pages.document),
@@ -66,7 +67,6 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
         Route("/{name}/effect", pages.effect),
         Route("/{name}/token/{token:int}", pages.token),
         Route("/{name}/class", pages.token_class),
-        Route("/{name}/compare", pages.any_comparison),
         Route("/{name}/compare/{other}", pages.compare),
         Route("/{name}/expert", pages.any_expert),
         Route("/{name}/expert/{layer:int}/{expert:int}", pages.expert),
@@ -257,6 +257,8 @@ class Pages:
         """Two data sets, or how far counting them is."""
         shown, other = self._shown(request), self._shown(request, "other")
         names = shown.view.dataset, other.view.dataset
+        if shown is other:
+            raise HTTPException(400, f"{names[0]} cannot be compared with itself: name two data sets")
         title, found = f"{names[0]} and {names[1]}", compared(self.counting, shown, other)
         if found is None:
             return self._counting(title, shown)
@@ -281,9 +283,9 @@ class Pages:
         return self._page("counting", title, shown, done=done, total=total)
 
     def any_comparison(self, request: Request) -> Response:
-        """To the comparison with the data set that a form names."""
-        shown, other = self._shown(request), request.query_params.get("with", "")
-        return RedirectResponse(f"/{quote(shown.view.dataset)}/compare/{quote(other, safe='')}", headers=HEADERS)
+        """To the comparison of the data sets that a form names."""
+        one, other = (quote(request.query_params.get(name, ""), safe="") for name in ("one", "other"))
+        return RedirectResponse(f"/{one or '-'}/compare/{other or '-'}", headers=HEADERS)
 
     def any_expert(self, request: Request) -> Response:
         """To the page of the expert that a form names."""
