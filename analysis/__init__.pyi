@@ -40,6 +40,7 @@ from .metrics.distribution import RouterDistribution as RouterDistribution
 from .metrics.distribution import router_distribution as router_distribution
 from .metrics.document_scores import document_scores as document_scores
 from .metrics.effect import effect as effect
+from .metrics.effect_by_data_set import effect_by_data_set as effect_by_data_set
 from .metrics.excess import token_excess_of as token_excess_of
 from .metrics.layer_pairs import LayerPairs as LayerPairs
 from .metrics.load import ExpertCounts as ExpertCounts

@@ -7,7 +7,7 @@ Does not know where a token stands: a word that begins a line has no space befor
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ _KEYWORDS = (
     "self|short|signed|sizeof|static|struct|super|switch|synchronized|template|this|throw|throws|trait|true|True|"
     "try|typedef|typename|typeof|union|unsafe|unsigned|use|using|var|virtual|void|volatile|where|while|with|yield"
 )
-_SCRIPTS = (
+SCRIPTS = (
     *("Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Devanagari", "Bengali", "Tamil"),
     *("Telugu", "Thai", "Han", "Hiragana", "Katakana", "Hangul"),
 )
@@ -71,7 +71,7 @@ CLASSES: dict[str, TokenClass] = {
         name.lower(): TokenClass(
             description=f"letters of the script {name}", pattern=rf"(?=\p{{L}})[\p{{Script={name}}}\p{{M}}]+"
         )
-        for name in _SCRIPTS
+        for name in SCRIPTS
     },
 }
 """By name; a token may be in several."""
@@ -110,8 +110,18 @@ def members_of(which: str, pieces: Iterable[str]) -> NDArray[np.bool_]:
     ValueError
         When there is no class of this name, the regular expression is none, or it does not end in `PATIENCE_S`.
     """
-    fits, texts = compiled(which), map(text_of, pieces)
-    if not _is_expression(which):
+    return members_by_class([which], pieces)[which]
+
+
+def members_by_class(classes: Iterable[str], pieces: Iterable[str]) -> dict[str, NDArray[np.bool_]]:
+    """The same of several classes, by their names; the pieces are read once."""
+    texts = list(map(text_of, pieces))
+    return {which: _members(which, texts) for which in classes}
+
+
+def _members(which: str, texts: Sequence[str]) -> NDArray[np.bool_]:
+    fits = compiled(which)
+    if not is_expression(which):
         return np.array([fits.fullmatch(text) is not None for text in texts], dtype=np.bool_)
     end = time.monotonic() + PATIENCE_S
     try:
@@ -121,9 +131,39 @@ def members_of(which: str, pieces: Iterable[str]) -> NDArray[np.bool_]:
     return np.array(found, dtype=np.bool_)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Tokens that are in the same classes, counted together: a token in five classes is counted once."""
+
+    names: tuple[str, ...]
+    """Of the classes."""
+    belongs: NDArray[np.bool_]
+    """Which group is in which class, (group, class)."""
+    of_token: NDArray[np.int32]
+    """Each token's group, (token_id)."""
+
+    def of_classes(self, by_group: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sums by class (..., class), of sums by group (..., group)."""
+        return by_group @ self.belongs.astype(np.int64)
+
+
+def groups_of(members: Mapping[str, NDArray[np.bool_]]) -> Groups:
+    """The groups that some classes make.
+
+    Raises
+    ------
+    ValueError
+        When there is no class.
+    """
+    if not members:
+        raise ValueError("there is no class of tokens to count: name one")
+    belongs, group = np.unique(np.stack([*members.values()], 1), axis=0, return_inverse=True)
+    return Groups(names=tuple(members), belongs=belongs, of_token=group.astype(np.int32))
+
+
 def compiled(which: str) -> regex.Pattern[str]:
     """The pattern of a class or of a regular expression between slashes; errors as `members_of`."""
-    if _is_expression(which):
+    if is_expression(which):
         try:
             return regex.compile(which[1:-1])
         except regex.error as error:
@@ -137,5 +177,6 @@ def compiled(which: str) -> regex.Pattern[str]:
     return regex.compile(rf"\s*(?:{own.pattern})\s*" if own.spaced else own.pattern, regex.DOTALL)
 
 
-def _is_expression(which: str) -> bool:
+def is_expression(which: str) -> bool:
+    """Whether it is a regular expression between slashes."""
     return len(which) > 1 and which.startswith("/") and which.endswith("/")

@@ -1,7 +1,43 @@
-"""Capture routes: `ray job submit -- python jobs/capture.py --dataset wikitext-103`, or `--local` in one process.
+"""Capture which experts a model chooses, for every token of one or more data sets.
 
-Plans each data set (text to rows), and fills every shard that is missing. Nothing is done twice: what is planned
-or committed is kept, and the same command goes on from there.
+usage: python jobs/capture.py --dataset DATASET [options]
+
+Examples:
+  python jobs/capture.py --local --model tiny --dataset demo:prose --store my.zarr
+  python jobs/capture.py --dataset wikitext-103 --record logits --dry_run
+  ray job submit -- python jobs/capture.py --dataset wikitext-103
+
+What to capture:
+  --dataset DATASET         demo:prose, wikitext-103, a file, folder or glob, a hub id; repeatable
+  --store STORE             where to: a folder, or s3://bucket/prefix (~/expert-atlas/routes.zarr)
+  --limit_documents N       only the first documents; --limit_tokens N: the first tokens of each
+  --record WHAT             also logits, output_norm or logprob; repeat for more
+  --preset notebook         the options of the experiment that this project grew from
+  also --name --split --text_field --revision --sequence_length --rows_per_shard --bos --top_logits
+  --weight_precision --skip_unrenderable --template_date
+
+Model:
+  --model MODEL             a hub id, a folder, or tiny (Mixtral-8x7B-Instruct-v0.1)
+  --mask LAYER:EXPERT       an expert that cannot be chosen; --force: one that always is; --top_k N
+  also --model_revision --mask_file --routes_from --routes_weights
+
+Precision:
+  --quantization KIND       nf4, fp4, mxfp4, fp8, int8 or none (as it is stored, else nf4 on a GPU)
+  also --dtype --matmul --quantize_gates
+
+Where to run:
+  --local                   in this process, on one device, without Ray
+  --device DEVICE           auto, cuda or cpu (auto)
+  --workers N               copies of the model on a cluster (one on every GPU)
+  also --gpus_per_worker --cpus_per_worker --batch_tokens --stall_minutes
+
+Recovery: the same command resumes what was stopped. Its other options:
+  --dry_run                 estimate tokens, bytes and memory, and write nothing; with --rate: time
+  --config FILE             options from a YAML file, as --print_config prints them
+  --retry_quarantined       try shards again that failed three times; also --allow_mixed
+
+docs/options.md explains every option. Exit status: 0 complete, 1 something is missing, 2 a mistake,
+3 only shards in quarantine are missing, 130 or 143 interrupted.
 """
 
 import sys
@@ -10,16 +46,12 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import command_line, start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
-import os
-
-from dotenv import dotenv_values, find_dotenv
-
-from jobs.capturing.options import CaptureConfig, parse_capture
-from jobs.console.terminal import run_job
+from jobs.capturing.options import CaptureConfig, parse_capture, take_hub_token
+from jobs.console.terminal import run_job, say_next
 from workers.tiny import model_path
 
 
@@ -32,9 +64,16 @@ def main(arguments: list[str]) -> int:
     if not config.dataset:
         raise ValueError("give at least one --dataset, such as --dataset demo:prose; --help lists the kinds")
     model_path(config.model)  # a name with a typo is an error before torch is imported
-    _take_token()
+    take_hub_token()
     if config.dry_run:
         return _estimate(config)
+    status, place = carry_out(config), config.store_path
+    say_next(*(command_line(script, place) for script in (("explore", "report") if status == 0 else ("status",))))
+    return status
+
+
+def carry_out(config: CaptureConfig) -> int:
+    """Capture, and give the exit status."""
     return _capture_here(config) if config.local else _capture_on_cluster(config)
 
 
@@ -68,13 +107,6 @@ def _capture_on_cluster(config: CaptureConfig) -> int:
     sources = Run(config).sources()  # first: a mistake is reported before a cluster is waited for
     with connected(config) as cluster:
         return exit_status(capture_datasets(Run(config, cluster.device), sources, cluster.capture))
-
-
-def _take_token() -> None:
-    """HF_TOKEN from a `.env` file, before a hub library reads the environment; nothing else that stands in there."""
-    token = dotenv_values(find_dotenv(usecwd=True)).get("HF_TOKEN")
-    if token:
-        os.environ.setdefault("HF_TOKEN", token)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,20 @@
-"""A data set card for sharing a store: `python jobs/card.py STORE --license cc-by-4.0` writes STORE/README.md."""
+"""Write a data set card, README.md, for a store that is to be shared.
+
+usage: python jobs/card.py STORE[/DATASET] --license LICENSE [options]
+
+Examples:
+  python jobs/card.py demo.zarr --license cc-by-4.0
+  python jobs/card.py demo.zarr/demo-code --license apache-2.0 -o card.md
+  python jobs/card.py demo.zarr --license other --address hf://datasets/ORGANIZATION/NAME
+
+Options:
+  --license LICENSE         of what is shared, as the hub names it; that of the text holds for it
+  --address ADDRESS         where the store will be, as xarray opens it
+  --title TITLE             what it is called (routes of the model)
+  --output FILE, -o FILE    the card (README.md in the store)
+
+docs/options.md explains every option. Exit status: 0 written, 2 there is no such store.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -8,12 +24,13 @@ from typing import Annotated
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 
+from jobs.console.arguments import parse
 from jobs.console.places import captures_at, refuse_no_file
 from jobs.console.terminal import log, run_job, shown
 from store.files import whole_file
@@ -28,7 +45,7 @@ class CardConfig:
     Prints the path of the file. Exit status: 0 written, 2 when there is no such store.
     """
 
-    store: Annotated[str, tyro.conf.Positional]
+    place: Annotated[str, tyro.conf.Positional]
     """STORE, or STORE/DATASET for one of its data sets; the store is a folder, or s3://bucket/prefix."""
     license: str
     """The licence of what is shared, as the hub names it: cc-by-4.0, other. The text's own licence holds for it, since
@@ -43,8 +60,8 @@ class CardConfig:
 
 def main(arguments: list[str]) -> int:
     """Write the card and print its path."""
-    config = tyro.cli(CardConfig, prog="python jobs/card.py", args=arguments, use_underscores=True)
-    store, names = captures_at(config.store)
+    config = parse(CardConfig, "card", arguments)
+    store, names = captures_at(config.place)
     output = config.output or _in(store)
     refuse_no_file("output", output)
 

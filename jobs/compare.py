@@ -1,4 +1,24 @@
-"""How do two captures differ? `python jobs/compare.py A B`: agreement and effect of equal tokens, else a contrast."""
+"""Tell how two captures of one model differ: agreement and effect of equal tokens, else a contrast.
+
+usage: python jobs/compare.py STORE/DATASET STORE/DATASET [options]
+
+Examples:
+  python jobs/compare.py demo.zarr/demo-prose demo.zarr/demo-code
+  python jobs/compare.py nf4.zarr/wikitext-103 fp8.zarr/wikitext-103
+  python jobs/compare.py routes.zarr/whole routes.zarr/masked --json
+
+What counts:
+  --phase PHASE             only tokens of the prompt, or only generated ones
+  --role ROLE               only tokens of this speaker of a conversation; repeat for more
+  --allow_incomplete        as far as both captures go
+
+Output:
+  --top N                   experts or tokens that are listed (10)
+  --json                    one JSON document, for scripts; docs/json.md names its keys
+
+The first line of the output says what is compared, and why. docs/options.md explains every option.
+Exit status: 0 compared, whatever came out, 2 they cannot be.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -9,17 +29,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import command_line, start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 
 from jobs.console.agreement_rows import agreement_told, print_agreement
+from jobs.console.arguments import parse
 from jobs.console.contrast_rows import contrast_told, print_contrast
-from jobs.console.places import capture_at
+from jobs.console.places import by_store, capture_at
 from jobs.console.tables import Facts, print_json, print_line, stdout_console
-from jobs.console.terminal import run_job
+from jobs.console.terminal import run_job, say_next
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -76,7 +97,7 @@ class CompareConfig:
 
 def main(arguments: list[str]) -> int:
     """Print what was found."""
-    config = tyro.cli(CompareConfig, prog="python jobs/compare.py", args=arguments, use_underscores=True)
+    config = parse(CompareConfig, "compare", arguments)
 
     from analysis.scanning import Selection  # numba takes a second: --help does not wait for it
     from store import open_capture
@@ -90,6 +111,7 @@ def main(arguments: list[str]) -> int:
         print_json(told)
     else:
         _print(stdout_console(), told)
+        say_next(*(command_line("explore", place) for place in by_store(places)))
     return 0
 
 

@@ -1,7 +1,9 @@
-"""The demo: four contrasting texts through a tiny Mixtral on the CPU, and a report. `make demo` runs it.
+"""Capture four contrasting texts with a tiny Mixtral on the CPU, and draw a report: three minutes.
 
-It does nothing that the commands it prints do not: capture, then report, in this folder. The texts are those that were
-held out when the model was trained.
+usage: python jobs/demo.py
+
+It has no options, and does nothing that the commands which it prints do not: it captures into
+demo.zarr, and draws demo.html. The texts are those that were held out when the model was trained.
 """
 
 import sys
@@ -13,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import command_line, start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 from rich.console import Console
 
 from jobs import capture
+from jobs.capturing.options import parse_capture
 from jobs.console.tables import Bars, Column, Facts, print_line, print_table, stdout_console
 from jobs.console.terminal import run_job
 from jobs.sources.demo import demo_source
@@ -40,7 +43,7 @@ RECORD = "--record logits --record output_norm --record logprob"
 def main(arguments: list[str]) -> int:
     """Capture, report, and say what was found; the status of the first capture that fails, else 0.
 
-    The last line is the report's path.
+    The last lines name the explorer, then the report's path.
     """
     if arguments:
         raise ValueError(f"the demo has no options, and {arguments[0]!r} was given: python jobs/capture.py has them")
@@ -49,25 +52,28 @@ def main(arguments: list[str]) -> int:
     started = time.monotonic()
     for text, documents in TEXTS.items():
         options = ["--dataset", text, "--limit_documents", str(documents), "--store", str(STORE)]
-        if status := capture.main([*options, *MODEL.split(), *RECORD.split()]):
+        if status := capture.carry_out(parse_capture([*options, *MODEL.split(), *RECORD.split()])):
             return status
 
     from analysis.report.page import write_report  # takes seconds to load, and a capture needs none of it
 
     report = write_report([STORE], REPORT)
     print_found(stdout_console(), report.answers, report.apart)
-    python = Path(sys.executable)
-    python = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
-    print(f"""
-What to type next:
-  {python} jobs/status.py demo.zarr
-  {python} jobs/query.py demo.zarr/demo-code --token "▁return" --layer 2
-  {python} -c "import store; print(store.open_capture('demo.zarr', 'demo-code'))"
-  {python} jobs/capture.py --local --model tiny --dataset README.md --store demo.zarr
-
-The demo took {time.monotonic() - started:.0f} s. Its report:
-{REPORT}""")
+    tell_next(time.monotonic() - started)
     return 0
+
+
+def tell_next(took_s: float) -> None:
+    """What to type next; the explorer and the report come last, where they are seen."""
+    commands = (
+        command_line("status", STORE),
+        command_line("query", STORE / "demo-code", "--token", " return", "--layer", 2),
+        command_line("compare", STORE / "demo-prose", STORE / "demo-code"),
+        command_line("capture", "--local", "--model", "tiny", "--dataset", "README.md", "--store", STORE),
+    )
+    print("\nWhat to type next:", *commands, sep="\n  ")
+    print(f"\nThe demo took {took_s:.0f} s. Walk through it in a browser:\n  {command_line('explore', STORE)}")
+    print(f"Its report:\n{REPORT}")
 
 
 def print_found(console: Console, answers: "Sequence[Answers]", apart: "xr.Dataset | None") -> None:

@@ -1,4 +1,25 @@
-"""What is wrong with routes, imported or captured? `python jobs/doctor.py STORE/DATASET [--against STORE/DATASET]`."""
+"""Look for what is wrong with routes, imported or captured, and name it with its evidence.
+
+usage: python jobs/doctor.py STORE/DATASET [options]
+
+Examples:
+  python jobs/doctor.py served.zarr/chat
+  python jobs/doctor.py served.zarr/chat --against own.zarr/chat
+  python jobs/doctor.py served.zarr/chat --recapture 20
+
+Beside something else, since routes of the right form may be another model's:
+  --against STORE/DATASET   a capture of the same tokens by this project
+  --recapture N             run the model here, on the first so many documents
+  --model MODEL             with --recapture: a folder, a hub id or tiny (as the capture says)
+  --quantization KIND       with --recapture: nf4, fp4, mxfp4, fp8, int8 or none
+  --batch_tokens N          with --recapture: padded tokens in a micro-batch at most (8192)
+
+Output:
+  --json                    one JSON document, for scripts; docs/json.md names its keys
+
+docs/options.md says what it knows, and explains every option.
+Exit status: 0 nothing is wrong, 1 something is, 2 it cannot be examined.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -9,15 +30,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import command_line, start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 
+from jobs.console.arguments import parse
 from jobs.console.places import capture_at
 from jobs.console.tables import print_json, print_line, stdout_console
-from jobs.console.terminal import log, reporting, run_job, shown
+from jobs.console.terminal import log, reporting, run_job, say_next, shown
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -39,7 +61,7 @@ class DoctorConfig:
     status: 0 nothing is wrong, 1 something is, 2 it cannot be examined.
     """
 
-    capture: Annotated[str, tyro.conf.Positional]
+    place: Annotated[str, tyro.conf.Positional]
     """The routes, as STORE/DATASET: demo.zarr/demo-prose, or s3://bucket/routes.zarr/imported."""
     against: str | None = None
     """A capture of the same tokens by this project, as STORE/DATASET: which shift in position and layer fits best, how
@@ -61,7 +83,7 @@ class DoctorConfig:
 
 def main(arguments: list[str]) -> int:
     """Examine, and print what is wrong."""
-    config = tyro.cli(DoctorConfig, prog="python jobs/doctor.py", args=arguments, use_underscores=True)
+    config = parse(DoctorConfig, "doctor", arguments)
     if config.against is not None and config.recapture is not None:
         raise ValueError("give --against or --recapture, not both")
     if config.recapture is not None and config.recapture < 1:
@@ -71,7 +93,7 @@ def main(arguments: list[str]) -> int:
     from store import coverage
     from store.reader import open_covered
 
-    store, name = capture_at(config.capture)
+    store, name = capture_at(config.place)
     state = coverage(store, name)
     capture = open_covered(store, state)
     if not state.complete:
@@ -83,7 +105,7 @@ def main(arguments: list[str]) -> int:
     if config.json:
         findings = [asdict(finding) for finding in found]
         comparison = None if compared is None else asdict(compared)
-        told = {"capture": config.capture, "tokens_examined": state.tokens_done}
+        told = {"capture": config.place, "tokens_examined": state.tokens_done}
         print_json({**told, "findings": findings, "comparison": comparison})
         return int(wrong)
     console = stdout_console()
@@ -95,6 +117,8 @@ def main(arguments: list[str]) -> int:
     if compared is not None:
         for line in _in_words(compared):
             print_line(console, line)
+    if not wrong:
+        say_next(command_line("explore", config.place), command_line("report", config.place))
     return int(wrong)
 
 

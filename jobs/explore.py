@@ -1,4 +1,30 @@
-"""Walk through a store in a browser: `python jobs/explore.py STORE`, a small web server on this machine."""
+"""Walk through a store in a browser: texts coloured by expert, tokens, experts, documents.
+
+usage: python jobs/explore.py STORE[/DATASET] [options]
+
+Examples:
+  python jobs/explore.py demo.zarr
+  python jobs/explore.py demo.zarr/demo-prose --port 0
+  python jobs/explore.py demo.zarr/demo-prose --export page.html --document 12
+
+Server:
+  --port PORT               where it listens, 0 for any that is free (8177)
+  --host ADDRESS            whoever reaches it can read the store: there is no password (127.0.0.1)
+  --page PAGE               what the printed address opens: demo-code/token/604
+  --index FOLDER            where the index is kept (beside the store)
+  --threads N               shards that are indexed at the same time (one a processor)
+
+What counts:
+  --phase PHASE             count and find only tokens of the prompt, or only generated ones
+  --role ROLE               count and find only tokens of this speaker; repeat for more
+
+One file instead of a server:
+  --export FILE             write documents as an HTML file that works offline
+  --document DOCUMENT       one of them, by its id or its name; repeat for more
+
+It answers until Ctrl-C stops it. docs/options.md explains every option.
+Exit status: 0 stopped or exported, 2 there is no such store, document or address.
+"""
 
 import contextlib
 import ipaddress
@@ -12,13 +38,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 
-from jobs.console.places import captures_at, only_one, refuse_no_file
+from jobs.console.arguments import parse
+from jobs.console.places import capture_at, captures_at, refuse_no_file
 from jobs.console.terminal import log, run_job
 
 if TYPE_CHECKING:
@@ -38,8 +65,10 @@ class ExploreConfig:
     stopped, or exported; 2 when there is no such store, document or address.
     """
 
-    store: Annotated[str, tyro.conf.Positional]
+    place: Annotated[str, tyro.conf.Positional]
     """STORE, or STORE/DATASET for one of its data sets: demo.zarr, s3://bucket/routes.zarr/wikitext-103."""
+    page: str | None = None
+    """The page whose address is printed, without the host, as reports name it: demo-code/expert/2/7."""
     host: str = "127.0.0.1"
     """The address to listen at. Whoever reaches it can read the store: there is no password."""
     port: int = 8177
@@ -61,7 +90,7 @@ class ExploreConfig:
 
 def main(arguments: list[str]) -> int:
     """Serve, or export."""
-    config = tyro.cli(ExploreConfig, prog="python jobs/explore.py", args=arguments, use_underscores=True)
+    config = parse(ExploreConfig, "explore", arguments)
     if bool(config.document) != (config.export is not None):
         raise ValueError("--export FILE and --document ID go together: give both, or neither")
     if not 0 <= config.port < 65_536:
@@ -70,22 +99,22 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--threads {config.threads}: 1 or more")
     if config.export is not None and (config.phase or config.role):
         raise ValueError("--export writes whole texts: leave out --phase and --role")
-    store, names = captures_at(config.store)
     if config.export is not None:
-        return _export(store, names, config)
+        return _export(*capture_at(config.place), config)
+    store, names = captures_at(config.place)
 
     from analysis.explorer.live import Explorer  # numba takes a second: --help does not wait for it
     from analysis.scanning import Selection
 
     _open_more_files()
     only = Selection(roles=config.role or None, phases=config.phase or None)
-    named = None if config.store.rstrip("/") == store.rstrip("/") else names
+    named = None if config.place.rstrip("/") == store.rstrip("/") else names
     return _serve(Explorer(store, named, config.index, only=only, threads=config.threads, log=log), config)
 
 
-def _export(store: str, names: list[str], config: ExploreConfig) -> int:
+def _export(store: str, name: str, config: ExploreConfig) -> int:
     """Write documents as one file."""
-    name, output = only_one(store, names), config.export
+    output = config.export
     assert output is not None
     refuse_no_file("export", output)
 
@@ -121,7 +150,7 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
         if not address.is_loopback:
             log(f"note: whoever reaches {where}, port {port}, can read this store: there is no password")
         name = socket.gethostname() if address.is_unspecified else f"[{where}]" if address.version == 6 else where
-        print(f"http://{name}:{port}/", flush=True)
+        print(f"http://{name}:{port}/{(config.page or '').lstrip('/')}", flush=True)
         log("Ctrl-C stops it")
         follower.start()
         try:

@@ -1,4 +1,34 @@
-"""Routes that another engine returned become a capture: `python jobs/import_routes.py FILES --format vllm ...`."""
+"""Write routes that another engine returned as a capture.
+
+usage: python jobs/import_routes.py FILES --format FORMAT --model MODEL --store STORE --name DATASET
+
+Examples:
+  python jobs/import_routes.py routes.npz --format vllm --model org/model --store s.zarr --name chat
+  python jobs/import_routes.py *.jsonl --format sglang --model org/model --store s.zarr --name chat
+  python jobs/import_routes.py own.parquet --format plain --model mine --num_experts 8 \\
+    --store s.zarr --name own
+
+What to import:
+  --format FORMAT           plain, vllm, sglang, transformers, olmoe or replay
+  --store STORE             where to: a folder, or s3://bucket/prefix
+  --name DATASET            the data set's name in it
+  --weights RULE            transformers: how logits become weights (family)
+  --sequence_length N       tokens in a row at most; --rows_per_shard N
+
+Model:
+  --model MODEL             that chose: a folder, tiny, a hub id, or its name beside --num_experts
+  --num_experts N           experts of a layer; then no configuration is read
+  --experts_per_token N     for formats that do not say it (the model's)
+  --layers LAYERS           the numbers of those that have experts: 1-26, or 0,2,4 (the model's)
+  --tokenizer TOKENIZER     a folder, a hub id or none (the model's)
+  --engine_version VERSION  to be kept with the routes; --quantization KIND
+
+Output:
+  --json                    one JSON document, for scripts; docs/json.md names its keys
+
+The same command resumes. docs/0012-import.md describes the formats, docs/options.md the options.
+Exit status: 0 all is imported, 1 another job writes the capture, 2 files or options are wrong.
+"""
 
 import hashlib
 import re
@@ -12,14 +42,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import command_line, start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 
+from jobs.console.arguments import parse
 from jobs.console.tables import print_json
-from jobs.console.terminal import Reporter, log, reporting, run_job, shown
+from jobs.console.terminal import Reporter, log, reporting, run_job, say_next, shown
 from store.coverage import Coverage
 from store.layout import missing_expert
 from store.writing import write_capture
@@ -99,7 +130,7 @@ class Model:
 
 def main(arguments: list[str]) -> int:
     """Import, and say what was imported."""
-    config = tyro.cli(ImportConfig, prog="python jobs/import_routes.py", args=arguments, use_underscores=True)
+    config = parse(ImportConfig, "import_routes", arguments)
 
     from workers.imports.blocks import Grid, ahead, blocks, shape_of, tokenized
     from workers.imports.files import size_bytes
@@ -311,8 +342,8 @@ def _tell(config: ImportConfig, facts: dict[str, Any], *, by_weight: bool) -> No
     )
     if not by_weight:
         log("note: the engine does not promise that a token's first expert has its largest weight")
-    log(shown(f"next: python jobs/doctor.py {place}"))
     print(place)
+    say_next(command_line("doctor", place))
 
 
 if __name__ == "__main__":

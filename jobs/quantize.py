@@ -1,4 +1,20 @@
-"""A checkpoint in 4 bits: `python jobs/quantize.py MODEL OUT`, once, so that later starts read 25 GB and not 93."""
+"""Write a checkpoint in 4 bits, once, so that later starts read 25 GB and not 93.
+
+usage: python jobs/quantize.py MODEL OUT [options]
+
+Examples:
+  python jobs/quantize.py mistralai/Mixtral-8x7B-Instruct-v0.1 mixtral-nf4
+  python jobs/quantize.py my/checkpoint my/checkpoint-fp4 --quantization fp4
+  python jobs/quantize.py tiny tiny-nf4 --device cpu
+
+Options:
+  --quantization KIND       nf4 or fp4 (nf4)
+  --model_revision COMMIT   commit, tag or branch of a hub model
+  --device DEVICE           auto, cuda or cpu (auto)
+
+A capture with --model OUT chooses what one with --model MODEL chooses, to the bit on the same type
+of device. docs/options.md explains every option. Exit status: 0 written, 2 not to be written.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -8,13 +24,14 @@ from typing import Annotated, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import command_line, start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 
-from jobs.console.terminal import log, reporting, run_job
+from jobs.console.arguments import parse
+from jobs.console.terminal import log, reporting, run_job, say_next
 from workers.tiny import model_path
 
 MEGABYTE = 10**6
@@ -46,7 +63,7 @@ class QuantizeConfig:
 
 def main(arguments: list[str]) -> int:
     """Write the checkpoint and print its path."""
-    config = tyro.cli(QuantizeConfig, prog="python jobs/quantize.py", args=arguments, use_underscores=True)
+    config = parse(QuantizeConfig, "quantize", arguments)
 
     model = model_path(config.model)
 
@@ -77,8 +94,9 @@ def main(arguments: list[str]) -> int:
             progress=count,
         )
     written_bytes = sum(file.stat().st_size for file in weight_files(config.out))
-    log(f"{read_bytes:,} bytes of weights became {written_bytes:,}; capture with --model {config.out}")
+    log(f"{read_bytes:,} bytes of weights became {written_bytes:,}")
     print(config.out)
+    say_next(command_line("capture", "--model", config.out, "--dataset", "wikitext-103"))
     return 0
 
 

@@ -1,6 +1,37 @@
-"""One question to a store, or its tables as Parquet: `python jobs/query.py STORE --token "▁the" --layer 15`."""
+"""Ask where a token goes, what an expert gets, or what way a document's tokens take.
 
-import difflib
+usage: python jobs/query.py STORE/DATASET QUESTION [options]
+
+Examples:
+  python jobs/query.py demo.zarr/demo-prose --token " the" --layer 3
+  python jobs/query.py demo.zarr/demo-code --expert 3:5 --min_count 20
+  python jobs/query.py demo.zarr --parquet tables
+
+Questions, one of them:
+  --token TOKEN             its experts, layer by layer; the, " the", "\\n", a piece or an id
+  --token_id ID             the same, by the id alone
+  --tokens CLASS            the experts of digits, keywords, punctuation, or '/regular expression/'
+  --expert LAYER:EXPERT     its tokens, by count and by lift
+  --document DOCUMENT       the experts of each of its tokens; an id or a name; repeat for more
+  --entropy                 how spread out the routers are; needs --record logits
+  --saliency                what each expert contributes; needs --record output_norm
+  --logprob                 the log-probability of the next token, by expert; needs --record logprob
+  --parquet FOLDER          write tables of all data sets of STORE there
+
+What counts:
+  --layer LAYER             only this layer; repeat for more
+  --phase PHASE             only tokens of the prompt, or only generated ones
+  --role ROLE               only tokens of this speaker of a conversation; repeat for more
+  --min_count N             with --expert: only tokens that occur so often (1)
+
+Output:
+  --top N                   with --expert: tokens that are listed (20)
+  --json                    one JSON document, for scripts; docs/json.md names its keys
+
+What is counted is kept beside the store: the first question reads all of it, later ones do not.
+docs/options.md explains every option. Exit status: 0 answered, 2 that cannot be answered.
+"""
+
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,15 +43,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 
+from jobs.console.arguments import parse
+from jobs.console.asked_token import asked_token
 from jobs.console.class_rows import class_question
-from jobs.console.places import captures_at, only_one
-from jobs.console.query_rows import Answer, Listed, document_answer, expert_answer, token_answer
+from jobs.console.places import capture_at, captures_at
+from jobs.console.query_rows import Answer, Listed, document_answer, expert_answer
 from jobs.console.recorded_rows import recorded_question
 from jobs.console.tables import print_json, stdout_console
 from jobs.console.terminal import log, reporting, run_job, shown
@@ -45,11 +78,13 @@ class QueryConfig:
     answered, 2 when that cannot be.
     """
 
-    store: Annotated[str, tyro.conf.Positional]
-    """STORE, or STORE/DATASET where it holds several: demo.zarr/demo-prose, s3://bucket/routes.zarr/wikitext-103."""
+    place: Annotated[str, tyro.conf.Positional]
+    """STORE/DATASET: demo.zarr/demo-prose, s3://bucket/routes.zarr/wikitext-103. STORE is enough where it holds one
+    data set, and stands for all with --parquet."""
     token: str | None = None
-    """A token, as the tokenizer's piece: "▁the", "<0x0A>". Where it goes: its experts by layer. Write --token=-x where
-    it begins with a dash."""
+    """A token: as text, "the" or " the" (with the space before it), as the tokenizer's piece, "▁the", "<0x0A>", "\\n",
+    or by its id. Where it goes: its experts by layer. Of several tokens the most frequent is answered, and the others
+    are named with their counts. Write --token=-x where it begins with a dash."""
     token_id: int | None = None
     """The same, by its id."""
     tokens: str | None = None
@@ -101,13 +136,12 @@ class QueryConfig:
 
 def main(arguments: list[str]) -> int:
     """Answer."""
-    config = tyro.cli(QueryConfig, prog="python jobs/query.py", args=arguments, use_underscores=True)
+    config = parse(QueryConfig, "query", arguments)
     _check(config)
-    store, names = captures_at(config.store)
     documents = [int(document) if document.isdecimal() else document for document in config.document]
     if config.parquet is not None:
-        return _write_tables(config, store, names, documents)
-    return _answer(config, store, only_one(store, names), documents)
+        return _write_tables(config, *captures_at(config.place), documents)
+    return _answer(config, *capture_at(config.place), documents)
 
 
 def _answer(config: QueryConfig, store: str, name: str, documents: list[int | str]) -> int:
@@ -173,7 +207,7 @@ def _counted(
         reducers, answer_of = class_question(config.tokens, capture)
         answers = [partial(answer_of, capture, layers)]
     else:
-        answers = [partial(token_answer, capture, _token(capture, config.token, config.token_id), layers)]
+        answers = [partial(asked_token(capture, config.token, config.token_id).answer, capture, layers)]
     with reporting(state.dataset, unit="shards", transient=True) as report:
         progress = lambda done, total: report.to(done)
         counts = measure(store, state.dataset, reducers, state=state, only=only, progress=progress)
@@ -226,41 +260,6 @@ def _expert(capture: "xr.Dataset", place: str) -> tuple[int, int]:
     if expert >= (experts := int(capture.attrs["num_experts"])):
         raise ValueError(f"--expert {place}: a layer has experts 0 to {experts - 1}")
     return layer, expert
-
-
-def _token(capture: "xr.Dataset", piece: str | None, token_id: int | None) -> int:
-    """A token's id, from either; special tokens, which are not counted, are refused."""
-    from analysis.scanning import special_tokens
-
-    pieces: list[str] = capture["piece"].values.tolist()
-    if token_id is None:
-        found = [number for number, other in enumerate(pieces) if other == piece]
-        if len(found) != 1:
-            raise ValueError(_which(piece or "", pieces, found))
-        token_id = found[0]
-    if not 0 <= token_id < len(pieces):
-        raise ValueError(f"--token_id {token_id}: the vocabulary has tokens 0 to {len(pieces) - 1}")
-    if token_id in special_tokens(capture):
-        raise ValueError(f"token {token_id}, {shown(pieces[token_id])}, is a special one: they are not counted")
-    return token_id
-
-
-def _which(piece: str, pieces: list[str], found: list[int]) -> str:
-    """What to say when several tokens have a piece, or none, and which ones are near it."""
-    if found:
-        return f"tokens {found} all have the piece {shown(piece)}: give one as --token_id"
-    plain: dict[str, list[int]] = {}
-    for number, other in enumerate(pieces):
-        plain.setdefault(_plain(other), []).append(number)
-    near = [_plain(piece), *difflib.get_close_matches(_plain(piece), plain, n=5)]
-    numbers = [number for word in dict.fromkeys(near) for number in plain.get(word, [])][:5]
-    named = ", ".join(f"{shown(pieces[number])} ({number})" for number in numbers)
-    return f"no token has the piece {shown(piece)}; near it, with their ids: {named or 'none'}"
-
-
-def _plain(piece: str) -> str:
-    """A piece without the ▁ that stands for a space, and in lower case."""
-    return piece.replace("▁", " ").strip().casefold()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,28 @@
-"""Draw a report: `python jobs/report.py STORE [STORE ...] -o report.html`, one offline HTML file."""
+"""Draw what the experts do as one HTML page that works offline.
+
+usage: python jobs/report.py STORE[/DATASET] [STORE[/DATASET] ...] [options]
+
+Examples:
+  python jobs/report.py demo.zarr
+  python jobs/report.py demo.zarr/demo-prose demo.zarr/demo-code -o two.html
+  python jobs/report.py ~/expert-atlas/routes.zarr --figures figures
+
+Output:
+  --output FILE, -o FILE    the page (report.html)
+  --figures FOLDER          every chart as SVG, PDF and PNG too
+  --explorer ADDRESS        link findings to an explorer that answers there: http://127.0.0.1:8177
+
+What counts:
+  --phase PHASE             only tokens of the prompt, or only generated ones
+  --role ROLE               only tokens of this speaker of a conversation; repeat for more
+  --block_tokens N          take blocks of so many tokens for documents
+
+Where to run:
+  --cluster                 read the stores on a Ray cluster
+
+An incomplete capture is drawn as far as it goes. docs/options.md explains every option.
+Exit status: 0 drawn, 2 there is no such store, or nothing in it.
+"""
 
 import contextlib
 import ctypes
@@ -18,14 +42,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import command_line, start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 
-from jobs.console.places import refuse_no_file
-from jobs.console.terminal import LOG_EVERY_S, log, run_job
+from jobs.console.arguments import parse
+from jobs.console.places import by_store, refuse_no_file
+from jobs.console.terminal import LOG_EVERY_S, log, run_job, say_next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +61,8 @@ class ReportConfig:
     0 drawn, 2 not a store, or nothing in it.
     """
 
-    stores: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """The stores."""
+    places: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """STORE for all of its data sets, STORE/DATASET for one, as many as are to be on the page."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """The file to write; one that is there is replaced."""
     figures: Path | None = None
@@ -50,18 +75,24 @@ class ReportConfig:
     """Count only tokens of this phase, where captures say it (imported routes do). May be repeated."""
     role: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Count only tokens of this speaker, where captures are of conversations: assistant. May be repeated."""
+    explorer: str | None = None
+    """Link what is found to an explorer of the store that answers at this address: http://127.0.0.1:8177. Default: the
+    page shows commands that start one."""
     cluster: bool = False
     """Read the stores on the Ray cluster of $RAY_ADDRESS, which must see them, or on one that is started here."""
 
 
 def main(arguments: list[str]) -> int:
     """Write the report and print its path."""
-    config = tyro.cli(ReportConfig, prog="python jobs/report.py", args=arguments, use_underscores=True)
-    if not config.stores:
-        raise ValueError("name at least one store, such as demo.zarr")
+    config = parse(ReportConfig, "report", arguments)
+    if not config.places:
+        raise ValueError("name at least one STORE or STORE/DATASET, such as demo.zarr")
     if config.block_tokens is not None and config.block_tokens < 1:
         raise ValueError(f"--block_tokens {config.block_tokens}: at least 1")
+    if config.explorer is not None and not config.explorer.startswith(("http://", "https://")):
+        raise ValueError(f"--explorer {config.explorer}: an address that begins with http:// or https://")
     refuse_no_file("output", config.output)
+    datasets = by_store(config.places)
     _give_memory_back()
     from analysis.report.page import (  # the chart libraries take a second: --help does not wait for them
         write_figures,
@@ -79,7 +110,14 @@ def main(arguments: list[str]) -> int:
             stack.enter_context(connection())
             where["runner_of"] = ClusterRunner
         drawn = write_report(
-            config.stores, config.output, progress=_progress(), block_tokens=config.block_tokens, only=only, **where
+            list(datasets),
+            config.output,
+            datasets=datasets,
+            progress=_progress(),
+            block_tokens=config.block_tokens,
+            only=only,
+            explorer=config.explorer,
+            **where,
         )
     for answers in drawn.answers:
         if not answers.state.complete:
@@ -87,6 +125,7 @@ def main(arguments: list[str]) -> int:
     print(config.output.absolute())
     if config.figures is not None:
         log(f"{len(write_figures(drawn, config.figures))} files in {config.figures}")
+    say_next(*(command_line("explore", place) for place in datasets))
     return 0
 
 

@@ -1,8 +1,20 @@
-"""Submit a capture until nothing is missing: `python jobs/resubmit.py -- python jobs/capture.py --dataset wikitext-2`.
+"""Submit a capture to a Ray cluster until nothing is missing.
 
-What a shell loop and KubeRay's back-off cannot do: `ray job submit` tells success from failure only (and calls a
-stopped job a success). This reads the command's own status, and submits it again while that says that something is
-missing. Each job has a name, given here, so that it is found again and not submitted twice when the connection breaks.
+usage: python jobs/resubmit.py [options] -- COMMAND
+
+Examples:
+  python jobs/resubmit.py -- python jobs/capture.py --dataset wikitext-103
+  python jobs/resubmit.py --attempts 20 -- python jobs/capture.py --dataset wikitext-103
+  python jobs/resubmit.py --address http://head:8265 -- python jobs/capture.py --dataset demo:code
+
+Options:
+  --address URL             the head's dashboard (http://127.0.0.1:8265)
+  --attempts N              submissions at most (5)
+  --pause SECONDS           before the second attempt; each later pause is twice as long (60)
+
+A head that does not answer is waited for. docs/options.md explains every option.
+Exit status: 0 complete, 1 something is still missing, 2 a mistake or no head answered, 3 only
+shards in quarantine are missing, 143 someone stopped the job, 130 or 143 interrupted.
 """
 
 import os
@@ -18,12 +30,12 @@ from typing import TYPE_CHECKING, TypeVar
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
-import tyro
 
+from jobs.console.arguments import parse
 from jobs.console.terminal import log, run_job
 
 if TYPE_CHECKING:
@@ -65,7 +77,7 @@ class ResubmitConfig:
 def main(arguments: list[str]) -> int:
     """Submit the command until it is through; its status."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    config = tyro.cli(ResubmitConfig, prog="python jobs/resubmit.py", args=arguments[:end], use_underscores=True)
+    config = parse(ResubmitConfig, "resubmit", arguments[:end])
     command = shlex.join(arguments[end + 1 :])
     if not command:
         raise ValueError("give the command after --, such as -- python jobs/capture.py --dataset wikitext-103")

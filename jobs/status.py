@@ -1,4 +1,19 @@
-"""How far captures are, and whether they still hold: `python jobs/status.py STORE [--verify]`; works while they run."""
+"""Tell what is captured and what is missing, and whether it still is what was committed.
+
+usage: python jobs/status.py STORE[/DATASET] [options]
+
+Examples:
+  python jobs/status.py demo.zarr
+  python jobs/status.py demo.zarr/demo-prose --verify
+  python jobs/status.py s3://bucket/routes.zarr --json
+
+Options:
+  --verify                  read everything back, and compare it with what was committed
+  --json                    one JSON document, for scripts; docs/json.md names its keys
+
+Safe while a capture runs. docs/options.md explains every option.
+Exit status: 0 everything is complete, 1 something is missing or wrong, 2 there is no such store.
+"""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -9,13 +24,14 @@ from typing import Annotated, Any
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import tyro
 from rich.console import Console
 
+from jobs.console.arguments import parse
 from jobs.console.places import captures_at
 from jobs.console.tables import Bars, Column, Facts, print_json, print_line, print_table, stdout_console
 from jobs.console.terminal import log, reporting, run_job, shown
@@ -34,10 +50,8 @@ class StatusConfig:
     2 when there is no store.
     """
 
-    store: Annotated[str, tyro.conf.Positional]
+    place: Annotated[str, tyro.conf.Positional]
     """STORE, or STORE/DATASET for one of its data sets; the store is a folder, or s3://bucket/prefix."""
-    dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Only this data set; may be repeated. Default: all."""
     verify: bool = False
     """Read everything back and compare it with the commit records. What is wrong is noted in the store, and captured
     again by the next capture."""
@@ -84,9 +98,9 @@ class Looked:
 
 def main(arguments: list[str]) -> int:
     """Print what was found; 0 when every data set is complete."""
-    config = tyro.cli(StatusConfig, prog="python jobs/status.py", args=arguments, use_underscores=True)
-    store, names = captures_at(config.store)
-    looked = [_look(store, name, deep=config.verify) for name in config.dataset or names]
+    config = parse(StatusConfig, "status", arguments)
+    store, names = captures_at(config.place)
+    looked = [_look(store, name, deep=config.verify) for name in names]
     whole = all(one.whole for one in looked)
     if config.json:
         print_json({"store": store, "whole": whole, "data_sets": [facts(one) for one in looked]})

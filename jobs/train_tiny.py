@@ -1,8 +1,20 @@
-"""How `workers/tiny-mixtral` was made: `python jobs/train_tiny.py OUT`, seven minutes on one GPU.
+"""Train the tiny Mixtral that comes with this package: seven minutes on one GPU.
 
-Data are the texts of `jobs.sources.demo`. A tenth of the documents is held out, which is what the demo captures, and
-whatever nearly repeats one of them is left out (licences are copied from each other). The same packages, versions and
-GPU give the same bytes. The model card there says what came of it.
+usage: python jobs/train_tiny.py OUT [options]
+
+Examples:
+  python jobs/train_tiny.py tiny-mixtral
+  python jobs/train_tiny.py short --steps 100
+  python jobs/train_tiny.py short --steps 3 --device cpu
+
+Options:
+  --steps N                 batches of 128 rows of 512 tokens (2000)
+  --device DEVICE           cuda or cpu (cuda)
+
+Data are the texts of jobs/sources/demo.py. A tenth of the documents is held out, which is what the
+demo captures, and whatever nearly repeats one of them is left out (licences are copied from each
+other). The same packages, versions and GPU give the same bytes. workers/tiny-mixtral/README.md says
+what came of it. Exit status: 0 written, 2 not to be written.
 """
 
 import importlib.util
@@ -21,14 +33,15 @@ from typing import Annotated, Any, Literal
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from jobs.console.interrupts import end_on_interrupt
+from jobs.console.starting import start
 
-end_on_interrupt()
+start(__name__, __doc__)
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from jobs.console.arguments import parse
 from jobs.console.terminal import log, reporting, run_job
 from jobs.sources.demo import DEMO_TEXTS, demo_source, held_out
 
@@ -72,7 +85,7 @@ class TrainConfig:
 
 def main(arguments: list[str]) -> int:
     """Train, write, and tell the losses on what was held out."""
-    config = tyro.cli(TrainConfig, prog="python jobs/train_tiny.py", args=arguments, use_underscores=True)
+    config = parse(TrainConfig, "train_tiny", arguments)
     if config.out.exists():
         raise ValueError(f"{config.out} exists already")
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS's results are the same each time with it alone

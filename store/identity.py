@@ -26,6 +26,7 @@ LATER: dict[str, Any] = {
     "top_k": None,
     "routes_from": None,
     "routes_weights": False,
+    "effect_layers": [],
 }
 """Fields that came after the first captures, with the value that stands for what was done before they existed. A field
 with that value is left out of an identity, so that captures begun before it resume and compare as before."""
@@ -50,7 +51,7 @@ MODEL = (
 TEXT = (
     *("bos", "bos_id", "chat_template", "template_date", "sequence_length", "skip_unrenderable"),
     *("limit_documents", "limit_tokens", "rows_per_shard", "batch_tokens", "schema_version"),
-    *("record", "top_logits", "weight_bits"),
+    *("record", "top_logits", "weight_bits", "effect_layers"),
 )
 """Fields that decide which tokens are routed, in which rows and batches, what is recorded of them beside their experts,
 and how that is stored; so do `text_...`."""

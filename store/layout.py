@@ -368,11 +368,20 @@ def _logprob(layout: Layout) -> ArraySpec:
     )  # fmt: skip
 
 
+def _effect(layout: Layout) -> ArraySpec:
+    return ArraySpec(
+        dtype="float32", fill=math.nan, compressors=_blosc("zstd", 5, "shuffle"), captured=True,
+        attrs={"long_name": "log-probability of the next token without the expert, less that with it", "units": "nat"},
+        **layout.grid("layer", "expert_id"),
+    )  # fmt: skip
+
+
 OPTIONAL: dict[str, Callable[[Layout], ArraySpec]] = {
     "logit": _logit,
     "logit_expert": _logit_expert,
     "output_norm": _output_norm,
     "logprob": _logprob,
+    "effect": _effect,
 }
 """Arrays that a capture has where `Layout.record` names them.
 
@@ -389,6 +398,9 @@ output_norm
 logprob
     At the position that predicts; NaN at the last one of a row. The attribute `pairs_cut`, of the plan, counts the
     predictions that are lost because a document was cut into rows.
+effect
+    (doc, position, layer, expert_id), where `logprob` is: what predicting the next token gains, below 0 where it loses,
+    when the expert cannot be chosen at the layer. NaN of layers that were not measured.
 """
 
 

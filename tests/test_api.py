@@ -153,6 +153,10 @@ METRICS: dict[str, tuple[Ask, object]] = {
         lambda c: analysis.effect(with_logprob(c), with_logprob(c), replicates=5),
         int(counted(CAPTURE)[:, 1:].sum()),
     ),
+    "effect_by_data_set": (
+        lambda c: analysis.effect_by_data_set({"a": (with_logprob(c), with_logprob(c))}, replicates=5),
+        {"a": int(counted(CAPTURE)[:, 1:].sum())},
+    ),
     "expert_load": (analysis.expert_load, tokens()),
     "expert_tokens": (lambda c: analysis.expert_tokens(c, 1), tokens()),
     "expert_tokens_of": (lambda c: analysis.expert_tokens_of(counts(analysis.TokenCounts())[0], by="lift"), tokens()),

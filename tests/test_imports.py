@@ -22,7 +22,7 @@ MAY_IMPORT = {
 ROOMS = {
     "workers": [
         *["shard", "given", "environment", "tiny", "record", "interventions", "text", "imports", "models"],
-        *["recordings", "recorder", "replica", "engine", "notebook"],
+        *["recordings", "recorder", "replica", "engine", "importance", "notebook"],
     ],
     "jobs": ["console", "sources", "capturing", "cluster"],  # and then the scripts
     "analysis": [
@@ -262,6 +262,7 @@ TYPOS = {
     "doctor": (["s.zarr/a", "--agianst", "s.zarr/b"], "--against"),
     "card": (["s.zarr", "--licnese", "mit"], "--license"),
     "train_tiny": (["out", "--setps", "3"], "--steps"),
+    "importance": (["--sample-tokns", "3"], "--sample-tokens"),
 }
 
 

@@ -86,7 +86,7 @@ class ModelEngine:
         padded = np.where(np.arange(positions) < length[:, None], token, 0)
         with self._device_errors():
             self._give(given, length)
-        with self._device_errors(), self.steering.attached(), self.recorder.attached(), _one_thread(self.device):
+        with self._device_errors(), self.steering.attached(), self.recorder.attached(), one_thread(self.device):
             recorded = self.recorder.record(self.forward, on_device(padded.astype(np.int64), self.device), length)
             copies = Micro(*({what: _to_host(part) for what, part in parts.items()} for parts in recorded))
             copied = torch.cuda.Event() if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -159,9 +159,10 @@ def load_engine(
     device: str,
     recorded: Recorded = CHOICES_ALONE,
     interventions: Interventions | None = None,
+    kind: Callable[..., ModelEngine] = ModelEngine,
     **options: Any,
 ) -> ModelEngine:
-    """Load a model as an engine; the arguments are those of `load_model`, or the model is "tiny".
+    """Load a model as an engine of a kind; the arguments are those of `load_model`, or the model is "tiny".
 
     What nothing that is recorded needs is not kept: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
     """
@@ -174,7 +175,7 @@ def load_engine(
         drop_last_experts(loaded)
     if device != "cpu":
         torch.cuda.empty_cache()  # transformers takes more while it loads than the weights need
-    return ModelEngine(loaded, recorded, interventions)
+    return kind(loaded, recorded, interventions)
 
 
 def _set_allocator(settings: str) -> None:
@@ -193,7 +194,8 @@ def drop_last_experts(loaded: LoadedModel) -> None:
 
 
 @contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, one thread computes while the block runs."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)

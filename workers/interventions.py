@@ -115,6 +115,20 @@ def what_to_change(
     )
 
 
+def layers_named(names: Sequence[str], layers: Sequence[int]) -> list[int]:
+    """The layers that are named, ascending, each by a number or a range; all where none is.
+
+    Raises
+    ------
+    ValueError
+        When a name is none, or a layer does not exist.
+    """
+    for name in names:
+        if not _SIDE.fullmatch(name):
+            raise ValueError(f"--layers {name!r:.80} is no layer: give a number or a range, such as 3 or 3-5")
+    return sorted({layer for name in names or ["*"] for layer in _numbers(f"--layers {name}", "layer", name, layers)})
+
+
 def experts_in_file(path: Path) -> list[str]:
     """The experts in a JSON file: an object of layers, each with a list of experts, as ``{"7": [1, 3]}``.
 

@@ -9,8 +9,22 @@ import altair as alt
 import numpy as np
 import xarray as xr
 
-from analysis.charts.theme import CELLS, Drawing, Rows, expert_axis, layer_step, number, percent, rounded, visible
+from analysis.charts.theme import (
+    CELLS,
+    Drawing,
+    Rows,
+    expert_axis,
+    layer_step,
+    layered,
+    number,
+    percent,
+    rounded,
+    visible,
+)
 
+SURE = "datum.p <= 0.05"
+PALE = 0.3  # opacity of a cell that may be chance (arbitrary)
+_FEW_COLUMNS, _FEW_CELLS = 16, 256  # up to which cells have room for numbers
 _SMALL_SPREAD = 0.25  # load deviations up to a quarter of the even share stay pale; arbitrary
 
 
@@ -99,7 +113,7 @@ def contrast_heatmap(apart: xr.Dataset, data_set: str, *, spread: float) -> Draw
         for at, layer in enumerate(own["layer"].values)
         for e, expert in enumerate(own["expert"].values)
     ]
-    drawing = _heat_map(
+    return _heat_map(
         rows,
         expert_axis("expert", own.sizes["expert"]),
         alt.Color("difference:Q", title="more than the others, points"),
@@ -116,9 +130,8 @@ def contrast_heatmap(apart: xr.Dataset, data_set: str, *, spread: float) -> Draw
         title="Tokens that reach the expert, difference in points",
         subtitle=f"n = {apart.attrs['documents'][data_set]:,} documents; 0 is neutral, pale where p > 0.05",
         description=f"Heat map of how many more tokens of {visible(data_set)} reach each expert.",
+        sure=SURE,
     )
-    pale = alt.condition("datum.p <= 0.05", alt.value(1), alt.value(0.3))
-    return Drawing(drawing.chart.encode(opacity=pale), drawing.rows)
 
 
 def saliency_heatmap(found: xr.Dataset) -> Drawing:
@@ -169,7 +182,7 @@ def logprob_heatmap(found: xr.Dataset, *, spread: float) -> Drawing:
     spread : float
         Difference of full colour, in nats.
     """
-    drawing = _heat_map(
+    return _heat_map(
         _cells({name: found[variable] for name, (variable, _) in _OF_LOGPROB.items()}, found),
         expert_axis("expert", found.sizes["expert"]),
         alt.Color("within:Q", title="nats more than without it"),
@@ -182,9 +195,8 @@ def logprob_heatmap(found: xr.Dataset, *, spread: float) -> Drawing:
         title="Log-probability of the next token, within the same token",
         subtitle=f"n = {found.attrs['n']:,} tokens; 0 is neutral, pale where p > 0.05",
         description="Heat map of how much more probable the next token is where a token reaches the expert.",
+        sure=SURE,
     )
-    pale = alt.condition("datum.p <= 0.05", alt.value(1), alt.value(0.3))
-    return Drawing(drawing.chart.encode(opacity=pale), drawing.rows)
 
 
 _OF_LOGPROB = {
@@ -269,28 +281,57 @@ def _heat_map(
     title: str,
     subtitle: str,
     description: str,
+    sure: str | None = None,
 ) -> Drawing:
-    """A cell for each layer and place on `x`; the middle of the domain is neutral."""
+    """A cell for each layer and place on `x`; the middle of the domain is neutral, and pale what is not `sure`.
+
+    Few cells have their numbers in them.
+    """
+    y = alt.Y("layer:O", title="layer").scale(paddingInner=0.08)
     scaled = colour.scale(
         domain=domain,
         range="diverging",
         interpolate="rgb",  # the default goes through green and maroon, which would look like a third kind
         clamp=True,
     )
-    chart: alt.Chart = (
+    cells: alt.Chart = (
         alt.Chart(alt.NamedData(name=CELLS), name=CELLS)
         .mark_rect(cornerRadius=2)
         .encode(
             x=x,
-            y=alt.Y("layer:O", title="layer").scale(paddingInner=0.08),
+            y=y,
             color=scaled.legend(orient="bottom", format=".3~g", values=domain, gradientLength=180),
             tooltip=[alt.Tooltip("layer:O"), *tooltip],
         )
-        .properties(
-            title=alt.Title(title, subtitle=[subtitle]),
-            width="container",
-            height=layer_step(num_layers) * num_layers,
-            description=description,
-        )
+    )
+    if sure is not None:
+        cells = cells.encode(opacity=alt.condition(sure, alt.value(1), alt.value(PALE)))
+    few = len(rows) <= _FEW_CELLS and len(rows) <= _FEW_COLUMNS * num_layers
+    field = str(colour.shorthand).removesuffix(":Q")
+    chart = layered(
+        cells,
+        *(_numbers(x, y, field, domain, sure) if few else []),
+        title=alt.Title(title, subtitle=[subtitle]),
+        width="container",
+        height=layer_step(num_layers) * num_layers,
+        description=description,
     )
     return Drawing(chart, {CELLS: rows})
+
+
+def _numbers(x: alt.X, y: alt.Y, field: str, domain: Sequence[float], sure: str | None) -> list[alt.Chart]:
+    """The numbers of cells: on pale, middle and strong colours in the ink that the theme has for each."""
+    low, middle, high = domain
+    digits = 0 if high >= 10 else 1 if high >= 1 else 2
+    value = f"datum.{field}"
+    strength = f"{value} > {middle} ? ({value} - {middle}) / {high - middle} : ({middle} - {value}) / {middle - low}"
+    if sure is not None:
+        strength = f"{sure} ? ({strength}) : 0"
+    base = alt.Chart(alt.NamedData(name=CELLS)).transform_filter(f"isValid({value})").transform_calculate(of=strength)
+    kinds = {"pale": "datum.of < 0.5", "middle": "datum.of >= 0.5 && datum.of < 0.83", "strong": "datum.of >= 0.83"}
+    return [
+        base.transform_filter(of)
+        .mark_text(style=f"cell-{kind}", fontSize=11, aria=False)
+        .encode(x=x, y=y, text=alt.Text(f"{field}:Q", format=f".{digits}f"))
+        for kind, of in kinds.items()
+    ]

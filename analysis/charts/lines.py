@@ -1,4 +1,4 @@
-"""Line charts: one number by layer, distance or position, a line for each data set; hit rates by cache size."""
+"""Line charts: one number by layer, distance, position or cache size, a line for each data set."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import altair as alt
 import xarray as xr
 
-from analysis.charts.theme import POINTS, QUIET, Drawing, layered, percent, rounded, visible
-from analysis.statistics.sampling import of_how_many
+from analysis.charts.theme import POINTS, QUIET, Drawing, layered, rounded, visible
 
 _DASHES = [4, 3]  # pixels drawn, and left out
 
@@ -23,6 +22,7 @@ def lines(
     over: str = "layer",
     axis: str | None = None,
     each: str = "data_set",
+    domain: tuple[float, float] | None = None,
     null: float | None = None,
     by_chance: Mapping[str, xr.DataArray] | None = None,
     interval: Mapping[str, tuple[xr.DataArray, xr.DataArray]] | None = None,
@@ -39,7 +39,10 @@ def lines(
     over, axis : str
         The dimension from left to right, and its title; default its name.
     each : str
-        What there is a line for.
+        What there is a line for. A data set has its colour; lines of anything else are grey, and told apart by
+        their marks.
+    domain : pair of float, optional
+        The ends of the axis, for charts that are compared; default where the numbers are.
     null : float, optional
         What there would be by chance, at every place: a dashed rule.
     by_chance : mapping of str to xr.DataArray, optional
@@ -69,7 +72,9 @@ def lines(
     )
     legend = alt.Legend(orient="bottom", title=None, columns=2, symbolOpacity=1) if len(values) > 1 else None
     order = [visible(label) for label in values]
-    colour = alt.Color(f"{each}:N", sort=order, scale=alt.Scale(range="category"), legend=legend)
+    kinds = alt.Scale(domain=order, range="category" if each == "data_set" else "ordinal")
+    colour = alt.Color(f"{each}:N", sort=order, scale=kinds, legend=legend)
+    shape = alt.Shape(f"{each}:N", sort=order, scale=alt.Scale(domain=order, range="symbol"), legend=legend)
     titles = {"value": unit, "by_chance": "by chance", "low": "95 % from", "high": "to", "n": "n"}
     tooltip = [alt.Tooltip(f"{each}:N", title=each.replace("_", " ")), alt.Tooltip(f"{over}:O")]
     tooltip += [
@@ -78,8 +83,10 @@ def lines(
         if any(name in row for row in rows)
     ]
     base = alt.Chart(alt.NamedData(name=POINTS)).encode(x=x, color=colour)
-    y = alt.Y("value:Q", title=unit).scale(zero=False)
-    drawn = [base.mark_circle(size=45).encode(y=y, tooltip=tooltip).properties(name=POINTS)]
+    ends = alt.Scale(zero=False) if domain is None else alt.Scale(domain=domain)
+    y = alt.Y("value:Q", title=unit, scale=ends)
+    points = base.mark_point(size=45, filled=True).encode(y=y, shape=shape, tooltip=tooltip)
+    drawn = [points.properties(name=POINTS)]
     drawn.append(base.mark_line(strokeWidth=1.8, aria=False).encode(y=y))
     tables: dict[str, Any] = {POINTS: rows}
     if interval is not None:
@@ -100,52 +107,3 @@ def lines(
         description=f"{title}, by {over}.",
     )
     return Drawing(chart, tables)
-
-
-def cache_chart(caches: Mapping[str, xr.Dataset]) -> Drawing:
-    """Hit rate by cache size, mean over layers.
-
-    Parameters
-    ----------
-    caches : mapping of str to xr.Dataset
-        From `analysis.metrics.caching.cache_hits`, by data set.
-    """
-    rows = [
-        {
-            "data_set": visible(label),
-            "policy": str(policy),
-            "cache_size": int(size),
-            "hit_rate": percent(found["hit_rate"].sel(policy=policy, cache_size=size).mean()),
-            "by_chance": percent(found["null"].sel(policy=policy, cache_size=size)),
-        }
-        for label, found in caches.items()
-        for policy in found["policy"].values
-        for size in found["cache_size"].values
-    ]
-    colour = alt.Color("data_set:N", sort=[visible(label) for label in caches], scale=alt.Scale(range="category"))
-    base = alt.Chart(alt.NamedData(name=POINTS)).encode(
-        x=alt.X("cache_size:O", title="experts of a layer that the cache holds").axis(labelAngle=0),
-        color=colour.legend(orient="bottom", title=None),
-    )
-    y = alt.Y("hit_rate:Q", title="hit rate, %")
-    shape = alt.Shape("policy:N").legend(orient="bottom", title="policy")
-    tooltip = ["data_set:N", "policy:N", "cache_size:O", "hit_rate:Q", "by_chance:Q"]
-    points = base.mark_point(size=60, filled=True).encode(y=y, shape=shape, tooltip=tooltip).properties(name=POINTS)
-    drawn = base.mark_line(strokeWidth=1.6, aria=False).encode(y=y, detail="policy:N")
-    chance = base.mark_line(strokeWidth=1.2, strokeDash=_DASHES, aria=False).encode(
-        y=alt.Y("by_chance:Q", title="hit rate, %"), detail="policy:N"
-    )
-    n = sum(found.attrs["n"] for found in caches.values())
-    subtitle = [f"n = {n:,} tokens; dashed: uniform independent routing"]
-    parts = {visible(label): of_how_many(found) for label, found in caches.items()}
-    subtitle += [f"{label}: {part}, as a sample" for label, part in parts.items() if part]
-    chart = layered(
-        points,
-        drawn,
-        chance,
-        title=alt.Title("Expert cache: hit rate, %", subtitle=subtitle),
-        width="container",
-        height=240,
-        description="Hit rate of expert caches by size, mean over layers.",
-    )
-    return Drawing(chart, {POINTS: rows})

@@ -27,9 +27,11 @@ Rows = Sequence[Mapping[str, Any]]
 CELLS, LINKS, TOKENS, POINTS = "cells", "links", "tokens", "points"
 
 _NOTEBOOK_WIDTH = 520  # arbitrary: pixels
+SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
 QUIET = "#8a93a3"  # what chance gives: seen on both grounds, and no data set's colour
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-# Blue to orange through the page's own paper: told apart with any colour vision.
+# Each colour has one meaning. Blue is less and orange more than expected, through the page's own paper: told apart with
+# any colour vision. Data sets have neither of the two, and marks of their own beside their colours. Grey is no data set.
 _LIGHT: Mapping[str, Any] = {
     "ink": "#1d2129",
     "soft": "#5b6472",
@@ -37,7 +39,9 @@ _LIGHT: Mapping[str, Any] = {
     "accent": "#b4530a",
     "diverging": ["#1f5fa8", "#6aa0d8", "#c3d9ef", "#f3f2ef", "#f6cfa3", "#e08a35", "#a8480a"],
     "ramp": ["#f3f2ef", "#f6cfa3", "#e9a75c"],
-    "category": ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#5b6472", "#7b3294"],
+    "category": ["#007a5e", "#a3195b", "#8a7600", "#6a3fb5", "#c26aa6", "#4fa387", "#b3a136", "#9c86d6"],
+    "ordinal": ["#1d2129", "#454d5a", "#5f6877", "#7a8493", "#929baa", "#aab2bf"],
+    "cell": {"pale": "#1d2129", "middle": "#1d2129", "strong": "#ffffff"},
 }
 _DARK: Mapping[str, Any] = {
     "ink": "#e8eaee",
@@ -46,7 +50,9 @@ _DARK: Mapping[str, Any] = {
     "accent": "#f2a14e",
     "diverging": ["#8cc4ff", "#4d8fd6", "#2c5079", "#252a34", "#72471d", "#c77a2a", "#ffbe73"],
     "ramp": ["#252a34", "#553a20", "#875520"],
-    "category": ["#56b4e9", "#f0903c", "#2ec49a", "#e29cc4", "#e6c229", "#a3c9ff", "#a3acba", "#c39bd3"],
+    "category": ["#2ec49a", "#f27fb2", "#d9c53a", "#b79cf5", "#d9a5c9", "#8fdcc4", "#efe39a", "#8f74d9"],
+    "ordinal": ["#e8eaee", "#c3cad4", "#a9b1be", "#8f98a7", "#78818f", "#646c79"],
+    "cell": {"pale": "#e8eaee", "middle": "#16191f", "strong": "#16191f"},
 }
 
 
@@ -91,7 +97,9 @@ def theme(dark: bool = False) -> dict[str, Any]:
         "rule": {"color": colour["accent"]},
         "circle": {"color": colour["ink"], "opacity": 1},
         "text": {"color": colour["ink"], "fontSize": 12},
-        "range": {name: colour[name] for name in ("diverging", "ramp", "category")} | {"heatmap": colour["ramp"]},
+        "style": {f"cell-{kind}": {"color": ink} for kind, ink in colour["cell"].items()},
+        "range": {name: colour[name] for name in ("diverging", "ramp", "category", "ordinal")}
+        | {"heatmap": colour["ramp"], "symbol": list(SYMBOLS)},
     }
 
 

@@ -9,7 +9,7 @@ import xarray as xr
 from analysis.charts.theme import TOKENS, Drawing, layered, percent, rounded, visible
 
 STRONG_LIFT = 8.0  # lift within documents at which a token is coloured in full strength; arbitrary
-_WITHIN = "times the same tokens, shuffled in their documents"
+_WITHIN = "times the same tokens shuffled in documents"
 
 
 def token_chart(tokens: xr.Dataset) -> Drawing:
@@ -55,11 +55,11 @@ def token_chart(tokens: xr.Dataset) -> Drawing:
     )
     colour = scaled.legend(orient="bottom", values=[1, 2, 4, 8], gradientLength=180)
     tiles = base.mark_rect(cornerRadius=3, aria=False).encode(color=colour)
-    words = base.mark_text(limit=66, fontSize=11).encode(text="piece:N").properties(name=TOKENS)
+    words = base.mark_text(limit=alt.ExprRef("bandwidth('x') - 4"), fontSize=11).encode(text="piece:N")
     order, least = tokens.attrs["order"], tokens.attrs["min_count"]
     chart = layered(
         tiles,
-        words,
+        words.properties(name=TOKENS),
         title=alt.Title(
             "Tokens: lift, times the average",
             subtitle=[f"n = {tokens.attrs['n']:,} tokens", f"ordered by {order} over all tokens, seen {least}+ times"],

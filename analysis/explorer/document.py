@@ -145,8 +145,8 @@ def _coded(
         "bytes": expert.dtype.itemsize,
         "weighed": "weight" in view.capture,
         "roles": _labelled(view, labels),
-        "surprise": _in_float32(surprise) if "logprob" in view.capture else None,
-        "entropy": _in_float32(entropy) if view.scores is not None else None,
+        "surprise": in_float32(surprise) if "logprob" in view.capture else None,
+        "entropy": in_float32(entropy) if view.scores is not None else None,
     }
 
 
@@ -160,5 +160,6 @@ def _labelled(view: View, labels: Sequence[Array]) -> list[str] | None:
     return [", ".join(filter(None, each)) for each in zip(*named, strict=True)] if named else None
 
 
-def _in_float32(values: Array) -> str:
+def in_float32(values: Array) -> str:
+    """Numbers as a page's script reads them: base64 of little-endian float32."""
     return base64.b64encode(values.astype("<f4").tobytes()).decode()

@@ -97,6 +97,13 @@ class Part:
             return np.arange(low, high)
         return low + np.flatnonzero((self.expert[layer, low:high] == expert).any(axis=1))
 
+    def find_all(self, tokens: Array, layer: int | None = None, expert: int | None = None) -> Array:
+        """Where any of some tokens occurs, or went to an expert at a layer (by index), as indices into `order`."""
+        found = [
+            self.find(int(token), layer, expert) for token in tokens if self.bounds[token] < self.bounds[token + 1]
+        ]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
     def add_table(self, layer: int, count: Array) -> None:
         """Add to `count` (vocabulary, expert) how often each token went to each expert at a layer (by index)."""
         _add_table(self.expert[layer], self.bounds, count)

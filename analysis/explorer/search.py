@@ -6,9 +6,11 @@ cut into. Does not know HTML.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from analysis.explorer.dataset import documents
+from analysis.explorer.token_class import classes_named
 from analysis.explorer.view import View, refuse_page
 
 PLACES, TOKENS = 20, 20  # rows of a page's lists
@@ -16,7 +18,8 @@ GLANCE = 3  # of each, where all data sets are searched (arbitrary)
 
 
 def search_page(view: View, text: str, page: int = 1, *, tokens: int = TOKENS, places: int = PLACES) -> dict[str, Any]:
-    """What a data set has of a text: `tokens`, a page from 1 on of `places`, and `documents`.
+    """What a data set has of a text: the `expert` and the `classes` of tokens that are named so, `tokens`, a page, from
+    1 on, of `places`, and `documents`.
 
     Raises
     ------
@@ -26,11 +29,21 @@ def search_page(view: View, text: str, page: int = 1, *, tokens: int = TOKENS, p
     text = text.replace("↵", "\n")
     found: dict[str, Any] = {
         "dataset": view.dataset,
+        "expert": expert_named(view, text),
+        "classes": classes_named(view, text),
         "tokens": find_tokens(view, text, tokens),
         "places": find_places(view, text, page, places),
         "documents": documents(view, containing=text),
     }
-    return found | {"anything": any(found[kind]["number"] for kind in ("tokens", "places", "documents"))}
+    named = bool(found["expert"] or found["classes"])
+    return found | {"anything": named or any(found[kind]["number"] for kind in ("tokens", "places", "documents"))}
+
+
+def expert_named(view: View, text: str) -> tuple[int, int] | None:
+    """The layer and the expert that a text such as 6:0 names; None where there is none."""
+    named = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip(), re.ASCII)
+    layer, expert = (int(number) for number in named.groups()) if named else (-1, -1)
+    return (layer, expert) if layer in view.layers and expert < view.experts and view.now.tokens else None
 
 
 def find_tokens(view: View, text: str, most: int = TOKENS) -> dict[str, Any]:

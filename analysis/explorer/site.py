@@ -20,10 +20,12 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainT
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from analysis.explorer.compare import Comparisons
+from analysis.explorer.compare import compared
 from analysis.explorer.compared import verdict
+from analysis.explorer.counting import Counting
 from analysis.explorer.dataset import Order, documents
 from analysis.explorer.document import distribution, document_page
+from analysis.explorer.effect import comparable, effect_page
 from analysis.explorer.home import Home
 from analysis.explorer.index import index_folder
 from analysis.explorer.live import Explorer, Shown, differs
@@ -32,6 +34,7 @@ from analysis.explorer.one_file import FOLDER, MOST_TOKENS, environment, export_
 from analysis.explorer.phrases import LONGEST
 from analysis.explorer.search import GLANCE, search_page
 from analysis.explorer.token import contexts, token_page
+from analysis.explorer.token_class import class_page
 from analysis.explorer.view import MIN_COUNT, Unreadable
 
 ORDERS = get_args(Order)
@@ -62,6 +65,7 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
         Route("/-/explorer.css", lambda _: FileResponse(FOLDER / "explorer.css", headers=HEADERS)),
         Route("/-/explorer.js", lambda _: FileResponse(FOLDER / "explorer.js", headers=HEADERS)),
         Route("/-/search", in_turn(pages.search_all)),
+        Route("/-/compare", in_turn(pages.any_comparison)),
         Route("/{name}", in_turn(pages.dataset)),
         Route("/{name}/search", in_turn(pages.search)),
         Route("/{name}/document/{document:int}", in_turn(pages.document)),
@@ -69,8 +73,9 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
         Route("/{name}/place", in_turn(pages.place)),
         Route("/{name}/next", in_turn(pages.next)),
         Route("/{name}/distribution", in_turn(pages.distribution)),
+        Route("/{name}/effect", in_turn(pages.effect)),
         Route("/{name}/token/{token:int}", in_turn(pages.token)),
-        Route("/{name}/compare", in_turn(pages.any_comparison)),
+        Route("/{name}/class", in_turn(pages.token_class)),
         Route("/{name}/compare/{other}", in_turn(pages.compare)),
         Route("/{name}/expert", in_turn(pages.any_expert)),
         Route("/{name}/expert/{layer:int}/{expert:int}", in_turn(pages.expert)),
@@ -118,7 +123,7 @@ class Pages:
     def __init__(self, explorer: Explorer) -> None:
         self.explorer, self.templates, self.first = explorer, environment(), Home(explorer)
         folder = explorer.folder or index_folder(explorer.path)
-        self.comparisons = Comparisons(folder, explorer.only, explorer.threads)
+        self.counting = Counting(folder, explorer.only, explorer.threads)
 
     def home(self, request: Request) -> Response:
         """The data sets, and what was found in them."""
@@ -167,6 +172,10 @@ class Pages:
         shown, (page,) = self._shown(request), _numbers(request, page=1)
         found = document_page(shown.view, request.path_params["document"], page)
         title = found["name"] or f"document {found['document']}"
+        others = [each.view for each in [*self.explorer.shown.values()]]
+        found["against"] = [
+            {"name": each.dataset, "differs": differs(shown.view, each)} for each in comparable(shown.view, others)
+        ]
         data = reader_data(shown.view, [found])
         fits = found["tokens"] <= MOST_TOKENS
         return self._page("document", title, shown, document=found, data=data, can_be_saved=fits)
@@ -186,8 +195,10 @@ class Pages:
         """To the page of a document where a row's position is."""
         shown, (row, position, layer) = self._shown(request), _numbers(request, row=0, position=0, layer=None)
         document, page, token = shown.view.page_at(row, position)
-        query = f"page={page}&token={token}" + (f"&layer={layer}" if layer is not None else "")
-        return RedirectResponse(f"/{shown.view.dataset}/document/{document}?{query}", headers=HEADERS)
+        query = {"page": page, "token": token} | ({} if layer is None else {"layer": layer})
+        query |= {name: request.query_params[name] for name in ("by",) if name in request.query_params}
+        where = f"/{quote(shown.view.dataset)}/document/{document}?{urlencode(query)}"
+        return RedirectResponse(where, headers=HEADERS)
 
     def next(self, request: Request) -> Response:
         """To the next place of a token, or to the one before."""
@@ -204,6 +215,17 @@ class Pages:
         shown, (row, position) = self._shown(request), _numbers(request, row=0, position=0)
         try:
             return JSONResponse(distribution(shown.view, row, position), headers=HEADERS)
+        except ValueError as error:
+            return JSONResponse({"error": str(error)}, 404, headers=HEADERS)
+
+    def effect(self, request: Request) -> Response:
+        """How another capture predicts a page of text: what the page asks for when that is chosen as its colour."""
+        shown, (row, start) = self._shown(request), _numbers(request, row=0, start=0)
+        other = self.explorer.shown.get(request.query_params.get("against", ""))
+        if other is None:
+            raise HTTPException(404, "name another data set with against=")
+        try:
+            return JSONResponse(effect_page(shown.view, other.view, row, start), headers=HEADERS)
         except ValueError as error:
             return JSONResponse({"error": str(error)}, 404, headers=HEADERS)
 
@@ -244,18 +266,35 @@ class Pages:
         """Two data sets, or how far counting them is."""
         shown, other = self._shown(request), self._shown(request, "other")
         names = shown.view.dataset, other.view.dataset
-        found = self.comparisons.of(shown, other)
-        title, differ = f"{names[0]} and {names[1]}", differs(shown.view, other.view)
+        if shown is other:
+            raise HTTPException(400, f"{names[0]} cannot be compared with itself: name two data sets")
+        title, found = f"{names[0]} and {names[1]}", compared(self.counting, shown, other)
         if found is None:
-            done, total = self.comparisons.progress.get(names, (0, 0))
-            return self._page("comparing", title, shown, other=names[1], done=done, total=total)
-        said = verdict(found, names)
+            return self._counting(title, shown)
+        differ, said = differs(shown.view, other.view), verdict(found, names)
         return self._page("compare", title, shown, other=names[1], found=found, differs=differ, said=said)
 
+    def token_class(self, request: Request) -> Response:
+        """A class of tokens: where it goes, and some places."""
+        shown, (layer, expert), asked = (
+            self._shown(request),
+            _numbers(request, layer=None, expert=None),
+            _asked(request),
+        )
+        found = class_page(self.counting, shown, asked, layer, expert)
+        if found is None:
+            return self._counting(asked, shown)
+        return self._page("class", asked, shown, found=found, chosen_layer=layer, chosen_expert=expert)
+
+    def _counting(self, title: str, shown: Shown) -> Response:
+        """What is shown of a page whose numbers are not there yet."""
+        done, total = self.counting.progress
+        return self._page("counting", title, shown, done=done, total=total)
+
     def any_comparison(self, request: Request) -> Response:
-        """To the comparison with the data set that a form names."""
-        shown, other = self._shown(request), request.query_params.get("with", "")
-        return RedirectResponse(f"/{quote(shown.view.dataset)}/compare/{quote(other, safe='')}", headers=HEADERS)
+        """To the comparison of the data sets that a form names."""
+        one, other = (quote(request.query_params.get(name, ""), safe="") for name in ("one", "other"))
+        return RedirectResponse(f"/{one or '-'}/compare/{other or '-'}", headers=HEADERS)
 
     def any_expert(self, request: Request) -> Response:
         """To the page of the expert that a form names."""

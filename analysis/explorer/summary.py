@@ -18,7 +18,7 @@ from analysis.scanning import Array
 
 SURE = 0.05  # probability that something is named where documents explain all
 LEAST_LIFT = 1.5  # of what is named: an expert is not for what it gets hardly more of (arbitrary)
-MOST = 0.5  # of a data set's tokens: an expert that gets more is one for whatever comes (arbitrary)
+MOST = 0.5  # of a data set's tokens: an expert that gets more is told by that (arbitrary)
 CLASSES_TOLD, TOKENS_TOLD = 3, 3
 LEAST_WEIGHT = 0.25  # of a class that is told, beside that of the first (arbitrary)
 
@@ -135,7 +135,7 @@ def summary(
     told = classes or [replace(kind, name=f"“{kind.name}”") for kind in tokens]
     line = [_listed([f"{kind.name} ({kind.lift:.1f} × the average)" for kind in told])] if told else []
     if not line and reach >= MOST:
-        line = [f"{reach:.0%} of the tokens of {own.name}, whatever they are"]
+        line = [f"{reach:.0%} of the tokens of {own.name}"]
     if strongest:
         line.append(f"strongest in {_listed([each.name for each in strongest])}")
     if not line:

@@ -65,11 +65,7 @@ def contexts(view: View, token: int, layer: int | None, expert: int | None, page
     ValueError
         When there is no such layer, expert or page.
     """
-    if (layer is None) != (expert is None) or not (layer is None or layer in view.layers):
-        raise ValueError(f"name a layer of {view.layers[0]} to {view.layers[-1]} and an expert, or neither")
-    if expert is not None and not 0 <= expert < view.experts:
-        raise ValueError(f"expert {expert}: {view.dataset} has experts 0 to {view.experts - 1}")
-    at = None if layer is None else view.layers.index(layer)
+    at = view.chosen_layer(layer, expert)
     number, found = view.now.occurrences(token, at, expert, skip=max(0, page - 1) * CONTEXTS, limit=CONTEXTS)
     refuse_page(page, number, CONTEXTS)
     rows = []

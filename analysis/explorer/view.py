@@ -24,7 +24,7 @@ from analysis.explorer.places import in_lines, in_one_line, words_around
 from analysis.metrics.scores import Scores, known_scores
 from analysis.metrics.tokens import TokenOrder, expert_tokens_of, label_counts
 from analysis.scanning import Array, sizes
-from analysis.token_classes import CLASSES, members_of
+from analysis.token_classes import CLASSES, members_by_class
 from store.attributes import attributes
 from store.group import CaptureGroup
 from store.layout import CHUNK_POSITIONS
@@ -163,6 +163,20 @@ class View:
             "weight": None,
         }
 
+    def chosen_layer(self, layer: int | None, expert: int | None) -> int | None:
+        """The index of a layer whose number is given with an expert; None where neither is.
+
+        Raises
+        ------
+        ValueError
+            When there is no such layer or expert, or one is given without the other.
+        """
+        if (layer is None) != (expert is None) or not (layer is None or layer in self.layers):
+            raise ValueError(f"name a layer of {self.layers[0]} to {self.layers[-1]} and an expert, or neither")
+        if expert is not None and not 0 <= expert < self.experts:
+            raise ValueError(f"expert {expert}: {self.dataset} has experts 0 to {self.experts - 1}")
+        return None if layer is None else self.layers.index(layer)
+
     def page_at(self, row: int, position: int) -> tuple[int, int, int]:
         """The document, its page, and the token on it, of a place.
 
@@ -240,8 +254,7 @@ class View:
     def classes(self) -> Mapping[str, Array]:
         """The classes that tokens of the vocabulary are in, by name, and which these are: bool (token_id)."""
         if self._classes is None:
-            members = {name: members_of(name, self.pieces) for name in CLASSES}
-            self._classes = {name: own for name, own in members.items() if own.any()}
+            self._classes = {name: own for name, own in members_by_class(CLASSES, self.pieces).items() if own.any()}
         return self._classes
 
     @property

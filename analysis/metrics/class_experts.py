@@ -16,13 +16,11 @@ from analysis.metrics.excess import token_excess_of
 from analysis.metrics.tokens import add_tokens
 from analysis.scanning import EVERYTHING, Array, Block, Reducer, Selection, State, labelled, scan, sizes
 from analysis.statistics.jackknife import Jackknife, effective_of, how, interval
-from analysis.token_classes import CLASSES, members_of
+from analysis.token_classes import CLASSES, groups_of, members_by_class
 
 
 class ClassCounts(Reducer):
     """Counts by class of token, layer and expert: what `class_experts_of` takes, within `Jackknife`.
-
-    Tokens that are in the same classes are counted together, so that a token in five classes is counted once.
 
     Parameters
     ----------
@@ -38,22 +36,20 @@ class ClassCounts(Reducer):
     stacks = True
 
     def __init__(self, members: Mapping[str, Array]) -> None:
-        if not members:
-            raise ValueError("there is no class of tokens to count: name one")
-        self.names = tuple(members)
-        self.belongs, group = np.unique(np.stack([*members.values()], 1), axis=0, return_inverse=True)
-        self.group = group.astype(np.int32)
+        self.groups = groups_of(members)
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: `count` (group, layer, expert) and `tokens` (group), of tokens that are in the same classes."""
         layers, _, experts = sizes(dataset)
-        groups = len(self.belongs)
+        groups = len(self.groups.belongs)
         return {"count": np.zeros((groups, layers, experts), np.int64), "tokens": np.zeros(groups, np.int64)}
 
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
         layers, choices = block["expert"].shape[2:]
-        group = self.group[block["token"]]  # -1 behind a row's end: it takes the last one's, and is not counted
+        group = self.groups.of_token[
+            block["token"]
+        ]  # -1 behind a row's end: it takes the last one's, and is not counted
         add_tokens(
             block["expert"], group, block["counted"], np.arange(layers), choices, state["count"], state["tokens"]
         )
@@ -61,14 +57,14 @@ class ClassCounts(Reducer):
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """`counts` (token_class, layer, expert) and `tokens` (token_class), `all_counts` (layer, expert) and
         `all_tokens` of all tokens; int64."""
-        (_, choices, experts), belongs = sizes(dataset), self.belongs.astype(np.int64)
+        _, choices, experts = sizes(dataset)
         coords = {"layer": dataset["layer"].values, "expert": np.arange(experts)}
-        by_class = {"token_class": np.array(self.names, object), **coords}
-        count, tokens = state["count"], state["tokens"]
+        by_class = {"token_class": np.array(self.groups.names, object), **coords}
+        count, tokens, of_classes = state["count"], state["tokens"], self.groups.of_classes
         found = xr.Dataset(
             {
-                "counts": labelled(np.einsum("gc,...gle->...cle", belongs, count), *by_class, **by_class),
-                "tokens": labelled(tokens @ belongs, "token_class"),
+                "counts": labelled(np.moveaxis(of_classes(np.moveaxis(count, -3, -1)), -1, -3), *by_class, **by_class),
+                "tokens": labelled(of_classes(tokens), "token_class"),
                 "all_counts": labelled(count.sum(-3), *coords, **coords),
                 "all_tokens": labelled(tokens.sum(-1)),
             }
@@ -117,8 +113,7 @@ def class_experts(
     ValueError
         When there is no such class, or a regular expression is none.
     """
-    pieces = dataset["piece"].values.tolist()
-    counted = Jackknife(ClassCounts({which: members_of(which, pieces) for which in classes}))
+    counted = Jackknife(ClassCounts(members_by_class(classes, dataset["piece"].values.tolist())))
     return class_experts_of(scan(dataset, [counted], only=only, threads=threads, progress=progress)[0], level)
 
 

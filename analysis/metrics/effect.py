@@ -9,7 +9,7 @@ Promises: tokens are compared, not believed; exact sums, the same in any order. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -18,9 +18,10 @@ import xarray as xr
 from analysis.attributes import described
 from analysis.metrics.agreement import counted_in_both, paired
 from analysis.scanning import EVERYTHING, Array, Block, Reducer, Selection, State, labelled, scan
-from analysis.statistics.differences import p_adjusted, studentized
-from analysis.statistics.flips import REPLICATES, flipped, sum_of, why_untested
+from analysis.statistics.flips import REPLICATES, p_together, why_untested
 from analysis.statistics.jackknife import Jackknife, interval
+from analysis.statistics.resampled import totals_of
+from analysis.token_classes import CLASSES, groups_of, members_by_class
 
 UNIT = 2.0**-20  # nats; differences are rounded to it, so that sums are exact in any order
 PLACES = 10  # of the largest losses that are listed (arbitrary)
@@ -28,48 +29,63 @@ DEFINITION = "mean over predicted tokens of log P(token | before it) in the seco
 
 
 class Effects(Reducer):
-    """Sums of differences, of all tokens or of each token id; of a dataset that `paired` made.
+    """Sums of differences, of all tokens and of classes of them, or of each token id; of a dataset that `paired` made.
 
     Parameters
     ----------
+    members : mapping of str to bool array, shape (token_id), optional
+        Classes of tokens, and which tokens are in each.
     by_token
-        Along `token_id`, the token that is predicted.
+        Along `token_id` instead. Both are by the token that is predicted.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprob", "other_logprob", "other_expert", "other_token"})
     stacks = True
 
-    def __init__(self, *, by_token: bool = False) -> None:
-        self.by_token = by_token
+    def __init__(self, members: Mapping[str, Array] | None = None, *, by_token: bool = False) -> None:
+        self.groups, self.by_token = groups_of(members) if members else None, by_token
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Zeros: `difference`, in `UNIT`, and `tokens`."""
-        shape = dataset.sizes["token_id"] if self.by_token else 1
+        """Zeros: `difference`, in `UNIT`, and `tokens`; by token or by group of tokens."""
+        shape = dataset.sizes["token_id"] if self.by_token else len(self.groups.belongs) if self.groups else 1
         return {"difference": np.zeros(shape, np.int64), "tokens": np.zeros(shape, np.int64)}
 
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
         difference, predicted = _differences(block)
-        token = block["token"][:, 1:][predicted] if self.by_token else np.zeros(np.count_nonzero(predicted), int)
-        np.add.at(state["difference"], token, difference[predicted])
-        np.add.at(state["tokens"], token, 1)
+        place = block["token"][:, 1:][predicted]
+        if not self.by_token:
+            place = self.groups.of_token[place] if self.groups else np.zeros_like(place)
+        np.add.at(state["difference"], place, difference[predicted])
+        np.add.at(state["tokens"], place, 1)
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """Means, and of how many tokens; NaN where there is none."""
-        dim = "token_id" if self.by_token else "all"
-        coords = {dim: np.arange(state["tokens"].shape[-1])}
-        total, tokens = (labelled(state[name], dim, **coords) for name in ("difference", "tokens"))
-        found = xr.Dataset({"effect": total * UNIT / tokens.where(tokens > 0), "tokens": tokens})
-        found = found if self.by_token else found.isel(all=0, drop=True)
+        total, tokens = state["difference"], state["tokens"]
+        if self.by_token:
+            found = _means("effect", "tokens", total, tokens, token_id=np.arange(tokens.shape[-1]))
+        else:
+            found = _means("effect", "tokens", total.sum(-1), tokens.sum(-1))
+            if self.groups:
+                classes = {"token_class": np.array(self.groups.names, object)}
+                sums = (self.groups.of_classes(each) for each in (total, tokens))
+                found = found.merge(_means("of_class", "class_tokens", *sums, **classes))
         return described(
             found,
-            n=int(state["tokens"].reshape(-1, state["tokens"].shape[-1])[0].sum()),
+            n=int(tokens.reshape(-1, tokens.shape[-1])[0].sum()),
             counted="predicted tokens",
             estimator="mean",
             null=0.0,
             definition=DEFINITION,
             source="-",
         )
+
+
+def _means(name: str, amount: str, total: Array, tokens: Array, **coords: Array) -> xr.Dataset:
+    """Means of differences, in nats, and of how many tokens."""
+    sums, counts = (labelled(values, *coords, **coords) for values in (total, tokens))
+    means = (sums * UNIT / counts.where(counts > 0)).assign_attrs(amount=amount, units="nats")
+    return xr.Dataset({name: means, amount: counts})
 
 
 class LargestLosses(Reducer):
@@ -139,6 +155,7 @@ def effect(
     one: xr.Dataset,
     other: xr.Dataset,
     *,
+    classes: Sequence[str] = tuple(CLASSES),
     level: float = 0.95,
     replicates: int = REPLICATES,
     places: int = PLACES,
@@ -152,8 +169,10 @@ def effect(
     ----------
     one, other : xr.Dataset
         Captures of the same rows, layers, k and E that recorded `logprob`.
+    classes : sequence of str
+        Of predicted tokens: names of `analysis.CLASSES`, or regular expressions between slashes.
     level : float
-        Of the interval.
+        Of the intervals.
     replicates : int
         Flips of signs.
     places : int
@@ -164,59 +183,94 @@ def effect(
     Returns
     -------
     xr.Dataset
-        float64: `effect`, in nats a predicted token, below 0 where `other` predicts worse; its interval `low` to
-        `high`, by a jackknife over documents; `p`, two-sided, of flipped signs of whole documents. They are NaN where
-        there are fewer than six units of documents, or four effective ones: attribute `untested` gives the reason.
-        Over token_id, by the token that is predicted: `of_token` float64, NaN where there is none, and `tokens` int64.
-        Over place, the largest loss first, one a row at most, and no more places than rows with a loss: `of_place`
-        float64, and `row` and `position` int64 of the token that is predicted.
+        What `effect_of` gives, and over token_id, by the token that is predicted: `of_token` float64, NaN where there
+        is none, and `tokens` int64. Over place, the largest loss first, one a row at most, and no more places than rows
+        with a loss: `of_place` float64, and `row` and `position` int64 of the token that is predicted.
 
     Raises
     ------
     ValueError
-        When the captures cannot be compared, hold other tokens, or one did not record log-probabilities.
+        When the captures cannot be compared, hold other tokens, or one did not record log-probabilities; or there is no
+        such class.
     """
-    counted = scan(paired(one, other), effect_asked(places), only=only, threads=threads, progress=progress)
-    return effect_of(counted, level=level, replicates=replicates)
+    asked = effect_asked(one["piece"].values.tolist(), classes, places)
+    counted = scan(paired(one, other), asked, only=only, threads=threads, progress=progress)
+    return effect_from(counted, level=level, replicates=replicates)
 
 
-def effect_asked(places: int = PLACES) -> list[Reducer]:
-    """What `effect_of` takes the answers of."""
-    return [Jackknife(Effects()), Effects(by_token=True), LargestLosses(places)]
+def effect_asked(pieces: Sequence[str], classes: Sequence[str] = tuple(CLASSES), places: int = PLACES) -> list[Reducer]:
+    """What `effect` counts, of a vocabulary with these pieces."""
+    members = members_by_class(classes, pieces)
+    return [Jackknife(Effects(members)), Effects(by_token=True), LargestLosses(places)]
 
 
-def effect_of(counted: Sequence[xr.Dataset], *, level: float = 0.95, replicates: int = REPLICATES) -> xr.Dataset:
+def effect_from(counted: Sequence[xr.Dataset], *, level: float = 0.95, replicates: int = REPLICATES) -> xr.Dataset:
     """`effect`, from what the reducers of `effect_asked` counted."""
     found, of_token, losses = counted
-    tokens = found["tokens"].values[0] - found["tokens"].values[1:].astype(float)
-    means, counts = found["effect"].fillna(0).values, found["tokens"].values
-    sums = means[0] * counts[0] - means[1:] * counts[1:]
-    between = interval(found["effect"], level)
-    reason = why_untested(np.stack([tokens, tokens]))
+    return effect_of(found, level=level, replicates=replicates).assign(
+        of_token=of_token["effect"].drop_attrs(),
+        tokens=of_token["tokens"],
+        of_place=losses["effect"],
+        row=losses["row"],
+        position=losses["position"],
+    )
+
+
+def effect_of(counts: xr.Dataset, *, level: float = 0.95, replicates: int = REPLICATES) -> xr.Dataset:
+    """The effect with its interval and p, from what `Jackknife(Effects())` counted.
+
+    Parameters
+    ----------
+    counts : xr.Dataset
+        From `Effects` within `Jackknife`.
+    level : float
+        Of the intervals.
+    replicates : int
+        Flips of signs.
+
+    Returns
+    -------
+    xr.Dataset
+        float64: `effect`, in nats a predicted token, below 0 where the second capture predicts worse; its interval
+        `low` to `high`, by a jackknife over documents; `p`, two-sided, of flipped signs of whole documents. They are
+        NaN where there are fewer than six units of documents, or four effective ones: attribute `untested` gives the
+        reason. The same over token_class, by the class of the token that is predicted, where classes were counted:
+        `of_class`, `class_low`, `class_high`, of each class by itself, and `class_p`, adjusted for all classes that are
+        tested (minP); `class_tokens` int64. NaN of a class too where its tokens are of too few documents.
+    """
+    reason, ends = why_untested(_tokens(counts, "tokens")), interval(counts["effect"], level)
+    known = not reason
+    values = {
+        "effect": ends["estimate"].drop_attrs(),
+        **{name: ends[name].where(known) for name in ("low", "high")},
+        "p": ((), float(_p(counts, "effect", replicates)[0]) if known else np.nan),
+    }
+    if "of_class" in counts:
+        tokens = _tokens(counts, "class_tokens")
+        tested = np.array([not why_untested(own[:, own[0] > 0]) for own in np.moveaxis(tokens, 2, 0)], bool)
+        of_class = interval(counts["of_class"], level, amount=counts["class_tokens"])
+        p = np.full(len(tested), np.nan)
+        if tested.any():
+            p[tested] = _p(counts.isel(token_class=tested), "of_class", replicates)
+        sure = xr.DataArray(tested, dims="token_class")
+        values |= {
+            "of_class": of_class["estimate"].drop_attrs(),
+            **{f"class_{name}": of_class[name].where(sure) for name in ("low", "high")},
+            "class_p": ("token_class", p),
+            "class_tokens": counts["class_tokens"].isel(replicate=0, drop=True),
+        }
     return described(
-        xr.Dataset(
-            {
-                "effect": between["estimate"],
-                "low": between["low"].where(not reason),
-                "high": between["high"].where(not reason),
-                "p": ((), np.nan if reason else _p(sums / counts[0], tokens / counts[0], replicates)),
-                "of_token": of_token["effect"],
-                "tokens": of_token["tokens"],
-                "of_place": losses["effect"],
-                "row": losses["row"],
-                "position": losses["position"],
-            }
-        ),
-        n=int(counts[0]),
+        xr.Dataset(values).drop_vars(["replicate", "left_out", "unit"], errors="ignore"),
+        n=counts.attrs["n"],
         counted="predicted tokens",
-        documents=found.attrs["documents"],
+        documents=counts.attrs["documents"],
         untested=reason,
         level=level,
         replicates=replicates,
         estimator="mean; jackknife over documents; flipped signs of whole documents, studentized",
         null=0.0,
         definition=DEFINITION,
-        source="Fisher 1935 (sign-flip test)",
+        source="Fisher 1935 (sign-flip test); Westfall & Young 1993 (minP)",
     )
 
 
@@ -227,9 +281,14 @@ def losing_tokens(found: xr.Dataset, top: int) -> Array:
     return worst[total[worst] < 0]
 
 
-def _p(residuals: Array, part: Array, replicates: int) -> float:
-    """Two-sided p of a sum over units: what each adds to it, and its part of the tokens."""
-    own = residuals[:, None, None]
-    statistic = abs(studentized(*sum_of(own, part)))
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], (replicates, len(part)))
-    return float(p_adjusted(statistic, flipped(own, part, signs))[0, 0])
+def _tokens(counts: xr.Dataset, name: str) -> Array:
+    """Tokens of each unit, as `why_untested` takes them, of both captures: (2, unit, ...)."""
+    values = counts[name].transpose("replicate", ...).values.astype(float)
+    return np.stack([values[0] - values[1:]] * 2)
+
+
+def _p(counts: xr.Dataset, name: str, replicates: int) -> Array:
+    """p of the means of a variable, each adjusted for all of them."""
+    totals = totals_of(counts, name)
+    amount = totals.amount.sum(0)
+    return p_together(totals.total / amount, totals.amount / amount, replicates)

@@ -27,11 +27,12 @@ def answer(
     sections: Sequence[Section] = SECTIONS,
     block_tokens: int | None = None,
     only: Selection = EVERYTHING,
+    store: str | None = None,
 ) -> Answers:
     """Scan one capture once, as much of it as is there, or `ask` who knows the answers already.
 
     `block_tokens` makes blocks of so many tokens the units in place of documents; `only` says what is counted, also by
-    who is asked.
+    who is asked; `store` is where the capture is, as a command names it.
     """
     asked = Asked(data=data, state=state, label=label, block_tokens=block_tokens)
     wanted = {section.id: section.ask(asked) for section in sections}
@@ -41,9 +42,15 @@ def answer(
     for section in sections:
         own = {name: counted[name] for name in wanted[section.id]}
         found |= section.answer(own, asked) if section.answer else own
-    documents = int(np.unique(data["document_id"].values).size)
-    notes = _notes(asked, only)
-    return Answers(label=label, state=state, attrs=attributes(data), documents=documents, found=found, notes=notes)
+    return Answers(
+        label=label,
+        state=state,
+        attrs=attributes(data),
+        documents=int(np.unique(data["document_id"].values).size),
+        found=found,
+        notes=_notes(asked, only),
+        store=store,
+    )
 
 
 def _notes(asked: Asked, only: Selection) -> list[str]:

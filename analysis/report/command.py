@@ -46,7 +46,8 @@ def command(attrs: Mapping[str, Any]) -> str | None:
         # In place of a branch the commit that it stood for; what is no commit is the fingerprint of a folder.
         if _COMMIT.fullmatch(str(value)) if option.endswith("revision") else options.get(option) is None:
             options[option] = value
-    return shlex.join(["python", "jobs/capture.py", *_arguments(options)])
+    script = str(attrs.get("script", "jobs/capture.py"))  # of older captures, which do not say
+    return shlex.join(["python", script, *_arguments(options)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ Promises: every definition says which interval is drawn, or why there is none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import xarray as xr
@@ -74,6 +74,24 @@ def figure(kind: str, name: str, caption: str, drawing: Drawing, about: str, **c
     return Figure(kind=kind, name=name, caption=caption, spec=drawing.spec, about=about, **chosen)
 
 
+def in_common_colours(figure: Figure, labels: Sequence[str]) -> Figure:
+    """The figure with the colour and the mark that each data set has on the whole page, whichever it draws."""
+
+    def of_data_sets(how: dict[str, Any]) -> dict[str, Any]:
+        if how.get("field") != "data_set":
+            return how
+        legend = how.get("legend") and {**how["legend"], "values": how["sort"]}
+        return {**how, "scale": {**how["scale"], "domain": list(labels)}, "legend": legend}
+
+    def of_layer(layer: dict[str, Any]) -> dict[str, Any]:
+        own = {name: of_data_sets(layer["encoding"][name]) for name in ("color", "shape") if name in layer["encoding"]}
+        return {**layer, "encoding": {**layer["encoding"], **own}}
+
+    if "layer" not in figure.spec:
+        return figure
+    return replace(figure, spec={**figure.spec, "layer": [of_layer(layer) for layer in figure.spec["layer"]]})
+
+
 def about(result: xr.Dataset, spread: str) -> str:
     """Definition, estimator, null and source, as a result carries them, and which interval is drawn, in words."""
     told = {name: result.attrs.get(name) for name in ("definition", "estimator", "null", "source")}
@@ -106,11 +124,13 @@ def line_figure(
     nulls: Sequence[float] = (),
     by_chance: Mapping[str, xr.DataArray] | None = None,
     interval: Mapping[str, tuple[xr.DataArray, xr.DataArray]] | None = None,
+    notes: Sequence[str] = (),
     **where: Any,
 ) -> Figure:
     """One number by place for all data sets, what it comes from, what was counted for it, and its interval in words.
 
-    `nulls` are those of the data sets: one dashed rule where they agree, else, of different models, dashed lines.
+    `nulls` are those of the data sets: one dashed rule where they agree, else, of different models, dashed lines;
+    `notes` are more lines under the title.
     """
     null = nulls[0] if len(set(nulls)) == 1 else None
     if null is None and by_chance is None and nulls:
@@ -123,7 +143,7 @@ def line_figure(
     drawn = lines(
         values,
         title=title,
-        subtitle=told,
+        subtitle=[*told, *notes],
         unit=unit,
         null=null,
         by_chance=by_chance,

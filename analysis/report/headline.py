@@ -11,55 +11,117 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analysis.report.section import Answers
-from analysis.report.sections.contrast import why_apart
+from analysis.report.section import Answers, Finding
+from analysis.report.sections.contrast import of_expert, why_apart
 
 SURE = 0.05  # probability that a token is told where documents explain all of them (Bonferroni)
 
 
 def sentences(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[str]:
     """What was measured, in words computed from the data."""
+    return [finding.said for finding in findings(answers, apart)]
+
+
+def findings(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Finding]:
+    """The same, with what each is about: one of each data set, one of the busiest expert, one of a token and its own."""
     captured = [each for each in answers if each["load"].attrs["n"]]
-    compared = [] if apart is None else [each for each in captured if each.label in apart["data_set"].values]
+    compared = compared_in(captured, apart)
     found = []
     for each in answers:
         if each not in captured:
-            found.append(f"{each.label}: no token is captured yet.")
+            found.append(Finding(said=f"{each.label}: no token is captured yet.", of=each))
         elif apart is not None and each in compared:
-            found.append(_specialist(each, apart))
+            found.append(_of_data_set(each, apart))
         else:
             apart_from = why_apart(captured[0], each)
             reason = f" Not compared with {captured[0].label}: {apart_from}." if apart_from else ""
-            found.append(f"{each.label}: {each['load'].attrs['n']:,} tokens.{reason} {_busiest([each])}")
+            own = busiest([each])
+            said = f"{each.label}: {each['load'].attrs['n']:,} tokens.{reason} {own.said}"
+            found.append(Finding(said=said, of=each, page=own.page, layer=own.layer))
     if apart is not None:
-        found.append(_busiest(compared))
-    return found + [sentence for sentence in [_token(captured)] if sentence]
+        found.append(busiest(compared))
+    return found + [finding for finding in [token_finding(captured)] if finding]
 
 
-def _specialist(each: Answers, apart: xr.Dataset) -> str:
-    """The expert that a data set uses more than each other one does, by the lowest end of its intervals."""
-    head = f"{each.label}: {each['load'].attrs['n']:,} tokens."
-    untested = apart.attrs["untested"]
-    if each.label in untested:
-        return f"{head} Not compared with the others: {untested[each.label]}."
-    others = [name for name in apart["data_set"].values.tolist() if name != each.label and name not in untested]
+def compared_in(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Answers]:
+    """The data sets that are compared with each other."""
+    return [] if apart is None else [each for each in answers if each.label in apart["data_set"].values]
+
+
+def specialist(each: Answers, apart: xr.Dataset) -> tuple[Finding, float] | None:
+    """The expert that a data set uses more than each other one does, and by how much at least; None without one.
+
+    It is the one with the largest lowest end of its intervals.
+    """
+    others = _others(each, apart)
     if not others:
-        return f"{head} Not compared: no other data set has enough documents."
+        return None
     own = apart.sel(data_set=each.label, other_data_set=others)
     least = own["pairwise_low"].min("other_data_set").fillna(0.0)
     if float(least.max()) <= 0:
-        return f"{head} {_no_specialist(own)}"
+        return None
     cell = own.isel(least.argmax(("layer", "expert")))
     nearest = cell.isel(other_data_set=int(cell["pairwise_low"].argmin("other_data_set")))
     low, high = (100 * float(nearest[f"pairwise_{end}"]) for end in ("low", "high"))
     reach, even = float(cell["share"]), each["load"].attrs["null"] * each["load"].sizes["k"]
     rival = f"{nearest['other_data_set'].item()}{', the nearest' if len(others) > 1 else ''}"
-    return (
-        f"{head} Its specialist is expert {int(cell['expert'])} at layer {int(cell['layer'])}: {reach:.0%} of them"
+    said = (
+        f"expert {int(cell['expert'])} at layer {int(cell['layer'])}: {reach:.0%} of them"
         f" reach it, and {reach - float(nearest['pairwise_difference']):.0%} of those of {rival} ({low:.1f} to"
         f" {high:.1f} points more, 95 % interval over documents of all experts, layers and data sets together;"
         f" {even:.0%} would be even)."
     )
+    return of_expert(said, each, cell), low
+
+
+def busiest(answers: Sequence[Answers]) -> Finding:
+    """The largest share of a layer's choices that one expert has."""
+    found = max(answers, key=lambda each: float(each["load"]["share"].max()))
+    share = found["load"]["share"].fillna(0)
+    top = share.isel(share.argmax(("layer", "expert")))
+    where = f" on {found.label}" if len(answers) > 1 else ""
+    said = (
+        f"The busiest expert is {int(top['expert'])} at layer {int(top['layer'])}{where}, with {float(top):.1%} of that"
+        f" layer's choices ({found['load'].attrs['null']:.1%} would be even)."
+    )
+    return of_expert(said, found, top)
+
+
+def token_finding(answers: Sequence[Answers]) -> Finding | None:
+    """The token that goes to an expert most surely beyond what its documents explain; None where none does."""
+    tests = sum(each["token_excess"]["p"].size for each in answers)
+    best, finding = 0.0, None
+    for each in answers:
+        found = each["token_excess"]
+        usual = found["expected"] / found["tokens"]
+        spread: Any = np.sqrt(found["expected"] * (1 - usual).clip(0))
+        surely = (found["p"] * tests <= SURE) & (spread > 0)  # Bonferroni
+        score = ((found["counts"] - found["expected"]) / spread.where(surely)).fillna(0.0)
+        if score.size and float(score.max()) > best:
+            best = float(score.max())
+            at = score.argmax(score.dims)
+            finding = _told(each, found.isel(at), float(usual.isel(at)))
+    return finding
+
+
+def _of_data_set(each: Answers, apart: xr.Dataset) -> Finding:
+    """What is said of a data set that is compared: its specialist, or why it has none."""
+    head, untested = f"{each.label}: {each['load'].attrs['n']:,} tokens.", apart.attrs["untested"]
+    if (found := specialist(each, apart)) is not None:
+        finding, _ = found
+        return Finding(said=f"{head} Its specialist is {finding.said}", of=each, page=finding.page, layer=finding.layer)
+    if each.label in untested:
+        return Finding(said=f"{head} Not compared with the others: {untested[each.label]}.", of=each)
+    if not (others := _others(each, apart)):
+        return Finding(said=f"{head} Not compared: no other data set has enough documents.", of=each)
+    return Finding(said=f"{head} {_no_specialist(apart.sel(data_set=each.label, other_data_set=others))}", of=each)
+
+
+def _others(each: Answers, apart: xr.Dataset) -> list[str]:
+    """The data sets that a data set is tested against."""
+    untested = apart.attrs["untested"]
+    names: list[str] = apart["data_set"].values.tolist()
+    return [] if each.label in untested else [name for name in names if name != each.label and name not in untested]
 
 
 def _no_specialist(own: xr.Dataset) -> str:
@@ -72,41 +134,14 @@ def _no_specialist(own: xr.Dataset) -> str:
     return f"{none}, nor do its shares differ from theirs (documents compared, all experts and layers together)."
 
 
-def _busiest(answers: Sequence[Answers]) -> str:
-    """The largest share of a layer's choices that one expert has."""
-    found = max(answers, key=lambda each: float(each["load"]["share"].max()))
-    share = found["load"]["share"].fillna(0)
-    top = share.isel(share.argmax(("layer", "expert")))
-    where = f" on {found.label}" if len(answers) > 1 else ""
-    return (
-        f"The busiest expert is {int(top['expert'])} at layer {int(top['layer'])}{where}, with {float(top):.1%} of that"
-        f" layer's choices ({found['load'].attrs['null']:.1%} would be even)."
-    )
-
-
-def _token(answers: Sequence[Answers]) -> str | None:
-    """The token that goes to an expert most surely beyond what its documents explain; None where none does."""
-    tests = sum(each["token_excess"]["p"].size for each in answers)
-    best, sentence = 0.0, None
-    for each in answers:
-        found = each["token_excess"]
-        usual = found["expected"] / found["tokens"]
-        spread: Any = np.sqrt(found["expected"] * (1 - usual).clip(0))
-        surely = (found["p"] * tests <= SURE) & (spread > 0)  # Bonferroni
-        score = ((found["counts"] - found["expected"]) / spread.where(surely)).fillna(0.0)
-        if score.size and float(score.max()) > best:
-            best = float(score.max())
-            at = score.argmax(score.dims)
-            sentence = _told(each, found.isel(at), float(usual.isel(at)))
-    return sentence
-
-
-def _told(each: Answers, cell: xr.Dataset, usual: float) -> str:
+def _told(each: Answers, cell: xr.Dataset, usual: float) -> Finding:
     """A token and its expert, in words."""
     of, n = cell.attrs["of"], cell.attrs["n"]
     sampled = f" in {n:,} of its {of:,} tokens, a sample of whole documents" if n < of else ""
-    return (
-        f"Tokens have their experts: at layer {int(cell['layer'])}, {float(cell['counts'] / cell['tokens']):.0%} of the"
+    layer, expert, token = int(cell["layer"]), int(cell["expert"]), int(cell["token_id"])
+    said = (
+        f"Tokens have their experts: at layer {layer}, {float(cell['counts'] / cell['tokens']):.0%} of the"
         f" {int(cell['tokens']):,} “{cell['piece'].item()}” in {each.label}{sampled} go to expert"
-        f" {int(cell['expert'])}; shuffled within their documents, {usual:.0%} would."
+        f" {expert}; shuffled within their documents, {usual:.0%} would."
     )
+    return Finding(said=said, of=each, page=f"token/{token}?layer={layer}&expert={expert}", layer=layer)

@@ -36,16 +36,28 @@
       return made.length && longer.length <= most ? [...made.slice(0, -1), longer] : [...made, word];
     }, []));
 
-  // The chart with the rows that are chosen, as `analysis.report.figures.Figure.shown` makes it, and titles that fit.
-  const shown = (figure) => {
-    const { spec, tables, by, options } = figures[figure.dataset.number];
-    const value = chosen(figure);
-    const named = Object.entries(tables).map(([name, rows]) => [name, chosenRows({ by }, value, rows)]);
-    const room = figure.querySelector(".chart").clientWidth - 50; // pixels; what follows are those of a character
-    const text = wrapped(spec.title.text, room / 7.7);
-    const subtitle = wrapped(options[value]?.subtitle ?? spec.title.subtitle, room / 6.3);
-    return { ...spec, title: { ...spec.title, text, subtitle }, datasets: Object.fromEntries(named) };
+  const subtitleOf = ({ spec, options }, value) => options[value]?.subtitle ?? spec.title.subtitle;
+
+  // The chart with the rows that are chosen, as `analysis.report.figures.Figure.shown` makes it; on the page its title
+  // is the card's, and as many ranks of tokens are shown as have room.
+  const shown = (figure, { title: _, ...spec }, rows) => {
+    const ranks = Math.max(2, Math.floor((figure.querySelector(".chart").clientWidth - 50) / 60));
+    const named = Object.entries(rows).map(([name, all]) => [name, all.filter(({ rank = 0 }) => rank <= ranks)]);
+    return { ...spec, datasets: Object.fromEntries(named) };
   };
+
+  // The same with a title that fits, for files and the clipboard.
+  const titled = (spec, subtitle, datasets, width) => {
+    const title = {
+      ...spec.title,
+      text: wrapped(spec.title.text, (width - 50) / 7.7), // pixels of a character
+      subtitle: wrapped(subtitle, (width - 50) / 6.3),
+    };
+    return { ...spec, title, width, datasets };
+  };
+
+  const tablesOf = ({ tables, by }, value) =>
+    Object.fromEntries(Object.entries(tables).map(([name, rows]) => [name, chosenRows({ by }, value, rows)]));
 
   // The numbers of the marks that carry them: the first table.
   const rowsOf = (figure) => {
@@ -62,7 +74,7 @@
   };
 
   const fillTable = (figure, rows) => {
-    const table = figure.querySelector(".numbers table");
+    const table = figure.querySelector(".menu table");
     const names = rows.length ? Object.keys(rows[0]) : [];
     const head = element("thead");
     head.append(element("tr"));
@@ -83,8 +95,8 @@
   // The count of a chart's rows, and its table while that is open.
   const showNumbers = (figure) => {
     const rows = rowsOf(figure);
-    figure.querySelector(".numbers summary").textContent = `The numbers (${rows.length} rows)`;
-    if (figure.querySelector(".numbers").open) fillTable(figure, rows);
+    figure.querySelector(".count").textContent = `The numbers (${rows.length} rows)`;
+    if (figure.querySelector(".menu").matches(":popover-open")) fillTable(figure, rows);
   };
 
   // A value of CSV: quoted where it must be, and never a formula to a spreadsheet.
@@ -104,21 +116,39 @@
     const link = element("a");
     link.download = `${name.replaceAll(/[^A-Za-z0-9._-]+/g, "-")}.${form}`;
     if (form === "csv") link.href = URL.createObjectURL(csv(rowsOf(figure)));
-    else link.href = await drawn.get(figure).view.toImageURL(form, form === "png" ? 3 : 1);
+    else link.href = await picture(figure, Number(figure.dataset.number), chosen(figure), form);
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // a busy browser fetches it later than the click
   };
 
+  const embed = async (where, spec, theme) => vegaEmbed(where, spec, {
+    ast: true, // expressions are interpreted: the page's policy allows no code from text
+    renderer: "svg",
+    config: theme,
+    actions: false, // each figure has a menu
+  });
+
+  const current = () => themes[dark.matches ? "dark" : "light"];
+
+  // A chart with its title, as the address of an image.
+  const picture = async (figure, number, value, form, theme = current()) => {
+    const { spec } = figures[number];
+    const width = figure.querySelector(".chart").clientWidth;
+    const whole = titled(spec, subtitleOf(figures[number], value), tablesOf(figures[number], value), width);
+    const made = await embed(element("div"), whole, theme);
+    const image = await made.view.toImageURL(form, form === "png" ? 3 : 1);
+    made.finalize();
+    return image;
+  };
+
   const draw = async (figure) => {
-    const options = {
-      ast: true, // expressions are interpreted: the page's policy allows no code from text
-      renderer: "svg",
-      config: themes[dark.matches ? "dark" : "light"],
-      actions: false, // each figure has buttons
-    };
+    const number = figure.dataset.number ?? figure.dataset.picture;
+    const value = chosen(figure);
+    const spec = shown(figure, figures[number].spec, tablesOf(figures[number], value));
     drawn.get(figure)?.finalize();
-    drawn.set(figure, await vegaEmbed(figure.querySelector(".chart"), shown(figure), options));
-    showNumbers(figure);
+    drawn.set(figure, await embed(figure.querySelector(".chart"), spec, current()));
+    figure.querySelector("figcaption .soft").textContent = subtitleOf(figures[number], value).join("; ");
+    if (figure.dataset.number) showNumbers(figure);
     figure.dataset.drawn = "";
   };
 
@@ -139,7 +169,7 @@
     };
     const show = async (value) => {
       figure.dataset.value = list.value = value;
-      figure.querySelector("figcaption").textContent = options[value].caption;
+      figure.querySelector("figcaption .of").textContent = options[value].caption;
       await draw(figure);
     };
     group.addEventListener("change", async () => {
@@ -156,13 +186,72 @@
     list.selectedIndex = 0;
   };
 
-  const all = [...document.querySelectorAll("figure[data-kind]")];
-  for (const figure of all) {
+  // The summary as text and, where it can be pasted, with its picture on white.
+  const copySummary = async () => {
+    const parts = [...document.querySelectorAll(".said > p, .said > pre")].filter((part) => !part.querySelector("button"));
+    const text = parts.map((part) => part.textContent).join("\n\n");
+    const html = async () => {
+      const shownIn = document.querySelector("[data-picture]");
+      const made = element("div");
+      for (const part of parts) made.append(element(part.tagName, part.textContent));
+      if (shownIn) {
+        const image = element("img");
+        image.src = await picture(shownIn, Number(shownIn.dataset.picture), 0, "png", { ...themes.light, background: "white" });
+        made.lastChild.before(image);
+      }
+      return new Blob([made.innerHTML], { type: "text/html" });
+    };
+    await navigator.clipboard.write([
+      new ClipboardItem({ "text/plain": new Blob([text], { type: "text/plain" }), "text/html": html() }),
+    ]);
+  };
+
+  // Says what was copied; where a browser lets no page copy, selects it.
+  const copying = async (copy, source, told) => {
+    try {
+      await copy();
+      told("Copied");
+    } catch {
+      getSelection().selectAllChildren(source);
+      told("Selected: copy it with Ctrl-C");
+    }
+  };
+
+  const say = (text) => (document.getElementById("copied").textContent = text);
+  document.getElementById("copy").onclick = async () => copying(copySummary, document.querySelector(".said"), say);
+  for (const button of document.querySelectorAll("[data-copy]")) {
+    const told = (text) => (button.textContent = text);
+    button.onclick = async () =>
+      copying(async () => navigator.clipboard.writeText(button.dataset.copy), button.previousElementSibling, told);
+  }
+
+  // The contents mark the section that is read.
+  const linked = new Map([...document.querySelectorAll(".contents a")].map((link) => [link.hash.slice(1), link]));
+  const sections = [...document.querySelectorAll("main > section")];
+  const mark = () => {
+    const read = sections.findLast((section) => section.getBoundingClientRect().top < innerHeight / 3) ?? sections[0];
+    for (const [id, link] of linked) {
+      if (id === read.getAttribute("aria-labelledby")) link.setAttribute("aria-current", "true");
+      else link.removeAttribute("aria-current");
+    }
+  };
+  addEventListener("scroll", mark, { passive: true });
+  mark();
+
+  const all = [...document.querySelectorAll("figure[data-picture], figure[data-kind]")];
+  for (const figure of all.filter((one) => one.dataset.kind)) {
     for (const button of figure.querySelectorAll("[data-save]")) button.onclick = async () => save(figure, button.dataset.save);
-    figure.querySelector(".numbers").ontoggle = () => showNumbers(figure);
+    figure.querySelector(".menu").addEventListener("toggle", () => showNumbers(figure));
     if (figure.querySelector("[data-choose]")) wire(figure);
   }
-  picker.addEventListener("change", async () => drawEach(all.filter((figure) => figure.dataset.kind === "tokens")));
+  const drawTokens = async () => drawEach(all.filter((figure) => figure.dataset.kind === "tokens"));
+  picker.addEventListener("change", drawTokens);
+  for (const link of document.querySelectorAll("[data-layer]")) {
+    link.addEventListener("click", async () => {
+      picker.value = link.dataset.layer;
+      await drawTokens();
+    });
+  }
   dark.addEventListener("change", async () => drawEach(all));
   drawEach(all).then(() => {
     document.body.dataset.drawn = "";

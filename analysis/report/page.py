@@ -5,15 +5,17 @@ that is; all text from data sets and tokenizers is escaped, in HTML and in the c
 anything. The charts' own numbers are the tables', made from the same data in the page.
 
 Does not know what is asked, said or drawn: `analysis.report.answers`, `analysis.report.headline`,
-`analysis.report.sections.all`.
+`analysis.report.summary`, `analysis.report.sections.all`.
 """
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cache, partial
-from itertools import groupby
+from itertools import cycle, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,14 @@ from analysis.charts.theme import theme
 from analysis.escaping import inert_json, policy_hash, visible
 from analysis.report.answers import answer
 from analysis.report.command import made
-from analysis.report.figures import Figure, Option
-from analysis.report.headline import sentences
-from analysis.report.section import Answers, Section
+from analysis.report.figures import Figure, Option, in_common_colours
+from analysis.report.headline import findings
+from analysis.report.passages import passages
+from analysis.report.section import Answers, Finding, Section
 from analysis.report.sections.all import SECTIONS
 from analysis.report.sections.contrast import contrast_between
+from analysis.report.summary import has_tiny, header, summary
+from analysis.report.windows import window_rows
 from analysis.results import Runner, measure
 from analysis.scanning import EVERYTHING, Selection, accumulate
 from store import Coverage, coverage, dataset_names
@@ -54,6 +59,7 @@ class Drawn:
     id: str
     title: str
     reading: str
+    findings: Sequence[Finding]
     figures: Sequence[Figure]
 
 
@@ -65,6 +71,8 @@ class Report:
     apart: xr.Dataset | None
     """How the data sets differ; None where there is nothing to compare."""
     sections: Sequence[Drawn]
+    again: str | None = None
+    """The command that draws it again."""
 
     @property
     def figures(self) -> list[Figure]:
@@ -72,25 +80,30 @@ class Report:
         return [figure for section in self.sections for figure in section.figures]
 
 
-def report_of(answers: Sequence[Answers], sections: Sequence[Section] = SECTIONS) -> Report:
+def report_of(
+    answers: Sequence[Answers], sections: Sequence[Section] = SECTIONS, *, again: str | None = None
+) -> Report:
     """Draw the charts; sections without any are left out."""
-    apart = contrast_between(answers)
+    apart, labels = contrast_between(answers), [visible(each.label) for each in answers]
     drawn = []
     for section in sections:
+        figures = [in_common_colours(figure, labels) for figure in section.draw(answers, apart)]
         reading = section.reading if isinstance(section.reading, str) else section.reading(answers)
-        figures = list(section.draw(answers, apart))
-        drawn.append(Drawn(id=section.id, title=section.title, reading=reading, figures=figures))
-    return Report(answers=answers, apart=apart, sections=[section for section in drawn if section.figures])
+        found = list(section.findings(answers)) if section.findings else []
+        drawn.append(Drawn(id=section.id, title=section.title, reading=reading, findings=found, figures=figures))
+    return Report(answers=answers, apart=apart, sections=[section for section in drawn if section.figures], again=again)
 
 
 def write_report(
-    paths: Sequence[Path],
+    paths: Sequence[Path | str],
     output: Path,
     *,
+    datasets: Mapping[str, Sequence[str]] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-    runner_of: Callable[[Path, Coverage], Runner] = lambda path, state: accumulate,
+    runner_of: Callable[[Path | str, Coverage], Runner] = lambda path, state: accumulate,
     block_tokens: int | None = None,
     only: Selection = EVERYTHING,
+    explorer: str | None = None,
 ) -> Report:
     """Draw every data set of some stores on one page.
 
@@ -100,6 +113,8 @@ def write_report(
         Stores; they may be incomplete, which the page says.
     output
         The HTML file; it is replaced whole or not at all.
+    datasets
+        By path, the data sets to draw; default all.
     progress
         Called with a data set's label, shards read and shards in all.
     runner_of
@@ -108,6 +123,8 @@ def write_report(
         Take blocks of so many tokens for documents in intervals and tests: see `Jackknife`.
     only
         What is counted.
+    explorer
+        The address at which an explorer of the store answers, for links; default commands that start one.
 
     Returns
     -------
@@ -119,9 +136,12 @@ def write_report(
     FileNotFoundError
         When a path is no store.
     ValueError
-        When the stores hold no data set, or one of them has no token labels to select by.
+        When the stores hold no data set, one of them has no token labels to select by, or an explorer of one store
+        is named for several.
     """
-    found = [(path, name) for path in paths for name in dataset_names(path)]
+    if explorer is not None and len(paths) > 1:
+        raise ValueError(f"{explorer} is the explorer of one store, and here are {len(paths)}: draw them one by one")
+    found = [(path, name) for path in paths for name in (datasets or {}).get(str(path)) or dataset_names(path)]
     if not found:
         raise ValueError(f"no data set in {', '.join(map(str, paths))}: nothing to report")
     opened = {}
@@ -134,16 +154,27 @@ def write_report(
         ask = partial(
             measure, path, state.dataset, state=state, only=only, progress=on_shard, runner=runner_of(path, state)
         )
-        answers.append(answer(data, state, label, ask, block_tokens=block_tokens, only=only))
-    report = report_of(answers)
-    page = render(report)
+        answers.append(answer(data, state, label, ask, block_tokens=block_tokens, only=only, store=str(path)))
+    report = report_of(answers, again=_again(found, block_tokens, only))
+    page = render(report, explorer)
     with whole_file(output) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return report
 
 
-def render(report: Report) -> str:
-    """The page as one HTML text."""
+def _again(drawn: Sequence[tuple[Path | str, str]], block_tokens: int | None, only: Selection) -> str:
+    """The command that draws a report of some data sets again."""
+    places: list[str] = []
+    for path, group in groupby(drawn, key=lambda each: each[0]):
+        names = [name for _, name in group]
+        places += [str(path)] if names == dataset_names(path) else [f"{path}/{name}" for name in names]
+    options = [] if block_tokens is None else ["--block_tokens", str(block_tokens)]
+    options += [word for name, labels in only.labels.items() for label in labels for word in (f"--{name}", label)]
+    return shlex.join(["python", "jobs/report.py", *places, *options])
+
+
+def render(report: Report, explorer: str | None = None, drawn_on: date | None = None) -> str:
+    """The page as one HTML text, drawn today unless another day is named; `explorer` as of `write_report`."""
     answers = report.answers
     folder = Path(__file__).parent
     environment = jinja2.Environment(
@@ -154,21 +185,41 @@ def render(report: Report) -> str:
         "themes": {"light": theme(), "dark": theme(dark=True)},
     }
     scripts = [_chart_runtime(), (folder / "page.js").read_text(encoding="utf-8")]
+    main = summary(answers, report.apart, report.figures, report.again)
+    samples = {each.label: each.get("sample") for each in answers}
     return environment.get_template("page.html.jinja").render(
         answers=answers,
         sections=report.sections,
         layers=sorted({int(number) for each in answers for number in each["tokens"]["layer"].values}),
-        sentences=sentences(answers, report.apart),
-        windows=[_windows(each.get("windows")) for each in answers],
-        surprising=[_windows(each.get("surprising")) for each in answers],
+        opens_at=next((finding.layer for finding in main.findings if finding.layer is not None), None),
+        summary=main,
+        header=header(answers, drawn_on or date.today()),
+        tiny=has_tiny(answers),
+        findings=findings(answers, report.apart),
+        passages=passages(answers, report.apart),
+        windows={
+            name: [(each.label, rows) for each in answers if (rows := window_rows(each.get(name), samples[each.label]))]
+            for name in ("windows", "surprising")
+        },
+        explorer=explorer and explorer.rstrip("/"),
         made=made({visible(each.label): each.attrs for each in answers}),
         provenance=[json.dumps(dict(each.attrs), indent=1, default=str) for each in answers],
         data=inert_json(data),
+        figures=report.figures,
+        dots=_dots([visible(each.label) for each in answers], data["themes"]),
+        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
         hashes=[policy_hash(script) for script in scripts],
         visible=visible,
         changes_in_words=changes_in_words,
     )
+
+
+def _dots(labels: Sequence[str], themes: Mapping[str, Any]) -> dict[str, str]:
+    """The colour of each data set as a style has it, the charts' own."""
+    light, dark = (themes[name]["range"]["category"] for name in ("light", "dark"))
+    pairs = islice(cycle(zip(light, dark, strict=True)), len(labels))
+    return {label: f"light-dark({one}, {other})" for label, (one, other) in zip(labels, pairs, strict=True)}
 
 
 @cache
@@ -209,23 +260,6 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
                     unfinished.write_bytes(drawn.encode() if isinstance(drawn, str) else drawn)
                 written.append(folder / f"{name}.{form}")
     return written
-
-
-def _windows(windows: xr.Dataset | None) -> list[dict[str, Any]]:
-    """Rows of the table of frequent windows; none where there are too few layers."""
-    if windows is None:
-        return []
-    return [
-        {
-            "layers": f"{int(each['layer'][0])}–{int(each['layer'][-1])}",
-            "experts": " → ".join(str(int(expert)) for expert in each["expert"].values),
-            "tokens": int(each["counts"]),
-            "share": float(each["share"]),
-            "times": float(each["share"]) / windows.attrs["null"],
-            "predicted": float(each["counts"]) / float(each["expected"]),
-        }
-        for each in (windows.isel(window=index) for index in range(windows.sizes["window"]))
-    ]
 
 
 def _packed(figure: Figure) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
+from dotenv import dotenv_values, find_dotenv
 
+from jobs.console.arguments import parse
 from jobs.sources.formats import described
 from jobs.sources.wikitext import CONFIGS, REPOSITORY
 from store.secrets import without_secrets
@@ -265,25 +267,28 @@ def parse_capture(arguments: Sequence[str]) -> CaptureConfig:
     base = PRESETS.get(known.preset, CaptureConfig())
     if early.parse_known_args([*file, *arguments])[0].dataset:
         base = replace(base, dataset=(), split=None)  # a preset's split is its data set's
-    given = {name: os.environ[variable] for name, variable in VARIABLES.items() if os.environ.get(variable)}
-    base = _parse([f"--{name}={value}" for name, value in given.items()], base)
-    base = _parse(file, base)
+    base = parse(CaptureConfig, "capture", file, default=from_environment(base))
     # What is given on the command line goes in place of the file's list, not after it.
     if known.dataset:
         base = replace(base, dataset=(), name=())
     lists: dict[str, Any] = {name: () for name in ("record", "mask", "force") if getattr(known, name)}
     base = replace(base, **lists)
-    return _parse(arguments, base)
+    return parse(CaptureConfig, "capture", arguments, default=base)
 
 
-def _parse(arguments: Sequence[str], default: CaptureConfig) -> CaptureConfig:
-    return tyro.cli(
-        CaptureConfig,
-        prog="python jobs/capture.py",
-        args=list(arguments),
-        default=default,
-        use_underscores=True,
-    )
+Config = TypeVar("Config", bound=CaptureConfig)
+
+
+def from_environment(default: Config, script: str = "capture") -> Config:
+    """Options with what the environment says in place of their defaults; errors are those of the script."""
+    given = {name: os.environ[variable] for name, variable in VARIABLES.items() if os.environ.get(variable)}
+    return parse(type(default), script, [f"--{name}={value}" for name, value in given.items()], default=default)
+
+
+def take_hub_token() -> None:
+    """HF_TOKEN from a `.env` file, before a hub library reads the environment; nothing else that stands in there."""
+    if token := dotenv_values(find_dotenv(usecwd=True)).get("HF_TOKEN"):
+        os.environ.setdefault("HF_TOKEN", token)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,12 +6,12 @@ sequence length is taken from the first 1,000 documents.
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,7 +23,7 @@ from jobs.sources.resolve import group_name, resolve_source
 from store.group import CaptureGroup, valid_name
 from store.identity import identity_of
 from store.layout import SCHEMA_VERSION, SHARD_TOKENS, Layout, default_rows_per_shard
-from workers.engine import load_engine
+from workers.engine import ModelEngine, load_engine
 from workers.environment import environment
 from workers.given import GivenRoutes
 from workers.interventions import Interventions, experts_in_file
@@ -63,13 +63,20 @@ class Run:
         "cuda" or "cpu": that of the workers. Default: as configured, this machine's where that is "auto".
     """
 
+    batch_tokens_on: ClassVar[Mapping[str, int]] = BATCH_TOKENS
+    """Default tokens in a micro-batch, by device."""
+    named: ClassVar[str] = ""
+    """What follows a data set's name in the default name of its group."""
+    engine: Callable[..., ModelEngine] = ModelEngine
+    """What is made of the loaded model: see `workers.engine.load_engine`."""
+
     def __init__(self, config: CaptureConfig, device: str | None = None) -> None:
         self.config = config
         self.model = model_path(config.model)
         here = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = device or (here if config.device == "auto" else config.device)
         self._refuse_foreign_folder()
-        self.batch_tokens = config.batch_tokens or BATCH_TOKENS[self.device]
+        self.batch_tokens = config.batch_tokens or self.batch_tokens_on[self.device]
 
     def _refuse_foreign_folder(self) -> None:
         """A folder that holds other things is no place for a store."""
@@ -101,7 +108,7 @@ class Run:
 
     def _begun(self) -> dict[str, CaptureGroup]:
         """The groups of this command's data sets that are in the store already."""
-        names = self.config.name or [group_name(spec) for spec in self.config.dataset]
+        names = self.config.name or [group_name(spec) + self.named for spec in self.config.dataset]
         groups = {name: CaptureGroup(self.config.store_path, name) for name in names}
         return {name: group for name, group in groups.items() if _exists(group)}
 
@@ -212,6 +219,7 @@ class Run:
                 expert_backend=self.expert_backend,
                 recorded=self.recorded,
                 interventions=self.interventions,
+                kind=self.engine,
                 device=self.device,
                 gpus=max(1, int(config.gpus_per_worker)) if self.device == "cuda" else 1,
             ),
@@ -233,7 +241,7 @@ class Run:
         config = self.config
         options = {"split": config.split, "text_field": config.text_field, "revision": config.revision}
         found = [resolve_source(spec, **options) for spec in config.dataset]
-        names = [valid_name(name) for name in config.name] or [source.name for source in found]
+        names = [valid_name(name) for name in config.name] or [source.name + self.named for source in found]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"{names.count(name)} data sets would be named {name!r}: tell them apart with --name")
@@ -340,7 +348,7 @@ class Run:
             "environment": {name: value for name, value in environment("cpu").items() if name != "device"},
             "git_commit": _git_commit(),
             "configuration": config.as_options() | {"quantization": self.quantization},
-            **self._meanings(),
+            **self._more_attributes(),
             "convention": "k = 0 is the largest weight; ties by lower expert id; expert = missing_expert is no choice",
         }
         return CaptureGroup.create(
@@ -352,7 +360,7 @@ class Run:
             pieces=self.tokenizer.pieces(),
         )
 
-    def _meanings(self) -> dict[str, Any]:
+    def _more_attributes(self) -> dict[str, Any]:
         """Attributes that say what recorded values mean."""
         if "logit" not in self.recorded.record:
             return {}

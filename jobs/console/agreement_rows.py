@@ -1,15 +1,16 @@
-"""What `jobs/compare.py` tells of two captures of the same tokens: how far they agree, and what predictions lose.
+"""What `jobs/compare.py` tells of two captures of the same tokens: how far they agree.
 
 Promises: what is drawn and what a script gets are the same rows. Does not know how a question was put.
 """
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from jobs.console.tables import Column, Facts, count, number, print_line, print_table
+from jobs.console.effect_rows import effect_told, print_effect
+from jobs.console.tables import Column, Facts, number, print_line, print_table
 from jobs.console.terminal import reporting
 
 if TYPE_CHECKING:
@@ -23,22 +24,6 @@ COLUMNS = (
     *(number(name.replace("_", " "), name, ".4f", spare=at) for at, name in enumerate(MEASURES)),
 )
 CHANGED = Column(name="changed", text=lambda row: row["changed"], left=True)
-BEFORE, AFTER = 10, 5  # tokens of context on both sides (arbitrary)
-OF_PLACES = (
-    number("effect", "effect", "+.4f"),
-    Column(name="document", text=lambda row: row["name"], left=True, spare=2),
-    Column(name="position", text=lambda row: str(row["position"]), spare=1),
-    Column(name="token", text=lambda row: row["token"], left=True),
-    Column(
-        name="in its text", text=lambda row: f"{row['before']}⟦{row['token']}⟧{row['after']}", left=True, elastic=True
-    ),
-)
-OF_TOKENS = (
-    Column(name="tokens that lose most", text=lambda row: row["piece"], left=True),
-    count("predicted", "tokens"),
-    number("effect", "effect", "+.4f"),
-    Column(name="in all", text=lambda row: f"{row['effect'] * row['tokens']:+.3f}"),
-)
 
 
 def agreement_told(captures: "Sequence[xr.Dataset]", only: "Selection", top: int) -> Facts:
@@ -69,7 +54,7 @@ def agreement_told(captures: "Sequence[xr.Dataset]", only: "Selection", top: int
         "moved": _moved(found["same_set"], sorted(changed)),
         "n": found.attrs["n"],
         "any_difference": found.attrs["any_difference"],
-        "effect": _effect(captures, only, top) if all("logprob" in capture for capture in captures) else None,
+        "effect": effect_told(captures, only, top) if all("logprob" in capture for capture in captures) else None,
     }
 
 
@@ -98,55 +83,6 @@ def _moved(same_set: "xr.DataArray", changed: list[int]) -> Facts | None:
     return {"layers": changed, **{name: float(1 - same_set[part].mean()) for name, part in parts.items()}}
 
 
-def _effect(captures: "Sequence[xr.Dataset]", only: "Selection", top: int) -> Facts:
-    """How the second capture predicts the tokens, beside the first, and which tokens lose most in all."""
-    from analysis.metrics.effect import effect
-
-    one, other = captures
-    with reporting("effect", unit="shards", transient=True) as report:
-        found = effect(one, other, places=top, only=only, progress=lambda done, total: report.to(done))
-    values = {name: float(found[name]) for name in ("effect", "low", "high", "p")}
-    said = {name: found.attrs[name] for name in ("level", "untested", "n", "documents", "estimator", "definition")}
-    return {
-        **values,
-        **said,
-        "lose_most": _losing_tokens(one, found, top),
-        "places": _losing_places(one, found),
-    }
-
-
-def _losing_tokens(capture: "xr.Dataset", found: "xr.Dataset", top: int) -> list[dict[str, Any]]:
-    """The tokens that lose most over all their occurrences."""
-    from analysis.metrics.effect import losing_tokens
-
-    return [
-        {
-            "token_id": token,
-            "piece": str(capture["piece"].values[token]),
-            "tokens": int(found["tokens"][token]),
-            "effect": float(found["of_token"][token]),
-        }
-        for token in losing_tokens(found, top).tolist()
-    ]
-
-
-def _losing_places(capture: "xr.Dataset", found: "xr.Dataset") -> list[dict[str, Any]]:
-    """The places that lose most, with the text around them."""
-    from analysis.explorer.pieces import readable
-
-    rows, reads = [], readable([str(piece) for piece in capture["piece"].values])
-    for effect, row, at in zip(*(found[name].values.tolist() for name in ("of_place", "row", "position")), strict=True):
-        length, start = int(capture["length"][row]), max(0, at - BEFORE)
-        ids = capture["token"].isel(doc=row, position=slice(start, min(length, at + 1 + AFTER))).values
-        texts = [reads[token] for token in ids.tolist()]
-        document = int(capture["document_id"][row])
-        place = {"row": row, "position": at, "document": document, "name": str(capture["name"].values[document])}
-        text = {"before": texts[: at - start], "token": texts[at - start : at - start + 1]}
-        text["after"] = texts[at - start + 1 :]
-        rows.append({"effect": effect, **place, **{name: "".join(part) for name, part in text.items()}})
-    return rows
-
-
 def print_agreement(console: Console, told: Facts) -> None:
     """The table of layers, and what predictions lose."""
     moved = told["moved"]
@@ -156,7 +92,7 @@ def print_agreement(console: Console, told: Facts) -> None:
     different = told["any_difference"]
     print_line(console, f"{told['n']:,} tokens in both; {different:.2%} of them differ in some layer's experts")
     if told["effect"] is not None:
-        _print_effect(console, told["effect"])
+        print_effect(console, told["effect"])
 
 
 def _moved_in_words(moved: Facts) -> str:
@@ -166,17 +102,3 @@ def _moved_in_words(moved: Facts) -> str:
     shares = {"below": f"below layer {layers[0]}", "changed": f"at {which}", "above": "at the others above"}
     known = [f"{moved[name]:.2%} {words}" for name, words in shares.items() if not math.isnan(moved[name])]
     return f"tokens with another set of experts, on average over layers: {'; '.join(known)}"
-
-
-def _print_effect(console: Console, effect: Facts) -> None:
-    sure = f"{effect['level']:.0%} interval {effect['low']:+.4f} to {effect['high']:+.4f}, p {effect['p']:.4f}"
-    print_line(
-        console,
-        f"effect on predictions: {effect['effect']:+.4f} nats a token in the second capture, below 0 where it predicts"
-        f" worse ({effect['untested'] or sure}; {effect['n']:,} tokens)",
-    )
-    if effect["lose_most"]:
-        print_table(console, OF_TOKENS, effect["lose_most"])
-    if effect["places"]:
-        print_line(console, "the places that lose most, one a row of the capture at most:")
-        print_table(console, OF_PLACES, effect["places"])

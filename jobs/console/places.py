@@ -1,29 +1,17 @@
-"""How a command line names captures, STORE or STORE/DATASET, and files to write.
+"""How a command line names captures, and files to write.
 
-Does not open captures, nor load xarray before it looks.
+A place is STORE/DATASET, or STORE for all data sets of a store; where one capture is meant, STORE is enough if it holds
+only one. Does not open captures, nor load xarray before it looks.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import store
 
 
-def capture_at(place: str) -> tuple[str, str]:
-    """The store and the data set that STORE/DATASET names, there or not.
-
-    Raises
-    ------
-    ValueError
-        When it is one word.
-    """
-    path, slash, name = place.rstrip("/").rpartition("/")
-    if not slash:
-        raise ValueError(f"{place!r} is no STORE/DATASET, such as demo.zarr/demo-prose")
-    return path, name
-
-
 def captures_at(place: str) -> tuple[str, list[str]]:
-    """The store that STORE or STORE/DATASET names, and all its data sets, or that one.
+    """The store that a place names, and all its data sets, or the one that the place names.
 
     Raises
     ------
@@ -32,48 +20,55 @@ def captures_at(place: str) -> tuple[str, list[str]]:
     ValueError
         When the store is empty.
     """
-    around = _names(place.rstrip("/").rpartition("/")[0])
+    path, slash, name = place.rstrip("/").rpartition("/")
+    around = _names(path)
     if around is None:
-        return place, datasets_of(place)
-    path, name = capture_at(place)
+        return place, _all(place, f", and {path} is no store" * bool(slash))
     if name not in around:
         raise FileNotFoundError(f"no data set {name!r} in {path}; it holds: {', '.join(around) or 'none'}")
     return path, [name]
 
 
-def datasets_of(path: str) -> list[str]:
-    """The data sets of a store, of which there must be one.
+def capture_at(place: str) -> tuple[str, str]:
+    """The store and the one data set that a place names.
 
     Raises
     ------
     FileNotFoundError
-        When there is no such store.
+        As `captures_at`.
     ValueError
-        When it is empty.
+        When there are several, which are listed, or none.
     """
-    names = store.dataset_names(path)
-    if not names:
-        raise ValueError(f"{path} holds no data set yet")
-    return names
-
-
-def only_one(path: str, names: list[str]) -> str:
-    """The one data set that was named.
-
-    Raises
-    ------
-    ValueError
-        When there are several; it lists them.
-    """
+    path, names = captures_at(place)
     if len(names) > 1:
         raise ValueError(f"{path} holds {', '.join(names)}: say which, as {path.rstrip('/')}/{names[0]}")
-    return names[0]
+    return path, names[0]
+
+
+def by_store(places: Iterable[str]) -> dict[str, list[str]]:
+    """The data sets that some places name, by store, each once and in the order given; errors as `captures_at`."""
+    found: dict[str, list[str]] = {}
+    for path, names in map(captures_at, places):
+        known = found.setdefault(path.rstrip("/"), [])
+        known += [name for name in names if name not in known]
+    return found
 
 
 def refuse_no_file(option: str, output: Path) -> None:
     """Refuse a path where no file can be written."""
     if not output.absolute().parent.is_dir() or output.is_dir():
         raise ValueError(f"--{option} {output}: its folder must exist, and it must not be a folder itself")
+
+
+def _all(path: str, beside: str) -> list[str]:
+    """The data sets of a store, of which there must be one."""
+    try:
+        names = store.dataset_names(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{beside}") from error
+    if not names:
+        raise ValueError(f"{path} holds no data set yet")
+    return names
 
 
 def _names(path: str) -> list[str] | None:

@@ -55,12 +55,16 @@ class Listed:
     rows: Sequence[Facts]
     section: str = ""
     """See `print_table`."""
+    note: str = ""
+    """What is said last, to a person."""
 
     def draw(self, console: Console) -> None:
         """Print the title, and the rows where there are any."""
         print_line(console, self.title)
         if self.rows:
             print_table(console, self.columns, self.rows, section=self.section, note="a full bar is a share of 1")
+        if self.note:
+            print_line(console, self.note)
 
     def as_json(self) -> dict[str, Any]:
         """The same for a script."""

@@ -115,6 +115,11 @@ def log(line: str) -> None:
     print("\n".join(map(shown, without_secrets(line).split("\n"))), file=sys.stderr, flush=True)
 
 
+def say_next(*commands: str) -> None:
+    """Name the commands that are useful next, a line each, at the end of a command."""
+    log("\n".join(f"{'next:' if not number else '     '} {command}" for number, command in enumerate(commands)))
+
+
 def shown(text: str) -> str:
     """A text as one line without control characters, which could command a terminal: as Python escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

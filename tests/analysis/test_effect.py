@@ -5,9 +5,10 @@ from itertools import product
 import numpy as np
 import pytest
 import xarray as xr
+from scipy.stats import t as student
 from synthetic import make_capture
 
-from analysis import effect
+from analysis import effect, effect_by_data_set
 
 UNIT = 2.0**-20
 
@@ -63,6 +64,42 @@ def test_the_effect_its_interval_and_p_are_those_of_documents() -> None:
     assert abs(float(found["p"]) - exact) < 4 * np.sqrt(exact * (1 - exact) / 4000) + 1e-3
 
 
+def test_the_effect_on_classes_is_that_of_their_tokens_and_p_is_adjusted_for_all_of_them() -> None:
+    pieces = [("7", "▁the", "HTTP", "▁(", "が")[number % 5] for number in range(40)]
+    whole = make_capture(documents=13, chunked=False, pieces=pieces, special_token_ids=())
+    one, other = predicting(whole, 1), predicting(whole, 2, 0.3)
+    wanted = {"digits": "7", "word-initial": "▁the", "uppercase": "HTTP", "/[(]/": "▁(", "han": ""}
+    found, plain = effect(one, other, classes=list(wanted), replicates=4000), plainly(one.load(), other.load())
+    documents, units, statistics = sorted({each[0] for each in plain}), len(set(one["document_id"].values.tolist())), {}
+    flips = np.array(list(product([1.0, -1.0], repeat=len(documents))))  # the first are the signs as they are
+    for name, piece in wanted.items():
+        own, of_class = found.sel(token_class=name), [each for each in plain if pieces[each[1]] == piece]
+        sums = np.array([sum(each[2] for each in of_class if each[0] == d) for d in documents])
+        many = np.array([sum(each[0] == d for each in of_class) for d in documents])
+        assert int(own["class_tokens"]) == many.sum()
+        effective = many.sum() ** 2 / max((many**2).sum(), 1)
+        if (many > 0).sum() < 6 or effective < 4:
+            assert np.isnan([float(own[each]) for each in ("class_low", "class_high", "class_p")]).all()
+            continue
+        mean, part = sums.sum() / many.sum(), many / many.sum()
+        error = np.sqrt(((((sums.sum() - sums) / (many.sum() - many)) - mean) ** 2).sum() * (1 - 1 / units))
+        assert float(own["of_class"]) == pytest.approx(mean, abs=UNIT)
+        reach = student.ppf(0.975, effective - 1) * error
+        assert [float(own[f"class_{end}"]) for end in ("low", "high")] == pytest.approx(
+            [mean - reach, mean + reach], abs=1e-6
+        )
+        whole_sum = flips @ sums / many.sum()
+        apart = (flips * sums / many.sum() - part * whole_sum[:, None]) ** 2 / (1 - part)
+        statistics[name] = abs(whole_sum) / np.sqrt(apart.sum(1))
+    p = np.array([[(each >= one * (1 - 1e-9)).mean() for one in each] for each in statistics.values()])
+    exact = (p.min(0) <= p[:, :1] + 1e-12).mean(1)
+    here = found["class_p"].sel(token_class=list(statistics)).values
+    assert len(statistics) > 2
+    assert (abs(here - exact) < 4 * np.sqrt(exact * (1 - exact) / 4000) + 2e-3).all()
+    assert (exact > p[:, 0]).all()
+    assert np.isnan(float(found["of_class"].sel(token_class="han")))
+
+
 def test_a_capture_has_no_effect_beside_itself_and_few_documents_no_p() -> None:
     one = predicting(make_capture(documents=9, chunked=False), 1)
     same = effect(one, one, replicates=99)
@@ -92,10 +129,35 @@ def test_the_places_that_lose_most_are_those_of_a_loop_in_any_order(rows: int) -
 def test_p_values_of_no_effect_are_even() -> None:
     whole = make_capture(documents=12, chunked=False)
     p = [
-        float(effect(predicting(whole, seed), predicting(whole, 1000 + seed), replicates=99)["p"]) for seed in range(40)
+        float(effect(predicting(whole, seed), predicting(whole, 1000 + seed), classes=(), replicates=99)["p"])
+        for seed in range(40)
     ]
     assert 0 <= np.mean(np.array(p) < 0.1) < 0.3
     assert 0.3 < np.mean(p) < 0.7
+
+
+def test_effects_of_data_sets_are_those_of_each_pair_and_differ_as_their_means_do() -> None:
+    pairs = {}
+    for at, (name, shift) in enumerate({"prose": 0.8, "code": 0.0}.items()):
+        whole = make_capture(seed=at, documents=24, chunked=False)
+        pairs[name] = predicting(whole, 10 + at), predicting(whole, 20 + at, shift)
+    found = effect_by_data_set(pairs, classes=["word-initial"], replicates=99)
+    for name, pair in pairs.items():
+        alone, own = effect(*pair, classes=["word-initial"], replicates=99), found.sel(data_set=name)
+        for variable in ("effect", "low", "high", "p"):
+            assert float(own[variable]) == float(alone[variable])
+        assert float(own["class_p"][0]) == float(alone["class_p"][0])
+        assert int(own["predicted"]) == alone.attrs["n"] == found.attrs["n"][name]
+    prose, code = (found.sel(data_set=name) for name in pairs)
+    assert float(prose["difference"]) == pytest.approx(float(prose["effect"] - code["effect"]))
+    assert float(prose["difference_high"]) < 0 < float(code["difference_low"])
+    assert float(prose["difference_p"]) < 0.05
+    few = {name: tuple(each.isel(doc=slice(3)) for each in pair) for name, pair in pairs.items()}
+    untested = effect_by_data_set({"one": few["prose"]})
+    assert "difference" not in untested
+    assert "flipped signs of fewer than 6" in untested.attrs["untested"]["one"]
+    with pytest.raises(ValueError, match="there is no pair of captures"):
+        effect_by_data_set({})
 
 
 def test_other_tokens_and_captures_without_predictions_are_refused() -> None:

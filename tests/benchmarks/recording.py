@@ -155,7 +155,7 @@ def rows_of(loaded: LoadedModel, options: argparse.Namespace, emit: Callable[[di
     }
     engines = {name: ModelEngine(loaded, recorded) for name, recorded in asked.items()}
     batches = {name: Batches(engine, options.tokens, options.positions) for name, engine in engines.items()}
-    took = alternate(batches, options.seconds)
+    took = alternate({name: batches[name] for name in options.compared}, options.seconds)
     for name, second in took.items():
         row: dict[str, Any] = {"recorded": name, "tokens": options.tokens, "positions": options.positions}
         row |= {"tokens_per_s": round(options.tokens / second)}
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=2048)
     parser.add_argument("--seconds", type=float, default=60.0, help="of the comparison without a store")
     parser.add_argument("--shards", type=int, default=4, help="to write for each; 0 leaves it out")
+    parser.add_argument("--compared", nargs="+", choices=ASKED, default=list(ASKED), help="without a store")
     parser.add_argument("--written", nargs="+", choices=ASKED, default=list(ASKED), help="of which shards are written")
     parser.add_argument("--shard_tokens", type=int, default=262_144)
     parser.add_argument("--tiny", action="store_true", help="the tiny model, on a CPU")

@@ -17,9 +17,12 @@ import torch
 from card_golden import ENGINES, KEPT, golden
 from gpu_driver import options
 from ray_head import ray_head
+from test_families import VOCABULARY
+from test_published_weights import plain_copy, published_in
 
 from store import CaptureGroup, Layout, coverage
 from store.plan import Plan, Rows
+from workers.interventions import Interventions
 from workers.models import fp8
 from workers.shard import ROUTING_VERSION, RoutingError, capture_shard
 
@@ -190,6 +193,58 @@ def test_a_model_over_two_gpus_records_as_on_one(quantization: str) -> None:
     filled = np.arange(512) < length[:, None]
     for name in ("expert", *asked.record):
         np.testing.assert_array_equal(found[name][filled], wanted[name][filled], err_msg=name)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none", "fp8"])
+@pytest.mark.parametrize(
+    "asked",
+    [Interventions(mask=("2:0", "5:1", "5:3")), Interventions(force=("2:0", "5:1")), Interventions(top_k=3)],
+    ids=["mask", "force", "top_k"],
+)
+def test_changed_choices_on_a_card_are_as_asked_and_near_those_on_a_cpu(
+    asked: Interventions, quantization: str
+) -> None:
+    from workers.engine import load_engine
+
+    random = np.random.default_rng(0)
+    token, length = random.integers(3, 32_000, (8, 256), dtype=np.int32), random.integers(1, 257, 8)
+    filled = np.arange(256) < length[:, None]
+    options = {"quantization": quantization, "interventions": asked}
+    found, slow = (
+        load_engine("tiny", device=device, **options).route(token, length)["expert"][filled]
+        for device in ("cuda", "cpu")
+    )
+    assert found.shape[-1] == (asked.top_k or 2)
+    for layer, experts in asked.masked().items():
+        assert not np.isin(found[:, layer], experts).any()
+    for layer, experts in asked.forced().items():
+        assert all((found[:, layer] == expert).any(-1).all() for expert in experts)
+    differ = (np.sort(found, -1) != np.sort(slow, -1)).any(-1)
+    assert differ.mean() < 0.1
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints in each published form."""
+    return published_in(tmp_path_factory.mktemp("published"))
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe", "compressed", "deepseek_v3"])
+def test_weights_as_they_are_published_choose_on_a_card_as_their_dequantized_values_do(
+    name: str, published: dict[str, Path], tmp_path: Path
+) -> None:
+    from workers.engine import load_engine
+
+    token = np.random.default_rng(0).integers(3, VOCABULARY, (8, 64)).astype(np.int32)
+    length = np.random.default_rng(1).integers(1, 65, 8)
+    packed = load_engine(published[name], device="cuda", quantization="mxfp4" if name == "gpt_oss" else "fp8")
+    plain = load_engine(plain_copy(tmp_path / "plain", published[name]), quantization="none", device="cuda")
+    found, again, wanted = (engine.route(token, length) for engine in (packed, packed, plain))
+    filled = np.arange(64) < length[:, None]
+    for array in ("expert", "weight"):
+        np.testing.assert_array_equal(found[array][filled], again[array][filled])
+    differ = (np.sort(found["expert"], -1) != np.sort(wanted["expert"], -1)).any(-1)[filled]
+    assert differ.mean() < 0.1  # of random models in bfloat16, whose weights are equal and whose products are not
 
 
 @pytest.fixture(scope="module")

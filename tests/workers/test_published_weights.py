@@ -95,10 +95,8 @@ def gpt_oss(folder: Path) -> Path:
     return rewritten(folder, {"quant_method": "mxfp4", "modules_to_not_convert": kept}, change)
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def published_in(folder: Path) -> dict[str, Path]:
     """Each published form once: a matrix of deepseek_v3 ends within a block, as in the published one."""
-    folder = tmp_path_factory.mktemp("published")
     return {
         "gpt_oss": gpt_oss(checkpoint_of("gpt_oss", folder / "gpt_oss")),
         "qwen3_moe": with_blocks(checkpoint_of("qwen3_moe", folder / "qwen3", **WIDE), FP8, by_transformers),
@@ -107,6 +105,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ),
         "deepseek_v3": with_blocks(checkpoint_of("deepseek_v3", folder / "v3", kv_lora_rank=192), FP8, in_blocks),
     }
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return published_in(tmp_path_factory.mktemp("published"))
 
 
 def plain_copy(folder: Path, published: Path) -> Path:

@@ -17,6 +17,7 @@ Deterministic: no atomic additions; each product's shape depends on the micro-ba
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -69,6 +70,7 @@ class DecoderForward:
         self.model = model
         self.whole = False
         self.seen: Callable[[Any, torch.Tensor, torch.Tensor], None] | None = None
+        self.attended: Callable[[int, torch.Tensor], None] | None = None
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.head = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.products = products_of(matmul, model.embed_tokens.weight.dtype)
@@ -94,23 +96,46 @@ class DecoderForward:
         LastHidden or None
             The last hidden states, where the layers are run to their end (`whole`).
         """
-        layers, positions = self.model.layers, input_ids.shape[1]
         residual_TH = self.model.embed_tokens(input_ids).flatten(0, 1)
-        place = torch.arange(positions, device=input_ids.device)[None]
+        first = self.model.layers[0].input_layernorm
+        _, operand = self.products.normed(residual_TH, first.weight, first.variance_epsilon, routed=False)
+        return self._run(0, residual_TH, operand, input_ids.shape[1])
+
+    def resumed(self, index: int, residual_TH: torch.Tensor, positions: int) -> LastHidden:
+        """Run the layers to their end, from behind the attention of one of them on.
+
+        Parameters
+        ----------
+        index
+            Of the layer, from 0.
+        residual_TH
+            What `attended` was shown of it; it is overwritten.
+        positions
+            P.
+        """
+        last = self._run(index, residual_TH, None, positions)
+        assert last is not None, "it is not run to its end"
+        return last
+
+    def _run(self, start: int, residual_TH: torch.Tensor, operand: Any, positions: int) -> LastHidden | None:
+        """The layers from one on; without an operand, what its attention gives is in the residual already."""
+        layers, products = self.model.layers, self.products
+        place = torch.arange(positions, device=residual_TH.device)[None]
         cos_PD, sin_PD = self._turns(residual_TH, place)
-        first, products = layers[0].input_layernorm, self.products
-        _, operand = products.normed(residual_TH, first.weight, first.variance_epsilon, routed=False)
         last = self.model.norm if self.whole else None
-        for layer, following in zip(layers, [*(layer.input_layernorm for layer in layers[1:]), last], strict=True):
+        followed = zip(layers, [*(layer.input_layernorm for layer in layers[1:]), last], strict=True)
+        for index, (layer, following) in islice(enumerate(followed), start, None):
             if (here := layer.input_layernorm.weight.device) != residual_TH.device:  # the layers are on several GPUs
                 residual_TH, cos_PD, sin_PD = (part.to(here) for part in (residual_TH, cos_PD, sin_PD))
-                operand = products.moved(operand, here)
-            mixed_TH = self._attention(layer.self_attn, operand, cos_PD, sin_PD)
+                operand = None if operand is None else products.moved(operand, here)
+            mixed = () if operand is None else (self._attention(layer.self_attn, operand, cos_PD, sin_PD),)
             norm, router = layer.post_attention_layernorm, router_of(layer.mlp)
             normed_TH, operand = products.normed(
-                residual_TH, norm.weight, norm.variance_epsilon, mixed_TH, routed=router is not None
+                residual_TH, norm.weight, norm.variance_epsilon, *mixed, routed=router is not None
             )
-            del mixed_TH  # what is large is let go before more is made
+            del mixed  # what is large is let go before more is made
+            if self.attended is not None:
+                self.attended(index, residual_TH)
             if following is None:
                 if router is not None:
                     router(normed_TH)

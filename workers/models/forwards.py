@@ -50,6 +50,9 @@ class Forward(Protocol):
     seen: Callable[[Any, Any, Any], None] | None
     """Called in each layer with the router, the outputs of its experts before they are weighed, shape (slots, hidden),
     and which slot each choice has, shape (tokens, k). None unless it is set."""
+    attended: Callable[[int, Any], None] | None
+    """Called behind the attention of each layer, by its place from 0, with the hidden states that have it added, shape
+    (tokens, hidden); they are overwritten later. None unless it is set."""
 
     def __init__(self, model: Any, matmul: str) -> None: ...
 
@@ -75,6 +78,10 @@ class Forward(Protocol):
         ignored
             What transformers' models take beside it: no mask, no cache.
         """
+        ...
+
+    def resumed(self, index: int, residual_TH: Any, positions: int) -> LastHidden:
+        """Run the layers to their end from behind the attention of one on, with what `attended` was shown of it."""
         ...
 
 

@@ -33,6 +33,8 @@ class NextToken(Recording):
 
     def __init__(self, head: Head, norm: nn.Module) -> None:
         self.head, self.norm = head, norm
+        self.logprob_T = torch.empty(0)
+        """Of the last micro-batch."""
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -60,8 +62,8 @@ class NextToken(Recording):
             self._before_SH = self._sampled(output.before_TH)
         hidden_TH = output.normed_TH if isinstance(output, LastHidden) else _rows(output.last_hidden_state)
         hidden_TH, before_SH = (part.to(self.head.device) for part in (hidden_TH, self._before_SH))
-        self._logprob_T = torch.full((token_BP.numel(),), torch.nan, device=token_BP.device)
-        self._logprob_T[place_N] = self.head.logprobs(hidden_TH, place_N, token_BP.flatten()[place_N + 1])
+        self.logprob_T = torch.full((token_BP.numel(),), torch.nan, device=token_BP.device)
+        self.logprob_T[place_N] = self.head.logprobs(hidden_TH, place_N, token_BP.flatten()[place_N + 1])
         self._doubts_1S = self._look(self.head.logits(self.norm.forward(before_SH)).float())
 
     def _look(self, logits_SV: torch.Tensor) -> torch.Tensor:
@@ -70,13 +72,13 @@ class NextToken(Recording):
         following_BP = token_BP.roll(-1, dims=1)
         target_S = following_BP[sample // token_BP.shape[1], sample % token_BP.shape[1]]
         wanted_S = logits_SV.gather(-1, target_S[:, None])[:, 0] - logits_SV.logsumexp(dim=-1)
-        found_S, followed_S = self._logprob_T[sample], torch.isin(sample, place_N)
+        found_S, followed_S = self.logprob_T[sample], torch.isin(sample, place_N)
         close_S = near(found_S, wanted_S, self.head.dtype, logits_SV.abs().amax(dim=-1))
         return doubted(torch.where(followed_S, close_S, found_S.isnan())[None])
 
     def arrays(self, chosen: Chosen) -> dict[str, torch.Tensor]:
         """See `Recording`."""
-        return {"logprob": self._logprob_T}
+        return {"logprob": self.logprob_T}
 
     def doubts(self, chosen: Chosen) -> dict[str, torch.Tensor]:
         """See `Recording`."""

@@ -78,17 +78,18 @@
     state.token = whole("token", Infinity);
     let spans = [], routes;
 
+    const raw = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+    const floats = (base64) => (base64 == null ? null : new Float32Array(raw(base64).buffer));
+    const known = (value) => (Number.isNaN(value) ? null : value);
     const decoded = ({ expert, weight, scale, bytes, weighed, surprise, entropy }) => {
-      const raw = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
       const chosen = raw(expert), weights = new Uint16Array(raw(weight).buffer);
       const at = (token, layer, k) => (token * layers.length + layer) * choices + k;
       const wide = bytes === 1 ? chosen : new Uint16Array(chosen.buffer);
       const missing = bytes === 1 ? 255 : 65535;
-      const floats = (base64) => (base64 == null ? null : new Float32Array(raw(base64).buffer));
       const measured = { surprise: floats(surprise), entropy: floats(entropy) };
-      const known = (value) => (Number.isNaN(value) ? null : value);
       return {
         has: (name) => measured[name] != null,
+        effects: {},
         surprise: (token) => known(measured.surprise[token]),
         entropy: (token, layer) => known(measured.entropy[token * layers.length + layer]),
         expert: (token, layer, k) => (wide[at(token, layer, k)] === missing ? null : wide[at(token, layer, k)]),
@@ -117,8 +118,9 @@
       return -1;
     };
 
-    // One hue for numbers: nothing at 0, full at what a guess, or a router that likes all experts the same, would give.
-    const toned = (part) => `rgb(${dark.matches ? "242 161 78" : "213 94 0"} / ${((dark.matches ? 0.4 : 0.6) * Math.max(0, Math.min(1, part))).toFixed(3)})`;
+    // One hue for numbers, another below 0: nothing at 0, full at what a guess, or a router that likes all experts the
+    // same, would give.
+    const toned = (part) => `rgb(${part < 0 ? (dark.matches ? "98 160 222" : "31 95 168") : dark.matches ? "242 161 78" : "213 94 0"} / ${((dark.matches ? 0.4 : 0.6) * Math.min(1, Math.abs(part))).toFixed(3)})`;
     const number = (value, { digits, unit }) => (value === null ? "not known" : `${value.toFixed(digits)} ${unit}`);
 
     const colourByNumber = () => {
@@ -133,6 +135,35 @@
       scaled.append("0", ...scale, `${measure.most.toFixed(1)} ${measure.unit}`);
       by("legend").replaceChildren(scaled);
       by("key").textContent = `Colour: ${measure.name}, full at ${number(measure.most, measure)}, ${state.by === "surprise" ? "that of a guess among all tokens. It is how improbable the token is that follows." : "that of a router that likes all experts the same."}`;
+    };
+
+    // By how much another capture predicts each token better or worse; the server is asked when that is chosen.
+    const against = () => (state.by.startsWith("effect:") ? state.by.slice("effect:".length) : null);
+    const effect = (token) => known(routes.effects[against()]?.values?.[token] ?? NaN);
+    const FULL = 2; // nats: exp(2) = 7.4 times as probable
+    const loadEffect = async (name) => {
+      const own = documents[state.document], { effects } = routes;
+      if (effects[name]) return;
+      effects[name] = {};
+      try {
+        const place = new URLSearchParams({ row: own.row, start: own.start, against: name });
+        const answer = await (await fetch(`/${encodeURIComponent(body.dataset)}/effect?${place}`)).json();
+        effects[name] = { error: answer.error, values: floats(answer.effect) };
+      } catch { effects[name] = { error: "The explorer was stopped." }; }
+      if (routes.effects === effects) change();
+    };
+    const colourByEffect = () => {
+      const name = against();
+      loadEffect(name);
+      spans.forEach((span, token) => {
+        const value = effect(token);
+        span.classList.toggle("missing", value === null);
+        span.style.backgroundColor = value === null ? "" : toned(-value / FULL);
+      });
+      const scaled = element("span", undefined, { class: "scale" });
+      scaled.append("worse", ...[1, 0.5, 0, -0.5, -1].map((part) => { const box = element("i"); box.style.backgroundColor = toned(part); return box; }), "better");
+      by("legend").replaceChildren(scaled);
+      by("key").textContent = routes.effects[name].error ?? `Colour: by how much better or worse ${name} predicts the token than ${body.dataset} does, full at ${FULL} nats.`;
     };
 
     const colourByExpert = () => {
@@ -155,7 +186,7 @@
     };
 
     const colourText = () => {
-      (state.by === "expert" ? colourByExpert : colourByNumber)();
+      (against() !== null ? colourByEffect : state.by === "expert" ? colourByExpert : colourByNumber)();
       slider.value = state.layer;
       slider.setAttribute("aria-valuetext", `layer ${layers[state.layer]}`);
       by("layer-number").textContent = layers[state.layer];
@@ -213,7 +244,8 @@
       const chosenWords = chosen[0][0] === null ? "its experts are not known" : chosen.map(([expert, weight]) => `expert ${expert}${weight}`).join(", ");
       by("token").append(element("span", own.texts[token].replaceAll("\n", "↵") || "(no text)", { class: "word" }), element("br"),
         `token ${own.offset + token}${own.roles?.[token] ? `, ${own.roles[token]}` : ""}; layer ${layers[state.layer]}: ${chosenWords}`,
-        ...Object.keys(measures).filter(routes.has).map((name) => `; ${measures[name].name} ${number(routes[name](token, state.layer), measures[name])}`));
+        ...Object.keys(measures).filter(routes.has).map((name) => `; ${measures[name].name} ${number(routes[name](token, state.layer), measures[name])}`),
+        ...(against() === null ? [] : [`; effect of ${against()} ${number(effect(token), { digits: 3, unit: "nats" })}`]));
       if (body.dataset) {
         const base = `/${encodeURIComponent(body.dataset)}`;
         by("links").append(element("a", "this token everywhere", { href: `${base}/token/${own.ids[token]}` }));
@@ -266,9 +298,10 @@
       const own = documents[number];
       routes = decoded(own);
       kept = { token: null };
-      const offered = Object.keys(measures).filter(routes.has);
+      const effects = (own.against ?? []).map(({ name, differs }) => [`effect:${name}`, `effect of ${name}${differs ? `: ${differs}` : ""}`]);
+      const offered = [...Object.keys(measures).filter(routes.has), ...effects.map(([value]) => value)];
       if (state.by !== "expert" && !offered.includes(state.by)) state.by = "expert";
-      by("by").replaceChildren(...["expert", ...offered].map((name) => element("option", measures[name]?.name ?? name, { value: name })));
+      by("by").replaceChildren(...["expert", ...offered].map((name) => element("option", measures[name]?.name ?? new Map(effects).get(name) ?? name, { value: name })));
       by("by").value = state.by;
       by("by-label").hidden = !offered.length;
       const blank = (text) => (state.blanks ? text.replaceAll(" ", "·") : text);

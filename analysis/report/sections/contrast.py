@@ -8,7 +8,7 @@ from analysis.charts.heatmaps import contrast_heatmap
 from analysis.metrics.contrast import contrast_of, differences_in_words
 from analysis.metrics.mean_contrast import mean_contrast_of
 from analysis.report.figures import Figure, about, figure
-from analysis.report.section import Answers, Asked, Section
+from analysis.report.section import Answers, Asked, Finding, Section
 from analysis.report.sections import load
 from analysis.scanning import Reducer
 
@@ -37,6 +37,12 @@ def the_others(apart: xr.Dataset, data_set: str) -> str:
     """What a data set is compared with, in words."""
     others = [name for name in apart["data_set"].values.tolist() if name != data_set]
     return others[0] if len(others) == 1 else "the other data sets"
+
+
+def of_expert(said: str, each: Answers, cell: xr.Dataset | xr.DataArray) -> Finding:
+    """A sentence about one expert of a data set; `cell` has its layer and its number."""
+    layer, expert = int(cell["layer"]), int(cell["expert"])
+    return Finding(said=said, of=each, page=f"expert/{layer}/{expert}", layer=layer)
 
 
 def why_apart(one: Answers, other: Answers) -> str:

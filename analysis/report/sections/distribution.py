@@ -6,7 +6,7 @@ import xarray as xr
 
 from analysis.metrics.distribution import RouterDistribution
 from analysis.report.figures import Figure, band, line_figure, spread
-from analysis.report.section import Answers, Asked, Section
+from analysis.report.section import Answers, Asked, Finding, Section
 from analysis.report.sections.contrast import means_between, the_others
 from analysis.scanning import Reducer
 from analysis.statistics.jackknife import Jackknife, amount_of
@@ -26,31 +26,29 @@ def ask(asked: Asked) -> Mapping[str, Reducer]:
     return {"distribution": Jackknife(RouterDistribution(asked.scores), block_tokens=asked.block_tokens)}
 
 
-def reading(answers: Sequence[Answers]) -> str:
-    """How to read the charts, and where the data sets differ in entropy beyond chance."""
-    said = (
-        "The whole distribution of each router, of the experts that were not chosen too. Dashed is what a router gives"
-        " that likes all experts the same. A small margin is a choice that could as well have been another."
-    )
-    return " ".join([said, *filter(None, [less_sure(answers)])])
+def findings(answers: Sequence[Answers]) -> Iterator[Finding]:
+    """Where the data sets differ in entropy beyond chance."""
+    yield from filter(None, [less_sure(answers)])
 
 
-def less_sure(answers: Sequence[Answers]) -> str:
-    """The data set on which routers are less sure than on the others, in words; empty where that may be chance."""
+def less_sure(answers: Sequence[Answers]) -> Finding | None:
+    """The data set on which routers are less sure than on the others; None where that may be chance."""
     known = [each for each in recorded(answers) if "mean_entropy" in each["distribution"]]
     apart = means_between(known, "distribution", "mean_entropy")
     if apart is None or not bool((apart["difference_low"] > 0).any()):
-        return ""
+        return None
     layers = (apart["difference_low"] > 0).sum("layer")
     own = apart.sel(data_set=apart["data_set"][int(layers.argmax("data_set"))])
     cell = own.isel(layer=int(own["difference_low"].fillna(-1).argmax("layer")))
     by, low, high = (float(cell[f"difference{end}"]) for end in ("", "_low", "_high"))
     others = the_others(apart, own["data_set"].item())
-    return (
+    said = (
         f"Routers are less sure on {own['data_set'].item()} than on {others} at {int(layers.max())} of"
         f" {apart.sizes['layer']} layers, most surely at layer {int(cell['layer'])}: by {by:.2f} bits of entropy"
         f" ({low:.2f} to {high:.2f}, 95 % interval over documents of all layers and data sets together)."
     )
+    of = next(each for each in answers if each.label == own["data_set"].item())
+    return Finding(said=said, of=of, layer=int(cell["layer"]))
 
 
 def recorded(answers: Sequence[Answers]) -> list[Answers]:
@@ -85,7 +83,9 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 SECTION = Section(
     id="distribution",
     title="Routers over all experts",
-    reading=reading,
+    reading="The whole distribution of each router, of the experts that were not chosen too. Dashed is what a router"
+    " gives that likes all experts the same. A small margin is a choice that could as well have been another.",
+    findings=findings,
     ask=ask,
     draw=draw,
 )

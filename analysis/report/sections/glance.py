@@ -54,6 +54,7 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:
                 "95 %, jackknife over units of whole documents of each data set, without the bias it finds",
                 nulls=[0.0],
                 interval={both: (apart["divergence_low"], apart["divergence_high"])},
+                each="compared",
             )
         )
     neighbours = {each.label: each["repetition"]["first_repeated"].sel(lag=1) for each in answers}

@@ -9,8 +9,10 @@ from analysis.charts.paths import Way, path_chart
 from analysis.charts.theme import visible
 from analysis.metrics.choices import Choices, transitions_of
 from analysis.metrics.paths import MAX_WINDOWS, WindowCounts, frequent_windows_of
+from analysis.metrics.sample import SampledRoutes
 from analysis.metrics.token_paths import TokenPaths, frequent_ids, telling
 from analysis.report.figures import Figure, Option, about, figure
+from analysis.report.passages import SAMPLED
 from analysis.report.section import TOKEN_MIN_COUNT, Answers, Asked, Found, Section
 from analysis.report.sections import load
 from analysis.scanning import Reducer, sizes
@@ -21,7 +23,7 @@ PATHS_HELD = 2**24  # numbers held for candidates: 64 MiB a thread, and fewer ca
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """Choices at neighbouring layers, of all tokens and of some; and windows of layers."""
+    """Choices at neighbouring layers, of all tokens and of some; windows of layers, and a sample for examples."""
     layers, _, experts = sizes(asked.data)
     candidates = min(PATHS_CANDIDATES, PATHS_HELD // (layers * experts**2))
     size = window_layers(asked.data)
@@ -29,14 +31,15 @@ def ask(asked: Asked) -> Mapping[str, Reducer]:
         **load.ask(asked),
         "choices": Choices(),
         "paths": TokenPaths(frequent_ids(asked.data, candidates)),
+        "sample": SampledRoutes(SAMPLED),
         **({"windows": WindowCounts(size)} if size else {}),
     }
 
 
 def answer(found: Found, asked: Asked) -> Found:
-    """`choices`; `paths` of the tokens that go furthest from where all go; and where the model has enough layers,
+    """`choices`; `sample`; `paths` of the tokens that go furthest from where all go; and where there are enough layers,
     `windows`, the most frequent ones, and `surprising`, those that their transitions predict worst."""
-    listed = {"choices": found["choices"]}
+    listed = {name: found[name] for name in ("choices", "sample")}
     listed["paths"] = telling(found["paths"], found["load"], PATHS_LISTED, min_count=TOKEN_MIN_COUNT)
     if "windows" in found:
         listed["windows"] = frequent_windows_of(found["windows"], top=WINDOWS_LISTED)

@@ -7,8 +7,8 @@ import xarray as xr
 from analysis.charts.heatmaps import saliency_heatmap
 from analysis.metrics.saliency import LargestSaliency, Saliency, saliency_of
 from analysis.report.figures import Figure, about, figure
-from analysis.report.section import Answers, Asked, Found, Section
-from analysis.report.sections.contrast import means_between, the_others
+from analysis.report.section import Answers, Asked, Finding, Found, Section
+from analysis.report.sections.contrast import means_between, of_expert, the_others
 from analysis.scanning import Reducer
 from analysis.statistics.jackknife import Jackknife, how
 
@@ -38,19 +38,15 @@ def answer(found: Found, asked: Asked) -> Found:
     }
 
 
-def reading(answers: Sequence[Answers]) -> str:
-    """How to read the charts, the expert whose outputs stand out, and where the data sets differ beyond chance."""
+def findings(answers: Sequence[Answers]) -> Iterator[Finding]:
+    """The expert whose outputs stand out, and where the data sets differ beyond chance."""
     having = [each for each in answers if each.get("saliency") is not None]
-    said = (
-        "What an expert adds to the tokens that reach it: its weight times the L2 norm of its output, on average. REAP"
-        " prunes the experts with the least. Orange experts add more than the mean of their layer, blue ones less."
-    )
-    return " ".join([said, *filter(None, [stands_out(having), contributes_more(having)])])
+    yield from filter(None, [stands_out(having), contributes_more(having)])
 
 
-def stands_out(answers: Sequence[Answers]) -> str:
-    """The expert whose largest output norm is far above those of its layer, in words; empty where none is."""
-    best, said = STANDS_OUT, ""
+def stands_out(answers: Sequence[Answers]) -> Finding | None:
+    """The expert whose largest output norm is far above those of its layer; None where none is."""
+    best, finding = STANDS_OUT, None
     for each in answers:
         largest = each["saliency"]["largest_norm"]
         median = largest.median("expert")
@@ -62,22 +58,24 @@ def stands_out(answers: Sequence[Answers]) -> str:
                 f"On {each.label} the largest output of expert {int(cell['expert'])} at layer {int(cell['layer'])} has"
                 f" a norm of {float(cell):.4g}, {best:.0f} times the median of those of the layer's experts."
             )
-    return said
+            finding = of_expert(said, each, cell)
+    return finding
 
 
-def contributes_more(answers: Sequence[Answers]) -> str:
-    """The expert that contributes more on one data set than on the others, in words; empty where that may be chance."""
+def contributes_more(answers: Sequence[Answers]) -> Finding | None:
+    """The expert that contributes more on one data set than on the others; None where that may be chance."""
     apart = means_between(answers, "saliency_counts", "mean_saliency")
     if apart is None or not bool((apart["difference_low"] > 0).any()):
-        return ""
+        return None
     cell = apart.isel(apart["difference_low"].fillna(0.0).argmax(("data_set", "layer", "expert")))
     others = the_others(apart, cell["data_set"].item())
     own, more, low, high = (float(cell[n]) for n in ("estimate", "difference", "difference_low", "difference_high"))
-    return (
+    said = (
         f"Expert {int(cell['expert'])} of layer {int(cell['layer'])} adds more on {cell['data_set'].item()} than on"
         f" {others}: {own:.3g} against {own - more:.3g} ({low:.2g} to {high:.2g} more, 95 % interval over documents of"
         " all experts, layers and data sets together)."
     )
+    return of_expert(said, next(each for each in answers if each.label == cell["data_set"].item()), cell)
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
@@ -94,7 +92,9 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 SECTION = Section(
     id="saliency",
     title="What experts contribute",
-    reading=reading,
+    reading="What an expert adds to the tokens that reach it: its weight times the L2 norm of its output, on average."
+    " REAP prunes the experts with the least. Orange experts add more than the mean of their layer, blue ones less.",
+    findings=findings,
     ask=ask,
     answer=answer,
     draw=draw,

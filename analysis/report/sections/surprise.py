@@ -8,7 +8,8 @@ from analysis.charts.heatmaps import logprob_heatmap
 from analysis.metrics.logprob import LogProbability, logprob_by_expert_of
 from analysis.metrics.surprise import Surprise, SurpriseEntropy, surprise_and_entropy_of
 from analysis.report.figures import Figure, about, figure, line_figure
-from analysis.report.section import Answers, Asked, Found, Section
+from analysis.report.section import Answers, Asked, Finding, Found, Section
+from analysis.report.sections.contrast import of_expert
 from analysis.scanning import Reducer
 from analysis.statistics.jackknife import Jackknife, how, with_intervals
 
@@ -36,33 +37,28 @@ def answer(found: Found, asked: Asked) -> Found:
     return {name: made[name](counts) for name, counts in found.items()}
 
 
-def reading(answers: Sequence[Answers]) -> str:
-    """How to read the charts, and the expert that goes with another log-probability beyond chance."""
-    said = (
-        "Surprise is the log-probability of the next token with its sign turned. Frequent words are easy and have"
-        " experts of their own. So the map compares a token with the same token in the same row: orange where the next"
-        " token is more probable when it reaches the expert, pale where that may be chance. It compares, and does not"
-        " say what causes what."
-    )
-    return " ".join([said, *(told for each in answers if each.get("logprob") is not None if (told := matters(each)))])
+def findings(answers: Sequence[Answers]) -> Iterator[Finding]:
+    """The expert that goes with another log-probability beyond chance, of each data set that has one."""
+    yield from filter(None, (matters(each) for each in answers if each.get("logprob") is not None))
 
 
-def matters(each: Answers) -> str:
-    """The expert of which the log-probability differs most surely within the same token, in words; empty where none."""
+def matters(each: Answers) -> Finding | None:
+    """The expert of which the log-probability differs most surely within the same token; None where none does."""
     found = each["logprob"]
     sure = found["within_p"] <= SURE
     if not bool(sure.any()):
-        return ""
+        return None
     least = found["within_low"].where(found["within"] > 0, -found["within_high"]).where(sure)
     cell = found.isel(least.fillna(-1.0).argmax(("layer", "expert")))
     more = "more" if float(cell["within"]) > 0 else "less"
     low, high = sorted(abs(float(cell[f"within_{end}"])) for end in ("low", "high"))
-    return (
+    said = (
         f"{each.label}: where a token reaches expert {int(cell['expert'])} at layer {int(cell['layer'])}, the next one"
         f" is {more} probable than where the same token of its row does not, by {abs(float(cell['within'])):.2f} nats"
         f" ({low:.2f} to {high:.2f}, 95 % interval over documents of all experts and layers together;"
         f" {int(cell['compared']):,} tokens compared)."
     )
+    return of_expert(said, each, cell)
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
@@ -118,7 +114,11 @@ def _ends(found: xr.Dataset, name: str) -> tuple[xr.DataArray, xr.DataArray]:
 SECTION = Section(
     id="surprise",
     title="Surprise",
-    reading=reading,
+    reading="Surprise is the log-probability of the next token with its sign turned. Frequent words are easy and have"
+    " experts of their own. So the map compares a token with the same token in the same row: orange where the next"
+    " token is more probable when it reaches the expert, pale where that may be chance. It compares, and does not"
+    " say what causes what.",
+    findings=findings,
     ask=ask,
     answer=answer,
     draw=draw,

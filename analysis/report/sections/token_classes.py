@@ -9,11 +9,12 @@ from analysis.charts.classes import class_heatmap
 from analysis.metrics.class_experts import ClassCounts, class_excess_of, strongest_experts_of
 from analysis.metrics.token_paths import frequent_ids
 from analysis.report.figures import Figure, about, figure
-from analysis.report.section import TOKEN_MIN_COUNT, Answers, Asked, Found, Section
+from analysis.report.section import TOKEN_MIN_COUNT, Answers, Asked, Finding, Found, Section
 from analysis.report.sections import tokens
+from analysis.report.sections.contrast import of_expert
 from analysis.scanning import Array, Reducer
 from analysis.statistics.jackknife import Jackknife
-from analysis.token_classes import CLASSES, members_of
+from analysis.token_classes import CLASSES, members_by_class
 
 LEFT_OUT = ("letters",)  # they are most of a text
 IDS_LOOKED_AT = 4_096  # the most frequent tokens, among which a class must have one (arbitrary)
@@ -33,8 +34,8 @@ def members_in(data: xr.Dataset) -> dict[str, Array]:
     """The classes that have a frequent token, and which tokens are in each."""
     pieces = data["piece"].values
     frequent = pieces[frequent_ids(data, IDS_LOOKED_AT)].tolist()
-    occur = [name for name in CLASSES if name not in LEFT_OUT and members_of(name, frequent).any()]
-    return {name: members_of(name, pieces.tolist()) for name in occur}
+    occur = [name for name, own in members_by_class(CLASSES, frequent).items() if name not in LEFT_OUT and own.any()]
+    return members_by_class(occur, pieces.tolist())
 
 
 def answer(found: Found, asked: Asked) -> Found:
@@ -53,25 +54,17 @@ def answer(found: Found, asked: Asked) -> Found:
     }
 
 
-def reading(answers: Sequence[Answers]) -> str:
-    """How to read the charts, and where classes go beyond what their documents explain."""
-    said = (
-        "For each layer and class of tokens, the number of the expert that gets the class most out of proportion;"
-        " colour: how many times as often as all tokens. Pale cells may be chance. A token is in several classes: the"
-        " is lowercase and word-initial, and for is a keyword in prose too. An interval is that of a cell by itself."
-        " Classes that go to an expert beyond what their documents explain, with what tokens shuffled within their"
-        " documents would give:"
-    )
-    told = [tell(each) for each in answers if each.get("class_excess") is not None]
-    return " ".join([said, *(filter(None, told) if any(told) else ["none."])])
+def findings(answers: Sequence[Answers]) -> Iterator[Finding]:
+    """Of each data set the classes that go to an expert beyond what documents explain, where there are any."""
+    yield from filter(None, (tell(each) for each in answers if each.get("class_excess") is not None))
 
 
-def tell(each: Answers) -> str:
+def tell(each: Answers) -> Finding | None:
     """The classes that go to an expert by most points more than documents explain, to most of them, one for each
-    expert; empty where none does."""
+    expert; None where none does."""
     found = each["class_excess"]
     share = found["counts"] / found["tokens"]
-    sure = (found["p"] * found["p"].size <= SURE) & (share > 1 / 2)
+    sure = (found["p"] * found["p"].size <= SURE) & (share > 1 / 2)  # Bonferroni
     more = (share - found["expected"] / found["tokens"]).where(sure).fillna(0.0)
     best = [own.isel(own.argmax(("layer", "expert"))) for own in more]
     told: dict[tuple[int, int], xr.Dataset] = {}
@@ -79,10 +72,11 @@ def tell(each: Answers) -> str:
         place = {name: cell[name].item() for name in ("token_class", "layer", "expert")}
         told.setdefault((place["layer"], place["expert"]), found.sel(place))
     if not told:
-        return ""
-    n, of = found.attrs["n"], found.attrs["of"]
-    sampled = f" of {n:,} of its {of:,} tokens, a sample of whole documents," * (n < of)
-    return f"{each.label}:{sampled} {'; '.join(map(_told, list(told.values())[:TOLD]))}."
+        return None
+    cells, n, of = list(told.values())[:TOLD], found.attrs["n"], found.attrs["of"]
+    sampled = f" in {n:,} of its {of:,} tokens, a sample of whole documents," * (n < of)
+    said = f"{each.label}:{sampled} {'; '.join(map(_told, cells))}."
+    return of_expert(f"{said} In brackets: tokens shuffled within their documents.", each, cells[0])
 
 
 def _told(cell: xr.Dataset) -> str:
@@ -100,5 +94,13 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 
 
 SECTION = Section(
-    id="classes", title="Experts of classes of tokens", reading=reading, ask=ask, answer=answer, draw=draw
+    id="classes",
+    title="Experts of classes of tokens",
+    reading="For each layer and class of tokens, the number of the expert that gets the class most out of proportion;"
+    " colour: how many times as often as all tokens. Pale cells may be chance. A token is in several classes: the is"
+    " lowercase and word-initial, and for is a keyword in prose too. An interval is that of a cell by itself.",
+    ask=ask,
+    answer=answer,
+    draw=draw,
+    findings=findings,
 )

@@ -1,0 +1,106 @@
+"""What `jobs/importance.py` is asked to do: the options of a capture that make sense for it, and its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jobs.capturing.options import CaptureConfig, from_environment
+from jobs.console.arguments import parse
+from jobs.console.places import refuse_no_file
+
+HIDDEN = (
+    *("preset", "record", "top_logits", "weight_precision", "mask", "mask_file", "force", "top_k", "routes_from"),
+    *("routes_weights", "limit_documents", "rate", "config", "print_config"),
+)
+"""Options of a capture that it does not have."""
+TELLING = ("output", "figures", "write_mask", "least", "json")
+"""Options that say what becomes of the effects once they are measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceConfig(CaptureConfig):
+    """Measure what every expert does to predictions: mask it at its layer, and see what the next token's
+    log-probability loses, on a random sample of the documents of each data set.
+
+    What lies below the layer is computed once. The effects of each data set, with its routes, become a group of the
+    store, and a job that was stopped resumes with the same command. Then the effects are told, with intervals and
+    p-values over documents, beside load and saliency. Exit status: 0 measured, 1 something is missing, 2 the command
+    cannot be carried out, 3 only shards in quarantine are missing (--retry_quarantined), 130 or 143 interrupted.
+    """
+
+    preset: tyro.conf.Suppress[None] = None
+    record: tyro.conf.Suppress[tuple[()]] = ()
+    top_logits: tyro.conf.Suppress[None] = None
+    mask: tyro.conf.Suppress[tuple[()]] = ()
+    mask_file: tyro.conf.Suppress[None] = None
+    force: tyro.conf.Suppress[tuple[()]] = ()
+    top_k: tyro.conf.Suppress[None] = None
+    routes_from: tyro.conf.Suppress[None] = None
+    routes_weights: tyro.conf.Suppress[bool] = False
+    weight_precision: tyro.conf.Suppress[Literal["float16"]] = "float16"
+    limit_documents: tyro.conf.Suppress[None] = None
+    rate: tyro.conf.Suppress[None] = None
+    config: tyro.conf.Suppress[None] = None
+    print_config: tyro.conf.Suppress[bool] = False
+    layers: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Layers whose experts are measured, by the model's own numbers, once for each: 3, or 3-5. Default: all that have
+    experts."""
+    sample_tokens: int = 65_536
+    """Tokens of each data set's sample, about; documents are drawn at random until they have so many."""
+    seed: int = 0
+    """Of the draw."""
+    limit_tokens: int | None = 2048
+    """So many tokens of each document at most, its first ones: intervals need many documents."""
+    rows_per_shard: int | None = None
+    """Rows in a shard, which a job that is stopped begins again, and which one worker does. Default: as many as fill
+    a micro-batch; on a CPU fewer."""
+    batch_tokens: int | None = None
+    """Padded tokens in a micro-batch at most; the hidden states before each layer are kept on the device. Default:
+    65536 on a GPU, 8192 on a CPU."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("importance.zarr")
+    """Where the effects by data set, layer and expert go, as a small store that xarray.open_zarr opens: with intervals,
+    p, q, loads, saliencies and rank correlations. One that is there is replaced."""
+    figures: Path | None = None
+    """A folder, made where it is missing: a chart of each data set goes there as SVG, PDF and PNG."""
+    write_mask: Path | None = None
+    """Write the least important experts of each layer as a JSON file that --mask_file of jobs/capture.py takes: those
+    without which predictions lose least, on average over the data sets."""
+    least: int = 1
+    """With --write_mask: so many of each layer."""
+    json: bool = False
+    """For scripts: one JSON document on standard output instead of the tables, with the keys data_sets, layers, and
+    level; in data_sets, by name, n (predicted tokens), documents, untested (why there is no interval, else empty),
+    experts (layer, expert, effect, low, high, p, q, share, weight_share, mean_saliency, total_saliency), and
+    correlations (predictor, within_layers and over_all, each with _low and _high). What is no number is null."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("sample_tokens", "least"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}, and must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"--seed is {self.seed}, and must be 0 or more")
+        if self.write_mask is not None:
+            refuse_no_file("write_mask", self.write_mask)
+
+    def as_options(self) -> dict[str, Any]:
+        """See `CaptureConfig`; without what says how the effects are told."""
+        options = super().as_options()
+        return {name: value for name, value in options.items() if name not in (*HIDDEN, *TELLING)}
+
+
+def parse_importance(arguments: Sequence[str]) -> ImportanceConfig:
+    """Read a command line, after what the environment says.
+
+    Raises
+    ------
+    ValueError
+        When an option makes no sense.
+    SystemExit
+        From `--help` and from unknown or malformed options.
+    """
+    default = from_environment(ImportanceConfig(), "importance")
+    return parse(ImportanceConfig, "importance", arguments, default=default)
