@@ -146,6 +146,14 @@ class Explorer:
             self.progress.pop(name, None)
         return added
 
+    def reread(self, name: str, digest: str) -> None:
+        """Show a data set as another process has indexed it, unless that is shown already."""
+        if name not in self.shown or self.shown[name].digest != digest:
+            with self._survive(name):
+                self.indexes[name] = CaptureIndex(self.path, name, self.folder, self.only)
+                self.shown[name] = self._show(name)
+            _settle()
+
     def follow(self, stop: threading.Event) -> None:
         """Keep what is shown up to date until `stop` is set; a little of each data set first."""
         due: dict[str, float] = {}
