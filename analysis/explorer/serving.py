@@ -83,7 +83,12 @@ def _help(
     explorer = Explorer(path, datasets, folder, only=only)
     answering = threading.Thread(target=server_of(explorer, names).run, kwargs={"sockets": [listener]}, daemon=True)
     answering.start()
-    with contextlib.suppress(EOFError, OSError):  # the first process has ended
+    _listen(explorer, told)
+
+
+def _listen(explorer: Explorer, told: Connection) -> None:
+    """Show what the first process has indexed, until it ends."""
+    with contextlib.suppress(EOFError, OSError):
         while True:
             said = told.recv()
             for name, digest in said["digests"].items():

@@ -3,6 +3,7 @@
 import base64
 import http.client
 import json
+import multiprocessing
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ import uvicorn
 from fake_model import fake_capture, fake_layout, words
 from patience import HUNG_S, wait_until
 
+from analysis.explorer import serving as serving_module
 from analysis.explorer.document import document_page, whole
 from analysis.explorer.live import Explorer
 from analysis.explorer.search import find_tokens
@@ -379,6 +381,7 @@ def all_indexed(address: str) -> bool:
 
 def test_the_command_prints_its_address_and_ctrl_c_ends_it(store: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "explore.py"), str(store), "--port", "0", "--index", str(tmp_path)]
+    command += ["--processes", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         assert process.stdout is not None
@@ -388,9 +391,12 @@ def test_the_command_prints_its_address_and_ctrl_c_ends_it(store: Path, tmp_path
         assert status == 200
         assert "What do the experts do?" in page
         wait_until(lambda: all_indexed(address), "all shards are indexed")
+        started = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert started, "another process answers, too"
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=HUNG_S)
         assert process.returncode == 0
+        wait_until(lambda: not any(Path("/proc", number).exists() for number in started), "all have ended")
         assert "shards indexed" in said
         assert "Traceback" not in said
     finally:
@@ -406,6 +412,7 @@ def test_the_command_prints_its_address_and_ctrl_c_ends_it(store: Path, tmp_path
         (["--port", "70000"], "--port 70000: 0 to 65535"),
         (["--host", "192.0.2.1", "--port", "0"], "cannot listen at 192.0.2.1"),
         (["--export", "no/such/page.html", "--document", "0"], "its folder must exist"),
+        (["--processes", "0"], "--processes 0: 1 or more"),
         (["--prot", "1"], "--prot"),
     ],
 )
@@ -499,6 +506,25 @@ def test_a_data_set_that_begins_later_is_shown_and_one_that_is_captured_anew_is_
     explorer.refresh("first")
     view = explorer.shown["first"].view
     assert (len(view.texts), view.now.tokens, view.names) == (1500, 20, ["document 0"])
+
+
+def test_a_helper_shows_what_the_first_process_has_indexed_and_ends_with_it(store: Path, tmp_path: Path) -> None:
+    first, helper = (Explorer(str(store), ["fake", "some"], tmp_path) for _ in range(2))
+    first.refresh("fake")
+    first.problems["some"] = "the disk is full"
+    own, other = multiprocessing.Pipe()
+    stop, pipes = threading.Event(), [own]
+    telling = threading.Thread(target=serving_module._tell, args=(first, pipes, stop))
+    telling.start()
+    listening = threading.Thread(target=serving_module._listen, args=(helper, other))
+    listening.start()
+    wait_until(lambda: helper.shown["fake"].view.now.tokens == first.shown["fake"].view.now.tokens, "it is shown")
+    wait_until(lambda: helper.problems == first.problems, "what went wrong is said")
+    stop.set()
+    telling.join(HUNG_S)
+    own.close()
+    listening.join(HUNG_S)
+    assert not listening.is_alive()
 
 
 def test_an_unexpected_error_does_not_end_the_following(store: Path, tmp_path: Path, monkeypatch: Any) -> None:
