@@ -211,7 +211,7 @@ class Profiles:
 
 def contributions(one: View, others: Sequence[View], at: int, top: int = TOP_TOKENS) -> xr.Dataset:
     """The tokens that make the experts of a layer (by index) busier or less busy than in other data sets together."""
-    counts = [
+    mine, theirs = (
         xr.Dataset(
             {
                 "counts": (("token_id", "expert"), reduce(np.add, [view.table(at) for view in views])),
@@ -219,8 +219,8 @@ def contributions(one: View, others: Sequence[View], at: int, top: int = TOP_TOK
             }
         )
         for views in ([one], others)
-    ]
-    return contributions_of(*counts, np.array(one.pieces, object), top)
+    )
+    return contributions_of(mine, theirs, np.array(one.pieces, object), top)
 
 
 def _ranked(share: Array, leave_out: int | None = None) -> list[dict[str, Any]]:
