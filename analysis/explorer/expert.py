@@ -19,7 +19,7 @@ from analysis.explorer.similar import Similar
 from analysis.explorer.summary import SURE, Set, summary
 from analysis.explorer.view import TOP_TOKENS, View
 from analysis.metrics.choices import coactivation_of, transitions_of
-from analysis.metrics.position import position_load_of
+from analysis.metrics.load import share_of_experts
 from analysis.metrics.token_contributions import contributions_of
 from analysis.metrics.tokens import TokenOrder
 from analysis.scanning import Array
@@ -58,7 +58,8 @@ class Profiles:
         choices = view.now.result("choices")
         self.together = coactivation_of(choices)
         self.moves = transitions_of(choices)
-        self.position = position_load_of(view.now.result("position"))
+        position = view.now.result("position")
+        self.position = position.assign(share=share_of_experts(position["counts"]))
         self.contexts = view.now.result("contexts") if "weight" in view.capture else None
         routes = view.now.result("sample")
         self.similar, self.excess = Similar(routes), Excess(view, routes)
