@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from analysis.explorer.live import Explorer
 
 
+SWITCH_S = 0.0005  # after which a thread gives way: a page takes ten hand-overs, of 5 ms by default (measured)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExploreConfig:
     """Read a store's texts coloured by expert, look for tokens, walk from expert to expert; every view has a link.
@@ -136,6 +139,7 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
 
     from analysis.explorer.site import site
 
+    sys.setswitchinterval(SWITCH_S)
     stop = threading.Event()
     follower = threading.Thread(target=explorer.follow, args=(stop,), daemon=True)
     with _listener(config.host, config.port) as listener:

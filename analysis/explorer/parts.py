@@ -22,6 +22,7 @@ from store.files import whole_file
 MARK = 0x32_5452_4150_4145  # "EAPART2" as a number: what these files begin with
 ALIGNED = 128  # bytes, at which each array begins; the first of them say how large they are
 SIZES = 9  # whole numbers that say it
+WIDTHS = (1, 2, 4)  # bytes of a count
 
 
 class Part:
@@ -68,13 +69,17 @@ class Part:
         data = np.asarray(np.memmap(file, np.uint8, "r"))
         if data.size < ALIGNED or data[:8].view(np.int64)[0] != MARK:
             raise ValueError(f"{file} is no part of an index")
-        at = ALIGNED
-        for name, (dtype, shape) in _layout(*data[8 : 8 + 8 * SIZES].view(np.int64).tolist()).items():
+        at, sizes = ALIGNED, data[8 : 8 + 8 * SIZES].view(np.int64).tolist()
+        if sizes[-1] not in WIDTHS:
+            raise ValueError(f"{file} is damaged: it does not say how large it is")
+        for name, (dtype, shape) in _layout(*sizes).items():
             size = prod(shape) * dtype.itemsize
             if at + size > data.size:
                 raise ValueError(f"{file} is cut short: {data.size} bytes")
             setattr(self, name, data[at : at + size].view(dtype).reshape(shape))
             at += -(-size // ALIGNED) * ALIGNED
+        if data.size != at:
+            raise ValueError(f"{file} has {data.size} bytes, and should have {at}")
         if self.bounds[-1] != len(self.order) or self.start[-1] != len(self.token):
             raise ValueError(f"{file} is damaged: its bounds do not end where its arrays do")
 

@@ -6,11 +6,12 @@ anybody's is refused, so that no page elsewhere can read a store through the vis
 """
 
 import ipaddress
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, get_args
 from urllib.parse import quote, urlencode
 
 import numpy as np
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -37,6 +38,7 @@ from analysis.explorer.token_class import class_page
 from analysis.explorer.view import MIN_COUNT, Unreadable
 
 ORDERS = get_args(Order)
+AT_ONCE = 1  # pages that are made at the same time: more only wait for each other's Python (measured)
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
     " img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -49,27 +51,34 @@ HEADERS = {
 
 def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
     """The explorer as an ASGI application, for requests by address, to localhost, and under these names of the host."""
-    pages = Pages(explorer)
+    pages, turns = Pages(explorer), CapacityLimiter(AT_ONCE)
+
+    def in_turn(page: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            return await to_thread.run_sync(page, request, limiter=turns)
+
+        return answer
+
     routes = [
-        Route("/", pages.home),
+        Route("/", in_turn(pages.home)),
         Route("/-/state.json", pages.state),
         Route("/-/explorer.css", lambda _: FileResponse(FOLDER / "explorer.css", headers=HEADERS)),
         Route("/-/explorer.js", lambda _: FileResponse(FOLDER / "explorer.js", headers=HEADERS)),
-        Route("/-/search", pages.search_all),
-        Route("/-/compare", pages.any_comparison),
-        Route("/{name}", pages.dataset),
-        Route("/{name}/search", pages.search),
-        Route("/{name}/document/{document:int}", pages.document),
-        Route("/{name}/document/{document:int}/export", pages.export),
-        Route("/{name}/place", pages.place),
-        Route("/{name}/next", pages.next),
-        Route("/{name}/distribution", pages.distribution),
-        Route("/{name}/effect", pages.effect),
-        Route("/{name}/token/{token:int}", pages.token),
-        Route("/{name}/class", pages.token_class),
-        Route("/{name}/compare/{other}", pages.compare),
-        Route("/{name}/expert", pages.any_expert),
-        Route("/{name}/expert/{layer:int}/{expert:int}", pages.expert),
+        Route("/-/search", in_turn(pages.search_all)),
+        Route("/-/compare", in_turn(pages.any_comparison)),
+        Route("/{name}", in_turn(pages.dataset)),
+        Route("/{name}/search", in_turn(pages.search)),
+        Route("/{name}/document/{document:int}", in_turn(pages.document)),
+        Route("/{name}/document/{document:int}/export", in_turn(pages.export)),
+        Route("/{name}/place", in_turn(pages.place)),
+        Route("/{name}/next", in_turn(pages.next)),
+        Route("/{name}/distribution", in_turn(pages.distribution)),
+        Route("/{name}/effect", in_turn(pages.effect)),
+        Route("/{name}/token/{token:int}", in_turn(pages.token)),
+        Route("/{name}/class", in_turn(pages.token_class)),
+        Route("/{name}/compare/{other}", in_turn(pages.compare)),
+        Route("/{name}/expert", in_turn(pages.any_expert)),
+        Route("/{name}/expert/{layer:int}/{expert:int}", in_turn(pages.expert)),
     ]
 
     answers = {HTTPException: pages.error, ValueError: pages.error}

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from patience import HUNG_S, wait_until
 
 from analysis.explorer.document import document_page, whole
 from analysis.explorer.live import Explorer
+from analysis.explorer.search import find_tokens
 from analysis.explorer.site import site
 from analysis.explorer.token import token_page
 from analysis.metrics.choices import coactivation, transitions
@@ -255,9 +257,50 @@ def test_an_expert_s_page_says_what_the_metrics_say(address: str, store: Path) -
 def test_a_search_finds_tokens_and_documents(address: str) -> None:
     page = text_of(asked(f"{address}/fake/search?q=document+3")[2])
     assert "document 3" in page
-    page = text_of(asked(f"{address}/fake/search?q=99")[2])
-    assert "▁99" in page
-    assert "No document's name contains it" in page
+    assert "Tokens" not in page
+    page = text_of(asked(f"{address}/fake/search?q=nothing+has+this")[2])
+    assert "Nothing in the text of fake, no token and no document's name contains it" in page
+
+
+def test_tokens_that_occur_are_listed_and_the_one_that_is_asked_for_comes_first(explorer: Explorer) -> None:
+    view = explorer.shown["fake"].view
+    occurring = np.flatnonzero(view.token_counts).tolist()
+    token = min(occurring, key=lambda number: len(view.pieces[number]))
+    text = view.texts[token].strip()
+    found = find_tokens(view, text, 10_000)["rows"]
+    assert found[0]["id"] == token
+    assert sorted(row["id"] for row in found) == [number for number in occurring if text in view.texts[number]]
+    assert len(found) < sum(text in piece for piece in view.pieces), "others contain it and do not occur"
+
+
+def test_a_phrase_s_places_are_those_of_the_text(explorer: Explorer, address: str) -> None:
+    view, capture = explorer.shown["fake"].view, open_capture(explorer.path, "fake").load()
+    token = capture["token"].values[0, 1:3].tolist()
+    phrase = "".join(view.texts[number] for number in token)[1:]
+    rows = [
+        "".join(view.texts[number] for number in own[:length].tolist())
+        for own, length in zip(capture["token"].values, capture["length"].values, strict=True)
+    ]
+    number = sum(len(re.findall(f"(?={re.escape(phrase)})", row)) for row in rows)
+    assert number > 0
+    page = asked(f"{address}/fake/search?{urlencode({'q': phrase.upper()})}")[2]
+    assert f"{number} place" in text_of(page)
+    assert page.count("<mark>") == min(number, 20)
+    everywhere = text_of(asked(f"{address}/-/search?{urlencode({'q': phrase})}")[2])
+    assert f"fake {number} place" in everywhere
+
+
+def test_the_next_place_of_a_token_is_the_one_behind_and_after_the_last_comes_the_first(explorer: Explorer) -> None:
+    now, capture = explorer.shown["fake"].view.now, open_capture(explorer.path, "fake").load()
+    token = capture["token"].values
+    number = int(np.bincount(token[token >= 0])[3:].argmax()) + 3
+    places = [(int(row), int(position)) for row, position in np.argwhere(token == number)]
+    assert len(places) > 2
+    for before, after in zip(places, places[1:] + places[:1], strict=True):
+        assert now.neighbour(number, *before) == after
+        assert now.neighbour(number, *after, back=True) == before
+    row, position = places[1]
+    assert now.neighbour(number, row, position - 1) == places[1], "from a place where it is not"
 
 
 def test_what_a_running_capture_commits_is_shown_as_it_comes(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from synthetic import EXPERTS, make_capture
 
 from analysis.explorer import index as index_module
 from analysis.explorer.index import CaptureIndex, index_folder, reducers
+from analysis.explorer.parts import ALIGNED
 from analysis.metrics.contexts import TopContexts, top_contexts
 from analysis.metrics.load import Load
 from analysis.scanning import accumulate, merge, scan, shards_to_read
@@ -171,7 +172,7 @@ def test_an_index_that_was_damaged_is_made_again(store: Path, harm: str) -> None
     elif harm == "a part empty":
         part.write_bytes(b"")
     elif harm == "a part zeroed":
-        part.write_bytes(part.read_bytes()[:64] + bytes(part.stat().st_size - 64))
+        part.write_bytes(part.read_bytes()[:ALIGNED] + bytes(part.stat().st_size - ALIGNED))
     else:
         shutil.rmtree(index_folder(store))
     again = CaptureIndex(store, "fake")
