@@ -65,6 +65,7 @@ from .metrics.paths import frequent_windows_of as frequent_windows_of
 from .metrics.position import dependent_experts as dependent_experts
 from .metrics.position import position_load as position_load
 from .metrics.position import position_load_of as position_load_of
+from .metrics.predictions import SampledPredictions as SampledPredictions
 from .metrics.published import published_counts as published_counts
 from .metrics.published import validation as validation
 from .metrics.repetition import Repetition as Repetition

@@ -6,6 +6,7 @@ Examples:
   python jobs/compare.py demo.zarr/demo-prose demo.zarr/demo-code
   python jobs/compare.py nf4.zarr/wikitext-103 fp8.zarr/wikitext-103
   python jobs/compare.py routes.zarr/whole routes.zarr/masked --json
+  python jobs/compare.py whole.zarr masked.zarr
 
 What counts:
   --phase PHASE             only tokens of the prompt, or only generated ones
@@ -23,6 +24,7 @@ Exit status: 0 compared, whatever came out, 2 they cannot be.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,7 +40,8 @@ import tyro
 from jobs.console.agreement_rows import agreement_told, print_agreement
 from jobs.console.arguments import parse
 from jobs.console.contrast_rows import contrast_told, print_contrast
-from jobs.console.places import by_store, capture_at
+from jobs.console.effect_rows import effects_told, print_effects
+from jobs.console.places import by_store, capture_at, captures_at
 from jobs.console.tables import Facts, print_json, print_line, stdout_console
 from jobs.console.terminal import run_job, say_next
 
@@ -56,14 +59,14 @@ class CompareConfig:
     Where both hold the same tokens in the same rows, as under another quantization, revision, back-end or machine, or
     with experts masked: agreement, layer by layer; and where both recorded log-probabilities (--record logprob), the
     effect of the second one on each predicted token. Else the contrast of the two data sets: the experts whose share of
-    tokens differs most, and the tokens that carry that. Exit status: 0 compared, whatever came out, 2 when they cannot
-    be.
+    tokens differs most, and the tokens that carry that. Of two stores that hold the same data sets, the effect on each
+    of them. Exit status: 0 compared, whatever came out, 2 when they cannot be.
     """
 
     one: Annotated[str, tyro.conf.Positional]
-    """A capture, as STORE/DATASET: demo.zarr/demo-prose, or s3://bucket/routes.zarr/wikitext-103."""
+    """A capture, as STORE/DATASET: demo.zarr/demo-prose, or s3://bucket/routes.zarr/wikitext-103; or STORE for all."""
     other: Annotated[str, tyro.conf.Positional]
-    """Another one."""
+    """Another one; or a store that holds the same data sets, captured in another way."""
     allow_incomplete: bool = False
     """Compare as far as both captures go."""
     phase: Annotated[tuple[Literal["prompt", "generated"], ...], tyro.conf.UseAppendAction] = ()
@@ -75,20 +78,24 @@ class CompareConfig:
     top: int = 10
     """Experts or tokens that are listed."""
     json: bool = False
-    """For scripts: one JSON document on standard output instead of the tables, with the keys shows ("agreement" or
-    "contrast"), one and other (the captures), differ (what they say differently of themselves, with both values),
-    layers and n. Of an agreement, layers has rows as in the table, n is the number of tokens, and there are
-    any_difference (the share of tokens whose experts differ at some layer), moved (null where no expert is masked
-    or forced in one alone, else layers, where one is, and the share of tokens whose set of experts differs, on
-    average over the layers below, the changed ones, and those above), and effect: null where one did not record
-    log-probabilities, else effect, low, high (nats a predicted token), p, level, untested (why there is no
-    interval, else empty), n, documents, estimator, definition, lose_most (token_id, piece, tokens and effect of
-    those that lose most), and places (effect, row, position, document, name, before, token and after of those that
-    lose most). Of a contrast, why says why it is one; layers has layer, divergence (bits) with _low, _high and
-    _by_chance, and p; experts has layer, expert, share, other_share, difference, low, high, p, usage and routing
+    """For scripts: one JSON document on standard output instead of the tables, with the keys shows ("agreement",
+    "contrast" or "effects"), one and other (the captures), differ (what they say differently of themselves, with both
+    values), layers and n. Of an agreement, layers has rows as in the table, n is the number of tokens, and there are
+    any_difference (the share of tokens whose experts differ at some layer), moved (null where no expert is masked or
+    forced in one alone, else layers, where one is, and the share of tokens whose set of experts differs, on average
+    over the layers below, the changed ones, and those above), and effect: null where one did not record
+    log-probabilities, else effect, low, high (nats a predicted token), p, level, untested (why there is no interval,
+    else empty), n, documents, estimator, definition, classes (of predicted tokens, that which loses most a token first:
+    class, tokens, effect, low, high, and p, which holds for all classes together), lose_most (token_id, piece, tokens
+    and effect of those that lose most), and places (effect, row, position, document, name, before, token and after of
+    those that lose most). Of a contrast, why says why it is one; layers has layer, divergence (bits) with _low, _high
+    and _by_chance, and p; experts has layer, expert, share, other_share, difference, low, high, p, usage and routing
     (the parts of the difference), and tokens (token_id, piece, contribution, usage, routing); cells (experts of all
     layers) and beyond_chance (of them, those with p of at most 1 - level); n, documents, effective_documents and
-    untested are by data set. What is no number is null."""
+    untested are by data set. Of effects, which two stores have, one and other are the stores, and differ is of their
+    first data set; data_sets has data_set, tokens, effect, low, high, p, difference (from the mean of the others) with
+    difference_low, difference_high and difference_p, and classes as above; left_out names data sets that only one store
+    holds, and untested_difference those without difference_p, with the reason. What is no number is null."""
 
     def __post_init__(self) -> None:
         if self.top < 1:
@@ -100,13 +107,10 @@ def main(arguments: list[str]) -> int:
     config = parse(CompareConfig, "compare", arguments)
 
     from analysis.scanning import Selection  # numba takes a second: --help does not wait for it
-    from store import open_capture
 
-    places = (config.one, config.other)
-    captures = [open_capture(*capture_at(place), allow_incomplete=config.allow_incomplete) for place in places]
-    only = Selection(roles=config.role or None, phases=config.phase or None)
-    told = {"one": config.one, "other": config.other, "differ": _differences(captures)}
-    told |= _compared(places, captures, only, config.top)
+    only, places = Selection(roles=config.role or None, phases=config.phase or None), (config.one, config.other)
+    told: dict[str, Any] = {"one": config.one, "other": config.other}
+    told |= (_of_stores if _are_stores(*places) else _of_captures)(places, only, config)
     if config.json:
         print_json(told)
     else:
@@ -115,15 +119,41 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _compared(places: tuple[str, str], captures: "Sequence[xr.Dataset]", only: "Selection", top: int) -> dict[str, Any]:
+def _are_stores(one: str, other: str) -> bool:
+    """Whether both name stores, of which one at least holds several data sets."""
+    names = [captures_at(place) for place in (one, other)]
+    stores = [path.rstrip("/") == place.rstrip("/") for (path, _), place in zip(names, (one, other), strict=True)]
+    return all(stores) and max(len(held) for _, held in names) > 1
+
+
+def _of_stores(places: tuple[str, str], only: "Selection", config: CompareConfig) -> dict[str, Any]:
+    """The effect on each data set that both stores hold."""
+    from store import open_capture
+
+    (one, names), (other, others) = map(captures_at, places)
+    common = [name for name in names if name in others]
+    if not common:
+        raise ValueError(f"{one} holds {', '.join(names)} and {other} {', '.join(others)}: no data set is in both")
+    opened = partial(open_capture, allow_incomplete=config.allow_incomplete)
+    pairs = {name: (opened(one, name), opened(other, name)) for name in common}
+    left_out = sorted(set(names) ^ set(others))
+    shown = {"shows": "effects", "left_out": left_out, "differ": _differences(pairs[common[0]])}
+    return {**shown, **effects_told(pairs, only)}
+
+
+def _of_captures(places: tuple[str, str], only: "Selection", config: CompareConfig) -> dict[str, Any]:
     """Agreement and effect where the captures hold the same tokens, else the contrast of the two data sets."""
     from analysis.metrics.agreement import OtherTokens
+    from store import open_capture
 
+    captures = [open_capture(*capture_at(place), allow_incomplete=config.allow_incomplete) for place in places]
+    differ = _differences(captures)
     try:
-        return {"shows": "agreement", **agreement_told(captures, only, top)}
+        return {"shows": "agreement", "differ": differ, **agreement_told(captures, only, config.top)}
     except OtherTokens as reason:
         by_place = dict(zip(places, captures, strict=True))
-        return {"shows": "contrast", "why": str(reason), **contrast_told(by_place, only, top)}
+        told = contrast_told(by_place, only, config.top)
+        return {"shows": "contrast", "why": str(reason), "differ": differ, **told}
 
 
 def _differences(captures: "Sequence[xr.Dataset]") -> dict[str, Any]:
@@ -139,7 +169,8 @@ def _print(console: "Console", told: Facts) -> None:
     print_line(console, _first_line(told))
     for name, values in told["differ"].items():
         print_line(console, f"{name}: {values[0]} and {values[1]}")
-    (print_contrast if told["shows"] == "contrast" else print_agreement)(console, told)
+    shown = {"agreement": print_agreement, "contrast": print_contrast, "effects": print_effects}
+    shown[told["shows"]](console, told)
 
 
 def _first_line(told: Facts) -> str:
@@ -147,6 +178,9 @@ def _first_line(told: Facts) -> str:
     both = f"of {told['one']} and {told['other']}"
     if told["shows"] == "contrast":
         return f"contrast {both}: {told['why']}"
+    if told["shows"] == "effects":
+        beside = f"; in one of them only: {', '.join(told['left_out'])}" if told["left_out"] else ""
+        return f"effect {both}, by data set{beside}"
     if told["effect"] is None:
         return f"agreement {both}: equal tokens; no effect without --record logprob in both"
     return f"agreement and effect {both}: equal tokens"

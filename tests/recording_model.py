@@ -22,11 +22,13 @@ class RecordingEngine(FakeEngine):
     ----------
     top
         Logits that are given, the largest ones with their experts; 0: all.
+    worse
+        Nats by which each token id modulo 7 is predicted worse.
     """
 
-    def __init__(self, *shape: Any, top: int = 0) -> None:
+    def __init__(self, *shape: Any, top: int = 0, worse: float = 0.0) -> None:
         super().__init__(*shape)
-        self.top = top
+        self.top, self.worse = top, worse
 
     def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
         """See `FakeEngine`."""
@@ -43,17 +45,21 @@ class RecordingEngine(FakeEngine):
             | {
                 "logit": np.take_along_axis(logit, order, -1) if self.top else logit,
                 "output_norm": 1 + routes["expert"].astype(np.float32) % 5 + token[..., None, None] % 3,
-                "logprob": np.where(last, np.nan, -(token % 7) - 0.5).astype(np.float32),
+                "logprob": np.where(last, np.nan, -(token % 7) * (1 + self.worse) - 0.5).astype(np.float32),
             }
         )
 
 
-def recorded_capture(path: Path, name: str, texts: list[str], *, top: int = 0, **layout: Any) -> None:
+def recorded_capture(
+    path: Path, name: str, texts: list[str], *, top: int = 0, worse: float = 0.0, **layout: Any
+) -> None:
     """A capture with all three, as `jobs/capture.py` makes it, and how logits become weights."""
     record = ("logit", *(("logit_expert",) if top else ()), "output_norm", "logprob")
     grid = fake_layout(record=record, top_logits=top, **layout)
     run: Any = FakeRun(path, grid, identity={"record": list(record)})
-    run.make_engine = partial(RecordingEngine, grid.layers, grid.num_experts, grid.experts_per_token, top=top)
+    run.make_engine = partial(
+        RecordingEngine, grid.layers, grid.num_experts, grid.experts_per_token, top=top, worse=worse
+    )
     capture_datasets(run, [(name, text_source(texts))], capture_here)
     about = path / name / "zarr.json"
     metadata = json.loads(about.read_text())

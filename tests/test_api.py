@@ -276,6 +276,7 @@ REDUCERS: dict[str, tuple[Reducer, int]] = {
     "Repetition": (analysis.Repetition((1, 4)), pairs()),
     "RouterDistribution": (analysis.RouterDistribution(SCORES), tokens()),
     "Saliency": (analysis.Saliency(), tokens()),
+    "SampledPredictions": (analysis.SampledPredictions(), tokens()),
     "SampledRoutes": (analysis.SampledRoutes(), tokens()),
     "SampledRows": (analysis.SampledRows(analysis.Load(), 1), tokens()),
     "SegmentRouting": (analysis.SegmentRouting((4,)), tokens()),

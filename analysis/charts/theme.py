@@ -31,7 +31,7 @@ SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross
 QUIET = "#8a93a3"  # what chance gives: seen on both grounds, and no data set's colour
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 # Each colour has one meaning. Blue is less and orange more than expected, through the page's own paper: told apart with
-# any colour vision. Data sets have neither of the two, and marks of their own beside their colours. Grey is no data set.
+# any colour vision. Data sets have neither of the two, and marks beside their colours. Grey is no data set.
 _LIGHT: Mapping[str, Any] = {
     "ink": "#1d2129",
     "soft": "#5b6472",

@@ -23,9 +23,11 @@ def comparable(own: View, others: Iterable[View]) -> list[View]:
 
 
 def same_rows(one: View, other: View) -> bool:
-    """Whether two captures have rows of the same documents, parts and lengths, and one vocabulary."""
+    """Whether two captures have rows of the same documents, parts and lengths, one vocabulary, and an equal first row;
+    whether all tokens are equal is known when they are read."""
     names = ("document_id", "offset", "length")
-    return one.pieces == other.pieces and all(np.array_equal(one.rows[name], other.rows[name]) for name in names)
+    alike = one.pieces == other.pieces and all(np.array_equal(one.rows[name], other.rows[name]) for name in names)
+    return alike and np.array_equal(one.first_row, other.first_row)
 
 
 def effect_page(own: View, other: View, row: int, start: int) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def effect_page(own: View, other: View, row: int, start: int) -> dict[str, Any]:
     stop = min(int(own.rows["length"][row]), start + CHUNK_POSITIONS)
     first = max(0, start - 1)
     tokens, logprob = ([each.read(name, row, first, stop) for each in (own, other)] for name in ("token", "logprob"))
-    if not np.array_equal(*tokens):
+    if not np.array_equal(tokens[0], tokens[1]):
         raise ValueError(f"{own.dataset} and {other.dataset} hold other tokens in row {row}")
     effect = np.full(stop - start, np.nan, np.float32)
     if own.rows["captured"][row] and other.rows["captured"][row]:

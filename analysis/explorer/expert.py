@@ -19,7 +19,7 @@ from analysis.explorer.similar import Similar
 from analysis.explorer.summary import SURE, Set, summary
 from analysis.explorer.view import TOP_TOKENS, View
 from analysis.metrics.choices import coactivation_of, transitions_of
-from analysis.metrics.position import position_load_of
+from analysis.metrics.load import share_of_experts
 from analysis.metrics.token_contributions import contributions_of
 from analysis.metrics.tokens import TokenOrder
 from analysis.scanning import Array
@@ -58,7 +58,8 @@ class Profiles:
         choices = view.now.result("choices")
         self.together = coactivation_of(choices)
         self.moves = transitions_of(choices)
-        self.position = position_load_of(view.now.result("position"))
+        position = view.now.result("position")
+        self.position = position.assign(share=share_of_experts(position["counts"]))
         self.contexts = view.now.result("contexts") if "weight" in view.capture else None
         routes = view.now.result("sample")
         self.similar, self.excess = Similar(routes), Excess(view, routes)
@@ -211,7 +212,7 @@ class Profiles:
 
 def contributions(one: View, others: Sequence[View], at: int, top: int = TOP_TOKENS) -> xr.Dataset:
     """The tokens that make the experts of a layer (by index) busier or less busy than in other data sets together."""
-    counts = [
+    mine, theirs = (
         xr.Dataset(
             {
                 "counts": (("token_id", "expert"), reduce(np.add, [view.table(at) for view in views])),
@@ -219,8 +220,8 @@ def contributions(one: View, others: Sequence[View], at: int, top: int = TOP_TOK
             }
         )
         for views in ([one], others)
-    ]
-    return contributions_of(*counts, np.array(one.pieces, object), top)
+    )
+    return contributions_of(mine, theirs, np.array(one.pieces, object), top)
 
 
 def _ranked(share: Array, leave_out: int | None = None) -> list[dict[str, Any]]:

@@ -84,6 +84,11 @@ class View:
         return {name: self.capture[name].values for name in ("document_id", "length", "offset", "captured")}
 
     @cached_property
+    def first_row(self) -> Array:
+        """The token ids of the first row; none where there is no row."""
+        return self.read("token", 0, 0, int(self.rows["length"][0])) if len(self.rows["length"]) else np.zeros(0, int)
+
+    @cached_property
     def document_tokens(self) -> Array:
         """Tokens of every document, int64: all, and those that are captured, (2, document)."""
         documents, length = self.rows["document_id"], self.rows["length"].astype(np.int64)

@@ -6,7 +6,7 @@ Does not know text: places are rows and positions.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import xarray as xr
@@ -49,7 +49,8 @@ class TopContexts(Reducer):
         places = [state[name] for name in ("weight", "row", "position")]
         _add_places(block["expert"], bits, block["counted"], block["row"], *places)
         if "around" in state:
-            _add_around(block["expert"], bits, block["length"], block["row"], before, *places[1:], state["around"])
+            where = before, state["row"], state["position"]
+            _add_around(block["expert"], bits, block["length"], block["row"], *where, state["around"])
 
     def merge(self, state: State, other: State) -> State:
         """The larger weights of both."""
@@ -68,7 +69,7 @@ class TopContexts(Reducer):
             "weight": (np.where(known, state["weight"].view(np.float16), np.float16(np.nan)), "weight of the choice"),
         }
         coords = {"layer": dataset["layer"].values, "expert": np.arange(sizes(dataset)[2])}
-        found = {
+        found: dict[str, Any] = {
             name: (("layer", "expert", "place"), values, {"long_name": about})
             for name, (values, about) in variables.items()
         }

@@ -61,12 +61,10 @@ class SampledRoutes(Reducer):
 
     def update(self, state: State, block: Block) -> None:
         """Add one shard: only rows that are in the sample with what is known so far are copied."""
-        tokens = block["counted"].sum(axis=1)
-        with np.errstate(over="ignore"):
-            document = mixed(block["document_id"].astype(np.uint64))
-            order = np.stack([document, mixed(document + block["offset"].astype(np.uint64))], axis=1)
-        both = (np.concatenate([state[name], own]) for name, own in (("order", order), ("tokens", tokens)))
-        row = self._first(*both) - len(state["tokens"])
+        tokens, order = block["counted"].sum(axis=1), document_order(block)
+        known = len(state["tokens"])
+        both = np.concatenate([state["order"], order]), np.concatenate([state["tokens"], tokens])
+        row = first_rows(*both, self.size) - known
         row = row[row >= 0]
         state["of"] += tokens.sum()
         if not len(row):
@@ -87,20 +85,12 @@ class SampledRoutes(Reducer):
     def merge(self, state: State, other: State) -> State:
         """The rows that come first of both."""
         both = {name: np.concatenate([state[name], other[name]]) for name in state if name not in ("index", "of")}
-        row = self._first(both["order"], both["tokens"])
+        row = first_rows(both["order"], both["tokens"], self.size)
         tokens = both["tokens"][row]
         start = np.cumsum(both["tokens"])[row] - tokens
         token = np.repeat(start - np.cumsum(tokens) + tokens, tokens) + np.arange(tokens.sum())
         own = {name: both[name][row if name in ("order", "document", "tokens") else token] for name in both}
         return {**own, "index": state["index"], "of": state["of"] + other["of"]}
-
-    def _first(self, order: Array, tokens: Array) -> Array:
-        """The rows of the sample, in order; those without a token are left out."""
-        row = np.lexsort((order[:, 1], order[:, 0]))
-        row = row[tokens[row] > 0]
-        before = np.cumsum(tokens[row]) - tokens[row]
-        first: Array = row[before < self.size]
-        return first
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """The tokens: `expert` (token, layer, k); `document_id`, `token_id`, `position` int64 and `piece` (token)."""
@@ -128,3 +118,19 @@ class SampledRoutes(Reducer):
             documents=len(np.unique(state["document"])),
             experts=experts,
         )
+
+
+def document_order(block: Block) -> Array:
+    """What rows of a shard are ordered by, uint64 (row, 2): a hash of the document, and one of the place in it."""
+    with np.errstate(over="ignore"):
+        document = mixed(block["document_id"].astype(np.uint64))
+        return np.stack([document, mixed(document + block["offset"].astype(np.uint64))], axis=1)
+
+
+def first_rows(order: Array, tokens: Array, size: int) -> Array:
+    """The first rows in order, while those before hold fewer than `size` tokens; rows without one are left out."""
+    row = np.lexsort((order[:, 1], order[:, 0]))
+    row = row[tokens[row] > 0]
+    before = np.cumsum(tokens[row]) - tokens[row]
+    first: Array = row[before < size]
+    return first

@@ -23,7 +23,7 @@ def sentences(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[str]
 
 
 def findings(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Finding]:
-    """The same, with what each is about: one of each data set, one of the busiest expert, one of a token and its own."""
+    """The same, with what each is about: one of each data set, one of the busiest expert, one of a token."""
     captured = [each for each in answers if each["load"].attrs["n"]]
     compared = compared_in(captured, apart)
     found = []

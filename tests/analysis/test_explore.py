@@ -381,12 +381,13 @@ def all_indexed(address: str) -> bool:
 
 def test_the_command_prints_its_address_and_ctrl_c_ends_it(store: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "explore.py"), str(store), "--port", "0", "--index", str(tmp_path)]
-    command += ["--processes", "2"]
+    command += ["--processes", "2", "--page", "fake/expert/1/0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         assert process.stdout is not None
-        address = process.stdout.readline().strip()
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
+        page = process.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/fake/expert/1/0", page)
+        address = page.removesuffix("fake/expert/1/0")
         status, _, page = asked(address)
         assert status == 200
         assert "What do the experts do?" in page

@@ -12,7 +12,7 @@ from test_logprob import planted
 from analysis import logprob_by_expert, router_distribution, saliency, surprise, surprise_and_entropy
 from analysis.report.answers import answer
 from analysis.report.page import report_of
-from analysis.report.section import Answers, Section
+from analysis.report.section import Answers, Finding, Section
 from analysis.report.sections import distribution
 from analysis.report.sections import saliency as saliency_section
 from analysis.report.sections import surprise as surprise_section
@@ -110,6 +110,12 @@ def test_of_the_largest_logits_bounds_are_drawn_and_named_so() -> None:
         assert low["value"] < high["value"]
 
 
+def words_of(finding: Finding | None) -> str:
+    """What a finding says; it must be there."""
+    assert finding is not None
+    return finding.said
+
+
 def halves(capture: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset]:
     """The documents that have a row, in two data sets."""
     documents, number = np.unique(capture["document_id"].values, return_inverse=True)
@@ -134,15 +140,15 @@ def flatter(capture: xr.Dataset, layer: int, by: float) -> xr.Dataset:
 def test_routers_that_are_less_sure_on_a_data_set_are_told_and_those_that_are_not_are_not() -> None:
     shape: dict[str, Any] = {"documents": 40, "record": ("logit",), "chunked": False}
     one, other = make_capture(seed=1, **shape), make_capture(seed=1, **shape)
-    unsure = less_sure(answered(RECORDED[:1], one=one, two=flatter(other, 1, 0.3)))
+    unsure = words_of(less_sure(answered(RECORDED[:1], one=one, two=flatter(other, 1, 0.3))))
     assert unsure.startswith("Routers are less sure on two than on one at 1 of 3 layers, most surely at layer 1")
     entropy = [float(router_distribution(each)["mean_entropy"][1]) for each in (one, flatter(other, 1, 0.3))]
     assert f"by {entropy[1] - entropy[0]:.2f} bits" in unsure
-    assert less_sure(answered(RECORDED[:1], **dict(zip(("one", "two"), halves(one), strict=True)))) == ""
+    assert less_sure(answered(RECORDED[:1], **dict(zip(("one", "two"), halves(one), strict=True)))) is None
     few = {"one": make_capture(seed=1, **{**shape, "documents": 5}), "two": flatter(other, 1, 0.3)}
-    assert less_sure(answered(RECORDED[:1], **few)) == ""
-    assert less_sure(answered(RECORDED[:1], one=one)) == ""
-    assert less_sure(answered(RECORDED[:1], one=make_capture(documents=20))) == ""
+    assert less_sure(answered(RECORDED[:1], **few)) is None
+    assert less_sure(answered(RECORDED[:1], one=one)) is None
+    assert less_sure(answered(RECORDED[:1], one=make_capture(documents=20))) is None
 
 
 def with_norms(capture: xr.Dataset, *, at: int | None = None, largest: float = 1.0, times: float = 1.0) -> xr.Dataset:
@@ -161,39 +167,43 @@ def with_norms(capture: xr.Dataset, *, at: int | None = None, largest: float = 1
 
 def test_an_expert_of_huge_outputs_is_told_and_a_usual_largest_one_is_not() -> None:
     capture = make_capture(documents=20, record=("output_norm",), special_token_ids=(), chunked=False)
-    assert stands_out(answered(RECORDED[1:2], a=with_norms(capture))) == ""
-    assert stands_out(answered(RECORDED[1:2], a=with_norms(capture, at=1, largest=9))) == ""
-    said = stands_out(answered(RECORDED[1:2], a=with_norms(capture, at=1, largest=200)))
+    assert stands_out(answered(RECORDED[1:2], a=with_norms(capture))) is None
+    assert stands_out(answered(RECORDED[1:2], a=with_norms(capture, at=1, largest=9))) is None
+    said = words_of(stands_out(answered(RECORDED[1:2], a=with_norms(capture, at=1, largest=200))))
     assert said.startswith("On a the largest output of expert 3 at layer 1 has a norm of 200, 18")
-    assert stands_out(answered(RECORDED[1:2], a=make_capture(seed=3, documents=20, record=("output_norm",)))) == ""
+    assert stands_out(answered(RECORDED[1:2], a=make_capture(seed=3, documents=20, record=("output_norm",)))) is None
 
 
 def test_an_expert_that_adds_more_on_a_data_set_is_told_and_halves_of_one_are_not_told_apart() -> None:
     capture = make_capture(documents=60, record=("output_norm",), chunked=False)
     one, other = halves(capture)
-    assert contributes_more(answered(RECORDED[1:2], one=with_norms(one), two=with_norms(other))) == ""
-    said = contributes_more(answered(RECORDED[1:2], one=with_norms(one), two=with_norms(other, at=2, times=2.0)))
+    assert contributes_more(answered(RECORDED[1:2], one=with_norms(one), two=with_norms(other))) is None
+    said = words_of(
+        contributes_more(answered(RECORDED[1:2], one=with_norms(one), two=with_norms(other, at=2, times=2.0)))
+    )
     assert said.startswith("Expert 3 of layer 2 adds more on two than on one: ")
     own, usual = (
         float(saliency(each)["mean_saliency"].sel(layer=2, expert=3))
         for each in (with_norms(other, at=2, times=2.0), with_norms(one))
     )
     assert f"{own:.3g} against {usual:.3g} (" in said
-    assert contributes_more(answered(RECORDED[1:2], one=with_norms(one))) == ""
+    assert contributes_more(answered(RECORDED[1:2], one=with_norms(one))) is None
 
 
 def test_an_expert_that_goes_with_easier_words_is_told_within_the_same_token_only() -> None:
     capture = make_capture(documents=40, sequence_length=64, vocabulary=15, experts_per_token=1, record=("logprob",))
     [words] = answered(RECORDED[2:], a=planted(capture, of_token=1.0, of_expert=0.0))
     assert float(abs(words["logprob"]["difference"]).max()) > 0.5
-    assert matters(words) == ""
+    assert matters(words) is None
     [real] = answered(RECORDED[2:], a=planted(capture, of_token=1.0, of_expert=-0.7))
-    said = matters(real)
+    said = words_of(matters(real))
     assert said.startswith("a: where a token reaches expert 2 at layer 1, the next one is less probable")
     cell = real["logprob"].sel(layer=1, expert=2)
     low, high = sorted(abs(float(cell[f"within_{end}"])) for end in ("low", "high"))
     assert f"by {abs(float(cell['within'])):.2f} nats ({low:.2f} to {high:.2f}, 95 %" in said
-    assert "more probable" in matters(answered(RECORDED[2:], a=planted(capture, of_token=0.0, of_expert=0.7))[0])
+    assert "more probable" in words_of(
+        matters(answered(RECORDED[2:], a=planted(capture, of_token=0.0, of_expert=0.7))[0])
+    )
     [few] = answered(
         RECORDED[2:],
         a=planted(
@@ -202,4 +212,4 @@ def test_an_expert_that_goes_with_easier_words_is_told_within_the_same_token_onl
             -0.7,
         ),
     )
-    assert matters(few) == ""
+    assert matters(few) is None

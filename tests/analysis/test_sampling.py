@@ -49,7 +49,7 @@ def drawn(capture: xr.Dataset) -> tuple[xr.Dataset, str, str]:
     asked = Asked(data=capture, state=state_of(capture), label="a")
     counted = scan(capture, list(caching.ask(asked).values()))
     found = caching.answer({"caches": counted[0]}, asked)
-    [figure] = caching.draw(
+    figure, _ = caching.draw(
         [Answers(label="a", state=asked.state, attrs=capture.attrs, documents=1, found=found)], None
     )
     return found["caches"], " ".join(figure.spec["title"]["subtitle"]), figure.about

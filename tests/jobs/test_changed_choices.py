@@ -128,6 +128,14 @@ def test_the_effect_is_told_where_both_recorded_predictions(command: Command, ba
     total = {each: difference[known & (token == each)].sum() for each in np.unique(token[known])}
     assert worst["effect"] * worst["tokens"] == pytest.approx(min(total.values()), abs=1e-4)
     assert total[worst["token_id"]] == pytest.approx(min(total.values()), abs=1e-4)
+    classes = {row["class"]: row for row in found["effect"]["classes"]}
+    initial = np.array([len(piece) > 1 and piece[0] == "▁" and piece[1].isalpha() for piece in whole["piece"].values])
+    own = difference[known & initial[token]]
+    assert (classes["word-initial"]["tokens"], classes["word-initial"]["effect"]) == (
+        own.size,
+        pytest.approx(own.mean(), abs=1e-6),
+    )
+    assert "by class of the predicted token" in told
     lost = np.where(known, difference, 0).min(1)
     assert [place["effect"] for place in found["effect"]["places"]] == pytest.approx(np.sort(lost)[:10], abs=1e-6)
     for place in found["effect"]["places"]:

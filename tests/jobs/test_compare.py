@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Ran
-from fake_model import fake_capture
+from fake_model import fake_capture, words
+from recording_model import recorded_capture
 
 from jobs import compare
 from store import open_capture
@@ -76,3 +77,30 @@ def test_the_contrast_is_drawn_and_says_what_it_is(store: Path, command: Callabl
     assert "nan" not in few.out
     refused = command(store / "a", store / "b", "--top", 0, main=compare.main)
     assert (refused.status, "--top is 0, and must be at least 1" in refused.err) == (2, True)
+
+
+def test_two_stores_have_an_effect_on_each_of_their_data_sets(tmp_path: Path, command: Callable[..., Ran]) -> None:
+    texts = {name: [words(12, 100 * at + n) for n in range(12)] for at, name in enumerate(["a", "b"])}
+    for store, by in (("whole", 0.0), ("masked", 0.25)):
+        for name, own in texts.items():
+            recorded_capture(tmp_path / f"{store}.zarr", name, own, worse=by * (name == "b"))
+    places = tmp_path / "whole.zarr", tmp_path / "masked.zarr"
+    found = json.loads(command(*places, "--json", main=compare.main).out)
+    assert (found["shows"], found["left_out"]) == ("effects", [])
+    assert [row["data_set"] for row in found["data_sets"]] == ["a", "b"]
+    for row in found["data_sets"]:
+        one, other = (open_capture(place, row["data_set"]).load() for place in places)
+        difference = (other["logprob"] - one["logprob"]).values[:, :-1]
+        known = np.isfinite(difference) & ~np.isin(one["token"].values[:, 1:], one.attrs["special_token_ids"])
+        assert (row["tokens"], row["effect"]) == (known.sum(), pytest.approx(difference[known].mean(), abs=1e-6))
+        [digits] = [each for each in row["classes"] if each["class"] == "digits"]
+        assert (digits["tokens"], digits["effect"]) == (row["tokens"], row["effect"]), "all pieces are numbers"
+    a, b = found["data_sets"]
+    assert b["difference"] == pytest.approx(b["effect"] - a["effect"])
+    assert (a["effect"], a["p"], b["p"] < 0.05, b["difference_p"] < 0.05) == (0, 1, True, True)
+    (places[1] / "b").rename(places[1] / "c")
+    told = command(*places, main=compare.main).out
+    assert told.startswith(f"effect of {places[0]} and {places[1]}, by data set; in one of them only: b, c")
+    (places[1] / "a").rename(places[1] / "d")
+    apart = command(*places, main=compare.main)
+    assert (apart.status, f"{places[1]} c, d: no data set is in both" in apart.err) == (2, True)

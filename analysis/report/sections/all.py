@@ -16,6 +16,7 @@ NAMES = (
     "distribution",
     "saliency",
     "surprise",
+    "effect",
     "position",
     "caching",
 )

@@ -33,6 +33,7 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
     spread = f"none: whole rows are simulated once{of and f' ({of})'}"
     for policy, title in POLICIES.items():
         rates = {each.label: each["caches"].sel(policy=policy) for each in answers}
+        by_chance = {label: found["null"] for label, found in rates.items() if found["null"].notnull().any()}
         yield line_figure(
             f"caching-{policy}",
             {label: found["hit_rate"].mean("layer") for label, found in rates.items()},
@@ -44,7 +45,7 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
             over="cache_size",
             axis="experts of a layer that the cache holds",
             domain=(0.0, 1.0),
-            by_chance={label: found["null"] for label, found in rates.items()},
+            by_chance=by_chance or None,
             notes=[f"{part}, as a sample" for part in sampled],
         )
 
@@ -53,8 +54,8 @@ SECTION = Section(
     id="caching",
     title="Caching",
     reading="How often an expert that is needed is already in a cache, mean over layers: LRU evicts the least recently"
-    " used one, and Belady, which knows the future, bounds what any policy can reach. Dashed is uniform independent"
-    " routing.",
+    " used one, and Belady, which knows the future, bounds what any policy can reach. Dashed is what LRU reaches where"
+    " routing is uniform and independent.",
     ask=ask,
     answer=answer,
     draw=draw,
