@@ -53,6 +53,7 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
     """The explorer as an ASGI application, for requests by address, to localhost, and under these names of the host."""
     pages, turns = Pages(explorer), CapacityLimiter(AT_ONCE)
 
+    # Pages that wait for a scan take no turn, and neither does what takes no time.
     def in_turn(page: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             return await to_thread.run_sync(page, request, limiter=turns)
@@ -75,8 +76,8 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
         Route("/{name}/distribution", in_turn(pages.distribution)),
         Route("/{name}/effect", in_turn(pages.effect)),
         Route("/{name}/token/{token:int}", in_turn(pages.token)),
-        Route("/{name}/class", in_turn(pages.token_class)),
-        Route("/{name}/compare/{other}", in_turn(pages.compare)),
+        Route("/{name}/class", pages.token_class),
+        Route("/{name}/compare/{other}", pages.compare),
         Route("/{name}/expert", in_turn(pages.any_expert)),
         Route("/{name}/expert/{layer:int}/{expert:int}", in_turn(pages.expert)),
     ]
