@@ -6,7 +6,6 @@ Reading and indexing never wait for each other. Does not know HTTP: `analysis.ex
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import threading
 import time
@@ -152,12 +151,10 @@ class Explorer:
             with self._survive(name):
                 self.indexes[name] = CaptureIndex(self.path, name, self.folder, self.only)
                 self.shown[name] = self._show(name)
-            _settle()
 
     def follow(self, stop: threading.Event) -> None:
         """Keep what is shown up to date until `stop` is set; a little of each data set first."""
         due: dict[str, float] = {}
-        settled: list[str] = []
         most: int | None = FIRST
         while not stop.is_set():
             with self._survive(self.path):
@@ -171,8 +168,6 @@ class Explorer:
                 quiet = self.shown[name].view.now.state.complete or name in self.problems
                 due[name] = time.monotonic() + (0 if added else max(QUIET_S if quiet else BUSY_S, 5 * took))
             most = PARTS_AT_ONCE
-            if settled != (settled := [each.digest for each in [*self.shown.values()]]):
-                _settle()
             stop.wait(0.2)
 
     @contextmanager
@@ -235,13 +230,6 @@ def differs(one: View, other: View) -> str:
     if fields.keys() <= set(changed):
         return changes_in_words(said[1]["identity"]) or ("unchanged choices" if fields else "")
     return differences_in_words(*said)
-
-
-def _settle() -> None:
-    """Keep what will stay out of the garbage collector's sight: looking through all of it takes 0.2 s each time."""
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
 
 
 def _digest(index: CaptureIndex) -> str:
