@@ -27,6 +27,7 @@ from analysis.scanning import Selection
 
 SWITCH_S = 0.0005  # after which a thread gives way: a page takes ten hand-overs, of 5 ms by default (measured)
 TELL_S = 2.0  # between two looks at whether there is something to tell (arbitrary)
+ENDED_S = 3.0  # that a helper has to end by itself (arbitrary)
 MOST = 4  # processes, unless more are asked for (arbitrary)
 
 
@@ -56,6 +57,7 @@ def helpers(explorer: Explorer, names: Sequence[str], listener: socket.socket, n
         for own, _ in pipes:
             own.close()
         for process in started:
+            process.join(ENDED_S)
             process.terminate()
             process.join()
 
@@ -84,9 +86,12 @@ def _help(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the helpers
     path, datasets, folder, only = given
     explorer = Explorer(path, datasets, folder, only=only)
-    answering = threading.Thread(target=server_of(explorer, names).run, kwargs={"sockets": [listener]}, daemon=True)
+    server = server_of(explorer, names)
+    answering = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     answering.start()
     _listen(explorer, told)
+    server.should_exit = True
+    answering.join()
 
 
 def _listen(explorer: Explorer, told: Connection) -> None:
