@@ -97,21 +97,60 @@ def measure(
         if unknown := sorted(set(layers) - set(capture["layer"].values.tolist())):
             raise ValueError(f"layers {unknown} were not captured; {dataset} has {capture['layer'].values.tolist()}")
         capture = capture.sel(layer=list(layers))
-    identity = identity_hash(CaptureGroup(path, dataset).identity)
-    kept = open_objects(beside(path), scratch=".scratch")
-    about = [identity, state.digest, layers and list(layers), asdict(only)]
-    keys = [_key(dataset, about, reducer) for reducer in reducers]
-    read = (_read(kept, key, reducer.init(capture)) for key, reducer in zip(keys, reducers, strict=True))
+    about = [identity_hash(CaptureGroup(path, dataset).identity), state.digest, layers and list(layers)]
+    return answers(
+        capture, reducers, beside(path), dataset, about, only=only, threads=threads, progress=progress, runner=runner
+    )
+
+
+def answers(
+    opened: xr.Dataset,
+    reducers: Sequence[Reducer],
+    folder: Path | str,
+    name: str,
+    about: Sequence[object],
+    *,
+    only: Selection = EVERYTHING,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    runner: Runner = accumulate,
+) -> list[xr.Dataset]:
+    """Answer questions about what was opened, which may be more than one capture: from what is kept, and the rest from
+    one scan.
+
+    Parameters
+    ----------
+    opened : xr.Dataset
+        What to look at.
+    reducers : sequence of Reducer
+        The questions.
+    folder
+        Where answers are kept: see `beside`.
+    name : str
+        Of the folder in it.
+    about : sequence
+        What was opened, to its bytes: plain values, of which JSON can be made.
+    only, threads, progress, runner
+        See `measure`.
+
+    Returns
+    -------
+    list of xr.Dataset
+        See `measure`.
+    """
+    kept = open_objects(folder, scratch=".scratch")
+    keys = [_key(name, [*about, asdict(only)], reducer) for reducer in reducers]
+    read = (_read(kept, key, reducer.init(opened)) for key, reducer in zip(keys, reducers, strict=True))
     states = {index: state for index, state in enumerate(read) if state is not None}
     if asked := [index for index in range(len(reducers)) if index not in states]:
-        shards = shards_to_read(capture, only)
+        shards = shards_to_read(opened, only)
         wanted = [reducers[index] for index in asked]
-        found = runner(capture, wanted, shards, only=only, threads=threads, progress=progress)
+        found = runner(opened, wanted, shards, only=only, threads=threads, progress=progress)
         for index, counted in zip(asked, found, strict=True):
             states[index] = counted
             if key := keys[index]:
                 _keep(kept, key, counted)
-    return finish(reducers, [states[index] for index in range(len(reducers))], capture)
+    return finish(reducers, [states[index] for index in range(len(reducers))], opened)
 
 
 def beside(path: Path | str) -> str:

@@ -25,7 +25,7 @@ _KEYWORDS = (
     "self|short|signed|sizeof|static|struct|super|switch|synchronized|template|this|throw|throws|trait|true|True|"
     "try|typedef|typename|typeof|union|unsafe|unsigned|use|using|var|virtual|void|volatile|where|while|with|yield"
 )
-_SCRIPTS = (
+SCRIPTS = (
     *("Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Devanagari", "Bengali", "Tamil"),
     *("Telugu", "Thai", "Han", "Hiragana", "Katakana", "Hangul"),
 )
@@ -71,7 +71,7 @@ CLASSES: dict[str, TokenClass] = {
         name.lower(): TokenClass(
             description=f"letters of the script {name}", pattern=rf"(?=\p{{L}})[\p{{Script={name}}}\p{{M}}]+"
         )
-        for name in _SCRIPTS
+        for name in SCRIPTS
     },
 }
 """By name; a token may be in several."""
@@ -121,7 +121,7 @@ def members_by_class(classes: Iterable[str], pieces: Iterable[str]) -> dict[str,
 
 def _members(which: str, texts: Sequence[str]) -> NDArray[np.bool_]:
     fits = compiled(which)
-    if not _is_expression(which):
+    if not is_expression(which):
         return np.array([fits.fullmatch(text) is not None for text in texts], dtype=np.bool_)
     end = time.monotonic() + PATIENCE_S
     try:
@@ -163,7 +163,7 @@ def groups_of(members: Mapping[str, NDArray[np.bool_]]) -> Groups:
 
 def compiled(which: str) -> regex.Pattern[str]:
     """The pattern of a class or of a regular expression between slashes; errors as `members_of`."""
-    if _is_expression(which):
+    if is_expression(which):
         try:
             return regex.compile(which[1:-1])
         except regex.error as error:
@@ -177,5 +177,6 @@ def compiled(which: str) -> regex.Pattern[str]:
     return regex.compile(rf"\s*(?:{own.pattern})\s*" if own.spaced else own.pattern, regex.DOTALL)
 
 
-def _is_expression(which: str) -> bool:
+def is_expression(which: str) -> bool:
+    """Whether it is a regular expression between slashes."""
     return len(which) > 1 and which.startswith("/") and which.endswith("/")

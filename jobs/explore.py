@@ -28,6 +28,7 @@ Exit status: 0 stopped or exported, 2 there is no such store, document or addres
 
 import contextlib
 import ipaddress
+import os
 import socket
 import sys
 import threading
@@ -72,6 +73,8 @@ class ExploreConfig:
     """The port to listen at; 0 for any that is free."""
     index: Path | None = None
     """A folder for the index. Default: beside the store, or in the user's cache for a store in a bucket."""
+    processes: int | None = None
+    """Processes that answer: more visitors at once, and more memory. Default: one a processor, 4 at most."""
     threads: int | None = None
     """Shards that are indexed at the same time. Default: one a processor."""
     phase: Annotated[tuple[Literal["prompt", "generated"], ...], tyro.conf.UseAppendAction] = ()
@@ -94,6 +97,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--port {config.port}: 0 to 65535")
     if config.threads is not None and config.threads < 1:
         raise ValueError(f"--threads {config.threads}: 1 or more")
+    if config.processes is not None and config.processes < 1:
+        raise ValueError(f"--processes {config.processes}: 1 or more")
     if config.export is not None and (config.phase or config.role):
         raise ValueError("--export writes whole texts: leave out --phase and --role")
     if config.export is not None:
@@ -132,9 +137,7 @@ def _export(store: str, name: str, config: ExploreConfig) -> int:
 
 def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
     """Answer until interrupted, and index meanwhile."""
-    import uvicorn
-
-    from analysis.explorer.site import site
+    from analysis.explorer.serving import MOST, helpers, server_of
 
     stop = threading.Event()
     follower = threading.Thread(target=explorer.follow, args=(stop,), daemon=True)
@@ -142,7 +145,8 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
         where, port = listener.getsockname()[:2]
         address = ipaddress.ip_address(where)
         here = (socket.gethostname(), config.host)
-        server = uvicorn.Server(uvicorn.Config(site(explorer, here), log_level="warning", timeout_graceful_shutdown=2))
+        server = server_of(explorer, here)
+        processes = config.processes or min(MOST, os.cpu_count() or 1)
         if not address.is_loopback:
             log(f"note: whoever reaches {where}, port {port}, can read this store: there is no password")
         name = socket.gethostname() if address.is_unspecified else f"[{where}]" if address.version == 6 else where
@@ -150,7 +154,8 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
         log("Ctrl-C stops it")
         follower.start()
         try:
-            server.run(sockets=[listener])
+            with helpers(explorer, here, listener, processes - 1):
+                server.run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn has stopped in order, and hands the signal on
             pass
         finally:

@@ -6,18 +6,36 @@ Does not know how it is shown.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from analysis.explorer.view import View
+from analysis.explorer.excess import Excess
+from analysis.explorer.similar import Similar
+from analysis.explorer.summary import SURE, Set, summary
+from analysis.explorer.view import TOP_TOKENS, View
 from analysis.metrics.choices import coactivation_of, transitions_of
-from analysis.metrics.position import position_load_of
+from analysis.metrics.load import share_of_experts
+from analysis.metrics.token_contributions import contributions_of
 from analysis.metrics.tokens import TokenOrder
 from analysis.scanning import Array
 from analysis.statistics.jackknife import interval
+
+ELSEWHERE = 4  # places that are shown of each other data set (arbitrary)
+SIDE_BY_SIDE = 6  # tokens that are shown of each data set beside the others (arbitrary)
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Another data set whose experts can be shown beside one's."""
+
+    profiles: Profiles
+    differs: str
+    """In what its model differs, in words; empty where in nothing."""
 
 
 class Profiles:
@@ -32,16 +50,23 @@ class Profiles:
     def __init__(self, view: View) -> None:
         self.view = view
         load = view.now.result("load")
-        self.load = interval(load["share"], scale="share")
+        self.share = load["share"]
+        self.load = interval(self.share, scale="share")
+        self._bounds: dict[int, tuple[Array, Array, Array]] = {}
+        self.choices_of_units = load[["counts"]].sum("k").assign_attrs(load.attrs, experts_per_token=view.choices)
         self.mass = load["mass_share"].isel(replicate=0)
         choices = view.now.result("choices")
         self.together = coactivation_of(choices)
         self.moves = transitions_of(choices)
-        self.position = position_load_of(view.now.result("position"))
+        position = view.now.result("position")
+        self.position = position.assign(share=share_of_experts(position["counts"]))
         self.contexts = view.now.result("contexts") if "weight" in view.capture else None
+        routes = view.now.result("sample")
+        self.similar, self.excess = Similar(routes), Excess(view, routes)
+        self.ranked: dict[int, tuple[list[View], xr.Dataset]] = {}
 
-    def expert(self, layer: int, expert: int, others: Sequence[Profiles] = ()) -> dict[str, Any]:
-        """All about one expert; `others` are the data sets of the same model, this one included.
+    def expert(self, layer: int, expert: int, alike: Sequence[Alike] = ()) -> dict[str, Any]:
+        """All about one expert; `alike` are the other data sets whose experts can be shown beside.
 
         Raises
         ------
@@ -54,28 +79,80 @@ class Profiles:
                 f"expert {expert} of layer {layer}: {view.dataset} has experts 0 to {view.experts - 1} at layers"
                 f" {view.layers[0]} to {view.layers[-1]}"
             )
-        even = 1 / view.experts
-        loads = [each._load(layer, expert) for each in others or [self]]
+        even, others = 1 / view.experts, [each.profiles for each in alike if not each.differs]
+        sets = [self._set(layer, expert), *(each.profiles._set(layer, expert, each.differs) for each in alike)]
         positions = self._positions(layer, expert)
         return {
             "layer": layer,
             "expert": expert,
             "even": even,
-            "loads": loads,
-            "most": max(even, *(each["estimate"] or 0 for each in loads)),
+            "summary": self.summary(layer, expert, others),
+            "sets": sets,
+            "most": max(even, *(each["estimate"] or 0 for each in sets)),
             "positions": positions,
             "most_at": max(even, *(each["share"] or 0 for each in positions)),
             "by_lift": self._tokens(layer, expert, "lift"),
             "by_count": self._tokens(layer, expert, "count"),
-            "contexts": self._contexts(layer, expert),
+            "against": self._against(layer, expert, [each.view for each in others]),
+            "contexts": self.contexts_of(layer, expert),
+            "elsewhere": [
+                (each.view.dataset, found)
+                for each in others
+                if (found := each.contexts_of(layer, expert, ELSEWHERE)) and each is not self
+            ],
             "together": self._together(layer, expert),
+            "similar": self.similar.of(view.layers.index(layer), expert),
+            "sampled": self.similar.expert.shape[1],
             **self._neighbours(layer, expert),
         }
 
-    def _load(self, layer: int, expert: int) -> dict[str, Any]:
+    def summary(self, layer: int, expert: int, others: Sequence[Profiles]) -> Mapping[str, Any]:
+        """What it does, in words."""
+        sets = [each._busy(layer, expert, 1 + len(others)) for each in (self, *others)]
+        reach = self.view.choices * sets[0].share
+        classes, tokens = self.excess.kinds(layer, expert)
+        return summary(sets[0], reach, classes, tokens, sets[1:])
+
+    def _busy(self, layer: int, expert: int, sets: int) -> Set:
+        """How busy it is, with an interval that holds all experts and layers of so many data sets together."""
+        at = self.view.layers.index(layer), expert
+        return Set(self.view.dataset, *(float(found[at]) for found in self.bounds(sets)))
+
+    def bounds(self, sets: int) -> tuple[Array, Array, Array]:
+        """Shares of the choices (layer, expert), and the ends of intervals that hold all experts and layers of so many
+        data sets together."""
+        if sets not in self._bounds:
+            level = 1 - SURE / (sets * len(self.view.layers) * self.view.experts)
+            found = interval(self.share, level, scale="share")
+            one, other, last = (found[name].values for name in ("estimate", "low", "high"))
+            self._bounds[sets] = one, other, last
+        return self._bounds[sets]
+
+    def _against(self, layer: int, expert: int, others: list[View]) -> dict[str, Any] | None:
+        """The tokens that make it busier or less busy than in the other data sets together; None without others."""
+        if not others:
+            return None
+        if layer not in self.ranked or self.ranked[layer][0] != others:
+            self.ranked[layer] = others, contributions(self.view, others, self.view.layers.index(layer))
+        found = self.ranked[layer][1].sel(expert=expert)
+        names = ("token_id", "contribution", "token_usage", "token_routing")
+        rows = [
+            dict(zip(names, row, strict=True))
+            for row in zip(*(found[name].values.tolist() for name in names), strict=True)
+        ]
+        return {
+            **{name: float(found[name]) for name in ("difference", "usage", "routing")},
+            "names": [other.dataset for other in others],
+            "rows": [row | {"text": self.view.texts[row["token_id"]]} for row in rows if row["token_id"] >= 0],
+        }
+
+    def _set(self, layer: int, expert: int, differs: str = "") -> dict[str, Any]:
+        """Its row among those of all data sets."""
         own = self.load.sel(layer=layer, expert=expert)
         return {
             "dataset": self.view.dataset,
+            "differs": differs,
+            "tokens": self._tokens(layer, expert, "lift")[:SIDE_BY_SIDE],
             **{name: _number(own[name]) for name in ("estimate", "low", "high")},
             "mass": _number(self.mass.sel(layer=layer, expert=expert)),
         }
@@ -87,17 +164,20 @@ class Profiles:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return [row | {"text": self.view.texts[row["token_id"]]} for row in rows if row["token_id"] >= 0]
 
-    def _contexts(self, layer: int, expert: int) -> list[dict[str, Any]] | None:
-        """Where its weights are largest; None of routes that came without weights."""
+    def contexts_of(self, layer: int, expert: int, most: int | None = None) -> list[dict[str, Any]] | None:
+        """Where its weights are largest, each token shaded by its own; None of routes that came without weights."""
         if self.contexts is None:
             return None
         found = self.contexts.sel(layer=layer, expert=expert)
+        shares = found["around"].values.astype(float)
+        shares = np.nan_to_num(shares / (shares.max(initial=0) or 1)).clip(0)
+        columns = (found[name].values.tolist() for name in ("row", "position", "weight"))
         rows = []
-        for row, position, weight in zip(*(found[name].values.tolist() for name in found), strict=True):
+        for row, position, weight, own in zip(*columns, shares, strict=True):
             part = self.view.now.part_of(row) if row >= 0 else None
             if part is not None:
-                rows.append(self.view.place(part, row, position) | {"weight": weight})
-        return rows
+                rows.append(self.view.place(part, row, position, own) | {"weight": weight})
+        return rows[:most]
 
     def _together(self, layer: int, expert: int) -> dict[str, Any]:
         """Whom it works with: the other choices of its tokens."""
@@ -128,6 +208,20 @@ class Profiles:
             {"start": int(start), "share": _number(share), "choices": number}
             for start, share, number in zip(own["start"].values, own.values, choices, strict=True)
         ]
+
+
+def contributions(one: View, others: Sequence[View], at: int, top: int = TOP_TOKENS) -> xr.Dataset:
+    """The tokens that make the experts of a layer (by index) busier or less busy than in other data sets together."""
+    mine, theirs = (
+        xr.Dataset(
+            {
+                "counts": (("token_id", "expert"), reduce(np.add, [view.table(at) for view in views])),
+                "tokens": ("token_id", reduce(np.add, [view.token_counts for view in views])),
+            }
+        )
+        for views in ([one], others)
+    )
+    return contributions_of(mine, theirs, np.array(one.pieces, object), top)
 
 
 def _ranked(share: Array, leave_out: int | None = None) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from analysis.explorer.parts import MARK, Occurrences, Part
 from analysis.metrics.choices import Choices
 from analysis.metrics.contexts import TopContexts
 from analysis.metrics.load import ExpertCounts, Load
+from analysis.metrics.sample import SampledRoutes
 from analysis.results import beside, question
 from analysis.scanning import EVERYTHING, Reducer, Selection, State, accumulate, merge, selected_labels
 from analysis.statistics.jackknife import Jackknife
@@ -44,6 +45,8 @@ from store.identity import identity_hash
 from store.reader import open_covered
 
 PARTS_AT_ONCE = 32  # shards between two savings of the sums (arbitrary)
+AROUND = 12  # tokens of context on each side of a place (arbitrary)
+SAMPLED = 32_768  # tokens of whole documents that are kept one by one: 12 MB for 48 layers of 8 choices (arbitrary)
 ABANDONED_S = 86_400.0  # after which a file that was not finished is taken for a killed process's (arbitrary)
 
 Sums = dict[str, State]
@@ -56,8 +59,9 @@ def reducers(capture: xr.Dataset) -> dict[str, Reducer]:
         "load": Jackknife(Load()),
         "choices": Choices(),
         "position": ExpertCounts(32),
+        "sample": SampledRoutes(SAMPLED),
     }
-    return counted | ({"contexts": TopContexts()} if "weight" in capture else {})
+    return counted | ({"contexts": TopContexts(around=AROUND)} if "weight" in capture else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +104,22 @@ class Indexed:
                 found += [(part, int(index)) for index in places]
             number += here
         return number, found
+
+    def neighbour(self, token: int, row: int, position: int, *, back: bool = False) -> tuple[int, int]:
+        """The next place of a token after another place, or before it; after the last one comes the first.
+
+        Raises
+        ------
+        ValueError
+            When it does not occur.
+        """
+        number, _ = self.occurrences(token, limit=0)
+        if not number:
+            raise ValueError(f"token {token} does not occur in what is indexed")
+        before = sum(part.before(token, row, position + (not back)) for part in self.parts.values())
+        _, [(part, found)] = self.occurrences(token, skip=(before - back) % number, limit=1)
+        rows, positions = part.places(np.array([found]))
+        return int(rows[0]), int(positions[0])
 
     def part_of(self, row: int) -> Part | None:
         """The part that holds a row of the capture; None where it is not indexed."""

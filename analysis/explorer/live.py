@@ -16,10 +16,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from analysis.explorer.expert import Profiles
+from analysis.explorer.expert import Alike, Profiles
 from analysis.explorer.index import PARTS_AT_ONCE, CaptureIndex
+from analysis.explorer.unusual import Unusual, unusual_documents
 from analysis.explorer.view import View
+from analysis.metrics.contrast import differences_in_words
 from analysis.scanning import EVERYTHING, Selection
+from store import model_differences
+from store.attributes import attributes
+from store.identity import changes_in_words
 from store.names import dataset_names
 from store.secrets import without_secrets
 
@@ -42,6 +47,11 @@ class Shown:
     def profiles(self) -> Profiles:
         """Of its experts; computed when the first is asked for."""
         return Profiles(self.view)
+
+    @cached_property
+    def unusual(self) -> Unusual:
+        """How unusual its documents are; computed when they are first asked for."""
+        return unusual_documents(self.view)
 
 
 class Explorer:
@@ -97,14 +107,16 @@ class Explorer:
                     self.indexes[name] = CaptureIndex(self.path, name, self.folder, self.only)
                     self.shown[name] = self._show(name)
 
-    def alike(self, own: Shown) -> list[Profiles]:
-        """The profiles of the data sets whose experts can be compared with one's, itself included."""
+    def alike(self, own: Shown) -> list[Alike]:
+        """The other data sets whose experts can be shown beside one's."""
 
         def model(view: View) -> tuple[object, ...]:
             return view.capture.attrs.get("model"), view.experts, view.choices, *view.layers
 
-        each = [own if shown.view.dataset == own.view.dataset else shown for shown in [*self.shown.values()]]
-        return [shown.profiles for shown in each if model(shown.view) == model(own.view)]
+        others = [each for name, each in [*self.shown.items()] if name != own.view.dataset and each.view.now.tokens]
+        return [
+            Alike(each.profiles, differs(own.view, each.view)) for each in others if model(each.view) == model(own.view)
+        ]
 
     def refresh(self, name: str, most: int | None = None) -> int:
         """Index what was committed of a data set since, so many shards of it at most, and show it.
@@ -132,6 +144,13 @@ class Explorer:
         finally:
             self.progress.pop(name, None)
         return added
+
+    def reread(self, name: str, digest: str) -> None:
+        """Show a data set as another process has indexed it, unless that is shown already."""
+        if name not in self.shown or self.shown[name].digest != digest:
+            with self._survive(name):
+                self.indexes[name] = CaptureIndex(self.path, name, self.folder, self.only)
+                self.shown[name] = self._show(name)
 
     def follow(self, stop: threading.Event) -> None:
         """Keep what is shown up to date until `stop` is set; a little of each data set first."""
@@ -199,9 +218,18 @@ class Explorer:
         view = View(self.path, name, index.now, before.view if before and same else None)
         shown = Shown(view, _digest(index), index.identity)
         if index.now.parts:
-            _ = shown.profiles
+            _ = shown.profiles, shown.unusual
             view.warm()
         return shown
+
+
+def differs(one: View, other: View) -> str:
+    """In what the model of another data set differs, in words: what was changed about its choices, if that is all."""
+    said = [attributes(view.capture) for view in (one, other)]
+    fields, changed = model_differences(*said), ("mask", "force", "top_k", "routes_from", "routes_weights")
+    if fields.keys() <= set(changed):
+        return changes_in_words(said[1]["identity"]) or ("unchanged choices" if fields else "")
+    return differences_in_words(*said)
 
 
 def _digest(index: CaptureIndex) -> str:

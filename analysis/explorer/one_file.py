@@ -13,7 +13,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from analysis.escaping import inert_json, policy_hash, visible
+from analysis.escaping import inert_json, policy_hash
+from analysis.explorer.document import whole
+from analysis.explorer.pieces import inline
 from analysis.explorer.view import View
 
 FOLDER = Path(__file__).parent / "pages"
@@ -33,16 +35,10 @@ def environment() -> jinja2.Environment:
     return made
 
 
-def inline(text: object) -> str:
-    """A text on one line, where everything can be seen: a line feed is ↵, and blanks alone are ␣."""
-    line = visible(str(text).replace("\n", "↵"))
-    return line if line.strip() else "␣" * len(line)
-
-
 def reader_data(view: View, documents: Sequence[dict[str, Any]]) -> Markup:
-    """What explorer.js draws a text from: documents as `View.document` gives them."""
+    """What explorer.js draws a text from: documents as `analysis.explorer.document` gives them."""
     shape = {"layers": view.layers, "experts": view.experts, "choices": view.choices, "words": len(view.texts)}
-    shape["distributions"] = view.scores is not None
+    shape["distributions"], shape["indented"] = view.scores is not None, view.indented
     return inert_json({**shape, "documents": list(documents)})
 
 
@@ -56,7 +52,7 @@ def export_page(view: View, documents: Sequence[int]) -> str:
     """
     documents = list(dict.fromkeys(documents))
     refuse_too_long(view, documents)
-    texts = [view.whole(document) for document in documents]
+    texts = [whole(view, document) for document in documents]
     for text in texts:
         text["name"] = inline(text["name"]) or "(no name)"
     tokens = sum(len(text["ids"]) for text in texts)

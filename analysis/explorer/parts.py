@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from analysis.scanning import Array, Block, Reducer, State, kernel
+from analysis.scanning import Array, Block, Reducer, State, kernel, sizes
 from store.files import whole_file
 
-MARK = 0x31_5452_4150_4145  # "EAPART1" as a number: what these files begin with
-ALIGNED = 64  # bytes, at which each array begins
+MARK = 0x32_5452_4150_4145  # "EAPART2" as a number: what these files begin with
+ALIGNED = 128  # bytes, at which each array begins; the first of them say how large they are
+SIZES = 9  # whole numbers that say it
+WIDTHS = (1, 2, 4)  # bytes of a count
 
 
 class Part:
@@ -46,6 +48,8 @@ class Part:
         Where each token's occurrences begin in `order`.
     expert : array, shape (layers, occurrences, k), of the capture's type
         The choices there.
+    load : array, shape (rows, layers, experts), uint16 or uint32
+        How often each row's counted tokens chose each expert.
 
     Raises
     ------
@@ -58,19 +62,24 @@ class Part:
     order: Array
     bounds: Array
     expert: Array
+    load: Array
 
     def __init__(self, file: Path, first_row: int) -> None:
         self.first_row = first_row
         data = np.asarray(np.memmap(file, np.uint8, "r"))
         if data.size < ALIGNED or data[:8].view(np.int64)[0] != MARK:
             raise ValueError(f"{file} is no part of an index")
-        at = ALIGNED
-        for name, (dtype, shape) in _layout(*data[8:ALIGNED].view(np.int64).tolist()).items():
+        at, sizes = ALIGNED, data[8 : 8 + 8 * SIZES].view(np.int64).tolist()
+        if sizes[-1] not in WIDTHS:
+            raise ValueError(f"{file} is damaged: it does not say how large it is")
+        for name, (dtype, shape) in _layout(*sizes).items():
             size = prod(shape) * dtype.itemsize
             if at + size > data.size:
                 raise ValueError(f"{file} is cut short: {data.size} bytes")
             setattr(self, name, data[at : at + size].view(dtype).reshape(shape))
             at += -(-size // ALIGNED) * ALIGNED
+        if data.size != at:
+            raise ValueError(f"{file} has {data.size} bytes, and should have {at}")
         if self.bounds[-1] != len(self.order) or self.start[-1] != len(self.token):
             raise ValueError(f"{file} is damaged: its bounds do not end where its arrays do")
 
@@ -87,6 +96,13 @@ class Part:
         if layer is None or expert is None:
             return np.arange(low, high)
         return low + np.flatnonzero((self.expert[layer, low:high] == expert).any(axis=1))
+
+    def find_all(self, tokens: Array, layer: int | None = None, expert: int | None = None) -> Array:
+        """Where any of some tokens occurs, or went to an expert at a layer (by index), as indices into `order`."""
+        found = [
+            self.find(int(token), layer, expert) for token in tokens if self.bounds[token] < self.bounds[token + 1]
+        ]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def add_table(self, layer: int, count: Array) -> None:
         """Add to `count` (vocabulary, expert) how often each token went to each expert at a layer (by index)."""
@@ -105,12 +121,19 @@ class Part:
         row = np.searchsorted(self.start, place, side="right") - 1
         return self.first_row + row, place - self.start[row]
 
-    def around(self, row: int, position: int, tokens: int) -> tuple[Array, int]:
-        """Token ids of a row, up to so many on both sides of a position, and the position's index among them."""
+    def before(self, token: int, row: int, position: int) -> int:
+        """How many occurrences of a token stand before a place of the capture."""
+        low, high = int(self.bounds[token]), int(self.bounds[token + 1])
+        at = min(max(row - self.first_row, -1), len(self.start) - 1)
+        place = self.start[at] + position if 0 <= at < len(self.start) - 1 else -1 if at < 0 else len(self.token)
+        return int(np.searchsorted(self.order[low:high], place))
+
+    def around(self, row: int, position: int, tokens: int, reach: int = 1) -> tuple[Array, int]:
+        """Token ids of a row, up to so many on both sides of some from a position on, and its index among them."""
         low, high = (int(self.start[row - self.first_row + step]) for step in (0, 1))
         here = low + position
         first = max(low, here - tokens)
-        return self.token[first : min(high, here + tokens + 1)], here - first
+        return self.token[first : min(high, here + reach + tokens)], here - first
 
 
 class Occurrences(Reducer):
@@ -128,14 +151,14 @@ class Occurrences(Reducer):
         self.folder, self.names = folder, names
 
     def init(self, dataset: xr.Dataset) -> State:
-        """The size of the vocabulary, which a block does not tell."""
-        return {"vocabulary": np.array(dataset.sizes["token_id"])}
+        """The size of the vocabulary and of a layer, which a block does not tell."""
+        return {"vocabulary": np.array(dataset.sizes["token_id"]), "experts": np.array(sizes(dataset)[2])}
 
     def update(self, state: State, block: Block) -> None:
         """Write one shard's part."""
         file = self.folder / self.names[int(block["row"][0])]
         if not file.exists():
-            _write(file, _ordered(block, int(state["vocabulary"])))
+            _write(file, _ordered(block, int(state["vocabulary"]), int(state["experts"])))
 
     def merge(self, state: State, other: State) -> State:
         """Nothing to add."""
@@ -147,7 +170,15 @@ class Occurrences(Reducer):
 
 
 def _layout(
-    rows: int, tokens: int, occurrences: int, vocabulary: int, layers: int, choices: int, expert_bytes: int
+    rows: int,
+    tokens: int,
+    occurrences: int,
+    vocabulary: int,
+    layers: int,
+    choices: int,
+    expert_bytes: int,
+    experts: int,
+    load_bytes: int,
 ) -> dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]:
     """Types and shapes of a part's arrays, in their order."""
     return {
@@ -156,21 +187,26 @@ def _layout(
         "order": (np.dtype(np.uint32), (occurrences,)),
         "bounds": (np.dtype(np.uint32), (vocabulary + 1,)),
         "expert": (np.dtype(f"u{expert_bytes}"), (layers, occurrences, choices)),
+        "load": (np.dtype(f"u{load_bytes}"), (rows, layers, experts)),
     }
 
 
-def _ordered(block: Block, vocabulary: int) -> dict[str, Array]:
+def _ordered(block: Block, vocabulary: int, experts: int) -> dict[str, Array]:
     """A part's arrays."""
     filled = np.arange(block["token"].shape[1]) < block["length"][:, None]
     token = block["token"][filled]
     counted = np.flatnonzero(block["counted"][filled])
     order = counted[np.argsort(token[counted], kind="stable")]
+    rows, positions, layers, _ = block["expert"].shape
+    load = np.zeros((rows, layers, experts), np.min_scalar_type(max(positions, 2**8)))
+    _add_rows(block["expert"], block["counted"], load)
     return {
         "token": token,
         "start": np.concatenate([[0], np.cumsum(block["length"])]),
         "order": order,
         "bounds": np.searchsorted(token[order], np.arange(vocabulary + 1)),
         "expert": _by_layer(block["expert"], np.flatnonzero(filled)[order]),
+        "load": load,
     }
 
 
@@ -178,11 +214,13 @@ def _write(file: Path, arrays: Mapping[str, Array]) -> None:
     """Write a part, whole or not at all."""
     layers, occurrences, choices = arrays["expert"].shape
     rows, vocabulary = len(arrays["start"]) - 1, len(arrays["bounds"]) - 1
-    sizes = (rows, len(arrays["token"]), occurrences, vocabulary, layers, choices, arrays["expert"].itemsize)
+    expert, load = arrays["expert"], arrays["load"]
+    shapes = rows, len(arrays["token"]), occurrences, vocabulary, layers, choices, expert.itemsize
+    header = MARK, *shapes, load.shape[-1], load.itemsize
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as unfinished, unfinished.open("wb") as stream:
-        stream.write(np.array([MARK, *sizes], np.int64).tobytes())
-        for name, (dtype, _) in _layout(*sizes).items():
+        stream.write(np.array(header, np.int64).tobytes().ljust(ALIGNED, b"\0"))
+        for name, (dtype, _) in _layout(*header[1:]).items():
             data = arrays[name].astype(dtype, copy=False).tobytes()
             stream.write(data + bytes(-len(data) % ALIGNED))
 
@@ -198,6 +236,18 @@ def _by_layer(expert: Array, place: Array) -> Array:
             for k in range(choices):
                 ordered[layer, index, k] = flat[place[index], layer, k]
     return ordered
+
+
+@kernel
+def _add_rows(expert: Array, counted: Array, load: Array) -> None:
+    """Count the choices of each row (row, layer, expert)."""
+    rows, positions, layers, choices = expert.shape
+    for row in range(rows):
+        for position in range(positions):
+            if counted[row, position]:
+                for layer in range(layers):
+                    for k in range(choices):
+                        load[row, layer, expert[row, position, layer, k]] += 1
 
 
 @kernel

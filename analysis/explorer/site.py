@@ -6,23 +6,39 @@ anybody's is refused, so that no page elsewhere can read a store through the vis
 """
 
 import ipaddress
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, get_args
+from urllib.parse import quote, urlencode
 
 import numpy as np
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from analysis.explorer.live import Explorer, Shown
+from analysis.explorer.compare import compared
+from analysis.explorer.compared import verdict
+from analysis.explorer.counting import Counting
+from analysis.explorer.dataset import Order, documents
+from analysis.explorer.document import distribution, document_page
+from analysis.explorer.effect import comparable, effect_page
+from analysis.explorer.home import Home
+from analysis.explorer.index import index_folder
+from analysis.explorer.live import Explorer, Shown, differs
+from analysis.explorer.maps import expert_map
 from analysis.explorer.one_file import FOLDER, MOST_TOKENS, environment, export_page, reader_data, refuse_too_long
+from analysis.explorer.phrases import LONGEST
+from analysis.explorer.search import GLANCE, search_page
+from analysis.explorer.token import contexts, token_page
+from analysis.explorer.token_class import class_page
 from analysis.explorer.view import MIN_COUNT, Unreadable
 
-FEW = 16  # experts of a layer that fit beside each other; of more, so many are listed
+ORDERS = get_args(Order)
+AT_ONCE = 1  # pages that are made at the same time: more only wait for each other's Python (measured)
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
     " img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -35,33 +51,62 @@ HEADERS = {
 
 def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
     """The explorer as an ASGI application, for requests by address, to localhost, and under these names of the host."""
-    pages = Pages(explorer)
+    pages, turns = Pages(explorer), CapacityLimiter(AT_ONCE)
+
+    # Pages that wait for a scan take no turn, and neither does what takes no time.
+    def in_turn(page: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            return await to_thread.run_sync(page, request, limiter=turns)
+
+        return answer
+
     routes = [
-        Route("/", pages.home),
+        Route("/", in_turn(pages.home)),
         Route("/-/state.json", pages.state),
         Route("/-/explorer.css", lambda _: FileResponse(FOLDER / "explorer.css", headers=HEADERS)),
         Route("/-/explorer.js", lambda _: FileResponse(FOLDER / "explorer.js", headers=HEADERS)),
-        Route("/{name}", pages.dataset),
-        Route("/{name}/search", pages.search),
-        Route("/{name}/document/{document:int}", pages.document),
-        Route("/{name}/document/{document:int}/export", pages.export),
-        Route("/{name}/place", pages.place),
-        Route("/{name}/distribution", pages.distribution),
-        Route("/{name}/token/{token:int}", pages.token),
-        Route("/{name}/expert", pages.any_expert),
-        Route("/{name}/expert/{layer:int}/{expert:int}", pages.expert),
+        Route("/-/search", in_turn(pages.search_all)),
+        Route("/-/compare", in_turn(pages.any_comparison)),
+        Route("/{name}", in_turn(pages.dataset)),
+        Route("/{name}/search", in_turn(pages.search)),
+        Route("/{name}/document/{document:int}", in_turn(pages.document)),
+        Route("/{name}/document/{document:int}/export", in_turn(pages.export)),
+        Route("/{name}/place", in_turn(pages.place)),
+        Route("/{name}/next", in_turn(pages.next)),
+        Route("/{name}/distribution", in_turn(pages.distribution)),
+        Route("/{name}/effect", in_turn(pages.effect)),
+        Route("/{name}/token/{token:int}", in_turn(pages.token)),
+        Route("/{name}/class", pages.token_class),
+        Route("/{name}/compare/{other}", pages.compare),
+        Route("/{name}/expert", in_turn(pages.any_expert)),
+        Route("/{name}/expert/{layer:int}/{expert:int}", in_turn(pages.expert)),
     ]
 
-    async def by_name(request: Request, answer: RequestResponseEndpoint) -> Response:
-        host = request.url.hostname or ""
-        if host in ("localhost", *names) or _is_address(host):
-            return await answer(request)
-        return PlainTextResponse(f"{host} is no name of this machine's", 400, headers=HEADERS)
-
     answers = {HTTPException: pages.error, ValueError: pages.error}
-    return Starlette(
-        routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=by_name)], exception_handlers=answers
-    )
+    return Starlette(routes=routes, middleware=[Middleware(ByName, names=names)], exception_handlers=answers)
+
+
+class ByName:
+    """Answers requests by address, to localhost, and under some names; refuses all others.
+
+    Parameters
+    ----------
+    app
+        What answers.
+    names
+        Of this machine.
+    """
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self.app, self.names = app, ("localhost", *names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        host = (Request(scope).url.hostname or "") if scope["type"] == "http" else ""
+        if scope["type"] != "http" or host in self.names or _is_address(host):
+            return await self.app(scope, receive, send)
+        refused = PlainTextResponse(f"{host} is no name of this machine's", 400, headers=HEADERS)
+        return await refused(scope, receive, send)
 
 
 def _is_address(host: str) -> bool:
@@ -77,13 +122,14 @@ class Pages:
     """One method a page; run by Starlette in threads."""
 
     def __init__(self, explorer: Explorer) -> None:
-        self.explorer, self.templates = explorer, environment()
+        self.explorer, self.templates, self.first = explorer, environment(), Home(explorer)
+        folder = explorer.folder or index_folder(explorer.path)
+        self.counting = Counting(folder, explorer.only, explorer.threads)
 
     def home(self, request: Request) -> Response:
-        """The data sets."""
-        sets = [self.explorer.state(name) for name in [*self.explorer.shown]]
+        """The data sets, and what was found in them."""
         problems = {name: why for name, why in self.explorer.problems.items() if name not in self.explorer.shown}
-        return self._page("home", "What do the experts do?", sets=sets, problems=problems)
+        return self._page("home", "What do the experts do?", problems=problems, **self.first.page())
 
     def state(self, request: Request) -> Response:
         """How far all data sets are: what a page asks for again and again."""
@@ -92,39 +138,45 @@ class Pages:
     def dataset(self, request: Request) -> Response:
         """A data set: its experts and its documents."""
         shown, (page,) = self._shown(request), _numbers(request, page=1)
-        view, loads = shown.view, []
-        if view.now.tokens:
-            share = shown.profiles.load["estimate"].values
-            listed = [_largest(each) if view.experts > FEW else range(view.experts) for each in share]
-            loads = [
-                (layer, [(int(e), float(np.nan_to_num(share[at, e]))) for e in listed[at]])
-                for at, layer in enumerate(view.layers)
-            ]
-        found = view.documents(page=page)
+        view, known = shown.view, bool(shown.view.now.tokens)
+        asked = request.query_params.get("name", "")
+        by: Any = request.query_params.get("by", "unusual" if known else "id")
+        if by not in ORDERS:
+            raise HTTPException(400, f"by={by}: documents are ordered by {', '.join(ORDERS)}")
+        unusual = shown.unusual if known else None
         return self._page(
             "dataset",
             view.dataset,
             shown,
-            map=loads,
-            few=view.experts > FEW,
+            map=expert_map(view, shown.profiles.load["estimate"].values) if known else None,
             state=str(view.now.state),
-            documents=found,
+            documents=documents(view, unusual, containing=asked, by=by, page=page),
+            named=asked,
         )
 
     def search(self, request: Request) -> Response:
-        """Tokens and documents that contain a text."""
-        shown, (page,) = self._shown(request), _numbers(request, page=1)
-        asked = request.query_params.get("q", "")
-        if not asked:
-            raise HTTPException(400, "the search is for nothing: give a part of a token or of a document's name")
-        tokens, documents = shown.view.find_tokens(asked), shown.view.documents(asked, page)
-        return self._page("search", asked, shown, asked=asked, tokens=tokens, documents=documents)
+        """Tokens, places and documents that contain a text."""
+        shown, (page,), asked = self._shown(request), _numbers(request, page=1), _asked(request)
+        return self._page("search", asked, shown, asked=asked, found=search_page(shown.view, asked, page))
+
+    def search_all(self, request: Request) -> Response:
+        """The same in all data sets, a few of each."""
+        asked, shown = _asked(request), [*self.explorer.shown.values()]
+        if len(shown) == 1:
+            where = f"/{quote(shown[0].view.dataset)}/search?{urlencode({'q': asked})}"
+            return RedirectResponse(where, headers=HEADERS)
+        found = [search_page(each.view, asked, tokens=GLANCE, places=GLANCE) for each in shown]
+        return self._page("search_all", asked, asked=asked, found=found)
 
     def document(self, request: Request) -> Response:
         """A page of a document's text."""
         shown, (page,) = self._shown(request), _numbers(request, page=1)
-        found = shown.view.document(request.path_params["document"], page)
+        found = document_page(shown.view, request.path_params["document"], page)
         title = found["name"] or f"document {found['document']}"
+        others = [each.view for each in [*self.explorer.shown.values()]]
+        found["against"] = [
+            {"name": each.dataset, "differs": differs(shown.view, each)} for each in comparable(shown.view, others)
+        ]
         data = reader_data(shown.view, [found])
         fits = found["tokens"] <= MOST_TOKENS
         return self._page("document", title, shown, document=found, data=data, can_be_saved=fits)
@@ -144,14 +196,37 @@ class Pages:
         """To the page of a document where a row's position is."""
         shown, (row, position, layer) = self._shown(request), _numbers(request, row=0, position=0, layer=None)
         document, page, token = shown.view.page_at(row, position)
-        query = f"page={page}&token={token}" + (f"&layer={layer}" if layer is not None else "")
-        return RedirectResponse(f"/{shown.view.dataset}/document/{document}?{query}", headers=HEADERS)
+        query = {"page": page, "token": token} | ({} if layer is None else {"layer": layer})
+        query |= {name: request.query_params[name] for name in ("by",) if name in request.query_params}
+        where = f"/{quote(shown.view.dataset)}/document/{document}?{urlencode(query)}"
+        return RedirectResponse(where, headers=HEADERS)
+
+    def next(self, request: Request) -> Response:
+        """To the next place of a token, or to the one before."""
+        shown = self._shown(request)
+        token, row, position, back, layer = _numbers(request, token=None, row=0, position=0, back=0, layer=None)
+        if token is None or token >= len(shown.view.texts):
+            raise HTTPException(400, f"name a token below {len(shown.view.texts)}")
+        row, position = shown.view.now.neighbour(token, row, position, back=bool(back))
+        query = {"row": row, "position": position} | ({} if layer is None else {"layer": layer})
+        return RedirectResponse(f"/{quote(shown.view.dataset)}/place?{urlencode(query)}", headers=HEADERS)
 
     def distribution(self, request: Request) -> Response:
         """What the routers computed for one token: what a page asks for when a token is chosen."""
         shown, (row, position) = self._shown(request), _numbers(request, row=0, position=0)
         try:
-            return JSONResponse(shown.view.distribution(row, position), headers=HEADERS)
+            return JSONResponse(distribution(shown.view, row, position), headers=HEADERS)
+        except ValueError as error:
+            return JSONResponse({"error": str(error)}, 404, headers=HEADERS)
+
+    def effect(self, request: Request) -> Response:
+        """How another capture predicts a page of text: what the page asks for when that is chosen as its colour."""
+        shown, (row, start) = self._shown(request), _numbers(request, row=0, start=0)
+        other = self.explorer.shown.get(request.query_params.get("against", ""))
+        if other is None:
+            raise HTTPException(404, "name another data set with against=")
+        try:
+            return JSONResponse(effect_page(shown.view, other.view, row, start), headers=HEADERS)
         except ValueError as error:
             return JSONResponse({"error": str(error)}, 404, headers=HEADERS)
 
@@ -159,20 +234,14 @@ class Pages:
         """A token: where it goes, and its places."""
         shown, (layer, expert, page) = self._shown(request), _numbers(request, layer=None, expert=None, page=1)
         view = shown.view
-        token = view.token(request.path_params["token"])
-        shares = [np.array(counts) / max(1, token["of"]) for counts in token["counts"]]
-        listed = [_largest(each) if view.experts > FEW else range(view.experts) for each in shares]
+        token = token_page(view, request.path_params["token"])
         return self._page(
             "token",
             token["text"],
             shown,
             token=token,
-            few=view.experts > FEW,
-            map=[
-                (number, [(int(e), float(each[e])) for e in experts])
-                for number, each, experts in zip(view.layers, shares, listed, strict=True)
-            ],
-            found=view.contexts(token["id"], layer, expert, page),
+            map=expert_map(view, np.array(token["counts"]) / max(1, token["of"])),
+            found=contexts(view, token["id"], layer, expert, page),
             chosen_layer=layer,
             chosen_expert=expert,
             query={} if layer is None else {"layer": layer, "expert": expert},
@@ -193,6 +262,40 @@ class Pages:
             min_count=MIN_COUNT,
             length=shown.view.capture.sizes["position"],
         )
+
+    def compare(self, request: Request) -> Response:
+        """Two data sets, or how far counting them is."""
+        shown, other = self._shown(request), self._shown(request, "other")
+        names = shown.view.dataset, other.view.dataset
+        if shown is other:
+            raise HTTPException(400, f"{names[0]} cannot be compared with itself: name two data sets")
+        title, found = f"{names[0]} and {names[1]}", compared(self.counting, shown, other)
+        if found is None:
+            return self._counting(title, shown)
+        differ, said = differs(shown.view, other.view), verdict(found, names)
+        return self._page("compare", title, shown, other=names[1], found=found, differs=differ, said=said)
+
+    def token_class(self, request: Request) -> Response:
+        """A class of tokens: where it goes, and some places."""
+        shown, (layer, expert), asked = (
+            self._shown(request),
+            _numbers(request, layer=None, expert=None),
+            _asked(request),
+        )
+        found = class_page(self.counting, shown, asked, layer, expert)
+        if found is None:
+            return self._counting(asked, shown)
+        return self._page("class", asked, shown, found=found, chosen_layer=layer, chosen_expert=expert)
+
+    def _counting(self, title: str, shown: Shown) -> Response:
+        """What is shown of a page whose numbers are not there yet."""
+        done, total = self.counting.progress
+        return self._page("counting", title, shown, done=done, total=total)
+
+    def any_comparison(self, request: Request) -> Response:
+        """To the comparison of the data sets that a form names."""
+        one, other = (quote(request.query_params.get(name, ""), safe="") for name in ("one", "other"))
+        return RedirectResponse(f"/{one or '-'}/compare/{other or '-'}", headers=HEADERS)
 
     def any_expert(self, request: Request) -> Response:
         """To the page of the expert that a form names."""
@@ -216,9 +319,9 @@ class Pages:
         title = titles.get(status, "That went wrong")
         return self._page("error", title, status=status, message=message)
 
-    def _shown(self, request: Request) -> Shown:
+    def _shown(self, request: Request, part: str = "name") -> Shown:
         """The data set that an address names."""
-        name, shown = request.path_params["name"], self.explorer.shown
+        name, shown = request.path_params[part], self.explorer.shown
         if name not in shown:
             raise HTTPException(404, f"no data set {name!r}: here are {', '.join(shown)}")
         return shown[name]
@@ -248,10 +351,14 @@ class Pages:
         return HTMLResponse(page, status, headers=HEADERS)
 
 
-def _largest(values: Any) -> list[int]:
-    """The experts with the largest values, as many as are listed."""
-    order = np.argsort(-np.nan_to_num(np.asarray(values)), kind="stable")
-    return [int(e) for e in order[:FEW]]
+def _asked(request: Request) -> str:
+    """What is searched for."""
+    asked = request.query_params.get("q", "")
+    if not asked:
+        raise HTTPException(400, "the search is for nothing: give a part of a text, of a token or of a document's name")
+    if len(asked) > LONGEST:
+        raise HTTPException(400, f"a text of {len(asked):,} characters: {LONGEST} can be looked for at most")
+    return asked
 
 
 def _numbers(request: Request, **defaults: int | None) -> list[Any]:

@@ -1,14 +1,14 @@
-"""One capture as a person walks through it: its documents as pages of text, and every token's places.
+"""One capture as the explorer's pages see it: its rows, its vocabulary, its places, and its tables of counts.
 
-Promises: a page is read from the store alone, whatever is indexed, and costs one chunk of each array; places come from
-the index. Text is plain text: who shows it escapes it. Does not know experts' pages (`analysis.explorer.expert`), nor
-HTML.
+Promises: it stays as it was captured at one moment; what takes long is computed once. Text is plain text: who shows it
+escapes it. Does not know what a page shows: each has a file of its own beside this one.
 """
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
+import itertools
+from bisect import bisect_right
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -16,22 +16,23 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from analysis.explorer.index import Indexed
+from analysis.explorer.index import AROUND, Indexed
 from analysis.explorer.parts import Part
+from analysis.explorer.phrases import Phrases
 from analysis.explorer.pieces import readable
-from analysis.metrics.scores import Scores, entropies, known_scores, probabilities
+from analysis.explorer.places import in_lines, in_one_line, words_around
+from analysis.metrics.scores import Scores, known_scores
 from analysis.metrics.tokens import TokenOrder, expert_tokens_of, label_counts
 from analysis.scanning import Array, sizes
+from analysis.token_classes import CLASSES, members_by_class
 from store.attributes import attributes
 from store.group import CaptureGroup
-from store.layout import CHUNK_POSITIONS, LABELS
+from store.layout import CHUNK_POSITIONS
 from store.secrets import without_secrets
 
-AROUND = 12  # tokens of context on each side
-CONTEXTS, DOCUMENTS, TOKENS = 20, 50, 50  # rows of a page's lists
 ORDERS: tuple[TokenOrder, ...] = ("lift", "count")
 TOP_TOKENS, MIN_COUNT = 20, 20  # of an expert by lift; a lift of a rarer token is mostly luck
-MAPPED = 2**25  # choices that a token's map is made of at most, where there are no tables: 50 ms (measured)
+INDENTED = 0.005  # of the tokens are blanks that indent a line, in code and the like (arbitrary)
 TABLES_BYTES = 2**28  # of counts by token and expert, for as many layers as have room (arbitrary)
 
 
@@ -60,9 +61,15 @@ class View:
         self.texts: list[str] = before.texts if before else readable(self.pieces)
         self.tops: dict[tuple[int, TokenOrder], xr.Dataset] = {}
         self.tables: dict[int, Array] = {}
+        self._classes: Mapping[str, Array] | None = before._classes if before else None
+        self._kept = before.phrases if before else None
         self._before = before if before and before.now.parts.keys() <= now.parts.keys() else None
-        group = CaptureGroup(path, dataset)
-        self.arrays: Any = zarr.open_group(group.objects.zarr_store(), path=dataset, mode="r", use_consolidated=False)
+
+    @cached_property
+    def arrays(self) -> Mapping[str, Any]:
+        """The arrays of the store, opened once."""
+        store = CaptureGroup(self.store, self.dataset).objects.zarr_store()
+        return dict(zarr.open_group(store, path=self.dataset, mode="r", use_consolidated=False).arrays())
 
     # Documents
 
@@ -77,6 +84,11 @@ class View:
         return {name: self.capture[name].values for name in ("document_id", "length", "offset", "captured")}
 
     @cached_property
+    def first_row(self) -> Array:
+        """The token ids of the first row; none where there is no row."""
+        return self.read("token", 0, 0, int(self.rows["length"][0])) if len(self.rows["length"]) else np.zeros(0, int)
+
+    @cached_property
     def document_tokens(self) -> Array:
         """Tokens of every document, int64: all, and those that are captured, (2, document)."""
         documents, length = self.rows["document_id"], self.rows["length"].astype(np.int64)
@@ -84,28 +96,9 @@ class View:
         return np.rint(count).astype(np.int64)
 
     @cached_property
-    def _folded(self) -> list[str]:
+    def folded_names(self) -> list[str]:
+        """Of all documents, without case."""
         return [name.casefold() for name in self.names]
-
-    def documents(self, containing: str = "", page: int = 1) -> dict[str, Any]:
-        """A page, from 1 on, of the documents whose names contain a text, whatever its case.
-
-        Raises
-        ------
-        ValueError
-            When there is no such page.
-        """
-        wanted, found = containing.casefold(), list(range(len(self.names)))
-        if wanted:
-            found = [number for number, name in enumerate(self._folded) if wanted in name]
-        _refuse_page(page, len(found), DOCUMENTS)
-        shown = found[(page - 1) * DOCUMENTS : page * DOCUMENTS]
-        tokens, captured = self.document_tokens
-        rows = [
-            {"id": number, "name": self.names[number], "tokens": int(tokens[number]), "captured": int(captured[number])}
-            for number in shown
-        ]
-        return {"rows": rows, "number": len(found), "page": page, "pages": -(-len(found) // DOCUMENTS)}
 
     def pages_of(self, document: int) -> list[tuple[int, int]]:
         """The pages of a document: row and first position of each, in reading order; none for an empty document.
@@ -122,165 +115,25 @@ class View:
         rows = rows[np.argsort(self.rows["offset"][rows], kind="stable")]
         return [(int(row), at) for row in rows for at in range(0, int(self.rows["length"][row]), CHUNK_POSITIONS)]
 
-    def document(self, document: int, page: int = 1) -> dict[str, Any]:
-        """One page of a document, from 1 on: its tokens, and what they chose.
-
-        Returns
-        -------
-        dict
-            Beside what names it: `texts` and `ids` of its tokens; and base64 of little-endian arrays (token, layer,
-            k): `expert`, of the capture's type, where its largest value is "not captured", and `weight`, uint16, in
-            units of `scale`. Where they were recorded, base64 of float32: `surprise` (token) at what comes next, in
-            nats, and `entropy` (token, layer) of the routers, in bits; NaN where it is not known.
-
-        Raises
-        ------
-        ValueError
-            When there is no such document or page, or its shard cannot be decoded.
-        """
-        pages = self.pages_of(document)
-        if not 1 <= page <= max(1, len(pages)):
-            raise ValueError(f"page {page} of document {document}: it has pages 1 to {max(1, len(pages))}")
-        about = {
-            "dataset": self.dataset,
-            "document": document,
-            "name": self.names[document],
-            "tokens": int(self.document_tokens[0, document]),
-            "page": page,
-            "pages": len(pages),
-        }
-        if not pages:
-            return about | self._window(0, 0, 0) | {"row": 0, "start": 0, "offset": 0}
-        row, at = pages[page - 1]
-        length = self.rows["length"]
-        stop = min(int(length[row]), at + CHUNK_POSITIONS)
-        before = sum(int(length[other]) for other in {other for other, _ in pages[: page - 1]} - {row})
-        return about | self._window(row, at, stop) | {"row": row, "start": at, "offset": before + at}
-
-    def whole(self, document: int) -> dict[str, Any]:
-        """A document as one page, however long.
-
-        Raises
-        ------
-        ValueError
-            As `document`.
-        """
-        pages = [self._arrays(row, 0, int(self.rows["length"][row])) for row in dict(self.pages_of(document))]
-        about = {"dataset": self.dataset, "document": document, "name": self.names[document], "offset": 0}
-        if not pages:
-            return about | self._window(0, 0, 0)
-        return about | self._coded(*(np.concatenate(parts) for parts in zip(*pages, strict=True)))
-
-    def _window(self, row: int, start: int, stop: int) -> dict[str, Any]:
-        """Tokens, experts and weights of some positions of a row, for `document`."""
-        return self._coded(*self._arrays(row, start, stop))
-
-    def distribution(self, row: int, position: int) -> dict[str, Any]:
-        """What the routers computed for one token.
-
-        Returns
-        -------
-        dict
-            Lists by layer: `experts`, ids; their `probability`; and `chosen`, the ids that the router chose. `of`: the
-            experts of a layer, more than are listed where only the largest logits were recorded.
-
-        Raises
-        ------
-        ValueError
-            When there is no such place, it is not captured, or no logits were recorded.
-        """
-        self.page_at(row, position)
-        if self.scores is None:
-            raise ValueError(f"{self.dataset} has no distributions: its routers' logits were not recorded")
-        logit, expert = (self._read(name, row, position, position + 1)[0] for name in ("logit", "expert"))
-        if not self.rows["captured"][row] or np.isnan(logit).any():
-            raise ValueError(f"row {row} of {self.dataset} is not captured yet")
-        ids = np.tile(np.arange(self.experts), (len(logit), 1))
-        if self.scores.truncated:
-            ids = self._read("logit_expert", row, position, position + 1)[0]
-        return {
-            "experts": ids.tolist(),
-            "probability": np.round(probabilities(logit, self.scores), 6).tolist(),
-            "chosen": expert.tolist(),
-            "of": self.experts,
-        }
-
     @cached_property
     def scores(self) -> Scores | None:
         """How router logits become weights; None where none were recorded, or that is not known."""
         return known_scores(self.capture)
-
-    def _measured(self, row: int, start: int, stop: int) -> tuple[Array, Array]:
-        """Surprise (position) and entropy (position, layer), float32; of no length where they were not recorded."""
-        surprise, entropy = np.empty(0, np.float32), np.empty((0, len(self.layers)), np.float32)
-        if "logprob" in self.capture:
-            surprise = -self._read("logprob", row, start, stop)
-        if self.scores is not None:
-            logit = self._read("logit", row, start, stop)
-            entropy = entropies(logit, self.scores.experts, self.scores.sigmoid).astype(np.float32)
-        if not self.rows["captured"][row : row + 1].all():
-            return np.full_like(surprise, np.nan), np.full_like(entropy, np.nan)
-        return surprise, entropy
-
-    def _arrays(self, row: int, start: int, stop: int) -> tuple[Array, ...]:
-        """Tokens, experts, weights, surprise, entropy, speakers and phases of some positions of a row; fill where it is
-        not captured."""
-        token, expert = (self._read(name, row, start, stop) for name in ("token", "expert"))
-        weight = self._read("weight", row, start, stop) if "weight" in self.capture else np.ones(expert.shape)
-        labels = [
-            self._read(name, row, start, stop) if name in self.capture else np.empty(0, np.uint8) for name in LABELS
-        ]
-        missing = np.iinfo(expert.dtype).max
-        if not self.rows["captured"][row : row + 1].all():  # what a killed worker left is not to be shown
-            expert, weight = np.full_like(expert, missing), np.zeros_like(weight)
-        elif (expert == missing).any() and not self.given:
-            raise self._unreadable(row, "experts are gone")
-        elif len(weight) and not weight.any() and not self.given:
-            raise self._unreadable(row, "weights are gone")
-        if (token < 0).any() or (token >= len(self.texts)).any():
-            raise self._unreadable(row, "tokens are gone")
-        return token, expert, weight, *self._measured(row, start, stop), *labels
 
     @cached_property
     def given(self) -> bool:
         """Whether the routes came from elsewhere: those of some tokens may not be known."""
         return "written" in attributes(self.capture).get("identity", {})
 
-    def _coded(
-        self, token: Array, expert: Array, weight: Array, surprise: Array, entropy: Array, *labels: Array
-    ) -> dict[str, Any]:
-        scale = float(weight.max(initial=0)) or 1.0
-        coded = np.rint(weight.astype(np.float64) * (65_535 / scale)).astype("<u2")
-        return {
-            "ids": token.tolist(),
-            "texts": [self.texts[number] for number in token.tolist()],
-            "expert": base64.b64encode(expert.astype(expert.dtype.newbyteorder("<")).tobytes()).decode(),
-            "weight": base64.b64encode(coded.tobytes()).decode(),
-            "scale": scale / 65_535,
-            "bytes": expert.dtype.itemsize,
-            "weighed": "weight" in self.capture,
-            "roles": self._labelled(labels),
-            "surprise": _in_float32(surprise) if "logprob" in self.capture else None,
-            "entropy": _in_float32(entropy) if self.scores is not None else None,
-        }
-
-    def _labelled(self, labels: Sequence[Array]) -> list[str] | None:
-        """Who speaks each token of a conversation, and whether it is of the prompt or generated."""
-        named = []
-        for name, numbers in zip(LABELS, labels, strict=True):
-            if name in self.capture:
-                names = self.capture[name].attrs["flag_meanings"].split()
-                named.append([names[number] if number < len(names) else "" for number in numbers.tolist()])
-        return [", ".join(filter(None, each)) for each in zip(*named, strict=True)] if named else None
-
-    def _read(self, array: str, row: int, start: int, stop: int) -> Array:
+    def read(self, array: str, row: int, start: int, stop: int) -> Array:
         """Some positions of a row, straight from its chunk."""
         try:
             return np.asarray(self.arrays[array][row, start:stop])
         except Exception as error:  # codecs raise whatever they run into
-            raise self._unreadable(row, without_secrets(str(error))) from error
+            raise self.unreadable(row, without_secrets(str(error))) from error
 
-    def _unreadable(self, row: int, reason: str) -> Unreadable:
+    def unreadable(self, row: int, reason: str) -> Unreadable:
+        """What to raise where a row's bytes are not what was committed."""
         return Unreadable(
             f"row {row} of {self.dataset} cannot be decoded ({reason}): python jobs/status.py {self.store} --verify"
             " marks what is damaged, and the same capture again does those shards"
@@ -288,44 +141,46 @@ class View:
 
     # Places
 
-    def place(self, part: Part, row: int, position: int) -> dict[str, Any]:
-        """A token in its row, with the text around it, and which page of which document it is on."""
-        ids, at = part.around(row, position, AROUND)
+    @cached_property
+    def indented(self) -> bool:
+        """Whether its texts are indented, as code is: then their lines are kept."""
+        blank = [text.isspace() and len(text.replace("\n", "")) > 1 for text in self.texts]
+        return bool(self.token_counts[blank].sum() > INDENTED * self.token_counts.sum())
+
+    def place(
+        self, part: Part, row: int, position: int, shares: Array | None = None, tokens: int = 1
+    ) -> dict[str, Any]:
+        """A token in its row, or several as one, with the text around, and which document it is of; `shares` say how
+        strongly the `AROUND` tokens on both sides, and itself, are shaded."""
+        ids, at = part.around(row, position, AROUND, tokens)
         texts = [self.texts[number] for number in ids.tolist()]
+        texts[at : at + tokens] = ["".join(texts[at : at + tokens])]
         document = int(self.rows["document_id"][row])
+        own = None if shares is None else shares[AROUND - at :][: len(ids)].tolist()
+        words = words_around(texts, at, own)
         return {
+            **(in_lines(words) if self.indented else in_one_line(words)),
             "row": row,
             "position": position,
-            "before": "".join(texts[:at]),
-            "token": texts[at],
-            "after": "".join(texts[at + 1 :]),
             "document": document,
             "name": self.names[document],
             "experts": [],
             "weight": None,
         }
 
-    def contexts(self, token: int, layer: int | None, expert: int | None, page: int) -> dict[str, Any]:
-        """A page, from 1 on, of the places of a token: all, or those where it went to an expert at a layer.
+    def chosen_layer(self, layer: int | None, expert: int | None) -> int | None:
+        """The index of a layer whose number is given with an expert; None where neither is.
 
         Raises
         ------
         ValueError
-            When there is no such layer, expert or page.
+            When there is no such layer or expert, or one is given without the other.
         """
         if (layer is None) != (expert is None) or not (layer is None or layer in self.layers):
             raise ValueError(f"name a layer of {self.layers[0]} to {self.layers[-1]} and an expert, or neither")
         if expert is not None and not 0 <= expert < self.experts:
             raise ValueError(f"expert {expert}: {self.dataset} has experts 0 to {self.experts - 1}")
-        at = None if layer is None else self.layers.index(layer)
-        number, found = self.now.occurrences(token, at, expert, skip=max(0, page - 1) * CONTEXTS, limit=CONTEXTS)
-        _refuse_page(page, number, CONTEXTS)
-        rows = []
-        for part, index in found:
-            [row], [position] = part.places(np.array([index]))
-            chosen = [] if at is None else part.expert[at, index].tolist()
-            rows.append(self.place(part, int(row), int(position)) | {"experts": chosen})
-        return {"rows": rows, "number": number, "page": page, "pages": -(-number // CONTEXTS)}
+        return None if layer is None else self.layers.index(layer)
 
     def page_at(self, row: int, position: int) -> tuple[int, int, int]:
         """The document, its page, and the token on it, of a place.
@@ -345,6 +200,27 @@ class View:
     # Tokens
 
     @cached_property
+    def phrases(self) -> Phrases:
+        """To look for phrases with."""
+        return Phrases(self.pieces, self.capture.attrs["special_token_ids"]) if self._kept is None else self._kept
+
+    def tokens_containing(self, text: str) -> list[int]:
+        """Ids of the tokens that contain a text, in their piece or as they read, whatever its case; in order."""
+        wanted, (joined, starts) = text.casefold().replace("\0", ""), self._joined
+        found, at = set[int](), joined.find(wanted)
+        while at >= 0:
+            token = bisect_right(starts, at) - 1
+            found.add(token)
+            at = joined.find(wanted, starts[token + 1])
+        return sorted(found)
+
+    @cached_property
+    def _joined(self) -> tuple[str, list[int]]:
+        """All pieces and texts without case, one after the other, and where each token's begin."""
+        both = [f"{piece}\0{text}\0".casefold() for piece, text in zip(self.pieces, self.texts, strict=True)]
+        return "".join(both), [0, *itertools.accumulate(map(len, both))]
+
+    @cached_property
     def token_counts(self) -> Array:
         """How often each token was counted, int64 (token_id)."""
         before, known = (None, set()) if self._before is None else (self._before, self._before.now.parts.keys())
@@ -353,58 +229,6 @@ class View:
             if name not in known:
                 count += np.diff(part.bounds.astype(np.int64))
         return count
-
-    def find_tokens(self, text: str) -> dict[str, Any]:
-        """The tokens that contain a text, in their piece or as they read: the same ones first, then by frequency."""
-        text = text.replace("↵", "\n")
-        wanted, count = text.casefold(), self.token_counts
-        both = zip(self.pieces, self.texts, strict=True)
-        found = [at for at, names in enumerate(both) if any(wanted in name.casefold() for name in names)]
-        exactly = {text, f" {text}", f"▁{text}"}
-        found.sort(key=lambda at: (self.texts[at] not in exactly and self.pieces[at] not in exactly, -count[at], at))
-        rows = [
-            {"id": number, "text": self.texts[number], "piece": self.pieces[number], "count": int(count[number])}
-            for number in found[:TOKENS]
-        ]
-        return {"rows": rows, "number": len(found)}
-
-    def token(self, token: int) -> dict[str, Any]:
-        """A token's occurrences, and how many of them chose each expert, layer by layer.
-
-        Returns
-        -------
-        dict
-            `count`: its occurrences; `of`: as many of them as `counts` [layer][expert] are of, the first ones where
-            it is too frequent for all.
-
-        Raises
-        ------
-        ValueError
-            When there is no such token.
-        """
-        if not 0 <= token < len(self.texts):
-            raise ValueError(f"token {token}: the vocabulary of {self.dataset} has tokens 0 to {len(self.texts) - 1}")
-        of, counts = self._map(token)
-        return {
-            "id": token,
-            "text": self.texts[token],
-            "piece": self.pieces[token],
-            "special": token in self.capture.attrs["special_token_ids"],
-            "count": int(self.token_counts[token]),
-            "of": of,
-            "counts": counts.tolist(),
-        }
-
-    def _map(self, token: int) -> tuple[int, Array]:
-        """How many occurrences were looked at, and their choices (layer, expert)."""
-        if len(self.tables) == len(self.layers):
-            return int(self.token_counts[token]), np.stack([self.tables[at][token] for at in range(len(self.layers))])
-        counts, of = np.zeros((len(self.layers), self.experts), np.int64), 0
-        most = max(1, MAPPED // (len(self.layers) * self.choices))
-        for part in self.now.parts.values():
-            if of < most:
-                of += part.add_map(token, most - of, counts)
-        return of, counts
 
     def top(self, layer: int, by: TokenOrder) -> xr.Dataset:
         """The first tokens of all experts of a layer; computed once."""
@@ -427,7 +251,16 @@ class View:
                 part.add_table(at, count)
         if self.has_room:
             self.tables[at] = count
+        elif count.nbytes <= TABLES_BYTES:
+            self.tables = {at: count}  # a page asks a layer for more than one thing
         return count
+
+    @property
+    def classes(self) -> Mapping[str, Array]:
+        """The classes that tokens of the vocabulary are in, by name, and which these are: bool (token_id)."""
+        if self._classes is None:
+            self._classes = {name: own for name, own in members_by_class(CLASSES, self.pieces).items() if own.any()}
+        return self._classes
 
     @property
     def has_room(self) -> bool:
@@ -438,6 +271,7 @@ class View:
         """Compute what the first visitors would wait for, and forget the view before."""
         _ = self.document_tokens, self.token_counts
         self.now.occurrences(0, 0, 0)  # compiled
+        self.phrases.find("the", self.now.parts.values(), self.token_counts, skip=0, limit=1)  # likewise, and spelled
         if self.has_room:
             for at, layer in enumerate(self.layers):
                 self.table(at)
@@ -446,11 +280,8 @@ class View:
         self._before = None
 
 
-def _in_float32(values: Array) -> str:
-    return base64.b64encode(values.astype("<f4").tobytes()).decode()
-
-
-def _refuse_page(page: int, number: int, rows: int) -> None:
+def refuse_page(page: int, number: int, rows: int) -> None:
+    """Raise a ValueError where a list of so many rows has no such page."""
     pages = max(1, -(-number // rows))
     if not 1 <= page <= pages:
         raise ValueError(f"page {page}: there are pages 1 to {pages}")

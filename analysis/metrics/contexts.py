@@ -6,7 +6,7 @@ Does not know text: places are rows and positions.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import xarray as xr
@@ -22,33 +22,43 @@ class TopContexts(Reducer):
     ----------
     top : int
         Places kept for an expert.
+    around : int, optional
+        Keep also what so many tokens on both sides of a place, and the one there, weighed for the expert.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"weight"})
 
-    def __init__(self, top: int = 20) -> None:
-        if top < 1:
-            raise ValueError(f"top={top}: at least 1")
-        self.top = top
+    def __init__(self, top: int = 20, around: int | None = None) -> None:
+        if top < 1 or (around is not None and around < 0):
+            raise ValueError(f"top={top}, around={around}: at least 1, and at least 0")
+        self.top, self.around = top, around
 
     def init(self, dataset: xr.Dataset) -> State:
         """No places: `row` and `position` are -1, and `weight` (float16's bits, which order as the numbers do) 0."""
         layers, _, experts = sizes(dataset)
         shape = (layers, experts, self.top)
-        places = {name: np.full(shape, -1, dtype=np.int64) for name in ("row", "position")}
-        return {"weight": np.zeros(shape, dtype=np.uint16), **places}
+        state: State = {"weight": np.zeros(shape, dtype=np.uint16)}
+        state |= {name: np.full(shape, -1, dtype=np.int64) for name in ("row", "position")}
+        if self.around is not None:
+            state["around"] = np.zeros((*shape, 2 * self.around + 1), dtype=np.uint16)
+        return state
 
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
-        bits = block["weight"].view(np.uint16)
-        _add_places(block["expert"], bits, block["counted"], block["row"], *state.values())
+        bits, before = block["weight"].view(np.uint16), state["row"].copy()
+        places = [state[name] for name in ("weight", "row", "position")]
+        _add_places(block["expert"], bits, block["counted"], block["row"], *places)
+        if "around" in state:
+            where = before, state["row"], state["position"]
+            _add_around(block["expert"], bits, block["length"], block["row"], *where, state["around"])
 
     def merge(self, state: State, other: State) -> State:
         """The larger weights of both."""
-        both = {name: np.concatenate([state[name], other[name]], axis=-1) for name in state}
+        both = {name: np.concatenate([state[name], other[name]], axis=2) for name in state}
         empty = both["row"] < 0
         order = np.lexsort((both["row"], -both["weight"].astype(np.int32), empty), axis=-1)[..., : self.top]
-        return {name: np.take_along_axis(array, order, -1) for name, array in both.items()}
+        layer, expert = np.ogrid[: order.shape[0], : order.shape[1]]
+        return {name: array[layer[..., None], expert[..., None], order] for name, array in both.items()}
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
         """The places, the largest weight first."""
@@ -59,10 +69,13 @@ class TopContexts(Reducer):
             "weight": (np.where(known, state["weight"].view(np.float16), np.float16(np.nan)), "weight of the choice"),
         }
         coords = {"layer": dataset["layer"].values, "expert": np.arange(sizes(dataset)[2])}
-        found = {
+        found: dict[str, Any] = {
             name: (("layer", "expert", "place"), values, {"long_name": about})
             for name, (values, about) in variables.items()
         }
+        if "around" in state:
+            about = {"long_name": "what the tokens around it weighed for the expert, 0 where they did not choose it"}
+            found["around"] = (("layer", "expert", "place", "offset"), state["around"].view(np.float16), about)
         return described(
             xr.Dataset(found, {**coords, "place": np.arange(1, self.top + 1)}),
             n=int(known.sum()),
@@ -139,3 +152,35 @@ def _add_places(
                 weight[layer, e, slot] = np.uint16(best[layer, e])
                 row_of[layer, e, slot] = number[row]
                 position_of[layer, e, slot] = at[layer, e]
+
+
+@kernel
+def _add_around(
+    expert: Array,
+    bits: Array,
+    length: Array,
+    number: Array,
+    before: Array,
+    row_of: Array,
+    position_of: Array,
+    around: Array,
+) -> None:
+    """Put the weights around each place beside it: of those in this block, whose rows are consecutive, from its arrays;
+    of those that were kept, from where they stood before."""
+    layers, experts, top, width = around.shape
+    for layer in range(layers):
+        for e in range(experts):
+            kept = around[layer, e].copy()
+            for slot in range(top):
+                at = row_of[layer, e, slot] - number[0]
+                if 0 <= at < number.size:
+                    around[layer, e, slot, :] = 0
+                    first = position_of[layer, e, slot] - width // 2
+                    for offset in range(max(0, -first), min(width, length[at] - first)):
+                        for k in range(expert.shape[3]):
+                            if expert[at, first + offset, layer, k] == e:
+                                around[layer, e, slot, offset] = bits[at, first + offset, layer, k]
+                elif row_of[layer, e, slot] >= 0:
+                    for old in range(top):
+                        if before[layer, e, old] == row_of[layer, e, slot]:
+                            around[layer, e, slot] = kept[old]

@@ -8,7 +8,7 @@ Promises: constant memory but for one number for each document and data set; the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -108,20 +108,24 @@ def document_scores(
         When there are fewer than two captures, they have other layers or experts, or one has too few documents.
     """
     refuse_incomparable(captures)
-    names = list(captures)
+    ask = lambda name, reducer: scan(captures[name], [reducer], threads=threads, progress=progress)[0]
+    return document_scores_by(list(captures), ask)
+
+
+def document_scores_by(names: Sequence[str], ask: Callable[[str, Reducer], xr.Dataset]) -> xr.Dataset:
+    """`document_scores`, where `ask` answers a question about the data set of a name: from a scan, or what is kept."""
     splits = [partial(halves, seed=number + 1) for number in range(len(names))]
     logarithms = []
-    for name, split, capture in zip(names, splits, captures.values(), strict=True):
-        asked = Parts(ExpertCounts(), 1, split)
-        whole, first = scan(capture, [asked], threads=threads, progress=progress)[0]["counts"].values
+    for name, split in zip(names, splits, strict=True):
+        whole, first = ask(name, Parts(ExpertCounts(), 1, split))["counts"].values
         if not (first.sum() and (whole - first).sum()):
             raise ValueError(f"{name} has too few documents: none of them in one of its halves")
         likely = [(half + PRIOR) / (half + PRIOR).sum(-1, keepdims=True) for half in (whole - first, first)]
         logarithms.append(np.rint(np.log2(likely) / UNIT).astype(np.int64))
     tables = np.stack(logarithms, axis=1)
     found = []
-    for name, split, capture in zip(names, splits, captures.values(), strict=True):
-        own = scan(capture, [DocumentScores(tables, split)], threads=threads, progress=progress)[0]
+    for name, split in zip(names, splits, strict=True):
+        own = ask(name, DocumentScores(tables, split))
         found.append(own.assign_coords(data_set=("document", [name] * own.sizes["document"])))
     joined = xr.concat(found, "document", combine_attrs="drop").assign_coords(candidate=names)
     score, origin = joined["score"].values, joined["data_set"].values

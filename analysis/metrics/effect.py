@@ -194,9 +194,20 @@ def effect(
         When the captures cannot be compared, hold other tokens, or one did not record log-probabilities; or there is no
         such class.
     """
-    members = members_by_class(classes, one["piece"].values.tolist())
-    asked = [Jackknife(Effects(members)), Effects(by_token=True), LargestLosses(places)]
-    found, of_token, losses = scan(paired(one, other), asked, only=only, threads=threads, progress=progress)
+    asked = effect_asked(one["piece"].values.tolist(), classes, places)
+    counted = scan(paired(one, other), asked, only=only, threads=threads, progress=progress)
+    return effect_from(counted, level=level, replicates=replicates)
+
+
+def effect_asked(pieces: Sequence[str], classes: Sequence[str] = tuple(CLASSES), places: int = PLACES) -> list[Reducer]:
+    """What `effect` counts, of a vocabulary with these pieces."""
+    members = members_by_class(classes, pieces)
+    return [Jackknife(Effects(members)), Effects(by_token=True), LargestLosses(places)]
+
+
+def effect_from(counted: Sequence[xr.Dataset], *, level: float = 0.95, replicates: int = REPLICATES) -> xr.Dataset:
+    """`effect`, from what the reducers of `effect_asked` counted."""
+    found, of_token, losses = counted
     return effect_of(found, level=level, replicates=replicates).assign(
         of_token=of_token["effect"].drop_attrs(),
         tokens=of_token["tokens"],
@@ -262,6 +273,13 @@ def effect_of(counts: xr.Dataset, *, level: float = 0.95, replicates: int = REPL
         definition=DEFINITION,
         source="Fisher 1935 (sign-flip test); Westfall & Young 1993 (minP)",
     )
+
+
+def losing_tokens(found: xr.Dataset, top: int) -> Array:
+    """The ids of the tokens that lose most over all their occurrences, at most so many, from `effect`."""
+    total = (found["of_token"].fillna(0) * found["tokens"]).values
+    worst: Array = total.argsort(kind="stable")[:top]
+    return worst[total[worst] < 0]
 
 
 def _tokens(counts: xr.Dataset, name: str) -> Array:

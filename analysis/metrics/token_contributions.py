@@ -69,7 +69,7 @@ def token_contributions(
         )
     pieces = one["piece"].values.astype(object)
     parts = [
-        _contributions(tables[0].isel(layer=index), tables[1].isel(layer=index), pieces, top)
+        contributions_of(tables[0].isel(layer=index), tables[1].isel(layer=index), pieces, top)
         for index in range(tables[0].sizes["layer"])
     ]
     return described(
@@ -83,8 +83,8 @@ def token_contributions(
     )
 
 
-def _contributions(one: xr.Dataset, other: xr.Dataset, pieces: Array, top: int) -> xr.Dataset:
-    """Of one layer, from the counts of both sides by token."""
+def contributions_of(one: xr.Dataset, other: xr.Dataset, pieces: Array, top: int) -> xr.Dataset:
+    """`token_contributions` of one layer, from the counts (token_id, expert) of both sides and their `tokens`."""
     seen = np.flatnonzero(one["tokens"].values + other["tokens"].values)
     share, goes = [], []
     for side in (one, other):

@@ -12,15 +12,12 @@ from jobs.console.tables import Column, Facts, count, number, print_line, print_
 from jobs.console.terminal import reporting
 
 if TYPE_CHECKING:
-    import numpy as np
     import xarray as xr
 
     from analysis.scanning import Selection
 
 TOKENS_TOLD = 3  # of an expert, in the table (arbitrary)
 OF_LAYER = ("divergence", "divergence_low", "divergence_high", "divergence_by_chance", "p")
-OF_TOKEN = {"token_id": "token_id", "piece": "piece", "contribution": "contribution"}
-OF_TOKEN |= {"usage": "token_usage", "routing": "token_routing"}
 SAID = ("n", "documents", "effective_documents", "untested", "level", "estimator", "definition", "source")
 LAYERS = (
     count("layer", "layer"),
@@ -50,11 +47,12 @@ def contrast_told(captures: "Mapping[str, xr.Dataset]", only: "Selection", top: 
         When they are not of one model and tokenizer, or one holds no token that counts.
     """
     from analysis.metrics.contrast import contrast  # numba takes a second: --help does not wait for it
+    from analysis.metrics.differing import beyond_chance, expert_row, largest_cells
     from analysis.metrics.token_contributions import token_contributions
 
     with reporting("contrast", unit="shards", transient=True) as report:
         found = contrast(captures, only=only, progress=lambda done, total: report.add(1))
-    cells = _largest(found["difference"].isel(data_set=0).values, top)
+    cells = largest_cells(found["difference"].isel(data_set=0).values, top)
     layers = found["layer"].values
     first, second = captures.values()
     asked = sorted({int(layers[at]) for at, _ in cells})
@@ -66,33 +64,10 @@ def contrast_told(captures: "Mapping[str, xr.Dataset]", only: "Selection", top: 
             {"layer": int(layer), **{name: float(found[name][at]) for name in OF_LAYER}}
             for at, layer in enumerate(layers)
         ],
-        "experts": [_expert(found, carried, int(layers[at]), expert) for at, expert in cells],
+        "experts": [expert_row(found, carried, int(layers[at]), expert) for at, expert in cells],
         "cells": found["difference"].isel(data_set=0).size,
-        "beyond_chance": int((found["difference_p"].isel(data_set=0) <= 1 - found.attrs["level"]).sum()),
+        "beyond_chance": beyond_chance(found),
         **{name: found.attrs[name] for name in SAID},
-    }
-
-
-def _largest(difference: "np.ndarray[Any, Any]", top: int) -> list[tuple[int, int]]:
-    """Index of the layer and expert of the largest differences, whatever their sign; what is not known comes last."""
-    order = (-abs(difference)).argsort(axis=None, kind="stable")[:top].tolist()
-    return [divmod(cell, difference.shape[1]) for cell in order]
-
-
-def _expert(found: "xr.Dataset", carried: "xr.Dataset", layer: int, expert: int) -> dict[str, Any]:
-    """A row: the shares of both data sets, their difference, and the tokens that carry most of it."""
-    first, second = (found.sel(layer=layer, expert=expert).isel(data_set=side) for side in (0, 1))
-    of_tokens = carried.sel(layer=layer, expert=expert)
-    columns = [of_tokens[name].values.tolist() for name in OF_TOKEN.values()]
-    return {
-        "layer": layer,
-        "expert": expert,
-        "share": float(first["share"]),
-        "other_share": float(second["share"]),
-        "difference": float(first["difference"]),
-        **{name: float(first[f"difference_{name}"]) for name in ("low", "high", "p")},
-        **{name: float(of_tokens[name]) for name in ("usage", "routing")},
-        "tokens": [dict(zip(OF_TOKEN, row, strict=True)) for row in zip(*columns, strict=True) if row[0] >= 0],
     }
 
 

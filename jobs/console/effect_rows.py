@@ -102,17 +102,16 @@ def _classes(found: "xr.Dataset") -> list[dict[str, Any]]:
 
 def _losing_tokens(capture: "xr.Dataset", found: "xr.Dataset", top: int) -> list[dict[str, Any]]:
     """The tokens that lose most over all their occurrences."""
-    mean, tokens = found["of_token"].fillna(0).values, found["tokens"].values
-    worst = (mean * tokens).argsort(kind="stable")[:top].tolist()
+    from analysis.metrics.effect import losing_tokens
+
     return [
         {
             "token_id": token,
             "piece": str(capture["piece"].values[token]),
-            "tokens": int(tokens[token]),
-            "effect": float(mean[token]),
+            "tokens": int(found["tokens"][token]),
+            "effect": float(found["of_token"][token]),
         }
-        for token in worst
-        if mean[token] < 0
+        for token in losing_tokens(found, top).tolist()
     ]
 
 

@@ -3,6 +3,7 @@
 import base64
 import http.client
 import json
+import multiprocessing
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -24,8 +26,12 @@ import uvicorn
 from fake_model import fake_capture, fake_layout, words
 from patience import HUNG_S, wait_until
 
+from analysis.explorer import serving as serving_module
+from analysis.explorer.document import document_page, whole
 from analysis.explorer.live import Explorer
+from analysis.explorer.search import find_tokens
 from analysis.explorer.site import site
+from analysis.explorer.token import token_page
 from analysis.metrics.choices import coactivation, transitions
 from analysis.metrics.load import expert_load
 from analysis.metrics.tokens import expert_tokens
@@ -253,9 +259,50 @@ def test_an_expert_s_page_says_what_the_metrics_say(address: str, store: Path) -
 def test_a_search_finds_tokens_and_documents(address: str) -> None:
     page = text_of(asked(f"{address}/fake/search?q=document+3")[2])
     assert "document 3" in page
-    page = text_of(asked(f"{address}/fake/search?q=99")[2])
-    assert "▁99" in page
-    assert "No document's name contains it" in page
+    assert "Tokens" not in page
+    page = text_of(asked(f"{address}/fake/search?q=nothing+has+this")[2])
+    assert "Nothing in the text of fake, no token and no document's name contains it" in page
+
+
+def test_tokens_that_occur_are_listed_and_the_one_that_is_asked_for_comes_first(explorer: Explorer) -> None:
+    view = explorer.shown["fake"].view
+    occurring = np.flatnonzero(view.token_counts).tolist()
+    token = min(occurring, key=lambda number: len(view.pieces[number]))
+    text = view.texts[token].strip()
+    found = find_tokens(view, text, 10_000)["rows"]
+    assert found[0]["id"] == token
+    assert sorted(row["id"] for row in found) == [number for number in occurring if text in view.texts[number]]
+    assert len(found) < sum(text in piece for piece in view.pieces), "others contain it and do not occur"
+
+
+def test_a_phrase_s_places_are_those_of_the_text(explorer: Explorer, address: str) -> None:
+    view, capture = explorer.shown["fake"].view, open_capture(explorer.path, "fake").load()
+    token = capture["token"].values[0, 1:3].tolist()
+    phrase = "".join(view.texts[number] for number in token)[1:]
+    rows = [
+        "".join(view.texts[number] for number in own[:length].tolist())
+        for own, length in zip(capture["token"].values, capture["length"].values, strict=True)
+    ]
+    number = sum(len(re.findall(f"(?={re.escape(phrase)})", row)) for row in rows)
+    assert number > 0
+    page = asked(f"{address}/fake/search?{urlencode({'q': phrase.upper()})}")[2]
+    assert f"{number} place" in text_of(page)
+    assert page.count("<mark>") == min(number, 20)
+    everywhere = text_of(asked(f"{address}/-/search?{urlencode({'q': phrase})}")[2])
+    assert f"fake {number} place" in everywhere
+
+
+def test_the_next_place_of_a_token_is_the_one_behind_and_after_the_last_comes_the_first(explorer: Explorer) -> None:
+    now, capture = explorer.shown["fake"].view.now, open_capture(explorer.path, "fake").load()
+    token = capture["token"].values
+    number = int(np.bincount(token[token >= 0])[3:].argmax()) + 3
+    places = [(int(row), int(position)) for row, position in np.argwhere(token == number)]
+    assert len(places) > 2
+    for before, after in zip(places, places[1:] + places[:1], strict=True):
+        assert now.neighbour(number, *before) == after
+        assert now.neighbour(number, *after, back=True) == before
+    row, position = places[1]
+    assert now.neighbour(number, row, position - 1) == places[1], "from a place where it is not"
 
 
 def test_what_a_running_capture_commits_is_shown_as_it_comes(tmp_path: Path) -> None:
@@ -334,7 +381,7 @@ def all_indexed(address: str) -> bool:
 
 def test_the_command_prints_its_address_and_ctrl_c_ends_it(store: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "explore.py"), str(store), "--port", "0", "--index", str(tmp_path)]
-    command += ["--page", "fake/expert/1/0"]
+    command += ["--processes", "2", "--page", "fake/expert/1/0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         assert process.stdout is not None
@@ -345,9 +392,12 @@ def test_the_command_prints_its_address_and_ctrl_c_ends_it(store: Path, tmp_path
         assert status == 200
         assert "What do the experts do?" in page
         wait_until(lambda: all_indexed(address), "all shards are indexed")
+        started = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert started, "another process answers, too"
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=HUNG_S)
         assert process.returncode == 0
+        wait_until(lambda: not any(Path("/proc", number).exists() for number in started), "all have ended")
         assert "shards indexed" in said
         assert "Traceback" not in said
     finally:
@@ -363,6 +413,7 @@ def test_the_command_prints_its_address_and_ctrl_c_ends_it(store: Path, tmp_path
         (["--port", "70000"], "--port 70000: 0 to 65535"),
         (["--host", "192.0.2.1", "--port", "0"], "cannot listen at 192.0.2.1"),
         (["--export", "no/such/page.html", "--document", "0"], "its folder must exist"),
+        (["--processes", "0"], "--processes 0: 1 or more"),
         (["--prot", "1"], "--prot"),
     ],
 )
@@ -458,6 +509,25 @@ def test_a_data_set_that_begins_later_is_shown_and_one_that_is_captured_anew_is_
     assert (len(view.texts), view.now.tokens, view.names) == (1500, 20, ["document 0"])
 
 
+def test_a_helper_shows_what_the_first_process_has_indexed_and_ends_with_it(store: Path, tmp_path: Path) -> None:
+    first, helper = (Explorer(str(store), ["fake", "some"], tmp_path) for _ in range(2))
+    first.refresh("fake")
+    first.problems["some"] = "the disk is full"
+    own, other = multiprocessing.Pipe()
+    stop, pipes = threading.Event(), [own]
+    telling = threading.Thread(target=serving_module._tell, args=(first, pipes, stop))
+    telling.start()
+    listening = threading.Thread(target=serving_module._listen, args=(helper, other))
+    listening.start()
+    wait_until(lambda: helper.shown["fake"].view.now.tokens == first.shown["fake"].view.now.tokens, "it is shown")
+    wait_until(lambda: helper.problems == first.problems, "what went wrong is said")
+    stop.set()
+    telling.join(HUNG_S)
+    own.close()
+    listening.join(HUNG_S)
+    assert not listening.is_alive()
+
+
 def test_an_unexpected_error_does_not_end_the_following(store: Path, tmp_path: Path, monkeypatch: Any) -> None:
     said: list[str] = []
     explorer = Explorer(str(store), ["fake"], tmp_path, log=said.append)
@@ -480,13 +550,13 @@ def test_where_tables_have_no_room_tokens_are_counted_in_their_places(
     one, other = (each.shown["fake"].view for each in (kept, bare))
     assert (len(one.tables), len(other.tables)) == (3, 0)
     for token in np.flatnonzero(one.token_counts).tolist():
-        assert one.token(token) == other.token(token)
+        assert token_page(one, token) == token_page(other, token)
     for layer in (0, 1, 2):
         for by in ("lift", "count"):
             assert one.top(layer, by).equals(other.top(layer, by))
-    monkeypatch.setattr("analysis.explorer.view.MAPPED", 6 * 3)  # of three occurrences
+    monkeypatch.setattr("analysis.explorer.token.MAPPED", 6 * 3)  # of three occurrences
     frequent = int(one.token_counts.argmax())
-    found = other.token(frequent)
+    found = token_page(other, frequent)
     assert (found["of"], found["count"]) == (3, int(one.token_counts[frequent]))
     assert [sum(each) for each in found["counts"]] == [6, 6, 6]
 
@@ -495,9 +565,9 @@ def test_tokens_are_numbered_through_a_document_whatever_stands_before_its_rows(
     path = tmp_path / "s.zarr"
     fake_capture(path, [words(20, 1)], bos="row")
     view = Explorer(str(path)).shown["fake"].view
-    pages = [view.document(0, page + 1) for page in range(len(view.pages_of(0)))]
+    pages = [document_page(view, 0, page + 1) for page in range(len(view.pages_of(0)))]
     assert [page["offset"] for page in pages] == [0, 8, 16]
-    assert [number for page in pages for number in page["ids"]] == view.whole(0)["ids"]
+    assert [number for page in pages for number in page["ids"]] == whole(view, 0)["ids"]
 
 
 @pytest.mark.parametrize("array", ["token", "expert", "weight"])

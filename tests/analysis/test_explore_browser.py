@@ -14,15 +14,19 @@ from synthetic import HOSTILE
 from test_explore import serving
 from test_report_browser import browser, patient, until
 
-import analysis.explorer.view
+import analysis.explorer.token
 from analysis.explorer.live import Explorer
 from analysis.explorer.one_file import export_page
-from store import CaptureGroup
+from analysis.explorer.token import token_page
+from store import CaptureGroup, open_capture
 
 pytestmark = pytest.mark.browser
 __all__ = ["browser"]
 PHONE = {"viewport": {"width": 390, "height": 800}, "has_touch": True, "is_mobile": True}
-PAGES = ("/", "/fake", "/fake/document/0", "/fake/token/{token}", "/fake/token/{token}?layer=1&expert=2",
+DESK = {"viewport": {"width": 1400, "height": 900}}
+DARK = {"color_scheme": "dark"}
+PAGES = ("/", "/fake", "/fake?by=tokens&name=e", "/-/search?q=1", "/-/search?q=nothing+has+this", "/fake/document/0",
+         "/fake/token/{token}", "/fake/token/{token}?layer=1&expert=2",
          "/fake/expert/1/2", "/fake/search?q=1", "/fake/search?q=nothing+has+this", "/nothing")  # fmt: skip
 
 
@@ -82,7 +86,12 @@ def shown(page: Any) -> str:
     return str(page.inner_text("#token"))
 
 
-@pytest.mark.parametrize("opened", [{}, PHONE, {"color_scheme": "dark"}], indirect=True, ids=["desk", "phone", "dark"])
+@pytest.mark.parametrize(
+    "opened",
+    [DESK, PHONE, DESK | DARK, PHONE | DARK],
+    indirect=True,
+    ids=["desk", "phone", "dark desk", "dark phone"],
+)
 def test_pages_are_quiet_inert_as_wide_as_the_screen_and_can_be_read_by_everybody(
     opened: Any, address: str, token: int
 ) -> None:
@@ -95,7 +104,115 @@ def test_pages_are_quiet_inert_as_wide_as_the_screen_and_can_be_read_by_everybod
     asked_for = [url for url in heard["requests"] if not url.startswith((address, "data:"))]
     assert not asked_for
     assert not heard["dialogs"]
+    page.keyboard.press("?")
+    found = Axe().run(page)
+    assert not found.response["violations"], f"the keys: {found.generate_report()}"
     assert [line for line in heard["console"] if "404" not in line] == []
+
+
+class Counted:
+    """A visitor from the first page on, whose actions are counted."""
+
+    def __init__(self, page: Any, address: str) -> None:
+        self.page, self.actions = page, 0
+        go(page, address)
+
+    def click(self, selector: str) -> None:
+        """Follow a link, or choose a token."""
+        self.actions += 1
+        self.page.click(selector)
+
+    def search(self, text: str) -> None:
+        """Type into the first page's search, and ask."""
+        self.actions += 1
+        self.page.fill("main input[type=search]", text)
+        self.page.press("main input[type=search]", "Enter")
+        self.page.wait_for_selector("h1:has-text('“')")
+
+
+def test_three_actions_tell_where_a_token_goes_at_a_layer(opened: Any, address: str, explorer: Explorer) -> None:
+    capture = open_capture(explorer.path, "fake").load()
+    number = int(explorer.shown["fake"].view.token_counts.argmax())
+    chosen = capture["expert"].values[capture["token"].values == number][:, 2]
+    visitor = Counted(opened[0], address)
+    visitor.search(str(capture["piece"].values[number]))
+    visitor.click(f"a[href='/fake/token/{number}']")
+    opened[0].wait_for_selector("h1:has-text('The token')")
+    cells = opened[0].locator(".map tbody tr:nth-child(3) td").all_inner_texts()
+    assert cells == [f"{100 * (chosen == e).any(1).mean():.0f}" for e in range(8)]
+    assert visitor.actions <= 3
+
+
+def test_three_actions_show_the_path_of_a_token(opened: Any, address: str, explorer: Explorer) -> None:
+    visitor, page = Counted(opened[0], address), opened[0]
+    visitor.click(".cards a[href='/fake']")
+    visitor.click("a[href='/fake/document/2']")
+    page.wait_for_selector("body[data-drawn]")
+    visitor.click("#text span:nth-child(5)")
+    said = page.eval_on_selector_all("#path title", "(titles) => titles.map((title) => title.textContent)")
+    view = explorer.shown["fake"].view
+    experts = open_capture(explorer.path, "fake")["expert"].values[view.pages_of(2)[0][0], 4]
+    wanted = {f"layer {layer}: choice {k + 1} is expert {experts[layer, k]}" for layer in range(3) for k in range(2)}
+    assert {title.split(",")[0] for title in said} == wanted
+    assert visitor.actions <= 3
+
+
+def test_three_actions_find_a_phrase_in_the_text(opened: Any, address: str, explorer: Explorer) -> None:
+    capture, page = open_capture(explorer.path, "fake").load(), opened[0]
+    phrase = "".join(str(capture["piece"].values[number]) for number in capture["token"].values[0, 2:4].tolist())
+    phrase = phrase.replace("▁", " ")[1:]
+    rows = zip(capture["token"].values, capture["length"].values, strict=True)
+    texts = ["".join(str(capture["piece"].values[number]) for number in row[:length]) for row, length in rows]
+    number = sum(text.replace("▁", " ").count(phrase) for text in texts)
+    visitor = Counted(page, address)
+    visitor.search(phrase)
+    assert f"{number} place" in page.inner_text("section:has(a[href^='/fake/search'])")
+    visitor.click("section:has(a[href^='/fake/search']) .contexts a >> nth=0")
+    page.wait_for_selector("body[data-drawn]")
+    assert "token 2; layer 0" in shown(page)
+    assert visitor.actions <= 3
+
+
+def test_keys_search_help_and_go_to_the_next_occurrence_and_layer(
+    opened: Any, address: str, explorer: Explorer, token: int
+) -> None:
+    page, now = opened[0], explorer.shown["fake"].view.now
+    place = now.neighbour(token, 0, 0)
+    go(page, f"{address}/fake/place?row={place[0]}&position={place[1]}")
+    page.wait_for_selector("body[data-drawn]")
+    page.keyboard.press("k")
+    assert "; layer 1" in shown(page)
+    for key, back in (("n", False), ("n", False), ("p", True)):
+        place = now.neighbour(token, *place, back=back)
+        document, at, index = explorer.shown["fake"].view.page_at(*place)
+        page.keyboard.press(key)
+        page.wait_for_url(re.compile(rf"/fake/document/{document}\?(.*&)?token={index}(&|$)"))
+        page.wait_for_selector("body[data-drawn] #text .at")
+        assert f"page={at}" in page.url or at == 1
+        assert "; layer 1" in shown(page)
+    page.keyboard.press("j")
+    assert "; layer 0" in shown(page)
+    page.keyboard.press("?")
+    assert "next occurrence" in page.inner_text("dialog")
+    page.keyboard.press("k")
+    assert "; layer 0" in shown(page), "the help is read"
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog", state="detached")
+    page.keyboard.press("/")
+    page.keyboard.type("n/?")
+    assert page.input_value("#find") == "n/?"
+
+
+def test_blanks_and_the_font_are_chosen_and_kept_in_the_link(opened: Any, address: str) -> None:
+    page, _ = opened
+    go(page, f"{address}/fake/document/0")
+    assert "·" not in page.inner_text("#text")
+    page.check("#blanks")
+    page.check("#mono")
+    assert page.inner_text("#text").startswith("·")
+    go(page, page.url)
+    assert page.is_checked("#blanks")
+    assert "monospace" in page.evaluate("getComputedStyle(document.getElementById('text')).fontFamily")
 
 
 def test_a_token_s_path_is_shown_at_a_hover_and_kept_at_a_click(opened: Any, address: str, explorer: Explorer) -> None:
@@ -196,8 +313,8 @@ def test_the_keyboard_alone_walks_tokens_layers_and_pages(opened: Any, address: 
 def test_a_page_s_number_can_be_typed_and_what_was_asked_is_kept(
     opened: Any, explorer: Explorer, address: str, token: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analysis.explorer.view, "CONTEXTS", 2)
-    counts = explorer.shown["fake"].view.token(token)["counts"][0]
+    monkeypatch.setattr(analysis.explorer.token, "CONTEXTS", 2)
+    counts = token_page(explorer.shown["fake"].view, token)["counts"][0]
     page, _ = opened
     for place, asked in (("document/0", ""), (f"token/{token}", f"layer=0&expert={int(np.argmax(counts))}&")):
         go(page, f"{address}/fake/{place}?{asked}")

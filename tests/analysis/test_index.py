@@ -14,6 +14,7 @@ from synthetic import EXPERTS, make_capture
 
 from analysis.explorer import index as index_module
 from analysis.explorer.index import CaptureIndex, index_folder, reducers
+from analysis.explorer.parts import ALIGNED
 from analysis.metrics.contexts import TopContexts, top_contexts
 from analysis.metrics.load import Load
 from analysis.scanning import accumulate, merge, scan, shards_to_read
@@ -171,7 +172,7 @@ def test_an_index_that_was_damaged_is_made_again(store: Path, harm: str) -> None
     elif harm == "a part empty":
         part.write_bytes(b"")
     elif harm == "a part zeroed":
-        part.write_bytes(part.read_bytes()[:64] + bytes(part.stat().st_size - 64))
+        part.write_bytes(part.read_bytes()[:ALIGNED] + bytes(part.stat().st_size - ALIGNED))
     else:
         shutil.rmtree(index_folder(store))
     again = CaptureIndex(store, "fake")
@@ -246,7 +247,8 @@ def test_an_expert_s_places_are_those_of_its_largest_weights(
     seed: int, experts: int, top: int, missing: set[int]
 ) -> None:
     capture = make_capture(seed=seed, num_experts=experts, missing=tuple(missing))
-    found = top_contexts(capture, top=top, threads=2)
+    found = scan(capture, [TopContexts(top, around=2)], threads=2)[0]
+    xr.testing.assert_identical(found.drop_vars("around"), top_contexts(capture, top=top, threads=2))
     expert, weight = capture["expert"].values, capture["weight"].values
     best: dict[tuple[int, int], list[tuple[float, int, int]]] = {}
     for number, places in occurrences(capture).items():
@@ -266,10 +268,17 @@ def test_an_expert_s_places_are_those_of_its_largest_weights(
             own = found.isel(layer=at, expert=e)
             got = list(zip(*(own[name].values.tolist() for name in ("row", "position", "weight")), strict=True))
             assert [place for place in got if place[0] >= 0] == wanted[:top]
+            for (row, position, _), around in zip(wanted[:top], own["around"].values, strict=False):
+                for offset, weighed in enumerate(around.tolist(), position - 2):
+                    here = (
+                        0 <= offset < capture["length"].values[row] and expert[row, offset, at].tolist().count(e) == 1
+                    )
+                    rank = expert[row, offset, at].tolist().index(e) if here else 0
+                    assert weighed == (weight[row, offset, at, rank] if here else 0)
 
 
 def test_an_expert_s_places_do_not_depend_on_the_order_of_shards() -> None:
-    capture, reducer = make_capture(seed=3, documents=30), TopContexts(4)
+    capture, reducer = make_capture(seed=3, documents=30), TopContexts(4, around=3)
     shards = shards_to_read(capture)
     wanted = scan(capture, [reducer])[0]
     for halves in ((shards[::2], shards[1::2]), (shards[::-1], [])):

@@ -12,6 +12,7 @@ import xarray as xr
 from starlette.testclient import TestClient
 from synthetic import make_capture
 
+from analysis.explorer.document import document_page
 from analysis.explorer.live import Explorer
 from analysis.explorer.site import site
 from analysis.exports.parquet import write_tables
@@ -210,7 +211,7 @@ def test_the_explorer_counts_and_finds_the_selected_tokens_alone(without: Path, 
         share = (expert == 3).any(axis=2).sum() / expert.size
         pages[phases] = page, client.get("/served/expert/1/3").text
         assert f"<td>{share:.1%}</td>" in pages[phases][1]
-        assert len(explorer.shown["served"].view.document(0)["ids"]) == 16, "texts are whole"
+        assert len(document_page(explorer.shown["served"].view, 0)["ids"]) == 16, "texts are whole"
     assert len(folders) == 3, "each selection has an index of its own"
     for phases, shown in pages.items():
         said = f"only tokens whose phase is {phases and phases[0]} are counted"
@@ -240,7 +241,7 @@ def test_the_explorer_shows_routes_without_weights_and_names_phases(without: Pat
     page = client.get("/served/expert/1/3")
     assert page.status_code == 200
     assert "Not known: the routes of served came without weights." in page.text
-    found = explorer.shown["served"].view.document(0)
+    found = document_page(explorer.shown["served"].view, 0)
     assert found["weighed"] is False
     assert found["roles"] == ["prompt"] * 6 + ["generated"] * 10
     for address in ("/served", "/served/document/0", "/served/token/3"):

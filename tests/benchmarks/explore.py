@@ -18,6 +18,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from synthetic_store import EXPERTS, LAYERS, VOCABULARY, make_store  # noqa: E402
 
 ASKED = 200  # of each kind
+WARM_S = 30  # until the other processes have read the index, of a hundred million tokens (arbitrary)
 NAME = "synthetic"
 
 
@@ -71,20 +73,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=100_000_000)
     parser.add_argument("--store", type=Path, help="made there, and kept; default a temporary folder")
+    parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="that answer")
+    parser.add_argument("--beside", default="nothing", help="what else the machine was doing, in words")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = options.store or Path(folder) / "store.zarr"
         if not store.exists():
             make_store(store, options.tokens, name=NAME)
-        result = measured(store)
+        result = measured(store, options.processes)
     result["command"] = "python tests/benchmarks/explore.py -o RESULT.json"
+    result["beside"] = options.beside
     options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measured(store: Path) -> dict[str, Any]:
+def measured(store: Path, processes: int) -> dict[str, Any]:
     """The index made and the pages asked for."""
     command = [sys.executable, str(ROOT / "jobs" / "explore.py"), str(store), "--port", "0"]
+    command += ["--processes", str(processes)]
     started = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -97,11 +103,13 @@ def measured(store: Path) -> dict[str, Any]:
                 with urllib.request.urlopen(f"{base}-/state.json", timeout=60) as answer:
                     [state] = json.load(answer)["sets"]
             indexed = time.monotonic() - started
-            time.sleep(1)
+            time.sleep(1 if processes == 1 else WARM_S)
             return {
                 "date": datetime.now(UTC).date().isoformat(),
                 "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
                 "versions": {name: version(name) for name in ("zarr", "numpy", "starlette", "uvicorn", "jinja2")},
+                "processes": processes,
+                "load_average": round(os.getloadavg()[0], 1),
                 "tokens": state["tokens_done"],
                 "seconds_to_the_first_page": round(listening, 1),
                 "seconds_to_index": round(indexed, 1),
@@ -126,6 +134,7 @@ def asked(base: str, documents: int) -> dict[str, Any]:
         "one_visitor": told([each for times in found.values() for each in times]),
         "by_kind": {kind: told(times) for kind, times in found.items()},
         "four_visitors": told(together),
+        "ratio_of_p95": round(float(np.percentile(together, 95) / np.percentile([*chain(*found.values())], 95)), 2),
     }
 
 

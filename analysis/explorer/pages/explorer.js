@@ -41,9 +41,30 @@
     }
   };
 
+  // Keys, where nothing is being typed: what each does is listed in the help.
+  const keys = new Map();
+  const key = (name, said, action) => keys.set(name, { said, action });
+  const typing = ({ target }) => target.closest("input:not([type=range]):not([type=checkbox]), select, textarea, dialog");
+  document.addEventListener("keydown", (event) => {
+    const found = keys.get(event.key);
+    if (!found?.action || event.ctrlKey || event.metaKey || event.altKey || typing(event)) return;
+    event.preventDefault();
+    found.action();
+  });
+  const help = () => {
+    const dialog = element("dialog", undefined, { "aria-labelledby": "keys-title" }), list = element("dl");
+    for (const [name, { said }] of keys) list.append(element("dt", name), element("dd", said));
+    const close = element("form", undefined, { method: "dialog" });
+    close.append(element("button", "Close"));
+    dialog.append(element("h2", "Keys", { id: "keys-title" }), list, close);
+    dialog.addEventListener("close", () => dialog.remove());
+    document.body.append(dialog);
+    dialog.showModal();
+  };
+
   // A text with its routes.
   const reader = (data) => {
-    const { layers, experts, choices, words, distributions, documents } = data;
+    const { layers, experts, choices, words, distributions, indented, documents } = data;
     const measures = { // what a text can be coloured by beside its experts, and where the colour is full
       surprise: { name: "surprise at the next token", unit: "nats", most: Math.log(words), digits: 2 },
       entropy: { name: "entropy of the router", unit: "bits", most: Math.log2(experts), digits: 2 },
@@ -51,23 +72,24 @@
     const by = (id) => document.getElementById(id);
     const text = by("text"), slider = by("layer"), path = by("path");
     const asked = new URLSearchParams(location.search);
-    const state = { document: 0, layer: Math.max(0, layers.indexOf(Number(asked.get("layer") ?? layers[0]))), alone: null, token: null, by: asked.get("by") ?? "expert" };
+    const state = { document: 0, layer: Math.max(0, layers.indexOf(Number(asked.get("layer") ?? layers[0]))), alone: null, token: null, by: asked.get("by") ?? "expert", mono: asked.has("mono") ? asked.get("mono") !== "0" : indented, blanks: asked.has("blanks") };
     const whole = (name, below) => (/^\d+$/.test(asked.get(name) ?? "") && Number(asked.get(name)) < below ? Number(asked.get(name)) : null);
     state.alone = whole("expert", experts);
     state.token = whole("token", Infinity);
     let spans = [], routes;
 
+    const raw = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+    const floats = (base64) => (base64 == null ? null : new Float32Array(raw(base64).buffer));
+    const known = (value) => (Number.isNaN(value) ? null : value);
     const decoded = ({ expert, weight, scale, bytes, weighed, surprise, entropy }) => {
-      const raw = (base64) => Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
       const chosen = raw(expert), weights = new Uint16Array(raw(weight).buffer);
       const at = (token, layer, k) => (token * layers.length + layer) * choices + k;
       const wide = bytes === 1 ? chosen : new Uint16Array(chosen.buffer);
       const missing = bytes === 1 ? 255 : 65535;
-      const floats = (base64) => (base64 == null ? null : new Float32Array(raw(base64).buffer));
       const measured = { surprise: floats(surprise), entropy: floats(entropy) };
-      const known = (value) => (Number.isNaN(value) ? null : value);
       return {
         has: (name) => measured[name] != null,
+        effects: {},
         surprise: (token) => known(measured.surprise[token]),
         entropy: (token, layer) => known(measured.entropy[token * layers.length + layer]),
         expert: (token, layer, k) => (wide[at(token, layer, k)] === missing ? null : wide[at(token, layer, k)]),
@@ -84,6 +106,8 @@
       set("expert", state.alone);
       set("token", state.token);
       set("by", state.by === "expert" ? null : state.by);
+      set("mono", state.mono === indented ? null : Number(state.mono));
+      set("blanks", state.blanks ? 1 : null);
       if (documents.length > 1) set("document", state.document);
       try { history.replaceState(null, "", url); } catch { /* a file's page may not change its address */ }
     };
@@ -94,8 +118,9 @@
       return -1;
     };
 
-    // One hue for numbers: nothing at 0, full at what a guess, or a router that likes all experts the same, would give.
-    const toned = (part) => `rgb(${dark.matches ? "242 161 78" : "213 94 0"} / ${((dark.matches ? 0.4 : 0.6) * Math.max(0, Math.min(1, part))).toFixed(3)})`;
+    // One hue for numbers, another below 0: nothing at 0, full at what a guess, or a router that likes all experts the
+    // same, would give.
+    const toned = (part) => `rgb(${part < 0 ? (dark.matches ? "98 160 222" : "31 95 168") : dark.matches ? "242 161 78" : "213 94 0"} / ${((dark.matches ? 0.4 : 0.6) * Math.min(1, Math.abs(part))).toFixed(3)})`;
     const number = (value, { digits, unit }) => (value === null ? "not known" : `${value.toFixed(digits)} ${unit}`);
 
     const colourByNumber = () => {
@@ -110,6 +135,35 @@
       scaled.append("0", ...scale, `${measure.most.toFixed(1)} ${measure.unit}`);
       by("legend").replaceChildren(scaled);
       by("key").textContent = `Colour: ${measure.name}, full at ${number(measure.most, measure)}, ${state.by === "surprise" ? "that of a guess among all tokens. It is how improbable the token is that follows." : "that of a router that likes all experts the same."}`;
+    };
+
+    // By how much another capture predicts each token better or worse; the server is asked when that is chosen.
+    const against = () => (state.by.startsWith("effect:") ? state.by.slice("effect:".length) : null);
+    const effect = (token) => known(routes.effects[against()]?.values?.[token] ?? NaN);
+    const FULL = 2; // nats: exp(2) = 7.4 times as probable
+    const loadEffect = async (name) => {
+      const own = documents[state.document], { effects } = routes;
+      if (effects[name]) return;
+      effects[name] = {};
+      try {
+        const place = new URLSearchParams({ row: own.row, start: own.start, against: name });
+        const answer = await (await fetch(`/${encodeURIComponent(body.dataset)}/effect?${place}`)).json();
+        effects[name] = { error: answer.error, values: floats(answer.effect) };
+      } catch { effects[name] = { error: "The explorer was stopped." }; }
+      if (routes.effects === effects) change();
+    };
+    const colourByEffect = () => {
+      const name = against();
+      loadEffect(name);
+      spans.forEach((span, token) => {
+        const value = effect(token);
+        span.classList.toggle("missing", value === null);
+        span.style.backgroundColor = value === null ? "" : toned(-value / FULL);
+      });
+      const scaled = element("span", undefined, { class: "scale" });
+      scaled.append("worse", ...[1, 0.5, 0, -0.5, -1].map((part) => { const box = element("i"); box.style.backgroundColor = toned(part); return box; }), "better");
+      by("legend").replaceChildren(scaled);
+      by("key").textContent = routes.effects[name].error ?? `Colour: by how much better or worse ${name} predicts the token than ${body.dataset} does, full at ${FULL} nats.`;
     };
 
     const colourByExpert = () => {
@@ -132,7 +186,7 @@
     };
 
     const colourText = () => {
-      (state.by === "expert" ? colourByExpert : colourByNumber)();
+      (against() !== null ? colourByEffect : state.by === "expert" ? colourByExpert : colourByNumber)();
       slider.value = state.layer;
       slider.setAttribute("aria-valuetext", `layer ${layers[state.layer]}`);
       by("layer-number").textContent = layers[state.layer];
@@ -160,6 +214,11 @@
           layers.forEach((number, l) => {
             const expert = routes.expert(token, l, k), weight = routes.weight(token, l, k);
             const dot = drawn("circle", { cx: X(l), cy: Y(expert), r: 1.5 + (largest - 1.5) * Math.sqrt(weight / routes.most), ...(k ? { class: "other" } : {}) });
+            if (!k && X(1) - X(0) >= 18) {
+              const name = drawn("text", { class: "name", x: X(l), y: Y(expert) - largest - 2 > 8 ? Y(expert) - largest - 2 : Y(expert) + largest + 10 });
+              name.textContent = expert;
+              parts.push(name);
+            }
             if (!k) dot.style.fill = `rgb(${rgb(expert, experts).join(" ")})`;
             const title = drawn("title", {});
             title.textContent = `layer ${number}: choice ${k + 1} is expert ${expert}${routes.said(token, l, k, ", weight ")}`;
@@ -178,14 +237,15 @@
       by("links").replaceChildren();
       drawPath(token);
       if (token === null) {
-        by("token").append(element("span", "Point at a token, or tap it, to see its experts at all layers. Up and down change the layer.", { class: "soft" }));
+        by("token").append(element("span", "Point at a token, or tap it, to see its experts at all layers. The keys k and j change the layer, n goes to a token's next occurrence.", { class: "soft" }));
         return;
       }
       const chosen = Array.from({ length: choices }, (_, k) => [routes.expert(token, state.layer, k), routes.said(token, state.layer, k, " (", ")")]);
       const chosenWords = chosen[0][0] === null ? "its experts are not known" : chosen.map(([expert, weight]) => `expert ${expert}${weight}`).join(", ");
       by("token").append(element("span", own.texts[token].replaceAll("\n", "↵") || "(no text)", { class: "word" }), element("br"),
         `token ${own.offset + token}${own.roles?.[token] ? `, ${own.roles[token]}` : ""}; layer ${layers[state.layer]}: ${chosenWords}`,
-        ...Object.keys(measures).filter(routes.has).map((name) => `; ${measures[name].name} ${number(routes[name](token, state.layer), measures[name])}`));
+        ...Object.keys(measures).filter(routes.has).map((name) => `; ${measures[name].name} ${number(routes[name](token, state.layer), measures[name])}`),
+        ...(against() === null ? [] : [`; effect of ${against()} ${number(effect(token), { digits: 3, unit: "nats" })}`]));
       if (body.dataset) {
         const base = `/${encodeURIComponent(body.dataset)}`;
         by("links").append(element("a", "this token everywhere", { href: `${base}/token/${own.ids[token]}` }));
@@ -238,12 +298,14 @@
       const own = documents[number];
       routes = decoded(own);
       kept = { token: null };
-      const offered = Object.keys(measures).filter(routes.has);
+      const effects = (own.against ?? []).map(({ name, differs }) => [`effect:${name}`, `effect of ${name}${differs ? `: ${differs}` : ""}`]);
+      const offered = [...Object.keys(measures).filter(routes.has), ...effects.map(([value]) => value)];
       if (state.by !== "expert" && !offered.includes(state.by)) state.by = "expert";
-      by("by").replaceChildren(...["expert", ...offered].map((name) => element("option", measures[name]?.name ?? name, { value: name })));
+      by("by").replaceChildren(...["expert", ...offered].map((name) => element("option", measures[name]?.name ?? new Map(effects).get(name) ?? name, { value: name })));
       by("by").value = state.by;
       by("by-label").hidden = !offered.length;
-      spans = own.texts.map((piece) => element("span", piece.replaceAll("\n", "↵\n")));
+      const blank = (text) => (state.blanks ? text.replaceAll(" ", "·") : text);
+      spans = own.texts.map((piece) => element("span", blank(piece).replaceAll("\n", "↵\n")));
       text.replaceChildren(...spans.flatMap((span, at) => {
         const speaker = own.roles?.[at], before = own.roles?.[at - 1];
         return speaker && speaker !== before ? [element("b", speaker, { class: "speaker" }), span] : [span];
@@ -259,15 +321,42 @@
     text.addEventListener("click", (event) => { const at = tokenOf(event); if (at !== null) { state.token = at === state.token ? null : at; change(); } });
     text.addEventListener("keydown", (event) => {
       if (!spans.length) return;
-      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], layer = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], higher = { ArrowUp: 1, ArrowDown: -1 }[event.key];
       if (step) state.token = Math.max(0, Math.min(spans.length - 1, (state.token ?? (step > 0 ? -1 : spans.length)) + step));
-      else if (layer) state.layer = Math.max(0, Math.min(layers.length - 1, state.layer + layer));
+      else if (higher) return event.preventDefault(), layer(higher);
       else if (event.key === "Escape") { state.token = null; state.alone = null; }
       else return;
       event.preventDefault();
       change();
       if (step) spans[state.token]?.scrollIntoView({ block: "nearest" });
     });
+    by("mono").checked = state.mono;
+    by("blanks").checked = state.blanks;
+    const set = () => { text.classList.toggle("mono", state.mono); };
+    set();
+    by("mono").addEventListener("change", (event) => { state.mono = event.target.checked; set(); change(); });
+    by("blanks").addEventListener("change", (event) => { state.blanks = event.target.checked; open(state.document); });
+    // The chosen token's next occurrence: on this page, else the server knows where.
+    const occurrence = (step) => {
+      const own = documents[state.document], { ids } = own;
+      if (state.token === null) return;
+      for (let at = state.token + step; at >= 0 && at < ids.length; at += step) {
+        if (ids[at] !== ids[state.token]) continue;
+        state.token = at;
+        change();
+        return spans[at].scrollIntoView({ block: "center" });
+      }
+      if (!body.dataset) return;
+      const place = { token: ids[state.token], row: own.row, position: own.start + state.token, back: step < 0 ? 1 : 0, layer: layers[state.layer] };
+      location.assign(`/${encodeURIComponent(body.dataset)}/next?${new URLSearchParams(place)}`);
+    };
+    const layer = (step) => { state.layer = Math.max(0, Math.min(layers.length - 1, state.layer + step)); change(); };
+    key("n", "next occurrence of the chosen token", () => occurrence(1));
+    key("p", "the occurrence before", () => occurrence(-1));
+    key("k", "a layer up", () => layer(1));
+    key("j", "a layer down", () => layer(-1));
+    key("← →", "the token before, the next token; first click into the text");
+    key("Esc", "choose no token");
     by("by").addEventListener("change", (event) => { state.by = event.target.value; change(); });
     slider.max = layers.length - 1;
     slider.addEventListener("input", () => { state.layer = Number(slider.value); change(); });
@@ -312,9 +401,16 @@
     setTimeout(follow, wait);
   };
 
+  if (document.querySelector("[data-reload]")) setTimeout(() => location.reload(), 2000);
+  const search = document.getElementById("find");
+  if (search) key("/", "search", () => { search.focus(); search.select(); });
+  for (const link of document.querySelectorAll("[aria-keyshortcuts]")) key(link.getAttribute("aria-keyshortcuts"), link.title || link.textContent, () => link.click());
   paint();
   dark.addEventListener("change", paint);
   const data = document.getElementById("data");
   if (data) reader(JSON.parse(data.textContent));
+  key("?", "this help", help);
+  const shortcuts = document.getElementById("keys");
+  if (shortcuts) { shortcuts.hidden = false; shortcuts.onclick = help; }
   if (document.getElementById("state")) follow();
 })();

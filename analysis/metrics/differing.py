@@ -1,0 +1,62 @@
+"""The experts that two data sets use most differently, each with the tokens that carry the difference: rows of a table.
+
+Promises: plain numbers and texts, the largest difference first. Does not know how rows are drawn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analysis.scanning import Array
+
+OF_TOKEN = {"token_id": "token_id", "piece": "piece", "contribution": "contribution"}
+OF_TOKEN |= {"usage": "token_usage", "routing": "token_routing"}
+"""What a token of a row has, and what `token_contributions` calls it."""
+
+
+def largest_cells(difference: Array, top: int) -> list[tuple[int, int]]:
+    """Index of the layer and expert of the largest differences, whatever their sign; what is not known comes last."""
+    order = np.argsort(-abs(difference), axis=None, kind="stable")[:top].tolist()
+    return [divmod(cell, difference.shape[1]) for cell in order]
+
+
+def expert_row(found: xr.Dataset, carried: xr.Dataset, layer: int, expert: int) -> dict[str, Any]:
+    """An expert in two data sets.
+
+    Parameters
+    ----------
+    found : xr.Dataset
+        From `contrast`, of two data sets.
+    carried : xr.Dataset
+        From `token_contributions` of the same, with a `layer` dimension.
+    layer, expert
+        The model's numbers.
+
+    Returns
+    -------
+    dict
+        `layer`, `expert`; `share` and `other_share` of the tokens that reach it, their `difference` with `low`, `high`
+        and `p`, and its parts `usage` and `routing`; `tokens`: those that carry most of it, each with the names of
+        `OF_TOKEN`.
+    """
+    first, second = (found.sel(layer=layer, expert=expert).isel(data_set=side) for side in (0, 1))
+    of_tokens = carried.sel(layer=layer, expert=expert)
+    columns = [of_tokens[name].values.tolist() for name in OF_TOKEN.values()]
+    return {
+        "layer": layer,
+        "expert": expert,
+        "share": float(first["share"]),
+        "other_share": float(second["share"]),
+        "difference": float(first["difference"]),
+        **{name: float(first[f"difference_{name}"]) for name in ("low", "high", "p")},
+        **{name: float(of_tokens[name]) for name in ("usage", "routing")},
+        "tokens": [dict(zip(OF_TOKEN, row, strict=True)) for row in zip(*columns, strict=True) if row[0] >= 0],
+    }
+
+
+def beyond_chance(found: xr.Dataset) -> int:
+    """How many experts, of all layers, two data sets use differently by more than chance."""
+    return int((found["difference_p"].isel(data_set=0) <= 1 - found.attrs["level"]).sum())
