@@ -28,6 +28,7 @@ from analysis.scanning import EVERYTHING, Reducer, Selection, State, accumulate,
 from store.coverage import Coverage, coverage
 from store.group import CaptureGroup
 from store.identity import identity_hash
+from store.names import beside
 from store.objects import Objects, open_objects
 from store.reader import open_covered
 
@@ -151,11 +152,6 @@ def answers(
             if key := keys[index]:
                 _keep(kept, key, counted)
     return finish(reducers, [states[index] for index in range(len(reducers))], opened)
-
-
-def beside(path: Path | str) -> str:
-    """Where what is derived from a store is kept."""
-    return f"{str(path).rstrip('/')}.results"
 
 
 def question(reducer: Reducer) -> str:

@@ -35,7 +35,7 @@ docs/options.md explains every option. Exit status: 0 answered, 2 that cannot be
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -52,6 +52,7 @@ import tyro
 from jobs.console.arguments import parse
 from jobs.console.asked_token import asked_token
 from jobs.console.class_rows import class_question
+from jobs.console.kept_answers import kept_answers
 from jobs.console.places import capture_at, captures_at
 from jobs.console.query_rows import Answer, Listed, document_answer, expert_answer
 from jobs.console.recorded_rows import recorded_question
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from store import Coverage
 
 ORDERS: "tuple[TokenOrder, ...]" = ("count", "lift")
+HOW = ("place", "document", "parquet", "json")  # options that change no answer
 RECORDED = ("entropy", "saliency", "logprob")  # questions that need what --record adds
 
 
@@ -134,17 +136,16 @@ def main(arguments: list[str]) -> int:
 def _answer(config: QueryConfig, store: str, name: str, documents: list[int | str]) -> int:
     """Show the answers; none of them when one of the questions is a mistake."""
     from store import coverage
-    from store.reader import open_covered
 
     state = coverage(store, name)
-    capture = open_covered(store, state)
-    layers = _layers(capture, config.layer)
     if not state.complete:
         log(shown(f"note: {state}"))
     labels = {"phase": config.phase, "role": config.role}
-    asked = partial(document_answer, capture, layers=layers, roles=config.role, phases=config.phase)
-    answers: Sequence[Answer] = [asked(document) for document in documents]
-    answers = answers or _counted(config, store, state, capture, layers)
+    if documents:
+        answers: Sequence[Answer] = _paths(config, store, state, documents)
+    else:
+        question = {name: value for name, value in asdict(config).items() if name not in HOW}
+        answers = kept_answers(store, state, question, partial(_counted, config, store, state))
     if config.json:
         known = {"complete": state.complete, "shards_done": state.shards_done, "shards_total": state.shards_total}
         answered = [answer.as_json() for answer in answers]
@@ -154,6 +155,15 @@ def _answer(config: QueryConfig, store: str, name: str, documents: list[int | st
     for answer in answers:
         answer.draw(console)
     return 0
+
+
+def _paths(config: QueryConfig, store: str, state: "Coverage", documents: list[int | str]) -> list[Answer]:
+    """The path of each document."""
+    from store.reader import open_covered
+
+    capture = open_covered(store, state)
+    asked = partial(document_answer, capture, layers=_layers(capture, config.layer))
+    return [asked(document, roles=config.role, phases=config.phase) for document in documents]
 
 
 def _write_tables(config: QueryConfig, store: str, names: list[str], documents: list[int | str]) -> int:
@@ -171,14 +181,15 @@ def _write_tables(config: QueryConfig, store: str, names: list[str], documents: 
     return 0
 
 
-def _counted(
-    config: QueryConfig, store: str, state: "Coverage", capture: "xr.Dataset", layers: list[int]
-) -> "list[Listed]":
+def _counted(config: QueryConfig, store: str, state: "Coverage") -> list[Listed]:
     """The answers to what is counted over all tokens; a mistake is reported before."""
     from analysis.metrics.tokens import TokenCounts, check_ranking
     from analysis.results import measure
     from analysis.scanning import Selection
+    from store.reader import open_covered
 
+    capture = open_covered(store, state)
+    layers = _layers(capture, config.layer)
     only = Selection(roles=config.role or None, phases=config.phase or None)
     answers: list[Callable[..., Listed]]
     reducers: Sequence[Reducer] = [TokenCounts()]

@@ -1,4 +1,4 @@
-"""Which data sets a store holds; loads nothing that only readers need."""
+"""Which data sets a store holds, and where what is made of it is kept; loads nothing that only readers need."""
 
 from pathlib import Path
 
@@ -37,3 +37,8 @@ def _is_array(metadata: bytes) -> bool:
         return bool(parse_json(metadata)["node_type"] == "array")
     except (ValueError, KeyError, TypeError):
         return False  # whoever opens it says what is wrong with it
+
+
+def beside(path: Path | str) -> str:
+    """Where what is derived from a store is kept: next to it, for a folder as for a bucket."""
+    return f"{str(path).rstrip('/')}.results"

@@ -6,9 +6,9 @@ Promises: what is drawn and what a script gets are the same rows. Does not know 
 from functools import partial
 from typing import TYPE_CHECKING
 
-from jobs.console.query_rows import COUNT, SHARE, Listed
+from jobs.console.query_rows import Listed
 from jobs.console.recorded_rows import Recorded
-from jobs.console.tables import Facts, count, number
+from jobs.console.tables import Facts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,14 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FREQUENT = 10  # tokens of the class that are named (arbitrary)
-COLUMNS = (
-    count("layer", "layer"),
-    count("expert", "expert"),
-    COUNT,
-    *SHARE,
-    number("from", "lift_low", ".2f", spare=3),
-    number("to", "lift_high", ".2f", spare=3),
-)
 OF_EXPERT = ("share", "share_low", "share_high", "lift", "lift_low", "lift_high")
 
 
@@ -71,7 +63,7 @@ def class_answer(
         order = (-own["counts"]).argsort(kind="stable").values.tolist()
         rows += [_row(layer, own.isel(expert=expert)) for expert in order if own["counts"][expert]]
     title = f"{which} ({facts['description']}) in {capture.attrs['dataset']}: {_in_words(facts)}"
-    return Listed(title=title, columns=COLUMNS, facts=facts, rows=rows, section="layer")
+    return Listed(title=title, kind="classes", facts=facts, rows=rows, section="layer")
 
 
 def _row(layer: int, own: "xr.Dataset") -> Facts:

@@ -12,7 +12,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from jobs.console.tables import Bars, Column, Facts, is_drawn, print_line, print_table
+from jobs.console.query_columns import columns_of
+from jobs.console.tables import Facts, is_drawn, print_line, print_table
 from jobs.console.terminal import shown
 
 if TYPE_CHECKING:
@@ -22,34 +23,14 @@ if TYPE_CHECKING:
 
 PIECE_CELLS = 16  # of a terminal's line, for the piece beside a path; arbitrary
 
-COUNT = Column(name="count", text=lambda row: f"{row['count']:,}")
-SHARE = (
-    Column(name="share", text=lambda row: f"{row['share']:.4f}"),
-    Bars(part=lambda row: row["share"]),
-    Column(name="lift", text=lambda row: f"{row['lift']:.2f}", spare=2),
-)
-EXPERTS = (
-    Column(name="layer", text=lambda row: f"{row['layer']}"),
-    Column(name="expert", text=lambda row: f"{row['expert']}"),
-    COUNT,
-    *SHARE,
-)
-TOKENS = (
-    Column(name="rank", text=lambda row: f"{row['rank']}"),
-    Column(name="token", text=lambda row: row["piece"], left=True, elastic=True),
-    Column(name="id", text=lambda row: f"{row['token_id']}", spare=3),
-    COUNT,
-    Column(name="of", text=lambda row: f"{row['tokens']:,}", spare=4),
-    *SHARE,
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
     """A question's answer as rows."""
 
     title: str
-    columns: Sequence[Column | Bars]
+    kind: str
+    """Decides on the columns: see `columns_of`."""
     facts: Facts
     """What was asked, and the attributes of the answer."""
     rows: Sequence[Facts]
@@ -62,7 +43,13 @@ class Listed:
         """Print the title, and the rows where there are any."""
         print_line(console, self.title)
         if self.rows:
-            print_table(console, self.columns, self.rows, section=self.section, note="a full bar is a share of 1")
+            print_table(
+                console,
+                columns_of(self.kind, self.facts),
+                self.rows,
+                section=self.section,
+                note="a full bar is a share of 1",
+            )
         if self.note:
             print_line(console, self.note)
 
@@ -156,7 +143,7 @@ def token_answer(capture: "xr.Dataset", token: int, layers: list[int], counts: "
             rows += [{"layer": layer, **_numbers(found, expert)} for expert in order if found["counts"][expert]]
     title = f"{piece} (id {token}) in {capture.attrs['dataset']}: {occurrences:,} occurrences; {_chance(table)}"
     facts = {"token_id": token, "piece": piece, "tokens": occurrences, **table.attrs}
-    return Listed(title=title, columns=EXPERTS, facts=facts, rows=rows, section="layer")
+    return Listed(title=title, kind="experts", facts=facts, rows=rows, section="layer")
 
 
 def _numbers(found: "xr.Dataset", expert: int) -> dict[str, Any]:
@@ -185,7 +172,7 @@ def expert_answer(
     about = f"expert {expert} of layer {layer} in {capture.attrs['dataset']}, by {by}"
     return Listed(
         title=f"{about}; {_chance(found)}{least}",
-        columns=TOKENS,
+        kind="tokens",
         facts={"layer": layer, "expert": expert, **found.attrs},
         rows=[row for row in rows if row["token_id"] >= 0],
     )

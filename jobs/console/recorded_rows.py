@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jobs.console.query_rows import Listed
-from jobs.console.tables import Bars, Facts, count, number
+from jobs.console.tables import Facts
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -20,7 +20,6 @@ Recorded = tuple[Sequence["Reducer"], Callable[..., Listed]]
 """What to count, and what makes an answer of the layers and of the counts."""
 
 
-PLACE = (count("layer", "layer"), count("expert", "expert"))
 ENTROPY = {
     "entropy": "mean_entropy",
     "effective_experts": "mean_effective_experts",
@@ -28,27 +27,6 @@ ENTROPY = {
     "margin": "mean_margin",
 }
 """Keys of a row, and variables; of the largest logits alone, bounds are in place of all but the margin."""
-SALIENCY = (
-    *PLACE,
-    count("tokens", "tokens"),
-    number("saliency", "mean_saliency"),
-    number("from", "mean_saliency_low", spare=2),
-    number("to", "mean_saliency_high", spare=2),
-    number("largest", "largest_saliency", spare=3),
-    number("share", "share", ".4f"),
-    Bars(part=lambda row: row["share"]),
-)
-LOGPROB = (
-    *PLACE,
-    count("tokens", "tokens", spare=4),
-    number("logprob", "mean_logprob"),
-    number("difference", "difference", spare=3),
-    number("within", "within"),
-    number("from", "within_low", spare=2),
-    number("to", "within_high", spare=2),
-    number("p", "within_p"),
-    count("compared", "compared", spare=5),
-)
 
 
 def recorded_question(name: str, capture: "xr.Dataset") -> Recorded:
@@ -84,15 +62,12 @@ def entropy_answer(capture: "xr.Dataset", layers: list[int], counts: "xr.Dataset
         if f"{name}{bound}" in found
     }
     keys = {f"{key}{end}": f"{name}{end}" for key, name in known.items() for end in ("", "_low", "_high")}
-    columns = [count("layer", "layer")]
-    for key in known:
-        columns += [number(key, key), number("from", f"{key}_low", spare=2), number("to", f"{key}_high", spare=2)]
     facts = {**found.attrs, "null_by_key": {key: found[name].attrs["null"] for key, name in known.items()}}
     title = (
         f"routers of {capture.attrs['dataset']}, {found.attrs['n']:,} tokens: entropy in bits, effective experts, mass"
         " of the chosen ones, margin in logits; from and to: 95 %"
     )
-    return Listed(title=title, columns=columns, facts=facts, rows=_rows(found, keys, ["layer"]))
+    return Listed(title=title, kind="entropy", facts=facts, rows=_rows(found, keys, ["layer"]))
 
 
 def saliency_answer(capture: "xr.Dataset", layers: list[int], sums: "xr.Dataset", largest: "xr.Dataset") -> Listed:
@@ -107,7 +82,7 @@ def saliency_answer(capture: "xr.Dataset", layers: list[int], sums: "xr.Dataset"
         f"saliency in {capture.attrs['dataset']}, {found.attrs['n']:,} tokens: mean of weight × output norm, least"
         f" first; from and to: 95 %; an even share is {1 / found.sizes['expert']:.4f}"
     )
-    return Listed(title=title, columns=SALIENCY, facts=dict(found.attrs), rows=rows, section="layer")
+    return Listed(title=title, kind="saliency", facts=dict(found.attrs), rows=rows, section="layer")
 
 
 def logprob_answer(capture: "xr.Dataset", layers: list[int], counts: "xr.Dataset") -> Listed:
@@ -120,7 +95,7 @@ def logprob_answer(capture: "xr.Dataset", layers: list[int], counts: "xr.Dataset
         f"log-probability of the next token in {capture.attrs['dataset']}, {found.attrs['n']:,} tokens, in nats;"
         " within: against the same token of the row that does not reach the expert, from and to of all cells together"
     )
-    return Listed(title=title, columns=LOGPROB, facts=dict(found.attrs), rows=rows, section="layer")
+    return Listed(title=title, kind="logprob", facts=dict(found.attrs), rows=rows, section="layer")
 
 
 def _rows(found: "xr.Dataset", keys: Mapping[str, str], dims: Sequence[str]) -> list[Facts]:
