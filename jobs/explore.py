@@ -13,6 +13,7 @@ Server:
   --page PAGE               what the printed address opens: demo-code/token/604
   --index FOLDER            where the index is kept (beside the store)
   --threads N               shards that are indexed at the same time (one a processor)
+  --processes N             that answer, for several visitors at once (one a processor, 4 at most)
 
 What counts:
   --phase PHASE             count and find only tokens of the prompt, or only generated ones

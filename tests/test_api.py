@@ -482,5 +482,5 @@ def test_a_package_alone_loads_nothing_that_only_some_of_its_names_need(package:
 
 def test_all_names_of_the_analysis_load_without_torch_ray_or_transformers() -> None:
     loaded = set(fresh("import analysis.report.page, analysis\nfor name in analysis.__all__: getattr(analysis, name)"))
-    assert {"numba", "xarray"} <= loaded
-    assert loaded.isdisjoint({"torch", "ray", "transformers"})
+    assert "xarray" in loaded
+    assert loaded.isdisjoint({"torch", "ray", "transformers", "numba"}), "numba is loaded when a kernel is first called"

@@ -326,11 +326,11 @@ def test_names_stand_for_experts_of_the_layers_that_have_some() -> None:
 def test_a_file_holds_layers_with_lists_of_experts(tmp_path: Path) -> None:
     file = tmp_path / "experts.json"
     file.write_text(json.dumps({"7": [1, 3], "2": []}))
-    assert experts_in_file(file) == ["7:1", "7:3"]
+    assert experts_in_file("--mask_file", file) == ["7:1", "7:3"]
     for wrong in ("[[7, 1]]", '{"7": 1}', '{"7": [true]}', '{"x": [1]}', '{"7": [-1]}'):
         file.write_text(wrong)
-        with pytest.raises(ValueError, match="must hold layers with lists of experts"):
-            experts_in_file(file)
+        with pytest.raises(ValueError, match=r"--mask_file .* must hold layers with lists of experts"):
+            experts_in_file("--mask_file", file)
     file.write_text("{7: [1]}")
-    with pytest.raises(ValueError, match="is not JSON"):
-        experts_in_file(file)
+    with pytest.raises(ValueError, match=r"--force_file .* is not JSON"):
+        experts_in_file("--force_file", file)
