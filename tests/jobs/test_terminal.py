@@ -262,7 +262,7 @@ def test_a_place_is_a_store_or_a_data_set_of_it(store: Path, command: Callable[.
 
 
 def test_the_command_that_draws_a_report_again_names_its_places(store: Path) -> None:
-    again = analysis.report.page._again
+    again = analysis.report.page.again
     assert again([(store, "a"), (store, "b")], None, EVERYTHING) == f"python jobs/report.py {store}"
     assert again([(store, "b")], None, EVERYTHING) == f"python jobs/report.py {store}/b"
 
