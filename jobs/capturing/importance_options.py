@@ -80,6 +80,9 @@ class ImportanceConfig(CaptureConfig):
                 raise ValueError(f"--{name} is {getattr(self, name)}, and must be at least 1")
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}, and must be 0 or more")
+        for name in ("output", "figures"):
+            if ":/" in str(place := getattr(self, name)):
+                raise ValueError(f"--{name} {place}: give a folder of this machine")
         if self.write_mask is not None:
             refuse_no_file("write_mask", self.write_mask)
 
