@@ -6,6 +6,7 @@ Does not know where a token stands: a word that begins a line has no space befor
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
+COPIES = 10_000  # of a part of a regular expression, which all counts in braces make in memory (arbitrary)
 PATIENCE_S = 20.0  # for all pieces: a reader's regular expression may take years for one of them (arbitrary)
 
 _BYTE = regex.compile(r"<0x([0-9A-F]{2})>")
+_COUNT = regex.compile(r"\{(\d{1,9})")
 _KEYWORDS = (
     "and|as|assert|async|await|boolean|break|case|catch|chan|char|class|const|continue|def|default|defer|del|do|"
     "double|elif|else|enum|except|export|extends|extern|false|False|final|finally|float|fn|for|from|func|function|"
@@ -108,7 +111,8 @@ def members_of(which: str, pieces: Iterable[str]) -> NDArray[np.bool_]:
     Raises
     ------
     ValueError
-        When there is no class of this name, the regular expression is none, or it does not end in `PATIENCE_S`.
+        When there is no class of this name; when the regular expression is none, has counts in braces that make more
+        than `COPIES` together, or does not end in `PATIENCE_S`.
     """
     return members_by_class([which], pieces)[which]
 
@@ -164,6 +168,9 @@ def groups_of(members: Mapping[str, NDArray[np.bool_]]) -> Groups:
 def compiled(which: str) -> regex.Pattern[str]:
     """The pattern of a class or of a regular expression between slashes; errors as `members_of`."""
     if is_expression(which):
+        copies = math.prod(max(1, int(count)) for count in _COUNT.findall(which))
+        if copies > COPIES:  # of {1000} in {1000} the package makes a million, and takes gigabytes
+            raise ValueError(f"{which:.80}: its counts in braces make {copies:,} together; give at most {COPIES:,}")
         try:
             return regex.compile(which[1:-1])
         except regex.error as error:

@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
 def _are_stores(one: str, other: str) -> bool:
     """Whether both name stores, of which one at least holds several data sets."""
     names = [captures_at(place) for place in (one, other)]
-    stores = [path.rstrip("/") == place.rstrip("/") for (path, _), place in zip(names, (one, other), strict=True)]
+    stores = [path == place.rstrip("/") for (path, _), place in zip(names, (one, other), strict=True)]
     return all(stores) and max(len(held) for _, held in names) > 1
 
 

@@ -59,7 +59,7 @@ from jobs.console.importance_rows import importance_told, print_importance
 from jobs.console.tables import print_json, stdout_console
 from jobs.console.terminal import log, reporting, run_job, say_next
 from store.attributes import flat
-from store.files import whole_file
+from store.files import whole_file, whole_folder
 from workers.tiny import model_path
 
 if TYPE_CHECKING:
@@ -80,13 +80,13 @@ def main(arguments: list[str]) -> int:
     if config.dry_run:
         return _estimate(config)
 
-    _refuse_other_store(config.output)
+    _refuse_output(config)
 
     from jobs.capturing.captures import exit_status
 
     states = _measured(config)
     status = exit_status(states)
-    if any(not state.tokens_done for state in states):
+    if any(not (state.tokens_done or state.complete) for state in states):
         return status
     found = _found(config, states)
     if config.write_mask is not None:
@@ -126,12 +126,17 @@ def _measured(config: ImportanceConfig) -> "Sequence[Coverage]":
         return capture_datasets(run, run.sources(), cluster.capture)
 
 
-def _refuse_other_store(output: Path) -> None:
-    """Refuse a place that holds anything but an earlier result."""
+def _refuse_output(config: ImportanceConfig) -> None:
+    """Refuse a place that holds anything but an earlier result, or that contains the store or lies in it."""
+    output, captures = config.output.resolve(), Path(config.store_path).resolve()
+    if output.is_relative_to(captures) or captures.is_relative_to(output):
+        raise ValueError(
+            f"--output {config.output} and --store {captures}: neither may lie in the other; name another folder"
+        )
     about = output / "zarr.json"
     earlier = about.is_file() and FORMAT in about.read_text(encoding="utf-8", errors="replace")
     if output.exists() and not earlier:
-        raise ValueError(f"--output {output} is there, and no result of this job: name a new folder")
+        raise ValueError(f"--output {config.output} is there, and no result of this job: name a new folder")
 
 
 def _found(config: ImportanceConfig, states: "Sequence[Coverage]") -> "xr.Dataset":
@@ -147,7 +152,9 @@ def _found(config: ImportanceConfig, states: "Sequence[Coverage]") -> "xr.Datase
     model = next(iter(captures.values())).attrs["model"]
     together.attrs = flat({**together.attrs, "model": model, "format": FORMAT})
     texts = {name: {"dtype": StringDType()} for name, each in together.variables.items() if each.dtype.kind == "U"}
-    together.to_zarr(config.output, mode="w", consolidated=False, encoding=texts)
+    _refuse_output(config)  # again: measuring takes hours
+    with whole_folder(config.output) as unfinished:
+        together.to_zarr(unfinished, mode="w", consolidated=False, encoding=texts)
     log(f"the effects by data set, layer and expert are in {config.output}")
     return together
 

@@ -23,7 +23,7 @@ Output:
 
 Both data sets are captured again as they were, but for the change, and compared with what they
 were: both must have been captured with --record logprob. The same command resumes.
-docs/options.md explains every option. Exit status: 0 told, 1 a capture is not complete,
+docs/options.md explains every option. Exit status: 0 done, 1 a capture is not complete,
 2 a mistake, 3 only shards in quarantine are missing, 130 or 143 interrupted.
 """
 
@@ -63,7 +63,7 @@ class SteerConfig:
     lose when a model cannot choose them.
 
     Both data sets are captured again as they were, but for the change, into a store of their own, and the effect on the
-    log-probability of their tokens is told, with how it differs between the two. Exit status: 0 told, 1 a capture is
+    log-probability of their tokens is told, with how it differs between the two. Exit status: 0 done, 1 a capture is
     not complete, 2 the command cannot be carried out, 3 only shards in quarantine are missing, 130 or 143 interrupted.
     """
 
@@ -111,7 +111,7 @@ class SteerConfig:
         """Where the captures under the change go."""
         path, name = capture_at(self.one)
         changed = f"{path.removesuffix('.zarr')}-{'with' if self.force else 'without'}-{name}.zarr"
-        return changed if self.into is None else self.into
+        return CaptureConfig(store=changed if self.into is None else self.into).store_path
 
 
 def main(arguments: list[str]) -> int:
@@ -166,9 +166,25 @@ def _again(config: SteerConfig, place: str, capture: "xr.Dataset", experts: list
         **where,
     )
     more = tuple(f"{layer}:{expert}" for layer, expert in experts)
-    if config.force:
-        return replace(begun, force=(*begun.force, *more))
-    return replace(begun, mask=(*begun.mask, *more))
+    change = "force" if config.force else "mask"
+    changes: dict[str, Any] = {change: (*getattr(begun, change), *more)}
+    wanted = replace(begun, **changes)
+    _refuse_other_change(wanted)
+    return wanted
+
+
+def _refuse_other_change(wanted: CaptureConfig) -> None:
+    """Refuse a store that holds a capture of the same name under another change."""
+    from store import CaptureGroup
+    from store.identity import changes_in_words
+
+    try:
+        attrs = CaptureGroup(wanted.store_path, wanted.name[0]).attrs
+    except FileNotFoundError:
+        return
+    if any(set(attrs.get(name) or ()) != set(getattr(wanted, name)) for name in ("mask", "force")):
+        change = changes_in_words(attrs) or "no change"
+        raise ValueError(f"{wanted.store_path}/{wanted.name[0]} has {change}: name another store with --into")
 
 
 def _effects(config: SteerConfig, captures: "Iterable[xr.Dataset]") -> Facts:

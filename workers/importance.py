@@ -1,12 +1,12 @@
 """The effect of every expert: how a token's prediction changes when an expert cannot be chosen at a layer.
 
 T tokens in B rows of P positions, N of them followed by another, L layers that have experts, E experts, K choices, H
-hidden. A micro-batch is run once, and what reached each layer stays on the device. Then, for one expert of one layer
-after the other, the layers are run from there to the end without it: what lies below does not depend on it. A run ends
-at the router of that layer where its choices and weights are what they were: the effect is 0.
+hidden. A micro-batch is run once, and what reached each layer stays on the device. Then, for each expert of each layer
+in turn, the layers from there to the end are run without it: the layers below do not depend on it. A run ends at the
+router of that layer where its choices and weights are what they were: the effect is 0.
 
-Promises: choices are changed where every other change of them is made (`workers.models.intervening`). What resumes at a
-layer without a change must give the predictions of the whole run.
+Promises: choices are changed where every other change of them is made (`workers.models.intervening`). A run that
+resumes at a layer without a change must give the predictions of the whole run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -162,6 +162,6 @@ class ImportanceEngine(ModelEngine):
     def _refuse_other(self, found_N: torch.Tensor, recorded_N: torch.Tensor) -> None:
         if doubted(near(found_N, recorded_N, self.predicted.head.dtype, recorded_N.abs())[None]).any():
             raise RoutingError(
-                f"layer {self.measured[0]}: the layers from there on, run again, predict other than the whole model"
+                f"layer {self.measured[0]}: the layers from there on, run again, do not predict what the whole model"
                 " did: the effects of this family's experts cannot be measured"
             )

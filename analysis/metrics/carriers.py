@@ -5,11 +5,15 @@ Does not know what becomes of them, such as a mask.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import xarray as xr
 
 
-def carriers(found: xr.Dataset, data_set: str, *, most: int = 8, left: int = 1) -> list[tuple[int, int]]:
+def carriers(
+    found: xr.Dataset, data_set: str, *, most: int = 8, left: int | Mapping[int, int] = 1
+) -> list[tuple[int, int]]:
     """The experts whose share of a data set's tokens is larger than in the others by more than chance.
 
     Parameters
@@ -20,8 +24,8 @@ def carriers(found: xr.Dataset, data_set: str, *, most: int = 8, left: int = 1) 
         One of its data sets.
     most : int
         At most so many experts, those with the largest differences.
-    left : int
-        So many experts of each layer are not taken, such as the k that a router chooses.
+    left : int or mapping of int to int
+        So many experts of each layer are not taken, such as the k that a router chooses; or by layer.
 
     Returns
     -------
@@ -38,7 +42,8 @@ def carriers(found: xr.Dataset, data_set: str, *, most: int = 8, left: int = 1) 
     names = found["data_set"].values.tolist()
     if data_set not in names:
         raise ValueError(f"no data set {data_set!r}; there are {', '.join(names)}")
-    if most < 1 or left < 0:
+    kept = dict(left) if isinstance(left, Mapping) else dict.fromkeys(found["layer"].values.tolist(), left)
+    if most < 1 or min(kept.values()) < 0:
         raise ValueError(f"most={most}, left={left}: at least 1, and at least 0")
     if untested := found.attrs["untested"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in untested.items())
@@ -46,7 +51,7 @@ def carriers(found: xr.Dataset, data_set: str, *, most: int = 8, left: int = 1) 
     own = found.sel(data_set=data_set)
     difference, p = (own[name].transpose("layer", "expert").values for name in ("difference", "difference_p"))
     beyond = (difference > 0) & (p <= 1 - found.attrs["level"])
-    room = dict.fromkeys(range(len(difference)), difference.shape[1] - left)
+    room = [difference.shape[1] - kept[layer] for layer in own["layer"].values.tolist()]
     taken: list[tuple[int, int]] = []
     for cell in np.argsort(-difference, axis=None, kind="stable").tolist():
         layer, expert = divmod(cell, difference.shape[1])

@@ -58,14 +58,18 @@ def effect_by_data_set(
     Raises
     ------
     ValueError
-        When there is no pair, the captures of one cannot be compared, or did not record log-probabilities.
+        When there is no pair, or the captures of one cannot be compared, or did not record log-probabilities; the
+        message names it.
     """
     if not pairs:
         raise ValueError("there is no pair of captures: name one or more")
     counts = {}
     for name, (one, other) in pairs.items():
         asked = [Jackknife(Effects(members_by_class(classes, one["piece"].values.tolist())))]
-        counts[name] = scan(paired(one, other), asked, only=only, threads=threads, progress=progress)[0]
+        try:
+            counts[name] = scan(paired(one, other), asked, only=only, threads=threads, progress=progress)[0]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     own = {name: effect_of(found, level=level, replicates=replicates) for name, found in counts.items()}
     names = xr.DataArray(np.array(list(own), object), dims="data_set", name="data_set")
     found = xr.concat(list(own.values()), names, combine_attrs="drop")

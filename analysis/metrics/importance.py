@@ -35,6 +35,7 @@ DEFINITION = (
     "mean over predicted tokens of log P(token | before it) where the expert cannot be chosen at the layer - the same"
     " where it can"
 )
+NOTHING = "no effect of an expert was measured on a token that counts"
 CELL = ("layer", "expert")
 Progress = Callable[[int, int], None] | None
 
@@ -158,7 +159,7 @@ def importance_of(
     """
     predicted = effects["predicted"].isel(replicate=0)
     if not int(predicted.max()):
-        raise ValueError("no effect of an expert was measured on a token that counts")
+        raise ValueError(NOTHING)
     there = effects["layer"][(predicted > 0).values].values
     effects, load, saliency = (each.sel(layer=there) for each in (effects, load, saliency))
     totals = totals_of(effects, "effect")
@@ -236,6 +237,9 @@ def importances(
     if not captures:
         raise ValueError("no data set: give captures of jobs/importance.py by name")
     counts = {name: _counted(capture, only, threads, progress) for name, capture in captures.items()}
+    for name, (effects, *_) in counts.items():
+        if not effects.attrs["n"]:
+            raise ValueError(f"{name}: {NOTHING}")
     shares = [load["share"].isel(replicate=0, drop=True) for _, load, _ in counts.values()]
     average = sum(shares[1:], shares[0]) / len(shares) if len(shares) > 1 else None
     found = {

@@ -51,12 +51,12 @@ class ImportanceConfig(CaptureConfig):
     sample_tokens: int = 65_536
     """Tokens of each data set's sample, about; documents are drawn at random until they have so many."""
     seed: int = 0
-    """Of the draw."""
+    """Seed of the draw."""
     limit_tokens: int | None = 2048
     """So many tokens of each document at most, its first ones: intervals need many documents."""
     rows_per_shard: int | None = None
-    """Rows in a shard, which a job that is stopped begins again, and which one worker does. Default: as many as fill
-    a micro-batch; on a CPU fewer."""
+    """Rows in a shard. One worker measures a shard, and begins it again when the job was stopped. Default: as many as
+    fill a micro-batch; on a CPU fewer."""
     batch_tokens: int | None = None
     """Padded tokens in a micro-batch at most; the hidden states before each layer are kept on the device. Default:
     65536 on a GPU, 8192 on a CPU."""
@@ -80,6 +80,9 @@ class ImportanceConfig(CaptureConfig):
                 raise ValueError(f"--{name} is {getattr(self, name)}, and must be at least 1")
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}, and must be 0 or more")
+        for name in ("output", "figures"):
+            if ":/" in str(place := getattr(self, name)):
+                raise ValueError(f"--{name} {place}: give a folder of this machine")
         if self.write_mask is not None:
             refuse_no_file("write_mask", self.write_mask)
 

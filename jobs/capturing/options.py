@@ -294,11 +294,12 @@ def as_begun(attrs: Mapping[str, Any], data_set: str, **changes: Any) -> Capture
     Raises
     ------
     ValueError
-        When it was not captured by a command, as imported routes are not.
+        When it was not captured by `jobs/capture.py`: imported routes, and what `jobs/importance.py` sampled.
     """
     begun = attrs.get("configuration")
-    if not isinstance(begun, Mapping) or "dataset" not in begun:
-        raise ValueError(f"{data_set} does not say with which options it was captured: it cannot be captured again")
+    script = attrs.get("script", "jobs/capture.py")  # which captures do not say
+    if not isinstance(begun, Mapping) or "dataset" not in begun or script != "jobs/capture.py":
+        raise ValueError(f"{data_set} is no capture of jobs/capture.py, and cannot be made again: give one that is")
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in begun.items()}
     options = {name: value for name, value in options.items() if name in _FIELDS}
     names = options["name"] or tuple(map(group_name, options["dataset"]))

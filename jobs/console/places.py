@@ -11,7 +11,7 @@ import store
 
 
 def captures_at(place: str) -> tuple[str, list[str]]:
-    """The store that a place names, and all its data sets, or the one that the place names.
+    """The store that a place names, without a slash at its end, and all its data sets, or the one that is named.
 
     Raises
     ------
@@ -20,7 +20,9 @@ def captures_at(place: str) -> tuple[str, list[str]]:
     ValueError
         When the store is empty.
     """
-    path, slash, name = place.rstrip("/").rpartition("/")
+    place = place.rstrip("/") or place
+    path, slash, name = place.rpartition("/")
+    path = path.rstrip("/") or path
     around = _names(path)
     if around is None:
         return place, _all(place, f", and {path} is no store" * bool(slash))
@@ -41,7 +43,7 @@ def capture_at(place: str) -> tuple[str, str]:
     """
     path, names = captures_at(place)
     if len(names) > 1:
-        raise ValueError(f"{path} holds {', '.join(names)}: say which, as {path.rstrip('/')}/{names[0]}")
+        raise ValueError(f"{path} holds {', '.join(names)}: say which, as {path}/{names[0]}")
     return path, names[0]
 
 
@@ -49,7 +51,7 @@ def by_store(places: Iterable[str]) -> dict[str, list[str]]:
     """The data sets that some places name, by store, each once and in the order given; errors as `captures_at`."""
     found: dict[str, list[str]] = {}
     for path, names in map(captures_at, places):
-        known = found.setdefault(path.rstrip("/"), [])
+        known = found.setdefault(path, [])
         known += [name for name in names if name not in known]
     return found
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from jobs.console.tables import Facts, count, number, print_line, print_table
 from jobs.console.terminal import reporting
+from workers.interventions import Interventions
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -43,8 +44,7 @@ def carriers_told(captures: "Mapping[str, xr.Dataset]", most: int, *, forced: bo
     if found.attrs["models_differ"]:
         raise ValueError(f"the captures are not of one model: {'; '.join(found.attrs['models_differ'].values())}")
     one, other = captures
-    k = next(iter(captures.values())).sizes["k"]
-    taken = carriers(found, one, most=most, left=found.sizes["expert"] - k if forced else k)
+    taken = carriers(found, one, most=most, left=_left(captures[one], forced=forced))
     if not taken:
         raise ValueError(f"no expert is used more by {one} than by {other} beyond chance: there is nothing to change")
     rows = []
@@ -54,6 +54,17 @@ def carriers_told(captures: "Mapping[str, xr.Dataset]", most: int, *, forced: bo
         shares = {"share": float(first["share"]), "other_share": float(second["share"])}
         rows.append({"layer": layer, "expert": expert, **shares, "difference": float(first["difference"]), **values})
     return {"experts": rows, "level": found.attrs["level"]}
+
+
+def _left(capture: "xr.Dataset", *, forced: bool) -> dict[int, int]:
+    """How many experts of each layer cannot be masked, or forced, beside those that are already."""
+    from store import attributes
+
+    attrs, k = attributes(capture), capture.sizes["k"]
+    already = Interventions(mask=tuple(attrs.get("mask") or ()), force=tuple(attrs.get("force") or ()))
+    of_layer = already.forced() if forced else already.masked()
+    kept = int(attrs["num_experts"]) - k if forced else k
+    return {layer: kept + len(of_layer.get(layer, ())) for layer in capture["layer"].values.tolist()}
 
 
 def print_carriers(console: Console, told: Facts) -> None:

@@ -18,7 +18,7 @@ from store.secrets import without_secrets
 
 LOG_EVERY_S = 10.0
 NO_HOME = "/nonexistent"  # Debian's own sign of a user without a home
-AFTER = "what was finished is kept, and the same command goes on from there"
+AFTER = "what was finished is kept, and the same command resumes"
 
 
 class Terminated(KeyboardInterrupt):

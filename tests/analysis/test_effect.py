@@ -165,6 +165,9 @@ def test_effects_of_data_sets_are_those_of_each_pair_and_differ_as_their_means_d
     assert "flipped signs of fewer than 6" in untested.attrs["untested"]["one"]
     with pytest.raises(ValueError, match="there is no pair of captures"):
         effect_by_data_set({})
+    silent = pairs["code"][1].drop_vars("logprob")
+    with pytest.raises(ValueError, match="^code: .*logprob"):
+        effect_by_data_set({**few, "code": (silent, silent)})
 
 
 def test_other_tokens_and_captures_without_predictions_are_refused() -> None:

@@ -102,6 +102,9 @@ def test_what_is_no_class_is_an_error_that_names_those_there_are(monkeypatch: py
         members_of("digit", [])
     with pytest.raises(ValueError, match=r"/\(/: no regular expression: missing \)"):
         members_of("/(/", [])
+    with pytest.raises(ValueError, match="its counts in braces make 1,000,000 together; give at most 10,000"):
+        members_of("/(?:a{1000}){1000,}/", [])
+    assert members_of("/^(?:a{2}){3}$/", ["aaaaaa", "aaaa"]).tolist() == [True, False]
     monkeypatch.setattr(token_classes, "PATIENCE_S", 0.05)
     with pytest.raises(ValueError, match=r"takes more than 0\.05 s; write it in another way"):
         members_of("/^(a|a|aa)+$/", ["a" * 60 + "b"])

@@ -117,6 +117,10 @@ def test_what_cannot_be_done_is_refused_before_weights_are_loaded(
     for wrong, why in (
         (("--layers", "9"), "there is no layer 9; the layers with experts are 0 to 7"),
         (("--output", tmp_path / "other"), "is there, and no result of this job"),
+        (("--output", tmp_path / "s.zarr"), "neither may lie in the other; name another folder"),
+        (("--output", tmp_path), "neither may lie in the other; name another folder"),
+        (("--output", tmp_path / "s.zarr" / "i"), "neither may lie in the other; name another folder"),
+        (("--output", "s3://bucket/i.zarr"), "s3:/bucket/i.zarr: give a folder of"),
         (("--write_mask", tmp_path / "m.json", "--least", "7"), "would leave 1 of 8 experts of each layer"),
         (("--model", "tinny"), "tinny"),
         (("--sample_tokens", "0"), "--sample_tokens is 0"),
@@ -128,6 +132,13 @@ def test_what_cannot_be_done_is_refused_before_weights_are_loaded(
     assert dry.status == 0, dry.err
     assert "effect" in said(dry.out, "recorded")
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "other"}
+
+
+def test_a_text_without_a_prediction_is_told_by_name(run: Command, base: Any, tmp_path: Path) -> None:
+    empty = ("--dataset", write(tmp_path / "empty", {"0.txt": ""}), "--output", tmp_path / "e.zarr")
+    ran = run(*base, *empty)
+    assert (ran.status, "empty-importance: no effect of an expert was measured" in ran.err) == (2, True), ran.err
+    assert not (tmp_path / "e.zarr").exists()
 
 
 def test_another_sample_and_another_job_at_the_same_time_are_refused(

@@ -12,6 +12,8 @@ import xarray as xr
 import store
 from analysis import carriers, contrast
 from jobs import compare, steer
+from jobs.capturing.options import as_begun
+from jobs.console.steer_rows import carriers_told
 from store import attributes
 from workers import capture_texts
 
@@ -78,6 +80,9 @@ def test_the_experts_are_found_and_their_effects_are_those_of_captures_without_t
     )
     attrs = attributes(store.open_capture(into, "code"))
     assert attrs["mask"] == [f"{layer}:{expert}" for layer, expert in mask]
+    other = command(*asked, "--experts", 1, main=steer.main)
+    assert other.status == 2
+    assert f"has mask {', '.join(attrs['mask'])}: name another store with --into" in other.err
     again = command(*asked, main=steer.main)
     assert "nothing to do" in again.err
     assert (
@@ -97,9 +102,15 @@ def test_experts_are_named_alone_and_forced_within_what_a_token_chooses(
     assert told["change"] == "force"
     assert max(of_layer.count(layer) for layer in of_layer) == 2
     assert "data_sets" not in told
+    both = {name: store.open_capture(captured, name) for name in ("code", "legal")}
+    forced = {name: each.assign_attrs(force=[f"{layer}:0" for layer in range(8)]) for name, each in both.items()}
+    beside = [row["layer"] for row in carriers_told(forced, 64, forced=True)["experts"]]
+    assert max(beside.count(layer) for layer in beside) == 1, "one is forced already"
     said = command(*places, "--only_name", "--experts", 1, main=steer.main)
     first = json.loads(command(*places, "--only_name", "--experts", 1, "--json", main=steer.main).out)["experts"][0]
     assert f"--record logprob --mask {first['layer']}:{first['expert']}" in said.err
+    named = {each: steer.SteerConfig(one=places[0], other=places[1], into=each).store for each in (None, "~/x.zarr")}
+    assert named == {None: str(captured.with_name("s-without-code.zarr")), "~/x.zarr": str(Path.home() / "x.zarr")}
 
 
 def test_what_cannot_be_steered_is_told(captured: Path, command: Command, tmp_path: Path, texts: Path) -> None:
@@ -110,6 +121,8 @@ def test_what_cannot_be_steered_is_told(captured: Path, command: Command, tmp_pa
 
     code, legal = f"{captured}/code", f"{captured}/legal"
     assert "have one name" in refused(code, code)
+    with pytest.raises(ValueError, match=r"code-importance is no capture of jobs/capture\.py"):
+        as_begun({"configuration": {"dataset": ["code"]}, "script": "jobs/importance.py"}, "code-importance")
     assert "--experts is 0" in refused(code, legal, "--experts", 0)
     assert "no data set" in refused(code, f"{captured}/lega")
     options = (
@@ -144,5 +157,8 @@ def test_only_experts_beyond_chance_are_taken_and_a_layer_keeps_what_it_needs(ca
     few = carriers(found, "code", most=64, left=7)
     assert len({layer for layer, _ in few}) == len(few)
     assert few == [cell for at, cell in enumerate(every) if cell[0] not in [layer for layer, _ in every[:at]]]
+    assert carriers(found, "code", most=64, left={layer: 8 if layer else 7 for layer in range(8)}) == [
+        cell for cell in few if not cell[0]
+    ]
     with pytest.raises(ValueError, match="no data set 'prose'"):
         carriers(found, "prose")

@@ -1,8 +1,8 @@
 """A model's layers run again from one of them on: what reached each one is kept while the model runs.
 
-T tokens in B rows of P positions, H hidden. A forward of ours is resumed behind the attention of a layer, which so is
-computed once for all who resume there. transformers' layers are called once more, attention too, with the arguments
-that they had. Both compute what they computed before, to the bit, where nothing is changed meanwhile.
+T tokens in B rows of P positions, H hidden. A forward of ours resumes behind the attention of a layer, so that
+attention is computed once for all runs that resume there. transformers' layers are called again, attention too, with
+the arguments that they had. Both give the same bits as before where nothing is changed meanwhile.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ import torch
 
 
 class Kept(Protocol):
-    """What reached some layers of a model, when it ran last."""
+    """What reached some layers of a model when it last ran."""
 
     def keeping(self) -> Any:
         """A context within which the model is to run once, to its end."""
@@ -22,11 +22,11 @@ class Kept(Protocol):
         """The hidden states after the final norm, shape (T, H), of the layers from one of them on."""
 
     def clear(self) -> None:
-        """Let go what is kept."""
+        """Free what is kept."""
 
 
 def kept_of(model: Any, forward: Any, layers: Sequence[int]) -> Kept:
-    """What is to be kept of some layers, by the model's own numbers.
+    """What keeps what reaches some layers, by the model's own numbers.
 
     Parameters
     ----------
@@ -39,12 +39,12 @@ def kept_of(model: Any, forward: Any, layers: Sequence[int]) -> Kept:
         When the model has no list of layers.
     """
     if not hasattr(model, "layers"):
-        raise ValueError(f"{type(model).__name__} has no list of layers of the name layers: they cannot be run apart")
+        raise ValueError(f"{type(model).__name__} has no list of its layers named layers: they cannot be run one by one")
     return KeptCalls(model, layers) if forward is model else KeptStates(forward, layers)
 
 
 class KeptStates:
-    """Of a forward of ours: the hidden states behind the attention of each layer."""
+    """For a forward of ours: the hidden states behind the attention of each layer."""
 
     def __init__(self, forward: Any, layers: Sequence[int]) -> None:
         self.forward, self.layers = forward, {*layers}
@@ -83,7 +83,7 @@ class KeptStates:
 
 
 class KeptCalls:
-    """Of transformers' forward: what each layer was called with."""
+    """For transformers' forward: what each layer was called with."""
 
     def __init__(self, model: Any, layers: Sequence[int]) -> None:
         self.model, self.layers = model, {*layers}
