@@ -128,5 +128,5 @@ def test_the_command_prints_each_layer_and_what_differs(tmp_path: Path) -> None:
     other = compare("s.zarr/a", "s.zarr/c")
     assert other.returncode == 0, other.stderr
     assert other.stdout.startswith("contrast of s.zarr/a and s.zarr/c: the captures hold other texts: at position 0")
-    assert "no STORE/DATASET" in compare("a", "s.zarr/b").stderr
+    assert "no store at a (no such folder)" in compare("a", "s.zarr/b").stderr
     assert "no data set 'x'" in compare("s.zarr/x", "s.zarr/b").stderr

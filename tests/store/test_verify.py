@@ -478,7 +478,7 @@ def test_status_verify_names_exactly_the_wrong_shards_and_ends_with_1_until_they
     for shard in (1, 3):
         damage(store, f"expert/c/{shard}/0/0/0", DAMAGE["with a bit flipped"])
     assert command(store, main=status.main).status == 0  # lengths do not tell
-    ran = command(store / "fake", "--verify", main=status.main)
+    ran = command(f"{store}/fake", "--verify", main=status.main)
     assert ran.status == 1
     named = [line.partition(":")[2].strip() for line in ran.out.splitlines() if "does not hold" in line]
     assert [line.partition(":")[0] for line in named] == ["shard 1 does not hold", "shard 3 does not hold"]
