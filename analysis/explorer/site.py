@@ -338,7 +338,7 @@ class Pages:
         self, template: str, title: str, shown: Shown | None = None, status: int = 200, **values: Any
     ) -> HTMLResponse:
         """A page with what all pages have."""
-        about: Mapping[str, Any] = {"name": None, "behind": False, "selected": self.explorer.only.said}
+        about: Mapping[str, Any] = {"name": None, "behind": False, "changes": "", "selected": self.explorer.only.said}
         if shown is not None:
             view = shown.view
             about = {
