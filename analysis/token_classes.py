@@ -79,6 +79,18 @@ CLASSES: dict[str, TokenClass] = {
 }
 """By name; a token may be in several."""
 
+SAID = {
+    "letters": "words",
+    "lowercase": "lowercase words",
+    "capitalized": "capitalized words",
+    "uppercase": "words in capitals",
+    "mixed-case": "words of mixed case",
+    "word-initial": "beginnings of words",
+    "continuation": "rests of words",
+    **{name.lower(): f"{name} letters" for name in SCRIPTS},
+}
+"""What a class is called in a sentence, where it is not its name."""
+
 
 def text_of(piece: str) -> str:
     """A piece as it stands in a text: ▁ is a space, <0x0A> a line feed.
@@ -174,7 +186,7 @@ def compiled(which: str) -> regex.Pattern[str]:
         try:
             return regex.compile(which[1:-1])
         except regex.error as error:
-            raise ValueError(f"{which}: no regular expression: {error}") from None
+            raise ValueError(f"{which} is not a regular expression: {error}") from None
     if which not in CLASSES:
         raise ValueError(
             f"no class of tokens is called {which!r}; there are {', '.join(CLASSES)}, and regular expressions between"

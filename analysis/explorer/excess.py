@@ -13,19 +13,7 @@ from analysis.explorer.summary import Kind, apart, kinds_of
 from analysis.explorer.view import View
 from analysis.metrics.class_experts import class_excess_of
 from analysis.metrics.excess import token_excess_of
-from analysis.token_classes import SCRIPTS
-
-SAID = {
-    "letters": "words",
-    "lowercase": "lowercase words",
-    "capitalized": "capitalized words",
-    "uppercase": "words in capitals",
-    "mixed-case": "words of mixed case",
-    "word-initial": "beginnings of words",
-    "continuation": "rests of words",
-    **{name.lower(): f"{name} letters" for name in SCRIPTS},
-}
-"""What a class is called in a sentence, where it is not its name."""
+from analysis.token_classes import SAID
 
 
 class Excess:

@@ -209,6 +209,7 @@ class Explorer:
             "shards_done": state.shards_done,
             "indexed": indexed,
             "model": str(shown.view.capture.attrs.get("model", "?")),
+            "changes": changes(shown.view),
         }
 
     def _show(self, name: str) -> Shown:
@@ -221,6 +222,11 @@ class Explorer:
             _ = shown.profiles, shown.unusual
             view.warm()
         return shown
+
+
+def changes(view: View) -> str:
+    """What was changed about its model's choices, in words; empty where nothing was."""
+    return changes_in_words(attributes(view.capture)["identity"])
 
 
 def differs(one: View, other: View) -> str:

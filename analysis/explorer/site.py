@@ -28,13 +28,13 @@ from analysis.explorer.document import distribution, document_page
 from analysis.explorer.effect import comparable, effect_page
 from analysis.explorer.home import Home
 from analysis.explorer.index import index_folder
-from analysis.explorer.live import Explorer, Shown, differs
+from analysis.explorer.live import Explorer, Shown, changes, differs
 from analysis.explorer.maps import expert_map
 from analysis.explorer.one_file import FOLDER, MOST_TOKENS, environment, export_page, reader_data, refuse_too_long
 from analysis.explorer.phrases import LONGEST
 from analysis.explorer.search import GLANCE, search_page
 from analysis.explorer.token import contexts, token_page
-from analysis.explorer.token_class import class_page
+from analysis.explorer.token_class import class_page, wrong_expression
 from analysis.explorer.view import MIN_COUNT, Unreadable
 
 ORDERS = get_args(Order)
@@ -157,7 +157,14 @@ class Pages:
     def search(self, request: Request) -> Response:
         """Tokens, places and documents that contain a text."""
         shown, (page,), asked = self._shown(request), _numbers(request, page=1), _asked(request)
-        return self._page("search", asked, shown, asked=asked, found=search_page(shown.view, asked, page))
+        return self._page(
+            "search",
+            asked,
+            shown,
+            asked=asked,
+            wrong=wrong_expression(asked),
+            found=search_page(shown.view, asked, page),
+        )
 
     def search_all(self, request: Request) -> Response:
         """The same in all data sets, a few of each."""
@@ -166,7 +173,7 @@ class Pages:
             where = f"/{quote(shown[0].view.dataset)}/search?{urlencode({'q': asked})}"
             return RedirectResponse(where, headers=HEADERS)
         found = [search_page(each.view, asked, tokens=GLANCE, places=GLANCE) for each in shown]
-        return self._page("search_all", asked, asked=asked, found=found)
+        return self._page("search_all", asked, asked=asked, wrong=wrong_expression(asked), found=found)
 
     def document(self, request: Request) -> Response:
         """A page of a document's text."""
@@ -310,6 +317,7 @@ class Pages:
             error.status_code if isinstance(error, HTTPException) else 500 if isinstance(error, Unreadable) else 404
         )
         message = error.detail if isinstance(error, HTTPException) else str(error)
+        message = f"{request.url.path} is no page of the explorer." if message == "Not Found" else message
         titles = {
             400: "That cannot be asked",
             404: "There is no such thing",
@@ -330,7 +338,7 @@ class Pages:
         self, template: str, title: str, shown: Shown | None = None, status: int = 200, **values: Any
     ) -> HTMLResponse:
         """A page with what all pages have."""
-        about: Mapping[str, Any] = {"name": None, "behind": False, "selected": self.explorer.only.said}
+        about: Mapping[str, Any] = {"name": None, "behind": False, "changes": "", "selected": self.explorer.only.said}
         if shown is not None:
             view = shown.view
             about = {
@@ -341,6 +349,7 @@ class Pages:
                 "experts": view.experts,
                 "choices": view.choices,
                 "layers": view.layers,
+                "changes": changes(view),
             }
         names = [*self.explorer.shown]
         sets = [shown] if shown is not None else [self.explorer.shown[name] for name in names]
@@ -353,7 +362,7 @@ class Pages:
 
 def _asked(request: Request) -> str:
     """What is searched for."""
-    asked = request.query_params.get("q", "")
+    asked = request.query_params.get("q", "").replace("\0", "")  # which no text has
     if not asked:
         raise HTTPException(400, "the search is for nothing: give a part of a text, of a token or of a document's name")
     if len(asked) > LONGEST:

@@ -131,6 +131,8 @@ def summary(
     classes, tokens
         What it gets beyond chance, as `apart` and `kinds_of` give them.
     """
+    if not reach:
+        return {"line": f"No token of {own.name} reaches it", "evidence": []}
     tokens, strongest = tokens[:TOKENS_TOLD], busiest([own, *others])
     told = classes or [replace(kind, name=f"“{kind.name}”") for kind in tokens]
     line = [_listed([f"{kind.name} ({kind.lift:.1f} × the average)" for kind in told])] if told else []

@@ -18,7 +18,7 @@ from analysis.explorer.view import MIN_COUNT, View
 from analysis.metrics.class_experts import ClassCounts, class_excess_of, class_experts_of
 from analysis.scanning import Array
 from analysis.statistics.jackknife import Jackknife
-from analysis.token_classes import CLASSES, is_expression, members_of
+from analysis.token_classes import CLASSES, compiled, is_expression, members_of
 
 EXPERTS, TOKENS, PLACES = 12, 12, 20  # rows of the page's lists
 SHOWN = ("share", "share_low", "share_high", "lift", "lift_low", "lift_high")
@@ -28,7 +28,8 @@ def classes_named(view: View, text: str) -> list[dict[str, Any]]:
     """The classes of a vocabulary that a search means: by a part of their name, or a regular expression itself."""
     wanted = text.strip().casefold()
     if is_expression(text.strip()):
-        return [{"name": text.strip(), "description": "a regular expression", "count": None}]
+        wrong = wrong_expression(text)
+        return [] if wrong else [{"name": text.strip(), "description": "a regular expression", "count": None}]
     names = [name for name in view.classes if wanted and wanted in (name, *_words(name))]
     return [
         {
@@ -38,6 +39,16 @@ def classes_named(view: View, text: str) -> list[dict[str, Any]]:
         }
         for name in names
     ]
+
+
+def wrong_expression(text: str) -> str:
+    """Why what stands between slashes is not a regular expression; empty where it is one, or there are no slashes."""
+    try:
+        if is_expression(text.strip()):
+            compiled(text.strip())
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _words(name: str) -> set[str]:

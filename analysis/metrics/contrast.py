@@ -188,7 +188,12 @@ def models_differ(captures: Mapping[str, xr.Dataset]) -> dict[str, str]:
 def differences_in_words(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """In what the models of two captures differ, from their attributes, with both values; empty where in nothing."""
     differ = model_differences(one, other)
-    return "; ".join(f"{field} is {here} and {there}" for field, (here, there) in differ.items())
+    return "; ".join(f"{field} is {_plain(here)} and {_plain(there)}" for field, (here, there) in differ.items())
+
+
+def _plain(value: Any) -> Any:
+    """A value as a sentence has it: experts of a list one after the other."""
+    return (", ".join(map(str, value)) or "nothing") if isinstance(value, list | tuple) else value
 
 
 def refuse_incomparable(captures: Mapping[str, xr.Dataset]) -> None:

@@ -137,11 +137,11 @@ def _no_specialist(own: xr.Dataset) -> str:
 def _told(each: Answers, cell: xr.Dataset, usual: float) -> Finding:
     """A token and its expert, in words."""
     of, n = cell.attrs["of"], cell.attrs["n"]
-    sampled = f" in {n:,} of its {of:,} tokens, a sample of whole documents" if n < of else ""
+    sampled = f" (in a sample of whole documents, {n:,} of its {of:,} tokens)" if n < of else ""
     layer, expert, token = int(cell["layer"]), int(cell["expert"]), int(cell["token_id"])
     said = (
         f"Tokens have their experts: at layer {layer}, {float(cell['counts'] / cell['tokens']):.0%} of the"
-        f" {int(cell['tokens']):,} “{cell['piece'].item()}” in {each.label}{sampled} go to expert"
-        f" {expert}; shuffled within their documents, {usual:.0%} would."
+        f" {int(cell['tokens']):,} “{cell['piece'].item()}” in {each.label} go to expert"
+        f" {expert}; shuffled within their documents, {usual:.0%} would{sampled}."
     )
     return Finding(said=said, of=each, page=f"token/{token}?layer={layer}&expert={expert}", layer=layer)

@@ -99,7 +99,7 @@ def _measured(answers: Sequence[Answers], captured: Sequence[Answers]) -> Findin
 
 def _model(each: Answers) -> str:
     changes = changes_in_words(each.attrs)
-    return f"{each.attrs.get('model') or 'a model not stated'}{f' changed: {changes}' if changes else ''}"
+    return f"{each.attrs.get('model') or 'a model not stated'}{f' with {changes}' if changes else ''}"
 
 
 def _size(each: Answers) -> str:

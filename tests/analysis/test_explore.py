@@ -160,6 +160,7 @@ def test_every_link_leads_somewhere_and_every_answer_has_its_policy(address: str
         ("/fake/expert/1/8", 404, "fake has experts 0 to 7"),
         ("/fake/place?row=9999&position=0", 404, "fake has no token in row 9999"),
         ("/fake/search?q=", 400, "the search is for nothing"),
+        ("/-/search?q=%00", 400, "the search is for nothing"),
         ("/fake/../../etc/passwd", 404, ""),
         ("/%2e%2e/%2e%2e/etc/passwd", 404, ""),
         ("/fake%00", 404, "no data set"),
@@ -262,6 +263,11 @@ def test_a_search_finds_tokens_and_documents(address: str) -> None:
     assert "Tokens" not in page
     page = text_of(asked(f"{address}/fake/search?q=nothing+has+this")[2])
     assert "Nothing in the text of fake, no token and no document's name contains it" in page
+    assert "0 places" not in text_of(asked(f"{address}/-/search?q=1:2")[2])
+    for scope in ("-", "fake"):
+        page = text_of(asked(f"{address}/{scope}/search?q=/([/")[2])
+        assert page.count("/([/ is not a regular expression") == 1
+        assert "The class of tokens" not in page
 
 
 def test_tokens_that_occur_are_listed_and_the_one_that_is_asked_for_comes_first(explorer: Explorer) -> None:

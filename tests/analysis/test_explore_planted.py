@@ -84,6 +84,15 @@ def test_an_expert_s_line_names_its_class_and_its_data_set(address: str, capture
     assert "strongest" not in text_of(asked(f"{address}/prose/expert/3/3")[2])
 
 
+def test_pages_of_a_masked_capture_and_the_first_page_s_card_say_so(address: str) -> None:
+    page = text_of(asked(f"{address}/prose-without/expert/7/1")[2])
+    assert "The choices of prose-without were changed: mask 7:1." in page
+    assert "were changed" not in text_of(asked(f"{address}/prose/expert/7/1")[2])
+    first = text_of(asked(f"{address}/")[2])
+    assert first.count("with changed choices: mask 7:1") == 1
+    assert "Differences are not those of the texts" not in text_of(asked(f"{address}/prose/compare/prose-without")[2])
+
+
 def test_the_first_places_are_shaded_by_the_weights_around_them(address: str, captures: Captures) -> None:
     layer, expert = PROSE_EXPERT
     _, chosen, weight, places = tokens_of(captures["prose"])
@@ -174,7 +183,7 @@ def test_a_page_s_effect_is_the_difference_of_log_probabilities(address: str, ca
         ("prose/compare/nobody", 404, "no data set"),
         ("-/compare?one=prose", 404, "no data set"),
         ("code/class?q=nonsense", 404, "no class of tokens is called"),
-        ("code/class?q=/(/", 404, "no regular expression"),
+        ("code/class?q=/(/", 404, "/(/ is not a regular expression"),
         ("code/class?q=digits&layer=9&expert=0", 404, "name a layer of 0 to 7"),
     ):
         found, _, page = asked(f"{address}/{place}")

@@ -57,6 +57,8 @@ def test_an_expert_s_line_holds_what_is_known_of_it_and_no_more() -> None:
     assert "40.0% of the choices of maths, and 10.0% of those of prose" in text
     assert summary(own, 0.8, [], [one], [])["line"] == "“1” (5.0 × the average)"
     assert summary(own, 0.8, [], [], [])["line"] == "80% of the tokens of maths"
+    unused = {"line": "No token of maths reaches it", "evidence": []}
+    assert summary(Set("maths", 0.0, np.nan, np.nan), 0.0, [], [], [other]) == unused
     nothing = summary(own, 0.2, [], [], [Set("prose", 0.4, 0.3, 0.5)])
     assert nothing["line"] == "Nothing sets it apart in maths"
     assert "It gets 20% of the tokens there" in nothing["evidence"][0]

@@ -316,7 +316,7 @@ def test_a_token_of_a_sample_is_told_as_one_of_a_sample(monkeypatch):
     n, of = (answers["token_excess"].attrs[name] for name in ("n", "of"))
     assert 600 <= n < 616 < of == int(data["length"].sum())
     *_, sentence = told([answers])
-    assert f" in a in {n:,} of its {of:,} tokens, a sample of whole documents go to expert" in sentence
+    assert f"would (in a sample of whole documents, {n:,} of its {of:,} tokens)." in sentence
 
 
 def test_no_token_is_told_where_documents_are_all_that_routes_depend_on():

@@ -74,6 +74,7 @@ def test_a_masked_capture_is_shown_beside_the_one_of_the_same_text_without() -> 
         coarse=captured(by=0.1).assign_attrs(quantization="nf4", mask=["1:3"]),
     )
     assert [(pair.one.label, pair.other.label) for pair in section.pairs_in(answers)] == [("plain", "masked")]
+    assert [pair.page for pair in section.pairs_in(answers)] == ["compare/synthetic"], "the data set, not its label"
     drawn = page.report_of(answers, SECTIONS)
     whole = effect(captured(), captured(by=0.5))
     classes, losing, *passages = [figure for figure in drawn.figures if figure.kind == "effect"]

@@ -158,10 +158,10 @@
       spans.forEach((span, token) => {
         const value = effect(token);
         span.classList.toggle("missing", value === null);
-        span.style.backgroundColor = value === null ? "" : toned(-value / FULL);
+        span.style.backgroundColor = value === null ? "" : toned(value / FULL);
       });
       const scaled = element("span", undefined, { class: "scale" });
-      scaled.append("worse", ...[1, 0.5, 0, -0.5, -1].map((part) => { const box = element("i"); box.style.backgroundColor = toned(part); return box; }), "better");
+      scaled.append("worse", ...[-1, -0.5, 0, 0.5, 1].map((part) => { const box = element("i"); box.style.backgroundColor = toned(part); return box; }), "better");
       by("legend").replaceChildren(scaled);
       by("key").textContent = routes.effects[name].error ?? `Colour: by how much better or worse ${name} predicts the token than ${body.dataset} does, full at ${FULL} nats.`;
     };
@@ -177,7 +177,7 @@
       });
       const shown = [...counts.keys()].filter((e) => counts[e] || e === state.alone).sort((a, b) => (experts <= 16 ? a - b : (b === state.alone) - (a === state.alone) || counts[b] - counts[a])).slice(0, 16);
       by("legend").replaceChildren(...shown.map((e) => {
-        const button = element("button", `${e} · ${Math.round((100 * counts[e]) / Math.max(1, spans.length))} %`, { type: "button", "aria-pressed": state.alone === e, "aria-label": `expert ${e}, first choice of ${counts[e]} tokens here` });
+        const button = element("button", `${e} · ${Math.round((100 * counts[e]) / Math.max(1, spans.length))}%`, { type: "button", "aria-pressed": state.alone === e, "aria-label": `expert ${e}, first choice of ${counts[e]} tokens here` });
         button.style.backgroundColor = colour(e, experts, 0.9);
         button.onclick = () => { state.alone = state.alone === e ? null : e; change(); by("legend").querySelector(`[data-expert="${e}"]`)?.focus(); };
         button.dataset.expert = e;

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import xarray as xr
@@ -44,6 +45,12 @@ class Pair:
     def name(self) -> str:
         """The data sets, the changed one first."""
         return f"{self.other.label} beside {self.one.label}"
+
+    @property
+    def page(self) -> str:
+        """The explorer's page of the changed data set beside the other one, where one explorer has both."""
+        same = self.one.store == self.other.store
+        return f"compare/{quote(self.one.state.dataset)}" if same else ""
 
     @property
     def counted(self) -> str:
@@ -91,6 +98,7 @@ def findings(answers: Sequence[Answers]) -> Iterator[Finding]:
                 f" {abs(float(found['effect'])):.4f} nats a token ({near:.4f} to {far:.4f}, 95 % interval over"
                 f" documents; p {float(found['p']):.4f}; {pair.counted}).",
                 of=pair.other,
+                page=pair.page,
             )
 
 

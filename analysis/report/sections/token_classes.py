@@ -14,7 +14,7 @@ from analysis.report.sections import tokens
 from analysis.report.sections.contrast import of_expert
 from analysis.scanning import Array, Reducer
 from analysis.statistics.jackknife import Jackknife
-from analysis.token_classes import CLASSES, members_by_class
+from analysis.token_classes import CLASSES, SAID, members_by_class
 
 LEFT_OUT = ("letters",)  # they are most of a text
 IDS_LOOKED_AT = 4_096  # the most frequent tokens, among which a class must have one (arbitrary)
@@ -82,7 +82,8 @@ def tell(each: Answers) -> Finding | None:
 def _told(cell: xr.Dataset) -> str:
     share, usual = (float(cell[name] / cell["tokens"]) for name in ("counts", "expected"))
     which, layer, expert = (cell[name].item() for name in ("token_class", "layer", "expert"))
-    return f"{share:.0%} of {int(cell['tokens']):,} {which} at layer {layer} go to expert {expert} ({usual:.0%})"
+    tokens = f"{int(cell['tokens']):,} {SAID.get(which, which)}"
+    return f"{share:.0%} of {tokens} at layer {layer} go to expert {expert} ({usual:.0%})"
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
@@ -97,8 +98,8 @@ SECTION = Section(
     id="classes",
     title="Experts of classes of tokens",
     reading="For each layer and class of tokens, the number of the expert that gets the class most out of proportion;"
-    " colour: how many times as often as all tokens. Pale cells may be chance. A token is in several classes: the is"
-    " lowercase and word-initial, and for is a keyword in prose too. An interval is that of a cell by itself.",
+    " colour: how many times as often as all tokens. Pale cells may be chance. A token is in several classes: “the” is"
+    " lowercase and word-initial, and “for” is a keyword in prose too. An interval is that of a cell by itself.",
     ask=ask,
     answer=answer,
     draw=draw,
