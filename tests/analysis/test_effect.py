@@ -166,7 +166,7 @@ def test_effects_of_data_sets_are_those_of_each_pair_and_differ_as_their_means_d
     with pytest.raises(ValueError, match="there is no pair of captures"):
         effect_by_data_set({})
     silent = pairs["code"][1].drop_vars("logprob")
-    with pytest.raises(ValueError, match="^code: .*logprob"):
+    with pytest.raises(ValueError, match=r"^code: .*logprob"):
         effect_by_data_set({**few, "code": (silent, silent)})
 
 

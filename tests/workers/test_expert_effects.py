@@ -110,7 +110,9 @@ def test_a_run_that_resumes_otherwise_stops_the_shard(
         return resumed(layer) * (torch.nan if len(calls) == 3 else 1)
 
     monkeypatch.setattr(engine.kept, "resumed", faulty)
-    wanted = "run again, do not predict what" if fault == "another state" else r"layer 1: without expert \d, predictions are"
+    wanted = (
+        "run again, do not predict what" if fault == "another state" else r"layer 1: without expert \d, predictions are"
+    )
     with pytest.raises(RoutingError, match=wanted):
         engine.route(TOKEN, LENGTH)
 

@@ -39,7 +39,9 @@ def kept_of(model: Any, forward: Any, layers: Sequence[int]) -> Kept:
         When the model has no list of layers.
     """
     if not hasattr(model, "layers"):
-        raise ValueError(f"{type(model).__name__} has no list of its layers named layers: they cannot be run one by one")
+        raise ValueError(
+            f"{type(model).__name__} has no list of its layers named layers: they cannot be run one by one"
+        )
     return KeptCalls(model, layers) if forward is model else KeptStates(forward, layers)
 
 
