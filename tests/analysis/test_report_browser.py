@@ -323,7 +323,7 @@ def test_choosing_a_layer_changes_charts_and_tables_alike(opened, drawing):
 
 def test_hostile_text_is_shown_and_does_nothing(looked_at):
     page, heard = looked_at
-    page.evaluate("new Promise(done => requestIdleCallback(done))")
+    page.evaluate("new Promise(done => requestIdleCallback(done, { timeout: 1000 }))")  # never idle in the background
     assert page.query_selector("img") is None
     assert page.evaluate("document.querySelectorAll('script').length") == 3
     assert "<img src=x onerror=alert(9)>" in page.inner_text("header")
