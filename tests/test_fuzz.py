@@ -40,7 +40,7 @@ from analysis.explorer.live import Explorer
 from analysis.explorer.site import site
 from analysis.metrics.choices import Choices
 from analysis.metrics.load import Load
-from analysis.results import beside, measure
+from analysis.results import measure
 from jobs import capture, compare, explore, quantize, query, report, resubmit, status, train_tiny, validate
 from jobs.capturing.options import CaptureConfig
 from jobs.capturing.planner import Planner
@@ -49,6 +49,7 @@ from jobs.sources.refused import COMPRESSED, MARKS, REFUSED, TABLES
 from jobs.sources.resolve import resolve_source
 from store import CaptureGroup, coverage, open_capture
 from store import lease as leases
+from store.names import beside
 from store.verification import verify
 from workers.text.tokenizer import TextTokenizer, load_tokenizer
 from workers.tiny import tiny_checkpoint

@@ -35,13 +35,14 @@ from analysis.metrics.choices import Choices
 from analysis.metrics.contexts import TopContexts
 from analysis.metrics.load import ExpertCounts, Load
 from analysis.metrics.sample import SampledRoutes
-from analysis.results import beside, question
+from analysis.results import question
 from analysis.scanning import EVERYTHING, Reducer, Selection, State, accumulate, merge, selected_labels
 from analysis.statistics.jackknife import Jackknife
 from store.coverage import Coverage, coverage
 from store.files import whole_file
 from store.group import CaptureGroup
 from store.identity import identity_hash
+from store.names import beside
 from store.reader import open_covered
 
 PARTS_AT_ONCE = 32  # shards between two savings of the sums (arbitrary)

@@ -349,7 +349,7 @@ def test_what_cannot_be_answered_is_one_line_and_status_2(
     [
         ("none.zarr", "no store at none.zarr (no such folder)"),
         ("s.zarr", "s.zarr holds a, b: say which, as s.zarr/a"),
-        ("s.zarr/", "s.zarr/ holds a, b: say which, as s.zarr/a"),
+        ("s.zarr/", "s.zarr holds a, b: say which, as s.zarr/a"),
         ("s.zarr/c", "no data set 'c' in s.zarr; it holds: a, b"),
         ("./s.zarr/c/", "no data set 'c' in ./s.zarr; it holds: a, b"),
         (".", "no store at . (it has no zarr.json)"),
