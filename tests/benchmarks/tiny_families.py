@@ -30,6 +30,7 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"lora_rank$|(query|kv)_rank$", 64),
     (r"head_dim$|head_size$", 16),
     (r"(key_value|kv)_heads$", 2),
+    (r"^index_n_heads$", 32),  # with few, many keys score exactly 0, and which of those are seen is chance
     (r"heads$", 4),
     (r"(hidden_size|d_model|embed_dim|hidden_dim|n_embd|output_dim|out_hidden_size)$", 64),
     (r"(intermediate_size|intermediate_dim|d_ff|ffn_dim|ffn_hidden_size|mlp_dim|mlp_size)$", 64),
@@ -42,6 +43,8 @@ MIXTURE = {"enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": 2,
 INDEXED = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
            "indexer_compress_ratio": 2}  # fmt: skip
 
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
+
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
     "deepseek_ocr2": SPARSE,
@@ -49,6 +52,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
     "gemma4": MIXTURE,
     "gemma4_text": MIXTURE,
+    "glm4v_moe": {"rope_parameters": PARTIAL},
+    "glm4v_moe_text": {"rope_parameters": PARTIAL},
     "hunyuan_v1_moe": {"head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "glm5_next": {"index_topk": 32},

@@ -274,8 +274,6 @@ def test_a_family_is_captured_in_4_bits_as_its_rule_says(name: str, tmp_path: Pa
 
 def test_the_docs_table_of_families_is_made_from_what_make_families_found() -> None:
     assert families_table.PAGE.read_text(encoding="utf-8") == families_table.page(), "python tests/families_table.py"
-    outcomes = {one["outcome"] for each in families_table.found()["families"].values() for one in each.values()}
-    assert outcomes == {"captured", "rejected"}
 
 
 @pytest.mark.parametrize(

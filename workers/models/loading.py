@@ -249,10 +249,10 @@ def _from_pretrained(
                 f"{str(error).split('. ')[0]}; use a larger card, more of them (--gpus_per_worker), or a smaller "
                 "quantization"
             ) from error
-        except RuntimeError as error:
-            if type(error) is not RuntimeError:  # a lost GPU is another matter
+        except (RuntimeError, AttributeError) as error:
+            if type(error) not in (RuntimeError, AttributeError):  # a lost GPU is another matter
                 raise
-            # Experts that differ in shape cannot be fused.
+            # Experts that differ in shape cannot be fused; a family's own code may ask its experts for what is packed.
             raise ValueError(f"{checkpoint.folder} could not be loaded ({_versions()}): {error}") from error
         except ValueError as error:
             raise ValueError(
