@@ -109,6 +109,8 @@ def compare(folder: Path, quantization: str) -> dict[str, Any]:
         stock = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     else:
         stock = dequantized_reference(folder, quantization)
+        for name, router in zip(routers_of(stock, engine), engine.recorder.routers.values(), strict=True):
+            stock.get_submodule(name).load_state_dict(router.state_dict())  # some have a Linear, which stays as it is
     other = 0
     for row, size in enumerate(length):
         wanted = wanted_routes(stock, engine, token[row, :size])
