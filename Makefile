@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test chaos check bench lock clean
+.PHONY: demo test chaos check bench families lock clean
 
 demo: $(BIN)/expert-atlas
 	$(BIN)/python jobs/demo.py
@@ -24,6 +24,10 @@ check: .venv/ready
 bench: .venv/ready
 	$(BIN)/python tests/benchmarks/cpu.py
 	$(BIN)/python tests/benchmarks/inference.py
+
+# Captures a tiny model of every mixture-of-experts family that transformers has, and writes the table of docs/0013.
+families: .venv/ready
+	$(BIN)/python tests/benchmarks/families_survey.py
 
 # The environment: exactly the locked versions, hashes checked. uv is fetched into the environment itself.
 .venv/ready: requirements.lock

@@ -18,8 +18,8 @@ from workers.engine import ModelEngine
 from workers.interventions import Named
 from workers.models.intervening import choose_to_change
 from workers.models.loading import LoadedModel, load_model
-from workers.models.routers import router_dtype, transformation_of
 from workers.models.stored import default_quantization
+from workers.models.transformation import router_dtype, transformation_of
 from workers.record import Recordable, WeightPrecision, what_to_record
 from workers.shard import route_rows
 from workers.text.rows import BosRule, document_rows, padded

@@ -30,8 +30,8 @@ from workers.interventions import Interventions, experts_in_file
 from workers.models.description import EARLIER, ModelDescription, describe_model
 from workers.models.footprint import operations_per_token
 from workers.models.intervening import choose_to_change
-from workers.models.routers import router_dtype, transformation_of
 from workers.models.stored import default_quantization
+from workers.models.transformation import router_dtype, transformation_of
 from workers.record import Recorded, what_to_record
 from workers.replica import Assignment
 from workers.shard import ROUTING_VERSION

@@ -112,18 +112,21 @@ def unpacked(column):
     return values[1:]
 
 
-def test_the_busiest_expert_named_is_the_one_that_numpy_finds():
-    data = make_capture(seed=3, documents=40, special_token_ids=()).assign_attrs(model="m")
+@pytest.mark.parametrize(("experts", "k"), [(8, 2), (512, 1)])
+def test_the_busiest_expert_named_is_the_one_that_numpy_finds(experts, k):
+    shape = {"num_experts": experts, "experts_per_token": k}
+    data = make_capture(seed=3, documents=40, special_token_ids=(), **shape).assign_attrs(model="m")
     answers = answer(data, state_of(data), "a")
     expert, length = data["expert"].values, data["length"].values
     filled = np.arange(expert.shape[1]) < length[:, None]
-    counts = np.array([np.bincount(expert[filled][:, at].ravel(), minlength=8) for at in range(expert.shape[2])])
+    counts = np.array([np.bincount(expert[filled][:, at].ravel(), minlength=experts) for at in range(expert.shape[2])])
     layer, busiest = np.unravel_index(counts.argmax(), counts.shape)
     share = counts[layer, busiest] / counts[layer].sum()
     sentence, *_ = told([answers])
     number = int(data["layer"][layer])
     assert f"busiest expert is {busiest} at layer {number}, with {share:.1%}" in sentence
     assert f"{int(filled.sum()):,} tokens" in sentence
+    assert sentence in page_of(answers)
 
 
 def planted(data, layer, expert, share):

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import families_table
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from test_loading import dequantized_reference
 
 from workers.engine import ModelEngine
+from workers.models.description import describe_model
 from workers.models.loading import load_model
 
 EXPERTS, POSITIONS, VOCABULARY = 16, 32, 128
@@ -268,6 +270,27 @@ def test_a_family_is_captured_in_4_bits_as_its_rule_says(name: str, tmp_path: Pa
     assert near_ties <= length.sum() * len(family.layers) / 200
     filled = np.arange(POSITIONS) < length[:, None]
     assert len(set(expert[filled].ravel())) > EXPERTS * 3 / 4, "few experts are ever chosen: the rule is hardly tried"
+
+
+def test_the_docs_table_of_families_is_made_from_what_make_families_found() -> None:
+    assert families_table.PAGE.read_text(encoding="utf-8") == families_table.page(), "python tests/families_table.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("afmoe", {}, "AfmoeTokenChoiceRouter.* missing 1 required positional argument: 'expert_bias'"),
+        ("llama4_text", {"num_local_experts": 4}, "no choices of 1 experts a token in what the router returned"),
+    ],
+)
+def test_routers_that_cannot_be_asked_for_choices_are_rejected_by_name_before_weights_are_read(
+    name: str, settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    small = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **small | settings))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"cannot be recorded, at layer \d: .*{reason}.*CONTRIBUTING.md"):
+        describe_model(tmp_path, device_type="cpu")
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "mxfp8"])

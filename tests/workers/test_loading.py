@@ -91,7 +91,7 @@ def rounded_reference(folder: Path, rounded: Callable[[torch.Tensor], torch.Tens
     for module in model.modules():
         if type(module) is nn.Linear:  # a router can be a kind of Linear
             module.weight.copy_(rounded(module.weight))
-        if hasattr(module, "gate_up_proj"):
+        if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):  # some dense layers have a Linear
             for both, down in zip(module.gate_up_proj, module.down_proj, strict=True):
                 both, down = (each.T if module.is_transposed else each for each in (both, down))
                 for matrix in (*both.chunk(2 if module.is_concatenated else 1), down):

@@ -19,7 +19,7 @@ from store import Layout
 from workers.engine import ModelEngine, load_engine
 from workers.models.head import Head
 from workers.models.loading import LoadedModel, load_model
-from workers.models.routers import router_dtype, transformation_of
+from workers.models.transformation import router_dtype, transformation_of
 from workers.record import Recorded, what_to_record
 from workers.recorder import rounded
 from workers.recordings import logits, logprobs, norms

@@ -14,7 +14,9 @@ from torch import nn
 
 from workers.models.checkpoint import Checkpoint, find_checkpoint
 from workers.models.forwards import Forward, own_forward
+from workers.models.routers import refuse_unknown
 from workers.models.stored import E4M3_FORMS, FOUR_BITS, PUBLISHED, Stored, stored_form
+from workers.shard import RoutingError
 
 QUANTIZATIONS = (*FOUR_BITS, "mxfp4", "fp8", "int8", "none")
 MATMULS = ("bf16", "fp8")
@@ -24,8 +26,18 @@ UNFUSED, GROUPED = EARLIER = ("unfused", "grouped")
 """Values of `expert_backend` that captures began with before their family had its present forward."""
 EXPERTS_OF_TRANSFORMERS = ("eager", "grouped_mm")  # values of `expert_backend` that its loader takes
 
+HOW_TO_ADD = 'CONTRIBUTING.md, "Add a model family", says how one is added'
+"""Ends the error for a family whose routers are not known."""
+
 _NUM_EXPERTS_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_PER_TOKEN_NAMES = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
+_EXPERTS_PER_TOKEN_NAMES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_k",
+    "moe_topk",
+    "top_k_experts",
+)
 
 
 class ModelDescription(TypedDict):
@@ -130,9 +142,9 @@ def find_routers(model: nn.Module) -> dict[int, nn.Module]:
     for name in names:
         number = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
         if number is None:
-            raise ValueError(f"the router {name} of {family} is in no numbered layer: not supported")
+            raise ValueError(f"the router {name} of {family} is in no numbered layer; {HOW_TO_ADD}")
         if int(number[1]) in routers:
-            raise ValueError(f"{family} has two routers in layer {number[1]} ({name}): not supported")
+            raise ValueError(f"{family} has two routers in layer {number[1]} ({name}); {HOW_TO_ADD}")
         routers[int(number[1])] = model.get_submodule(name)
     return dict(sorted(routers.items()))
 
@@ -212,13 +224,16 @@ def describe_checkpoint(
     stored = stored_form(checkpoint)
     _refuse_other_than_stored(checkpoint, stored, quantization)
     skeleton = build_skeleton(checkpoint, dtype)
-    layers = list(find_routers(skeleton))
+    routers = find_routers(skeleton)
+    layers = list(routers)
     config = skeleton.config.get_text_config()
     if not layers:
         raise ValueError(
             f"{checkpoint.folder} holds a {type(skeleton).__name__} (model_type {config.model_type!r}), "
             "which has no routers: only mixture-of-experts models can be captured"
+            + (f", and the routers of its experts are not known; {HOW_TO_ADD}" if _has_experts(skeleton) else "")
         )
+    _refuse_unknown_routers(skeleton, routers)
     own = _asked_forward(skeleton, quantization, expert_backend)
     if matmul not in (own.matmuls if own else MATMULS[:1]):
         raise ValueError(
@@ -242,6 +257,26 @@ def describe_checkpoint(
         vocab_size=_read(config, ("vocab_size",)),
         max_position_embeddings=_read(config, ("max_position_embeddings",)),
     )
+
+
+def _has_experts(skeleton: nn.Module) -> bool:
+    return any(name.endswith("experts") for name, _ in skeleton.named_modules())
+
+
+def _refuse_unknown_routers(skeleton: Any, routers: dict[int, nn.Module]) -> None:
+    """Try one router of each kind and shape, with random weights."""
+    config = skeleton.config.get_text_config()
+    kinds: dict[Any, int] = {}
+    for layer, router in routers.items():
+        kinds.setdefault((type(router), *(tuple(part.shape) for part in router.parameters())), layer)
+    for (kind, *_), layer in kinds.items():
+        try:
+            refuse_unknown(routers[layer], config.hidden_size, num_experts(config), experts_per_token(config))
+        except RoutingError as error:
+            raise ValueError(
+                f"the routers of {type(skeleton).__name__} ({kind.__name__}) cannot be recorded, at layer {layer}:"
+                f" {error}; {HOW_TO_ADD}"
+            ) from error
 
 
 def _refuse_other_than_stored(checkpoint: Checkpoint, stored: Stored | None, quantization: str) -> None:
@@ -301,7 +336,9 @@ def _read(config: Any, names: tuple[str, ...]) -> int:
         value = getattr(config, name, None)
         if isinstance(value, int):
             return value
-    raise ValueError(f"the configuration of model_type {config.model_type!r} has none of {', '.join(names)}")
+    raise ValueError(
+        f"the configuration of model_type {config.model_type!r} has none of {', '.join(names)}; {HOW_TO_ADD}"
+    )
 
 
 def quantization_config(form: str, skeleton: nn.Module, dtype: torch.dtype) -> Any:

@@ -13,7 +13,6 @@ The logits that a router returns are those that it computed before. A masked exp
 weight that is not finite, which the recorder refuses.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from workers.interventions import Interventions, Named, what_to_change
 from workers.models.checkpoint import find_checkpoint
 from workers.models.description import build_skeleton, experts_per_token, find_routers, num_experts
-from workers.models.routers import choices, routed_by, router_logits
+from workers.models.routers import choices, routed_by, router_logits, tried
 from workers.shard import RoutingError
 
 SCORES = (torch.softmax, torch.Tensor.softmax, nn.functional.softmax, torch.sigmoid, torch.Tensor.sigmoid)
@@ -245,15 +244,12 @@ def choose_to_change(
     asked = replace(asked, routes_from=routes_from, routes_weights=routes_weights)
     own_layers = {*asked.masked(), *asked.forced(), next(iter(routers))}
     for layer in sorted(own_layers):
-        router = copy.deepcopy(routers[layer]).to_empty(device="cpu").eval()
-        for tensor in (*router.parameters(), *router.buffers()):
-            tensor.data.normal_(generator=torch.Generator().manual_seed(1))  # a correction bias may change choices
         try:
-            _try(router, layer, asked, experts, asked.top_k or k, config.hidden_size)
+            _try(tried(routers[layer]), layer, asked, experts, asked.top_k or k, config.hidden_size)
         except (RuntimeError, AttributeError) as error:
             raise ValueError(
-                f"the routers of {type(skeleton).__name__} ({type(router).__name__}) cannot be changed as asked, at"
-                f" layer {layer}: {error}"
+                f"the routers of {type(skeleton).__name__} ({type(routers[layer]).__name__}) cannot be changed as"
+                f" asked, at layer {layer}: {error}"
             ) from error
     return asked
 

@@ -249,10 +249,10 @@ def _from_pretrained(
                 f"{str(error).split('. ')[0]}; use a larger card, more of them (--gpus_per_worker), or a smaller "
                 "quantization"
             ) from error
-        except RuntimeError as error:
-            if type(error) is not RuntimeError:  # a lost GPU is another matter
+        except (RuntimeError, AttributeError) as error:
+            if type(error) not in (RuntimeError, AttributeError):  # a lost GPU is another matter
                 raise
-            # Experts that differ in shape cannot be fused.
+            # Experts that differ in shape cannot be fused; a family's own code may ask its experts for what is packed.
             raise ValueError(f"{checkpoint.folder} could not be loaded ({_versions()}): {error}") from error
         except ValueError as error:
             raise ValueError(
@@ -261,9 +261,7 @@ def _from_pretrained(
             ) from error
     # The base model leaves the head out; nothing else may be missing, left over or of another shape.
     report["unexpected_keys"] = {
-        key
-        for key in report["unexpected_keys"]
-        if not (key.startswith("lm_head.") or key.endswith(SCALES_OF_ACTIVATIONS))
+        key for key in report["unexpected_keys"] if not (_is_head(key) or key.endswith(SCALES_OF_ACTIVATIONS))
     }
     # Under a quantizer, transformers 5.17 takes an unquantized tensor of another shape without a word.
     shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
@@ -282,6 +280,11 @@ def _from_pretrained(
     return model
 
 
+def _is_head(name: str) -> bool:
+    """Whether a tensor is the language-model head's; models that see or hear have it beside their text part."""
+    return "lm_head" in name.split(".")
+
+
 def _check_stored(checkpoint: Checkpoint, stored: Stored, description: ModelDescription, dtype: torch.dtype) -> None:
     """Refuse a quantized checkpoint that has other matrices quantized than a load of the original one would have.
 
@@ -298,7 +301,7 @@ def _check_stored(checkpoint: Checkpoint, stored: Stored, description: ModelDesc
     else:
         found = {name.partition(".quant_state.")[0] for name in names if ".quant_state." in name}
         found |= {name for name in names if name.endswith(PACKED)}
-    found = {name for name in found if not name.startswith("lm_head.")}  # which is not loaded
+    found = {name for name in found if not _is_head(name)}  # which is not loaded
     quantized = quantized_names(skeleton, names)
     wanted = {*quantized.linears, *quantized.experts}
     for what, matrices in (("must not be", found - wanted), ("should be", wanted - found)):

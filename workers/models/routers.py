@@ -5,17 +5,15 @@ it: a softmax or a sigmoid, a correction bias, groups. Here the product is repla
 """
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from workers.models.checkpoint import find_checkpoint
-from workers.models.description import build_skeleton, experts_per_token, find_routers, num_experts
 from workers.shard import RoutingError
+
+PROBES = 64  # tokens with random hidden states on which a router is tried before weights are loaded (arbitrary)
 
 
 class _GivenProduct(TorchFunctionMode):
@@ -114,68 +112,34 @@ def router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
     return found[0].reshape(-1, num_experts) if found else None
 
 
-class _Product(Exception):
-    """A router has come to its product, of this dtype."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-
-class _ToTheProduct(TorchFunctionMode):
-    """Within it, a router ends at its linear product."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear:
-            raise _Product(args[0].dtype)
-        return func(*args, **(kwargs or {}))
-
-
-def router_dtype(model: str | Path, revision: str | None, dtype: torch.dtype) -> str:
-    """What a model's routers compute logits in, by their own code: the compute dtype, or float32 as in DeepSeek."""
-    skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), dtype)
-    router = next(iter(find_routers(skeleton).values()))
-    hidden_TH = torch.zeros(1, skeleton.config.get_text_config().hidden_size, dtype=dtype, device="meta")
-    try:
-        with _ToTheProduct():
-            router.forward(hidden_TH)
-    except _Product as product:
-        dtype = product.dtype
-    return str(dtype).removeprefix("torch.")
-
-
-TRANSFORMATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "softmax": lambda logits_TE, expert_TK: logits_TE.softmax(-1).gather(-1, expert_TK),
-    "renormalized": lambda logits_TE, expert_TK: logits_TE.gather(-1, expert_TK).softmax(-1),
-    "sigmoid": lambda logits_TE, expert_TK: logits_TE.sigmoid().gather(-1, expert_TK),
-}
-"""From logits and choices to weights, up to a factor of the model, the last one up to a factor for each token."""
-
-
-def transformation_of(model: str | Path, revision: str | None = None) -> str:
-    """Which transformation of logits gives a model's weights, from its configuration and its router's own code.
-
-    Returns
-    -------
-    str
-        "softmax": over all experts. "renormalized": over the chosen ones, which is the softmax over all, divided by
-        its sum over the chosen ones. Both perhaps times a factor of the model. "sigmoid": of each logit, times a factor
-        of the token. "unknown": none of these.
-    """
-    skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), torch.float32)
-    config = skeleton.config.get_text_config()
-    router = copy.deepcopy(next(iter(find_routers(skeleton).values()))).to_empty(device="cpu")
-    for tensor in (*router.parameters(), *router.buffers()):  # a correction bias changes choices, and no weight
-        tensor.data.zero_()
-    return _transformation(router.eval(), num_experts(config), experts_per_token(config), config.hidden_size)
+def tried(router: nn.Module) -> nn.Module:
+    """A copy of a router on the CPU, with random weights; of one on the meta device too."""
+    copied = copy.deepcopy(router).to_empty(device="cpu").eval()
+    for tensor in (*copied.parameters(), *copied.buffers()):
+        if tensor.is_floating_point():  # a correction bias may change choices
+            tensor.data.normal_(generator=torch.Generator().manual_seed(1))
+    return copied
 
 
 @torch.inference_mode()
-def _transformation(router: nn.Module, experts: int, k: int, hidden: int) -> str:
-    logits_TE = torch.randn(64, experts, generator=torch.Generator().manual_seed(1))
-    expert_TK, weight_TK = choices(routed_by(router, logits_TE, torch.zeros(64, hidden)), k)
-    for name, weights in TRANSFORMATIONS.items():
-        ratio = weight_TK / weights(logits_TE, expert_TK)
-        wanted = ratio.mean(-1, keepdim=True) if name == "sigmoid" and k > 1 else ratio.mean()
-        if torch.allclose(ratio, wanted.expand_as(ratio), rtol=1e-4):
-            return name
-    return "unknown"
+def refuse_unknown(router: nn.Module, hidden: int, num_experts: int, k: int) -> None:
+    """Refuse a router that does not choose k of the experts for each token from its hidden states alone.
+
+    Raises
+    ------
+    RoutingError
+        With what it does instead.
+    """
+    copied, hidden_TH = tried(router), torch.randn(PROBES, hidden, generator=torch.Generator().manual_seed(2))
+    try:
+        output = copied.forward(hidden_TH.to(next(copied.parameters()).dtype))
+    except Exception as error:  # code that is not known raises whatever it runs into
+        raise RoutingError(f"it does not choose from hidden states alone: {error}") from error
+    experts_TK, _ = choices(output, k)
+    if len(experts_TK) != PROBES:
+        raise RoutingError(f"it chose for {len(experts_TK)} tokens of {PROBES}")
+    if not ((experts_TK >= 0) & (experts_TK < num_experts)).all():
+        raise RoutingError(f"it chose experts up to {experts_TK.max()}, and num_experts is {num_experts}")
+    ordered_TK = experts_TK.sort(dim=-1).values
+    if (ordered_TK[:, 1:] == ordered_TK[:, :-1]).any():
+        raise RoutingError("it chose an expert twice for a token")
