@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_loading import dequantized_reference
 
 from workers.engine import ModelEngine
-from workers.models.description import describe_model
+from workers.models.description import DIFFERING, describe_model
 from workers.models.loading import load_model
 
 EXPERTS, POSITIONS, VOCABULARY = 16, 32, 128
@@ -302,3 +302,15 @@ def test_weights_that_are_quantized_in_a_way_that_is_not_read_are_rejected_by_it
     for quantization in ("nf4", "none"):
         with pytest.raises(ValueError, match=rf"gpt_oss\) holds .* quantized already \({method}\).* the original"):
             load_model(tmp_path, quantization=quantization, device="cpu")
+
+
+def test_a_family_that_differed_from_transformers_in_the_survey_is_not_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = families_table.found()["families"]
+    assert {kind for kind, each in kept.items() if any(one["outcome"] == "differs" for one in each.values())} == set()
+    monkeypatch.setitem(DIFFERING, "mixtral", ("nf4",))
+    folder = checkpoint_of("mixtral", tmp_path)
+    with pytest.raises(ValueError, match="'mixtral' with --quantization nf4 chose other experts"):
+        describe_model(folder, quantization="nf4")
+    assert describe_model(folder, quantization="none")["num_experts"] == EXPERTS
