@@ -29,7 +29,7 @@ import workers.shard
 from jobs.capturing import captures, local, loop, progress
 from jobs.capturing import planner as planning
 from jobs.capturing.captures import Fill, capture_datasets
-from store import CaptureGroup, Coverage, Layout, layout, lease, planned, reader, verification
+from store import CaptureGroup, Coverage, Layout, layout, lease, names, planned, verification
 from store.layout import ArraySpec
 from store.objects import LocalObjects, Objects
 from store.planned import PlannedGroup
@@ -212,7 +212,7 @@ def simulation(make: Callable[[str], Objects]) -> Iterator[None]:
 
     real_holder = lease._holder
     with pytest.MonkeyPatch.context() as patch:
-        for module in (planned, reader):
+        for module in (planned, names):
             patch.setattr(module, "open_objects", opened)
         patch.setattr(lease, "_holder", holder)
         patch.setattr(lease, "_is_stale", lambda group, other: is_gone(other["process"]))
