@@ -465,7 +465,8 @@ def test_what_does_not_fit_one_file_is_refused(command: Any, store: Path, tmp_pa
 
 
 def test_a_store_of_more_shards_than_files_may_be_open_is_explored(store: Path, tmp_path: Path) -> None:
-    code = f"import sys; sys.argv[1:] = [{str(store)!r}, '--port', '0', '--processes', '1', '--index', {str(tmp_path)!r}]"
+    given = [str(store), "--port", "0", "--processes", "1", "--index", str(tmp_path)]
+    code = f"import sys; sys.argv[1:] = {given!r}"
     code += "; from jobs import explore; from jobs.console.terminal import run_job; run_job(explore.main)"
     process = subprocess.Popen(
         ["bash", "-c", 'ulimit -Sn 40 && exec "$@"', "bash", sys.executable, "-c", code],
