@@ -23,6 +23,19 @@ def largest_cells(difference: Array, top: int) -> list[tuple[int, int]]:
     return [divmod(cell, difference.shape[1]) for cell in order]
 
 
+def shares_row(found: xr.Dataset, layer: int, expert: int) -> dict[str, Any]:
+    """The part of `expert_row` that needs no tokens: both shares, and their difference with its interval and p."""
+    first, second = (found.sel(layer=layer, expert=expert).isel(data_set=side) for side in (0, 1))
+    return {
+        "layer": layer,
+        "expert": expert,
+        "share": float(first["share"]),
+        "other_share": float(second["share"]),
+        "difference": float(first["difference"]),
+        **{name: float(first[f"difference_{name}"]) for name in ("low", "high", "p")},
+    }
+
+
 def expert_row(found: xr.Dataset, carried: xr.Dataset, layer: int, expert: int) -> dict[str, Any]:
     """An expert in two data sets.
 
@@ -42,16 +55,10 @@ def expert_row(found: xr.Dataset, carried: xr.Dataset, layer: int, expert: int) 
         and `p`, and its parts `usage` and `routing`; `tokens`: those that carry most of it, each with the names of
         `OF_TOKEN`.
     """
-    first, second = (found.sel(layer=layer, expert=expert).isel(data_set=side) for side in (0, 1))
     of_tokens = carried.sel(layer=layer, expert=expert)
     columns = [of_tokens[name].values.tolist() for name in OF_TOKEN.values()]
     return {
-        "layer": layer,
-        "expert": expert,
-        "share": float(first["share"]),
-        "other_share": float(second["share"]),
-        "difference": float(first["difference"]),
-        **{name: float(first[f"difference_{name}"]) for name in ("low", "high", "p")},
+        **shares_row(found, layer, expert),
         **{name: float(of_tokens[name]) for name in ("usage", "routing")},
         "tokens": [dict(zip(OF_TOKEN, row, strict=True)) for row in zip(*columns, strict=True) if row[0] >= 0],
     }

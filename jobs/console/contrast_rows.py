@@ -25,7 +25,7 @@ LAYERS = (
     number("by chance", "divergence_by_chance", ".4f"),
     number("p", "p", ".4f"),
 )
-EXPERTS = (
+SHARES = (
     count("layer", "layer"),
     count("expert", "expert"),
     number("first", "share", ".4f", spare=1),
@@ -34,6 +34,9 @@ EXPERTS = (
     number("from", "low", "+.4f"),
     number("to", "high", "+.4f"),
     number("p", "p", ".4f"),
+)
+EXPERTS = (
+    *SHARES,
     Column(name="tokens that carry it", text=lambda row: _carriers(row["tokens"]), left=True, elastic=True),
 )
 

@@ -9,23 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from jobs.console.tables import Facts, count, number, print_line, print_table
+from jobs.console.contrast_rows import SHARES
+from jobs.console.tables import Facts, print_line, print_table
 from jobs.console.terminal import reporting
 from workers.interventions import Interventions
 
 if TYPE_CHECKING:
     import xarray as xr
-
-EXPERTS = (
-    count("layer", "layer"),
-    count("expert", "expert"),
-    number("first", "share", ".4f", spare=1),
-    number("second", "other_share", ".4f", spare=1),
-    number("difference", "difference", "+.4f"),
-    number("from", "low", "+.4f"),
-    number("to", "high", "+.4f"),
-    number("p", "p", ".4f"),
-)
 
 
 def carriers_told(captures: "Mapping[str, xr.Dataset]", most: int, *, forced: bool) -> dict[str, Any]:
@@ -38,6 +28,7 @@ def carriers_told(captures: "Mapping[str, xr.Dataset]", most: int, *, forced: bo
     """
     from analysis.metrics.carriers import carriers  # numba takes a second: --help does not wait for it
     from analysis.metrics.contrast import contrast
+    from analysis.metrics.differing import shares_row
 
     with reporting("contrast", unit="shards", transient=True) as report:
         found = contrast(captures, progress=lambda done, total: report.add(1))
@@ -47,12 +38,7 @@ def carriers_told(captures: "Mapping[str, xr.Dataset]", most: int, *, forced: bo
     taken = carriers(found, one, most=most, left=_left(captures[one], forced=forced))
     if not taken:
         raise ValueError(f"no expert is used more by {one} than by {other} beyond chance: there is nothing to change")
-    rows = []
-    for layer, expert in taken:
-        first, second = (found.sel(data_set=name, layer=layer, expert=expert) for name in captures)
-        values = {name: float(first[f"difference_{name}"]) for name in ("low", "high", "p")}
-        shares = {"share": float(first["share"]), "other_share": float(second["share"])}
-        rows.append({"layer": layer, "expert": expert, **shares, "difference": float(first["difference"]), **values})
+    rows = [shares_row(found, layer, expert) for layer, expert in taken]
     return {"experts": rows, "level": found.attrs["level"]}
 
 
@@ -70,7 +56,7 @@ def _left(capture: "xr.Dataset", *, forced: bool) -> dict[int, int]:
 def print_carriers(console: Console, told: Facts) -> None:
     """The table of experts."""
     print_line(console, f"experts that {told['one']} uses more than {told['other']}:")
-    print_table(console, EXPERTS, told["experts"])
+    print_table(console, SHARES, told["experts"])
     print_line(console, f"shares of tokens; intervals of {told['level']:.0%} and p hold for all experts together")
 
 
