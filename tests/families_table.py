@@ -1,4 +1,4 @@
-"""The table of families in docs/0013-families.md, from what `make families` found: `python tests/families_table.py`."""
+"""The table of families in docs/design/0013-families.md, from what `make families` found: `python tests/families_table.py`."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "tests" / "benchmarks" / "results" / "families-survey.json"
-PAGE = ROOT / "docs" / "0013-families.md"
+PAGE = ROOT / "docs" / "design" / "0013-families.md"
 BEGIN, END = "<!-- families: made by make families -->", "<!-- families: end -->"
 
 

@@ -9,7 +9,7 @@ around one common share (`analysis.statistics.overdispersion`). That largest sta
 all true differences together, so that one which was picked for its size is held as well (Westfall & Young 1993).
 
 Promises: constant memory, the same result in any order. Does not know which tokens carry a difference.
-`docs/0010-inference.md` says what simulations show.
+`docs/design/0010-inference.md` says what simulations show.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The effect on a token is its log-probability in the second capture less that in the first, in nats: below 0 where the
 second one predicts it worse. Documents are the unit of intervals and tests, as tokens of one resemble each other; each
 is compared with itself. Flipped signs take the documents' effects to be symmetric where there is none; what follows
-where they are not stands in docs/0016-interventions.md.
+where they are not stands in docs/design/0016-interventions.md.
 
 Promises: tokens are compared, not believed; exact sums, the same in any order. Does not know what was changed.
 """

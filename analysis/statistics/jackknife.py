@@ -8,7 +8,7 @@ number of documents, which is smaller than their number where they differ in len
 hold most of the tokens there is no interval at all.
 
 Promises: the same result in any order and for any numbering of at most `UNITS` documents. Does not know any metric:
-`Jackknife` repeats any reducer whose result is a sum. `docs/0010-inference.md` says what simulations show.
+`Jackknife` repeats any reducer whose result is a sum. `docs/design/0010-inference.md` says what simulations show.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ divided by the quantile of Student's t of its own effective documents, so that n
 with fewer than `MIN_DOCUMENTS` of them is not tested.
 
 Promises: the same numbers for the same seed; whole documents are drawn, so that what cells have in common is kept. Does
-not know data sets, layers or experts. `docs/0010-inference.md` says what simulations show.
+not know data sets, layers or experts. `docs/design/0010-inference.md` says what simulations show.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 CARD = (ROOT / "workers" / "tiny-mixtral" / "README.md").read_text()
-FOUR_BITS = (ROOT / "docs" / "0005-four-bits.md").read_text()
-FP8 = (ROOT / "docs" / "0011-fp8.md").read_text()
+FOUR_BITS = (ROOT / "docs" / "design" / "0005-four-bits.md").read_text()
+FP8 = (ROOT / "docs" / "design" / "0011-fp8.md").read_text()
 
 
 def result(name: str) -> Any:
@@ -189,7 +189,7 @@ def test_the_proof_s_counts_in_fp8_are_the_result_s() -> None:
 
 
 def test_the_page_of_inference_tells_the_rejections_of_the_result() -> None:
-    page, found = (ROOT / "docs" / "0010-inference.md").read_text(), result("inference.json")
+    page, found = (ROOT / "docs" / "design" / "0010-inference.md").read_text(), result("inference.json")
     told = [row for row in rows(page, 13) if "/" in row[2]]
     heads = [
         (5, 5),
@@ -220,7 +220,7 @@ def test_the_page_of_inference_tells_the_rejections_of_the_result() -> None:
 
 
 def test_the_page_of_inference_tells_how_often_equal_means_are_told_apart() -> None:
-    page, found = (ROOT / "docs" / "0010-inference.md").read_text(), result("means.json")["means"]
+    page, found = (ROOT / "docs" / "design" / "0010-inference.md").read_text(), result("means.json")["means"]
     told = {tuple(row[:3]): row[3:] for row in rows(page, 5) if row[1] in ("equal", "unequal")}
     for row in found:
         head = ", ".join(map(str, row["documents"])), row["lengths"], ", ".join(map(str, row["spreads"]))

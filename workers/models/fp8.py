@@ -29,7 +29,7 @@ PACKED_BLOCKS = 128  # of 64 values, that one program of `dequantize_rounded` ta
 FAST_ACCUMULATION = True
 """Whether a GPU may add up with fewer bits than float32 has, as Hopper's fp8 units do unless told otherwise.
 
-What it costs and gains is in docs/0011-fp8.md."""
+What it costs and gains is in docs/design/0011-fp8.md."""
 
 
 class RowScaled(NamedTuple):
