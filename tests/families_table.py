@@ -1,4 +1,4 @@
-"""The table of families in docs/design/0013-families.md, from what `make families` found: `python tests/families_table.py`."""
+"""Writes the table of families in docs/design/0013-families.md from what `make families` found."""
 
 import json
 from pathlib import Path

@@ -69,7 +69,7 @@ class CaptureConfig:
     CPU, where 4 bits are slower."""
     matmul: Literal["bf16", "fp8"] = "bf16"
     """What products with weights in nf4, fp4 or fp8 are computed in. bf16 stands for what --dtype says. fp8 is faster,
-    on GPUs that can (L4, RTX 4090, H100 and newer), for Mixtral so far; docs/design/0011-fp8.md says what it changes."""
+    on GPUs that can (L4, RTX 4090, H100 and newer), for Mixtral so far; docs/models.md says what it changes."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the model computes in. Default: bfloat16 on a GPU, float32 on a CPU."""
     quantize_gates: bool = False
@@ -244,7 +244,8 @@ PRESETS = {
 Of the notebook these are all the settings that are known. Not known, and so not here: the revisions of its model and
 data set; whether it kept empty rows (here they are documents without a token); whether 128 tokens were taken of each
 row, as here, or of all together; how it batched and padded. Nor is its code run: routers are rounded to the values that
-transformers 4 computed with (docs/design/0005-four-bits.md), and then the installed versions compute, with a forward of ours.
+transformers 4 computed with (docs/design/0005-four-bits.md). The forward pass is this project's own, and runs on the
+installed versions.
 """
 
 
