@@ -25,9 +25,12 @@ bench: .venv/ready
 	$(BIN)/python tests/benchmarks/cpu.py
 	$(BIN)/python tests/benchmarks/inference.py
 
-# Captures a tiny model of every mixture-of-experts family that transformers has, and writes the table of docs/design/0013.
+# Captures a tiny model of every mixture-of-experts family that transformers has, and writes the table of docs/design/0013;
+# then plants faults in each, and runs --dry_run and jobs/quantize.py on it.
 families: .venv/ready
 	$(BIN)/python tests/benchmarks/families_survey.py
+	$(BIN)/python tests/benchmarks/families_faults.py
+	$(BIN)/python tests/benchmarks/families_commands.py
 
 # The environment: exactly the locked versions, hashes checked. uv is fetched into the environment itself.
 .venv/ready: requirements.lock

@@ -145,7 +145,7 @@ def _device_memory(run: Run, layout: Layout) -> str:
         dtype, run.batch_tokens,
     )  # fmt: skip
     if work is None:
-        return f"more than {weights:,} bytes {where}, of weights alone: what this family computes is not estimated"
+        return f"more than {weights:,} bytes {where}: what is computed beside the weights is not known for this model"
     work += run.batch_tokens * _token_bytes(layout, recorded.record) + _head_work(dtype, recorded.record)
     work += run.kept_bytes
     total = card_bytes(weights, work)
