@@ -27,14 +27,19 @@ html_copy_source = False
 # Links to headings, as a code host makes their addresses.
 myst_heading_anchors = 4
 
-# The Python API: each docstring gives the types of its parameters, so that signatures need none.
-autodoc_typehints = "none"
+# The Python API, from docstrings in numpydoc.
+autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 # What stands between single backticks in a docstring is a link where it is a public name, and otherwise code.
 default_role = "py:obj"
-nitpick_ignore_regex = [("py:obj", ".*")]
+# Types of other packages, and ours that have no page, are not links.
+nitpick_ignore_regex = [
+    ("py:obj", ".*"),
+    ("py:class", r"(?!store|analysis|workers).*"),
+    ("py:class", r"analysis\.attributes\.Result|analysis\.report\.page\.Report|store\.layout\.ArraySpec"),
+]
 
 # Files of the repository that are pages here.
 PAGES = {name: name.removesuffix(".md").lower() for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")}
