@@ -47,4 +47,4 @@ lock:
 	uv pip compile --universal --generate-hashes --no-header --all-extras --python-version 3.11 pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf .venv demo.zarr demo.zarr.results demo.html
+	rm -rf .venv .pytest_cache demo.zarr demo.zarr.results demo.html
