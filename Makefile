@@ -52,4 +52,4 @@ lock:
 	uv pip compile --universal --generate-hashes --no-header --all-extras --python-version 3.11 pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf .venv docs/_build demo.zarr demo.zarr.results demo.html
+	rm -rf .venv .pytest_cache docs/_build demo.zarr demo.zarr.results demo.html
