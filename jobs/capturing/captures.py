@@ -103,7 +103,7 @@ def _opened(run: "Run", name: str, source: Source) -> Iterator[Capture]:
         log(f"{name}: {source.note}")
     config = run.config
     # Held before the group is made: two makers would mix layouts.
-    with lease(CaptureGroup(config.store_path, name)) as held:
+    with lease(CaptureGroup(config.store_path, name), waits=log) as held:
         group = run.open_group(prepared)
         before = _healed(group, retry_quarantined=config.retry_quarantined)
         planner = Planner(
