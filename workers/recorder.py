@@ -8,7 +8,9 @@ The proof. A hook that never fires, fires twice, or returns an earlier batch is 
 by; 0 is a legal expert. So every layer must fire exactly once, after the layer below it, with one choice set for
 each token, every index must be legal, every weight finite, and on a sample of tokens the layer's own router, given
 the hidden states that reached it, must choose and weigh as was recorded. The sample is asked about in another order
-each time, so that a router which repeats an earlier answer for as many tokens is found out too.
+each time, so that a router which repeats an earlier answer for as many tokens is found too. What was recorded must also
+be what the experts were given (`workers.recordings.used`): a probability that is taken for a weight is taken for it
+again when the router is asked again.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

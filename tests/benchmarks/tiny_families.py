@@ -133,18 +133,25 @@ def has_experts(model: nn.Module) -> bool:
     return any(re.search(r"(^|\.)(experts|router)$", name) for name, _ in model.named_modules())
 
 
-def make_checkpoint(model_type: str, folder: Path) -> bool:
-    """Write a family's checkpoint, in shapes as published; False where the model has no experts."""
+def tiny_model(model_type: str) -> Any | None:
+    """A family's model with random weights, under the head that it is published with; None where it has no experts."""
     config = tiny_config(model_type)
     head = next(head for head in HEADS if type(config) in head._model_mapping)
     with torch.device("meta"):
         if not has_experts(head.from_config(config)):
-            return False
+            return None
     torch.manual_seed(7)
     model = head.from_config(config, dtype=torch.float32)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             around = 1.0 if "norm" in name and tensor.ndim == 1 else 0.0
             tensor.normal_(around, 0.15)
-    model.save_pretrained(folder)
-    return True
+    return model
+
+
+def make_checkpoint(model_type: str, folder: Path) -> bool:
+    """Write a family's checkpoint, in shapes as published; False where the model has no experts."""
+    model = tiny_model(model_type)
+    if model is not None:
+        model.save_pretrained(folder)
+    return model is not None
