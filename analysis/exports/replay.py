@@ -157,9 +157,11 @@ def write_replay(
         A file; what was there is replaced, once all is written.
     dataset : xr.Dataset
         A complete capture.
+    framework : {"vllm", "sglang", "slime", "verl"}
+        See `document_replay`.
     by : {"document", "row"}
         What a sequence is.
-    framework, all_positions, num_hidden_layers
+    all_positions, num_hidden_layers
         See `document_replay`.
 
     Returns

@@ -286,7 +286,7 @@ def layer_overlap_of(counts: xr.Dataset) -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        `jaccard` float64 (layer): the mean over tokens of |S ∩ S'| / |S ∪ S'|; coordinate `next_layer`. NaN where
+        `jaccard` float64 (layer): the mean over tokens of `|S ∩ S'| / |S ∪ S'|`; coordinate `next_layer`. NaN where
         nothing was counted. Experts of two layers share nothing but their number: this is a check of the null.
     """
     shared = counts["shared"].rename(lower_layer="layer", upper_layer="next_layer")
