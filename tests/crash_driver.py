@@ -6,6 +6,7 @@ folder, with all of it there and nothing visible, and before a removal. Death is
 when that is done depends on the machine's speed, and it would take a number.
 """
 
+import gc
 import json
 import os
 import signal
@@ -81,5 +82,6 @@ def run(store: str, step: int | None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # a fork that looks through all of it copies all of it
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), flush=True)
