@@ -81,8 +81,8 @@ def swapped_answers(engine: ModelEngine) -> Any:
 def probabilities_for_weights(engine: ModelEngine) -> Any:
     """The recorder takes the probability of a chosen expert for its weight."""
 
-    def taken(output: Any, k: int) -> Any:
-        experts_TK, _ = choices(output, k)
+    def taken(output: Any, k: int, router: Any) -> Any:
+        experts_TK, _ = choices(output, k, router)
         scores_TE = router_logits(output, engine.num_experts)
         assert scores_TE is not None
         probable = (scores_TE >= 0).all() and torch.allclose(scores_TE.sum(-1), scores_TE.new_ones(()))

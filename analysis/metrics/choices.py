@@ -287,8 +287,9 @@ def layer_overlap_of(counts: xr.Dataset) -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        `jaccard` float64 (layer): the mean over tokens of `|S ∩ S'| / |S ∪ S'|`; coordinate `next_layer`. NaN if nothing
-        was counted. Experts of two layers have nothing in common except their number, so this is a check of the null.
+        `jaccard` float64 (layer): the mean over tokens of `|S ∩ S'| / |S ∪ S'|`; coordinate `next_layer`. NaN if
+        nothing was counted. Experts of two layers have nothing in common except their number, so this is a check of
+        the null.
     """
     shared = counts["shared"].rename(lower_layer="layer", upper_layer="next_layer")
     return described(

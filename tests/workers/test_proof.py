@@ -10,11 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
-from fake_model import store_files
-from router_faults import FAULTS, NO_HARM, batch, earlier_batch, outcome, probabilities_for_weights
+from router_faults import FAULTS, NO_HARM, batch, outcome, probabilities_for_weights
 
-from store import coverage
 from workers.engine import ModelEngine
 from workers.models.description import experts_per_token, find_routers, num_experts
 from workers.models.loading import LoadedModel

@@ -5,6 +5,7 @@ it: a softmax or a sigmoid, a correction bias, groups. Here the product is repla
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from workers.shard import RoutingError
+
+READERS: dict[str, Callable[[Any, int], tuple[torch.Tensor, torch.Tensor]]] = {}
+"""How choices and weights are read from what a router returned, by the name of its class: for families whose routers
+return something else than `choices` knows. With the parameters of `choices`, and what it returns."""
 
 PROBES = 64  # tokens with random hidden states on which a router is tried before weights are loaded (arbitrary)
 
@@ -50,7 +55,7 @@ def routed_by(router: nn.Module, logits_TE: torch.Tensor, hidden_TH: torch.Tenso
     return output
 
 
-def choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def choices(output: Any, k: int, router: nn.Module | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """A router's choices, in its own order, whatever the order of what it returns.
 
     Parameters
@@ -60,6 +65,8 @@ def choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         pick from. Logits (T, E) are distinguished from such weights by their place: transformers puts them first.
     k
         Choices a token.
+    router
+        What returned it, where that is known: its class may be one of `READERS`.
 
     Returns
     -------
@@ -71,6 +78,8 @@ def choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     RoutingError
         When no such pair is in the output.
     """
+    if (reader := READERS.get(type(router).__name__)) is not None:
+        return reader(output, k)
     tensors = [part for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part)]
     indices = [part for part in tensors if not part.is_floating_point() and part.shape[-1] == k]
     floats = [part for part in tensors if part.is_floating_point()]
@@ -135,9 +144,13 @@ def refuse_unknown(router: nn.Module, hidden: int, num_experts: int, k: int) -> 
         output = copied.forward(hidden_TH.to(next(copied.parameters()).dtype))
     except Exception as error:  # code that is not known raises whatever it runs into
         raise RoutingError(f"it does not choose from hidden states alone: {error}") from error
-    experts_TK, _ = choices(output, k)
+    experts_TK, _ = choices(output, k, router)
     if len(experts_TK) != PROBES:
         raise RoutingError(f"it chose for {len(experts_TK)} tokens of {PROBES}")
+    parts = output if isinstance(output, tuple) else (output,)
+    widths = {part.shape[-1] for part in parts if torch.is_tensor(part) and part.is_floating_point()} - {k}
+    if widths and num_experts not in widths and type(router).__name__ not in READERS:
+        raise RoutingError(f"it chooses among {max(widths)} experts, and num_experts is {num_experts}")
     if not ((experts_TK >= 0) & (experts_TK < num_experts)).all():
         raise RoutingError(f"it chose experts up to {experts_TK.max()}, and num_experts is {num_experts}")
     ordered_TK = experts_TK.sort(dim=-1).values
