@@ -123,9 +123,8 @@ def _healed(group: CaptureGroup, *, retry_quarantined: bool) -> Coverage:
     state = coverage(group.path, group.dataset)
     if state.lost:
         raise ValueError(f"{group.path}: {state}")
-    for shard, reason in state.wrong.items():
+    for shard, reason in (group.take_back_wrong() if state.wrong else {}).items():
         log(f"{group.dataset}: shard {shard} is captured again: {reason}")
-        group.discard(shard)
     group.drop_void()
     for shard in state.quarantined:
         if retry_quarantined:

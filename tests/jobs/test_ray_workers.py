@@ -126,9 +126,9 @@ def test_a_machine_that_shuts_down_in_order_takes_its_workers_first_and_gives_th
     with Job(nodes, tmp_path, shards=6, node_s=HUNG_S) as job:
         job.until(lambda: len(job.attempts(1)) == 2, "it is tried again")
         worker = job.attempts(1)[1]
-        script.write(1, "raise")  # with a strike for the machine it would be given up
-        os.kill(worker.process, signal.SIGTERM)
+        os.kill(worker.process, signal.SIGKILL)  # at its SIGTERM it would wait for the shard that is held
         wait_until(lambda: not psutil.pid_exists(worker.process), "the worker is gone")
+        script.write(1, "raise")  # with a strike for the machine it would be given up
         assert "was lost with its node" not in job.said
         os.kill(worker.raylet, signal.SIGTERM)
         job.until(lambda: "was lost with its node" in job.said, "Ray's table says that the node is gone")

@@ -43,6 +43,7 @@ from jobs.capturing import planner as planning
 from jobs.capturing.planner import Planner
 from store import CaptureGroup, Layout, coverage, dataset_names, lease, open_capture, open_tree, planned
 from store import layout as layout_module
+from store.group import VOID
 from store.identity import identity_hash
 from store.layout import ROW_CHUNK, SHARD_CHOICES, SHARD_TOKENS, ArraySpec, default_rows_per_shard
 from store.objects import LocalObjects
@@ -349,7 +350,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in ("put", "put_new", "delete"):
+    for name in ("put", "put_new", "put_over", "delete"):
         monkeypatch.setattr(LocalObjects, name, recording(getattr(LocalObjects, name)))
     return visible
 
@@ -396,7 +397,8 @@ def test_taking_a_shard_back_removes_the_commit_before_the_data(copy: Path, monk
     visible = spied(monkeypatch)
     CaptureGroup(copy, "prose").discard(2)
     # The note of a fault last: it goes with the record that it is about.
-    assert visible == ["-expert/commits/2.json", "-expert/c/2/0/0/0", "-weight/c/2/0/0/0", "-expert/faults/2.json"]
+    assert visible == ["expert/commits/2.json", "-expert/c/2/0/0/0", "-weight/c/2/0/0/0", "-expert/faults/2.json"]
+    assert (copy / "prose/expert/commits/2.json").read_bytes() == VOID
 
 
 def test_a_file_and_its_folder_are_synced_around_the_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,9 +456,9 @@ def test_objects_are_put_got_listed_and_deleted_by_key(tmp_path: Path) -> None:
     assert list((tmp_path / "root" / "a" / "scratch").iterdir()) == []
 
 
-@pytest.mark.parametrize("method", ["put", "put_new"])
+@pytest.mark.parametrize(("method", "given"), [("put", ()), ("put_new", ()), ("put_over", (b"old",))])
 def test_a_write_that_fails_leaves_neither_an_object_nor_a_partial_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, given: tuple[bytes, ...]
 ) -> None:
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
@@ -466,7 +468,7 @@ def test_a_write_that_fails_leaves_neither_an_object_nor_a_partial_file(
     monkeypatch.setattr(os, "fsync", full)
     for key in ("old", "scratch/new"):
         with pytest.raises(OSError, match="No space"):
-            getattr(objects, method)(key, b"new")
+            getattr(objects, method)(key, *given, b"new")
     monkeypatch.undo()
     assert store_files(tmp_path) == {"old": b"old"}
 
@@ -1130,14 +1132,14 @@ def test_arrays_that_grew_unevenly_are_read_as_far_as_the_plan_goes(
     run = FakeRun(tmp_path / "s.zarr")
     group = run.open_group("fake")
     monkeypatch.setattr(planning, "PUBLISH_POSITIONS", 32)
-    put = LocalObjects.put
+    put_over = LocalObjects.put_over
 
-    def killed(objects: LocalObjects, key: str, data: bytes) -> None:
+    def killed(objects: LocalObjects, key: str, old: bytes, data: bytes) -> bool:
         if key == "fake/offset/zarr.json" and group.plan.rows:
             raise KeyboardInterrupt
-        put(objects, key, data)
+        return put_over(objects, key, old, data)
 
-    monkeypatch.setattr(LocalObjects, "put", killed)
+    monkeypatch.setattr(LocalObjects, "put_over", killed)
     with pytest.raises(KeyboardInterrupt):
         Planner(group, text_source(TEXTS), run.tokenizer).run()  # type: ignore[arg-type]
     sizes = {name: zarr.open_array(tmp_path / "s.zarr", path=f"fake/{name}").shape[0] for name in ("token", "offset")}
