@@ -217,7 +217,8 @@ def test_of_uniform_routes_no_more_than_chance_is_said():
     for seed in range(0, 24, 2):
         pair = {name: make_capture(seed=seed + at, documents=60, strength=0) for at, name in enumerate("ab")}
         answers = few(**pair)
-        said, apart = told(answers), contrast_between(answers)
+        apart = contrast_between(answers)
+        said = sentences(answers, apart)
         assert len(said) == 3  # and nothing of tokens
         main = main_finding(answers, apart)  # of the summary
         assert (" the specialist is " in main.said) == any("Its specialist" in sentence for sentence in said)
