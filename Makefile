@@ -30,7 +30,7 @@ bench: .venv/ready
 	$(BIN)/python tests/benchmarks/cpu.py
 	$(BIN)/python tests/benchmarks/inference.py
 
-# Captures a tiny model of every mixture-of-experts family that transformers has, and writes the table of docs/design/0013.
+# Captures a tiny model of every mixture-of-experts family that transformers has, and writes the table of docs/models.md.
 families: .venv/ready
 	$(BIN)/python tests/benchmarks/families_survey.py
 

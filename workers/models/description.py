@@ -247,7 +247,7 @@ def describe_checkpoint(
         raise ValueError(
             f"model_type {config.model_type!r} with --quantization {quantization} chose other experts than"
             " transformers' own forward in a survey of all families, and why is not known yet"
-            " (docs/design/0013-families.md): it is not captured"
+            " (docs/models.md): it is not captured"
         )
     _refuse_unknown_routers(skeleton, routers)
     own = _asked_forward(skeleton, quantization, expert_backend)
