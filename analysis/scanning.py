@@ -334,9 +334,9 @@ def _decode(rows: xr.Dataset, dataset: xr.Dataset, first_row: int) -> Block:
         loaded = rows.load(scheduler="synchronous")
     except ValueError as error:  # a checksum that does not match, a truncated shard
         raise ValueError(
-            f"rows {first_row} to {first_row + rows.sizes['doc'] - 1} of {dataset.attrs.get('dataset')}"
-            f" cannot be decoded ({error}): python jobs/status.py STORE --verify marks the damaged shards, and running"
-            " the same capture again redoes them"
+            f"rows {first_row} to {first_row + rows.sizes['doc'] - 1} of {dataset.attrs.get('dataset')}, as numbered"
+            f" in the given Dataset, cannot be decoded ({error}): python jobs/status.py STORE --verify marks the"
+            " damaged shards, and running the same capture again redoes them"
         ) from error
     block = {str(name): np.ascontiguousarray(loaded[name].values) for name in loaded.data_vars}
     if "weight" in block:  # also for captures in float32: sums are exact in multiples of float16's smallest step

@@ -370,7 +370,7 @@ def test_a_reducer_whose_result_does_not_say_what_it_is_is_refused(missing: str)
         def finish(self, state: Any, dataset: xr.Dataset) -> xr.Dataset:
             return xr.Dataset(attrs={name: value for name, value in about.items() if name != missing})
 
-    with pytest.raises(ValueError, match=rf"Own.finish gives a result without the attributes {missing}: return"):
+    with pytest.raises(ValueError, match=rf"Own.finish returned a result without the attributes {missing}: return"):
         scan(CAPTURE, [Own()])
     with pytest.raises(TypeError, match=missing):
         described(xr.Dataset(), **{name: value for name, value in about.items() if name != missing})  # type: ignore[arg-type]

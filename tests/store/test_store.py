@@ -1231,5 +1231,7 @@ def test_a_damaged_shard_is_named_by_its_rows_with_what_to_do(copy: Path) -> Non
     data = bytearray(file.read_bytes())
     data[5] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match=r"rows 8 to 11 of prose, as they were given, cannot be decoded .*--verify"):
+    with pytest.raises(
+        ValueError, match=r"rows 8 to 11 of prose, as numbered in the given Dataset, cannot be decoded .*--verify"
+    ):
         expert_load(open_capture(copy, "prose").assign_attrs(special_token_ids=[]))
