@@ -383,3 +383,11 @@ def test_the_page_about_reliability_counts_what_chaos_did() -> None:
     kinds |= {"killed at each write": "kills at a write", "workers come, go and break": "failures of workers"}
     for name, told in kinds.items():
         assert f"{rows_of[name]['times']:,} {told}" in page
+
+
+def test_the_page_of_metrics_names_every_function_that_computes_one() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    listed = (ROOT / "analysis" / "__init__.pyi").read_text(encoding="utf-8")
+    names = re.findall(r"^from \.(?:metrics|statistics)\.\w+ import ([a-z]\w+)", listed, re.MULTILINE)
+    assert len(names) > 50
+    assert not [name for name in names if f"`{name}" not in page and f"`{name.removesuffix('_of')}" not in page]
