@@ -27,6 +27,8 @@ BLOCKS = {page: pages.blocks(page) for page in PAGES}
 RUN = {page: [block for block in found if not block.reason] for page, found in BLOCKS.items()}
 READ = {"capture": parse_capture, "importance": parse_importance}
 LONG = {
+    "jobs/capture.py": "tests/jobs/test_capture.py",
+    "jobs/compare.py": "tests/jobs/test_compare.py",
     "jobs/demo.py": "tests/test_docs.py",
     "jobs/doctor.py": "tests/analysis/test_doctor.py",
     "jobs/explore.py": "tests/analysis/test_explore_browser.py",

@@ -345,3 +345,49 @@ def test_the_readme_fits_a_screen_and_a_half_and_its_links_lead_somewhere() -> N
     assert len(readme.encode()) <= 8192
     assert "ray job submit -- python jobs/capture.py --dataset wikitext-103" in readme
     assert not [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if not (ROOT / link).exists()]
+
+
+def test_the_page_about_trust_tells_what_the_simulations_show() -> None:
+    page = " ".join((ROOT / "docs" / "trust.md").read_text(encoding="utf-8").split())
+    simulated = [100 * row["rejected"] for row in result("inference.json")["rejections"]]
+    usual, many = sum(3 <= rejected <= 7 for rejected in simulated), len(simulated)
+    wanted = f"p ≤ 0.05 in {min(simulated):.1f} to {max(simulated):.1f} %; in {usual} of the {many} between 3 and 7 %"
+    assert wanted in page
+    means = [round(100 * row["rejected"], 1) for row in result("means.json")["means"]]
+    assert f"p ≤ 0.05 in {min(means)} to {max(means)} %" in page
+    equal = [
+        100 * row["rejected"]
+        for row in result("inference.json")["rejections"]
+        if row["lengths"] == "200" and min(row["documents"]) >= 8
+    ]
+    assert "in 3 to 6 % of simulated equal data sets" in page
+    assert 2.95 < min(equal) < 3.5
+    assert 5.5 < max(equal) < 6.5
+    proof = result("gpu-fp8-fidelity.json")["proof"]
+    planted = sum(sum(proof[f"{model}, fp8"]["planted"].values()) for model in ("tiny", "full width"))
+    assert f"none of {planted:,} planted faults was missed" in page
+
+
+def test_the_readme_counts_the_families_as_the_survey_did() -> None:
+    families = result("families-survey.json")["families"]
+    captured = sum(any(one["outcome"] == "captured" for one in each.values()) for each in families.values())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Of {len(families)} model types in transformers 5.23, {captured} were captured" in readme
+
+
+def test_the_page_about_reliability_counts_what_chaos_did() -> None:
+    page = " ".join((ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").split())
+    rows_of = {row["what"].partition(":")[0]: row for row in result("chaos.json")["tests"]["rows"]}
+    assert all(row["times"] == row["survived"] for row in rows_of.values())
+    kinds = {"every interleaving": "interleavings", "power lost": "power losses", "bad input": "bad inputs"}
+    kinds |= {"killed at each write": "kills at a write", "workers come, go and break": "failures of workers"}
+    for name, told in kinds.items():
+        assert f"{rows_of[name]['times']:,} {told}" in page
+
+
+def test_the_page_of_metrics_names_every_function_that_computes_one() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    listed = (ROOT / "analysis" / "__init__.pyi").read_text(encoding="utf-8")
+    names = re.findall(r"^from \.(?:metrics|statistics)\.\w+ import ([a-z]\w+)", listed, re.MULTILINE)
+    assert len(names) > 50
+    assert not [name for name in names if f"`{name}" not in page and f"`{name.removesuffix('_of')}" not in page]
