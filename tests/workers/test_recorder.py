@@ -510,7 +510,7 @@ def halved(tiny_model: LoadedModel) -> LoadedModel:
 
 def raise_no_alarm(engine: ModelEngine, seed: int) -> None:
     random = np.random.default_rng(seed)
-    for _ in range(60):
+    for _ in range(30):
         count, longest = random.integers(1, 6), random.integers(1, 40)
         rows = random_rows(count, seed=int(random.integers(2**32)), longest=longest)
         engine.route(rows.token, rows.length)

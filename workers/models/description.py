@@ -101,10 +101,12 @@ def describe_model(
 
     Parameters
     ----------
-    model, revision, quantization, dtype, quantize_gates, matmul, expert_backend
+    model, revision, quantization
         As for `load_model`.
     device_type
         "cuda" or "cpu": decides the compute dtype where `dtype` is not given, and what computes the experts.
+    dtype, quantize_gates, matmul, expert_backend
+        As for `load_model`.
 
     Returns
     -------
@@ -245,7 +247,7 @@ def describe_checkpoint(
         raise ValueError(
             f"model_type {config.model_type!r} with --quantization {quantization} chose other experts than"
             " transformers' own forward in a survey of all families, and why is not known yet"
-            " (docs/design/0013-families.md): it is not captured"
+            " (docs/models.md): it is not captured"
         )
     _refuse_unknown_routers(skeleton, routers)
     own = _asked_forward(skeleton, quantization, expert_backend)
