@@ -20,7 +20,7 @@ from store.plan import Plan, Rows
 from workers.engine import ModelEngine
 from workers.models import kernels, products
 from workers.models.decoder import MixtralForward
-from workers.models.description import find_routers
+from workers.models.family import find_routers
 from workers.models.loading import LoadedModel, load_model
 from workers.models.routers import choices, in_order
 from workers.record import CHOICES_ALONE, Recorded

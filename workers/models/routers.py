@@ -5,6 +5,8 @@ it: a softmax or a sigmoid, a correction bias, groups. Here the product is repla
 """
 
 import copy
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +16,43 @@ from torch.overrides import TorchFunctionMode
 from workers.shard import RoutingError
 
 PROBES = 64  # tokens with random hidden states on which a router is tried before weights are loaded (arbitrary)
+
+
+class _Bound:
+    """A router's forward that may be asked about hidden states alone; what its block gives it beside them is known.
+
+    Parameters
+    ----------
+    router
+        Has as buffers, under the names of its forward's parameters, what the block gives it.
+    """
+
+    def __init__(self, router: nn.Module, names: tuple[str, ...]) -> None:
+        self.router, self.names = router, names
+        self.own: Callable[..., Any] = router.forward
+
+    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return self.own(hidden, *args, **kwargs)
+        given = {name: getattr(self.router, name) for name in self.names}
+        try:
+            return self.own(hidden, **given)
+        except ValueError:  # it unpacks the shape of rows and positions
+            return self.own(hidden[None], **given)
+
+
+def bind(router: nn.Module, block: nn.Module) -> None:
+    """Give a router what its block has under the names of its forward's parameters, such as a correction bias."""
+    names = tuple(
+        name
+        for name in [*inspect.signature(type(router).forward).parameters][2:]
+        if torch.is_tensor(getattr(block, name, None)) and not hasattr(router, name)
+    )
+    if not names:
+        return
+    for name in names:
+        router.register_buffer(name, getattr(block, name), persistent=False)
+    router.forward = _Bound(router, names)  # type: ignore[method-assign]
 
 
 class _GivenProduct(TorchFunctionMode):
@@ -58,6 +97,7 @@ def choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     output
         What the router module returned: a tuple that holds integer indices (T, k), and weights (T, k), or (T, E) to
         pick from. Logits (T, E) are distinguished from such weights by their place: transformers puts them first.
+        Or weights (T, E) without indices, with k that are not 0 for each token, as Llama 4 has them.
     k
         Choices a token.
 
@@ -71,9 +111,12 @@ def choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     RoutingError
         When no such pair is in the output.
     """
-    tensors = [part for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part)]
+    tensors = _tensors(output)
     indices = [part for part in tensors if not part.is_floating_point() and part.shape[-1] == k]
     floats = [part for part in tensors if part.is_floating_point()]
+    if (spread_TE := _spread(tensors)) is not None and bool((spread_TE != 0).sum(dim=-1).eq(k).all()):
+        weights_TK, experts_TK = spread_TE.reshape(-1, spread_TE.shape[-1]).topk(k, dim=-1)
+        return experts_TK, weights_TK.float()
     if len(indices) != 1 or not floats:
         shapes = [(tuple(part.shape), str(part.dtype)) for part in tensors]
         raise RoutingError(f"no choices of {k} experts a token in what the router returned: {shapes}")
@@ -104,12 +147,31 @@ def in_order(experts: torch.Tensor, weights: torch.Tensor, *beside: torch.Tensor
 def router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
     """The logits (T, E) in what a router returned, whichever dims it gave them; None where there are none.
 
-    transformers puts them first; weights of all experts, which some families give too, follow.
+    transformers puts them first; weights of all experts, which some families give too, follow, but in Llama 4.
     """
-    parts = output if isinstance(output, tuple) else (output,)
-    floats = [part for part in parts if torch.is_tensor(part) and part.is_floating_point()]
-    found = [part for part in floats if part.shape[-1] == num_experts]
-    return found[0].reshape(-1, num_experts) if found else None
+    logits = logits_part(output, num_experts)
+    return None if logits is None else logits.reshape(-1, num_experts)
+
+
+def logits_part(output: Any, num_experts: int) -> torch.Tensor | None:
+    """The tensor in a router's output that has the logits, as it is there."""
+    tensors = _tensors(output)
+    spread = _spread(tensors)
+    found = [
+        part for part in tensors if part.is_floating_point() and part.shape[-1] == num_experts and part is not spread
+    ]
+    return found[0] if found else None
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [part for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part)]
+
+
+def _spread(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    """Weights of all experts, 0 where one is not chosen, in an output without indices; logits are not 0."""
+    if len(tensors) < 2 or not all(part.is_floating_point() for part in tensors):
+        return None
+    return next((part for part in tensors if bool((part == 0).any(dim=-1).all())), None)
 
 
 def tried(router: nn.Module) -> nn.Module:
@@ -134,7 +196,8 @@ def refuse_unknown(router: nn.Module, hidden: int, num_experts: int, k: int) -> 
     try:
         output = copied.forward(hidden_TH.to(next(copied.parameters()).dtype))
     except Exception as error:  # code that is not known raises whatever it runs into
-        raise RoutingError(f"it does not choose from hidden states alone: {error}") from error
+        takes = ", ".join([*inspect.signature(type(router).forward).parameters][1:])
+        raise RoutingError(f"it takes ({takes}), and does not choose from hidden states alone: {error}") from error
     experts_TK, _ = choices(output, k)
     if len(experts_TK) != PROBES:
         raise RoutingError(f"it chose for {len(experts_TK)} tokens of {PROBES}")
