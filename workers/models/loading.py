@@ -260,7 +260,10 @@ def _from_pretrained(
             if type(error) not in (RuntimeError, AttributeError):  # a lost GPU is another matter
                 raise
             # Experts that differ in shape cannot be fused; a family's own code may ask its experts for what is packed.
-            raise ValueError(f"{checkpoint.folder} could not be loaded ({_versions()}): {error}") from error
+            reason = str(error)
+            if "CONVERSION" in reason:  # transformers' report, which is not shown, has a page for each tensor
+                reason = f"its tensors could not be converted into what {quantization} needs: use --quantization none"
+            raise ValueError(f"{checkpoint.folder} could not be loaded ({_versions()}): {reason}") from error
         except ValueError as error:
             raise ValueError(
                 f"the model loaded from {checkpoint.folder} is not what was asked for ({quantization}; {_versions()}):"
