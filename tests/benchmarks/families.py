@@ -34,7 +34,8 @@ from gpu import GIB, Run, alternate, captured, stock  # noqa: E402
 from workers.engine import drop_last_experts  # noqa: E402
 from workers.models import fp8, saving  # noqa: E402
 from workers.models.decoder import DecoderForward, dense_linears, router_of  # noqa: E402
-from workers.models.description import experts_per_token, find_routers, num_experts, quantization_config  # noqa: E402
+from workers.models.description import quantization_config  # noqa: E402
+from workers.models.family import experts_per_token, find_routers, num_experts  # noqa: E402
 from workers.models.forwards import own_forward  # noqa: E402
 from workers.models.loading import LoadedModel  # noqa: E402
 from workers.models.packed import PackedStack  # noqa: E402

@@ -34,10 +34,11 @@ from test_loading import dequantized_reference  # noqa: E402
 from tiny_families import families, make_checkpoint  # noqa: E402
 
 from workers.engine import load_engine  # noqa: E402
+from workers.models.family import unquantized  # noqa: E402
 from workers.shard import RoutingError  # noqa: E402
 
 PRECISIONS = ("none", "nf4")
-LENGTHS = (48, 1, 29)
+LENGTHS = (131, 1, 97, 71)  # 300 tokens, in one batch
 FLOAT16_STEP = 2.0**-10  # relative
 NEAR_TIES = 0.01  # the share of tokens and layers whose choice may be another one, by rounding
 LIMIT_S = 600  # a family; arbitrary, for a machine with much else to do
@@ -78,8 +79,12 @@ def routers_of(model: nn.Module, engine: Any) -> list[str]:
 
 
 def _dense(parts: list[Any], engine: Any) -> np.ndarray | None:
-    """Weights (T, E) from indices (T, k) and weights (T, k), or from those of all experts."""
+    """Weights (T, E) from indices (T, k) and weights (T, k), or as they are where they have E - k zeros a token."""
     k, experts = engine.experts_per_token, engine.num_experts
+    every = [part for part in parts if torch.is_tensor(part) and part.shape[-1] == experts > k]
+    for part in every:
+        if ((part != 0).sum(dim=-1) == k).all():
+            return part.reshape(-1, experts).double().numpy()
     index = [part for part in parts if torch.is_tensor(part) and not part.is_floating_point() and part.shape[-1] == k]
     weight = [part for part in parts if torch.is_tensor(part) and part.is_floating_point() and part.shape[-1] == k]
     if len(index) != 1 or not weight:
@@ -109,8 +114,8 @@ def compare(folder: Path, quantization: str) -> dict[str, Any]:
         stock = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     else:
         stock = dequantized_reference(folder, quantization)
-        for name, router in zip(routers_of(stock, engine), engine.recorder.routers.values(), strict=True):
-            stock.get_submodule(name).load_state_dict(router.state_dict())  # some have a Linear, which stays as it is
+        for name in unquantized(engine.model):  # some have a Linear
+            stock.get_submodule(name).load_state_dict(engine.model.get_submodule(name).state_dict())
     other = 0
     for row, size in enumerate(length):
         wanted = wanted_routes(stock, engine, token[row, :size])

@@ -9,8 +9,9 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
-from workers.models.description import find_routers, quantization_config
+from workers.models.description import quantization_config
 from workers.models.experts import PackedExperts
+from workers.models.family import find_routers
 from workers.models.fp8 import rounded
 from workers.models.fp8_loading import RowScaledLinear
 from workers.models.loading import LoadedModel

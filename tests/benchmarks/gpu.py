@@ -43,7 +43,7 @@ from store.plan import Plan, Rows  # noqa: E402
 from workers.engine import ModelEngine, drop_last_experts  # noqa: E402
 from workers.models import fp8  # noqa: E402
 from workers.models.decoder import MixtralForward  # noqa: E402
-from workers.models.description import find_routers  # noqa: E402
+from workers.models.family import find_routers  # noqa: E402
 from workers.models.products import Fp8Products  # noqa: E402
 from workers.recorder import RouteRecorder, _LastRouterDone  # noqa: E402
 from workers.replica import Assignment, Replica  # noqa: E402

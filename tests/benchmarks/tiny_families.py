@@ -46,6 +46,7 @@ INDEXED = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, 
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "axk2": {"gated_norm_rank": 64},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
     "deepseek_ocr2": SPARSE,
     "diffusion_gemma": MIXTURE,
@@ -54,14 +55,30 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_text": MIXTURE,
     "glm4v_moe": {"rope_parameters": PARTIAL},
     "glm4v_moe_text": {"rope_parameters": PARTIAL},
-    "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": EXPERTS, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
-    "glm5_next": {"index_topk": 32},
-    "glm5_next_text": {"index_topk": 32},
+    "glm5_next": {"index_topk": 32, "linear_head_dim": 64},
+    "glm5_next_text": {"index_topk": 32, "linear_head_dim": 64},
+    "jamba": {"mamba_dt_rank": 64},
+    "kimi_linear": {"linear_head_dim": 64},
+    "longcat_flash": {"zero_expert_num": 4},
+    "minimax": {"block_size": 16},
     "qwen4_exp": INDEXED,
     "qwen4_exp_text": INDEXED,
+    "step3p7": {"sliding_window": 8},
 }
 """By model type: fields of the configuration (of its text part, if it has one) that the rule gets wrong."""
+
+OTHER_PARTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("dots3_note", "vision_config"): {
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+        "num_experts_per_tok": 2,
+        "adapter_in_dim": 64,
+        "adapter_out_dim": 64,
+    },
+    ("dots3_note", "audio_config"): {"adapter_input_size": 64, "adapter_out_dim": 64},
+}
+"""By model type and part: the same."""
 
 HEADS = (
     transformers.AutoModelForCausalLM,
@@ -97,7 +114,8 @@ def _small(kind: Any, exceptions: dict[str, Any]) -> dict[str, Any]:
     for field in fields(kind):
         value = vars(default).get(field.name, field.default)
         if isinstance(value, transformers.PretrainedConfig):
-            part = _small(type(value), exceptions if field.name == "text_config" else {})
+            others = OTHER_PARTS.get((default.model_type, field.name), {})
+            part = _small(type(value), exceptions if field.name == "text_config" else others)
             made[field.name] = part | {"model_type": value.model_type}
         elif field.default is not None or value is None:
             every = field.name.endswith("key_value_heads") and value == heads
@@ -154,5 +172,14 @@ def make_checkpoint(model_type: str, folder: Path) -> bool:
     """Write a family's checkpoint, in shapes as published; False where the model has no experts."""
     model = tiny_model(model_type)
     if model is not None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=_published(model.state_dict()))
     return model is not None
+
+
+def _published(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the rows of experts that compute nothing, which transformers has in one of two parameters."""
+    for name, down in list(state.items()):
+        both = name.replace("experts.down_proj", "experts.gate_up_proj")
+        if name.endswith("experts.down_proj") and both in state:
+            state[both] = state[both][: len(down)]
+    return state

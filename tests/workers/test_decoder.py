@@ -15,8 +15,8 @@ from torch import nn
 
 from workers.engine import ModelEngine, load_engine
 from workers.models.decoder import DecoderForward, MixtralForward
-from workers.models.description import find_routers
 from workers.models.experts import PackedExperts
+from workers.models.family import find_routers
 from workers.models.latent import LatentForward
 from workers.models.loading import load_model
 from workers.models.sinks import GptOssForward, attended, plain_attended

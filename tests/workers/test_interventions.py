@@ -17,7 +17,7 @@ from test_loading import dequantized_reference
 import workers
 from workers.engine import ModelEngine
 from workers.interventions import Interventions, experts_in_file, what_to_change
-from workers.models.description import find_routers
+from workers.models.family import find_routers
 from workers.models.intervening import Steering, choose_to_change
 from workers.models.loading import LoadedModel, load_model
 from workers.record import what_to_record

@@ -12,8 +12,9 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from workers.engine import load_engine
-from workers.models import description, routers
-from workers.models.description import HOW_TO_ADD, describe_model
+from workers.models import family, routers
+from workers.models.description import describe_model
+from workers.models.family import HOW_TO_ADD
 from workers.recordings import used
 from workers.shard import RoutingError
 
@@ -121,7 +122,7 @@ def test_the_errors_for_an_unknown_family_link_to_a_section_that_names_what_adds
     message = rejected(folder)
     assert "has none of num_experts_per_tok" in message
     assert message.endswith(HOW_TO_ADD)
-    known.setattr(description, "_EXPERTS_PER_TOKEN_NAMES", ("experts_for_a_token",))
+    known.setattr(family, "_EXPERTS_PER_TOKEN_NAMES", ("experts_for_a_token",))
     message = rejected(folder)
     assert "(InventedRouter) cannot be recorded, at layer 0: no choices of 2 experts a token" in message
     assert message.endswith(HOW_TO_ADD)
@@ -129,7 +130,7 @@ def test_the_errors_for_an_unknown_family_link_to_a_section_that_names_what_adds
     [section] = [part for part in page.split("\n\n") if part.startswith("**Add a model family**")]
     for name in ("_NUM_EXPERTS_NAMES", "_EXPERTS_PER_TOKEN_NAMES", "find_routers"):
         assert f"`{name}`" in section
-        assert hasattr(description, name)
+        assert hasattr(family, name)
     assert "`READERS`" in section
 
 
@@ -137,7 +138,7 @@ def test_with_its_names_and_its_reader_it_is_captured_as_its_own_modules_choose_
     known: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = checkpoint(tmp_path / "invented")
-    known.setattr(description, "_EXPERTS_PER_TOKEN_NAMES", ("experts_for_a_token",))
+    known.setattr(family, "_EXPERTS_PER_TOKEN_NAMES", ("experts_for_a_token",))
     known.setitem(routers.READERS, "InventedRouter", read)
     engine = load_engine(folder, quantization="none", device="cpu")
     token, length = batch(2)
@@ -161,7 +162,7 @@ def test_with_its_names_and_its_reader_it_is_captured_as_its_own_modules_choose_
 def test_a_model_whose_layers_have_different_numbers_of_experts_is_rejected_by_name(
     known: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    known.setattr(description, "_EXPERTS_PER_TOKEN_NAMES", ("experts_for_a_token",))
+    known.setattr(family, "_EXPERTS_PER_TOKEN_NAMES", ("experts_for_a_token",))
     known.setattr(InventedRouter, "forward", with_logits)
     assert "2" in str(describe_model(checkpoint(tmp_path / "alike"), quantization="none", device_type="cpu"))
     message = rejected(checkpoint(tmp_path / "invented", experts_left_out=3))
@@ -180,7 +181,7 @@ def test_a_number_of_choices_for_each_layer_is_read_where_all_are_equal_and_reje
 ):
     config = InventedConfig()
     config.moe_topk = [2, 2, 2]
-    assert description.experts_per_token(config) == 2
+    assert family.experts_per_token(config) == 2
     config.moe_topk = [2, 2, 1]
     with pytest.raises(ValueError, match=r"'invented' has layers that differ in moe_topk \(\[2, 2, 1\]\)"):
-        description.experts_per_token(config)
+        family.experts_per_token(config)

@@ -13,7 +13,7 @@ import pytest
 from router_faults import FAULTS, NO_HARM, batch, outcome, probabilities_for_weights
 
 from workers.engine import ModelEngine
-from workers.models.description import experts_per_token, find_routers, num_experts
+from workers.models.family import experts_per_token, find_routers, num_experts
 from workers.models.loading import LoadedModel
 from workers.recordings import used
 
@@ -37,6 +37,8 @@ KINDS = {
     "top k before the softmax, in a module of the router": Kind("granitemoe"),
     "sparsemixer": Kind("phimoe"),
     "probabilities first, and a scale an expert": Kind("gemma4_text"),
+    "top 1 without indices, whose experts are given scaled rows": Kind("llama4_text"),
+    "a correction bias of its block": Kind("minimax_m2"),
     "linear attention between": Kind("qwen3_next"),
     "Mamba between": Kind("jamba", weighed=False),
 }

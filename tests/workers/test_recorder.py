@@ -20,7 +20,7 @@ from store.plan import Plan, Rows
 from workers.engine import ModelEngine
 from workers.models import kernels, products
 from workers.models.decoder import MixtralForward
-from workers.models.description import find_routers
+from workers.models.family import find_routers
 from workers.models.loading import LoadedModel, load_model
 from workers.models.routers import choices, in_order
 from workers.record import CHOICES_ALONE, Recorded
@@ -249,6 +249,14 @@ def test_choices_are_found_in_a_tuple_of_any_order_and_sorted_with_ties_by_lower
         wanted = sorted(zip(-chosen[token], experts[token], strict=True))
         assert got_experts[token].tolist() == [expert for _, expert in wanted]
         assert got_weights[token].tolist() == [-negative for negative, _ in wanted]
+
+
+def test_weights_stand_last_before_the_indices_where_other_parts_have_their_shape_too() -> None:
+    """Logits where every expert is chosen; and what Inkling weighs as many shared experts with."""
+    logits, weights, shared = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(1)).unbind()
+    indices = torch.tensor([[0, 1]]).expand(5, 2)
+    for output in ((logits, weights, indices), (logits, weights, indices, shared), (indices, weights, shared)):
+        assert torch.equal(choices(output, 2)[1], weights)
 
 
 @pytest.mark.parametrize(

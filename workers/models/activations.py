@@ -12,8 +12,9 @@ import torch
 
 from workers.models.checkpoint import find_checkpoint
 from workers.models.decoder import DecoderForward, MixtralForward
-from workers.models.description import build_skeleton, experts_per_token, num_experts
+from workers.models.description import build_skeleton
 from workers.models.experts import number_of_groups
+from workers.models.family import experts_per_token, num_experts
 from workers.models.forwards import own_forward
 from workers.models.products import FP8_ROWS, ROWS
 

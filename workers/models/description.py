@@ -4,7 +4,6 @@ Promises: nothing here reads or makes weights (the model is built on the meta de
 `workers.models.loading.load_model` with the same arguments loads what is described here.
 """
 
-import re
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,10 +12,17 @@ import transformers
 from torch import nn
 
 from workers.models.checkpoint import Checkpoint, find_checkpoint
+from workers.models.family import (
+    HOW_TO_ADD,
+    experts_per_token,
+    has_experts,
+    num_experts,
+    read,
+    recordable_routers,
+    unquantized,
+)
 from workers.models.forwards import Forward, own_forward
-from workers.models.routers import refuse_unknown
 from workers.models.stored import E4M3_FORMS, FOUR_BITS, PUBLISHED, Stored, stored_form
-from workers.shard import RoutingError
 
 QUANTIZATIONS = (*FOUR_BITS, "mxfp4", "fp8", "int8", "none")
 MATMULS = ("bf16", "fp8")
@@ -25,27 +31,6 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 UNFUSED, GROUPED = EARLIER = ("unfused", "grouped")
 """Values of `expert_backend` that captures began with before their family had its present forward."""
 EXPERTS_OF_TRANSFORMERS = ("eager", "grouped_mm")  # values of `expert_backend` that its loader takes
-
-HOW_TO_ADD = 'CONTRIBUTING.md, "Add a model family", says how one is added'
-"""Ends the error for a family whose routers are not known."""
-
-DIFFERING: dict[str, tuple[str, ...]] = {
-    "minimax": QUANTIZATIONS,
-    "dots3_note_text": FOUR_BITS,
-    "hy_v4": FOUR_BITS,
-}
-"""Model types, and the quantizations in which the survey of all families (`make families`) found other choices than
-transformers' own forward makes. Why is not known yet."""
-
-_NUM_EXPERTS_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_PER_TOKEN_NAMES = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "moe_k",
-    "moe_topk",
-    "top_k_experts",
-)
 
 
 class ModelDescription(TypedDict):
@@ -130,35 +115,6 @@ def describe_model(
     )
 
 
-def find_routers(model: nn.Module) -> dict[int, nn.Module]:
-    """Find the module of each layer that chooses experts; layers without one are left out.
-
-    It is of the class whose outputs transformers records as ``router_logits``, or, where none is, the
-    ``gate`` or ``router`` beside an ``experts``. The layer is the number after ``layers.`` in its name.
-    """
-    recorders = (getattr(type(model), "_can_record_outputs", None) or {}).get("router_logits", [])
-    recorders = recorders if isinstance(recorders, list) else [recorders]
-    classes = tuple(recorder.target_class for recorder in recorders if getattr(recorder, "target_class", None))
-    names = [name for name, module in model.named_modules() if isinstance(module, classes)]
-    if not names:
-        names = [
-            f"{name}.{leaf}"
-            for name, module in model.named_modules()
-            for leaf in ("gate", "router")
-            if hasattr(module, "experts") and hasattr(module, leaf)
-        ]
-    family = type(model).__name__
-    routers: dict[int, nn.Module] = {}
-    for name in names:
-        number = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-        if number is None:
-            raise ValueError(f"the router {name} of {family} is in no numbered layer; {HOW_TO_ADD}")
-        if int(number[1]) in routers:
-            raise ValueError(f"{family} has two routers in layer {number[1]} ({name}); {HOW_TO_ADD}")
-        routers[int(number[1])] = model.get_submodule(name)
-    return dict(sorted(routers.items()))
-
-
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, *, head: bool = False) -> Any:
     """The model on the meta device: every module and shape, no weights; its attention is sdpa wherever it has that.
 
@@ -234,22 +190,14 @@ def describe_checkpoint(
     stored = stored_form(checkpoint)
     _refuse_other_than_stored(checkpoint, stored, quantization)
     skeleton = build_skeleton(checkpoint, dtype)
-    routers = find_routers(skeleton)
-    layers = list(routers)
+    layers = list(recordable_routers(skeleton))
     config = skeleton.config.get_text_config()
     if not layers:
         raise ValueError(
             f"{checkpoint.folder} holds a {type(skeleton).__name__} (model_type {config.model_type!r}), "
             "which has no routers: only mixture-of-experts models can be captured"
-            + (f", and the routers of its experts are not known; {HOW_TO_ADD}" if _has_experts(skeleton) else "")
+            + (f", and the routers of its experts are not known; {HOW_TO_ADD}" if has_experts(skeleton) else "")
         )
-    if quantization in DIFFERING.get(config.model_type, ()):
-        raise ValueError(
-            f"model_type {config.model_type!r} with --quantization {quantization} chose other experts than"
-            " transformers' own forward in a survey of all families, and why is not known yet"
-            " (docs/models.md): it is not captured"
-        )
-    _refuse_unknown_routers(skeleton, routers)
     own = _asked_forward(skeleton, quantization, expert_backend)
     if matmul not in (own.matmuls if own else MATMULS[:1]):
         raise ValueError(
@@ -270,29 +218,9 @@ def describe_checkpoint(
         layers=layers,
         num_experts=num_experts(config),
         experts_per_token=experts_per_token(config),
-        vocab_size=_read(config, ("vocab_size",)),
-        max_position_embeddings=_read(config, ("max_position_embeddings",)),
+        vocab_size=read(config, ("vocab_size",)),
+        max_position_embeddings=read(config, ("max_position_embeddings",)),
     )
-
-
-def _has_experts(skeleton: nn.Module) -> bool:
-    return any(name.endswith("experts") for name, _ in skeleton.named_modules())
-
-
-def _refuse_unknown_routers(skeleton: Any, routers: dict[int, nn.Module]) -> None:
-    """Try one router of each kind and shape, with random weights."""
-    config = skeleton.config.get_text_config()
-    kinds: dict[Any, int] = {}
-    for layer, router in routers.items():
-        kinds.setdefault((type(router), *(tuple(part.shape) for part in router.parameters())), layer)
-    for (kind, *_), layer in kinds.items():
-        try:
-            refuse_unknown(routers[layer], config.hidden_size, num_experts(config), experts_per_token(config))
-        except RoutingError as error:
-            raise ValueError(
-                f"the routers of {type(skeleton).__name__} ({kind.__name__}) cannot be recorded, at layer {layer}:"
-                f" {error}; {HOW_TO_ADD}"
-            ) from error
 
 
 def _refuse_other_than_stored(checkpoint: Checkpoint, stored: Stored | None, quantization: str) -> None:
@@ -336,33 +264,6 @@ def _refuse_fp8(quantization: str, matmul: str, device_type: str, dtype: torch.d
         )
 
 
-def num_experts(config: Any) -> int:
-    """E, whatever the family calls it."""
-    return _read(config, _NUM_EXPERTS_NAMES)
-
-
-def experts_per_token(config: Any) -> int:
-    """k, whatever the family calls it."""
-    return _read(config, _EXPERTS_PER_TOKEN_NAMES)
-
-
-def _read(config: Any, names: tuple[str, ...]) -> int:
-    """The first of several names that families use for one thing."""
-    for name in names:
-        value = getattr(config, name, None)
-        each = {*value} if isinstance(value, list | tuple) else {value}
-        if len(each) > 1:
-            raise ValueError(
-                f"model_type {config.model_type!r} has layers that differ in {name} ({value}): only models with one"
-                " number for all layers can be captured"
-            )
-        if isinstance(number := next(iter(each), None), int):
-            return number
-    raise ValueError(
-        f"the configuration of model_type {config.model_type!r} has none of {', '.join(names)}; {HOW_TO_ADD}"
-    )
-
-
 def quantization_config(form: str, skeleton: nn.Module, dtype: torch.dtype) -> Any:
     """Settings as transformers takes them, or None for ``none``; routers stay as they are.
 
@@ -373,8 +274,7 @@ def quantization_config(form: str, skeleton: nn.Module, dtype: torch.dtype) -> A
     """
     if form == "none":
         return None
-    routers = set(find_routers(skeleton).values())
-    names = [name for name, module in skeleton.named_modules() if module in routers]
+    names = unquantized(skeleton)
     if form in (*E4M3_FORMS, "mxfp4"):
         from workers.models.fp8_loading import StoredConfig  # it imports bitsandbytes, which takes seconds
 

@@ -10,14 +10,8 @@ import torch
 from torch import nn
 
 from workers.models.checkpoint import Checkpoint, find_checkpoint
-from workers.models.description import (
-    build_skeleton,
-    compute_dtype,
-    experts_per_token,
-    find_routers,
-    num_experts,
-    quantization_config,
-)
+from workers.models.description import build_skeleton, compute_dtype, quantization_config
+from workers.models.family import experts_per_token, find_routers, num_experts
 from workers.models.stored import BLOCK, FOUR_BITS, PUBLISHED, loaded_form, stored_form
 
 _SCALE_BLOCK = 256  # scales that share a scale of their own under double quantization; likewise
@@ -80,10 +74,10 @@ def estimate_checkpoint(
 ) -> int:
     """`estimate_bytes` for a checkpoint that is found already; without the experts of the last layer, if so told."""
     skeleton, _ = quantized_skeleton(checkpoint, quantization, dtype)
+    tensors = [*skeleton.named_parameters(), *skeleton.named_buffers()]
     names = {module: name for name, module in skeleton.named_modules()}
     last = names[list(find_routers(skeleton).values())[-1]].rpartition(".")[0]
     left_out = () if last_experts else (f"{last}.experts.",)
-    tensors = [*skeleton.named_parameters(), *skeleton.named_buffers()]
     return sum(_resident_bytes(tensor) for name, tensor in tensors if not name.startswith(left_out))
 
 

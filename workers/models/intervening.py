@@ -25,8 +25,9 @@ from torch.overrides import TorchFunctionMode
 
 from workers.interventions import Interventions, Named, what_to_change
 from workers.models.checkpoint import find_checkpoint
-from workers.models.description import build_skeleton, experts_per_token, find_routers, num_experts
-from workers.models.routers import choices, routed_by, router_logits, tried
+from workers.models.description import build_skeleton
+from workers.models.family import experts_per_token, find_routers, num_experts
+from workers.models.routers import choices, logits_part, routed_by, tried
 from workers.shard import RoutingError
 
 SCORES = (torch.softmax, torch.Tensor.softmax, nn.functional.softmax, torch.sigmoid, torch.Tensor.sigmoid)
@@ -112,11 +113,11 @@ def changed(own: Callable[..., Any], change: Change, num_experts: int, k: int) -
 
 def _with(output: Any, logits_TE: torch.Tensor, change: Change, num_experts: int, k: int) -> Any:
     """What a router returned, with these logits, and with choices and weights where both are given."""
-    returned = router_logits(output, num_experts)
+    returned = logits_part(output, num_experts)
     parts = list(output) if isinstance(output, tuple) else [output]
     for place, part in enumerate(parts):
-        if returned is not None and part.shape[-1] == num_experts and part.is_floating_point():
-            parts[place], returned = logits_TE.to(part.dtype).view_as(part), None
+        if part is returned:
+            parts[place] = logits_TE.to(part.dtype).view_as(part)
         elif change.given_TK is not None and change.weights_TK is not None and part.shape[-1] == k:
             given = change.weights_TK if part.is_floating_point() else change.given_TK
             parts[place] = given.to(part).view_as(part)

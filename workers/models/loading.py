@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config, tensor_names
 from workers.models.description import (
@@ -29,13 +30,14 @@ from workers.models.description import (
     compute_dtype,
     describe_checkpoint,
     describe_model,
-    find_routers,
     quantization_config,
 )
 from workers.models.experts import PackedExperts
+from workers.models.family import KEPT, find_routers
 from workers.models.footprint import estimate_checkpoint, option_that_fits, quantized_skeleton
 from workers.models.packed import PackedStack
 from workers.models.stored import BLOCK, E4M3_FORMS, FOUR_BITS, Stored, loaded_form, stored_form
+from workers.shard import RoutingError
 
 __all__ = [
     "LoadedModel",
@@ -47,6 +49,8 @@ __all__ = [
 
 PACKED = (".both.packed", ".down.packed")
 """Ends of names in checkpoints that keep experts packed (`workers.models.saving`)."""
+
+_PLAIN = (NonDynamicallyQuantizableLinear,)  # of torch's own attention, which reads its matrix: nothing quantizes it
 
 SCALES_OF_ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale")
 """Ends of names in published fp8 checkpoints that are not used: here each token has a scale of its own."""
@@ -140,6 +144,9 @@ def load_model(
             )
     loaded = _from_pretrained(checkpoint, description, devices, computed_in)
     loaded.eval().requires_grad_(False)
+    for module in loaded.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype.itemsize == 1:
+            module.register_forward_pre_hook(_refuse_bytes)
     routers = find_routers(loaded)
     assert list(routers) == description["layers"], (list(routers), description["layers"])
     quantized = _check_precision(checkpoint.folder, loaded, routers, description)
@@ -253,7 +260,10 @@ def _from_pretrained(
             if type(error) not in (RuntimeError, AttributeError):  # a lost GPU is another matter
                 raise
             # Experts that differ in shape cannot be fused; a family's own code may ask its experts for what is packed.
-            raise ValueError(f"{checkpoint.folder} could not be loaded ({_versions()}): {error}") from error
+            reason = str(error)
+            if "CONVERSION" in reason:  # transformers' report, which is not shown, has a page for each tensor
+                reason = f"its tensors could not be converted into what {quantization} needs: use --quantization none"
+            raise ValueError(f"{checkpoint.folder} could not be loaded ({_versions()}): {reason}") from error
         except ValueError as error:
             raise ValueError(
                 f"the model loaded from {checkpoint.folder} is not what was asked for ({quantization}; {_versions()}):"
@@ -366,8 +376,9 @@ def _check_precision(
             count += module.experts * module.parts
     for name, module in model.named_modules():
         leaf = f"{name}.weight"
-        if isinstance(module, nn.Linear) and not faults.get(leaf):
-            fault = None if leaf in faults else _matrix_fault(module.weight, quantization)
+        if isinstance(module, nn.Linear) and type(module) not in _PLAIN and not faults.get(leaf):
+            wanted = "none" if name.rpartition(".")[2] == KEPT else quantization
+            fault = None if leaf in faults else _matrix_fault(module.weight, wanted)
             faults[leaf] = fault or _shape_fault(module)
     found = [f"{leaf} is {fault}" for leaf, fault in faults.items() if fault]
     if found:
@@ -377,6 +388,15 @@ def _check_precision(
             "of the lock file, or --quantization none"
         )
     return count
+
+
+def _refuse_bytes(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    """Refuse hidden states that a family's code has cast to the dtype of a quantized matrix, which is that of bytes."""
+    if args[0].dtype.itemsize == 1:
+        raise RoutingError(
+            f"the model's code gives hidden states of {args[0].dtype} to a quantized matrix ({type(module).__name__}):"
+            " it casts them to the matrix's dtype, so that they are lost; use --quantization none"
+        )
 
 
 def _shape_fault(linear: nn.Linear) -> str | None:

@@ -52,6 +52,15 @@ def pack_skeleton(model: nn.Module, form: str, dtype: torch.dtype) -> None:
         When a module does what `PackedExperts` do not, or a matrix does not fill blocks of 64 values.
     """
     fused, products = fused_experts(model), Products(dtype)
+    for name, module in model.named_modules():
+        stacked = {leaf for leaf, each in module.named_parameters(recurse=False) if each.ndim == 3} & set(
+            FUSED.values()
+        )
+        if stacked and name not in fused:
+            raise ValueError(
+                f"{name} ({type(module).__name__}) has the matrices of experts in {', '.join(sorted(stacked))} alone,"
+                f" which {form} does not know; use --quantization none"
+            )
     if fused:
         expert_leaves(model)  # for its checks
     for name, module in fused.items():
@@ -63,6 +72,8 @@ def pack_skeleton(model: nn.Module, form: str, dtype: torch.dtype) -> None:
         both, down = (_stack(module.get_parameter(leaf), module, form) for leaf in FUSED.values())
         biased = dtype if module.has_bias else None
         model.set_submodule(name, PackedExperts(both, down, _gate(module), products, biased))
+        # transformers may initialize a block's experts by the names of what was fused; nothing here waits for that
+        model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _stack(parameter: torch.Tensor, fused: Any, form: str) -> PackedStack:

@@ -5,6 +5,7 @@ it: a softmax or a sigmoid, a correction bias, groups. Here the product is repla
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,43 @@ READERS: dict[str, Callable[[Any, int], tuple[torch.Tensor, torch.Tensor]]] = {}
 return something else than `choices` knows. With the parameters of `choices`, and what it returns."""
 
 PROBES = 64  # tokens with random hidden states on which a router is tried before weights are loaded (arbitrary)
+
+
+class _Bound:
+    """A router's forward that may be asked about hidden states alone; what its block gives it beside them is known.
+
+    Parameters
+    ----------
+    router
+        Has as buffers, under the names of its forward's parameters, what the block gives it.
+    """
+
+    def __init__(self, router: nn.Module, names: tuple[str, ...]) -> None:
+        self.router, self.names = router, names
+        self.own: Callable[..., Any] = router.forward
+
+    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return self.own(hidden, *args, **kwargs)
+        given = {name: getattr(self.router, name) for name in self.names}
+        try:
+            return self.own(hidden, **given)
+        except ValueError:  # it unpacks the shape of rows and positions
+            return self.own(hidden[None], **given)
+
+
+def bind(router: nn.Module, block: nn.Module) -> None:
+    """Give a router what its block has under the names of its forward's parameters, such as a correction bias."""
+    names = tuple(
+        name
+        for name in [*inspect.signature(type(router).forward).parameters][2:]
+        if torch.is_tensor(getattr(block, name, None)) and not hasattr(router, name)
+    )
+    if not names:
+        return
+    for name in names:
+        router.register_buffer(name, getattr(block, name), persistent=False)
+    router.forward = _Bound(router, names)  # type: ignore[method-assign]
 
 
 class _GivenProduct(TorchFunctionMode):
@@ -63,6 +101,9 @@ def choices(output: Any, k: int, router: nn.Module | None = None) -> tuple[torch
     output
         What the router module returned: a tuple that holds integer indices (T, k), and weights (T, k), or (T, E) to
         pick from. Logits (T, E) are distinguished from such weights by their place: transformers puts them first.
+        Where more has the shape of the indices (logits where k is E, what shared experts are weighed with), the weights
+        are what stands last before the indices.
+        Or weights (T, E) without indices, with k that are not 0 for each token, as Llama 4 has them.
     k
         Choices a token.
     router
@@ -80,16 +121,21 @@ def choices(output: Any, k: int, router: nn.Module | None = None) -> tuple[torch
     """
     if (reader := READERS.get(type(router).__name__)) is not None:
         return reader(output, k)
-    tensors = [part for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part)]
+    tensors = _tensors(output)
     indices = [part for part in tensors if not part.is_floating_point() and part.shape[-1] == k]
     floats = [part for part in tensors if part.is_floating_point()]
+    if (spread_TE := _spread(tensors)) is not None and bool((spread_TE != 0).sum(dim=-1).eq(k).all()):
+        weights_TK, experts_TK = spread_TE.reshape(-1, spread_TE.shape[-1]).topk(k, dim=-1)
+        return experts_TK, weights_TK.float()
     if len(indices) != 1 or not floats:
         shapes = [(tuple(part.shape), str(part.dtype)) for part in tensors]
         raise RoutingError(f"no choices of {k} experts a token in what the router returned: {shapes}")
     experts_TK = indices[0].reshape(-1, k).long()
-    exact = [part for part in floats if part.shape == indices[0].shape]
+    place = next(at for at, part in enumerate(tensors) if part is indices[0])
+    nearest = [*reversed(tensors[:place]), *tensors[place + 1 :]]
+    exact = [part for part in nearest if part.is_floating_point() and part.shape == indices[0].shape]
     dense_TE = floats[-1].reshape(-1, floats[-1].shape[-1])
-    weights_TK = (exact[-1].reshape(-1, k) if exact else dense_TE.gather(-1, experts_TK)).float()
+    weights_TK = (exact[0].reshape(-1, k) if exact else dense_TE.gather(-1, experts_TK)).float()
     return experts_TK, weights_TK
 
 
@@ -113,12 +159,31 @@ def in_order(experts: torch.Tensor, weights: torch.Tensor, *beside: torch.Tensor
 def router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
     """The logits (T, E) in what a router returned, whichever dims it gave them; None where there are none.
 
-    transformers puts them first; weights of all experts, which some families give too, follow.
+    transformers puts them first; weights of all experts, which some families give too, follow, but in Llama 4.
     """
-    parts = output if isinstance(output, tuple) else (output,)
-    floats = [part for part in parts if torch.is_tensor(part) and part.is_floating_point()]
-    found = [part for part in floats if part.shape[-1] == num_experts]
-    return found[0].reshape(-1, num_experts) if found else None
+    logits = logits_part(output, num_experts)
+    return None if logits is None else logits.reshape(-1, num_experts)
+
+
+def logits_part(output: Any, num_experts: int) -> torch.Tensor | None:
+    """The tensor in a router's output that has the logits, as it is there."""
+    tensors = _tensors(output)
+    spread = _spread(tensors)
+    found = [
+        part for part in tensors if part.is_floating_point() and part.shape[-1] == num_experts and part is not spread
+    ]
+    return found[0] if found else None
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    return [part for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part)]
+
+
+def _spread(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    """Weights of all experts, 0 where one is not chosen, in an output without indices; logits are not 0."""
+    if len(tensors) < 2 or not all(part.is_floating_point() for part in tensors):
+        return None
+    return next((part for part in tensors if bool((part == 0).any(dim=-1).all())), None)
 
 
 def tried(router: nn.Module) -> nn.Module:
@@ -143,12 +208,12 @@ def refuse_unknown(router: nn.Module, hidden: int, num_experts: int, k: int) -> 
     try:
         output = copied.forward(hidden_TH.to(next(copied.parameters()).dtype))
     except Exception as error:  # code that is not known raises whatever it runs into
-        raise RoutingError(f"it does not choose from hidden states alone: {error}") from error
+        takes = ", ".join([*inspect.signature(type(router).forward).parameters][1:])
+        raise RoutingError(f"it takes ({takes}), and does not choose from hidden states alone: {error}") from error
     experts_TK, _ = choices(output, k, router)
     if len(experts_TK) != PROBES:
         raise RoutingError(f"it chose for {len(experts_TK)} tokens of {PROBES}")
-    parts = output if isinstance(output, tuple) else (output,)
-    widths = {part.shape[-1] for part in parts if torch.is_tensor(part) and part.is_floating_point()} - {k}
+    widths = {part.shape[-1] for part in _tensors(output) if part.is_floating_point()} - {k}
     if widths and num_experts not in widths and type(router).__name__ not in READERS:
         raise RoutingError(f"it chooses among {max(widths)} experts, and num_experts is {num_experts}")
     if not ((experts_TK >= 0) & (experts_TK < num_experts)).all():

@@ -25,11 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from workers.models.checkpoint import INDEX, find_checkpoint, read_config, tensor_names, weight_files
-from workers.models.description import (
-    compute_dtype,
-    describe_checkpoint,
-    find_routers,
-)
+from workers.models.description import compute_dtype, describe_checkpoint
+from workers.models.family import unquantized
 from workers.models.footprint import estimate_checkpoint, quantized_skeleton
 from workers.models.loading import usable_device
 from workers.models.stored import FOUR_BITS, PACKED, stored_quantization
@@ -162,14 +159,13 @@ def _write(tensors: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def _settings(settings: Any, skeleton: Any, own: dict[str, str], *, packed: bool) -> dict[str, Any]:
-    """What readers must know; routers by the last part of their names, transformers 4's (the checkpoint's) and 5's."""
-    modules = {module: name for name, module in skeleton.named_modules()}
-    weights = {f"{modules[router]}.weight" for router in find_routers(skeleton).values()}
+    """What readers must know; what is not quantized by the last part of its name, the checkpoint's and the model's."""
+    weights = {f"{name}.weight" for name in unquantized(skeleton)}
     weights |= {name for name, known in own.items() if known in weights}
-    routers = {name.removesuffix(".weight").rpartition(".")[2] for name in weights}
+    kept = {name.removesuffix(".weight").rpartition(".")[2] for name in weights}
     stored: dict[str, Any] = settings.to_dict() | {
         "bnb_4bit_compute_dtype": "bfloat16",
-        "llm_int8_skip_modules": [*sorted(routers), "lm_head"],
+        "llm_int8_skip_modules": [*sorted(kept), "lm_head"],
     }
     if packed:  # transformers asks load_in_4bit before it asks quant_method
         stored = {name: value for name, value in stored.items() if "load_in" not in name} | {"quant_method": PACKED}

@@ -12,7 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from workers.models.checkpoint import find_checkpoint
-from workers.models.description import build_skeleton, experts_per_token, find_routers, num_experts
+from workers.models.description import build_skeleton
+from workers.models.family import experts_per_token, find_routers, num_experts
 from workers.models.routers import choices, routed_by, tried
 
 

@@ -6,6 +6,7 @@ that these are called once more, with each choice as a token of its own, whateve
 be that of the output's row, or of the experts' answer for the sampled tokens alone.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -116,6 +117,10 @@ def experts_of(model: nn.Module, routers: Mapping[int, nn.Module]) -> list[nn.Mo
         experts = getattr(block, "experts", None)
         if not isinstance(experts, nn.Module):
             raise RoutingError(f"layer {layer}: {type(block).__name__} has no experts: capture without output_norm")
+        if len(inspect.signature(type(experts).forward).parameters) < len(("self", "hidden", "choices", "weights")):
+            raise RoutingError(
+                f"layer {layer}: {type(experts).__name__} is given no choices and weights: capture without output_norm"
+            )
         found.append(experts)
     return found
 

@@ -1,9 +1,10 @@
 """What the experts were given, beside what is recorded: a proof, and no array.
 
-S sampled tokens, L layers, K choices. A router may return logits, probabilities and weights, in any order, and a
-recorder that reads the wrong one reads it wrong again when it asks the router again. So the recorded choices and
-weights of the sample must be those with which the layer's experts are called. The last layer's experts are not run,
-unless it is the only one; and where experts take no choices, there is nothing to compare.
+T tokens, S of them sampled, L layers, E experts, K choices, H hidden. A router may return logits, probabilities and
+weights, in any order, and a recorder that reads the wrong one reads it wrong again when it asks the router again. So
+the recorded choices and weights of the sample must be those with which the layer's experts are called. The last layer's
+experts are not run, unless it is the only one. Experts that take no choices, as Llama 4's, are given all tokens' hidden
+states once for each expert, scaled by its weight: the scale is compared.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from workers.models.routers import choices
+from workers.recordings.norms import row_norms
 from workers.recordings.recording import Batch, Chosen, Recording
 from workers.shard import RoutingError
 
@@ -22,24 +24,27 @@ ROUNDED = torch.finfo(torch.bfloat16).eps  # relative; a layer may give its expe
 
 
 class Used(Recording):
-    """Of every layer whose experts take choices.
+    """Of every layer.
 
     Parameters
     ----------
     routers
         As for `workers.recorder.RouteRecorder`.
-    k
-        Choices a token.
+    num_experts, k
+        E, and choices a token.
     model
         The model, where transformers' forward calls its experts.
     forward
         Or a forward of ours, which shows them to `used`.
     """
 
-    def __init__(self, routers: Mapping[int, nn.Module], k: int, *, model: nn.Module, forward: Any) -> None:
+    def __init__(
+        self, routers: Mapping[int, nn.Module], num_experts: int, k: int, *, model: nn.Module, forward: Any
+    ) -> None:
         self.index = {router: index for index, router in enumerate(routers.values())}
         self.whole = len(routers) == 1  # the last layer's experts are run for nothing else
-        self.layers, self.k, self.model, self.forward = list(routers), k, model, forward
+        self.layers, self.num_experts, self.k = list(routers), num_experts, k
+        self.model, self.forward = model, forward
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -64,8 +69,9 @@ class Used(Recording):
             try:
                 given = choices(tuple([*args, *kwargs.values()][1:]), self.k)
             except RoutingError:  # it is not called with choices
-                return
-            self._keep(router, *given)
+                self._keep_scaled(self.index[router], *args)
+            else:
+                self._keep(router, *given)
 
         return keep
 
@@ -73,6 +79,21 @@ class Used(Recording):
         """See `Recording`."""
         self._sample, self._tokens = batch.sample, batch.token.numel()
         self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def routed(self, index: int, hidden_SH: torch.Tensor, output: Any, again: Any) -> None:
+        """See `Recording`."""
+        self._hidden_SH = hidden_SH
+
+    def _keep_scaled(self, index: int, rows: torch.Tensor, *others: Any) -> None:
+        """Of rows (E·T, H)."""
+        if len(rows) != self.num_experts * self._tokens:
+            raise RoutingError(
+                f"layer {self.layers[index]}: its experts are given what is not known, {tuple(rows.shape)}"
+            )
+        rows_ESH = rows.view(self.num_experts, self._tokens, -1)[:, self._sample.to(rows.device)]
+        scale_SE = (row_norms(rows_ESH) / row_norms(self._hidden_SH)).T
+        weight_SK, expert_SK = (part.to(self._sample.device) for part in scale_SE.topk(self.k, dim=-1))
+        self._given[index] = expert_SK, weight_SK
 
     def _keep(self, router: nn.Module, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> None:
         if router not in self.index:  # put in another's place: the recorder finds that that one never fired
