@@ -47,6 +47,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Libraries that count their objects when Python ends find them gone."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", params=["none", "nf4"])
 def tiny_model(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     """The tiny Mixtral as `load_model` gives it, unquantized and in NF4; leave it as you find it."""
