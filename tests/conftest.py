@@ -7,10 +7,15 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from workers.text.tokenizer import TextTokenizer
 
 # A busy machine makes no test fail; the same examples every time when a change is judged.
 settings.register_profile(
@@ -42,6 +47,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Libraries that count their objects when Python ends find them gone."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", params=["none", "nf4"])
 def tiny_model(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     """The tiny Mixtral as `load_model` gives it, unquantized and in NF4; leave it as you find it."""
@@ -70,11 +80,30 @@ class Ran:
     err: str
 
 
+def _tokenizer(model: str | Path, revision: str | None = None, **options: Any) -> "TextTokenizer":
+    """`load_tokenizer`, which reads the tiny Mixtral's tokenizer once: it takes a third of a small capture."""
+    from workers.text.tokenizer import load_tokenizer
+    from workers.tiny import tiny_checkpoint
+
+    return _tiny_tokenizer(**options) if model == tiny_checkpoint() else load_tokenizer(model, revision, **options)
+
+
+@cache
+def _tiny_tokenizer(**options: Any) -> "TextTokenizer":
+    from workers.text.tokenizer import load_tokenizer
+    from workers.tiny import tiny_checkpoint
+
+    return load_tokenizer(tiny_checkpoint(), **options)
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Runs `jobs/capture.py`, or another job, as its script does, but in this process."""
     from jobs import capture
+    from jobs.capturing import run as capturing
     from jobs.console.terminal import run_job
+
+    monkeypatch.setattr(capturing, "load_tokenizer", _tokenizer)
 
     def run(*arguments: object, main: Callable[[list[str]], int] = capture.main) -> Ran:
         monkeypatch.setattr(sys, "argv", ["job", *map(str, arguments)])

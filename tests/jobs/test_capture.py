@@ -352,32 +352,32 @@ def test_two_runs_in_different_folders_give_equal_bytes(
     assert len([name for name in here if "/commits/" in name]) >= 3
 
 
-@pytest.mark.parametrize(
-    ("change", "field", "stored", "wanted"),
-    [
-        (("--sequence_length", "16"), "sequence_length", "32", "16"),
-        (("--limit_documents", "2"), "limit_documents", "None", "2"),
-        (("--limit_tokens", "9"), "limit_tokens", "None", "9"),
-        (("--quantization", "nf4"), "quantization", "'none'", "'nf4'"),
-        (("--quantization", "fp8", "--matmul", "fp8"), "matmul", "'bf16'", "'fp8'"),
-        (("--batch_tokens", "64"), "batch_tokens", "8192", "64"),
-        (("--bos", "row"), "bos", "'none'", "'row'"),
-        (("--rows_per_shard", "8"), "rows_per_shard", "4", "8"),
-    ],
+REFUSED = (
+    (("--sequence_length", "16"), "sequence_length", "32", "16"),
+    (("--limit_documents", "2"), "limit_documents", "None", "2"),
+    (("--limit_tokens", "9"), "limit_tokens", "None", "9"),
+    (("--quantization", "nf4"), "quantization", "'none'", "'nf4'"),
+    (("--quantization", "fp8", "--matmul", "fp8"), "matmul", "'bf16'", "'fp8'"),
+    (("--batch_tokens", "64"), "batch_tokens", "8192", "64"),
+    (("--bos", "row"), "bos", "'none'", "'row'"),
+    (("--rows_per_shard", "8"), "rows_per_shard", "4", "8"),
 )
+"""Options of another capture, and the field with both values."""
+
+
 def test_another_capture_of_the_same_name_is_refused_with_field_and_both_values(
-    command: Command, options: tuple[str, ...], texts: Path, tmp_path: Path,
-    change: tuple[str, ...], field: str, stored: str, wanted: str,
-) -> None:  # fmt: skip
+    command: Command, options: tuple[str, ...], texts: Path, tmp_path: Path
+) -> None:
     assert command("--dataset", texts, *options).status == 0
     before = store_files(tmp_path / "s.zarr")
-    refused = command("--dataset", texts, *options, *change)
-    assert refused.status == 2
-    assert f"{tmp_path}/s.zarr/texts holds another capture" in refused.err
-    assert f"  {field}: the store has {stored}, this run has {wanted}\n" in refused.err
-    assert "--name" in refused.err
-    assert ("cannot grow" in refused.err) == (field == "limit_documents")
-    assert store_files(tmp_path / "s.zarr") == before
+    for change, field, stored, wanted in REFUSED:
+        refused = command("--dataset", texts, *options, *change)
+        assert refused.status == 2, change
+        assert f"{tmp_path}/s.zarr/texts holds another capture" in refused.err, change
+        assert f"  {field}: the store has {stored}, this run has {wanted}\n" in refused.err
+        assert "--name" in refused.err
+        assert ("cannot grow" in refused.err) == (field == "limit_documents")
+        assert store_files(tmp_path / "s.zarr") == before, change
 
 
 def test_a_changed_text_and_another_environment_are_refused_the_latter_unless_allowed(
