@@ -58,6 +58,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         options = ["--dataset", text, "--limit_documents", str(documents), "--store", str(folder / "demo.zarr"), *FEW]
         assert capture.carry_out(parse_capture([*options, *demo.MODEL.split(), *demo.RECORD.split()])) == 0
     shutil.copy(ROOT / "README.md", folder)
+    (folder / "demo.zarr.results").mkdir()
     return folder
 
 
