@@ -6,12 +6,12 @@ Every script in `jobs/` is a sub-command, and the first line of its docstring sa
 import difflib
 import runpy
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
 from jobs.console.interrupts import end_on_interrupt
 from jobs.console.starting import Typed, give_help
+from jobs.console.versions import versions
 
 JOBS = Path(__file__).resolve().parents[1]
 FIRST = ("demo", "capture", "status", "report", "explore", "query")
@@ -26,7 +26,7 @@ Most used:
 Also:
 {others}
 
-expert-atlas COMMAND --help says what a command takes; expert-atlas --version prints the version.
+expert-atlas COMMAND --help says what a command takes; expert-atlas --version prints versions.
 expert-atlas COMMAND is python jobs/COMMAND.py, which is what ray job submit takes.
 """
 
@@ -37,7 +37,7 @@ def main() -> NoReturn:
     arguments = sys.argv[1:]
     name = arguments[0].replace("-", "_") if arguments else "__help"
     if name == "__version":
-        print(f"expert-atlas {version('expert-atlas')}")
+        print(versions())
         sys.exit(0)
     if name in ("_h", "__help", "help"):
         give_help(page(), ["--help"])
