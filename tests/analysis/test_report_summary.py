@@ -91,7 +91,7 @@ def test_the_tiny_model_s_findings_are_its_own_and_no_other_s(special: list[Answ
 def test_a_paragraph_is_of_a_row_and_shaded_where_its_tokens_choose_the_named_expert(special: list[Answers]) -> None:
     data = planted(make_capture(seed=2, documents=90, layers=(0, 4, 9), strength=0), layer=4, expert=6, share=0.5)
     found = passages(special, contrast_between(special))[1]
-    assert (found.label, found.finding.page, found.why) == ("other", "expert/4/6", "its specialist")
+    assert (found.label, found.finding.page, found.why) == ("other", "expert/4/6", "the data set's specialist")
     token, expert, pieces = (data[name].values for name in ("token", "expert", "piece"))
     rows = []
     for row in range(len(token)):
