@@ -94,7 +94,7 @@ def cluster(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def hosts(options: argparse.Namespace) -> Iterator[Row]:
-    """Ray clusters of hosts in namespaces, without network hardware; seconds are those of a cluster and its partition."""
+    """Ray clusters of hosts in namespaces, without network hardware; seconds are a cluster's and its partition's."""
     from chaos_hosts import partitions
 
     yield from partitions()

@@ -8,7 +8,6 @@ run, which `--verify` reads back, each shard committed once, and nothing left be
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ PORT, SHARDS, NEVER = 6379, 8, 10**6
 DEAD_S = 6
 """Seconds after which a host that does not answer is taken for dead."""
 PORTS = {"node-manager": 7000, "dashboard-agent-grpc": 7001, "runtime-env-agent": 7002, "metrics-export": 7003}
-START = [*(f"--{what}-port={port}" for what, port in PORTS.items()), "--object-store-memory=100000000", "--block"]
+START = [*(f"--{what}-port={port}" for what, port in PORTS.items()), "--object-store-memory=100000000"]
 ANYWHERE = "8.8.8.8"
 """Whom a process of Ray would reach to learn its own address; it sends nothing."""
 OPTIONS: Mapping[str, Any] = {"shards": SHARDS, "seconds": 0.05, "workers": 2}
@@ -65,7 +64,6 @@ class Cluster:
             host.ip("route", "add", ANYWHERE, "dev", "eth0")
         self.script = Script(folder / "script")
         self.environment = {**environment, "RAY_ADDRESS": f"{network['head'].address}:{PORT}"}
-        self.nodes: dict[str, subprocess.Popen[Any]] = {}
 
     def start(self) -> None:
         """Start the head."""
@@ -80,24 +78,25 @@ class Cluster:
         """Start a node; again where it gives up, since its agent was not there within 15 seconds."""
         host = self.network[name]
         command = [*RAY, "start", *options, f"--node-ip-address={host.address}", *START]
-        started: list[subprocess.Popen[Any]] = []
-        with (self.folder / f"{name}.log").open("a") as log:
 
-            def listens() -> bool:
-                if not started or started[-1].poll() is not None:
-                    started.append(host.popen(command, stdout=log, stderr=log, env=self.environment))
-                with suppress(OSError), host.network():
-                    socket.create_connection((host.address, PORTS["node-manager"]), timeout=HUNG_S).close()
-                    return True
-                return False
+        def starts() -> bool:
+            with (self.folder / f"{name}.log").open("a") as log:
+                return host.popen(command, stdout=log, stderr=log, env=self.environment).wait(HUNG_S) == 0
 
-            wait_until(listens, f"the node on {name} listens")
-        self.nodes[name] = started[-1]
+        wait_until(starts, f"the node on {name} starts")
+
+    def has_a_node(self, name: str) -> bool:
+        """Whether a node listens on a host, as it is seen from there."""
+        host = self.network[name]
+        with suppress(OSError), host.network():
+            socket.create_connection((host.address, PORTS["node-manager"]), timeout=HUNG_S).close()
+            return True
+        return False
 
     def leave(self, name: str, number: str) -> None:
         """Send everything that runs on a host a signal, as when the machine is shut down or switched off."""
         self.network[name].popen(["sh", "-c", f"kill -{number} -1"]).wait(HUNG_S)
-        self.nodes.pop(name).wait(HUNG_S)
+        wait_until(lambda: not self.has_a_node(name), f"nothing listens on {name}")
 
     @contextmanager
     def job(self, name: str = "head", **options: Any) -> Iterator[Job]:
@@ -217,7 +216,7 @@ def driver_lost() -> dict[str, Any]:
             on.hold(shard, on="c")
             on.committed_by(job, shard, "b")
             on.network.mend()
-            on.nodes["b"].wait(HUNG_S)  # it is told that it is dead
+            job.until(lambda: not on.has_a_node("b"), "the node is told that it is dead, and ends")
             on.hold()
             assert job.status() == 0, job.said
         return on.law()
