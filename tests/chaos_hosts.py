@@ -37,7 +37,7 @@ PORTS = {"node-manager": 7000, "dashboard-agent-grpc": 7001, "runtime-env-agent"
 START = [*(f"--{what}-port={port}" for what, port in PORTS.items()), "--object-store-memory=100000000"]
 ANYWHERE = "8.8.8.8"
 """Whom a process of Ray would reach to learn its own address; it sends nothing."""
-OPTIONS: Mapping[str, Any] = {"shards": SHARDS, "seconds": 0.05, "workers": 2}
+OPTIONS: Mapping[str, Any] = {"shards": SHARDS, "seconds": 0.05, "workers": 2, "node_s": HUNG_S}
 
 
 class Cluster:

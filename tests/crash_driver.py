@@ -55,7 +55,7 @@ def die_at(step: int | None, trace: Path) -> None:
 
         return call
 
-    for name in ("put", "put_new", "delete"):
+    for name in ("put", "put_new", "put_over", "delete"):
         setattr(LocalObjects, name, announced(getattr(LocalObjects, name), name))
     LocalObjects._write_partial = torn(LocalObjects._write_partial)  # type: ignore[method-assign]
 
