@@ -40,6 +40,8 @@ COMMITTED = re.compile("fake/(expert|weight)/c/|fake/expert/commits/")
 """Keys of what is committed, and of what is put before it."""
 SHARDS = 5
 
+pytestmark = pytest.mark.slow
+
 
 class Driver:
     """Captures in a host, one after the other.
