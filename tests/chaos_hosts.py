@@ -80,6 +80,7 @@ class Cluster:
         command = [*RAY, "start", *options, f"--node-ip-address={host.address}", *START]
 
         def starts() -> bool:
+            self._signal(name, "KILL")  # what is left of the try before
             with (self.folder / f"{name}.log").open("a") as log:
                 return host.popen(command, stdout=log, stderr=log, env=self.environment).wait(HUNG_S) == 0
 
@@ -95,8 +96,11 @@ class Cluster:
 
     def leave(self, name: str, number: str) -> None:
         """Send everything that runs on a host a signal, as when the machine is shut down or switched off."""
-        self.network[name].popen(["sh", "-c", f"kill -{number} -1"]).wait(HUNG_S)
+        self._signal(name, number)
         wait_until(lambda: not self.has_a_node(name), f"nothing listens on {name}")
+
+    def _signal(self, name: str, number: str) -> None:
+        self.network[name].popen(["sh", "-c", f"kill -{number} -1"]).wait(HUNG_S)
 
     @contextmanager
     def job(self, name: str = "head", **options: Any) -> Iterator[Job]:

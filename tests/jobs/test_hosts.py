@@ -29,7 +29,7 @@ COMMIT = "put_new fake/expert/commits/2.json"
 WRITES = [
     COMMIT,
     "put_new fake/expert/c/2/0/0/0",
-    "put fake/token/c/3/0",
+    "put_new fake/token/c/3/0",
     "put_over fake/token/plan.json",
     "put_over fake/length/zarr.json",
     "put_new fake/zarr.json",
