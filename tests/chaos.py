@@ -33,6 +33,7 @@ TESTS: Mapping[str, Sequence[str]] = {
     "disks full, read-only, forbidden, removed": ["store/test_storage_faults.py"],
     "S3, and a network that breaks": ["store/test_s3.py", "store/test_s3_faults.py"],
     "workers come, go and break": ["jobs/test_ray_workers.py", "jobs/test_dispatch.py"],
+    "two hosts, one store, and a link that breaks": ["jobs/test_hosts.py"],
     "stores of older versions": ["store/test_schema.py"],
     "nobody gets in": ["test_security.py"],
     "bad input": ["test_fuzz.py", "jobs/test_hostile.py"],
@@ -92,6 +93,13 @@ def cluster(options: argparse.Namespace) -> Iterator[Row]:
         yield from chaos(Path(folder))
 
 
+def hosts(options: argparse.Namespace) -> Iterator[Row]:
+    """Ray clusters of hosts in namespaces, without network hardware; seconds are a cluster's and its partition's."""
+    from chaos_hosts import partitions
+
+    yield from partitions()
+
+
 def scale(options: argparse.Namespace) -> Iterator[Row]:
     """So many shards, and the driver's speed; seconds are those that it takes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -121,6 +129,7 @@ def scale(options: argparse.Namespace) -> Iterator[Row]:
 PARTS: Mapping[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "tests": tests,
     "cluster": cluster,
+    "hosts": hosts,
     "scale": scale,
 }
 

@@ -7,6 +7,7 @@ with one act a line. Whoever begins it notes that, takes the first line away and
 import errno
 import os
 import signal
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ from typing import Any
 import numpy as np
 from fake_model import FakeEngine, FakeRun, fake_layout, word_id, words
 
+from store import s3
 from workers.shard import DeviceLost, Routes, RoutingError
 
+if patience := os.environ.get("S3_PATIENCE_S"):  # of the workers of a test whose store is out of reach
+    s3.REQUEST_S = s3.RETRY_S = int(patience)
 LOAD, CLOCK = "load", "clock"
 TOKENS_A_SHARD = 32  # of the layout of `fake_model`: four rows of eight
 FIRST_ID = 2
@@ -28,21 +32,22 @@ WORDS = {word_id(word): word for word in (f"w{number}" for number in range(20_00
 
 @dataclass(frozen=True)
 class Attempt:
-    """A shard that was begun, or a load, by a process under the raylet of its node, at a time in seconds."""
+    """A shard that was begun, or a load, by a process under the raylet of its node, at a time in seconds, on a host."""
 
     what: str
     process: int
     raylet: int
     at: float
+    host: str
 
 
 class Script:
     """The folder.
 
     Acts are "raise" (as a router that cannot be believed), "storage" (a disk that is full), "device" (a GPU that is
-    gone), "die" (SIGKILL), "slow" (for a load: its shards take ten times as long), and "hold", which stays the first
-    line: it lasts until the script is another. Those of `CLOCK` are seconds by which the driver's clock goes ahead, one
-    each time that it is looked at.
+    gone), "die" (SIGKILL), "slow" (for a load: its shards take ten times as long), "hold", which stays the first
+    line: it lasts until the script is another, and "hold HOST", which is nothing on other hosts. Those of `CLOCK` are
+    seconds by which the driver's clock goes ahead, one each time that it is looked at.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,14 +65,14 @@ class Script:
         notes = self.folder / "attempts"
         lines = notes.read_text().splitlines() if notes.exists() else []
         parts = (line.split() for line in lines)
-        return [Attempt(what, int(process), int(raylet), float(at)) for what, process, raylet, at in parts]
+        return [Attempt(what, int(process), int(raylet), float(at), host) for what, process, raylet, at, host in parts]
 
     def begin(self, what: object) -> str:
         """Note an attempt and do what stands first, which is told."""
         with (self.folder / "attempts").open("a") as notes:
-            notes.write(f"{what} {os.getpid()} {os.getppid()} {time.time():.3f}\n")
-        if self._acts(what)[:1] == ["hold"]:
-            while self._acts(what)[:1] == ["hold"]:
+            notes.write(f"{what} {os.getpid()} {os.getppid()} {time.time():.3f} {socket.gethostname()}\n")
+        if self._acts(what)[:1] and self._acts(what)[0].startswith("hold"):
+            while self._acts(what)[:1] in (["hold"], [f"hold {socket.gethostname()}"]):
                 time.sleep(0.02)
             return "hold"
         match act := self.next(what):

@@ -1,8 +1,9 @@
 """Captures and verifications in one host: reads options as JSON, a line each, and prints the exit status of each.
 
-Each is a fork, made before anything speaks to a server. With `hold`, as "put_new fake/expert/commits/2.json", it makes
-the file `held` in its folder before it does that, and waits for the file `go`; with `until_lost`, it waits after it,
-before anything else is done in that thread, until it has noticed that another job has its lease.
+Each is a fork, made before anything speaks to a server. Before the first of the writes of `holds`, as
+"put_new fake/expert/commits/2.json", it makes the file `held 0` in its folder and waits for the file `go 0`, before the
+second one `held 1`, and so on. With `until_lost`, it waits after such a write, before anything else is done in that
+thread, until it has noticed that another job has its lease.
 """
 
 import json
@@ -31,15 +32,16 @@ from store.s3 import S3Objects
 held_leases: list[Lease] = []
 
 
-def hold_at(write: str, folder: Path, *, until_lost: bool) -> None:
-    """Hold before this write, the first time."""
+def hold_at(writes: list[str], folder: Path, *, until_lost: bool) -> None:
+    """Hold before each of these writes, the first time."""
 
     def holding(name: str, method: Any) -> Any:
         def call(self: object, key: str, *data: bytes) -> Any:
-            if f"{name} {key}" != write or (folder / "held").exists():
+            number = writes.index(write) if (write := f"{name} {key}") in writes else None
+            if number is None or (folder / f"held {number}").exists():
                 return method(self, key, *data)
-            (folder / "held").touch()
-            wait_until((folder / "go").exists, "it is let go")
+            (folder / f"held {number}").touch()
+            wait_until((folder / f"go {number}").exists, "it is let go")
             done = method(self, key, *data)
             if until_lost:
                 wait_until(lambda: held_leases[0].lost, "it notices that its lease is another job's")
@@ -65,10 +67,10 @@ def work(options: dict[str, Any]) -> int:
     store, folder = options["store"], Path(options["folder"])
     if options["verify"]:
         return status.main([store, "--verify"])
-    lease.RENEW_S, lease.STALE_S, planner.PUBLISH_POSITIONS = options["renew_s"], options["stale_s"], 96
+    lease.RENEW_S = lease.LOOK_S = options["renew_s"]
+    lease.STALE_S, planner.PUBLISH_POSITIONS = options["stale_s"], 96
     captures.lease = remembered
-    if options["hold"] is not None:
-        hold_at(options["hold"], folder, until_lost=options["until_lost"])
+    hold_at(options["holds"], folder, until_lost=options["until_lost"])
     return exit_status([fake_capture(store, TEXTS)])
 
 

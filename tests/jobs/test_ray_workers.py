@@ -56,7 +56,7 @@ class Job:
         given = {"store": str(self.store), "script": str(self.script.folder), "device": "cuda", **options}
         arguments = json.dumps({**given, "shards": shards, "seconds": seconds})
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
+            self.process = nodes.popen(
                 [sys.executable, "-W", "error", str(HERE / "cluster_driver.py"), arguments],
                 stdout=log, stderr=log, cwd=folder, env=nodes.environment,
             )  # fmt: skip
