@@ -139,7 +139,7 @@ def test_an_engine_that_does_not_give_it_is_refused_naming_it(tmp_path: Path) ->
     state = capture(tmp_path / "s.zarr", FakeEngine)
     assert (state.shards_done, sorted(state.quarantined)) == (0, list(range(SHARDS)))
     for shard, record in state.quarantined.items():
-        wanted = f"shard {shard} of fake: the engine gave expert, weight and no margin, which"
+        wanted = f"shard {shard} of fake: the engine returned expert, weight and no margin, which"
         assert all(wanted in error for error in record["errors"])
 
 
@@ -151,7 +151,7 @@ def test_an_engine_that_gives_it_in_another_shape_is_refused_naming_it(tmp_path:
 
     state = capture(tmp_path / "s.zarr", Flat)
     assert (state.shards_done, len(state.quarantined)) == (0, SHARDS)
-    assert all("the engine gave margin of shape" in error for error in state.quarantined[0]["errors"])
+    assert all("the engine returned margin of shape" in error for error in state.quarantined[0]["errors"])
 
 
 def test_a_capture_without_it_has_the_bytes_that_it_has_where_nobody_knows_of_it(
