@@ -199,7 +199,7 @@ def test_an_index_names_files_beside_it_only(model: Path, name: Any) -> None:
     (model.parent / "elsewhere.safetensors").write_bytes(b"")
     index = model / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ValueError, match="must name files that lie beside it"):
+    with pytest.raises(ValueError, match="must name files in its own folder"):
         weight_files(model)
 
 

@@ -123,7 +123,7 @@ def test_routes_of_another_capture_at_the_same_path_are_refused_with_both_identi
         Replica().load(assignment)
         follows("a" * 64)
         refused = refusal(replace(assignment, make_engine=never))
-        assert f"its identity is {others.identity}, and {'a' * 64} is needed: put the store of --routes_from" in refused
+        assert f"its identity is {others.identity}, but {'a' * 64} is needed: put the store of --routes_from" in refused
         gone = GivenRoutes(str(tmp_path / "gone.zarr"), "fake")
         refused = refusal(replace(assignment, given=gone, make_engine=never))
         assert refused.startswith(f"{gethostname()} cannot read {gone.path}/fake, which gives the choices (")

@@ -121,5 +121,5 @@ def integers(value: Any, where: str) -> NDArray[Any]:
     except ValueError as error:
         raise ValueError(f"{where}: lists of unequal lengths ({error})") from error
     if found.size and found.dtype.kind not in "iu":
-        raise ValueError(f"{where}: {found.dtype} instead of integers")
+        raise ValueError(f"{where}: {found.dtype}, but must be integers")
     return found.astype(np.int64) if not found.size else found
