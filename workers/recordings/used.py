@@ -45,13 +45,9 @@ class Used(Recording):
         self.whole = len(routers) == 1  # the last layer's experts are run for nothing else
         self.layers, self.num_experts, self.k = list(routers), num_experts, k
         self.own = None if forward is model else forward
-        beside = (
-            []
-            if self.own is not None
-            else [(router, block) for block in model.modules() for router in block.children()]
-        )
-        blocks = [(router, getattr(block, "experts", None)) for router, block in beside if router in self.index]
-        self.experts = [(router, experts) for router, experts in blocks if isinstance(experts, nn.Module)]
+        blocks = [(block, router) for block in model.modules() for router in block.children() if router in self.index]
+        beside = [(router, getattr(block, "experts", None)) for block, router in blocks if self.own is None]
+        self.experts = [(router, experts) for router, experts in beside if isinstance(experts, nn.Module)]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
