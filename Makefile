@@ -1,11 +1,12 @@
 # Expert Atlas: two commands do all the work, on a machine with Python 3.11+ and make.
 #   make demo   captures real text with a tiny Mixtral on the CPU and draws the report
 #   make test   runs the whole suite
+#   make docs   builds the documentation as a site, docs/_build/index.html
 #   make chaos  breaks everything that can break, at length, and prints a table of it
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test chaos check bench families lock clean
+.PHONY: demo test docs chaos check bench families lock clean
 
 demo: $(BIN)/expert-atlas
 	$(BIN)/python jobs/demo.py
@@ -16,18 +17,25 @@ test: $(BIN)/expert-atlas
 chaos: .venv/ready
 	$(BIN)/python tests/chaos.py
 
-check: .venv/ready
+check: .venv/ready docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Warnings are errors: a link or a reference to what does not exist fails.
+docs: .venv/ready
+	$(BIN)/sphinx-build --jobs auto --nitpicky --fail-on-warning --keep-going --quiet docs docs/_build
 
 bench: .venv/ready
 	$(BIN)/python tests/benchmarks/cpu.py
 	$(BIN)/python tests/benchmarks/inference.py
 
-# Captures a tiny model of every mixture-of-experts family that transformers has, and writes the table of docs/design/0013.
+# Captures a tiny model of every mixture-of-experts family that transformers has, and writes the table of docs/models.md;
+# then plants faults in each, and runs --dry_run and jobs/quantize.py on it.
 families: .venv/ready
 	$(BIN)/python tests/benchmarks/families_survey.py
+	$(BIN)/python tests/benchmarks/families_faults.py
+	$(BIN)/python tests/benchmarks/families_commands.py
 
 # The environment: exactly the locked versions, hashes checked. uv is fetched into the environment itself.
 .venv/ready: requirements.lock
@@ -47,4 +55,4 @@ lock:
 	uv pip compile --universal --generate-hashes --no-header --all-extras --python-version 3.11 pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf .venv demo.zarr demo.zarr.results demo.html
+	rm -rf .venv .pytest_cache docs/_build demo.zarr demo.zarr.results demo.html

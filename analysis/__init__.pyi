@@ -1,4 +1,4 @@
-# The public names of this package, one line each: each is imported when it is first used.
+# The public names of this package, one per line; each is imported when first used.
 
 from .attributes import described as described
 from .exports.parquet import write_tables as write_tables

@@ -1,6 +1,7 @@
-"""What every result says of itself: how much was counted, by which estimator, what chance gives, and what it means.
+"""How every result describes itself: how much was counted, the estimator, the value expected by chance, and the
+definition.
 
-Does not know any metric. `analysis.scan` refuses a reducer whose result lacks one of these attributes.
+Does not know any metric. `analysis.scan` rejects a reducer whose result lacks one of these attributes.
 """
 
 from __future__ import annotations
@@ -26,24 +27,25 @@ def described(
     counted: str = "tokens",
     **more: Any,
 ) -> Result:
-    """Attach to a result what every result of a metric says of itself.
+    """Attach the attributes that describe the result of a metric.
 
     Parameters
     ----------
     result : xr.Dataset or xr.DataArray
-        Of a metric.
+        The result of a metric.
     n : int, or mapping of str to int
-        How many of what `counted` names the result is made of; by data set where there are several.
+        How many of the things named by `counted` the result is based on; by data set if there are several.
     estimator : str
-        How the numbers are made of the counts; "counts" where they are the counts themselves.
+        How the numbers are computed from the counts; "counts" if they are the counts themselves.
     null : float or str
-        What chance, or an even load, gives; in words where it is another number for each variable, or none.
+        The value expected by chance, or for an even load; in words if it differs between variables, or if there is
+        none.
     definition : str
         The formula.
     source : str
-        Where the formula is from; "-" where it is from nowhere else.
+        The source of the formula; "-" if there is none.
     counted : str
-        What `n` is a number of.
+        What `n` counts.
     **more
         Further attributes.
 
@@ -58,10 +60,10 @@ def described(
 
 
 def refuse_undescribed(result: xr.Dataset, made_by: str) -> xr.Dataset:
-    """Give a result back, or raise a ValueError where it does not say what it is."""
+    """Return a result, or raise a ValueError if it does not describe itself."""
     if missing := [name for name in REQUIRED if result.attrs.get(name) in (None, "")]:
         raise ValueError(
-            f"{made_by} gives a result without the attributes {', '.join(missing)}: return"
+            f"{made_by} returned a result without the attributes {', '.join(missing)}: return"
             f" analysis.described(result, {', '.join(f'{name}=...' for name in REQUIRED)})"
         )
     return result

@@ -1,6 +1,6 @@
-"""Numpy loops that become machine code when they are first called.
+"""Numpy loops that are compiled to machine code when they are first called.
 
-numba takes a second to load, and an answer that is kept needs none of it.
+Loading numba takes a second, and a kept answer does not need it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, ClassVar, TypeVar, cast
 from analysis.fingerprint import fingerprint, frozen
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_LOCK = RLock()  # of what is compiled: threads of a scan call a kernel for the first time at the same moment
+_LOCK = RLock()  # guards compilation: threads of a scan may call a kernel for the first time simultaneously
 
 
 class Kernel:
-    """A loop, called as its function is; other kernels may call it."""
+    """A loop, called like its function; other kernels may call it."""
 
     targetoptions: ClassVar[dict[str, bool]] = {"nopython": True, "nogil": True}
-    """As numba names them; a part of the fingerprint."""
+    """Options of numba; a part of the fingerprint."""
 
     def __init__(self, function: FunctionType) -> None:
         update_wrapper(self, function)
@@ -30,12 +30,12 @@ class Kernel:
         self._compiled: Any = None
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the loop gives."""
+        """The result of the loop."""
         return (self._compiled or self.compiled)(*arguments)
 
     @property
     def compiled(self) -> Any:
-        """numba's dispatcher."""
+        """The numba dispatcher."""
         with _LOCK:
             if self._compiled is None:
                 self._compiled = _compile(self.py_func)
@@ -45,8 +45,8 @@ class Kernel:
 def kernel(function: _Function) -> _Function:
     """Compile a numpy loop to machine code that runs without the interpreter lock, when it is first called.
 
-    It is kept for the next process where some folder can be written: beside the code, or in the user's cache. It is
-    compiled anew when its file changes, or what the file takes from others by name: kernels that it may call, and
+    It is cached for the next process if a folder is writable: next to the code, or in the user's cache. It is compiled
+    again when its file changes, or when something that the file imports by name changes: kernels that it may call, and
     constants.
     """
     return cast(_Function, Kernel(cast(FunctionType, function)))
@@ -60,30 +60,30 @@ def _compile(function: FunctionType) -> Any:
     try:
         taken = _taken(function)
         compiled.enable_caching()
-    except (RuntimeError, ValueError):  # no folder can be written, as in containers; no file, as in notebooks
+    except (RuntimeError, ValueError):  # no writable folder, as in containers; no file, as in notebooks
         return compiled
-    file = compiled._cache._cache_file  # numba compares only the function's own file with what it was compiled from
+    file = compiled._cache._cache_file  # numba only checks the function's own file for changes
     file._source_stamp = (file._source_stamp, taken)
     return compiled
 
 
 @cache
 def _let_kernels_call_kernels() -> None:
-    """Tell numba what a kernel is that another one refers to by its name."""
+    """Teach numba to resolve a kernel that another kernel refers to by name."""
     from numba.extending import typeof_impl
 
     typeof_impl.register(Kernel, lambda value, context: typeof_impl(value.compiled, context))
 
 
 def _taken(function: FunctionType) -> str:
-    """A fingerprint of what a function's file has taken from others that machine code may hold.
+    """A fingerprint of what a function's file imports and machine code may contain.
 
     Raises
     ------
     ValueError
-        When the function is in no file, or that cannot be told.
+        When the function is not in a file, or the imports cannot be fingerprinted.
     """
     own = function.__code__.co_filename
     if not Path(own).is_file():
-        raise ValueError(f"{own} is no file")
+        raise ValueError(f"{own} is not a file")
     return fingerprint(frozen(function.__globals__, own))

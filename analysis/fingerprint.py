@@ -1,10 +1,10 @@
-"""What Python code would compute, as a hash: of the code itself, of what it calls, and of the values it is given.
+"""A hash of what Python code computes: of the code itself, of what it calls, and of the values it is given.
 
-Two things with the same fingerprint compute the same. It is made of the code that is loaded, not of files, which may
-have been edited since. What a function refers to is followed: functions, kernels, classes with their bases, and
-constants. Of Python and of installed packages the version counts. Arrays count by their bytes.
+Two things with the same fingerprint compute the same. It covers the loaded code, not files, which may have been edited
+since. References of a function are followed: functions, kernels, classes with their bases, and constants. Python and
+installed packages enter by their version, arrays by their bytes.
 
-Does not follow what is only known while the code runs: a name that is put together as text, or what a file holds.
+Does not follow what is only known while the code runs: a name that is assembled as text, or the content of a file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-OURS = ("store", "workers", "analysis", "jobs")  # followed, also where they are installed
+OURS = ("store", "workers", "analysis", "jobs")  # followed, even if they are installed
 PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis)),
     *(np.dtype, GenericAlias, UnionType, typing.TypeVar),
@@ -32,7 +32,7 @@ UNSAID = {
     *("__static_attributes__", "__abstractmethods__", "_abc_impl", "__parameters__", "__orig_bases__"),
     *("__dataclass_fields__", "__dataclass_params__", "__match_args__"),
 }
-"""What a class holds that changes nothing it computes."""
+"""Attributes of a class that do not affect what it computes."""
 
 
 def fingerprint(*things: object) -> str:
@@ -51,8 +51,8 @@ def fingerprint(*things: object) -> str:
     Raises
     ------
     ValueError
-        When something is among them of which it cannot be told what it computes: an open file, a generator of random
-        numbers, a kernel of a notebook's cell (numba goes on using what it has compiled).
+        When the behaviour of something among them cannot be determined: an open file, a random number generator, a
+        kernel from a notebook cell (numba continues to use the compiled code).
     """
     reader = _Reader()
     reader.read(things)
@@ -60,12 +60,12 @@ def fingerprint(*things: object) -> str:
 
 
 def frozen(names: Mapping[str, object], file: str) -> dict[str, object]:
-    """What of a module's names numba compiles into its kernels, but for the kernels of the module's own file.
+    """The names of a module that numba compiles into its kernels, except for the kernels of the module's own file.
 
     Raises
     ------
     ValueError
-        When a module is among them that is not installed: kernels may call any of its own.
+        When a module among them is not installed: kernels may call any of its functions.
     """
     kept: dict[str, object] = {}
     for name, value in names.items():
@@ -80,11 +80,11 @@ def frozen(names: Mapping[str, object], file: str) -> dict[str, object]:
 
 
 class _Reader:
-    """Follows references, each once, and hashes what it meets in the order of meeting."""
+    """Follows references, each once, and hashes objects in the order in which they are found."""
 
     def __init__(self) -> None:
         self.hash = hashlib.sha256()
-        self.met: dict[int, tuple[int, object]] = {}  # the object too, so that its id is not given to another one
+        self.met: dict[int, tuple[int, object]] = {}  # also the object, so that its id is not reused
 
     def say(self, *words: object) -> None:
         self.hash.update(repr(words).encode("utf-8", "surrogatepass"))
@@ -123,7 +123,9 @@ class _Reader:
     def _read_once(self, value: Any) -> None:
         if loop := _loop(value):
             if not Path(loop.__code__.co_filename).is_file():
-                raise ValueError(f"the kernel {loop.__qualname__} is in no file: its code may be an older one")
+                raise ValueError(
+                    f"the kernel {loop.__qualname__} is not in a file: its compiled code may be out of date"
+                )
             self._each("kernel", [value.targetoptions, loop])
         elif found := _public(value):
             self.say("installed", found)
@@ -138,7 +140,7 @@ class _Reader:
         elif parts := _parts(value):
             self._each(type(value).__name__, parts)
         elif _installed(type(value).__module__) or not hasattr(value, "__dict__"):
-            raise ValueError(f"of {value!r:.80} ({type(value).__qualname__}) it is not known what it computes")
+            raise ValueError(f"cannot determine what {value!r:.80} ({type(value).__qualname__}) computes")
         else:
             self._each("instance", [type(value), vars(value)])
 
@@ -167,13 +169,13 @@ class _Reader:
 
 
 def _loop(value: Any) -> FunctionType | None:
-    """The Python function of a kernel, ours or numba's own; None of anything else."""
+    """The Python function of a kernel of this package or of numba; None for anything else."""
     found = None if isinstance(value, type | ModuleType) else getattr(value, "py_func", None)
     return found if isinstance(found, FunctionType) else None
 
 
 def _parts(value: Any) -> list[object]:
-    """What a wrapper that Python comes with is made of; empty for anything else."""
+    """The parts of a wrapper from the standard library; empty for anything else."""
     if isinstance(value, MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, property):
@@ -188,12 +190,12 @@ def _parts(value: Any) -> list[object]:
 
 
 def _generated(member: object) -> bool:
-    """Whether `dataclass` has written a class's `__init__`: the values that it sets are the instance's."""
+    """Whether `dataclass` generated a class's `__init__`, which sets the values of the instance."""
     return isinstance(member, FunctionType) and member.__code__.co_filename == "<string>"
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Names of globals and attributes that code uses, of functions within it too."""
+    """Names of globals and attributes that code uses, including those of nested functions."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -201,7 +203,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _members(found: object, names: Iterable[str]) -> list[object]:
-    """What code may take from a module that is followed, by the names that it uses."""
+    """The members that code may use from a followed module, by the names that it contains."""
     if not isinstance(found, ModuleType) or _installed(found.__name__):
         return []
     members = [getattr(found, name) for name in names if hasattr(found, name)]
@@ -209,7 +211,7 @@ def _members(found: object, names: Iterable[str]) -> list[object]:
 
 
 def _public(value: Any) -> str:
-    """The name and version of what an installed module holds under that name; "" of anything else."""
+    """The name and version of an object that an installed module holds under its name; "" for anything else."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", getattr(value, "__name__", None))
     if not (isinstance(module, str) and isinstance(name, str) and (version := _installed(module))):
         return ""
@@ -221,7 +223,7 @@ def _public(value: Any) -> str:
 
 @cache
 def _installed(module: str) -> str:
-    """The version of Python, or of the installed package that a module belongs to; "" where its code is followed."""
+    """The version of Python, or of the installed package that a module belongs to; "" if its code is followed."""
     root = module.partition(".")[0]
     if root == "__main__":
         return ""

@@ -1,12 +1,12 @@
-"""Answers kept beside the store, so that the same question a second time costs nothing.
+"""Answers kept next to the store, so that repeating a question costs nothing.
 
-What a reducer has counted is kept, not what is made of it: small arrays of integers in ``STORE.results/``, for a folder
-as for a bucket. Their key is made of the capture's identity, of what of it is committed, to the checksums of its
-objects, of the code of the reducer and of the scan, of the reducer's parameters and of the selection: whatever could
-change a number makes another key (`analysis.fingerprint`). Where it cannot be told what a reducer computes, nothing is
-kept. Old answers are never wrong and may be deleted at any time.
+A reducer's counts are kept, not the results derived from them: small arrays of integers in ``STORE.results/``, for
+folders and buckets alike. The key covers the capture's identity, its committed shards with their checksums, the code of
+the reducer and of the scan, the reducer's parameters and the selection: anything that could change a number changes the
+key (`analysis.fingerprint`). If it cannot be determined what a reducer computes, nothing is kept. Old answers are never
+wrong and may be deleted at any time.
 
-Promises: an answer is what `analysis.scan` would give, to the bit. Does not know any metric.
+Promises: an answer equals the result of `analysis.scan`, bit for bit. Does not know any metric.
 """
 
 from __future__ import annotations
@@ -62,28 +62,28 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
     runner: Runner = accumulate,
 ) -> list[xr.Dataset]:
-    """Answer questions about one capture: from what is kept, and the rest from one scan.
+    """Answer questions about one capture: from kept answers, and the rest from one scan.
 
     Parameters
     ----------
     path, dataset
         The store, and the capture in it.
     reducers : sequence of Reducer
-        The questions.
+        The reducers to run.
     state : Coverage, optional
-        What of the capture to look at; default all that is committed now.
+        The part of the capture to read; default all that is committed now.
     layers : sequence of int, optional
-        The model's own numbers of the layers to look at; default all.
+        The layers to read, by the model's own numbers; default all.
     only, threads, progress
         See `analysis.scan`.
     runner : Runner, optional
-        Where shards are read.
+        Reads the shards; default this process.
 
     Returns
     -------
     list of xr.Dataset
-        One result for each reducer, in their order, with the dims and dtypes that the metric's own function names. An
-        incomplete capture counts what is there.
+        One result for each reducer, in order, with the dims and dtypes documented for the metric's own function. For an
+        incomplete capture, the committed part is counted.
 
     Raises
     ------
@@ -116,21 +116,21 @@ def answers(
     progress: Callable[[int, int], None] | None = None,
     runner: Runner = accumulate,
 ) -> list[xr.Dataset]:
-    """Answer questions about what was opened, which may be more than one capture: from what is kept, and the rest from
-    one scan.
+    """Answer questions about an opened Dataset, which may combine several captures: from kept answers, and the rest
+    from one scan.
 
     Parameters
     ----------
     opened : xr.Dataset
-        What to look at.
+        The Dataset to read.
     reducers : sequence of Reducer
-        The questions.
+        The reducers to run.
     folder
         Where answers are kept: see `beside`.
     name : str
-        Of the folder in it.
+        The name of a subfolder of it.
     about : sequence
-        What was opened, to its bytes: plain values, of which JSON can be made.
+        Identifies the bytes of what was opened: plain values that can be written as JSON.
     only, threads, progress, runner
         See `measure`.
 
@@ -160,13 +160,13 @@ def question(reducer: Reducer) -> str:
     Raises
     ------
     ValueError
-        When it cannot be told what it counts: see `analysis.fingerprint`.
+        When it cannot be determined what it counts: see `analysis.fingerprint`.
     """
     return fingerprint(reducer, accumulate)
 
 
 def _key(dataset: str, about: Sequence[object], reducer: Reducer) -> str | None:
-    """Where an answer is kept; None where it cannot be told of what it is the answer."""
+    """Where an answer is kept; None if its question cannot be fingerprinted."""
     try:
         asked = json.dumps([*about, question(reducer)], sort_keys=True)
     except ValueError:
@@ -175,23 +175,23 @@ def _key(dataset: str, about: Sequence[object], reducer: Reducer) -> str | None:
 
 
 def _read(kept: Objects, key: str | None, form: State) -> State | None:
-    """What was counted, or None where it is not kept, not whole, or not of that form."""
+    """The kept counts, or None if there are none, or they are incomplete or of a different form."""
     data = kept.get(key) if key else None
     if data is None:
         return None
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except Exception:  # zipfile and numpy raise whatever they run into
+    except Exception:  # zipfile and numpy raise many types
         return None
     return found if found.keys() == form.keys() else None
 
 
 def _keep(kept: Objects, key: str, state: State) -> None:
-    """Keep what was counted; where nothing can be written the answer is given all the same."""
+    """Keep the counts; if they cannot be written, the answer is returned anyway."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **state)  # type: ignore[arg-type]
     try:
         kept.put(key, buffer.getvalue())
     except OSError as error:
-        warnings.warn(f"the answer cannot be kept beside the store: {error}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"the answer cannot be kept next to the store: {error}", RuntimeWarning, stacklevel=3)

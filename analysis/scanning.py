@@ -1,10 +1,10 @@
 """One pass over a capture: each shard is decoded once and feeds every reducer.
 
-Promises: every captured token is counted once and tokens that were not captured, padding and special tokens
-never; the result does not depend on chunks, threads, processes or their order, because accumulators hold integers
-only; memory is threads × (one decoded shard + the accumulators), whatever the size of the store.
-Does not know any metric: those are the reducers. `accumulate` does a part of the rows, for a runner that spreads them
-over machines (`jobs.cluster.scans`); `scan` does all and finishes.
+Promises: every captured token is counted once; tokens that were not captured, padding and special tokens are never
+counted; the result does not depend on chunks, threads, processes or their order, because accumulators hold integers
+only; memory is threads × (one decoded shard + the accumulators), independent of the size of the store. Does not know
+any metric: those are the reducers. `accumulate` reads a part of the rows, for a runner that distributes them over
+machines (`jobs.cluster.scans`); `scan` reads all and finishes.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from analysis.attributes import refuse_undescribed
-from analysis.compiled import kernel as kernel  # for the modules of reducers too
+from analysis.compiled import kernel as kernel  # re-exported for the modules of reducers
 
 Array = NDArray[Any]
 Block = dict[str, Array]
 """The decoded arrays of one shard by variable name; `counted`, bool (doc, position): tokens to count; `row`, int64
-(doc): the rows' numbers; and where a reducer needs them `document`, int64 (doc): the running numbers of the rows'
+(doc): the rows' numbers; and, if a reducer needs them, `document`, int64 (doc): the running numbers of the rows'
 documents; and `code`, uint8 (doc, layer, position): see `coded`."""
 State = dict[str, NDArray[Any]]
 """What a reducer accumulates: integer arrays by name, so that sums are exact in any order."""
 
 RECORDED = {"logit": "logits", "logit_expert": "logits", "output_norm": "output_norm", "logprob": "logprob"}
-"""What `--record` of a capture makes each of the arrays that only some captures have."""
-COMPUTED = frozenset({"code", "document"})  # what a block holds that the store does not
-CODES = 254  # ordered choices of a token that are counted as one number: E**k at most, 64 for Mixtral
+"""The `--record` value that makes each of the arrays that only some captures have."""
+COMPUTED = frozenset({"code", "document"})  # in a block but not in the store
+CODES = 254  # most ordered choices of a token that are coded as one number: E**k, 64 for Mixtral
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """Which tokens to count; layers are selected with `dataset.sel(layer=[...])`.
 
-    Metrics of consecutive tokens count a pair when both are selected.
+    Metrics of consecutive tokens count a pair if both are selected.
     """
 
     documents: tuple[int, ...] | None = None
@@ -51,15 +51,15 @@ class Selection:
     positions: tuple[int, int] | None = None
     """First position in the row, and the one after the last; default all."""
     tokens: tuple[int, ...] | None = None
-    """Token ids; default all but special ones, which are counted only when named here."""
+    """Token ids; default all except special ones, which are counted only if listed here."""
     roles: tuple[str, ...] | None = None
     """Speakers of a conversation, such as "assistant"; default all, and tokens without one."""
     phases: tuple[str, ...] | None = None
-    """"prompt" or "generated"; default both, and tokens of which it is not known."""
+    """"prompt" or "generated"; default both, and tokens whose phase is not known."""
 
     @property
     def labels(self) -> dict[str, tuple[str, ...]]:
-        """The roles and phases that are selected, by variable; without one by which nothing is selected."""
+        """The selected roles and phases, by variable; variables without a selection are left out."""
         wanted = {"phase": self.phases, "role": self.roles}
         return {name: labels for name, labels in wanted.items() if labels is not None}
 
@@ -72,42 +72,42 @@ class Selection:
 
     def __post_init__(self) -> None:
         if self.positions is not None and not 0 <= self.positions[0] < self.positions[1]:
-            raise ValueError(f"positions {self.positions}: from 0 on, and the first before the last")
+            raise ValueError(f"positions {self.positions}: must start at 0 or later, and end after the start")
 
 
 EVERYTHING = Selection()
 
 
 def label_numbers(dataset: xr.Dataset, name: str, wanted: Sequence[str]) -> list[int]:
-    """The numbers by which `role` or `phase` names labels.
+    """The numbers that stand for labels of `role` or `phase`.
 
     Raises
     ------
     ValueError
-        When the capture does not have it, or not such a label.
+        When the capture does not have the variable, or no such label.
     """
     where = dataset.attrs.get("dataset", "the capture")
     if name not in dataset:
-        raise ValueError(f"{where} does not say the {name} of a token: nothing can be selected by it")
+        raise ValueError(f"{where} does not record the {name} of tokens: it cannot be used to select them")
     labels = str(dataset[name].attrs.get("flag_meanings", "")).split()
     if unknown := [label for label in wanted if label not in labels]:
-        raise ValueError(f"{name} {unknown[0]!r}: {where} has {', '.join(labels)}")
+        raise ValueError(f"unknown {name} {unknown[0]!r}: {where} has {', '.join(labels)}")
     return [labels.index(label) for label in wanted]
 
 
 def selected_labels(dataset: xr.Dataset, only: Selection) -> dict[str, list[int]]:
-    """The numbers of the roles and phases that are selected, by variable; errors as `label_numbers`."""
+    """The numbers of the selected roles and phases, by variable; raises like `label_numbers`."""
     return {name: label_numbers(dataset, name, labels) for name, labels in only.labels.items()}
 
 
 class Reducer(ABC):
-    """A metric's share of a scan: integer sums over blocks, then one small labelled Dataset."""
+    """A metric's part of a scan: integer sums over blocks, then one small labelled Dataset."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Variables it reads besides `expert`, `token` and `length`, which are always there; one with "?" behind its name
-    is in the block where the capture has it."""
+    """Variables it reads besides `expert`, `token` and `length`, which are always present; a variable whose name ends
+    in "?" is in the block only if the capture has it."""
     stacks: ClassVar[bool] = False
-    """Whether `finish` also takes accumulators with a leading dimension, which it then calls `replicate`."""
+    """Whether `finish` also accepts accumulators with a leading dimension, which it then calls `replicate`."""
 
     @abstractmethod
     def init(self, dataset: xr.Dataset) -> State:
@@ -118,7 +118,7 @@ class Reducer(ABC):
         """Add the counted tokens of one shard to `state`, in place."""
 
     def merge(self, state: State, other: State) -> State:
-        """The accumulator of both halves; sums, unless a reducer says otherwise."""
+        """The accumulator of both parts; sums, unless a reducer overrides it."""
         return {name: state[name] + other[name] for name in state}
 
     @abstractmethod
@@ -139,27 +139,27 @@ def scan(
     Parameters
     ----------
     dataset : xr.Dataset
-        A capture as `store.open_capture` gives it, lazy and chunked by whole shards along `doc`; a selection
-        of its layers or rows serves as well. Incomplete captures count what is there.
+        A capture from `store.open_capture`, lazy and chunked by whole shards along `doc`, or a selection of its layers
+        or rows. For an incomplete capture, the committed part is counted.
     reducers : sequence of Reducer
         What to compute.
     only : Selection, optional
         The tokens to count.
     threads : int, optional
-        Shards decoded at the same time; default one a processor.
+        Shards decoded at the same time; default one per processor.
     progress : callable, optional
         Called with (shards done, shards in all) after each shard, from any thread.
 
     Returns
     -------
     list of xr.Dataset
-        One result for each reducer, in their order, with the dims and dtypes that the metric's own function names.
+        One result for each reducer, in order, with the dims and dtypes documented for the metric's own function.
 
     Raises
     ------
     ValueError
-        When a captured token names an expert or a token id that the model does not have, a reducer needs what the
-        capture does not have, such as weights, or its result does not say what it is (`analysis.described`).
+        When a captured token has an expert or a token id that the model does not have, a reducer needs something that
+        the capture does not have, such as weights, or its result does not describe itself (`analysis.described`).
     """
     states = accumulate(dataset, reducers, shards_to_read(dataset, only), only=only, threads=threads, progress=progress)
     return finish(reducers, states, dataset)
@@ -174,12 +174,12 @@ def accumulate(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[State]:
-    """What reducers have counted after some shards; `Reducer.merge` adds up those of several calls.
+    """The accumulators of reducers after some shards; `Reducer.merge` adds up those of several calls.
 
     Parameters
     ----------
     shards : sequence of slice
-        Rows, as `shards_to_read` gives them.
+        Rows, from `shards_to_read`.
 
     Other parameters, and errors, are those of `scan`.
     """
@@ -192,12 +192,12 @@ def accumulate(
         if missing := sorted(wanted - set(map(str, dataset.variables))):
             raise ValueError(f"{_named(reducer)} needs {without(dataset, missing)}")
     needs_code = "code" in needs and coded(dataset)
-    # The running number of a row's document, counted over all rows, whichever of them are read.
+    # The running number of a row's document, counted over all rows, independent of which are read.
     document = np.unique(dataset["document_id"].values, return_inverse=True)[1] if "document" in needs else None
-    # Bare variables: coordinates would be loaded with every shard for nothing.
+    # Bare variables: coordinates would needlessly be loaded with every shard.
     variables = xr.Dataset({name: dataset[name].variable for name in sorted(names)})
     rows_wanted, excluded = _wanted_rows(dataset, only), _excluded_tokens(dataset, only)
-    length = np.where(rows_wanted, dataset["length"].values, 0)  # read once: its chunks hold many shards
+    length = np.where(rows_wanted, dataset["length"].values, 0)  # read once, because its chunks span many shards
     left = deque(shards)
     total, done = len(left), itertools.count(1)
 
@@ -219,7 +219,7 @@ def accumulate(
                 if progress is not None:
                     progress(next(done), total)
         finally:
-            left.clear()  # when one thread fails, the others stop after the shard in hand
+            left.clear()  # if one thread fails, the others stop after their current shard
 
     num_threads = max(1, min(threads or os.cpu_count() or 1, total))
     with ThreadPoolExecutor(num_threads) as pool:
@@ -229,20 +229,20 @@ def accumulate(
             for future in futures[1:]:
                 merged = merge(reducers, merged, future.result())
         finally:
-            left.clear()  # Ctrl-C: do not go through the rest of the store first
+            left.clear()  # Ctrl-C: do not read the rest of the store first
     return merged
 
 
 def _named(reducer: Reducer) -> str:
-    """What a reducer is called in errors: that within a jackknife has its own name."""
+    """A reducer's name in errors; inside a jackknife, that of the inner reducer."""
     inner = getattr(reducer, "reducer", None)
     return _named(inner) if isinstance(inner, Reducer) else type(reducer).__name__
 
 
 def without(dataset: xr.Dataset, missing: Sequence[str]) -> str:
-    """That a capture lacks some arrays, and what makes them."""
+    """The message that a capture lacks some arrays, and the command that makes them."""
     where = dataset.attrs.get("dataset", "the capture")
-    said = f"{', '.join(missing)}, and the routes of {where} came without"
+    said = f"{', '.join(missing)}, which {where} does not have"
     if "effect" in missing:
         return f"{said}; python jobs/importance.py makes captures with it"
     record = sorted({RECORDED[name] for name in missing if name in RECORDED})
@@ -251,12 +251,12 @@ def without(dataset: xr.Dataset, missing: Sequence[str]) -> str:
 
 
 def merge(reducers: Sequence[Reducer], states: Sequence[State], others: Sequence[State]) -> list[State]:
-    """The accumulators of both halves of a scan; exact, so that the order does not matter."""
+    """The accumulators of both parts of a scan; exact, so the order does not matter."""
     return [reducer.merge(*both) for reducer, *both in zip(reducers, states, others, strict=True)]
 
 
 def finish(reducers: Sequence[Reducer], states: Sequence[State], dataset: xr.Dataset) -> list[xr.Dataset]:
-    """The results of reducers; a ValueError names one whose result does not say what it is."""
+    """The results of reducers; a ValueError names one whose result does not describe itself."""
     return [
         refuse_undescribed(reducer.finish(state, dataset), f"{type(reducer).__name__}.finish")
         for reducer, state in zip(reducers, states, strict=True)
@@ -264,12 +264,12 @@ def finish(reducers: Sequence[Reducer], states: Sequence[State], dataset: xr.Dat
 
 
 def sizes(dataset: xr.Dataset) -> tuple[int, int, int]:
-    """The numbers of layers L, choices k and experts E of a capture: always the data's, never ours."""
+    """The numbers of layers L, choices k and experts E of a capture, always taken from the data."""
     return dataset.sizes["layer"], dataset.sizes["k"], int(dataset.attrs["num_experts"])
 
 
 def labelled(values: Array, *dims: str, **coords: Any) -> xr.DataArray:
-    """Values with these dimensions, and `replicate` before them where there is one more."""
+    """Values with these dimensions, preceded by `replicate` if there is one more."""
     before = ("replicate",) * (values.ndim - len(dims))
     return xr.DataArray(values, coords, (*before, *dims))
 
@@ -277,14 +277,15 @@ def labelled(values: Array, *dims: str, **coords: Any) -> xr.DataArray:
 def coded(dataset: xr.Dataset) -> bool:
     """Whether a token's ordered choices at a layer fit in one byte, as a number in base E.
 
-    Then a reducer that needs `code` finds it in its block, with E**k for tokens that do not count; else it does not.
+    If so, a reducer that needs `code` finds it in its block, with E**k for tokens that are not counted; otherwise it is
+    absent.
     """
     _, choices, experts = sizes(dataset)
     return bool(experts**choices <= CODES)
 
 
 def shards_to_read(dataset: xr.Dataset, only: Selection = EVERYTHING) -> list[slice]:
-    """Row ranges with anything to count: the chunks of `expert` along `doc`, or what the attributes say."""
+    """Row ranges with anything to count: the chunks of `expert` along `doc`, or according to the attributes."""
     chunks: tuple[int, ...] | None = cast("dict[Hashable, tuple[int, ...]]", dataset["expert"].chunksizes).get("doc")
     if chunks is None:  # already in memory
         step, rows = int(dataset.attrs["rows_per_shard"]), dataset.sizes["doc"]
@@ -292,11 +293,11 @@ def shards_to_read(dataset: xr.Dataset, only: Selection = EVERYTHING) -> list[sl
     stops = itertools.accumulate(chunks)
     wanted = _wanted_rows(dataset, only)
     shards = [slice(stop - size, stop) for size, stop in zip(chunks, stops, strict=True)]
-    return [rows for rows in shards if wanted[rows].any()]  # an uncommitted shard may be torn: leave it shut
+    return [rows for rows in shards if wanted[rows].any()]  # an uncommitted shard may be incomplete: do not read it
 
 
 def _wanted_rows(dataset: xr.Dataset, only: Selection) -> Array:
-    """Rows that are captured and of a selected document; bool (doc)."""
+    """Rows that are captured and belong to a selected document; bool (doc)."""
     captured = dataset["captured"].values if "captured" in dataset else True
     wanted = np.full(dataset.sizes["doc"], True) & captured
     if only.documents is not None:
@@ -305,15 +306,15 @@ def _wanted_rows(dataset: xr.Dataset, only: Selection) -> Array:
 
 
 def special_tokens(dataset: xr.Dataset) -> list[int]:
-    """Token ids that stand for no text.
+    """Token ids that do not stand for text.
 
     Raises
     ------
     ValueError
-        When the capture's attributes do not say which these are: they would be counted as text.
+        When the capture's attributes do not list them: they would be counted as text.
     """
     if "special_token_ids" not in dataset.attrs:
-        raise ValueError("the capture's attributes lack special_token_ids: it is not known which tokens are no text")
+        raise ValueError("the capture's attributes lack special_token_ids: it is not known which tokens are not text")
     return list(dataset.attrs["special_token_ids"])
 
 
@@ -331,14 +332,14 @@ def _decode(rows: xr.Dataset, dataset: xr.Dataset, first_row: int) -> Block:
     """Load one shard in this thread."""
     try:
         loaded = rows.load(scheduler="synchronous")
-    except ValueError as error:  # a checksum that does not match, a shard cut short
+    except ValueError as error:  # a checksum that does not match, a truncated shard
         raise ValueError(
-            f"rows {first_row} to {first_row + rows.sizes['doc'] - 1} of {dataset.attrs.get('dataset')}, as they were"
-            f" given, cannot be decoded ({error}): python jobs/status.py STORE --verify marks what is damaged, and the"
-            " same capture again does those shards"
+            f"rows {first_row} to {first_row + rows.sizes['doc'] - 1} of {dataset.attrs.get('dataset')}, as numbered"
+            f" in the given Dataset, cannot be decoded ({error}): python jobs/status.py STORE --verify marks the"
+            " damaged shards, and running the same capture again redoes them"
         ) from error
     block = {str(name): np.ascontiguousarray(loaded[name].values) for name in loaded.data_vars}
-    if "weight" in block:  # of a capture in float32 too: counts are exact in multiples of float16's smallest step
+    if "weight" in block:  # also for captures in float32: sums are exact in multiples of float16's smallest step
         block["weight"] = block["weight"].astype(np.float16, copy=False)
     return block
 
@@ -352,7 +353,7 @@ def _mark(
     labels: Mapping[str, Sequence[int]],
     needs_code: bool,
 ) -> None:
-    """Find the tokens that count, and their codes; refuse what no capture can hold."""
+    """Find the counted tokens and their codes; reject values that no capture can hold."""
     expert, token = block["expert"], block["token"]
     num_experts, (start, stop) = int(dataset.attrs["num_experts"]), only.positions or (0, token.shape[1])
     fill = np.iinfo(expert.dtype).max  # the store's fill value: never a legal expert
@@ -360,7 +361,7 @@ def _mark(
     if row >= 0 and not 0 <= token[row, position] < excluded.size:
         raise ValueError(
             f"row {first_row + row}, position {position}: token {token[row, position]}, but the"
-            f" vocabulary has {excluded.size} tokens; the shard is damaged or the pieces are another model's"
+            f" vocabulary has {excluded.size} tokens; the shard is damaged, or the pieces belong to another model"
         )
     if row >= 0:
         layer, k = np.argwhere(expert[row, position] >= num_experts)[0]
@@ -380,7 +381,7 @@ def _mark(
 def _counted(
     expert: Array, token: Array, length: Array, excluded: Array, start: int, stop: int, fill: int, num_experts: int
 ) -> tuple[Array, int, int]:
-    """Which tokens count, bool (doc, position), and row and position of the first illegal value, or -1s."""
+    """Which tokens are counted, bool (doc, position), and row and position of the first illegal value, or -1s."""
     rows, positions, layers, choices = expert.shape
     counted = np.zeros((rows, positions), dtype=np.bool_)
     if layers == 0:
@@ -389,11 +390,11 @@ def _counted(
         filled = min(length[row], positions)
         chosen = expert[row, :filled].reshape(filled * layers * choices)
         largest = chosen.dtype.type(0)
-        for index in range(chosen.size):  # all at once, in the type's own width: vector instructions
+        for index in range(chosen.size):  # without branches, in the type's own width, for vector instructions
             largest = chosen.dtype.type(max(largest, chosen[index]))
         for position in range(filled):
             if expert[row, position, 0, 0] == fill:
-                continue  # not captured yet
+                continue  # not yet captured
             if token[row, position] < 0 or token[row, position] >= excluded.size:
                 return counted, row, position
             if largest >= num_experts and (expert[row, position] >= num_experts).any():
@@ -406,9 +407,9 @@ def _counted(
 def _codes(expert: Array, counted: Array, length: Array, num_experts: int) -> Array:
     """Each token's choices at each layer as a number in base E, uint8 (doc, layer, position); E**k: not counted.
 
-    At and beyond a row's length it is anything.
+    Undefined at and beyond a row's length.
 
-    By layer, so that a reducer's table of one layer stays in the fastest cache while it goes over a row's positions.
+    Ordered by layer, so a reducer's table of one layer stays in the fastest cache while it reads a row's positions.
     """
     rows, positions, layers, choices = expert.shape
     code = np.empty((rows, layers, positions), dtype=np.uint8)
@@ -417,7 +418,7 @@ def _codes(expert: Array, counted: Array, length: Array, num_experts: int) -> Ar
     for row in range(rows):
         filled = min(length[row], positions)
         chosen = expert[row].reshape(positions * layers * choices)
-        if choices == 2:  # the compiler makes vector instructions of it
+        if choices == 2:  # the compiler vectorizes this case
             for index in range(filled * layers):
                 flat[index] = np.uint8(chosen[2 * index] * np.uint8(num_experts) + chosen[2 * index + 1])
         else:
@@ -439,17 +440,17 @@ def _codes(expert: Array, counted: Array, length: Array, num_experts: int) -> Ar
 
 @kernel
 def room_to_turn(rows: int, columns: int) -> Array:
-    """What `turn` writes a table of so many rows and columns to; longer than needed, so that no two of its rows
-    compete for one place in the cache."""
+    """The output of `turn` for a table of so many rows and columns; longer than needed, so that its rows do not compete
+    for the same place in the cache."""
     return np.empty(((columns + 7) // 8 * 8, (rows + 7) // 8 * 8 + 64), dtype=np.uint8)
 
 
 @kernel
 def turn(table: Array, turned: Array) -> None:
-    """Write the columns of a table of bytes as rows, what is behind them being anything.
+    """Write the columns of a table of bytes as rows; the bytes after them are undefined.
 
-    Eight by eight bytes are turned in eight 64-bit numbers, by exchanging their halves, quarters and eighths (Warren,
-    Hacker's Delight, section 7-3): a quarter of the time that one by one takes (measured).
+    Blocks of eight by eight bytes are transposed in eight 64-bit numbers by exchanging halves, quarters and eighths
+    (Warren, Hacker's Delight, section 7-3), in a quarter of the time of a byte-by-byte copy (measured).
     """
     rows, columns = table.shape
     whole = table
@@ -474,7 +475,7 @@ def turn(table: Array, turned: Array) -> None:
 
 @kernel
 def _exchange(lines: Array, one: int, other: int, bits: Any, mask: Any) -> None:
-    """Exchange the masked bits of one line, after so many, with those of the other."""
+    """Exchange the masked bits of one line, shifted by `bits`, with those of the other."""
     differ = ((lines[one] >> bits) ^ lines[other]) & mask
     lines[one] ^= differ << bits
     lines[other] ^= differ

@@ -17,7 +17,7 @@ Beside something else, since routes of the right form may be another model's:
 Output:
   --json                    one JSON document, for scripts; docs/json.md names its keys
 
-docs/options.md says what it knows, and explains every option.
+docs/importing.md lists the faults, docs/options.md explains every option.
 Exit status: 0 nothing is wrong, 1 something is, 2 it cannot be examined.
 """
 

@@ -26,7 +26,7 @@ Model:
 Output:
   --json                    one JSON document, for scripts; docs/json.md names its keys
 
-The same command resumes. docs/design/0012-import.md describes the formats, docs/options.md the options.
+The same command resumes. docs/importing.md describes the formats, docs/options.md the options.
 Exit status: 0 all is imported, 1 another job writes the capture, 2 files or options are wrong.
 """
 
@@ -69,7 +69,7 @@ RULES = {"mixtral": "renormalized", "granitemoe": "renormalized", "gpt_oss": "re
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Write routes that vLLM, SGLang, transformers or anything else returned as a capture: docs/design/0012-import.md.
+    """Write routes that vLLM, SGLang, transformers or anything else returned as a capture: docs/importing.md.
 
     The same command resumes what was interrupted, and compares what is there already. Exit status: 0 all is imported,
     1 another job writes the capture, 2 the files or options are wrong; the error names the file, the line and what to

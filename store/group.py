@@ -5,12 +5,14 @@ whole and idempotently; its commit record is written last, after the data are du
 valid commits. Nothing else carries state. What is noted beside the commits only says which shards not to trust
 (`faults`), or not to try (`quarantine`).
 
-Readers use `store.open_capture`. Nothing here keeps two jobs apart: `store.lease` does.
+Readers use `store.open_capture`. What keeps two jobs apart is `store.lease`; a writer that lost its lease and does not
+know it changes no committed shard: see `docs/design/0020-what-stores-promise.md`.
 """
 
 import hashlib
 import math
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -30,6 +32,8 @@ __all__ = ["CaptureGroup", "valid_name"]
 
 COMMITS, FAULTS, QUARANTINE = "expert/commits", "expert/faults", "expert/quarantine"
 ENVIRONMENT = "expert/environment.json"
+VOID = b"null"
+"""What stands in the place of a commit record that was taken back: compared and put, as a removal cannot be."""
 TEXTS = ("errors", "documents")  # fields of a record of quarantine that are lists of texts
 _RECORD = re.compile(r"[0-9]+\.json")
 
@@ -85,7 +89,7 @@ class CaptureGroup(PlannedGroup):
         if exists:
             return group
         for name in ("weight", *LABELS, *OPTIONAL):  # of a creation that was killed, of a capture with other arrays
-            if name not in layout.arrays():
+            if name not in layout.arrays() and group.objects.get(group._key("zarr.json")) is None:
                 group.objects.clear(group._key(name))
         contents = {"piece": np.array(pieces, dtype=object), "layer": np.array(layout.layers, dtype="int32")}
         changes: dict[str, bytes] = {}
@@ -119,9 +123,12 @@ class CaptureGroup(PlannedGroup):
         """Make one shard's routes durable, then its commit record.
 
         An object that is there without a commit is kept when its bytes are the same and replaced when they are not:
-        it is what a killed writer left. A shard that is committed is left as it is, and a record that is damaged so
-        that it is none is replaced; between the last look for it and a replacement of an object lies one put, which
-        only a lease keeps another writer out of.
+        it is what a killed writer left, which computed otherwise. A shard that is committed is left as it is, and a
+        record that is damaged so that it is none is replaced.
+
+        Another writer may commit the shard between the last look for its record and a replacement. So a replacement is
+        announced before, by a note with which no commit of the shard counts, and the note is removed when the objects
+        were found to be those that the record names.
 
         Parameters
         ----------
@@ -138,7 +145,12 @@ class CaptureGroup(PlannedGroup):
         Returns
         -------
         bool
-            False when the shard had a commit already: nothing was written.
+            False when the shard had a commit already: this one's is not written.
+
+        Raises
+        ------
+        RuntimeError
+            When another writer replaces the same object at the same time.
         """
         record_key = self._key(f"{COMMITS}/{shard}.json")
         before = self.objects.get(record_key)
@@ -151,15 +163,43 @@ class CaptureGroup(PlannedGroup):
             "tokens": int(rows.length.sum()),
             "token_crc32c": tokens_crc32c(rows.token),
         }
+        doubt = None
+        try:
+            for name in self.layout.routes:
+                data = arrays[name].encode(routes[name])
+                key = self._key(f"{name}/{arrays[name].key(shard)}")
+                if not self.objects.put_new(key, data) and (standing := self.objects.get(key)) != data:
+                    doubt = doubt or self._announce(shard)
+                    if _is_record(self.objects.get(record_key)):
+                        return False
+                    if not self._put_where(standing, key, data):
+                        raise self.overtaken()
+                record[name] = object_sums(data)
+            return self._put_where(before, record_key, as_json(record))
+        finally:
+            if doubt is not None:
+                self._settle_doubt(shard, doubt)
+
+    def _announce(self, shard: int) -> bytes:
+        """Note that an object is about to be replaced; the note."""
+        reason = "one of its objects was about to be replaced by a writer that did not say that it held"
+        note = as_json({"reason": reason, "writer": uuid.uuid4().hex})
+        self.objects.put_new(self._key(f"{FAULTS}/{shard}.json"), note)
+        return note
+
+    def _settle_doubt(self, shard: int, doubt: bytes) -> None:
+        """Remove the note of a replacement where the commit that stands holds; otherwise note that it does not."""
+        data = self.objects.get(self._key(f"{COMMITS}/{shard}.json"))
+        if not _is_record(data):
+            return  # whose commit comes next is not trusted
+        record, note = parse_record(data or b""), self._key(f"{FAULTS}/{shard}.json")
         for name in self.layout.routes:
-            data = arrays[name].encode(routes[name])
-            key = self._key(f"{name}/{arrays[name].key(shard)}")
-            if not self.objects.put_new(key, data) and self.objects.get(key) != data:
-                if _is_record(self.objects.get(record_key)):
-                    return False
-                self.objects.put(key, data)
-            record[name] = object_sums(data)
-        return self._put_where(before, record_key, as_json(record))
+            [key] = self._keys(name, [shard])
+            if (found := self.objects.get(key)) is None or object_sums(found) != record.get(name):
+                self.note_fault(shard, record, f"its {name} shard was replaced by a writer that came late")
+                return
+        if self.objects.get(note) == doubt:
+            self.objects.delete(note)
 
     def committed(self, shard: int) -> bool:
         """Whether a commit record of this capture stands; what it names is not looked at."""
@@ -172,26 +212,54 @@ class CaptureGroup(PlannedGroup):
         Valid is a record of this capture's identity whose objects have the lengths that it names, and of which
         nothing else was found to be wrong by reading it back (`store.verification`).
         """
+        valid, wrong = self._judged()
+        return valid, {shard: reason for shard, (_, reason) in wrong.items()}
+
+    def _judged(self) -> tuple[dict[int, dict[str, Any]], dict[int, tuple[bytes, str]]]:
+        """As `commits`, with the bytes of the records that do not hold."""
         found, noted = self._numbered(COMMITS), self._numbered(FAULTS)
+        found = {shard: data for shard, data in found.items() if data != VOID}
         routes = self.layout.routes
         sizes = [self.objects.sizes(self._key(f"{name}/c"), self._keys(name, found)) for name in routes]
         valid: dict[int, dict[str, Any]] = {}
-        wrong: dict[int, str] = {}
+        wrong: dict[int, tuple[bytes, str]] = {}
         for (shard, data), *have in zip(found.items(), *sizes, strict=True):
             record, reason = self._commit(shard, data)
             reason = reason or _misfit(record, dict(zip(routes, have, strict=True))) or _noted(data, noted.get(shard))
             if reason is None:
                 valid[shard] = record
             else:
-                wrong[shard] = reason
+                wrong[shard] = data, reason
         return valid, wrong
 
-    def discard(self, shard: int) -> None:
-        """Take back a shard: its commit first, then its objects, so that no commit ever names what is gone."""
-        self.objects.delete(self._key(f"{COMMITS}/{shard}.json"))
+    def take_back_wrong(self) -> dict[int, str]:
+        """Take back the shards whose commit does not hold, and say why; not those that were committed again since."""
+        _, wrong = self._judged()
+        return {shard: reason for shard, (data, reason) in wrong.items() if self.discard(shard, data)}
+
+    def discard(self, shard: int, record: bytes | None = None) -> bool:
+        """Take back a shard: its commit first, then its objects, so that no commit ever names what is gone.
+
+        Parameters
+        ----------
+        shard
+            Its number.
+        record
+            The bytes of the commit record that is to be taken back; default those that stand.
+
+        Returns
+        -------
+        bool
+            False when another record stands by now: nothing was removed.
+        """
+        key = self._key(f"{COMMITS}/{shard}.json")
+        record = self.objects.get(key) if record is None else record
+        if record is not None and not self._put_where(record, key, VOID):
+            return False
         for name in self.layout.routes:
             self.objects.delete(*self._keys(name, [shard]))
         self.objects.delete(self._key(f"{FAULTS}/{shard}.json"))
+        return True
 
     def _commit(self, shard: int, data: bytes) -> tuple[dict[str, Any], str | None]:
         """A commit record, and what is wrong with it by itself."""
@@ -328,14 +396,18 @@ def _misfit(record: Mapping[str, Any], have: Mapping[str, int | None]) -> str | 
 
 
 def _noted(commit: bytes, note: bytes | None) -> str | None:
-    """Why a commit is not to be trusted, from the note beside it; None where there is none about this very record."""
+    """Why a commit is not to be trusted, from the note beside it; None where there is none about this very record.
+
+    A note that names no record is about any: see `CaptureGroup.commit`.
+    """
     if note is None:
         return None
     try:
         record = parse_record(note)
     except ValueError as error:
         return f"was noted as damaged, in a note that {error}"
-    return str(record.get("reason")) if record.get("commit_crc32c") == google_crc32c.value(commit) else None
+    own = google_crc32c.value(commit)
+    return str(record.get("reason")) if record.get("commit_crc32c", own) == own else None
 
 
 def object_sums(data: bytes) -> dict[str, int | str]:

@@ -1,7 +1,11 @@
 """Who may write a group: one job at a time, identified by host and process.
 
 Byte-identity does not need it (every put is whole and the same for the same shard); it saves the second job from
-doing the first one's work again, and gives exactly one of them the right to remove what killed writers left.
+doing the first one's work again, and gives exactly one of them the right to remove what killed writers left. What a job
+may still write that lost it is in `docs/design/0020-what-stores-promise.md`.
+
+No clock of another host is read. A record counts its renewals, and a host that wants to know whether the holder on
+another one lives watches that count, for a time that it measures with its own monotonic clock.
 """
 
 import contextlib
@@ -11,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +26,7 @@ from store.records import as_json, parse_json
 
 RENEW_S = 20.0
 STALE_S = 120.0  # arbitrary: six renewals missed; a holder on this host that is gone is stale at once
+LOOK_S = 2.0  # arbitrary: between two looks at the record of a holder on another host
 
 
 @dataclass(kw_only=True)
@@ -35,8 +40,15 @@ class Lease:
 
 
 @contextlib.contextmanager
-def lease(group: CaptureGroup) -> Iterator[Lease]:
+def lease(group: CaptureGroup, waits: Callable[[str], None] = lambda why: None) -> Iterator[Lease]:
     """Hold the group's lease while the block runs.
+
+    Parameters
+    ----------
+    group
+        The data set.
+    waits
+        Called with the reason when this is about to watch the lease of another host, for `STALE_S` at most.
 
     Raises
     ------
@@ -45,7 +57,7 @@ def lease(group: CaptureGroup) -> Iterator[Lease]:
     """
     key, mine = _key(group), _holder()
     if not group.objects.put_new(key, as_json(mine)):
-        _take_over(group, mine)
+        _take_over(group, mine, waits)
     held, done = Lease(token=mine["token"]), threading.Event()
     renewer = threading.Thread(target=_renew, args=(group, mine, held, done), daemon=True)
     renewer.start()
@@ -69,28 +81,32 @@ def lease_token(group: CaptureGroup) -> str | None:
 
 
 def lease_holder(group: CaptureGroup) -> str | None:
-    """Who holds the lease now, where, since when and how alive; None where there is no lease."""
+    """Who holds the lease now, where, and since when by its own clock; None where there is no lease.
+
+    Of a holder on this host also whether it is gone, of one elsewhere how often it has renewed the lease: where this
+    number grows, it lives.
+    """
     holder = _read(group)
     if holder is None:
         return None
     if holder["processes"] == _processes():
         return _who(holder) + (", which is gone" if _is_gone(holder) else "")
-    return f"{_who(holder)}, renewed {max(0.0, time.time() - float(holder['renewed'])):.0f} s ago"
+    return f"{_who(holder)}, renewed {holder['renewed']:,.0f} times (every {RENEW_S:.0f} s while it lives)"
 
 
-def _take_over(group: CaptureGroup, mine: dict[str, Any]) -> None:
+def _take_over(group: CaptureGroup, mine: dict[str, Any], waits: Callable[[str], None]) -> None:
     standing = group.objects.get(_key(group))
     other = _parse(standing)
     if _is(other, mine):  # the answer to the first try was lost
         return
-    if other is not None and not _is_stale(group, other):
+    if other is not None and not _is_stale(group, other, waits):
         raise RuntimeError(
             f"{group.path}/{group.dataset} is being captured by {_who(other)}: wait for it or end it, then run this"
             " command again"
         )
-    if standing is None:
+    if group.objects.get(_key(group)) is None:
         group.objects.put_new(_key(group), as_json(mine))
-    else:
+    elif standing is not None:
         group.objects.put_over(_key(group), standing, as_json(mine))
     time.sleep(0.05)  # of two that take over at once, the one whose record stands has it
     if not _is(_read(group), mine):
@@ -98,13 +114,15 @@ def _take_over(group: CaptureGroup, mine: dict[str, Any]) -> None:
 
 
 def _renew(group: CaptureGroup, mine: dict[str, Any], held: Lease, done: threading.Event) -> None:
+    renewed = 0
     while not done.wait(RENEW_S):
         with contextlib.suppress(OSError):  # a full disk, a storage out of reach: the capture itself reports it
             standing = group.objects.get(_key(group))
             if standing is None or not _is(_parse(standing), mine):
                 held.lost = True  # it was taken over while this process stood still
                 return
-            group.objects.put_over(_key(group), standing, as_json({**mine, "renewed": time.time()}))
+            renewed += 1
+            group.objects.put_over(_key(group), standing, as_json({**mine, "renewed": renewed}))
 
 
 def _key(group: CaptureGroup) -> str:
@@ -120,7 +138,7 @@ def _holder() -> dict[str, Any]:
         "process": os.getpid(),
         "process_start": _process_start(os.getpid()),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        "renewed": time.time(),
+        "renewed": 0,
     }
 
 
@@ -145,17 +163,25 @@ def _is(holder: dict[str, Any] | None, mine: dict[str, Any]) -> bool:
     return holder is not None and holder["token"] == mine["token"]
 
 
-def _is_stale(group: CaptureGroup, holder: dict[str, Any]) -> bool:
-    """Whether the holder is gone: by its process where that can be seen, else by a record that does not change.
+def _is_stale(group: CaptureGroup, holder: dict[str, Any], waits: Callable[[str], None]) -> bool:
+    """Whether the holder is gone: by its process where that can be seen, otherwise by a record that does not change.
 
-    Clocks of two hosts may differ, so a record that looks old is watched for one and a half renewals first.
+    Each look comes after the clock was read: a record that was unchanged before this process stood still says nothing
+    about the time since.
     """
     if holder["processes"] == _processes():
         return _is_gone(holder)
-    if time.time() - float(holder["renewed"]) <= STALE_S:
-        return False
-    time.sleep(1.5 * RENEW_S)
-    return _read(group) in (holder, None)
+    where = f"{group.path}/{group.dataset}"
+    waits(f"{where} is leased by {_who(holder)}: waiting up to {STALE_S:.0f} s to see whether it lives")
+    began = time.monotonic()
+    while True:
+        watched_s = time.monotonic() - began
+        standing = _read(group)
+        if standing != holder:
+            return standing is None
+        if watched_s >= STALE_S:
+            return True
+        time.sleep(LOOK_S)
 
 
 def _is_gone(holder: dict[str, Any]) -> bool:

@@ -8,9 +8,11 @@ a folder of ours anywhere else in a group makes them warn.
 """
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
 PLACE_TRIES = 5  # arbitrary: one job in a race clears the scratch folder once
+LOCK_TRIES, LOCK_PAUSE_S = 200, 0.05  # arbitrary: a lock is held for a look and a change of names
 MOST_NAMED = 1000  # folders remembered (arbitrary): a shard's own are used once, and forgetting costs a sync
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.*)", re.DOTALL | re.IGNORECASE)  # a Path has made one slash of two
 
@@ -163,10 +166,11 @@ class LocalObjects:
         return True
 
     def put_over(self, key: str, old: bytes, data: bytes) -> bool:
-        """Not atomic: of two at once both may say True, and one object stands."""
-        if self.get(key) != old:
+        """Atomic where the file system has locks; otherwise two at once may both say True, and one object stands."""
+        try:
+            self._place(key, data, lambda unfinished, target: _replace(unfinished, target, old))
+        except FileExistsError:
             return False
-        self.put(key, data)
         return True
 
     def delete(self, key: str) -> None:
@@ -250,6 +254,40 @@ def _link(partial: Path, target: Path) -> None:
         os.link(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _replace(unfinished: Path, target: Path, old: bytes) -> None:
+    """Give a file the name of another one that holds `old`; FileExistsError where that is another file by now.
+
+    The file that is replaced is locked from the look until the change of names, so that who wants to replace it too
+    waits, and then finds another one. Nothing is left of a lock whose process has died.
+    """
+    try:
+        with open(target, "r+b" if os.access(target, os.W_OK) else "rb") as file:  # over NFS, locks are for writers
+            _lock(file.fileno(), target)
+            if file.read() != old or not os.path.samestat(os.fstat(file.fileno()), os.stat(target)):
+                raise FileExistsError(f"{target} has changed")
+            os.replace(unfinished, target)
+    except FileNotFoundError:
+        if unfinished.exists():
+            raise FileExistsError(f"{target} is gone") from None
+        raise
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _lock(handle: int, path: Path) -> None:
+    """Lock an open file until it is closed, where its file system has locks."""
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(LOCK_PAUSE_S)
+        except OSError:  # this file system has none
+            return
+        else:
+            return
+    raise TimeoutError(f"{path}: another process has locked this file and stands still: end it, then run this again")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -159,7 +159,9 @@ class PlannedGroup:
             for start in range(0, len(values), layout.rows_per_shard):
                 shard = (before.rows + start) // layout.rows_per_shard
                 data = arrays[name].encode(values[start : start + layout.rows_per_shard])
-                self.objects.put(self._key(f"{name}/{arrays[name].key(shard)}"), data)
+                key = f"{name}/{arrays[name].key(shard)}"
+                if not self.objects.put_new(self._key(key), data):  # a planner was killed behind it, or was faster
+                    self._change({key: data}, still=lambda: self.plan == before)
         changes: dict[str, bytes] = {}
         for name in ("length", "document_id", "offset"):
             changes |= self._appended(name, arrays[name], before.rows, getattr(rows, name))
@@ -193,8 +195,7 @@ class PlannedGroup:
     def _change(self, changes: Mapping[str, bytes], still: Callable[[], bool]) -> None:
         """Put objects that also other jobs put, one after the other, where nobody has changed them meanwhile.
 
-        A job that stood still and was taken for dead thus undoes nothing of the one that followed it. On a disk
-        `put_over` is not atomic, and only the lease keeps the two apart between its look and its put.
+        A job that stood still and was taken for dead thus undoes nothing of the one that followed it.
 
         Parameters
         ----------

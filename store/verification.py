@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from store.group import COMMITS, CaptureGroup, object_sums, tokens_crc32c
+from store.group import COMMITS, VOID, CaptureGroup, object_sums, tokens_crc32c
 from store.layout import MISSING_ROLE
 from store.plan import Plan
 from store.records import parse_record
@@ -106,7 +106,7 @@ def verify(group: CaptureGroup, progress: Callable[[int], None] = lambda tokens:
 def verify_shard(group: CaptureGroup, shard: int) -> str | None:
     """What is wrong with one committed shard, which is noted in the store; None where it holds, or is not committed."""
     data = group.objects.get(f"{group.dataset}/{COMMITS}/{shard}.json")
-    if data is None:
+    if data is None or data == VOID:
         return None
     record = parse_record(data)
     reason = _fault(group, shard, {shard: record})

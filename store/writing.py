@@ -357,8 +357,8 @@ class _Writer:
 
     def write(self, blocks: Iterable[Block]) -> None:
         self.valid, wrong = self.group.commits()
-        for shard in wrong:
-            self.group.discard(shard)
+        if wrong:
+            self.group.take_back_wrong()
         checker, waiting, step = _Checker(self.layout, known=self.known), list[_Checked](), self.layout.rows_per_shard
         # While a shard is read, the one before it is planned and the one before that committed: much of it is waiting.
         with ThreadPoolExecutor(2) as pool:

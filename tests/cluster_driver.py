@@ -2,7 +2,7 @@
 
 Its argument is JSON: `store`, `script`, `shards`, `seconds` that a shard takes, `device`, and options of the capture.
 Exit status and messages are those of `jobs/capture.py`. With `stay`, it keeps its connection until its input ends;
-`placeless_s` are the seconds without a GPU after which it says so.
+`placeless_s` are the seconds without a GPU after which it says so, `node_s` those that it waits for the end of a node.
 """
 
 import json
@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> int:
     store, script, stay = given.pop("store"), Path(given.pop("script")), given.pop("stay", False)
     loop.time = Clock(Script(script))  # type: ignore[assignment]
     clusters.PLACELESS_S = given.pop("placeless_s", clusters.PLACELESS_S)
+    clusters.NODE_S = given.pop("node_s", 0.5)
     source, seconds = text_source(numbered_texts(given.pop("shards"))), given.pop("seconds")
     config = CaptureConfig(store=store, **given)
     run: Any = faulty_run(store, script, seconds=seconds, retry_quarantined=config.retry_quarantined)

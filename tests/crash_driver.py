@@ -6,6 +6,7 @@ folder, with all of it there and nothing visible, and before a removal. Death is
 when that is done depends on the machine's speed, and it would take a number.
 """
 
+import gc
 import json
 import os
 import signal
@@ -55,7 +56,7 @@ def die_at(step: int | None, trace: Path) -> None:
 
         return call
 
-    for name in ("put", "put_new", "delete"):
+    for name in ("put", "put_new", "put_over", "delete"):
         setattr(LocalObjects, name, announced(getattr(LocalObjects, name), name))
     LocalObjects._write_partial = torn(LocalObjects._write_partial)  # type: ignore[method-assign]
 
@@ -81,5 +82,6 @@ def run(store: str, step: int | None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # a fork that looks through all of it copies all of it
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), flush=True)

@@ -1,4 +1,4 @@
-"""Writes the table of families in docs/design/0013-families.md from what `make families` found."""
+"""Writes the table of families in docs/models.md from what `make families` found."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "tests" / "benchmarks" / "results" / "families-survey.json"
-PAGE = ROOT / "docs" / "design" / "0013-families.md"
+PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- families: made by make families -->", "<!-- families: end -->"
 
 

@@ -8,23 +8,26 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from obstore.store import S3Store
 from patience import HUNG_S, wait_until
 
 
-def start_server() -> tuple[subprocess.Popen[bytes], str]:
+def start_server(
+    host: str = "127.0.0.1", popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
+) -> tuple[subprocess.Popen[bytes], str]:
     """Start a server on a free port; its process and its address, once it answers."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((host, 0))
         port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://{host}:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)]
+    process = popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def answers() -> bool:
         assert process.poll() is None, f"the S3 server ended with status {process.returncode}"
@@ -58,7 +61,7 @@ def variables(address: str) -> dict[str, str]:
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_METADATA_ENDPOINT": "http://127.0.0.1:9",
-        "NO_PROXY": "127.0.0.1",
+        "NO_PROXY": str(urlsplit(address).hostname),
     }
 
 

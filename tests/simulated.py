@@ -4,8 +4,6 @@ A process here is the code that `jobs/capture.py --local` runs, in this interpre
 through objects that count its steps: an act changes the store, a look reads it. Death is before an act, and whatever
 the dead one's `finally` blocks still try is refused; on a disk half an object is left in the scratch folder. Who stands
 still does so in a thread that waits, and goes on when it is told to, however long it has been taken for dead.
-
-An act is atomic here. On a real disk `put_over` is not: see `store.objects`.
 """
 
 import queue
@@ -215,9 +213,9 @@ def simulation(make: Callable[[str], Objects]) -> Iterator[None]:
         for module in (planned, names):
             patch.setattr(module, "open_objects", opened)
         patch.setattr(lease, "_holder", holder)
-        patch.setattr(lease, "_is_stale", lambda group, other: is_gone(other["process"]))
+        patch.setattr(lease, "_is_stale", lambda group, other, waits: is_gone(other["process"]))
         patch.setattr(lease, "RENEW_S", NEVER_S)  # who stands still does not notice that it was overtaken
-        patch.setattr(lease, "time", SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0))
+        patch.setattr(lease, "time", SimpleNamespace(sleep=lambda seconds: None))
         for module in (local, verification):
             patch.setattr(module, "ThreadPoolExecutor", _AtOnce)
         for module in (captures, local, loop, progress):

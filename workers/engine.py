@@ -171,7 +171,7 @@ def load_engine(
         # too late: torch reads it when it is first asked what the card can do.
         _set_allocator("expandable_segments:True")
     loaded = load_model(model_path(model), device=device, **options)
-    if not recorded.whole:
+    if not recorded.whole and len(loaded.routers) > 1:
         drop_last_experts(loaded)
     if device != "cpu":
         torch.cuda.empty_cache()  # transformers takes more while it loads than the weights need

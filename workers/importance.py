@@ -91,7 +91,7 @@ class ImportanceEngine(ModelEngine):
 
     def _keep(self, layer: int) -> Callable[..., None]:
         def keep(router: Any, args: Any, output: Any) -> None:
-            self._chosen[layer] = choices(output, self.experts_per_token)
+            self._chosen[layer] = choices(output, self.experts_per_token, router)
 
         return keep
 
@@ -140,7 +140,7 @@ class ImportanceEngine(ModelEngine):
         before = self._chosen[layer]
 
         def compare(router: Any, args: Any, output: Any) -> None:
-            pairs = zip(choices(output, self.experts_per_token), before, strict=True)
+            pairs = zip(choices(output, self.experts_per_token, router), before, strict=True)
             if all(torch.equal(now[filled_F.to(now.device)], was[filled_F.to(was.device)]) for now, was in pairs):
                 raise _Unchanged
 

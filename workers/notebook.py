@@ -73,7 +73,7 @@ def capture_texts(
     weight_precision
         "float16", "float32", or "compact": rounded to what the routers' own precision means.
     mask
-        Experts that cannot be chosen, each as (layer, expert) or by name, such as "7:1", "3-5:0-2" or "*:1": the
+        Experts that cannot be chosen, each as (layer, expert) or by name, such as `7:1`, `3-5:0-2` or `*:1`: the
         router's own rule chooses among the others. `logit` is what the router computed before.
     force
         Experts that are always among the chosen, named as those of `mask`, with the weight that their logits give.

@@ -8,7 +8,9 @@ The proof. A hook that never fires, fires twice, or returns an earlier batch is 
 by; 0 is a legal expert. So every layer must fire exactly once, after the layer below it, with one choice set for
 each token, every index must be legal, every weight finite, and on a sample of tokens the layer's own router, given
 the hidden states that reached it, must choose and weigh as was recorded. The sample is asked about in another order
-each time, so that a router which repeats an earlier answer for as many tokens is found out too.
+each time, so that a router which repeats an earlier answer for as many tokens is found too. What was recorded must also
+be what the experts were given (`workers.recordings.used`): a probability that is taken for a weight is taken for it
+again when the router is asked again.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -155,7 +157,7 @@ class RouteRecorder:
 
         def keep_choices(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
             self._fired.append(layer)
-            experts_TK, weights_TK = _of_layer(layer, output, self.k)
+            experts_TK, weights_TK = self._of_layer(layer, output)
             if len(experts_TK) != self._tokens:  # raised at once: the layer's experts would fail on it
                 raise RoutingError(f"layer {layer}: its router chose for {len(experts_TK)} tokens of {self._tokens}")
             home, hidden_TH = self._sample.device, args[0].reshape(-1, args[0].shape[-1])
@@ -217,12 +219,18 @@ class RouteRecorder:
 
     def _of_sample(self, layer: int, again: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What the layer's router said of the sampled tokens when it was asked about them alone."""
-        found = _of_layer(layer, again, self.k)
+        found = self._of_layer(layer, again)
         if len(found[0]) != len(self._sample):
             raise RoutingError(
                 f"layer {layer}: asked about {len(self._sample)} tokens, its router chose for {len(found[0])}"
             )
         return found
+
+    def _of_layer(self, layer: int, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            return choices(output, self.k, self.routers[layer])
+        except RoutingError as error:
+            raise RoutingError(f"layer {layer}: {error}") from error
 
 
 def rounded(weights: torch.Tensor, bits: int) -> torch.Tensor:
@@ -253,10 +261,3 @@ def _finite(output: Any) -> torch.Tensor:
 def _first(found_LF: torch.Tensor, token_F: torch.Tensor) -> torch.Tensor:
     """Of each layer the first token that was found, or -1; int64, shape (L,)."""
     return torch.where(found_LF.any(dim=1), token_F[found_LF.int().argmax(dim=1)], -1)
-
-
-def _of_layer(layer: int, output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    try:
-        return choices(output, k)
-    except RoutingError as error:
-        raise RoutingError(f"layer {layer}: {error}") from error

@@ -1,1 +1,1 @@
-"""One function a chart: from a labelled data set to Vega-Lite, and no I/O."""
+"""One function per chart, from a labelled data set to Vega-Lite, without I/O."""

@@ -1,4 +1,4 @@
-"""Where classes of tokens go: for each layer and class, the expert with the highest lift."""
+"""The experts of token classes: for each layer and class, the expert with the highest lift."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import xarray as xr
 from analysis.charts.theme import CELLS, Drawing, layer_step, layered, percent, rounded, visible
 
 STRONG_LIFT = 8.0  # at which a cell is coloured in full strength (arbitrary)
-WORDS_LAYERS = 34  # of more layers, cells are too low for a number (arbitrary)
+WORDS_LAYERS = 34  # with more layers, cells are too small for a number (arbitrary)
 NUMBERS = ("counts", "lift", "lift_low", "lift_high")
 
 
 def class_heatmap(found: xr.Dataset) -> Drawing:
-    """The expert that gets each class most out of proportion, by layer; pale where its lift may be 1.
+    """The expert with the highest lift for each class, by layer; pale if its lift may be 1.
 
     Parameters
     ----------
@@ -46,17 +46,17 @@ def class_heatmap(found: xr.Dataset) -> Drawing:
             alt.Tooltip("class:N"),
             alt.Tooltip("layer:O"),
             alt.Tooltip("expert:O"),
-            alt.Tooltip("share:Q", title="of the class, %"),
-            alt.Tooltip("share_from:Q", title="95 % from"),
+            alt.Tooltip("share:Q", title="share of the class, %"),
+            alt.Tooltip("share_from:Q", title="95% from"),
             alt.Tooltip("share_to:Q", title="to"),
-            alt.Tooltip("lift:Q", title="times all tokens"),
-            alt.Tooltip("lift_low:Q", title="95 % from"),
+            alt.Tooltip("lift:Q", title="lift"),
+            alt.Tooltip("lift_low:Q", title="95% from"),
             alt.Tooltip("lift_high:Q", title="to"),
-            alt.Tooltip("counts:Q", title="tokens sent there", format=","),
-            alt.Tooltip("tokens:Q", title="of the class", format=","),
+            alt.Tooltip("counts:Q", title="tokens at the expert", format=","),
+            alt.Tooltip("tokens:Q", title="tokens of the class", format=","),
         ],
     )
-    colour = alt.Color("lift:Q", title="times as often as the average token").scale(
+    colour = alt.Color("lift:Q", title="lift (1 = average token)").scale(
         type="log", domain=[1, STRONG_LIFT], range="ramp", interpolate="rgb", clamp=True
     )
     legend = colour.legend(orient="bottom", values=[1, 2, 4, 8], gradientLength=180)
@@ -68,10 +68,10 @@ def class_heatmap(found: xr.Dataset) -> Drawing:
         *([cells, words] if layers <= WORDS_LAYERS else [cells]),
         title=alt.Title(
             "Classes: the expert with the highest lift",
-            subtitle=[f"n = {found.attrs['n']:,} tokens; pale where it may be chance, or there is no interval"],
+            subtitle=[f"n = {found.attrs['n']:,} tokens; pale: may be chance, or no interval"],
         ),
         width="container",
         height=layer_step(layers) * layers,
-        description="For each layer and class of tokens, the expert that gets the class most out of proportion.",
+        description="For each layer and token class, the expert with the highest lift.",
     )
     return Drawing(chart, {CELLS: rows})

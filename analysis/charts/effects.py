@@ -1,4 +1,5 @@
-"""What a change does to predictions: intervals by class and by data set, tokens that lose most, coloured passages."""
+"""The effect of a change on predictions: intervals by class and by data set, tokens with the largest losses, coloured
+passages."""
 
 from __future__ import annotations
 
@@ -13,14 +14,14 @@ import xarray as xr
 from analysis.charts.theme import CELLS, POINTS, QUIET, Drawing, layered, rounded, visible
 
 ALL = "all tokens"
-ROW = 20  # pixels of a class or a token (arbitrary)
-COLUMNS = 44  # characters of a passage's line, which a telephone has room for
-LINE = 19  # pixels of it (arbitrary)
+ROW = 20  # pixels per class or token (arbitrary)
+COLUMNS = 44  # characters per line of a passage, which fit on a phone
+LINE = 19  # pixels per line (arbitrary)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Read:
-    """A token of a passage: its text, and by how many nats it is predicted better; NaN where that is not known."""
+    """A token of a passage: its text, and by how many nats it is predicted better; NaN if that is not known."""
 
     text: str
     effect: float
@@ -29,28 +30,28 @@ class Read:
 def effect_chart(
     rows: Sequence[Mapping[str, Any]], *, over: str, title: str, subtitle: Sequence[str], description: str
 ) -> Drawing:
-    """Effects with their intervals, from the top down; pale where p is above 5 % or there is none.
+    """Effects with their intervals, from the top down; pale if p is above 5% or missing.
 
     Parameters
     ----------
     rows : sequence of mapping
-        `over` and `effect`, `low`, `high`, `p` and `tokens`, as `effect_rows` gives them.
+        `over` and `effect`, `low`, `high`, `p` and `tokens`, from `effect_rows`.
     over : str
-        What there is a row for: "class", "data_set".
+        What each row stands for: "class", "data_set".
     title, subtitle, description : str
-        Of the chart.
+                Texts of the chart.
     """
     base = alt.Chart(alt.NamedData(name=POINTS)).encode(
         y=alt.Y(f"{over}:N", title=None, sort=[row[over] for row in rows]).axis(labelLimit=150),
         opacity=alt.condition("datum.p !== null && datum.p <= 0.05", alt.value(1), alt.value(0.35)),
     )
-    x = alt.X("effect:Q", title="nats a token, below 0: predicted worse").scale(zero=True)
+    x = alt.X("effect:Q", title="nats per token, below 0: predicted worse").scale(zero=True)
     points = base.mark_circle(size=60).encode(
         x=x,
         tooltip=[
             alt.Tooltip(f"{over}:N", title=over.replace("_", " ")),
-            alt.Tooltip("effect:Q", title="nats a token"),
-            alt.Tooltip("low:Q", title="95 % from"),
+            alt.Tooltip("effect:Q", title="nats per token"),
+            alt.Tooltip("low:Q", title="95% from"),
             alt.Tooltip("high:Q", title="to"),
             alt.Tooltip("p:Q"),
             alt.Tooltip("tokens:Q", title="predicted tokens", format=","),
@@ -71,7 +72,7 @@ def effect_chart(
 
 
 def class_rows(found: xr.Dataset) -> list[dict[str, Any]]:
-    """Of `analysis.effect`: all tokens, then the classes that occur, that which loses most a token first."""
+    """Rows from `analysis.effect`: all tokens, then the classes that occur, the largest loss per token first."""
     names = {"effect": "of_class", "low": "class_low", "high": "class_high", "p": "class_p"}
     columns = {key: found[name].values for key, name in names.items()}
     tokens, effects = found["class_tokens"].values, columns["effect"]
@@ -91,16 +92,16 @@ def class_rows(found: xr.Dataset) -> list[dict[str, Any]]:
 
 
 def losing_chart(found: xr.Dataset, pieces: Sequence[str], *, top: int) -> Drawing:
-    """The tokens that lose most over all their occurrences, in nats.
+    """The tokens with the largest losses over all their occurrences, in nats.
 
     Parameters
     ----------
     found : xr.Dataset
         From `analysis.effect`.
     pieces : sequence of str
-        Of the vocabulary.
+        The pieces of the vocabulary.
     top : int
-        Tokens listed at most.
+        The most tokens to list.
     """
     mean, tokens = found["of_token"].fillna(0.0).values, found["tokens"].values
     lost = mean * tokens
@@ -119,40 +120,40 @@ def losing_chart(found: xr.Dataset, pieces: Sequence[str], *, top: int) -> Drawi
         .mark_bar(height=ROW - 7, color=QUIET)
         .encode(
             y=alt.Y("token:N", title=None, sort=[row["token"] for row in rows]).axis(labelLimit=150),
-            x=alt.X("lost:Q", title="nats in all"),
+            x=alt.X("lost:Q", title="total nats"),
             tooltip=[
                 alt.Tooltip("token:N"),
-                alt.Tooltip("lost:Q", title="nats in all"),
-                alt.Tooltip("effect:Q", title="nats a token"),
-                alt.Tooltip("tokens:Q", title="predicted so often", format=","),
+                alt.Tooltip("lost:Q", title="total nats"),
+                alt.Tooltip("effect:Q", title="nats per token"),
+                alt.Tooltip("tokens:Q", title="times predicted", format=","),
             ],
         )
         .properties(
-            title=alt.Title("Tokens that lose most", subtitle=[f"n = {found.attrs['n']:,} predicted tokens"]),
+            title=alt.Title("Tokens with the largest losses", subtitle=[f"n = {found.attrs['n']:,} predicted tokens"]),
             width="container",
             height=ROW * max(1, len(rows)),
-            description="The tokens whose log-probabilities fall most over all their occurrences.",
+            description="The tokens with the largest total loss of log-probability over all their occurrences.",
         )
     )
     return Drawing(chart, {POINTS: rows})
 
 
 def passage_chart(passage: Sequence[Read], *, spread: float, title: str) -> Drawing:
-    """Tokens of a text, each on the colour of its difference: blue where it is predicted worse, orange where better.
+    """Tokens of a text, each coloured by its difference: blue if it is predicted worse, orange if better.
 
     Parameters
     ----------
     passage : sequence of Read
-        Tokens one after the other.
+        The tokens in order.
     spread : float
-        Nats of full colour.
+        The value of full colour, in nats.
     title : str
-        Of the chart.
+        Texts of the chart.
     """
     rows = _lines(passage, spread)
     base = alt.Chart(alt.NamedData(name=CELLS)).encode(y=alt.Y("line:O", title=None).axis(None).scale(paddingInner=0.1))
     x = alt.X("from:Q", title=None).scale(domain=[0, COLUMNS], nice=False).axis(None)
-    colour = alt.Color("effect:Q", title="nats more than without the change").scale(
+    colour = alt.Color("effect:Q", title="nats, with the change minus without").scale(
         domain=[-spread, 0, spread], range="diverging", interpolate="rgb", clamp=True
     )
     cells = base.mark_rect(aria=False).encode(
@@ -179,7 +180,7 @@ def passage_chart(passage: Sequence[Read], *, spread: float, title: str) -> Draw
 
 
 def _lines(passage: Sequence[Read], spread: float) -> list[dict[str, Any]]:
-    """Where each token stands: its line, the columns from and to which it is coloured, and where its text begins."""
+    """The place of each token: its line, the first and last coloured column, and the column where its text begins."""
     rows, line, at = [], 0, 0
     for number, read in enumerate(passage):
         first, *more = visible(read.text, keep="\n").split("\n")

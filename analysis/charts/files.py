@@ -22,20 +22,20 @@ FORMS: Mapping[str, Callable[..., str | bytes]] = {
 
 
 def write_chart(spec: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
-    """Write a chart as SVG, PDF and PNG; files that are there are replaced.
+    """Write a chart as SVG, PDF and PNG; existing files are replaced.
 
     Parameters
     ----------
     spec
         Vega-Lite, without a theme.
     folder
-        It is made where it is not there.
+        Created if it does not exist.
     name
-        Of the files; other characters than letters, digits, '.', '_' and '-' become '-'.
+        The base of the file names; characters other than letters, digits, '.', '_' and '-' become '-'.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
-    paper = theme() | {"background": "white"}  # on a transparent ground vl-convert gives pale colours another hue
+    paper = theme() | {"background": "white"}  # on a transparent background vl-convert changes the hue of pale colours
     written = []
     for form, convert in FORMS.items():
         drawn = convert({**spec, "width": WIDTH}, config=paper, allowed_base_urls=[])

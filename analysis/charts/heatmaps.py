@@ -1,4 +1,4 @@
-"""Heat maps over layers: load, how data sets differ, repetition in time. The middle of the colours is the null."""
+"""Heat maps over layers: load, how data sets differ, repetition in time. The middle of the colour scale is the null."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from analysis.charts.theme import (
 
 SURE = "datum.p <= 0.05"
 PALE = 0.3  # opacity of a cell that may be chance (arbitrary)
-_FEW_COLUMNS, _FEW_CELLS = 16, 256  # up to which cells have room for numbers
+_FEW_COLUMNS, _FEW_CELLS = 16, 256  # up to this many, cells have room for numbers
 _SMALL_SPREAD = 0.25  # load deviations up to a quarter of the even share stay pale; arbitrary
 
 
@@ -38,8 +38,8 @@ def load_heatmap(load: xr.Dataset, ends: xr.Dataset, *, spread: float | None = N
     ends : xr.Dataset
         `low` and `high` of the shares (layer, expert), from `analysis.interval`.
     spread : float, optional
-        Distance from the even share (in the unit of `share`) that has the full colour; give one value for
-        charts that lie side by side. Default: this load's own, see `load_spread`.
+        Distance from the even share (in the unit of `share`) that has the full colour; pass one value for charts shown
+        side by side. Default: this load's own, see `load_spread`.
     """
     null, n = load.attrs["null"], load.attrs["n"]
     spread = load_spread(load) if spread is None else spread
@@ -67,20 +67,20 @@ def load_heatmap(load: xr.Dataset, ends: xr.Dataset, *, spread: float | None = N
         [
             alt.Tooltip("expert:O"),
             alt.Tooltip("share:Q", title="share of choices, %"),
-            alt.Tooltip("low:Q", title="95 % from"),
+            alt.Tooltip("low:Q", title="95% from"),
             alt.Tooltip("high:Q", title="to"),
             alt.Tooltip("weight:Q", title="share of gate weight, %"),
             alt.Tooltip("tokens:Q", format=","),
         ],
         load.sizes["layer"],
         title="Load: share of choices, %",
-        subtitle=f"n = {n:,} tokens; even share {number(100 * null)} % is neutral",
+        subtitle=f"n = {n:,} tokens; an even share, {number(100 * null)}%, is neutral",
         description=f"Heat map of the share of choices of each expert at each layer, {n} tokens.",
     )
 
 
 def load_spread(*loads: xr.Dataset) -> float:
-    """A common colour range for loads: their largest distance from the even share, a quarter of it at least."""
+    """A common colour range for loads: their largest distance from the even share, at least a quarter of it."""
     spreads: list[float] = [_SMALL_SPREAD * load.attrs["null"] for load in loads]
     for load in loads:
         distance = abs(load["share"] - load.attrs["null"]).values
@@ -89,7 +89,7 @@ def load_spread(*loads: xr.Dataset) -> float:
 
 
 def contrast_heatmap(apart: xr.Dataset, data_set: str, *, spread: float) -> Drawing:
-    """By how much more of a data set's tokens reach each expert than of the others'; pale where that may be chance.
+    """How many more of a data set's tokens choose each expert than of the others'; pale if that may be chance.
 
     Parameters
     ----------
@@ -116,20 +116,20 @@ def contrast_heatmap(apart: xr.Dataset, data_set: str, *, spread: float) -> Draw
     return _heat_map(
         rows,
         expert_axis("expert", own.sizes["expert"]),
-        alt.Color("difference:Q", title="more than the others, points"),
+        alt.Color("difference:Q", title="difference from the others, percentage points"),
         [-100 * spread, 0, 100 * spread],
         [
             alt.Tooltip("expert:O"),
-            alt.Tooltip("share:Q", title="of its tokens, %"),
-            alt.Tooltip("difference:Q", title="more than the others, points"),
-            alt.Tooltip("difference_low:Q", title="95 % from"),
+            alt.Tooltip("share:Q", title="share of its tokens, %"),
+            alt.Tooltip("difference:Q", title="difference from the others, percentage points"),
+            alt.Tooltip("difference_low:Q", title="95% from"),
             alt.Tooltip("difference_high:Q", title="to"),
-            alt.Tooltip("p:Q", title="p, of all cells together"),
+            alt.Tooltip("p:Q", title="p, corrected for all cells"),
         ],
         own.sizes["layer"],
-        title="Tokens that reach the expert, difference in points",
-        subtitle=f"n = {apart.attrs['documents'][data_set]:,} documents; 0 is neutral, pale where p > 0.05",
-        description=f"Heat map of how many more tokens of {visible(data_set)} reach each expert.",
+        title="Difference in the share of tokens that choose the expert, percentage points",
+        subtitle=f"n = {apart.attrs['documents'][data_set]:,} documents; 0 is neutral, pale if p > 0.05",
+        description=f"Heat map of how many more tokens of {visible(data_set)} choose each expert.",
         sure=SURE,
     )
 
@@ -148,23 +148,23 @@ def saliency_heatmap(found: xr.Dataset) -> Drawing:
     return _heat_map(
         _cells(columns, found),
         expert_axis("expert", found.sizes["expert"]),
-        alt.Color("times:Q", title="times the mean of the layer"),
+        alt.Color("times:Q", title="relative to the layer's mean"),
         [0, 1, 2],
         [
             alt.Tooltip("expert:O"),
-            alt.Tooltip("times:Q", title="times the layer's mean"),
+            alt.Tooltip("times:Q", title="relative to the layer's mean"),
             *(alt.Tooltip(f"{name}:Q", title=title, format=",") for name, (_, title) in _OF_SALIENCY.items()),
         ],
         found.sizes["layer"],
-        title="Saliency: mean of weight × norm of the expert's output",
+        title="Saliency: mean of weight × output norm",
         subtitle=f"n = {found.attrs['n']:,} tokens; the layer's mean is neutral",
-        description="Heat map of how much each expert contributes at each layer, against the mean of the layer.",
+        description="Heat map of how much each expert contributes at each layer, relative to the layer's mean.",
     )
 
 
 _OF_SALIENCY = {
     "saliency": ("mean_saliency", "mean saliency"),
-    "low": ("mean_saliency_low", "95 % from"),
+    "low": ("mean_saliency_low", "95% from"),
     "high": ("mean_saliency_high", "to"),
     "largest": ("largest_saliency", "largest"),
     "norm": ("largest_norm", "largest norm"),
@@ -173,7 +173,8 @@ _OF_SALIENCY = {
 
 
 def logprob_heatmap(found: xr.Dataset, *, spread: float) -> Drawing:
-    """By how much the next token is more probable where a token reaches the expert than where the same token does not.
+    """How much more probable the next token is after a token that chooses the expert than after the same token that
+    does not.
 
     Parameters
     ----------
@@ -185,7 +186,7 @@ def logprob_heatmap(found: xr.Dataset, *, spread: float) -> Drawing:
     return _heat_map(
         _cells({name: found[variable] for name, (variable, _) in _OF_LOGPROB.items()}, found),
         expert_axis("expert", found.sizes["expert"]),
-        alt.Color("within:Q", title="nats more than without it"),
+        alt.Color("within:Q", title="difference in nats"),
         [-spread, 0, spread],
         [
             alt.Tooltip("expert:O"),
@@ -193,25 +194,25 @@ def logprob_heatmap(found: xr.Dataset, *, spread: float) -> Drawing:
         ],
         found.sizes["layer"],
         title="Log-probability of the next token, within the same token",
-        subtitle=f"n = {found.attrs['n']:,} tokens; 0 is neutral, pale where p > 0.05",
-        description="Heat map of how much more probable the next token is where a token reaches the expert.",
+        subtitle=f"n = {found.attrs['n']:,} tokens; 0 is neutral, pale if p > 0.05",
+        description="Heat map of how much more probable the next token is after a token that chooses the expert.",
         sure=SURE,
     )
 
 
 def importance_heatmap(found: xr.Dataset) -> Drawing:
-    """What predictions gain or lose without each expert.
+    """How predictions change without each expert.
 
     Parameters
     ----------
     found : xr.Dataset
-        From `analysis.importances`, of one data set. The largest twentieth of the effects have the full colour.
+        From `analysis.importances`, of one data set. The largest 5% of the effects have the full colour.
     """
     spread = max(float(np.nanquantile(abs(found["effect"]), _FULL_COLOUR)), 1e-9)
     drawing = _heat_map(
         _cells({name: found[variable] for name, (variable, _) in _OF_IMPORTANCE.items()}, found),
         expert_axis("expert", found.sizes["expert"]),
-        alt.Color("effect:Q", title="nats a token without it"),
+        alt.Color("effect:Q", title="nats per token without it"),
         [-spread, 0, spread],
         [
             alt.Tooltip("expert:O"),
@@ -219,8 +220,8 @@ def importance_heatmap(found: xr.Dataset) -> Drawing:
         ],
         found.sizes["layer"],
         title="Effect of masking an expert on the next token's log-probability",
-        subtitle=f"n = {int(found['n']):,} tokens; blue where predictions lose without it, pale where q > 0.05",
-        description="Heat map of what predictions lose or gain where an expert cannot be chosen at a layer.",
+        subtitle=f"n = {int(found['n']):,} tokens; blue: predictions are worse without it; pale if q > 0.05",
+        description="Heat map of how predictions change if an expert cannot be chosen at a layer.",
     )
     pale = alt.condition("datum.q <= 0.05", alt.value(1), alt.value(0.3))
     return Drawing(drawing.chart.encode(opacity=pale), drawing.rows)
@@ -228,10 +229,10 @@ def importance_heatmap(found: xr.Dataset) -> Drawing:
 
 _FULL_COLOUR = 0.95  # arbitrary: the quantile of the effects' sizes
 _OF_IMPORTANCE = {
-    "effect": ("effect", "effect, nats a predicted token"),
-    "low": ("effect_low", "95 % from"),
+    "effect": ("effect", "effect, nats per predicted token"),
+    "low": ("effect_low", "95% from"),
     "high": ("effect_high", "to"),
-    "q": ("q", "q, of all experts"),
+    "q": ("q", "q, over all experts"),
     "share": ("share", "share of choices"),
     "saliency": ("mean_saliency", "mean saliency"),
 }
@@ -239,17 +240,17 @@ _OF_IMPORTANCE = {
 
 _OF_LOGPROB = {
     "within": ("within", "within the same token, nats"),
-    "low": ("within_low", "95 % of all together, from"),
+    "low": ("within_low", "simultaneous 95% from"),
     "high": ("within_high", "to"),
-    "p": ("within_p", "p, of all cells together"),
+    "p": ("within_p", "p, corrected for all cells"),
     "difference": ("difference", "over all tokens, nats"),
     "compared": ("compared", "tokens compared"),
-    "tokens": ("tokens", "tokens that reach it"),
+    "tokens": ("tokens", "tokens that choose it"),
 }
 
 
 def _cells(columns: Mapping[str, xr.DataArray], found: xr.Dataset) -> Rows:
-    """A row for each layer and expert."""
+    """One row for each layer and expert."""
     values = {name: column.transpose("layer", "expert").values for name, column in columns.items()}
     return [
         {"layer": int(layer), "expert": int(expert), **{name: _shown(of[at, e]) for name, of in values.items()}}
@@ -259,7 +260,7 @@ def _cells(columns: Mapping[str, xr.DataArray], found: xr.Dataset) -> Rows:
 
 
 def _shown(value: Any) -> float | int | None:
-    """A count as it is, and any other number rounded."""
+    """A count unchanged, any other number rounded."""
     return int(value) if isinstance(value, np.integer) else rounded(value)
 
 
@@ -272,7 +273,7 @@ def repetition_heatmap(repeated: xr.Dataset, pairs: Sequence[int], *, spread: fl
         `estimate`, `low` and `high` of `any_shared` (lag, layer), from `analysis.interval`; its
         attribute `null` is the share by chance.
     pairs : sequence of int
-        Of each lag.
+        The number of pairs at each lag.
     spread : float
         Distance from the null that has the full colour, as a share of pairs.
     """
@@ -291,20 +292,21 @@ def repetition_heatmap(repeated: xr.Dataset, pairs: Sequence[int], *, spread: fl
     ]
     return _heat_map(
         rows,
-        alt.X("lag:O", title="lag, tokens", axis=alt.Axis(labelAngle=0, orient="top")).scale(paddingInner=0.04),
-        alt.Color("share:Q", title="pairs that share an expert, %"),
+        alt.X("lag:O", title="lag in tokens", axis=alt.Axis(labelAngle=0, orient="top")).scale(paddingInner=0.04),
+        alt.Color("share:Q", title="pairs with an expert in common, %"),
         [100 * max(0.0, null - spread), 100 * null, 100 * min(1.0, null + spread)],
         [
             alt.Tooltip("lag:O"),
-            alt.Tooltip("share:Q", title="pairs that share an expert, %"),
-            alt.Tooltip("low:Q", title="95 % from"),
+            alt.Tooltip("share:Q", title="pairs with an expert in common, %"),
+            alt.Tooltip("low:Q", title="95% from"),
             alt.Tooltip("high:Q", title="to"),
             alt.Tooltip("pairs:Q", format=","),
         ],
         values.sizes["layer"],
-        title="Repetition: pairs that share an expert, %",
-        subtitle=f"n = {pairs[0]:,} pairs of neighbours; {number(100 * null)} % by chance is neutral",
-        description="Heat map of how often two tokens at a distance share an expert, by layer.",
+        title="Repetition: pairs with an expert in common, %",
+        subtitle=f"n = {pairs[0]:,} pairs of neighbouring tokens; the value expected by chance, {number(100 * null)}%,"
+        " is neutral",
+        description="Heat map of how often two tokens at a given distance have an expert in common, by layer.",
     )
 
 
@@ -321,15 +323,14 @@ def _heat_map(
     description: str,
     sure: str | None = None,
 ) -> Drawing:
-    """A cell for each layer and place on `x`; the middle of the domain is neutral, and pale what is not `sure`.
-
-    Few cells have their numbers in them.
+    """A cell for each layer and place on `x`; the middle of the domain is neutral, and cells that are not `sure` are
+    pale. If there are few cells, they show their numbers.
     """
     y = alt.Y("layer:O", title="layer").scale(paddingInner=0.08)
     scaled = colour.scale(
         domain=domain,
         range="diverging",
-        interpolate="rgb",  # the default goes through green and maroon, which would look like a third kind
+        interpolate="rgb",  # the default passes through green and maroon, which would look like a third category
         clamp=True,
     )
     cells: alt.Chart = (
@@ -356,7 +357,7 @@ def _heat_map(
 
 
 def _numbers(field: str, domain: Sequence[float], sure: str | None) -> list[alt.Chart]:
-    """The numbers of cells: on pale, middle and strong colours in the ink that the theme has for each."""
+    """The numbers of cells: on pale, middle and strong colours, in the theme's text colour for each."""
     low, middle, high = domain
     digits = 0 if high >= 10 else 1 if high >= 1 else 2
     value = f"datum.{field}"

@@ -1,4 +1,4 @@
-"""Line charts: one number by layer, distance, position or cache size, a line for each data set."""
+"""Line charts: one number by layer, distance, position or cache size, one line per data set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import xarray as xr
 
 from analysis.charts.theme import POINTS, QUIET, Drawing, layered, rounded, visible
 
-_DASHES = [4, 3]  # pixels drawn, and left out
+_DASHES = [4, 3]  # pixels drawn and skipped
 
 
 def lines(
@@ -28,29 +28,28 @@ def lines(
     interval: Mapping[str, tuple[xr.DataArray, xr.DataArray]] | None = None,
     counted: Mapping[str, xr.DataArray] | None = None,
 ) -> Drawing:
-    """One number by place, a line for each data set.
+    """One number by place, one line per data set.
 
     Parameters
     ----------
     values : mapping of str to xr.DataArray
-        Over `over`, by data set.
+        The numbers along `over`, by data set.
     title, subtitle, unit : str
-        What the number is; n and the null; the unit on the axis.
+        The quantity; n and the null; the unit on the axis.
     over, axis : str
         The dimension from left to right, and its title; default its name.
     each : str
-        What there is a line for. A data set has its colour; lines of anything else are grey, and told apart by
-        their marks.
+        What each line stands for. A data set has its own colour; other lines are grey and distinguished by their marks.
     domain : pair of float, optional
-        The ends of the axis, for charts that are compared; default where the numbers are.
+        The ends of the axis, for charts that are compared; default the range of the numbers.
     null : float, optional
-        What there would be by chance, at every place: a dashed rule.
+        The value expected by chance, the same at every place: a dashed rule.
     by_chance : mapping of str to xr.DataArray, optional
         The same by place and line: dashed lines.
     interval : mapping of str to pair of xr.DataArray, optional
         Ends by place and line: bands.
     counted : mapping of str to xr.DataArray, optional
-        How many tokens or pairs a number is of, where that differs from place to place.
+        How many tokens or pairs a number is based on, if that differs from place to place.
     """
     rows: list[dict[str, Any]] = []
     for label, series in values.items():
@@ -75,7 +74,7 @@ def lines(
     kinds = alt.Scale(domain=order, range="category" if each == "data_set" else "ordinal")
     colour = alt.Color(f"{each}:N", sort=order, scale=kinds, legend=legend)
     shape = alt.Shape(f"{each}:N", sort=order, scale=alt.Scale(domain=order, range="symbol"), legend=legend)
-    titles = {"value": unit, "by_chance": "by chance", "low": "95 % from", "high": "to", "n": "n"}
+    titles = {"value": unit, "by_chance": "expected by chance", "low": "95% from", "high": "to", "n": "n"}
     tooltip = [alt.Tooltip(f"{each}:N", title=each.replace("_", " ")), alt.Tooltip(f"{over}:O")]
     tooltip += [
         alt.Tooltip(f"{name}:Q", title=titles[name], format="," if name == "n" else alt.Undefined)

@@ -1,7 +1,7 @@
-"""All layers and experts as circles, and the first choices that follow each other as links.
+"""All layers and experts as circles, and consecutive first choices as links.
 
-A picture holds the ways of many: all tokens of each data set, and some tokens by themselves. Its rows are of all of
-them, and it shows those of one (`way`).
+A picture holds several ways: all tokens of each data set, and some single tokens. Its rows cover all of them, and it
+shows one (`way`) at a time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ from analysis.charts.theme import LINKS, Drawing, expert_axis, layer_step, layer
 from analysis.scanning import Array
 
 CIRCLES = "circles"
-MAX_LINKS, MAX_TOKEN_LINKS = 2_000, 150  # drawn links of all tokens, and of one: the page stays small; arbitrary
-SURE_BITS = 10.0  # of evidence that a link is above chance: by luck at most one in 2**10 is (a Chernoff bound)
+MAX_LINKS, MAX_TOKEN_LINKS = (
+    2_000,
+    150,
+)  # most links drawn for all tokens and for one, to keep the page small; arbitrary
+SURE_BITS = (
+    10.0  # of evidence that a link is above chance; by chance at most one in 2**10 reaches it (a Chernoff bound)
+)
 STRONG_LINK = 0.5  # share of an expert's tokens at which a link is drawn in full strength; arbitrary
 
 
@@ -28,30 +33,31 @@ class Way:
     """First choices of some tokens, and how they follow each other."""
 
     counted: str
-    """What it is of, in words: "tokens"."""
+    """What was counted, in words: "tokens"."""
     n: int
     first: xr.DataArray
     """Counts (layer, expert)."""
     followed: xr.DataArray
     """Counts (lower layer, expert, next_expert)."""
     whole: bool = True
-    """Of all tokens: all circles are drawn, and many links. Else only circles that links touch."""
+    """Whether it covers all tokens: then all circles and many links are drawn, otherwise only circles that links
+    touch."""
 
 
 def path_chart(ways: Sequence[Way]) -> tuple[Drawing, list[list[str]]]:
-    """The picture of some ways through the layers of one model, and the subtitle of each.
+    """The picture of several ways through the layers of one model, and the subtitle of each.
 
     Parameters
     ----------
     ways : sequence of Way
-        Over the same layers and experts; the subtitle that is there is the first one's.
+        Ways over the same layers and experts; the drawing has the subtitle of the first one.
 
     Returns
     -------
     Drawing
-        Links and circles, which name their way by its place in `ways`.
+        Links and circles, whose rows name their way by its index in `ways`.
     list of list of str
-        The lines under the title when that way is shown.
+        The subtitle lines for each way.
     """
     layers = [int(layer) for layer in ways[0].first["layer"].values]
     experts, links, circles, subtitles = ways[0].first.sizes["expert"], [], [], []
@@ -61,14 +67,14 @@ def path_chart(ways: Sequence[Way]) -> tuple[Drawing, list[list[str]]]:
         circles += [{"way": index, **row} for row in circle_rows(way, own)]
         subtitles.append(
             [
-                f"n = {way.n:,} {way.counted}, first choices; chance is {number(100 / experts)} %",
-                f"{len(own):,} of {sure:,} links surely above chance; full ink from {_strong(experts):g}×",
+                f"n = {way.n:,} {way.counted}, first choices; expected by chance: {number(100 / experts)}%",
+                f"{len(own):,} of {sure:,} links clearly above chance; full strength from {_strong(experts):g}×",
             ]
         )
     chart = layered(
         _links(experts, layers),
         _circles(experts, layers),
-        title=alt.Title("Paths: share of tokens, times chance", subtitle=subtitles[0]),
+        title=alt.Title("Paths: share of tokens relative to chance", subtitle=subtitles[0]),
         width="container",
         height=1.6 * layer_step(len(layers)) * len(layers),
         description="Transitions of first choices between neighbouring layers.",
@@ -77,11 +83,12 @@ def path_chart(ways: Sequence[Way]) -> tuple[Drawing, list[list[str]]]:
 
 
 def link_rows(way: Way, most: int) -> tuple[list[dict[str, Any]], int]:
-    """The surest links above chance, and how many are surely above chance in all; drawn from the last on."""
+    """The links most clearly above chance, in reverse order for drawing, and the number of all links clearly above
+    chance."""
     count = way.followed.transpose(..., "expert", "next_expert").values
     experts, layers = count.shape[-1], way.first["layer"].values
     bits = evidence(count)
-    order = np.argsort(-bits, axis=None, kind="stable")  # equals by place
+    order = np.argsort(-bits, axis=None, kind="stable")  # ties by index
     order = order[bits.ravel()[order] >= SURE_BITS]
     share = count / np.maximum(count.sum(-1, keepdims=True), 1)
     places = zip(*np.unravel_index(order[:most][::-1], count.shape), strict=True)
@@ -101,10 +108,11 @@ def link_rows(way: Way, most: int) -> tuple[list[dict[str, Any]], int]:
 
 
 def evidence(count: Array) -> Array:
-    """How sure it is that a transition is above chance, in bits; 0 for what is not.
+    """The evidence that a transition is above chance, in bits; 0 if it is not above.
 
-    Of n tokens at an expert x go on to another one, of E. Were their choices even and independent, the chance of x or
-    more would be at most 2 ** -(n · KL(x/n, 1/E)), which is Chernoff's bound; what is returned is its exponent.
+    Of the n tokens at an expert, x go to a given one of the E experts of the next layer. If their choices were even and
+    independent, the probability of x or more would be at most 2 ** -(n · KL(x/n, 1/E)), which is Chernoff's bound; this
+    function returns its exponent.
 
     Parameters
     ----------
@@ -122,7 +130,7 @@ def evidence(count: Array) -> Array:
 
 
 def circle_rows(way: Way, links: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The share of the first choices of each expert, or of those alone that links touch."""
+    """The share of the first choices of each expert, or only of those that links touch."""
     first, layers = way.first.transpose("layer", "expert").values, way.first["layer"].values
     touched = {(row[f"{end}layer"], row[f"{end}expert"]) for row in links for end in ("", "next_")}
     return [
@@ -134,7 +142,7 @@ def circle_rows(way: Way, links: Sequence[dict[str, Any]]) -> list[dict[str, Any
 
 
 def _strong(experts: int) -> float:
-    """Times chance at which a link is drawn in full strength."""
+    """The multiple of chance at which a link is drawn in full strength."""
     return max(2.0, STRONG_LINK * experts)
 
 
@@ -143,9 +151,9 @@ def _layer_axis(layers: Sequence[int]) -> alt.Y:
 
 
 def _links(experts: int, layers: Sequence[int]) -> alt.Chart:
-    """A rule for each link: ink for how far above chance it is, width for how many tokens take it.
+    """A rule for each link: its strength shows how far above chance it is, its width how many tokens take it.
 
-    Hovering an expert leaves the links that come to it or go from it.
+    Hovering over an expert leaves only the links to and from it.
     """
     touches = " || ".join(
         f"(datum.{of}layer == hovered.layer[0] && datum.{of}expert == hovered.expert[0])" for of in ("", "next_")
@@ -168,7 +176,7 @@ def _links(experts: int, layers: Sequence[int]) -> alt.Chart:
                 alt.Tooltip("next_layer:O", title="next layer"),
                 alt.Tooltip("next_expert:O", title="next expert"),
                 alt.Tooltip("share:Q", title="share of the expert's tokens, %"),
-                alt.Tooltip("times_chance:Q", title="times chance"),
+                alt.Tooltip("times_chance:Q", title="relative to chance"),
                 alt.Tooltip("tokens:Q", format=","),
             ],
         )
@@ -177,7 +185,7 @@ def _links(experts: int, layers: Sequence[int]) -> alt.Chart:
 
 
 def _circles(experts: int, layers: Sequence[int]) -> alt.Chart:
-    """A circle for each expert, as large as its share of the first choices, up to eight times the even one."""
+    """A circle for each expert; its size is the share of the first choices, up to eight times an even share."""
     hovered = alt.selection_point(name="hovered", on="pointerover", clear="pointerout", fields=["layer", "expert"])
     size = alt.Size("first:Q", legend=None).scale(
         domain=[0, 800 / experts], range=[4, 480 if experts <= 16 else 80], clamp=True

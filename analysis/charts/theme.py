@@ -1,10 +1,10 @@
-"""What all charts share: one theme, the numbers that a chart shows, axes and rounding.
+"""What all charts share: the theme, the numbers that a chart shows, axes and rounding.
 
-`analysis.charts.lines`, `heat_charts`, `path_charts` and `token_charts` hold one function a chart, from labelled
+`analysis.charts.lines`, `heat_charts`, `path_charts` and `token_charts` hold one function per chart, from labelled
 Datasets to a `Drawing`. They promise: every title states the quantity and its unit, every subtitle n and the null;
-colours are safe for colour-blind readers and name roles ("diverging", "ramp"), so that `theme` alone decides light or
-dark; the marks that carry the numbers are named (`CELLS`, `LINKS`, `TOKENS`, `POINTS`), one a row of the first of a
-drawing's tables. No files, no network. None of them knows stores: they draw what the metrics return.
+colours are safe for colour-blind readers and name roles ("diverging", "ramp"), so only `theme` distinguishes light and
+dark; the marks that carry the numbers are named (`CELLS`, `LINKS`, `TOKENS`, `POINTS`), one for each row of a drawing's
+first table. No files, no network. They do not know about stores: they draw what the metrics return.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from analysis.escaping import visible
 __all__ = ["CELLS", "LINKS", "POINTS", "TOKENS", "Drawing", "Rows", "theme", "visible"]
 
 Rows = Sequence[Mapping[str, Any]]
-"""A table as JSON has it: a name and a value for each cell."""
+"""A table as in JSON: a name and a value for each cell."""
 
 # Names of the marks that carry a chart's numbers.
 CELLS, LINKS, TOKENS, POINTS = "cells", "links", "tokens", "points"
 
 _NOTEBOOK_WIDTH = 520  # arbitrary: pixels
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
-QUIET = "#8a93a3"  # what chance gives: seen on both grounds, and no data set's colour
+QUIET = "#8a93a3"  # the value expected by chance: visible on both backgrounds, and not the colour of a data set
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-# Each colour has one meaning. Blue is less and orange more than expected, through the page's own paper: told apart with
-# any colour vision. Data sets have neither of the two, and marks beside their colours. Grey is no data set.
+# Each colour has one meaning. Blue is less and orange more than expected, and the page's background is neutral; both
+# are distinguishable with any colour vision. Data sets use neither of the two, and have marks in addition to colours.
+# Grey is not a data set.
 _LIGHT: Mapping[str, Any] = {
     "ink": "#1d2129",
     "soft": "#5b6472",
@@ -57,7 +58,7 @@ _DARK: Mapping[str, Any] = {
 
 
 def theme(dark: bool = False) -> dict[str, Any]:
-    """Vega-Lite's `config` for all charts, on a light or a dark ground.
+    """Vega-Lite's `config` for all charts, on a light or a dark background.
 
     Returns
     -------
@@ -110,10 +111,11 @@ def _light() -> alt.theme.ThemeConfig:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart, and the numbers that it shows: by name, those of the marks that carry them first."""
+    """A chart, and the numbers that it shows, by name; the numbers of its marks come first."""
 
     chart: alt.Chart | alt.LayerChart
-    """It names its tables and does not hold them: Altair would check every row, which took most of a drawing's time."""
+    """The chart names its tables and does not hold them: Altair would validate every row, which took most of the
+    time."""
     rows: Mapping[str, Rows]
 
     @property
@@ -124,7 +126,7 @@ class Drawing:
         return {**spec, "datasets": {name: list(rows) for name, rows in self.rows.items()}}
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
-        """What Jupyter shows, as `alt.renderers` says: on white, for a dark one too."""
+        """What Jupyter shows, according to `alt.renderers`; on white, also in a dark notebook."""
         paper = {"width": _NOTEBOOK_WIDTH, "background": "white", "padding": 12}
         return alt.Chart.from_dict(self.spec | paper)._repr_mimebundle_(include, exclude)
 
@@ -132,12 +134,14 @@ class Drawing:
 def layered(*layers: alt.Chart | alt.LayerChart, **properties: Any) -> alt.LayerChart:
     """Layers with these properties."""
     chart = alt.layer(*layers).properties(**properties)
-    assert isinstance(chart, alt.LayerChart)  # altair's annotation allows a facet, which these properties do not make
+    assert isinstance(
+        chart, alt.LayerChart
+    )  # altair's annotation allows a facet, which these properties cannot produce
     return chart
 
 
 def expert_axis(field: str, num_experts: int) -> alt.X:
-    """Experts from left to right: every number when they fit, else every eighth."""
+    """Experts from left to right: every number if they fit, otherwise every eighth."""
     axis = alt.Axis(labelAngle=0, orient="top")
     if num_experts > 16:
         axis = alt.Axis(labelAngle=0, orient="top", values=list(range(0, num_experts, 8)))
@@ -145,17 +149,17 @@ def expert_axis(field: str, num_experts: int) -> alt.X:
 
 
 def layer_step(num_layers: int) -> int:
-    """Pixels a layer: few layers get room, many stay on a screen."""
+    """Pixels per layer: few layers get more room, many still fit on a screen."""
     return int(np.clip(520 / max(num_layers, 1), 15, 34))
 
 
 def percent(share: Any) -> float | None:
-    """A share in per cent, as `rounded`."""
+    """A share in percent, rounded by `rounded`."""
     return rounded(100 * float(share))
 
 
 def rounded(value: Any) -> float | None:
-    """Four significant digits, None for what is undefined: what a reader and a small page need."""
+    """Four significant digits, None for undefined values; keeps the page small."""
     return None if np.isnan(value) else float(f"{float(value):.4g}")
 
 

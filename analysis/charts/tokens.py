@@ -8,18 +8,18 @@ import xarray as xr
 
 from analysis.charts.theme import TOKENS, Drawing, layered, percent, rounded, visible
 
-STRONG_LIFT = 8.0  # lift within documents at which a token is coloured in full strength; arbitrary
-_WITHIN = "times the same tokens shuffled in documents"
+STRONG_LIFT = 8.0  # lift within documents at which a token has the full colour; arbitrary
+_WITHIN = "lift within documents"
 
 
 def token_chart(tokens: xr.Dataset) -> Drawing:
-    """The first tokens of each expert, coloured by lift; its rows are of all layers, and it shows those of one.
+    """The first tokens of each expert, coloured by lift; its rows cover all layers, and it shows one layer at a time.
 
     Parameters
     ----------
     tokens : xr.Dataset
-        From `analysis.expert_tokens`, with a `layer` dimension of at least one. Where `expert_tokens_of` was given
-        shuffled tokens too, the colour is the lift within documents.
+        From `analysis.expert_tokens`, with a `layer` dimension of at least one. If `expert_tokens_of` was also given
+        shuffled tokens, the colour is the lift within documents.
     """
     colour_by = "lift_within" if "lift_within" in tokens else "lift"
     names = ("token_id", "piece", "tokens", "share", "lift", *[name for name in ("lift_within",) if name in tokens])
@@ -34,7 +34,7 @@ def token_chart(tokens: xr.Dataset) -> Drawing:
             "share": percent(values["share"][at, expert, rank]),
             **{name: rounded(values[name][at, expert, rank]) for name in names[4:]},
         }
-        for at, expert, rank in np.argwhere(values["token_id"] >= 0)  # in the order layer, expert, place
+        for at, expert, rank in np.argwhere(values["token_id"] >= 0)  # ordered by layer, expert, rank
     ]
     base = alt.Chart(alt.NamedData(name=TOKENS)).encode(
         x=alt.X("rank:O", title="rank").axis(labelAngle=0).scale(paddingInner=0.04),
@@ -44,12 +44,12 @@ def token_chart(tokens: xr.Dataset) -> Drawing:
             alt.Tooltip("layer:O"),
             alt.Tooltip("expert:O"),
             alt.Tooltip("share:Q", title="share of its occurrences, %"),
-            alt.Tooltip("lift:Q", title="times all tokens"),
+            alt.Tooltip("lift:Q", title="lift"),
             *[alt.Tooltip(f"{name}:Q", title=_WITHIN) for name in names[5:]],
             alt.Tooltip("tokens:Q", title="occurrences", format=","),
         ],
     )
-    legend = _WITHIN if colour_by == "lift_within" else "times as often as the average token"
+    legend = _WITHIN if colour_by == "lift_within" else "lift (1 = average token)"
     scaled = alt.Color(f"{colour_by}:Q", title=legend).scale(
         type="log", domain=[1, STRONG_LIFT], range="ramp", interpolate="rgb", clamp=True
     )
@@ -61,8 +61,11 @@ def token_chart(tokens: xr.Dataset) -> Drawing:
         tiles,
         words.properties(name=TOKENS),
         title=alt.Title(
-            "Tokens: lift, times the average",
-            subtitle=[f"n = {tokens.attrs['n']:,} tokens", f"ordered by {order} over all tokens, seen {least}+ times"],
+            "Tokens: lift",
+            subtitle=[
+                f"n = {tokens.attrs['n']:,} tokens",
+                f"ordered by {order} over all tokens, at least {least} occurrences",
+            ],
         ),
         width="container",
         height=24 * tokens.sizes["expert"],

@@ -1,1 +1,1 @@
-"""What is wrong with routes, from the routes alone or beside a capture of the same tokens, each fault with evidence."""
+"""What is wrong with routes, from the routes alone or compared with a capture of the same tokens, with evidence."""

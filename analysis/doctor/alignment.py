@@ -1,7 +1,8 @@
-"""Routes beside a capture of the same tokens: the shift that fits best, what agrees there, and what near-ties explain.
+"""Routes compared with a capture of the same tokens: the best shift, the agreement there, and what near-ties explain.
 
-Compared are the first rows of documents, as far as both go: a token there has the same text before it in both, however
-rows are cut. Choices are compared as sets, since engines promise no order. Does not know which of the two is right.
+The first rows of documents are compared, up to the shorter one: there, a token has the same preceding text in both,
+however rows are split. Choices are compared as sets, because engines do not guarantee an order. Does not know which of
+the two is right.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import xarray as xr
 from analysis.scanning import Array
 
 POSITIONS, LAYERS = range(-4, 5), range(-3, 4)  # shifts that are tried
-SAMPLED = 16_384  # tokens that are compared, about: documents are taken whole, in their order
+SAMPLED = 16_384  # approximate number of tokens compared: whole documents, in order
 AGREES = 0.995  # of all choices
-ROUNDED = 0.8  # of all choices, and of the tokens that differ those that near-ties explain (arbitrary)
-CLEARLY = 0.2  # by how much a shift must fit better than none (arbitrary)
+ROUNDED = 0.8  # of all choices, and of the differing tokens that near-ties explain (arbitrary)
+CLEARLY = 0.2  # how much better a shift must fit than no shift (arbitrary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +27,13 @@ class Texts:
     """First rows of documents."""
 
     layers: Sequence[int]
-    """The model's own numbers."""
+    """Layers, by the model's own numbers."""
     document: Array
     """Ids (rows), ascending."""
     token: Array
-    """(rows, P); -1 behind the last one."""
+    """(rows, P); -1 after the last one."""
     expert: Array
-    """(rows, P, layers, k); -1 where it is not known."""
+    """(rows, P, layers, k); -1 if not known."""
     weight: Array | None
     """Like `expert`."""
 
@@ -43,7 +44,7 @@ class Alignment:
 
     verdict: str
     position: int
-    """The shift that fits best: a token's routes are those of the reference's token so many places behind it."""
+    """The best shift: a token's routes are those of the reference's token so many places after it."""
     layer: int
     """Layer l has the choices of the reference's layer l + `layer`."""
     agreement: float
@@ -51,15 +52,15 @@ class Alignment:
     unshifted: float
     """The same without a shift."""
     chance: float
-    """Of two unrelated sets of experts with the loads that these have."""
+    """The value expected for two unrelated sets of experts with the same loads."""
     tokens: int
-    """Compared at the best shift."""
+    """Tokens compared at the best shift."""
     documents: int
     differing: int
     """Tokens that differ at some layer."""
     explained: float | None
-    """Of these, the share that a near-tie explains: where they first differ, only the reference's choice with the
-    smallest weight is another one. None where none differs, or the reference has no weights."""
+    """The share of these that a near-tie explains: at the first layer that differs, only the reference's choice with
+    the smallest weight is different. None if no token differs, or the reference has no weights."""
 
 
 def first_rows(capture: xr.Dataset, most_documents: int | None = None) -> Texts:
@@ -68,9 +69,9 @@ def first_rows(capture: xr.Dataset, most_documents: int | None = None) -> Texts:
     Parameters
     ----------
     capture : xr.Dataset
-        As `store.open_capture` gives it; rows that are not captured are left out.
+        From `store.open_capture`; rows that are not captured are left out.
     most_documents
-        So many documents at most.
+        The most documents to read.
 
     Returns
     -------
@@ -88,9 +89,7 @@ def first_rows(capture: xr.Dataset, most_documents: int | None = None) -> Texts:
     enough = int(np.searchsorted(lengths.cumsum(), SAMPLED)) + 1
     own = capture.isel(doc=rows[:enough], position=slice(int(lengths[:enough].max(initial=0))))
     if not own.sizes["doc"]:
-        raise ValueError(
-            f"{capture.attrs.get('dataset', 'the capture')} has no first row of a document that is captured"
-        )
+        raise ValueError(f"{capture.attrs.get('dataset', 'the capture')} has no captured first row of a document")
     expert = own["expert"].values
     known = (expert != np.iinfo(expert.dtype).max).all((2, 3)) & (
         np.arange(expert.shape[1]) < own["length"].values[:, None]
@@ -110,9 +109,9 @@ def align(own: Texts, reference: Texts, experts: int) -> Alignment:
     Parameters
     ----------
     own, reference
-        Of the same texts.
+        Routes of the same texts.
     experts
-        E of a layer.
+        The number of experts of a layer, E.
 
     Returns
     -------
@@ -122,12 +121,12 @@ def align(own: Texts, reference: Texts, experts: int) -> Alignment:
     Raises
     ------
     ValueError
-        When they have no document in common, other tokens, or another k.
+        When they have no document in common, different tokens, or a different k.
     """
     if own.expert.shape[3] != reference.expert.shape[3]:
         raise ValueError(
-            f"{own.expert.shape[3]} experts a token cannot be compared with {reference.expert.shape[3]}: import what"
-            " the model chose"
+            f"{own.expert.shape[3]} experts per token cannot be compared with {reference.expert.shape[3]}: import the"
+            " choices of the model"
         )
     own, reference = _in_common(own, reference)
     ours, theirs = np.sort(own.expert, axis=-1), np.sort(reference.expert, axis=-1)
@@ -166,7 +165,7 @@ def _verdict(position: int, layer: int, best: float, unshifted: float, explained
 
 
 def _in_common(own: Texts, reference: Texts) -> tuple[Texts, Texts]:
-    """The documents of both, as far as the shorter row goes."""
+    """The documents that both have, up to the end of the shorter row."""
     document, here, there = np.intersect1d(own.document, reference.document, return_indices=True)
     if not len(document):
         raise ValueError("the two have no document in common")
@@ -177,8 +176,8 @@ def _in_common(own: Texts, reference: Texts) -> tuple[Texts, Texts]:
     if differ.any():
         row, at = np.argwhere(differ)[0]
         raise ValueError(
-            f"the two hold other texts: at position {at} of document {document[row]} stand tokens {tokens[row, at]} and"
-            f" {others[row, at]}"
+            f"the two hold different texts: at position {at} of document {document[row]}, the tokens are"
+            f" {tokens[row, at]} and {others[row, at]}"
         )
     return both[0], both[1]
 
@@ -195,13 +194,13 @@ def _cut(texts: Texts, rows: Array, width: int) -> Texts:
 
 
 def _paired(own: Sequence[int], reference: Sequence[int], layer: int) -> list[tuple[int, int]]:
-    """Indices of layers that belong together when the reference's numbers are so much larger."""
+    """Indices of matching layers if the reference's numbers are larger by `layer`."""
     place = {number: at for at, number in enumerate(reference)}
     return [(at, place[number + layer]) for at, number in enumerate(own) if number + layer in place]
 
 
 def _windows(position: int, width: int) -> tuple[slice, slice]:
-    """Positions of both that belong together."""
+    """Matching positions of both."""
     here = slice(max(0, -position), width - max(0, position))
     return here, slice(here.start + position, here.stop + position)
 
@@ -209,7 +208,7 @@ def _windows(position: int, width: int) -> tuple[slice, slice]:
 def _agreement(
     ours: Array, theirs: Array, own: Sequence[int], reference: Sequence[int], position: int, layer: int
 ) -> float:
-    """Share of equal sets of experts at a shift; 0 where less than half of the layers overlap."""
+    """Share of equal sets of experts at a shift; 0 if less than half of the layers overlap."""
     pairs = _paired(own, reference, layer)
     here, there = _windows(position, ours.shape[1])
     if 2 * len(pairs) < min(len(own), len(reference)) or here.stop <= here.start:
@@ -221,7 +220,7 @@ def _agreement(
 
 
 def _explained(own: Texts, reference: Texts, position: int, layer: int) -> tuple[int, float | None, int]:
-    """Tokens that differ somewhere, the share of them that near-ties explain, and how many were compared."""
+    """Tokens that differ at any layer, the share of them that near-ties explain, and how many were compared."""
     pairs = _paired(own.layers, reference.layers, layer)
     here, there = _windows(position, own.token.shape[1])
     one = own.expert[:, here][:, :, [at for at, _ in pairs]]
@@ -236,13 +235,13 @@ def _explained(own: Texts, reference: Texts, position: int, layer: int) -> tuple
     rows = np.arange(len(first))
     mine, its = one[some][rows, first], other[some][rows, first]
     weight = reference.weight[:, there][:, :, [at for _, at in pairs]][known][some][rows, first]
-    lost = ~(its[:, :, None] == mine[:, None, :]).any(-1)  # the reference's experts that are not chosen here
+    lost = ~(its[:, :, None] == mine[:, None, :]).any(-1)  # the reference's experts that were not chosen here
     smallest = np.arange(its.shape[1]) == weight.argmin(-1)[:, None]
     return int(some.sum()), float((lost == smallest).all(-1).mean()), len(one)
 
 
 def _chance(ours: Array, theirs: Array, experts: int) -> float:
-    """What two unrelated sets give: choices of the same layers, of tokens that have nothing to do with each other."""
+    """The agreement of two unrelated sets: choices at the same layers, of unrelated tokens."""
     layers = min(ours.shape[2], theirs.shape[2])
     known = (ours[..., 0, 0] >= 0) & (theirs[..., 0, 0] >= 0)
     one, other = ours[known][:, :layers], theirs[known][:, :layers]

@@ -1,4 +1,4 @@
-"""A capture, imported or captured, is looked at once, and what is wrong with it is named."""
+"""One pass over a capture, imported or captured, that reports its faults."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from analysis.doctor.looked import look
 
 
 def examine(capture: xr.Dataset, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Finding]:
-    """What is wrong with routes, as far as they show it by themselves.
+    """What is wrong with routes, as far as the routes alone show it.
 
     Parameters
     ----------
     capture : xr.Dataset
-        As `store.open_capture` gives it, or in memory with its variables; `weight` and `phase` are used where they
-        are there. An incomplete capture is examined as far as it goes.
+        From `store.open_capture`, or in memory with its variables; `weight` and `phase` are used if present. For an
+        incomplete capture, the captured part is examined.
     progress
         Called with (shards done, shards in all).
 
     Returns
     -------
     list of Finding
-        Each with the fault's name, the layers, the first rows and the evidence; empty where nothing is found, which
-        does not prove that routes are right: see `analysis.doctor.alignment`.
+        Each with the fault's name, the layers, the first rows and the evidence. Empty if nothing is found, which does
+        not prove that the routes are right: see `analysis.doctor.alignment`.
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""What can be wrong with routes, a function each: from what was counted to findings with evidence.
+"""What can be wrong with routes, one function per fault: from counts to findings with evidence.
 
-Limits are set so that true routes of trained routers show none of them, and each fault shows itself alone: see
-`tests/analysis/test_doctor.py`, and `tests/benchmarks/doctor.py` for a thousand draws. Where one fault makes another
-one's signs too, the one that explains the other is named: `HIDES`.
+Limits are set so that correct routes of trained routers have no finding, and each fault is reported alone: see
+`tests/analysis/test_doctor.py`, and `tests/benchmarks/doctor.py` for a thousand draws. If one fault also causes the
+signs of another, only the cause is reported: see `HIDES`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from analysis.doctor.published import Published, published
 from analysis.scanning import Array
 
 NEARLY_ALL = 0.99  # of tokens: a fault of a whole layer (arbitrary)
-FEW_TOKENS = 64  # below which a layer is not judged (arbitrary)
-EXPECTED = 50  # choices that an even load gives each expert, from which on loads are judged (arbitrary)
-TOO_EVEN = 4.0  # standard deviations above what ids at random give: no trained router's load is within (arbitrary)
-TOO_FEW_EXPERTS = 1.35  # experts in effective use, over k
-DOCUMENTS = 5  # whose last tokens are judged, at least (arbitrary)
+FEW_TOKENS = 64  # with fewer, a layer is not judged (arbitrary)
+EXPECTED = 50  # choices per expert under an even load; with fewer, loads are not judged (arbitrary)
+TOO_EVEN = (
+    4.0  # standard deviations above the value of random ids: the load of a trained router lies beyond (arbitrary)
+)
+TOO_FEW_EXPERTS = 1.35  # effective number of experts, over k
+DOCUMENTS = 5  # the least number of documents for judging last tokens (arbitrary)
 MOST = 0.9  # of documents or tokens (arbitrary)
-RUN = 4  # times the same id at the end of a row that look like padding (arbitrary)
+RUN = 4  # repetitions of an id at the end of a row that look like padding (arbitrary)
 SPECIAL = ("<s>", "</s>", "<pad>", "<unk>", "[PAD]", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>")
 
 
@@ -34,36 +36,37 @@ class Finding:
     fault: str
     """One of the names of `FAULTS`."""
     layers: Sequence[int] = ()
-    """The model's own numbers; empty where it is not about layers."""
+    """Layers, by the model's own numbers; empty if it is not about layers."""
     rows: Sequence[int] = ()
-    """The first rows of the capture where it shows."""
+    """The first rows of the capture where it occurs."""
     evidence: str
     """What was counted, in words."""
 
 
 def zero_layers(looked: Looked) -> Iterator[Finding]:
-    """Layers of zeros: not recorded, as kernels that choose by themselves leave them (vllm-project/vllm#54730)."""
+    """Layers of zeros: not recorded, as happens with kernels that choose experts internally
+    (vllm-project/vllm#54730)."""
     zero = _zero(looked)
     if zero.any() and not _leading(zero):
         yield Finding(
             fault="zero layers",
             layers=_numbers(looked, zero),
             rows=looked.first_rows["zero"],
-            evidence=f"{_share(looked, looked.zero[zero])} of {looked.tokens:,} tokens have expert 0 alone there: these"
-            f" layers were not recorded, as in kernels that choose by themselves{_all(zero)}",
+            evidence=f"{_share(looked, looked.zero[zero])} of {looked.tokens:,} tokens have only expert 0 there: these"
+            f" layers were not recorded, as happens with kernels that choose experts internally{_all(zero)}",
         )
 
 
 def dense_layers(looked: Looked) -> Iterator[Finding]:
-    """The first layers are zeros: they have no experts, and were counted (verl-project/verl#5037)."""
+    """The first layers are zeros: they have no experts but were counted (verl-project/verl#5037)."""
     zero = _zero(looked)
     if _leading(zero):
         yield Finding(
             fault="dense layers counted",
             layers=_numbers(looked, zero),
-            evidence=f"the first {zero.sum()} layers have expert 0 alone in {_share(looked, looked.zero[zero])} of"
+            evidence=f"the first {zero.sum()} layers have only expert 0 in {_share(looked, looked.zero[zero])} of"
             f" {looked.tokens:,} tokens: layers without experts come first in many models; import with --layers"
-            f" {int(zero.sum())}-..., and see that the others are numbered as the model does",
+            f" {int(zero.sum())}-..., and check that the other layers have the model's own numbers",
         )
 
 
@@ -74,19 +77,20 @@ def constant_layers(looked: Looked) -> Iterator[Finding]:
         yield Finding(
             fault="constant layers",
             layers=_numbers(looked, constant),
-            evidence=f"at most {looked.changes[constant].max():,} of {looked.pairs:,} neighbours have other choices",
+            evidence=f"at most {looked.changes[constant].max():,} of {looked.pairs:,} pairs of neighbouring tokens"
+            " have different choices",
         )
 
 
 def illegal_experts(looked: Looked) -> Iterator[Finding]:
-    """Ids that no expert has."""
+    """Ids outside the range of experts."""
     if looked.illegal.any():
         yield Finding(
             fault="experts out of range",
             layers=_numbers(looked, looked.illegal > 0),
             rows=looked.first_rows["illegal"],
-            evidence=f"{int(looked.illegal.sum()):,} choices of {looked.tokens:,} tokens name experts from"
-            f" {looked.experts} on; the model has 0 to {looked.experts - 1}",
+            evidence=f"{int(looked.illegal.sum()):,} choices of {looked.tokens:,} tokens have an expert id of"
+            f" {looked.experts} or more; the model has experts 0 to {looked.experts - 1}",
         )
 
 
@@ -97,12 +101,12 @@ def twice_in_a_token(looked: Looked) -> Iterator[Finding]:
             fault="expert twice in a token",
             layers=_numbers(looked, looked.twice > 0),
             rows=looked.first_rows["twice"],
-            evidence=f"{int(looked.twice.max()):,} of {looked.tokens:,} tokens at a layer name an expert twice",
+            evidence=f"{int(looked.twice.max()):,} of {looked.tokens:,} tokens choose the same expert twice at a layer",
         )
 
 
 def equal_layers(looked: Looked) -> Iterator[Finding]:
-    """A layer has another one's choices."""
+    """A layer has the choices of another layer."""
     if looked.sampled < FEW_TOKENS:
         return
     share = looked.same / looked.sampled
@@ -117,7 +121,7 @@ def equal_layers(looked: Looked) -> Iterator[Finding]:
 
 
 def shifted_layers(looked: Looked) -> Iterator[Finding]:
-    """A layer has the choices that another one had a token before."""
+    """A layer has the choices of another layer at the previous token."""
     if looked.sampled_pairs < FEW_TOKENS:
         return
     share = looked.shifted / looked.sampled_pairs
@@ -126,17 +130,20 @@ def shifted_layers(looked: Looked) -> Iterator[Finding]:
             yield Finding(
                 fault="layer shifted by a token",
                 layers=_places(looked, layer, other),
-                evidence=f"layer {looked.layers[layer]} has the choices that layer {looked.layers[other]} had a token"
-                f" before, in {share[layer, other]:.1%} of {looked.sampled_pairs:,} neighbours",
+                evidence=f"layer {looked.layers[layer]} has the choices of layer {looked.layers[other]} at the"
+                f" previous token in {share[layer, other]:.1%} of {looked.sampled_pairs:,} pairs of neighbouring"
+                " tokens",
             )
 
 
 def repeated_rows(looked: Looked) -> Iterator[Finding]:
-    """Stretches with the routes of an earlier stretch whose tokens are others (vllm-project/vllm#39568)."""
+    """Stretches with the routes of an earlier stretch that has different tokens (vllm-project/vllm#39568)."""
     stretches = np.concatenate(looked.stretches) if looked.stretches else np.zeros((0, 5), np.uint64)
     order = np.lexsort((stretches[:, 3], stretches[:, 0]))
     own, before = stretches[order][1:], stretches[order][:-1]
-    others = (own[:, 1] != before[:, 1]) & (own[:, 2] != before[:, 2])  # one other token may not change its experts
+    others = (own[:, 1] != before[:, 1]) & (
+        own[:, 2] != before[:, 2]
+    )  # a single different token may have the same experts
     repeats = (own[:, 0] == before[:, 0]) & others
     if not repeats.any():
         return
@@ -146,13 +153,13 @@ def repeated_rows(looked: Looked) -> Iterator[Finding]:
         fault="rows repeat an earlier batch",
         rows=rows[:5].tolist(),
         evidence=f"{int(repeats.sum()):,} of {len(stretches):,} stretches of {STRETCH} tokens have the routes of"
-        f" another one at all layers, though their tokens differ: row {first[0][3]} from position {first[0][4]} on has"
-        f" those of row {first[1][3]} from {first[1][4]} on; in {len(rows):,} rows",
+        f" another stretch at all layers although their tokens differ: row {first[0][3]} from position {first[0][4]}"
+        f" has those of row {first[1][3]} from position {first[1][4]}; {len(rows):,} rows are affected",
     )
 
 
 def padding_counted(looked: Looked) -> Iterator[Finding]:
-    """Rows begin or end with the same id again and again."""
+    """Rows begin or end with many repetitions of the same id."""
     ends = np.concatenate(looked.ends) if looked.ends else np.zeros((0, 4), np.int64)
     for at, where in ((0, "begin"), (2, "end")):
         long = ends[ends[:, at + 1] >= RUN]
@@ -166,25 +173,25 @@ def padding_counted(looked: Looked) -> Iterator[Finding]:
             fault="padding counted",
             rows=np.flatnonzero((ends[:, at] == ids[number.argmax()]) & (ends[:, at + 1] >= RUN))[:5].tolist(),
             evidence=f"{number.max():,} of {len(ends):,} rows {where} with token {ids[number.argmax()]} {RUN} to"
-            f" {own.max()} times, {own.sum():,} tokens in all: padding that is counted as text",
+            f" {own.max()} times, {own.sum():,} tokens in total: padding that is counted as text",
         )
 
 
 def special_tokens_counted(looked: Looked, pieces: Sequence[str], special: Sequence[int]) -> Iterator[Finding]:
-    """Tokens that stand for no text are not marked as such."""
+    """Tokens that do not stand for text are not marked as special."""
     counted = {number: pieces[number] for number in np.flatnonzero(looked.token_count) if pieces[number] in SPECIAL}
     left = {number: piece for number, piece in counted.items() if number not in special}
     if left:
         number = sum(int(looked.token_count[each]) for each in left)
         yield Finding(
             fault="special tokens counted",
-            evidence=f"{', '.join(left.values())} occur {number:,} times among {looked.tokens:,} tokens, and are not"
-            " marked as special: they are counted as text",
+            evidence=f"{', '.join(left.values())} occur {number:,} times among {looked.tokens:,} tokens but are not"
+            " marked as special, so they are counted as text",
         )
 
 
 def dummy_last_tokens(looked: Looked) -> Iterator[Finding]:
-    """The last token's routes are none: zeros, the token's before it, or the same in all documents."""
+    """The last token's routes are dummies: zeros, those of the previous token, or the same in all documents."""
     last = np.concatenate(looked.last) if looked.last else np.zeros((0, 5), np.uint64)
     if len(last) < DOCUMENTS or _zero(looked).any():
         return
@@ -193,8 +200,8 @@ def dummy_last_tokens(looked: Looked) -> Iterator[Finding]:
     other_ids = len(np.unique(last[same, 1])) >= 3
     found = {
         "zeros": last[:, 3] > 0,
-        "those of the token before it, which is another one": last[:, 4] > 0,
-        "the same in all of them, whatever the token": same & other_ids,
+        "those of the previous token, which has a different id": last[:, 4] > 0,
+        "the same in all of them, although the tokens differ": same & other_ids,
     }
     for what, where in found.items():
         if where.sum() >= MOST * len(last):
@@ -202,36 +209,36 @@ def dummy_last_tokens(looked: Looked) -> Iterator[Finding]:
                 fault="dummy last tokens",
                 rows=last[where, 0][:5].astype(int).tolist(),
                 evidence=f"the last token's routes are {what}, in {int(where.sum()):,} of {len(last):,} documents:"
-                " leave the last token out, or give its routes as unknown",
+                " leave out the last token, or mark its routes as unknown",
             )
             return
 
 
 def other_top_k(looked: Looked) -> Iterator[Finding]:
-    """More choices are kept than the model makes, or fewer than its name says."""
+    """The capture holds more choices than the model makes, or numbers that do not match the model's name."""
     still = np.asarray((looked.changes <= (1 - NEARLY_ALL) * looked.pairs).all(axis=0))
     if looked.choices > 1 and looked.pairs >= FEW_TOKENS and still[-1] and not still[0]:
         real = int(np.flatnonzero(~still)[-1]) + 1
         yield Finding(
             fault="another top-k",
-            evidence=f"choices {real + 1} to {looked.choices} of a token hardly ever change, at any layer: top-k is"
-            f" {real}, and {looked.choices} are kept",
+            evidence=f"choices {real + 1} to {looked.choices} of a token hardly ever change at any layer: top-k is"
+            f" {real}, but {looked.choices} choices were stored",
         )
         return
     known = published(looked.model)
     for what, here, there in (
-        ("experts a token", looked.choices, known and known.experts_per_token),
-        ("experts a layer", looked.experts, known and known.num_experts),
+        ("experts per token", looked.choices, known and known.experts_per_token),
+        ("experts per layer", looked.experts, known and known.num_experts),
     ):
         if known and there not in (None, here):
             yield Finding(
                 fault="another top-k",
-                evidence=f"the capture has {here} {what}, and {known.name} has {there}",
+                evidence=f"the capture has {here} {what}, but {known.name} has {there}",
             )
 
 
 def other_weights(looked: Looked) -> Iterator[Finding]:
-    """Weights do not add up to what the family's do."""
+    """Weights do not have the sum that is known for the model family."""
     if not looked.weighed or not looked.tokens:
         return
     known = published(looked.model) or Published(name="", num_experts=None, experts_per_token=None, total=None)
@@ -240,10 +247,12 @@ def other_weights(looked: Looked) -> Iterator[Finding]:
     if known.total is not None:
         off = np.maximum(np.abs(low - known.total), np.abs(high - known.total))
         wrong = off > 2 * WEIGHT_ROUNDING * known.total
-        expected = f"{known.name}'s add up to {known.total:g}"
-    else:  # of a softmax at most 1, or one number for all tokens
+        expected = f"those of {known.name} add up to {known.total:g}"
+    else:  # the sum of softmax weights is at most 1, or the same for all tokens
         wrong = ~steady & ((high > known.largest * (1 + 2 * WEIGHT_ROUNDING)) | (low <= 0))
-        expected = f"{known.name or 'those of a softmax'} add up to {known.largest:g} at most, or always to the same"
+        expected = (
+            f"{known.name or 'those of a softmax'} add up to at most {known.largest:g}, or always to the same value"
+        )
     if wrong.any():
         yield Finding(
             fault="weights of another sum",
@@ -254,13 +263,13 @@ def other_weights(looked: Looked) -> Iterator[Finding]:
         yield Finding(
             fault="weights out of order",
             layers=_numbers(looked, looked.negative > 0),
-            evidence=f"{int(looked.negative.max()):,} of {looked.tokens:,} tokens at a layer have a weight below 0, or"
-            " weights that do not descend: logits, or another order of the choices",
+            evidence=f"{int(looked.negative.max()):,} of {looked.tokens:,} tokens at a layer have a negative weight or"
+            " weights that are not in descending order: these may be logits, or choices in a different order",
         )
 
 
 def too_even(looked: Looked) -> Iterator[Finding]:
-    """The load is as even as ids at random, which that of a trained router never is."""
+    """The load is as even as that of random ids, which never happens with a trained router."""
     count, expected = looked.count.astype(float), looked.tokens * looked.choices / looked.experts
     judged = ~_zero(looked)
     if expected < EXPECTED or looked.experts <= looked.choices or not judged.any():
@@ -268,17 +277,18 @@ def too_even(looked: Looked) -> Iterator[Finding]:
     own = count[judged] - count[judged].mean(1, keepdims=True)
     freedom = int(judged.sum()) * (looked.experts - 1)
     chi = float((own**2).sum() / expected / freedom)
-    random = (looked.experts - looked.choices) / (looked.experts - 1)  # k of E without replacement vary less
+    random = (looked.experts - looked.choices) / (looked.experts - 1)  # k of E drawn without replacement vary less
     if chi < random * (1 + TOO_EVEN * (2 / freedom) ** 0.5):
         yield Finding(
             fault="load too even",
-            evidence=f"chi-squared of the experts' loads is {chi:.2f} a degree of freedom, and of as many ids at random"
-            f" {random:.2f} ({looked.tokens:,} tokens): an untrained router, or ids that are none",
+            evidence=f"chi-squared of the experts' loads is {chi:.2f} per degree of freedom, and that of as many"
+            f" random ids is {random:.2f} ({looked.tokens:,} tokens): an untrained router, or values that are not"
+            " expert ids",
         )
 
 
 def too_uneven(looked: Looked) -> Iterator[Finding]:
-    """Nearly all tokens go to the same experts, or only some of the ids occur anywhere."""
+    """Nearly all tokens go to the same experts, or only some of the ids occur at all."""
     expected = looked.tokens * looked.choices / looked.experts
     if expected < EXPECTED or looked.experts <= looked.choices:
         return
@@ -289,29 +299,29 @@ def too_uneven(looked: Looked) -> Iterator[Finding]:
         yield Finding(
             fault="load too uneven",
             layers=_numbers(looked, few),
-            evidence=f"{effective[few].min():.2f} experts are in effective use at a layer, and a token has"
-            f" {looked.choices}: a collapsed router, or one that was not recorded",
+            evidence=f"the effective number of experts at a layer is {effective[few].min():.2f}, and a token chooses"
+            f" {looked.choices}: a collapsed router, or a layer that was not recorded",
         )
     unused = (looked.count == 0).all(0)
     used = looked.experts - int(unused.sum())
     if unused.any() and used <= looked.experts / 2 and not _zero(looked).all() and not few.any():
         yield Finding(
             fault="load too uneven",
-            evidence=f"{used} of {looked.experts} experts occur at any layer, {np.flatnonzero(~unused)[0]} to"
-            f" {np.flatnonzero(~unused)[-1]}: ids of one rank's own experts, or of another model",
+            evidence=f"{used} of {looked.experts} experts occur at any layer, ids {np.flatnonzero(~unused)[0]} to"
+            f" {np.flatnonzero(~unused)[-1]}: local ids of one rank, or ids of another model",
         )
 
 
 def restarted(looked: Looked) -> Iterator[Finding]:
-    """Generated tokens have the prompt's routes again, from its start on."""
+    """Generated tokens repeat the prompt's routes from its start."""
     equal, places = looked.restarts.tolist()
     moving = any(_moving(looked, layer) for layer in range(len(looked.layers)))
     if places >= FEW_TOKENS and equal >= MOST * places and moving:
         yield Finding(
             fault="generated tokens restart",
             rows=looked.restarted,
-            evidence=f"{equal:,} of {places:,} generated tokens have the routes of the prompt's token at the same place"
-            " counted from its start, which is another token: positions begin anew with generation",
+            evidence=f"{equal:,} of {places:,} generated tokens have the routes of the prompt token at the same place"
+            " counted from the start, although the tokens differ: positions start again at 0 with generation",
         )
 
 
@@ -329,18 +339,18 @@ HIDES = {
     "padding counted": {"dummy last tokens", "special tokens counted"},
     "rows repeat an earlier batch": {"dummy last tokens"},
 }
-"""The faults whose signs another one makes too."""
+"""Faults whose signs are also caused by another fault."""
 
 
 def findings(looked: Looked, pieces: Sequence[str] = (), special: Sequence[int] = ()) -> list[Finding]:
-    """All that is wrong, without what another finding explains.
+    """All findings, without those that another finding explains.
 
     Parameters
     ----------
     looked
-        What was counted.
+        The counts.
     pieces
-        The tokenizer's pieces by id; empty where they are not known.
+        The tokenizer's pieces by id; empty if not known.
     special
         Ids that are marked as special.
     """
@@ -352,12 +362,12 @@ def findings(looked: Looked, pieces: Sequence[str] = (), special: Sequence[int] 
 
 
 def _zero(looked: Looked) -> Array:
-    """Layers of zeros; with one choice a token and few experts a layer may prefer expert 0, but not this much."""
+    """Layers of zeros; with one choice per token and few experts, a layer may prefer expert 0, but not this much."""
     return np.asarray((looked.zero >= NEARLY_ALL * looked.tokens) & (looked.tokens >= FEW_TOKENS))
 
 
 def _leading(zero: Array) -> bool:
-    """Whether the first layers are zeros, and only these."""
+    """Whether the first layers are zeros, and no others."""
     return bool(zero[0] and not zero.all() and not np.diff(zero.astype(int)).clip(0).any())
 
 
@@ -378,4 +388,4 @@ def _share(looked: Looked, counted: Array) -> str:
 
 
 def _all(chosen: Array) -> str:
-    return "; all layers are so" if chosen.all() else ""
+    return "; this holds for all layers" if chosen.all() else ""

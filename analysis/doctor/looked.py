@@ -1,7 +1,7 @@
-"""One pass over routes, a shard at a time: the counts and samples that the faults of `analysis.doctor.faults` ask for.
+"""One pass over routes, a shard at a time: the counts and samples that `analysis.doctor.faults` needs.
 
-Promises: nothing is left out, neither special tokens nor ids that no model has; memory does not grow with the routes,
-but for 40 bytes a stretch of 16 tokens and a few numbers a document.
+Promises: nothing is left out, neither special tokens nor ids out of range; memory does not grow with the routes, except
+for 40 bytes per stretch of 16 tokens and a few numbers per document.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import xarray as xr
 from analysis.scanning import Array, kernel, shards_to_read
 
 STRETCH = 16  # tokens whose routes are compared with earlier ones: a block of a server's cache
-SHORTEST = 6  # tokens of a last stretch that is compared too (arbitrary)
-SAMPLED = 16_384  # tokens in which layers are compared with each other
-WEIGHT_ROUNDING = 2e-3  # of a sum of weights in 16 bits, relative to it
+SHORTEST = 6  # the least number of tokens in a last stretch that is compared (arbitrary)
+SAMPLED = 16_384  # tokens used to compare layers with each other
+WEIGHT_ROUNDING = 2e-3  # relative error of a sum of 16-bit weights
 
 
 @dataclass(kw_only=True)
 class Looked:
-    """What was counted; `layers` are the model's own numbers, arrays are over them in this order."""
+    """The counts; `layers` are the model's own numbers, and arrays follow their order."""
 
     layers: list[int]
     experts: int
@@ -33,49 +33,50 @@ class Looked:
     weighed: bool
     rows: int = 0
     tokens: int = 0
-    """With routes."""
+    """Tokens with routes."""
     pairs: int = 0
-    """Neighbours with routes."""
+    """Pairs of neighbouring tokens with routes."""
     illegal: Array = field(default_factory=lambda: np.zeros(0))
-    """Tokens with an id that no expert has (layer)."""
+    """Tokens with an expert id out of range (layer)."""
     twice: Array = field(default_factory=lambda: np.zeros(0))
-    """Tokens with an expert twice, those of zeros alone left out (layer)."""
+    """Tokens with an expert twice, without those of only zeros (layer)."""
     zero: Array = field(default_factory=lambda: np.zeros(0))
-    """Tokens of zeros alone (layer)."""
+    """Tokens of only zeros (layer)."""
     changes: Array = field(default_factory=lambda: np.zeros(0))
-    """Neighbours with other choices (layer, k)."""
+    """Pairs of neighbouring tokens with different choices (layer, k)."""
     count: Array = field(default_factory=lambda: np.zeros(0))
     """Choices (layer, expert)."""
     same: Array = field(default_factory=lambda: np.zeros(0))
-    """Of the sampled tokens those with equal choices at two layers (layer, layer)."""
+    """Sampled tokens with equal choices at two layers (layer, layer)."""
     shifted: Array = field(default_factory=lambda: np.zeros(0))
-    """Of the sampled neighbours those where the second one's choices at a layer are the first one's at another."""
+    """Sampled pairs of neighbouring tokens where the second one's choices at a layer are the first one's at another
+    layer."""
     sampled: int = 0
     sampled_pairs: int = 0
     totals: Array = field(default_factory=lambda: np.zeros(0))
     """Smallest and largest sum of a token's weights (layer, 2)."""
     negative: Array = field(default_factory=lambda: np.zeros(0))
-    """Tokens with a weight below 0, or weights that do not descend (layer)."""
+    """Tokens with a negative weight, or weights not in descending order (layer)."""
     first_rows: dict[str, list[int]] = field(default_factory=dict)
     """The first rows with illegal ids, experts twice and zeros."""
     stretches: list[Array] = field(default_factory=list)
-    """Hash of routes, hashes of the two halves of the tokens, row and position of stretches whose routes change within
-    them."""
+    """For stretches whose routes change within them: the hash of the routes, the hashes of the two halves of the
+    tokens, row and position."""
     last: list[Array] = field(default_factory=list)
-    """Of each document's last token that has routes: row, id, hash of its routes, whether they are zeros, whether they
-    are those of the token before it, which has another id."""
+    """For each document's last token that has routes: row, id, hash of its routes, whether they are zeros, and whether
+    they are those of the previous token, which has a different id."""
     ends: list[Array] = field(default_factory=list)
-    """Of each row: the id at its start and how often it is repeated there, and the same at its end."""
+    """For each row: the id at its start and how often it is repeated there, and the same at its end."""
     token_count: Array = field(default_factory=lambda: np.zeros(0))
     """Occurrences (token_id)."""
     restarts: Array = field(default_factory=lambda: np.zeros(2, np.int64))
-    """Generated tokens with the routes of the prompt's token at the same place, whose id is another; and all of these
-    places."""
+    """Generated tokens with the routes of the prompt token at the same place, which has a different id; and the number
+    of all such places."""
     restarted: list[int] = field(default_factory=list)
-    """Rows where they are all so."""
+    """Rows where this holds for all of them."""
 
     def share(self, counted: Array) -> Array:
-        """Of the tokens with routes."""
+        """Counts as a share of the tokens with routes."""
         return np.asarray(counted / max(1, self.tokens))
 
 
@@ -85,7 +86,7 @@ def look(capture: xr.Dataset, progress: Callable[[int, int], None] = lambda done
     Parameters
     ----------
     capture : xr.Dataset
-        As `store.open_capture` gives it, or in memory; `weight` and `phase` are read where they are there.
+        From `store.open_capture`, or in memory; `weight` and `phase` are read if present.
     progress
         Called with (shards done, shards in all).
 
@@ -133,7 +134,7 @@ def look(capture: xr.Dataset, progress: Callable[[int, int], None] = lambda done
 
 
 def _add(looked: Looked, block: dict[str, Array], length: Array, ends: Array, first: int) -> None:
-    """One shard; `ends` says which rows are their documents' last."""
+    """Add one shard; `ends` says which rows are the last of their documents."""
     expert, token = block["expert"], block["token"]
     known = expert[:, :, 0, 0] != np.iinfo(expert.dtype).max
     known &= np.arange(known.shape[1]) < length[:, None]
@@ -161,7 +162,7 @@ def _add(looked: Looked, block: dict[str, Array], length: Array, ends: Array, fi
 
 
 def _mixed(values: Array) -> Array:
-    """Bits well mixed: the finalizer of splitmix64."""
+    """Mix bits: the finalizer of splitmix64."""
     values = values ^ (values >> np.uint64(30))
     values = values * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -180,7 +181,7 @@ def _hashes(expert: Array) -> Array:
 
 
 def _stretches(routes: Array, ids: Array, known: Array, first: int) -> Array:
-    """Hashes of each `STRETCH` of tokens from a row's start, and of a row's last ones: (stretch, 5)."""
+    """Hashes of each `STRETCH` of tokens from a row's start, and of a row's last tokens: (stretch, 5)."""
     found = []
     positions = routes.shape[1]
     for start in range(0, positions, STRETCH):
@@ -262,7 +263,7 @@ def _count(
     count: Array,
     found: Array,
 ) -> int:
-    """Add one shard's tokens; the number of neighbours that are known."""
+    """Add one shard's tokens; returns the number of known pairs of neighbouring tokens."""
     rows, positions, layers, choices = expert.shape
     pairs = 0
     for row in range(rows):
@@ -294,7 +295,8 @@ def _count(
 
 @kernel
 def _compare(expert: Array, known: Array, same: Array, shifted: Array) -> int:
-    """Add the tokens at which two layers have equal choices, and the neighbours; the number of these."""
+    """Add the tokens at which two layers have equal choices, and the same for neighbouring tokens; returns the number
+    of pairs."""
     rows, positions, layers, choices = expert.shape
     pairs = 0
     for row in range(rows):

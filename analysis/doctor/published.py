@@ -1,4 +1,4 @@
-"""What published models choose, by their names: experts, choices of a token, and what their weights add up to."""
+"""The published configuration of models, by name: experts, choices per token, and the sum of their weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Published:
     num_experts: int | None
     experts_per_token: int | None
     total: float | None
-    """What a token's weights add up to; None where that differs from token to token, and is 1 at most."""
+    """The sum of a token's weights; None if it differs from token to token."""
     largest: float = 1.0
-    """The most that a token's weights add up to, where `total` is None."""
+    """The largest sum of a token's weights, if `total` is None."""
 
 
 _MODELS = {
@@ -29,10 +29,10 @@ _MODELS = {
     r"gpt-oss-120b": Published(name="gpt-oss-120b", num_experts=128, experts_per_token=4, total=1.0),
     r"phi-3\.5-moe": Published(name="Phi-3.5-MoE", num_experts=16, experts_per_token=2, total=None, largest=2.0),
 }
-"""From the models' published configurations and transformers 5.23's routers, which `tests/workers/test_families.py`
-compares."""
+"""From the models' published configurations and the routers of transformers 5.23; `tests/workers/test_families.py`
+compares them."""
 
 
 def published(model: str) -> Published | None:
-    """What is published of a model, found by its name; None where nothing is known here."""
+    """What is published about a model, looked up by name; None if nothing is known here."""
     return next((known for pattern, known in _MODELS.items() if re.search(pattern, model, re.IGNORECASE)), None)

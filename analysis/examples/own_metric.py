@@ -1,8 +1,8 @@
-"""A metric of one's own in ten lines: `python analysis/examples/own_metric.py demo.zarr/demo-prose`.
+"""Your own metric in ten lines: `python analysis/examples/own_metric.py demo.zarr/demo-prose`.
 
-At how many tokens could the router as well have chosen the other way round? The share of tokens whose two largest
-weights differ by less than a tenth. A reducer adds up integers, shard by shard; `scan` does all else: threads, memory,
-special tokens and what is not captured. `described` says what the result is, and of how much.
+How often are the first two choices nearly tied? The metric is the share of tokens whose two largest weights differ by
+less than a tenth. A reducer adds up integers, shard by shard; `scan` handles threads, memory, special tokens and tokens
+that are not captured. `described` attaches the description of the result.
 """
 
 import sys
@@ -37,7 +37,7 @@ class NearTies(Reducer):
             xr.Dataset({"share": share}),
             n=int(state["tokens"][0]),
             estimator="mean over tokens",
-            null="none: a model is as sure as it is",
+            null="none: there is no reference value",
             definition="share of tokens with w2 > 0.9 w1",
             source="-",
         )

@@ -1,4 +1,4 @@
-"""Mixtral's table 5 on a capture of yours: `python analysis/examples/table5.py demo.zarr/demo-prose`.
+"""Mixtral's table 5 for your own capture: `python analysis/examples/table5.py demo.zarr/demo-prose`.
 
 How often does the next token go to the same expert? After Mixtral of Experts (Jiang et al. 2024), whose table has three
 layers, 0, 15 and 31: "first choice", and "first or second choice", which is any expert in common.

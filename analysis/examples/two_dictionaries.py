@@ -1,7 +1,7 @@
 """The notebook's two dictionaries: `python analysis/examples/two_dictionaries.py demo.zarr/demo-prose --layer 3`.
 
-Expert -> its tokens, and token -> its experts, at one layer, each with how often. A token is an expert's when it is any
-of the token's choices. Add `by="lift", min_count=20` to `expert_tokens` for the tokens that are typical of an expert.
+Expert -> its tokens, and token -> its experts, at one layer, with counts. A token belongs to an expert if the expert is
+any of its choices. Pass `by="lift", min_count=20` to `expert_tokens` for the tokens that are typical of an expert.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""Two data sets of one model: which experts they use differently; of equal tokens, how far they agree, and the effect.
+"""Two data sets of one model: which experts they use differently or, if their tokens are equal, how far they agree, and
+the effect on predictions.
 
-Promises: numbers are those of the metrics' own functions, over what is indexed or, where they need a scan, over what
-was captured then. Does not know HTML.
+Promises: numbers come from the metrics' own functions, over what is indexed or, where a scan is needed, over what was
+captured at the time of the scan. Does not know HTML.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from analysis.metrics.effect import effect_asked, effect_from, losing_tokens
 from analysis.scanning import Reducer
 
 EXPERTS, TOKENS, PLACES, DOCUMENTS = 12, 5, 3, 5  # rows of the page's lists
-CLASSES_SHOWN = 10  # that lose most (arbitrary)
+CLASSES_SHOWN = 10  # classes with the largest losses (arbitrary)
 EXAMPLES = 3  # experts that are shown with examples
 OF_LAYER = ("divergence", "divergence_corrected", "divergence_low", "divergence_high", "divergence_by_chance", "p")
 OF_AGREEMENT = ("same_set", "overlap", "same_first")
 
 
 def compared(counting: Counting, one: Shown, other: Shown) -> dict[str, Any] | None:
-    """How two data sets compare; None while that is counted.
+    """How two data sets compare; None while counting.
 
     Raises
     ------
@@ -49,13 +50,13 @@ def _compared(counting: Counting, one: Shown, other: Shown) -> dict[str, Any]:
     if same_rows(one.view, other.view):
         try:
             return _agreement(counting, one, other)
-        except OtherTokens:  # rows of the same lengths
+        except OtherTokens:  # the rows have the same lengths
             pass
     return _contrast(counting, one, other)
 
 
 def _agreement(counting: Counting, one: Shown, other: Shown) -> dict[str, Any]:
-    """Of equal tokens: how far they agree, and the effect where both recorded log-probabilities."""
+    """For equal tokens: how far they agree, and the effect if both recorded log-probabilities."""
     both = paired(one.view.capture, other.view.capture)
     measured = all("logprob" in each.view.capture for each in (one, other))
     found, *counted = counting.ask(
@@ -75,10 +76,11 @@ def _agreement(counting: Counting, one: Shown, other: Shown) -> dict[str, Any]:
 
 
 def _contrast(counting: Counting, one: Shown, other: Shown) -> dict[str, Any]:
-    """Of other tokens: which experts differ, which tokens carry that, and how well a document is told."""
+    """For different tokens: which experts differ, which tokens contribute to that, and how well documents are
+    classified."""
     shown = {each.view.dataset: each for each in (one, other)}
     if not all(each.view.now.tokens for each in shown.values()):
-        raise ValueError(f"nothing of {' or '.join(shown)} is indexed yet: they can be compared soon")
+        raise ValueError(f"nothing of {' or '.join(shown)} is indexed yet: try again soon")
     counts = {name: each.profiles.choices_of_units for name, each in shown.items()}
     found = contrast_of(counts, threads=counting.threads)
     cells = largest_cells(found["difference"].isel(data_set=0).values, EXPERTS)
@@ -113,7 +115,7 @@ def _contrast(counting: Counting, one: Shown, other: Shown) -> dict[str, Any]:
 
 
 def _documents(counting: Counting, shown: dict[str, Shown]) -> dict[str, Any]:
-    """How well documents are told, and those that look most like the other data set."""
+    """How well documents are classified, and those that look most like the other data set."""
     ask: Callable[[str, Reducer], xr.Dataset] = lambda name, reducer: counting.ask(
         shown[name].view.capture, [reducer], [shown[name]]
     )[0]
@@ -136,7 +138,7 @@ def _documents(counting: Counting, shown: dict[str, Shown]) -> dict[str, Any]:
 
 
 def _effect(view: View, found: xr.Dataset) -> dict[str, Any]:
-    """What predictions lose: in all, by token, and where."""
+    """What predictions lose: in total, by token, and at which places."""
     worst, places = losing_tokens(found, TOKENS * 2).tolist(), []
     for effect, row, at in zip(*(found[name].values.tolist() for name in ("of_place", "row", "position")), strict=True):
         part = view.now.part_of(row)
@@ -161,7 +163,7 @@ def _effect(view: View, found: xr.Dataset) -> dict[str, Any]:
 
 
 def _classes(found: xr.Dataset) -> list[dict[str, Any]]:
-    """The classes of predicted tokens, the largest loss a token first."""
+    """The classes of predicted tokens, the largest loss per token first."""
     names = {"effect": "of_class", "low": "class_low", "high": "class_high", "p": "class_p", "tokens": "class_tokens"}
     rows = [
         {"name": name, **{key: found[variable].values[at].item() for key, variable in names.items()}}

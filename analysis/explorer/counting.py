@@ -1,7 +1,7 @@
-"""What a page needs and the index does not hold: it is counted while nobody waits for long, one thing after the other.
+"""Counts that a page needs and the index does not hold, made in the background, one after the other.
 
-Promises: what a scan has counted is kept in the index's folder, like all answers, so that it is counted once; a visitor
-waits `PATIENCE_S` at most; a process that is to end does not finish a scan first. Does not know what is counted.
+Promises: the result of a scan is kept in the index's folder, like all answers, so it is counted once; a visitor waits
+at most `PATIENCE_S`; a process that should end does not finish a scan first. Does not know what is counted.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from analysis.explorer.live import Shown
 from analysis.results import answers
 from analysis.scanning import Reducer, Selection
 
-PATIENCE_S = 2.0  # that a visitor waits before being told how far it is (arbitrary)
-KNOWN = 64  # things that are remembered (arbitrary)
+PATIENCE_S = 2.0  # a visitor waits before the progress is shown (arbitrary)
+KNOWN = 64  # results that are remembered (arbitrary)
 
 
 class Counting:
-    """What was counted for pages.
+    """Counts for pages.
 
     Parameters
     ----------
@@ -33,27 +33,28 @@ class Counting:
     only : Selection
         The tokens that are counted.
     threads : int, optional
-        For scans; default one a processor.
+        For scans; default one per processor.
     """
 
     def __init__(self, folder: Path, only: Selection, threads: int | None = None) -> None:
         self.folder, self.only, self.threads = folder, only, threads
         self.progress = 0, 0
-        """Shards that were read, and that are to be, in the scan that is at work."""
+        """Shards read, and shards in all, of the running scan."""
         self._known: dict[tuple[str, ...], tuple[tuple[str, ...], Future[dict[str, Any]]]] = {}
         self._lock, self._turn = threading.Lock(), threading.Lock()
 
     def result(
         self, about: tuple[str, ...], shown: Sequence[Shown], compute: Callable[[], dict[str, Any]]
     ) -> dict[str, Any] | None:
-        """What was computed of data sets as they are now; None while it is at work, and what it raised, if it did.
+        """The result for data sets as they are now; None while it is being computed. Raises what the computation
+        raised.
 
         Parameters
         ----------
         about
-            What is computed, and of which data sets.
+            What is computed, and for which data sets.
         shown
-            These.
+            The data sets.
         compute
             Called once, in a thread of its own.
         """
@@ -78,20 +79,20 @@ class Counting:
                 with self._turn:
                     self.progress = 0, 0
                     future.set_result(compute())
-            except BaseException as error:  # whoever asks is told
+            except BaseException as error:  # passed to the caller
                 future.set_exception(error)
 
         threading.Thread(target=work, daemon=True).start()
         return future
 
     def ask(self, opened: xr.Dataset, reducers: Sequence[Reducer], shown: Sequence[Shown]) -> list[xr.Dataset]:
-        """Answers about what was opened of some data sets: from what is kept, or from a scan."""
+        """Answers about opened data sets: from the kept ones, or from a scan."""
         about = [part for each in shown for part in (each.identity, each.view.now.state.digest)]
 
         def report(done: int, total: int) -> None:
             self.progress = done, total
             if not threading.main_thread().is_alive():
-                raise KeyboardInterrupt  # the process ends, which waits for the threads of a scan
+                raise KeyboardInterrupt  # the process is ending, and would wait for the threads of a scan
 
         name = shown[0].view.dataset
         return answers(

@@ -1,6 +1,6 @@
 """A data set's page: its experts' loads, and its documents, the most unusual first.
 
-Promises: numbers are of what is indexed; where nothing is yet, documents come in the order of their ids. Does not know
+Promises: numbers cover what is indexed; until anything is, documents come in the order of their ids. Does not know
 HTML.
 """
 
@@ -22,18 +22,18 @@ Order = Literal["unusual", "id", "tokens"]
 def documents(
     view: View, unusual: Unusual | None = None, *, containing: str = "", by: Order = "id", page: int = 1
 ) -> dict[str, Any]:
-    """A page, from 1 on, of the documents whose names contain a text, whatever its case.
+    """A page, counted from 1, of the documents whose names contain a text; case is ignored.
 
     Parameters
     ----------
     view : View
         The data set.
     unusual : Unusual, optional
-        What is known of its documents.
+        What is known about its documents.
     containing
         A part of their names.
     by
-        What orders them: by "unusual" and "tokens", the largest come first.
+        The order; for "unusual" and "tokens", the largest come first.
     page
         Which page.
 
@@ -59,7 +59,7 @@ def _ordered(view: View, unusual: Unusual | None, by: Order) -> Array:
 
 
 def _row(view: View, unusual: Unusual | None, number: int) -> dict[str, Any]:
-    """What a list says of a document; `most` where it differs most from the others, None where that is not known."""
+    """A document's row in a list; `most` says where it differs most from the others, None if that is not known."""
     tokens, captured = view.document_tokens[:, number]
     row = {"id": number, "name": view.names[number], "tokens": int(tokens), "captured": int(captured), "most": None}
     if unusual is None or np.isnan(unusual.bits[number]):

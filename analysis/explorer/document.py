@@ -1,7 +1,7 @@
 """A page of text with its routes, and what the routers computed for one of its tokens.
 
-Promises: read from the store alone, whatever is indexed; a page costs one chunk of each array. What is not captured is
-told apart from what cannot be read. Does not know HTML.
+Promises: read from the store alone, independent of the index; a page costs one chunk of each array. What is not
+captured is distinguished from what cannot be read. Does not know HTML.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from store.layout import CHUNK_POSITIONS, LABELS
 
 
 def document_page(view: View, document: int, page: int = 1) -> dict[str, Any]:
-    """One page of a document, from 1 on: its tokens, and what they chose.
+    """One page of a document, counted from 1: its tokens, and what they chose.
 
     Returns
     -------
     dict
-        Beside what names it: `texts` and `ids` of its tokens; and base64 of little-endian arrays (token, layer,
-        k): `expert`, of the capture's type, where its largest value is "not captured", and `weight`, uint16, in
-        units of `scale`. Where they were recorded, base64 of float32: `surprise` (token) at what comes next, in
-        nats, and `entropy` (token, layer) of the routers, in bits; NaN where it is not known.
+        Besides its names: `texts` and `ids` of its tokens; and base64 of little-endian arrays (token, layer, k):
+        `expert`, in the capture's type, whose largest value means "not captured", and `weight`, uint16, in units of
+        `scale`. Where they were recorded, base64 of float32: `surprise` (token) of the next token, in nats, and
+        `entropy` (token, layer) of the routers, in bits; NaN where not known.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def document_page(view: View, document: int, page: int = 1) -> dict[str, Any]:
     """
     pages = view.pages_of(document)
     if not 1 <= page <= max(1, len(pages)):
-        raise ValueError(f"page {page} of document {document}: it has pages 1 to {max(1, len(pages))}")
+        raise ValueError(f"page {page} of document {document}: the document has pages 1 to {max(1, len(pages))}")
     about = {
         "dataset": view.dataset,
         "document": document,
@@ -55,7 +55,7 @@ def document_page(view: View, document: int, page: int = 1) -> dict[str, Any]:
 
 
 def whole(view: View, document: int) -> dict[str, Any]:
-    """A document as one page, however long.
+    """A document as one page, of any length.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def distribution(view: View, row: int, position: int) -> dict[str, Any]:
     -------
     dict
         Lists by layer: `experts`, ids; their `probability`; and `chosen`, the ids that the router chose. `of`: the
-        experts of a layer, more than are listed where only the largest logits were recorded.
+        experts of a layer, more than are listed if only the largest logits were recorded.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def distribution(view: View, row: int, position: int) -> dict[str, Any]:
 
 
 def _measured(view: View, row: int, start: int, stop: int) -> tuple[Array, Array]:
-    """Surprise (position) and entropy (position, layer), float32; of no length where they were not recorded."""
+    """Surprise (position) and entropy (position, layer), float32; empty if they were not recorded."""
     surprise, entropy = np.empty(0, np.float32), np.empty((0, len(view.layers)), np.float32)
     if "logprob" in view.capture:
         surprise = -view.read("logprob", row, start, stop)
@@ -114,20 +114,20 @@ def _measured(view: View, row: int, start: int, stop: int) -> tuple[Array, Array
 
 
 def _arrays(view: View, row: int, start: int, stop: int) -> tuple[Array, ...]:
-    """Tokens, experts, weights, surprise, entropy, speakers and phases of some positions of a row; fill where it is
+    """Tokens, experts, weights, surprise, entropy, speakers and phases for some positions of a row; fill values where
     not captured."""
     token, expert = (view.read(name, row, start, stop) for name in ("token", "expert"))
     weight = view.read("weight", row, start, stop) if "weight" in view.capture else np.ones(expert.shape)
     labels = [view.read(name, row, start, stop) if name in view.capture else np.empty(0, np.uint8) for name in LABELS]
     missing = np.iinfo(expert.dtype).max
-    if not view.rows["captured"][row : row + 1].all():  # what a killed worker left is not to be shown
+    if not view.rows["captured"][row : row + 1].all():  # what a killed worker left is not shown
         expert, weight = np.full_like(expert, missing), np.zeros_like(weight)
     elif (expert == missing).any() and not view.given:
-        raise view.unreadable(row, "experts are gone")
+        raise view.unreadable(row, "experts are missing")
     elif len(weight) and not weight.any() and not view.given:
-        raise view.unreadable(row, "weights are gone")
+        raise view.unreadable(row, "weights are missing")
     if (token < 0).any() or (token >= len(view.texts)).any():
-        raise view.unreadable(row, "tokens are gone")
+        raise view.unreadable(row, "tokens are missing")
     return token, expert, weight, *_measured(view, row, start, stop), *labels
 
 
@@ -151,7 +151,7 @@ def _coded(
 
 
 def _labelled(view: View, labels: Sequence[Array]) -> list[str] | None:
-    """Who speaks each token of a conversation, and whether it is of the prompt or generated."""
+    """Each token's speaker in a conversation, and whether it belongs to the prompt or was generated."""
     named = []
     for name, numbers in zip(LABELS, labels, strict=True):
         if name in view.capture:

@@ -1,6 +1,7 @@
-"""Which classes of tokens, and which tokens, reach an expert more often than their documents explain.
+"""Which token classes, and which tokens, choose an expert more often than their documents explain.
 
-Promises: how sure is told of a sample of whole documents, how often of all that is indexed. Does not know words.
+Promises: probabilities come from a sample of whole documents, counts from all that is indexed. Does not know about
+sentences.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from analysis.token_classes import SAID
 
 
 class Excess:
-    """What is beyond chance in a data set; what all experts need is computed once.
+    """What is beyond chance in a data set; what all experts share is computed once.
 
     Parameters
     ----------
@@ -37,7 +38,7 @@ class Excess:
         )  # Bonferroni
 
     def kinds(self, layer: int, expert: int) -> tuple[list[Kind], list[Kind]]:
-        """The classes and the tokens that an expert gets beyond chance, the one that tells most of it first."""
+        """The classes and the tokens that an expert gets beyond chance, the most informative first."""
         view, at = self.view, self.view.layers.index(layer)
         count, tokens = view.table(at)[:, expert], view.token_counts
         of = int(count.sum()), int(tokens.sum())

@@ -1,6 +1,7 @@
-"""One expert's profile: its load in every data set, its tokens and contexts, whom it works with, where it likes to be.
+"""One expert's profile: its load in every data set, its tokens and contexts, the experts chosen together with it, and
+its positions.
 
-Promises: numbers are those of the metrics' own functions, over what is indexed, each with what chance gives beside it.
+Promises: numbers come from the metrics' own functions, over what is indexed, each next to the value expected by chance.
 Does not know how it is shown.
 """
 
@@ -25,21 +26,21 @@ from analysis.metrics.tokens import TokenOrder
 from analysis.scanning import Array
 from analysis.statistics.jackknife import interval
 
-ELSEWHERE = 4  # places that are shown of each other data set (arbitrary)
-SIDE_BY_SIDE = 6  # tokens that are shown of each data set beside the others (arbitrary)
+ELSEWHERE = 4  # places shown from each other data set (arbitrary)
+SIDE_BY_SIDE = 6  # tokens shown for each data set in the table of all (arbitrary)
 
 
 @dataclass(frozen=True)
 class Alike:
-    """Another data set whose experts can be shown beside one's."""
+    """Another data set whose experts can be shown next to those of this one."""
 
     profiles: Profiles
     differs: str
-    """In what its model differs, in words; empty where in nothing."""
+    """How its model differs, in words; empty if it does not."""
 
 
 class Profiles:
-    """The profiles of a capture's experts; what all of them need is computed once.
+    """The profiles of a capture's experts; what all of them share is computed once.
 
     Parameters
     ----------
@@ -66,7 +67,7 @@ class Profiles:
         self.ranked: dict[int, tuple[list[View], xr.Dataset]] = {}
 
     def expert(self, layer: int, expert: int, alike: Sequence[Alike] = ()) -> dict[str, Any]:
-        """All about one expert; `alike` are the other data sets whose experts can be shown beside.
+        """Everything about one expert; `alike` are the other data sets whose experts can be shown next to it.
 
         Raises
         ------
@@ -114,13 +115,13 @@ class Profiles:
         return summary(sets[0], reach, classes, tokens, sets[1:])
 
     def _busy(self, layer: int, expert: int, sets: int) -> Set:
-        """How busy it is, with an interval that holds all experts and layers of so many data sets together."""
+        """Its share, with an interval that holds simultaneously for all experts and layers of so many data sets."""
         at = self.view.layers.index(layer), expert
         return Set(self.view.dataset, *(float(found[at]) for found in self.bounds(sets)))
 
     def bounds(self, sets: int) -> tuple[Array, Array, Array]:
-        """Shares of the choices (layer, expert), and the ends of intervals that hold all experts and layers of so many
-        data sets together."""
+        """Shares of the choices (layer, expert), and the ends of intervals that hold simultaneously for all experts and
+        layers of so many data sets."""
         if sets not in self._bounds:
             level = 1 - SURE / (sets * len(self.view.layers) * self.view.experts)
             found = interval(self.share, level, scale="share")
@@ -129,7 +130,8 @@ class Profiles:
         return self._bounds[sets]
 
     def _against(self, layer: int, expert: int, others: list[View]) -> dict[str, Any] | None:
-        """The tokens that make it busier or less busy than in the other data sets together; None without others."""
+        """The tokens that explain why its share differs from that in the other data sets together; None without
+        others."""
         if not others:
             return None
         if layer not in self.ranked or self.ranked[layer][0] != others:
@@ -147,7 +149,7 @@ class Profiles:
         }
 
     def _set(self, layer: int, expert: int, differs: str = "") -> dict[str, Any]:
-        """Its row among those of all data sets."""
+        """Its row in the table of all data sets."""
         own = self.load.sel(layer=layer, expert=expert)
         return {
             "dataset": self.view.dataset,
@@ -165,7 +167,8 @@ class Profiles:
         return [row | {"text": self.view.texts[row["token_id"]]} for row in rows if row["token_id"] >= 0]
 
     def contexts_of(self, layer: int, expert: int, most: int | None = None) -> list[dict[str, Any]] | None:
-        """Where its weights are largest, each token shaded by its own; None of routes that came without weights."""
+        """Where its weights are largest, each token shaded by its weight; None if routes were imported without
+        weights."""
         if self.contexts is None:
             return None
         found = self.contexts.sel(layer=layer, expert=expert)
@@ -180,7 +183,7 @@ class Profiles:
         return rows[:most]
 
     def _together(self, layer: int, expert: int) -> dict[str, Any]:
-        """Whom it works with: the other choices of its tokens."""
+        """Experts chosen together with it: the other choices of its tokens."""
         own = self.together.sel(layer=layer, expert=expert)["probability"]
         return {
             "chance": self.together.attrs["null"],
@@ -201,7 +204,7 @@ class Profiles:
         return found
 
     def _positions(self, layer: int, expert: int) -> list[dict[str, Any]]:
-        """Its share of the choices by range of positions, and of how many."""
+        """Its share of the choices by range of positions, and the number of choices."""
         own = self.position["share"].sel(layer=layer, expert=expert)
         choices = self.position["counts"].sel(layer=layer).sum("expert").values.tolist()
         return [
@@ -211,7 +214,8 @@ class Profiles:
 
 
 def contributions(one: View, others: Sequence[View], at: int, top: int = TOP_TOKENS) -> xr.Dataset:
-    """The tokens that make the experts of a layer (by index) busier or less busy than in other data sets together."""
+    """The tokens that explain why the shares of a layer's experts (layer by index) differ from those in other data
+    sets."""
     mine, theirs = (
         xr.Dataset(
             {
@@ -225,12 +229,12 @@ def contributions(one: View, others: Sequence[View], at: int, top: int = TOP_TOK
 
 
 def _ranked(share: Array, leave_out: int | None = None) -> list[dict[str, Any]]:
-    """Experts by their share, the largest first; those without one are left out."""
+    """Experts by their share, the largest first; experts without a share are left out."""
     order = np.argsort(-np.nan_to_num(share), kind="stable")
     return [{"expert": int(e), "share": float(share[e])} for e in order if share[e] > 0 and e != leave_out]
 
 
 def _number(value: xr.DataArray | Array | float) -> float | None:
-    """A float, or None where there is none."""
+    """A float, or None for NaN."""
     number = float(value)
     return None if np.isnan(number) else number

@@ -1,8 +1,8 @@
-"""The first page: what was found, in a few sentences that are computed, and the data sets with their specialists.
+"""The first page: findings in a few computed sentences, and the data sets with their specialists.
 
-Promises: an expert is a specialist only where its interval, which holds all experts, layers and data sets together,
-lies above those of the other data sets, or above an even share where there is no other; what is said of a token and of
-a document was counted. Does not know HTML.
+Promises: an expert is a specialist only if its interval, simultaneous over all experts, layers and data sets, lies
+above those of the other data sets, or above an even share if there is no other; statements about tokens and documents
+are counts. Does not know HTML.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from analysis.explorer.expert import Profiles
 from analysis.explorer.live import Explorer, Shown
 from analysis.explorer.view import View
 
-SPECIALISTS = 3  # of a data set that are shown (arbitrary)
-FREQUENT = 0.002  # of the tokens, for a token to be told of (arbitrary)
-TINY = 1e-300  # instead of no share at all, in a logarithm
-ONE_WAY = 0.9  # of a token's occurrences go to one expert, for it to be told of (arbitrary)
+SPECIALISTS = 3  # shown for each data set (arbitrary)
+FREQUENT = 0.002  # of the tokens: the least for a token to be named (arbitrary)
+TINY = 1e-300  # instead of a share of 0, in a logarithm
+ONE_WAY = 0.9  # of a token's occurrences go to one expert: the least for it to be named (arbitrary)
 
 
 class Home:
-    """What the first page shows; computed again when anything has changed.
+    """What the first page shows; recomputed when anything has changed.
 
     Parameters
     ----------
@@ -54,12 +54,12 @@ class Home:
 
 
 def specialists(own: Profiles, others: Sequence[Profiles], most: int = SPECIALISTS) -> list[dict[str, Any]]:
-    """The experts that a data set uses more than all others do, those that tell most of it first."""
+    """The experts that a data set uses more than all others do, the most informative first."""
     view, sets = own.view, 1 + len(others)
     share, low, _ = own.bounds(sets)
     rest, high = np.full_like(share, 1 / view.experts), np.full_like(share, 1 / view.experts)
     if others:
-        rest, _, high = np.max([each.bounds(sets) for each in others], axis=0)  # NaN where one is not known
+        rest, _, high = np.max([each.bounds(sets) for each in others], axis=0)  # NaN if one is not known
     told = share * np.log2(np.maximum(share, TINY) / np.maximum(rest, TINY))
     told = np.where(low > high, told, 0)
     first = np.argsort(-told, axis=None, kind="stable")[:most]
@@ -77,7 +77,7 @@ def busiest(own: Profiles, others: Sequence[Profiles], most: int = SPECIALISTS) 
 
 
 def _said(own: Profiles, others: Sequence[Profiles], at: int, expert: int) -> dict[str, Any]:
-    """What a card says of an expert."""
+    """What a card says about an expert."""
     layer = own.view.layers[at]
     return {
         "dataset": own.view.dataset,
@@ -89,23 +89,23 @@ def _said(own: Profiles, others: Sequence[Profiles], at: int, expert: int) -> di
 
 
 def _strongest(specialists: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The specialist that tells most of its data set."""
+    """The specialist that is most informative about its data set."""
     first = [each[0] for each in specialists.values() if each]
     return [{"kind": "specialist", **max(first, key=lambda each: float(each["told"]))}] if first else []
 
 
 def _one_way(shown: Sequence[Shown]) -> list[dict[str, Any]]:
-    """The frequent token that goes most surely to one expert of a late layer, over all data sets."""
+    """The frequent token that goes most consistently to one expert of a late layer, over all data sets."""
     found = [each for one in shown for each in _surest(one.view)]
     return [max(found, key=lambda each: float(each["share"]))] if found else []
 
 
 def _surest(view: View) -> list[dict[str, Any]]:
-    """The same of a data set, where its tables are kept."""
+    """The same for one data set, if its tables are kept."""
     frequent = np.flatnonzero(view.token_counts >= max(FREQUENT * view.token_counts.sum(), 1))
     if len(view.tables) < len(view.layers) or not len(frequent):
         return []
-    late = len(view.layers) // 2  # the first layers know little but the token
+    late = len(view.layers) // 2  # the first layers know little more than the token
     share = np.array([view.tables[at][frequent] for at in range(late, len(view.layers))])
     share = share / view.token_counts[frequent, None]
     layer, token, expert = (int(at) for at in np.unravel_index(share.argmax(), share.shape))
@@ -128,7 +128,7 @@ def _surest(view: View) -> list[dict[str, Any]]:
 
 
 def _unusual(shown: Sequence[Shown]) -> list[dict[str, Any]]:
-    """The document that is most unlike the others of its data set."""
+    """The document that differs most from the others of its data set."""
     found = [one for one in shown if not np.isnan(one.unusual.bits).all()]
     if not found:
         return []

@@ -1,14 +1,14 @@
 """What the explorer looks up instead of reading a store: every token's places, and the sums behind the expert pages.
 
-A scan answers in seconds or minutes, and a person who explores waits a tenth of a second. So each shard is read once:
-its part (`analysis.explorer.parts`) is written, and what the pages show is summed up.
+A scan takes seconds or minutes, and a page should take a tenth of a second. So each shard is read once: its part
+(`analysis.explorer.parts`) is written, and the sums behind the pages are updated.
 
-Promises: a part is of the very bytes that were committed, for its name holds their checksum; what is committed later is
-added, and nothing is counted twice; a shard that was captured again with other bytes gets another part, and the sums
-begin anew. A part that is gone, cut short or damaged is made again. A killed process loses at most `PARTS_AT_ONCE`
-shards of its work. The index may be deleted at any time. It takes 8 bytes a token and one (two from 256 experts on) a
-choice, and 4 a shard and token of the vocabulary: 73 bytes a token for Mixtral. Where tokens are selected, by role or
-phase, the index is one of its own, of these alone.
+Promises: a part belongs to exactly the committed bytes, because its name holds their checksum; what is committed later
+is added, and nothing is counted twice; a shard that was captured again with other bytes gets a new part, and the sums
+start again. A part that is missing, truncated or damaged is rebuilt. A killed process loses the work of at most
+`PARTS_AT_ONCE` shards. The index may be deleted at any time. It takes 8 bytes per token, one per choice (two from 256
+experts on), and 4 per shard and token of the vocabulary: 73 bytes per token for Mixtral. If tokens are selected by role
+or phase, they get a separate index.
 
 Does not know what is shown: `analysis.explorer.live`.
 """
@@ -45,13 +45,13 @@ from store.identity import identity_hash
 from store.names import beside
 from store.reader import open_covered
 
-PARTS_AT_ONCE = 32  # shards between two savings of the sums (arbitrary)
+PARTS_AT_ONCE = 32  # shards between two saves of the sums (arbitrary)
 AROUND = 12  # tokens of context on each side of a place (arbitrary)
-SAMPLED = 32_768  # tokens of whole documents that are kept one by one: 12 MB for 48 layers of 8 choices (arbitrary)
-ABANDONED_S = 86_400.0  # after which a file that was not finished is taken for a killed process's (arbitrary)
+SAMPLED = 32_768  # tokens of whole documents that are kept individually: 12 MB for 48 layers of 8 choices (arbitrary)
+ABANDONED_S = 86_400.0  # after which an unfinished file is assumed to come from a killed process (arbitrary)
 
 Sums = dict[str, State]
-"""What each of `reducers` has counted, by its name."""
+"""The counts of each of `reducers`, by name."""
 
 
 def reducers(capture: xr.Dataset) -> dict[str, Reducer]:
@@ -67,13 +67,13 @@ def reducers(capture: xr.Dataset) -> dict[str, Reducer]:
 
 @dataclass(frozen=True, kw_only=True)
 class Indexed:
-    """As much of a capture as is indexed. It never changes: what comes later is another one."""
+    """The indexed part of a capture. Immutable: what is added later makes a new object."""
 
     state: Coverage
     """What is planned and committed."""
     capture: xr.Dataset
     parts: Mapping[str, Part]
-    """The indexed shards, by name, in their order."""
+    """The indexed shards, by name, in order."""
     sums: Sums
 
     def result(self, name: str) -> xr.Dataset:
@@ -88,7 +88,7 @@ class Indexed:
     def occurrences(
         self, token: int, layer: int | None = None, expert: int | None = None, *, skip: int = 0, limit: int = 20
     ) -> tuple[int, list[tuple[Part, int]]]:
-        """How often a token went to an expert at a layer (by index), or occurs at all; and some of the places.
+        """How often a token went to an expert at a layer (by index), or how often it occurs; and some of the places.
 
         Returns
         -------
@@ -107,23 +107,23 @@ class Indexed:
         return number, found
 
     def neighbour(self, token: int, row: int, position: int, *, back: bool = False) -> tuple[int, int]:
-        """The next place of a token after another place, or before it; after the last one comes the first.
+        """The next place of a token after or before another place; after the last one comes the first.
 
         Raises
         ------
         ValueError
-            When it does not occur.
+            When the token does not occur.
         """
         number, _ = self.occurrences(token, limit=0)
         if not number:
-            raise ValueError(f"token {token} does not occur in what is indexed")
+            raise ValueError(f"token {token} does not occur in the indexed part")
         before = sum(part.before(token, row, position + (not back)) for part in self.parts.values())
         _, [(part, found)] = self.occurrences(token, skip=(before - back) % number, limit=1)
         rows, positions = part.places(np.array([found]))
         return int(rows[0]), int(positions[0])
 
     def part_of(self, row: int) -> Part | None:
-        """The part that holds a row of the capture; None where it is not indexed."""
+        """The part that holds a row of the capture; None if it is not indexed."""
         shard = row // int(self.capture.attrs["rows_per_shard"])
         name = _part_name(shard, self.state.sums[shard]) if shard in self.state.sums else ""
         return self.parts.get(name)
@@ -137,19 +137,19 @@ class CaptureIndex:
     path, dataset
         The store, and the capture in it.
     folder : Path, optional
-        Where indexes are kept; default beside the store, or in the user's cache for a store in a bucket.
+        Where indexes are kept; default next to the store, or in the user's cache for a store in a bucket.
     only : Selection, optional
         The tokens that are counted and found.
 
     Raises
     ------
     ValueError
-        When there is no such capture, or it does not say what tokens are selected by.
+        When there is no such capture, or it lacks the labels by which tokens are selected.
 
     Attributes
     ----------
     now : Indexed
-        What is indexed; at first what another process has left. Replaced as a whole by `refresh`.
+        What is indexed; at first what an earlier process left. Replaced as a whole by `refresh`.
     """
 
     def __init__(
@@ -160,31 +160,31 @@ class CaptureIndex:
         self._begin()
 
     def _begin(self) -> None:
-        """Begin with what was saved of the capture that is there now."""
+        """Start from what was saved for the current capture."""
         state, capture = self._open()
-        selected_labels(capture, self.only)  # an error where there are none of these
+        selected_labels(capture, self.only)  # raises if the capture has none of these
         self.identity = identity_hash(CaptureGroup(self.path, self.dataset).identity)
         counted = [asdict(self.only), *(question(reducer) for reducer in reducers(capture).values())]
         self.folder = self.root / self.dataset / f"index-{_hash([MARK, self.identity, counted])[:16]}"
         kept, sums = self._kept(capture)
         parts = self._parts(state, capture, kept, {})
-        if len(parts) < len(kept):  # some are of shards that were captured again, or gone, or damaged
+        if len(parts) < len(kept):  # some belong to shards that were captured again, or are missing or damaged
             parts, sums = {}, _empty(capture)
         self.now = Indexed(state=state, capture=capture, parts=parts, sums=sums)
 
     def refresh(
         self, *, threads: int | None = None, progress: Callable[[int, int], None] | None = None, most: int | None = None
     ) -> int:
-        """Add what was committed and is not indexed yet.
+        """Index the shards committed since the last call.
 
         Parameters
         ----------
         threads
-            Shards decoded at the same time; default one a processor.
+            Shards decoded at the same time; default one per processor.
         progress
             Called with (shards done, shards in all) after each shard, from any thread.
         most
-            Shards to add at most.
+            The most shards to add.
 
         Returns
         -------
@@ -194,12 +194,12 @@ class CaptureIndex:
         Raises
         ------
         OSError
-            When the index cannot be written; what is written is kept.
+            When the index cannot be written; what was written is kept.
         ValueError
             When a shard cannot be decoded.
         """
         if identity_hash(CaptureGroup(self.path, self.dataset).identity) != self.identity:
-            self._begin()  # another capture has taken its place
+            self._begin()  # another capture replaced it
         state, capture = self._open()
         names, done, sums = _part_names(state), set(self.now.parts), self.now.sums
         if not done <= set(names.values()):
@@ -230,7 +230,7 @@ class CaptureIndex:
         threads: int | None,
         progress: Callable[[int, int], None] | None,
     ) -> Sums:
-        """Write the parts of some shards, and the sums with them."""
+        """Write the parts of some shards, and update the sums."""
         step, rows = int(capture.attrs["rows_per_shard"]), capture.sizes["doc"]
         slices = [slice(shard * step, min(rows, (shard + 1) * step)) for shard in shards]
         asked = reducers(capture)
@@ -242,16 +242,16 @@ class CaptureIndex:
         return dict(zip(asked, merge(list(asked.values()), before, states), strict=True))
 
     def _with(self, state: Coverage, capture: xr.Dataset, done: set[str], sums: Sums) -> Indexed:
-        """What is indexed from now on."""
+        """The new state of the index."""
         parts = self._parts(state, capture, done, self.now.parts)
         if len(parts) < len(done):
-            raise OSError(f"{len(done) - len(parts)} parts of the index are gone from {self.folder}: start this again")
+            raise OSError(f"{len(done) - len(parts)} parts of the index are missing from {self.folder}: restart")
         return Indexed(state=state, capture=capture, parts=parts, sums=sums)
 
     def _parts(
         self, state: Coverage, capture: xr.Dataset, done: set[str], known: Mapping[str, Part]
     ) -> dict[str, Part]:
-        """The parts of committed shards that are done, as far as they are there and whole."""
+        """The parts of the committed shards that are done, if they exist and are complete."""
         step, parts = int(capture.attrs["rows_per_shard"]), {}
         for shard, name in _part_names(state).items():
             if name in done:
@@ -259,12 +259,12 @@ class CaptureIndex:
                     parts[name] = known.get(name) or Part(self.folder / name, shard * step)
                 except FileNotFoundError:
                     continue
-                except ValueError:  # cut short, or damaged
+                except ValueError:  # truncated or damaged
                     (self.folder / name).unlink(missing_ok=True)
         return parts
 
     def _tidy(self, names: Mapping[int, str]) -> None:
-        """Remove the parts of shards that were captured again, and what a killed process has left unfinished."""
+        """Remove the parts of shards that were captured again, and unfinished files of killed processes."""
         for found in self.folder.iterdir() if self.folder.is_dir() else ():
             shard = re.match(r"\d+(?=-)", found.name)
             replaced = shard is not None and names.get(int(shard[0]), found.name) != found.name
@@ -274,14 +274,14 @@ class CaptureIndex:
                     found.unlink()
 
     def _keep(self, done: set[str], sums: Sums) -> None:
-        """Save the sums, with the parts that they are of."""
+        """Save the sums, with the names of the parts they cover."""
         arrays = {f"{key}/{name}": array for key, state in sums.items() for name, array in state.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_file(self.folder / "sums.npz") as unfinished, unfinished.open("wb") as file:
             np.savez(file, parts=np.array(sorted(done)), **arrays)  # type: ignore[arg-type]
 
     def _kept(self, capture: xr.Dataset) -> tuple[set[str], Sums]:
-        """What was saved, or nothing where it is not there, or not whole."""
+        """What was saved, or nothing if it is missing or incomplete."""
         try:
             with (self.folder / "sums.npz").open("rb") as file, np.load(file, allow_pickle=False) as saved:
                 sums: Sums = {key: {} for key in reducers(capture)}
@@ -296,9 +296,9 @@ class CaptureIndex:
 
 
 def index_folder(path: Path | str) -> Path:
-    """Where the indexes of a store are kept: beside it, or in the user's cache where it is in a bucket.
+    """Where the indexes of a store are kept: next to it, or in the user's cache if it is in a bucket.
 
-    A part is mapped into memory: it must be a file.
+    A part is memory-mapped, so it must be a local file.
     """
     if "://" not in str(path):
         return Path(beside(path))

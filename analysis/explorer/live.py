@@ -1,6 +1,6 @@
-"""What the explorer holds: for each data set of a store its index, a view of it, and its experts' profiles.
+"""The explorer's state: for each data set of a store its index, a view of it, and its experts' profiles.
 
-Promises: a request sees one state of a data set; a newer one takes its place as a whole, also while a capture runs.
+Promises: a request sees one state of a data set; a newer state replaces it as a whole, even while a capture runs.
 Reading and indexing never wait for each other. Does not know HTTP: `analysis.explorer.site`.
 """
 
@@ -28,8 +28,8 @@ from store.identity import changes_in_words
 from store.names import dataset_names
 from store.secrets import without_secrets
 
-BUSY_S, QUIET_S = 2.0, 20.0  # between looks at a capture that runs, and at one that is complete
-LOG_S = 10.0  # between two lines about one index
+BUSY_S, QUIET_S = 2.0, 20.0  # between checks of a running and of a complete capture
+LOG_S = 10.0  # between two log lines about one index
 FIRST = 8  # shards after which the first numbers are shown (arbitrary)
 
 
@@ -39,18 +39,18 @@ class Shown:
 
     view: View
     digest: str
-    """Another one when anything that is shown may be."""
+    """Changes when anything that is shown may have changed."""
     identity: str
-    """Of the capture: its hash."""
+    """The hash of the capture."""
 
     @cached_property
     def profiles(self) -> Profiles:
-        """Of its experts; computed when the first is asked for."""
+        """The profiles of its experts; computed at the first request."""
         return Profiles(self.view)
 
     @cached_property
     def unusual(self) -> Unusual:
-        """How unusual its documents are; computed when they are first asked for."""
+        """How unusual its documents are; computed at the first request."""
         return unusual_documents(self.view)
 
 
@@ -62,15 +62,15 @@ class Explorer:
     path
         The store.
     names
-        Its data sets; None for all, also those that come later.
+        Its data sets; None for all, including those added later.
     folder : Path, optional
         Where indexes are kept: see `analysis.explorer.index.index_folder`.
     only : Selection, optional
-        The tokens that are counted and found; texts are shown whole.
+        The tokens that are counted and found; texts are shown in full.
     threads : int, optional
-        For indexing; default one a processor.
+        For indexing; default one per processor.
     log
-        Told, in one line, what happens meanwhile.
+        Called with one line about each event.
 
     Raises
     ------
@@ -92,15 +92,15 @@ class Explorer:
         self.indexes: dict[str, CaptureIndex] = {}
         self.shown: dict[str, Shown] = {}
         self.problems: dict[str, str] = {}
-        """Why a data set is not shown, or its index does not go on."""
+        """Why a data set is not shown, or why its index is not updated."""
         self.progress: dict[str, tuple[int, int]] = {}
-        """Shards of it that were indexed, and that are to be, while it is at work."""
+        """Shards indexed, and shards in all, while indexing."""
         self.look()
         if not self.shown:
-            raise ValueError("; ".join(self.problems.values()) or f"{path} holds no data set yet")
+            raise ValueError("; ".join(self.problems.values()) or f"{path} has no data set yet")
 
     def look(self) -> None:
-        """Show the data sets that are not shown yet, as far as they are indexed."""
+        """Show the data sets that are not shown yet, in the state in which they are indexed."""
         for name in self.names or dataset_names(self.path):
             if name not in self.shown:
                 with self._survive(name):
@@ -108,7 +108,7 @@ class Explorer:
                     self.shown[name] = self._show(name)
 
     def alike(self, own: Shown) -> list[Alike]:
-        """The other data sets whose experts can be shown beside one's."""
+        """The other data sets whose experts can be shown next to those of this one."""
 
         def model(view: View) -> tuple[object, ...]:
             return view.capture.attrs.get("model"), view.experts, view.choices, *view.layers
@@ -119,12 +119,12 @@ class Explorer:
         ]
 
     def refresh(self, name: str, most: int | None = None) -> int:
-        """Index what was committed of a data set since, so many shards of it at most, and show it.
+        """Index what was committed to a data set since, at most so many shards, and show it.
 
         Returns
         -------
         int
-            Shards that were added; 0 also where it does not go on: see `problems`.
+            Shards that were added; also 0 if indexing fails: see `problems`.
         """
         logged = time.monotonic()
 
@@ -146,14 +146,14 @@ class Explorer:
         return added
 
     def reread(self, name: str, digest: str) -> None:
-        """Show a data set as another process has indexed it, unless that is shown already."""
+        """Show a data set in the state that another process indexed, unless it is shown already."""
         if name not in self.shown or self.shown[name].digest != digest:
             with self._survive(name):
                 self.indexes[name] = CaptureIndex(self.path, name, self.folder, self.only)
                 self.shown[name] = self._show(name)
 
     def follow(self, stop: threading.Event) -> None:
-        """Keep what is shown up to date until `stop` is set; a little of each data set first."""
+        """Keep the shown state up to date until `stop` is set; start with a few shards of each data set."""
         due: dict[str, float] = {}
         most: int | None = FIRST
         while not stop.is_set():
@@ -172,26 +172,26 @@ class Explorer:
 
     @contextmanager
     def _survive(self, name: str) -> Iterator[None]:
-        """Keep going whatever is raised: storage raises its own, and a thread that ends would end unseen."""
+        """Continue after any exception: storage raises its own types, and a thread that ended would end unnoticed."""
         try:
             yield
             self.problems.pop(name, None)
         except Exception as error:
             reason = without_secrets(str(error) or repr(error))
             if isinstance(error, OSError):
-                reason += "; give another folder for the index with --index"
+                reason += "; use --index to choose another folder for the index"
             if self.problems.get(name) != reason:
                 self.log(f"{name}: {reason}")
             self.problems[name] = reason
 
     def state(self, name: str) -> dict[str, Any]:
-        """How far a data set is captured and indexed, and what there is to say of it."""
+        """How far a data set is captured and indexed, and a note about it."""
         shown = self.shown[name]
         state, indexed = shown.view.now.state, len(shown.view.now.parts)
         behind = state.shards_done - indexed
         note = ""
         if name in self.problems:
-            note = f"The index of {name} does not go on: {self.problems[name]}."
+            note = f"The index of {name} is not updated: {self.problems[name]}."
         elif behind:
             done, total = self.progress.get(name, (0, behind))
             note = f"{name} is being indexed: {done:,} of {total:,} shards."
@@ -213,7 +213,7 @@ class Explorer:
         }
 
     def _show(self, name: str) -> Shown:
-        """A data set as it is indexed now; nobody waits for what takes a while to compute."""
+        """A data set as it is indexed now; slow parts are computed later."""
         index, before = self.indexes[name], self.shown.get(name)
         same = before is not None and before.identity == index.identity
         view = View(self.path, name, index.now, before.view if before and same else None)
@@ -225,12 +225,13 @@ class Explorer:
 
 
 def changes(view: View) -> str:
-    """What was changed about its model's choices, in words; empty where nothing was."""
+    """What was changed about its model's choices, in words; empty if nothing was."""
     return changes_in_words(attributes(view.capture)["identity"])
 
 
 def differs(one: View, other: View) -> str:
-    """In what the model of another data set differs, in words: what was changed about its choices, if that is all."""
+    """How the model of another data set differs, in words: what was changed about its choices, if nothing else
+    differs."""
     said = [attributes(view.capture) for view in (one, other)]
     fields, changed = model_differences(*said), ("mask", "force", "top_k", "routes_from", "routes_weights")
     if fields.keys() <= set(changed):

@@ -1,4 +1,4 @@
-"""The map of layers and experts that several pages show: a number for each, as many as fit beside each other."""
+"""The map of layers and experts that several pages show: a number for each, as many as fit side by side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from analysis.explorer.view import View
 from analysis.scanning import Array
 
-FEW = 16  # experts of a layer that fit beside each other; of more, so many are listed
+FEW = 16  # experts of a layer that fit side by side; if there are more, the first so many are listed
 
 
 def expert_map(view: View, share: Array) -> dict[str, Any]:
@@ -20,13 +20,13 @@ def expert_map(view: View, share: Array) -> dict[str, Any]:
     view : View
         The capture.
     share : array, shape (layer, expert)
-        What is shown; NaN for nothing.
+        The values shown; NaN for none.
 
     Returns
     -------
     dict
-        `rows`: of each layer its number, and the experts with their shares; and whether these are `all`, or the
-        largest ones.
+        `rows`: for each layer its number, and the experts with their shares; `all`: whether these are all experts, or
+        only those with the largest shares.
     """
     share, everyone = np.nan_to_num(share), view.experts <= FEW
     listed = np.argsort(-share, axis=1, kind="stable")[:, :FEW]

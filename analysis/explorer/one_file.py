@@ -1,7 +1,7 @@
-"""Documents with their routes as one file, for a paper's web page; and what the explorer's pages are made with.
+"""Documents with their routes as one file, for a paper's web page; and the environment of the explorer's templates.
 
-Promises: the file asks no host for anything, runs no script but its own, and holds the routes as they are: experts
-exactly, weights to 1/65,535 of the largest.
+Promises: the file makes no network requests, runs only its own script, and holds the experts exactly and the weights to
+1/65,535 of the largest.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from analysis.explorer.pieces import inline
 from analysis.explorer.view import View
 
 FOLDER = Path(__file__).parent / "pages"
-MOST_TOKENS = 100_000  # of one file: 27 MB for Mixtral (arbitrary)
+MOST_TOKENS = 100_000  # in one file: 27 MB for Mixtral (arbitrary)
 
 
 def environment() -> jinja2.Environment:
-    """Templates of the explorer: everything is escaped, and `inline` makes one visible line of a text."""
+    """The explorer's templates: everything is escaped, and `inline` turns a text into one visible line."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
@@ -36,19 +36,19 @@ def environment() -> jinja2.Environment:
 
 
 def reader_data(view: View, documents: Sequence[dict[str, Any]]) -> Markup:
-    """What explorer.js draws a text from: documents as `analysis.explorer.document` gives them."""
+    """The data from which explorer.js draws a text: documents as `analysis.explorer.document` returns them."""
     shape = {"layers": view.layers, "experts": view.experts, "choices": view.choices, "words": len(view.texts)}
     shape["distributions"], shape["indented"] = view.scores is not None, view.indented
     return inert_json({**shape, "documents": list(documents)})
 
 
 def export_page(view: View, documents: Sequence[int]) -> str:
-    """One HTML file of some documents of a capture, whole.
+    """One HTML file with some whole documents of a capture.
 
     Raises
     ------
     ValueError
-        When there is no such document, or they are too long together.
+        When there is no such document, or they are too long in total.
     """
     documents = list(dict.fromkeys(documents))
     refuse_too_long(view, documents)
@@ -75,9 +75,9 @@ def export_page(view: View, documents: Sequence[int]) -> str:
 
 
 def refuse_too_long(view: View, documents: Sequence[int]) -> None:
-    """Raise a ValueError where documents do not fit into one file, or are not there."""
+    """Raise a ValueError if documents do not fit into one file, or do not exist."""
     for document in documents:
         view.pages_of(document)
     tokens = int(view.document_tokens[0, list(documents)].sum())
     if tokens > MOST_TOKENS:
-        raise ValueError(f"{len(documents)} documents of {tokens:,} tokens: one file holds {MOST_TOKENS:,} at most")
+        raise ValueError(f"{len(documents)} documents with {tokens:,} tokens: one file holds at most {MOST_TOKENS:,}")

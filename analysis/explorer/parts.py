@@ -1,9 +1,9 @@
-"""Where every token of a shard stands, and with which experts: one part of the explorer's index.
+"""The places and experts of every token of a shard: one part of the explorer's index.
 
-A part is one file, mapped into memory, so that what is asked for is read and nothing else: the occurrences of the shard
-in the order of their tokens, with their experts, layer by layer. "Token 262 at layer 7" is one contiguous range.
+A part is one memory-mapped file, so a query reads only what it needs: the shard's occurrences in the order of their
+token ids, with their experts, layer by layer. "Token 262 at layer 7" is one contiguous range.
 
-Promises: a part is whole or absent; one that was cut short or is of another kind is refused when it is opened. Does not
+Promises: a part is complete or absent; a truncated file or one of another kind is rejected when it is opened. Does not
 know which shards there are: `analysis.explorer.index`.
 """
 
@@ -20,20 +20,20 @@ from analysis.scanning import Array, Block, Reducer, State, kernel, sizes
 from store.files import whole_file
 
 MARK = 0x32_5452_4150_4145  # "EAPART2" as a number: what these files begin with
-ALIGNED = 128  # bytes, at which each array begins; the first of them say how large they are
-SIZES = 9  # whole numbers that say it
+ALIGNED = 128  # bytes: each array starts at a multiple of it; the first such block holds their sizes
+SIZES = 9  # integers in that header
 WIDTHS = (1, 2, 4)  # bytes of a count
 
 
 class Part:
-    """One shard, laid out for looking up.
+    """One shard, laid out for lookups.
 
     Parameters
     ----------
     file : Path
-        That `Occurrences` has written.
+        Written by `Occurrences`.
     first_row : int
-        Row of the capture that is the shard's first.
+        The shard's first row in the capture.
 
     Attributes
     ----------
@@ -42,8 +42,8 @@ class Part:
     start : array, shape (rows + 1,), uint32
         Where each row begins in it.
     order : array, shape (occurrences,), uint32
-        Places in `token`, ordered by token id and then by place; special tokens, what is not captured and what is not
-        selected are left out.
+        Places in `token`, ordered by token id and then by place, without special tokens and without what is not
+        captured or not selected.
     bounds : array, shape (vocabulary + 1,), uint32
         Where each token's occurrences begin in `order`.
     expert : array, shape (layers, occurrences, k), of the capture's type
@@ -54,7 +54,7 @@ class Part:
     Raises
     ------
     ValueError
-        When the file is no whole part.
+        When the file is not a complete part.
     """
 
     token: Array
@@ -68,18 +68,18 @@ class Part:
         self.first_row = first_row
         data = np.asarray(np.memmap(file, np.uint8, "r"))
         if data.size < ALIGNED or data[:8].view(np.int64)[0] != MARK:
-            raise ValueError(f"{file} is no part of an index")
+            raise ValueError(f"{file} is not a part of an index")
         at, sizes = ALIGNED, data[8 : 8 + 8 * SIZES].view(np.int64).tolist()
         if sizes[-1] not in WIDTHS:
-            raise ValueError(f"{file} is damaged: it does not say how large it is")
+            raise ValueError(f"{file} is damaged: its header has no sizes")
         for name, (dtype, shape) in _layout(*sizes).items():
             size = prod(shape) * dtype.itemsize
             if at + size > data.size:
-                raise ValueError(f"{file} is cut short: {data.size} bytes")
+                raise ValueError(f"{file} is truncated: {data.size} bytes")
             setattr(self, name, data[at : at + size].view(dtype).reshape(shape))
             at += -(-size // ALIGNED) * ALIGNED
         if data.size != at:
-            raise ValueError(f"{file} has {data.size} bytes, and should have {at}")
+            raise ValueError(f"{file} has {data.size} bytes instead of {at}")
         if self.bounds[-1] != len(self.order) or self.start[-1] != len(self.token):
             raise ValueError(f"{file} is damaged: its bounds do not end where its arrays do")
 
@@ -91,14 +91,15 @@ class Part:
         return int(_count(self.expert[layer, low:high], expert))
 
     def find(self, token: int, layer: int | None = None, expert: int | None = None) -> Array:
-        """Where, as indices into `order`."""
+        """The same occurrences, as indices into `order`."""
         low, high = int(self.bounds[token]), int(self.bounds[token + 1])
         if layer is None or expert is None:
             return np.arange(low, high)
         return low + np.flatnonzero((self.expert[layer, low:high] == expert).any(axis=1))
 
     def find_all(self, tokens: Array, layer: int | None = None, expert: int | None = None) -> Array:
-        """Where any of some tokens occurs, or went to an expert at a layer (by index), as indices into `order`."""
+        """The occurrences of any of some tokens, or those at an expert of a layer (by index), as indices into
+        `order`."""
         found = [
             self.find(int(token), layer, expert) for token in tokens if self.bounds[token] < self.bounds[token + 1]
         ]
@@ -109,27 +110,29 @@ class Part:
         _add_table(self.expert[layer], self.bounds, count)
 
     def add_map(self, token: int, most: int, count: Array) -> int:
-        """Add to `count` (layer, expert) what the first `most` occurrences of a token chose, and tell how many."""
+        """Add to `count` (layer, expert) what the first `most` occurrences of a token chose, and return their
+        number."""
         low, high = int(self.bounds[token]), int(self.bounds[token + 1])
         high = min(high, low + most)
         _add_map(self.expert[:, low:high], count)
         return high - low
 
     def places(self, found: Array) -> tuple[Array, Array]:
-        """Rows of the capture, and positions in them, of indices into `order`."""
+        """Rows of the capture, and positions in them, for indices into `order`."""
         place = self.order[found].astype(np.int64)
         row = np.searchsorted(self.start, place, side="right") - 1
         return self.first_row + row, place - self.start[row]
 
     def before(self, token: int, row: int, position: int) -> int:
-        """How many occurrences of a token stand before a place of the capture."""
+        """How many occurrences of a token precede a place of the capture."""
         low, high = int(self.bounds[token]), int(self.bounds[token + 1])
         at = min(max(row - self.first_row, -1), len(self.start) - 1)
         place = self.start[at] + position if 0 <= at < len(self.start) - 1 else -1 if at < 0 else len(self.token)
         return int(np.searchsorted(self.order[low:high], place))
 
     def around(self, row: int, position: int, tokens: int, reach: int = 1) -> tuple[Array, int]:
-        """Token ids of a row, up to so many on both sides of some from a position on, and its index among them."""
+        """Token ids of a row: `reach` tokens from a position on and up to `tokens` on both sides, and the position's
+        index."""
         low, high = (int(self.start[row - self.first_row + step]) for step in (0, 1))
         here = low + position
         first = max(low, here - tokens)
@@ -137,12 +140,12 @@ class Part:
 
 
 class Occurrences(Reducer):
-    """Writes the part of each shard that it sees, unless it is there; counts nothing.
+    """Writes the part of each shard that it sees, unless it exists; counts nothing.
 
     Parameters
     ----------
     folder : Path
-        Where parts go.
+        Where parts are written.
     names : mapping
         The name of a shard's part by the number of its first row.
     """
@@ -151,7 +154,7 @@ class Occurrences(Reducer):
         self.folder, self.names = folder, names
 
     def init(self, dataset: xr.Dataset) -> State:
-        """The size of the vocabulary and of a layer, which a block does not tell."""
+        """The size of the vocabulary and of a layer, which a block does not hold."""
         return {"vocabulary": np.array(dataset.sizes["token_id"]), "experts": np.array(sizes(dataset)[2])}
 
     def update(self, state: State, block: Block) -> None:
@@ -180,7 +183,7 @@ def _layout(
     experts: int,
     load_bytes: int,
 ) -> dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]:
-    """Types and shapes of a part's arrays, in their order."""
+    """Types and shapes of a part's arrays, in order."""
     return {
         "token": (np.dtype(np.int32), (tokens,)),
         "start": (np.dtype(np.uint32), (rows + 1,)),
@@ -211,7 +214,7 @@ def _ordered(block: Block, vocabulary: int, experts: int) -> dict[str, Array]:
 
 
 def _write(file: Path, arrays: Mapping[str, Array]) -> None:
-    """Write a part, whole or not at all."""
+    """Write a part atomically."""
     layers, occurrences, choices = arrays["expert"].shape
     rows, vocabulary = len(arrays["start"]) - 1, len(arrays["bounds"]) - 1
     expert, load = arrays["expert"], arrays["load"]
@@ -252,7 +255,7 @@ def _add_rows(expert: Array, counted: Array, load: Array) -> None:
 
 @kernel
 def _count(choices: Array, expert: int) -> int:
-    """How many of the occurrences (occurrence, k) chose an expert; a token's choices are different ones."""
+    """How many of the occurrences (occurrence, k) chose an expert; a token chooses an expert at most once."""
     number = 0
     for choice in choices.ravel():
         number += choice == expert

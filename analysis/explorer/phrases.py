@@ -1,11 +1,11 @@
-"""Where a phrase stands, whatever tokens it is cut into: "the Congress" over " the" and " Congress".
+"""Find a phrase, however it is split into tokens: "the Congress" over " the" and " Congress".
 
-Each byte of a phrase is covered by one token. So the byte is chosen that only rare tokens can cover; their places are
-looked up in the index, and the text around each is compared with the phrase.
+Each byte of a phrase is covered by one token. The search picks the byte that only rare tokens can cover, looks up their
+places in the index, and compares the text around each with the phrase.
 
-Promises: every place is found once, whatever its case; what is compared for one answer has a limit, and the answer says
-whether it was reached. A phrase reaches neither over a special token nor from one row into the next. Where tokens are
-selected, a phrase is found if the token that was looked up is one of them.
+Promises: every place is found once, ignoring case; the number of comparisons per answer is limited, and the answer says
+whether the limit was reached. A phrase spans neither a special token nor two rows. If tokens are selected, a phrase is
+found if the token that was looked up is one of them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from analysis.explorer.parts import Part
 from analysis.scanning import Array, kernel
 from analysis.token_classes import text_of
 
-COMPARED = 2**21  # places of tokens that are compared for one answer, at most: 0.1 s (measured)
+COMPARED = 2**21  # most places compared for one answer: 0.1 s (measured)
 LONGEST = 200  # characters of a phrase (arbitrary)
-BARRIER = b"\xff"  # no text holds this byte: special tokens are spelled so, and are in no phrase
+BARRIER = b"\xff"  # no UTF-8 text holds this byte; it stands for special tokens, so no phrase contains them
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a phrase stands in a row: the tokens that it touches."""
+    """A phrase in a row: the tokens that it touches."""
 
     part: Part
     row: int
@@ -37,25 +37,25 @@ class Place:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found of a phrase."""
+    """The places of a phrase."""
 
     number: int
     """Places."""
     complete: bool
-    """Whether these are all, and not only those before the limit of what is compared."""
+    """Whether these are all places, not only those before the limit on comparisons."""
     places: list[Place]
-    """Those that were asked for."""
+    """The places that were asked for."""
 
 
 class Phrases:
-    """The bytes of a vocabulary, to look for phrases with.
+    """The bytes of a vocabulary, for finding phrases.
 
     Parameters
     ----------
     pieces
-        Of the vocabulary, as a capture's `piece` has them.
+        The vocabulary's pieces, as in a capture's `piece`.
     special
-        Ids of the tokens that are no text.
+        Ids of the tokens that are not text.
     """
 
     def __init__(self, pieces: Sequence[str], special: Collection[int]) -> None:
@@ -63,23 +63,23 @@ class Phrases:
 
     @cached_property
     def spelled(self) -> tuple[Array, Array]:
-        """The bytes of all tokens, one after the other, uint8; and where each begins, int64 (token_id + 1)."""
+        """The bytes of all tokens, concatenated, uint8; and the start of each, int64 (token_id + 1)."""
         texts = [BARRIER if at in self.special else spelled(text_of(piece)) for at, piece in enumerate(self.pieces)]
         return np.frombuffer(b"".join(texts), np.uint8), np.cumsum([0, *map(len, texts)])
 
     def find(self, text: str, parts: Collection[Part], count: Array, *, skip: int, limit: int) -> Found:
-        """How often a phrase stands in some parts, and some of its places.
+        """How often a phrase occurs in some parts, and some of its places.
 
         Parameters
         ----------
         text
             The phrase.
         parts
-            Where it is looked for.
+            Where to look.
         count : array, shape (token_id,), int64
             How often each token occurs in them.
         skip, limit
-            Places that are left out before those that are given, and how many are given, in the order of the text.
+            Places to skip, and the most places to return, in the order of the text.
         """
         letters, starts = self.spelled
         phrase = np.frombuffer(spelled(text), np.uint8)
@@ -100,12 +100,13 @@ class Phrases:
 
 
 def spelled(text: str) -> bytes:
-    """Text as it is compared: without case, in UTF-8; a byte that a token holds alone stays that byte."""
+    """Text in the form that is compared: case-folded UTF-8; a single byte that is a token of its own stays that
+    byte."""
     return text.casefold().encode("utf-8", "surrogateescape")
 
 
 def _lookups(phrase: Array, letters: Array, starts: Array, count: Array) -> tuple[Array, Array]:
-    """The tokens whose places are looked up, and where in the phrase each then begins; negative before it."""
+    """The tokens whose places are looked up, and where in the phrase each begins; negative if before the phrase."""
     places, tokens = np.zeros((2, phrase.size), np.int64)
     _over_each_byte(phrase, letters, starts, count, places, tokens)
     byte = int(places.argmin())
@@ -115,7 +116,7 @@ def _lookups(phrase: Array, letters: Array, starts: Array, count: Array) -> tupl
 
 
 def _in_one_row(part: Part, ends: Array) -> Array:
-    """Phrases by the first and the last token that they touch, in order; not those that reach into another row."""
+    """Phrases by the first and last token that they touch, in order, without those that cross a row's end."""
     row = np.searchsorted(part.start, ends, side="right")
     ends = ends[row[:, 0] == row[:, 1]]
     return ends[np.argsort(ends[:, 0], kind="stable")]
@@ -130,7 +131,7 @@ def _places(part: Part, ends: Array) -> list[Place]:
 
 @kernel
 def _fits(phrase: Array, letters: Array, at: int) -> bool:
-    """Whether a token that begins at a byte of the phrase, or before it, agrees with it."""
+    """Whether a token that begins at a byte of the phrase, or before the phrase, matches it."""
     for index in range(max(0, -at), min(len(letters), len(phrase) - at)):
         if letters[index] != phrase[at + index]:
             return False
@@ -139,7 +140,7 @@ def _fits(phrase: Array, letters: Array, at: int) -> bool:
 
 @kernel
 def _over_each_byte(phrase: Array, letters: Array, starts: Array, count: Array, places: Array, tokens: Array) -> None:
-    """Add up, for each byte of the phrase, the tokens that can be over it, and their places."""
+    """Add up, for each byte of the phrase, the tokens that can cover it, and their places."""
     for token in range(len(count)):
         own = letters[starts[token] : starts[token + 1]]
         if count[token]:
@@ -152,7 +153,7 @@ def _over_each_byte(phrase: Array, letters: Array, starts: Array, count: Array, 
 
 @kernel
 def _over_one_byte(phrase: Array, letters: Array, starts: Array, count: Array, byte: int, found: Array) -> None:
-    """Write down the tokens that can be over a byte of the phrase, and where each then begins."""
+    """Collect the tokens that can cover a byte of the phrase, and where each begins."""
     number = 0
     for token in range(len(count)):
         own = letters[starts[token] : starts[token + 1]]
@@ -175,7 +176,8 @@ def _compare(
     ats: Array,
     ends: Array,
 ) -> int:
-    """Compare the text around the places of some tokens with the phrase; write down where it begins and ends."""
+    """Compare the text around the places of some tokens with the phrase, and collect where the phrase begins and
+    ends."""
     number = 0
     for asked in range(len(tokens)):
         for index in range(bounds[tokens[asked]], bounds[tokens[asked] + 1]):

@@ -1,7 +1,7 @@
-"""A token in its text: what stands around it, each token there shaded by what it weighed for an expert.
+"""A token in its context; each token is shaded by its weight for an expert.
 
-Promises: the token that is looked for stands in the same column at all places. Text that is indented, such as code, is
-kept in its lines. Does not know HTML, nor how wide a screen is.
+Promises: the focused token is in the same column at all places. Indented text, such as code, keeps its lines. Does not
+know HTML or the width of the screen.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Word(NamedTuple):
 
 
 def words_around(texts: Sequence[str], at: int, shares: Sequence[float] | None = None) -> list[Word]:
-    """The tokens of a text, of which number `at` is the one that is looked for; plain neighbours are one word."""
+    """The tokens of a text, with token `at` as the focus; neighbours without shading are merged into one word."""
     shares = [0.0] * len(texts) if shares is None else shares
     words = [Word(text, share, number == at) for number, (text, share) in enumerate(zip(texts, shares, strict=True))]
     joined: list[Word] = []
@@ -34,14 +34,14 @@ def words_around(texts: Sequence[str], at: int, shares: Sequence[float] | None =
 
 
 def in_one_line(words: Sequence[Word]) -> dict[str, Any]:
-    """Words `before` the `focus` and `after` it, with line feeds as ↵; `lines` is None."""
+    """The words `before` and `after` the `focus`, with line feeds as ↵; `lines` is None."""
     words = [word._replace(text=word.text.replace("\n", "↵")) for word in words]
     at = _focus(words)
     return {"before": words[:at], "focus": words[at], "after": words[at + 1 :], "lines": None}
 
 
 def in_lines(words: Sequence[Word]) -> dict[str, Any]:
-    """`lines` of words, moved so that the focus begins at `COLUMN`; what is left of 0 is cut off."""
+    """`lines` of words, shifted so that the focus begins at `COLUMN`; text left of column 0 is cut off."""
     lines: list[list[Word]] = [[]]
     for word in words:
         first, *others = word.text.split("\n")
@@ -58,17 +58,17 @@ def in_lines(words: Sequence[Word]) -> dict[str, Any]:
 
 
 def _blank(line: Sequence[Word]) -> bool:
-    """Whether nothing of a line can be seen."""
+    """Whether nothing in a line is visible."""
     return not any(word.text.strip() for word in line)
 
 
 def _focus(words: Sequence[Word]) -> int:
-    """Which word is looked for."""
+    """The index of the focused word."""
     return next(at for at, word in enumerate(words) if word.focus)
 
 
 def _moved(line: Sequence[Word], by: int) -> list[Word]:
-    """A line with so many spaces before it, or without so many characters."""
+    """A line with `by` spaces before it or, if negative, without its first characters."""
     if by >= 0 or not line:
         return [Word(" " * by), *line] if line else []
     kept, left = [], -by

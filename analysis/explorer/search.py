@@ -1,7 +1,7 @@
 """What a search finds: tokens, places in the text, and documents.
 
-Promises: the token that is asked for comes first, and none that does not occur; a phrase is found whatever tokens it is
-cut into. Does not know HTML.
+Promises: an exact match comes first among the tokens, and tokens that do not occur are left out; a phrase is found
+however it is split into tokens. Does not know HTML.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from analysis.explorer.token_class import classes_named
 from analysis.explorer.view import View, refuse_page
 
 PLACES, TOKENS = 20, 20  # rows of a page's lists
-GLANCE = 3  # of each, where all data sets are searched (arbitrary)
+GLANCE = 3  # of each, when all data sets are searched (arbitrary)
 
 
 def search_page(view: View, text: str, page: int = 1, *, tokens: int = TOKENS, places: int = PLACES) -> dict[str, Any]:
-    """What a data set has of a text: the `expert` and the `classes` of tokens that are named so, `tokens`, a page, from
-    1 on, of `places`, and `documents`.
+    """What a data set holds for a text: the `expert` and the token `classes` of that name, `tokens`, a page (counted
+    from 1) of `places`, and `documents`.
 
     Raises
     ------
@@ -40,14 +40,15 @@ def search_page(view: View, text: str, page: int = 1, *, tokens: int = TOKENS, p
 
 
 def expert_named(view: View, text: str) -> tuple[int, int] | None:
-    """The layer and the expert that a text such as 6:0 names; None where there is none."""
+    """The layer and the expert that a text such as 6:0 names; None if there is none."""
     named = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip(), re.ASCII)
     layer, expert = (int(number) for number in named.groups()) if named else (-1, -1)
     return (layer, expert) if layer in view.layers and expert < view.experts and view.now.tokens else None
 
 
 def find_tokens(view: View, text: str, most: int = TOKENS) -> dict[str, Any]:
-    """The tokens that occur and contain a text, in their piece or as they read: equal ones first, then by frequency."""
+    """The tokens that occur and contain a text, in their piece or in readable form: exact matches first, then by
+    frequency."""
     count, exactly = view.token_counts, {text, f" {text}", f"▁{text}"}
     found = [at for at in view.tokens_containing(text) if count[at]]
     found.sort(key=lambda at: (view.texts[at] not in exactly and view.pieces[at] not in exactly, -count[at], at))
@@ -59,7 +60,7 @@ def find_tokens(view: View, text: str, most: int = TOKENS) -> dict[str, Any]:
 
 
 def find_places(view: View, text: str, page: int = 1, rows: int = PLACES) -> dict[str, Any]:
-    """A page, from 1 on, of the places of a text; `complete` where these are all that there are.
+    """A page, counted from 1, of the places of a text; `complete` says whether all places were found.
 
     Raises
     ------

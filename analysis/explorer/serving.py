@@ -1,7 +1,7 @@
-"""Processes that answer: a page is made in Python, and a process makes one at a time.
+"""Processes that serve pages: a page is rendered in Python, and a process renders one at a time.
 
-Promises: the first process indexes and answers; the others only answer. They are told what is indexed, what is being
-done and what went wrong, and end with the first one, however it ends. Each holds the tables of counts for itself.
+Promises: the first process indexes and serves; the others only serve. They receive what is indexed, the progress and
+the errors, and end with the first one, however it ends. Each holds its own tables of counts.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from analysis.explorer.live import Explorer
 from analysis.explorer.site import site
 from analysis.scanning import Selection
 
-SWITCH_S = 0.0005  # after which a thread gives way: a page takes ten hand-overs, of 5 ms by default (measured)
-TELL_S = 2.0  # between two looks at whether there is something to tell (arbitrary)
-ENDED_S = 3.0  # that a helper has to end by itself (arbitrary)
+SWITCH_S = 0.0005  # Python's switch interval: a page takes ten switches, of 5 ms each by default (measured)
+TELL_S = 2.0  # between two checks for news to send (arbitrary)
+ENDED_S = 3.0  # a helper gets to end by itself (arbitrary)
 MOST = 4  # processes, unless more are asked for (arbitrary)
 
 
 def server_of(explorer: Explorer, names: Sequence[str]) -> uvicorn.Server:
-    """What answers for an explorer, also under these names of the host."""
+    """The server of an explorer, also under these host names."""
     sys.setswitchinterval(SWITCH_S)
     config = uvicorn.Config(site(explorer, names), log_level="warning", timeout_graceful_shutdown=2)
     return uvicorn.Server(config)
@@ -40,14 +40,14 @@ def server_of(explorer: Explorer, names: Sequence[str]) -> uvicorn.Server:
 
 @contextmanager
 def helpers(explorer: Explorer, names: Sequence[str], listener: socket.socket, number: int) -> Iterator[None]:
-    """Let so many other processes answer at the same socket while the block runs."""
+    """Let so many other processes serve the same socket while the block runs."""
     context = multiprocessing.get_context("spawn")
     given = explorer.path, explorer.names, explorer.folder, explorer.only
     pipes, stop = [context.Pipe() for _ in range(number)], threading.Event()
     started = [context.Process(target=_help, args=(given, names, listener, other), daemon=True) for _, other in pipes]
     for process, (_, other) in zip(started, pipes, strict=True):
         process.start()
-        other.close()  # else a helper would not see the end of the first process
+        other.close()  # otherwise a helper would not notice that the first process ended
     telling = threading.Thread(target=_tell, args=(explorer, [own for own, _ in pipes], stop), daemon=True)
     telling.start()
     try:
@@ -63,13 +63,13 @@ def helpers(explorer: Explorer, names: Sequence[str], listener: socket.socket, n
 
 
 def _tell(explorer: Explorer, pipes: list[Connection], stop: threading.Event) -> None:
-    """Tell the helpers what has changed, until `stop` is set."""
+    """Send the helpers what has changed, until `stop` is set."""
     before: dict[str, Any] = {}
     while not stop.wait(TELL_S if before else 0.0):
         digests = {name: shown.digest for name, shown in [*explorer.shown.items()]}
         said = {"digests": digests, "problems": {**explorer.problems}, "progress": {**explorer.progress}}
         for pipe in pipes if said != before else ():
-            with contextlib.suppress(OSError):  # it has ended
+            with contextlib.suppress(OSError):  # the helper has ended
                 pipe.send(said)
         if said["digests"] != before.get("digests"):
             _settle()
@@ -82,7 +82,7 @@ def _help(
     listener: socket.socket,
     told: Connection,
 ) -> None:
-    """Answer from what the first process has indexed, as long as it is there."""
+    """Serve what the first process has indexed, until that process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the helpers
     path, datasets, folder, only = given
     explorer = Explorer(path, datasets, folder, only=only)
@@ -109,7 +109,7 @@ def _listen(explorer: Explorer, told: Connection) -> None:
 
 
 def _settle() -> None:
-    """Keep what stays out of the garbage collector's sight: looking through all of it takes 0.2 s each time."""
+    """Exclude long-lived objects from garbage collection: a full collection takes 0.2 s."""
     gc.unfreeze()
     gc.collect()
     gc.freeze()

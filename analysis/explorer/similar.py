@@ -1,4 +1,5 @@
-"""Which experts of other layers take the same tokens: the correlation of two experts' choices over a sample of tokens.
+"""Which experts of other layers are chosen by the same tokens: the correlation of two experts' choices over a sample of
+tokens.
 
 Promises: experts without a token in the sample are left out. Does not know which tokens they share.
 """
@@ -28,7 +29,8 @@ class Similar:
         self.counts = self._counts(np.arange(self.expert.shape[1]))
 
     def of(self, at: int, expert: int, top: int = 8) -> list[dict[str, Any]]:
-        """The experts of other layers whose choices go with one's, at a layer (by index), the most alike first.
+        """The experts of other layers whose choices correlate with those of an expert at a layer (by index), the most
+        similar first.
 
         `correlation` is Pearson's, of "this token chose it" and "this token chose the other", 1 or 0 (phi; Yule 1912).
         """

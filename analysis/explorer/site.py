@@ -1,8 +1,8 @@
-"""The explorer's pages over HTTP: addresses, and which page answers them.
+"""The explorer's pages over HTTP: addresses, and the page behind each.
 
-Promises: everything is read, nothing written; a wrong address or number is answered with a page that says so; nothing
-but the explorer's own script and style runs or is asked for, whatever a token holds; a request under a name that may be
-anybody's is refused, so that no page elsewhere can read a store through the visitor's browser (DNS rebinding).
+Promises: everything is read-only; a wrong address or number is answered with a page that says so; only the explorer's
+own script and style run or are requested, whatever a token holds; requests under an unknown host name are rejected, so
+that no other web page can read a store through the visitor's browser (DNS rebinding).
 """
 
 import ipaddress
@@ -38,7 +38,7 @@ from analysis.explorer.token_class import class_page, wrong_expression
 from analysis.explorer.view import MIN_COUNT, Unreadable
 
 ORDERS = get_args(Order)
-AT_ONCE = 1  # pages that are made at the same time: more only wait for each other's Python (measured)
+AT_ONCE = 1  # pages rendered at the same time: more would only wait for Python's lock (measured)
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
     " img-src data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -50,10 +50,10 @@ HEADERS = {
 
 
 def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
-    """The explorer as an ASGI application, for requests by address, to localhost, and under these names of the host."""
+    """The explorer as an ASGI application, for requests by IP address, to localhost, and under these host names."""
     pages, turns = Pages(explorer), CapacityLimiter(AT_ONCE)
 
-    # Pages that wait for a scan take no turn, and neither does what takes no time.
+    # Pages that wait for a scan do not take a turn, and neither do quick ones.
     def in_turn(page: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             return await to_thread.run_sync(page, request, limiter=turns)
@@ -87,14 +87,14 @@ def site(explorer: Explorer, names: Sequence[str] = ()) -> Starlette:
 
 
 class ByName:
-    """Answers requests by address, to localhost, and under some names; refuses all others.
+    """Accepts requests by IP address, to localhost, and under some names; rejects all others.
 
     Parameters
     ----------
     app
-        What answers.
+        The application.
     names
-        Of this machine.
+        Host names of this machine.
     """
 
     def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
@@ -105,12 +105,12 @@ class ByName:
         host = (Request(scope).url.hostname or "") if scope["type"] == "http" else ""
         if scope["type"] != "http" or host in self.names or _is_address(host):
             return await self.app(scope, receive, send)
-        refused = PlainTextResponse(f"{host} is no name of this machine's", 400, headers=HEADERS)
+        refused = PlainTextResponse(f"{host} is not a name of this machine", 400, headers=HEADERS)
         return await refused(scope, receive, send)
 
 
 def _is_address(host: str) -> bool:
-    """Whether it is a number, which no name service can have made up."""
+    """Whether it is an IP address, which needs no name service."""
     try:
         ipaddress.ip_address(host.strip("[]"))
     except ValueError:
@@ -119,7 +119,7 @@ def _is_address(host: str) -> bool:
 
 
 class Pages:
-    """One method a page; run by Starlette in threads."""
+    """One method per page; run by Starlette in threads."""
 
     def __init__(self, explorer: Explorer) -> None:
         self.explorer, self.templates, self.first = explorer, environment(), Home(explorer)
@@ -132,7 +132,7 @@ class Pages:
         return self._page("home", "What do the experts do?", problems=problems, **self.first.page())
 
     def state(self, request: Request) -> Response:
-        """How far all data sets are: what a page asks for again and again."""
+        """The progress of all data sets, which pages poll."""
         return JSONResponse({"sets": [self.explorer.state(name) for name in [*self.explorer.shown]]}, headers=HEADERS)
 
     def dataset(self, request: Request) -> Response:
@@ -167,7 +167,7 @@ class Pages:
         )
 
     def search_all(self, request: Request) -> Response:
-        """The same in all data sets, a few of each."""
+        """The same in all data sets, a few results from each."""
         asked, shown = _asked(request), [*self.explorer.shown.values()]
         if len(shown) == 1:
             where = f"/{quote(shown[0].view.dataset)}/search?{urlencode({'q': asked})}"
@@ -200,7 +200,7 @@ class Pages:
         return HTMLResponse(export_page(view, [document]), headers=headers)
 
     def place(self, request: Request) -> Response:
-        """To the page of a document where a row's position is."""
+        """Redirect to the document page of a row's position."""
         shown, (row, position, layer) = self._shown(request), _numbers(request, row=0, position=0, layer=None)
         document, page, token = shown.view.page_at(row, position)
         query = {"page": page, "token": token} | ({} if layer is None else {"layer": layer})
@@ -209,7 +209,7 @@ class Pages:
         return RedirectResponse(where, headers=HEADERS)
 
     def next(self, request: Request) -> Response:
-        """To the next place of a token, or to the one before."""
+        """Redirect to the next place of a token, or to the previous one."""
         shown = self._shown(request)
         token, row, position, back, layer = _numbers(request, token=None, row=0, position=0, back=0, layer=None)
         if token is None or token >= len(shown.view.texts):
@@ -219,7 +219,7 @@ class Pages:
         return RedirectResponse(f"/{quote(shown.view.dataset)}/place?{urlencode(query)}", headers=HEADERS)
 
     def distribution(self, request: Request) -> Response:
-        """What the routers computed for one token: what a page asks for when a token is chosen."""
+        """What the routers computed for one token; requested when a token is selected."""
         shown, (row, position) = self._shown(request), _numbers(request, row=0, position=0)
         try:
             return JSONResponse(distribution(shown.view, row, position), headers=HEADERS)
@@ -227,7 +227,7 @@ class Pages:
             return JSONResponse({"error": str(error)}, 404, headers=HEADERS)
 
     def effect(self, request: Request) -> Response:
-        """How another capture predicts a page of text: what the page asks for when that is chosen as its colour."""
+        """How another capture predicts a page of text; requested when that is selected as the colour."""
         shown, (row, start) = self._shown(request), _numbers(request, row=0, start=0)
         other = self.explorer.shown.get(request.query_params.get("against", ""))
         if other is None:
@@ -238,7 +238,7 @@ class Pages:
             return JSONResponse({"error": str(error)}, 404, headers=HEADERS)
 
     def token(self, request: Request) -> Response:
-        """A token: where it goes, and its places."""
+        """A token: the experts it goes to, and its places."""
         shown, (layer, expert, page) = self._shown(request), _numbers(request, layer=None, expert=None, page=1)
         view = shown.view
         token = token_page(view, request.path_params["token"])
@@ -259,7 +259,7 @@ class Pages:
         shown = self._shown(request)
         layer, expert = request.path_params["layer"], request.path_params["expert"]
         if not shown.view.now.tokens:
-            raise HTTPException(503, f"nothing of {shown.view.dataset} is indexed yet: its experts are known soon")
+            raise HTTPException(503, f"nothing of {shown.view.dataset} is indexed yet: try again soon")
         found = shown.profiles.expert(layer, expert, self.explorer.alike(shown))
         return self._page(
             "expert",
@@ -271,11 +271,11 @@ class Pages:
         )
 
     def compare(self, request: Request) -> Response:
-        """Two data sets, or how far counting them is."""
+        """Two data sets, or the progress of counting them."""
         shown, other = self._shown(request), self._shown(request, "other")
         names = shown.view.dataset, other.view.dataset
         if shown is other:
-            raise HTTPException(400, f"{names[0]} cannot be compared with itself: name two data sets")
+            raise HTTPException(400, f"{names[0]} cannot be compared with itself: name two different data sets")
         title, found = f"{names[0]} and {names[1]}", compared(self.counting, shown, other)
         if found is None:
             return self._counting(title, shown)
@@ -283,7 +283,7 @@ class Pages:
         return self._page("compare", title, shown, other=names[1], found=found, differs=differ, said=said)
 
     def token_class(self, request: Request) -> Response:
-        """A class of tokens: where it goes, and some places."""
+        """A token class: the experts it goes to, and some places."""
         shown, (layer, expert), asked = (
             self._shown(request),
             _numbers(request, layer=None, expert=None),
@@ -295,49 +295,49 @@ class Pages:
         return self._page("class", asked, shown, found=found, chosen_layer=layer, chosen_expert=expert)
 
     def _counting(self, title: str, shown: Shown) -> Response:
-        """What is shown of a page whose numbers are not there yet."""
+        """The page shown until the numbers are available."""
         done, total = self.counting.progress
         return self._page("counting", title, shown, done=done, total=total)
 
     def any_comparison(self, request: Request) -> Response:
-        """To the comparison of the data sets that a form names."""
+        """Redirect to the comparison of the data sets that a form names."""
         one, other = (quote(request.query_params.get(name, ""), safe="") for name in ("one", "other"))
         return RedirectResponse(f"/{one or '-'}/compare/{other or '-'}", headers=HEADERS)
 
     def any_expert(self, request: Request) -> Response:
-        """To the page of the expert that a form names."""
+        """Redirect to the page of the expert that a form names."""
         shown, (layer, expert) = self._shown(request), _numbers(request, layer=None, expert=None)
         if layer is None or expert is None:
             raise HTTPException(400, "name a layer and an expert")
         return RedirectResponse(f"/{shown.view.dataset}/expert/{layer}/{expert}", headers=HEADERS)
 
     def error(self, request: Request, error: Exception) -> Response:
-        """What went wrong, in the page's own words."""
+        """The error page."""
         status = (
             error.status_code if isinstance(error, HTTPException) else 500 if isinstance(error, Unreadable) else 404
         )
         message = error.detail if isinstance(error, HTTPException) else str(error)
-        message = f"{request.url.path} is no page of the explorer." if message == "Not Found" else message
+        message = f"The explorer has no page {request.url.path}." if message == "Not Found" else message
         titles = {
-            400: "That cannot be asked",
-            404: "There is no such thing",
-            500: "That cannot be read",
-            503: "That is not known yet",
+            400: "Invalid request",
+            404: "Not found",
+            500: "Cannot be read",
+            503: "Not available yet",
         }
-        title = titles.get(status, "That went wrong")
+        title = titles.get(status, "Error")
         return self._page("error", title, status=status, message=message)
 
     def _shown(self, request: Request, part: str = "name") -> Shown:
         """The data set that an address names."""
         name, shown = request.path_params[part], self.explorer.shown
         if name not in shown:
-            raise HTTPException(404, f"no data set {name!r}: here are {', '.join(shown)}")
+            raise HTTPException(404, f"no data set {name!r}: available are {', '.join(shown)}")
         return shown[name]
 
     def _page(
         self, template: str, title: str, shown: Shown | None = None, status: int = 200, **values: Any
     ) -> HTMLResponse:
-        """A page with what all pages have."""
+        """Render a page with the values that all pages share."""
         about: Mapping[str, Any] = {"name": None, "behind": False, "changes": "", "selected": self.explorer.only.said}
         if shown is not None:
             view = shown.view
@@ -361,12 +361,12 @@ class Pages:
 
 
 def _asked(request: Request) -> str:
-    """What is searched for."""
-    asked = request.query_params.get("q", "").replace("\0", "")  # which no text has
+    """The text to search for."""
+    asked = request.query_params.get("q", "").replace("\0", "")  # no text contains it
     if not asked:
-        raise HTTPException(400, "the search is for nothing: give a part of a text, of a token or of a document's name")
+        raise HTTPException(400, "the search is empty: enter part of a text, a token or a document name")
     if len(asked) > LONGEST:
-        raise HTTPException(400, f"a text of {len(asked):,} characters: {LONGEST} can be looked for at most")
+        raise HTTPException(400, f"the search text has {len(asked):,} characters; the limit is {LONGEST}")
     return asked
 
 
@@ -376,6 +376,6 @@ def _numbers(request: Request, **defaults: int | None) -> list[Any]:
     for name, default in defaults.items():
         text = request.query_params.get(name, "")
         if text and not (text.isascii() and text.isdecimal() and len(text) < 16):
-            raise HTTPException(400, f"{name}={text} is no number from 0 on")
+            raise HTTPException(400, f"{name}={text} is not a whole number of 0 or more")
         found.append(int(text) if text else default)
     return found

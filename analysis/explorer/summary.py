@@ -1,9 +1,9 @@
-"""What an expert does, in one line computed from the data, and what it rests on.
+"""What an expert does, in one line computed from the data, and its evidence.
 
-Promises: a class of tokens, or a token, is named only where it reaches the expert more often than its documents
-explain, with all classes, tokens, layers and experts counted as tests (Bonferroni); a data set only where its interval,
-which holds all experts, layers and data sets together, lies above those of all others. Where nothing is beyond chance,
-that is what is said. Does not know HTML.
+Promises: a token class, or a token, is named only if it chooses the expert more often than its documents explain,
+corrected for all classes, tokens, layers and experts (Bonferroni); a data set only if its interval, simultaneous over
+all experts, layers and data sets, lies above those of all others. If nothing is beyond chance, the line says so. Does
+not know HTML.
 """
 
 from __future__ import annotations
@@ -16,43 +16,43 @@ import numpy as np
 
 from analysis.scanning import Array
 
-SURE = 0.05  # probability that something is named where documents explain all
-LEAST_LIFT = 1.5  # of what is named: an expert is not for what it gets hardly more of (arbitrary)
-MOST = 0.5  # of a data set's tokens: an expert that gets more is told by that (arbitrary)
+SURE = 0.05  # probability that something is named although documents explain everything
+LEAST_LIFT = 1.5  # the least lift of what is named: smaller differences do not characterize an expert (arbitrary)
+MOST = 0.5  # of a data set's tokens: the line names this share if the expert gets more (arbitrary)
 CLASSES_TOLD, TOKENS_TOLD = 3, 3
-LEAST_WEIGHT = 0.25  # of a class that is told, beside that of the first (arbitrary)
+LEAST_WEIGHT = 0.25  # the least weight of a further class, relative to the first (arbitrary)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A class of tokens, or a token, that an expert gets beyond chance."""
+    """A token class, or a token, that an expert gets more often than by chance."""
 
     number: int
-    """Among those that were asked for."""
+    """Its index in the input."""
     name: str
     p: float
-    """Adjusted for all tests."""
+    """Corrected for all tests."""
     share: float
-    """Of the tokens that reach the expert."""
+    """Its share of the tokens that choose the expert."""
     of_all: float
-    """Of all tokens."""
+    """Its share of all tokens."""
     reach: float
-    """Of its tokens, how many reach the expert."""
+    """The share of its tokens that choose the expert."""
 
     @property
     def lift(self) -> float:
-        """How much more of it reaches the expert than of all tokens."""
+        """The share of its tokens that choose the expert, over that of all tokens."""
         return self.share / self.of_all
 
     @property
     def weight(self) -> float:
-        """Its part of what the expert tells of the token, in bits: what sorts kinds."""
+        """Its part of the information that the expert carries about the token, in bits; kinds are sorted by it."""
         return self.share * float(np.log2(self.lift))
 
 
 @dataclass(frozen=True)
 class Set:
-    """How busy an expert is in a data set."""
+    """An expert's share in a data set."""
 
     name: str
     share: float
@@ -61,18 +61,18 @@ class Set:
 
 
 def kinds_of(names: Sequence[str], p: Array, count: Array, tokens: Array, of: tuple[int, int]) -> list[Kind]:
-    """The classes or tokens that an expert gets beyond chance, the one that tells most of it first.
+    """The classes or tokens that an expert gets beyond chance, the most informative first.
 
     Parameters
     ----------
     names
-        Of the classes or tokens.
+        The names of the classes or tokens.
     p : array, shape (name), float64
-        Adjusted.
+        Corrected p-values.
     count, tokens : arrays, shape (name), int64
-        How often each reached the expert, and how often it occurs.
+        How often each chose the expert, and how often it occurs.
     of : tuple of int
-        The same of all tokens.
+        The same for all tokens.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         share, of_all = count / of[0], tokens / of[1]
@@ -83,7 +83,8 @@ def kinds_of(names: Sequence[str], p: Array, count: Array, tokens: Array, of: tu
 
 
 def apart(kinds: Sequence[Kind], members: Array, count: Array, most: int = CLASSES_TOLD) -> list[Kind]:
-    """The first classes, each mostly of other tokens than those before it, and telling `LEAST_WEIGHT` of the first.
+    """The first classes, each mostly of other tokens than those before it, and with at least `LEAST_WEIGHT` times the
+    weight of the first.
 
     Parameters
     ----------
@@ -91,9 +92,9 @@ def apart(kinds: Sequence[Kind], members: Array, count: Array, most: int = CLASS
         From `kinds_of`.
     members : array, shape (class, token_id), bool
     count : array, shape (token_id), int64
-        How often each token reached the expert.
+        How often each token chose the expert.
     most
-        Classes that are told.
+        The most classes to return.
     """
     told: list[Kind] = []
     for kind in kinds:
@@ -107,7 +108,7 @@ def apart(kinds: Sequence[Kind], members: Array, count: Array, most: int = CLASS
 
 
 def busiest(sets: Sequence[Set]) -> list[Set]:
-    """The data sets whose intervals lie above those of all others; none where there are no such, or no others."""
+    """The data sets whose intervals lie above those of all others; empty if there are none, or no others."""
     if any(np.isnan(each.low) for each in sets):
         return []
     ordered = sorted(sets, key=lambda each: -each.low)
@@ -120,19 +121,19 @@ def busiest(sets: Sequence[Set]) -> list[Set]:
 def summary(
     own: Set, reach: float, classes: Sequence[Kind], tokens: Sequence[Kind], others: Sequence[Set]
 ) -> Mapping[str, Any]:
-    """The `line`, and the sentences of `evidence` that it rests on.
+    """The `line`, and the `evidence` for it in sentences.
 
     Parameters
     ----------
     own, others
-        The data set that the page is of, and the other ones.
+        The data set of the page, and the other ones.
     reach
-        Share of its tokens that reach the expert.
+        Share of its tokens that choose the expert.
     classes, tokens
-        What it gets beyond chance, as `apart` and `kinds_of` give them.
+        What it gets beyond chance, from `apart` and `kinds_of`.
     """
     if not reach:
-        return {"line": f"No token of {own.name} reaches it", "evidence": []}
+        return {"line": f"No token of {own.name} chooses it", "evidence": []}
     tokens, strongest = tokens[:TOKENS_TOLD], busiest([own, *others])
     told = classes or [replace(kind, name=f"“{kind.name}”") for kind in tokens]
     line = [_listed([f"{kind.name} ({kind.lift:.1f} × the average)" for kind in told])] if told else []
@@ -141,11 +142,11 @@ def summary(
     if strongest:
         line.append(f"strongest in {_listed([each.name for each in strongest])}")
     if not line:
-        return {"line": f"Nothing sets it apart in {own.name}", "evidence": [_nothing(reach)]}
+        return {"line": f"Nothing distinguishes it in {own.name}", "evidence": [_nothing(reach)]}
     evidence = [_of_class(kind, own.name) for kind in classes]
     if tokens:
-        said = [f"“{kind.name}” ({kind.lift:.1f} ×, {kind.reach:.0%} of them reach it)" for kind in tokens]
-        evidence.append(f"The tokens that tell most of it: {_listed(said)}.")
+        said = [f"“{kind.name}” ({kind.lift:.1f} ×, {kind.reach:.0%} of them choose it)" for kind in tokens]
+        evidence.append(f"Most characteristic tokens: {_listed(said)}.")
     if strongest:
         evidence.append(_busy(strongest, [each for each in (own, *others) if each not in strongest]))
     text = "; ".join(line)
@@ -155,25 +156,26 @@ def summary(
 def _of_class(kind: Kind, where: str) -> str:
     p = "p < 0.001" if kind.p < 0.001 else f"p = {kind.p:.3f}"
     return (
-        f"{kind.share:.0%} of the tokens that reach it in {where} are {kind.name}, and {kind.of_all:.0%} of all tokens"
-        f" there; {kind.reach:.0%} of them reach it ({p}, against the same tokens shuffled within their documents, all"
-        " classes, experts and layers counted as tests)."
+        f"{kind.share:.0%} of the tokens that choose it in {where} are {kind.name}, compared with {kind.of_all:.0%} of"
+        f" all tokens there; {kind.reach:.0%} of them choose it ({p}, compared with tokens shuffled within their"
+        " documents, corrected for all classes, experts and layers)."
     )
 
 
 def _busy(strongest: Sequence[Set], rest: Sequence[Set]) -> str:
     nearest = max(rest, key=lambda each: each.share)
     return (
-        f"It has {_listed([f'{each.share:.1%} of the choices of {each.name}' for each in strongest])}, and"
-        f" {nearest.share:.1%} of those of {nearest.name}{', the nearest' if len(rest) > 1 else ''} (intervals over"
-        " documents, of all experts, layers and data sets together, lie apart)."
+        f"It gets {_listed([f'{each.share:.1%} of the choices of {each.name}' for each in strongest])}, compared with"
+        f" {nearest.share:.1%} of those of {nearest.name}{', the next highest' if len(rest) > 1 else ''} (the"
+        " intervals over documents, simultaneous for all experts, layers and data sets, do not overlap)."
     )
 
 
 def _nothing(reach: float) -> str:
     return (
-        f"It gets {reach:.0%} of the tokens there. No class of tokens and no token is known to reach it {LEAST_LIFT:g}"
-        " times as often as the average, and no data set to use it more than others do."
+        f"It is chosen by {reach:.0%} of the tokens there. There is no evidence that a token class or a token chooses"
+        f" it at least {LEAST_LIFT:g} times as often as the average, or that one data set uses it more than the others"
+        " do."
     )
 
 

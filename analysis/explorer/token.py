@@ -1,6 +1,6 @@
-"""A token's page: which experts it goes to, layer by layer, and the places where it occurs.
+"""A token's page: the experts it goes to, layer by layer, and the places where it occurs.
 
-Promises: numbers and places are of what is indexed; of a token that is too frequent to count while a person waits, the
+Promises: numbers and places cover what is indexed; for a token that is too frequent to count while a visitor waits, the
 page says how many occurrences were counted. Does not know HTML.
 """
 
@@ -14,7 +14,7 @@ from analysis.explorer.view import View, refuse_page
 from analysis.scanning import Array
 
 CONTEXTS = 20  # rows of its list
-MAPPED = 2**25  # choices that a token's map is made of at most, where there are no tables: 50 ms (measured)
+MAPPED = 2**25  # most choices counted for a token's map if there are no tables: 50 ms (measured)
 
 
 def token_page(view: View, token: int) -> dict[str, Any]:
@@ -23,8 +23,8 @@ def token_page(view: View, token: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        `count`: its occurrences; `of`: as many of them as `counts` [layer][expert] are of, the first ones where
-        it is too frequent for all.
+        `count`: its occurrences; `of`: how many of them are counted in `counts` [layer][expert], the first ones if it
+        is too frequent to count all.
 
     Raises
     ------
@@ -46,7 +46,7 @@ def token_page(view: View, token: int) -> dict[str, Any]:
 
 
 def _map(view: View, token: int) -> tuple[int, Array]:
-    """How many occurrences were looked at, and their choices (layer, expert)."""
+    """How many occurrences were counted, and their choices (layer, expert)."""
     if len(view.tables) == len(view.layers):
         return int(view.token_counts[token]), np.stack([view.tables[at][token] for at in range(len(view.layers))])
     counts, of = np.zeros((len(view.layers), view.experts), np.int64), 0
@@ -58,7 +58,7 @@ def _map(view: View, token: int) -> tuple[int, Array]:
 
 
 def contexts(view: View, token: int, layer: int | None, expert: int | None, page: int) -> dict[str, Any]:
-    """A page, from 1 on, of the places of a token: all, or those where it went to an expert at a layer.
+    """A page, counted from 1, of the places of a token: all, or those where it went to an expert at a layer.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""A class of tokens in a data set, such as digits or a regular expression: which experts it goes to, and some places.
+"""A token class in a data set, such as digits or a regular expression: the experts it goes to, and some places.
 
-Promises: counts are exact, lifts have intervals over documents; what documents explain is told apart, of a sample of
-whole documents. Does not know HTML.
+Promises: counts are exact, and lifts have intervals over documents; what documents explain is separated out with a
+sample of whole documents. Does not know HTML.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHOWN = ("share", "share_low", "share_high", "lift", "lift_low", "lift_high")
 
 
 def classes_named(view: View, text: str) -> list[dict[str, Any]]:
-    """The classes of a vocabulary that a search means: by a part of their name, or a regular expression itself."""
+    """The classes of a vocabulary that match a search: by part of their name, or as a regular expression."""
     wanted = text.strip().casefold()
     if is_expression(text.strip()):
         wrong = wrong_expression(text)
@@ -42,7 +42,8 @@ def classes_named(view: View, text: str) -> list[dict[str, Any]]:
 
 
 def wrong_expression(text: str) -> str:
-    """Why what stands between slashes is not a regular expression; empty where it is one, or there are no slashes."""
+    """Why the text between slashes is not a valid regular expression; empty if it is valid, or if there are no
+    slashes."""
     try:
         if is_expression(text.strip()):
             compiled(text.strip())
@@ -52,15 +53,15 @@ def wrong_expression(text: str) -> str:
 
 
 def _words(name: str) -> set[str]:
-    """What else a class is called: its parts, and one of it."""
+    """Other names of a class: its parts, and its singular."""
     return {name.removesuffix("s"), *name.split("-"), name.replace("-", " ")}
 
 
 def class_page(
     counting: Counting, shown: Shown, which: str, layer: int | None, expert: int | None
 ) -> dict[str, Any] | None:
-    """Where a class goes, and places of it: all, or those where it went to an expert at a layer; None while that is
-    counted.
+    """The experts a class goes to, and its places: all, or those where it went to an expert at a layer; None while
+    counting.
 
     Raises
     ------
@@ -82,7 +83,7 @@ def class_page(
 
 
 def _counted(counting: Counting, shown: Shown, which: str) -> dict[str, Any]:
-    """Its counts by layer and expert, and the experts that it reaches most out of proportion."""
+    """Its counts by layer and expert, and the experts with the highest lift."""
     view = shown.view
     belongs = members_of(which, view.pieces)
     [counts] = counting.ask(view.capture, [Jackknife(ClassCounts({which: belongs}))], (shown,))

@@ -1,7 +1,8 @@
 """How unusual each document's use of the experts is for its data set.
 
-Promises: of all that is indexed; a document is compared with the others, itself left out; what few tokens show by
-chance is subtracted, and a document of too few has no number. One pass over the parts, which hold each row's counts.
+Promises: covers all that is indexed; a document is compared with all others, excluding itself; the value expected by
+chance for few tokens is subtracted, and a document with too few tokens has no number. One pass over the parts, which
+hold each row's counts.
 """
 
 from __future__ import annotations
@@ -14,36 +15,36 @@ import numpy as np
 from analysis.explorer.view import View
 from analysis.scanning import Array
 
-LEAST = 200  # choices at a layer, below which a document has no number (arbitrary)
+LEAST = 200  # choices at a layer; with fewer, a document has no number (arbitrary)
 
 
 @dataclass(frozen=True)
 class Unusual:
-    """Of each document, what `unusual_documents` found."""
+    """The results of `unusual_documents`, by document."""
 
     bits: Array
     """How far its shares of the choices are from the other documents', shape (document), float64, in bits a choice: the
-    Kullback-Leibler divergence, averaged over layers, less what chance gives, (E - 1) / (2 n ln 2) for n choices; NaN
-    where it is too short, or alone."""
+    Kullback-Leibler divergence, averaged over layers, minus the value expected by chance, (E - 1) / (2 n ln 2) for n
+    choices; NaN if the document is too short, or the only one."""
     layer: Array
-    """Where it differs most, by index, int64 (document)."""
+    """The layer where it differs most, by index, int64 (document)."""
     expert: Array
     """The expert that it uses more there, int64 (document)."""
     share: Array
-    """Of its choices at that layer, float64 (document)."""
+    """That expert's share of its choices at that layer, float64 (document)."""
     others: Array
-    """The same of the other documents."""
+    """The same share in the other documents."""
 
     @property
     def order(self) -> Array:
-        """Documents, the most unusual first; those without a number are last, in their order."""
+        """Documents, the most unusual first; those without a number come last, in their original order."""
         return np.argsort(-np.nan_to_num(self.bits, nan=-np.inf), kind="stable")
 
 
 def unusual_documents(view: View) -> Unusual:
     """Compare each document with the others of its data set.
 
-    The divergence is of Kullback and Leibler (1951), its bias of Miller (1955).
+    The divergence is that of Kullback and Leibler (1951), its bias correction that of Miller (1955).
     """
     documents = len(view.names)
     total = sum((part.load.sum(0, dtype=np.int64) for part in view.now.parts.values()), np.int64(0))
@@ -66,9 +67,8 @@ def unusual_documents(view: View) -> Unusual:
 
 
 def _counts(view: View) -> Iterator[tuple[Array, Array]]:
-    """Documents, and their choices (document, layer, expert), int64, part by part; each document once.
-
-    One whose rows are in several parts comes with the last of them.
+    """Documents, and their choices (document, layer, expert), int64, part by part; each document once. A document with
+    rows in several parts comes with the last of them.
     """
     of_row = view.rows["document_id"]
     parts = [*view.now.parts.values()]

@@ -1,7 +1,7 @@
-"""One capture as the explorer's pages see it: its rows, its vocabulary, its places, and its tables of counts.
+"""One capture as seen by the explorer's pages: its rows, its vocabulary, its places, and its tables of counts.
 
-Promises: it stays as it was captured at one moment; what takes long is computed once. Text is plain text: who shows it
-escapes it. Does not know what a page shows: each has a file of its own beside this one.
+Promises: it shows the capture at one moment and does not change; slow results are computed once. Text is plain text:
+the templates escape it. Does not know what a page shows: each page has its own file in this folder.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from store.layout import CHUNK_POSITIONS
 from store.secrets import without_secrets
 
 ORDERS: tuple[TokenOrder, ...] = ("lift", "count")
-TOP_TOKENS, MIN_COUNT = 20, 20  # of an expert by lift; a lift of a rarer token is mostly luck
-INDENTED = 0.005  # of the tokens are blanks that indent a line, in code and the like (arbitrary)
-TABLES_BYTES = 2**28  # of counts by token and expert, for as many layers as have room (arbitrary)
+TOP_TOKENS, MIN_COUNT = 20, 20  # of an expert by lift; the lift of a rarer token is mostly chance
+INDENTED = 0.005  # of the tokens are spaces that indent a line, as in code (arbitrary)
+TABLES_BYTES = 2**28  # of counts by token and expert, for as many layers as fit (arbitrary)
 
 
 class Unreadable(ValueError):
-    """What is committed cannot be read back."""
+    """Committed data cannot be read back."""
 
 
 class View:
-    """What is shown of one capture, as far as it was captured at one moment.
+    """What is shown of one capture, in its state at one moment.
 
     Parameters
     ----------
     path, dataset
         The store, and the capture in it.
     now : Indexed
-        What of it is indexed.
+        The indexed part.
     before : View, optional
-        An earlier view of the same capture: what cannot have changed is taken from it.
+        An earlier view of the same capture: what cannot have changed is reused.
     """
 
     def __init__(self, path: Any, dataset: str, now: Indexed, before: View | None = None) -> None:
@@ -85,12 +85,12 @@ class View:
 
     @cached_property
     def first_row(self) -> Array:
-        """The token ids of the first row; none where there is no row."""
+        """The token ids of the first row; empty if there is no row."""
         return self.read("token", 0, 0, int(self.rows["length"][0])) if len(self.rows["length"]) else np.zeros(0, int)
 
     @cached_property
     def document_tokens(self) -> Array:
-        """Tokens of every document, int64: all, and those that are captured, (2, document)."""
+        """Tokens of every document, int64: all, and the captured ones, (2, document)."""
         documents, length = self.rows["document_id"], self.rows["length"].astype(np.int64)
         count = [np.bincount(documents, part, len(self.names)) for part in (length, length * self.rows["captured"])]
         return np.rint(count).astype(np.int64)
@@ -117,41 +117,41 @@ class View:
 
     @cached_property
     def scores(self) -> Scores | None:
-        """How router logits become weights; None where none were recorded, or that is not known."""
+        """How router logits become weights; None if no logits were recorded, or the rule is not known."""
         return known_scores(self.capture)
 
     @cached_property
     def given(self) -> bool:
-        """Whether the routes came from elsewhere: those of some tokens may not be known."""
+        """Whether the routes were imported: those of some tokens may be unknown."""
         return "written" in attributes(self.capture).get("identity", {})
 
     def read(self, array: str, row: int, start: int, stop: int) -> Array:
         """Some positions of a row, straight from its chunk."""
         try:
             return np.asarray(self.arrays[array][row, start:stop])
-        except Exception as error:  # codecs raise whatever they run into
+        except Exception as error:  # codecs raise many types
             raise self.unreadable(row, without_secrets(str(error))) from error
 
     def unreadable(self, row: int, reason: str) -> Unreadable:
-        """What to raise where a row's bytes are not what was committed."""
+        """The error for a row whose bytes are not what was committed."""
         return Unreadable(
             f"row {row} of {self.dataset} cannot be decoded ({reason}): python jobs/status.py {self.store} --verify"
-            " marks what is damaged, and the same capture again does those shards"
+            " marks the damaged shards, and running the same capture again redoes them"
         )
 
     # Places
 
     @cached_property
     def indented(self) -> bool:
-        """Whether its texts are indented, as code is: then their lines are kept."""
+        """Whether its texts are indented, like code; if so, their lines are kept."""
         blank = [text.isspace() and len(text.replace("\n", "")) > 1 for text in self.texts]
         return bool(self.token_counts[blank].sum() > INDENTED * self.token_counts.sum())
 
     def place(
         self, part: Part, row: int, position: int, shares: Array | None = None, tokens: int = 1
     ) -> dict[str, Any]:
-        """A token in its row, or several as one, with the text around, and which document it is of; `shares` say how
-        strongly the `AROUND` tokens on both sides, and itself, are shaded."""
+        """A token in its row, or several as one, with the text around it and its document; `shares` says how strongly
+        it and the `AROUND` tokens on both sides are shaded."""
         ids, at = part.around(row, position, AROUND, tokens)
         texts = [self.texts[number] for number in ids.tolist()]
         texts[at : at + tokens] = ["".join(texts[at : at + tokens])]
@@ -169,7 +169,7 @@ class View:
         }
 
     def chosen_layer(self, layer: int | None, expert: int | None) -> int | None:
-        """The index of a layer whose number is given with an expert; None where neither is.
+        """The index of a layer whose number is given together with an expert; None if neither is given.
 
         Raises
         ------
@@ -183,7 +183,7 @@ class View:
         return None if layer is None else self.layers.index(layer)
 
     def page_at(self, row: int, position: int) -> tuple[int, int, int]:
-        """The document, its page, and the token on it, of a place.
+        """The document of a place, its page, and the token on that page.
 
         Raises
         ------
@@ -201,11 +201,11 @@ class View:
 
     @cached_property
     def phrases(self) -> Phrases:
-        """To look for phrases with."""
+        """For finding phrases."""
         return Phrases(self.pieces, self.capture.attrs["special_token_ids"]) if self._kept is None else self._kept
 
     def tokens_containing(self, text: str) -> list[int]:
-        """Ids of the tokens that contain a text, in their piece or as they read, whatever its case; in order."""
+        """Ids of the tokens that contain a text, in their piece or in readable form, ignoring case; in order."""
         wanted, (joined, starts) = text.casefold().replace("\0", ""), self._joined
         found, at = set[int](), joined.find(wanted)
         while at >= 0:
@@ -216,7 +216,7 @@ class View:
 
     @cached_property
     def _joined(self) -> tuple[str, list[int]]:
-        """All pieces and texts without case, one after the other, and where each token's begin."""
+        """All pieces and texts, case-folded and concatenated, and where each token's begin."""
         both = [f"{piece}\0{text}\0".casefold() for piece, text in zip(self.pieces, self.texts, strict=True)]
         return "".join(both), [0, *itertools.accumulate(map(len, both))]
 
@@ -257,21 +257,23 @@ class View:
 
     @property
     def classes(self) -> Mapping[str, Array]:
-        """The classes that tokens of the vocabulary are in, by name, and which these are: bool (token_id)."""
+        """The token classes that occur in the vocabulary, by name, and their tokens: bool (token_id)."""
         if self._classes is None:
             self._classes = {name: own for name, own in members_by_class(CLASSES, self.pieces).items() if own.any()}
         return self._classes
 
     @property
     def has_room(self) -> bool:
-        """Whether the tables of all layers may be kept."""
+        """Whether there is room for the tables of all layers."""
         return 8 * len(self.layers) * len(self.texts) * self.experts <= TABLES_BYTES
 
     def warm(self) -> None:
-        """Compute what the first visitors would wait for, and forget the view before."""
+        """Compute what the first visitors would wait for, and drop the earlier view."""
         _ = self.document_tokens, self.token_counts
         self.now.occurrences(0, 0, 0)  # compiled
-        self.phrases.find("the", self.now.parts.values(), self.token_counts, skip=0, limit=1)  # likewise, and spelled
+        self.phrases.find(
+            "the", self.now.parts.values(), self.token_counts, skip=0, limit=1
+        )  # likewise, and the bytes are computed
         if self.has_room:
             for at, layer in enumerate(self.layers):
                 self.table(at)
@@ -281,7 +283,7 @@ class View:
 
 
 def refuse_page(page: int, number: int, rows: int) -> None:
-    """Raise a ValueError where a list of so many rows has no such page."""
+    """Raise a ValueError if a list of so many rows has no such page."""
     pages = max(1, -(-number // rows))
     if not 1 <= page <= pages:
-        raise ValueError(f"page {page}: there are pages 1 to {pages}")
+        raise ValueError(f"page {page}: pages are 1 to {pages}")

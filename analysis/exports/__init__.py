@@ -1,1 +1,1 @@
-"""Counts and routes in other tools' forms: Parquet, trainers, load balancers."""
+"""Counts and routes in the formats of other tools: Parquet, trainers, load balancers."""

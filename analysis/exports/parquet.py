@@ -1,18 +1,18 @@
-"""Counts of captures, and the routes of chosen documents, as four Parquet files: for DuckDB, pandas or a spreadsheet.
+"""Counts of captures, and the routes of selected documents, as four Parquet files for DuckDB, pandas or a spreadsheet.
 
-`SCHEMAS` describes every column, and so do the files themselves, in their metadata: "description" says what is counted
-and its order, "columns" what each column means, "captures" gives each capture's attributes; the last two are JSON. All
-tables are long, `data_set` is the first column, so that several captures lie in one file, and missing values are null.
+`SCHEMAS` describes every column, and so does the metadata of the files: "description" says what is counted and in which
+order, "columns" what each column means, "captures" holds each capture's attributes; the last two are JSON. All tables
+are in long form, `data_set` is the first column, so one file can hold several captures, and missing values are null.
 
 Tokens and experts are one table for both directions, sorted by token: a reader finds a token's row groups by their
-minima and maxima, and an expert's tokens by a search through two columns that compress to little. For 32,000 tokens, 32
-layers and 8 experts (6 million pairs, two threads) DuckDB takes 9 ms for a token and 16 to 59 ms for an expert. Sorted
-by expert the file takes twice the bytes and a token 120 ms, and an expert still 15 ms: a second file is not worth it.
+minima and maxima, and an expert's tokens by scanning two columns that compress well. For 32,000 tokens, 32 layers and 8
+experts (6 million pairs, two threads) DuckDB takes 9 ms for a token and 16 to 59 ms for an expert. Sorted by expert,
+the file would take twice the bytes and a token 120 ms, and an expert still 15 ms: a second file is not worth it.
 
-Promises: the numbers are those of `analysis.metrics.load`, `analysis.metrics.tokens`, `analysis.metrics.choices` and
-`analysis.metrics.paths`; a file is whole or absent, and one that is there is replaced; in memory are one data set's
-counts, and of the tables one convention, some tokens, or a piece of one document at a time. Does not count anything:
-those are the reducers.
+Promises: the numbers equal those of `analysis.metrics.load`, `analysis.metrics.tokens`, `analysis.metrics.choices` and
+`analysis.metrics.paths`; a file is complete or absent, and an existing one is replaced; memory holds one data set's
+counts and, of the tables, one convention, some tokens, or a part of one document at a time. Does not count anything:
+the reducers do.
 """
 
 from __future__ import annotations
@@ -42,32 +42,35 @@ from store.files import whole_file
 from store.names import dataset_names
 from store.reader import open_covered
 
-ROWS = 2**17  # of a row group: what DuckDB gives to one thread (122,880), rounded up to a power of two
+ROWS = 2**17  # per row group: what DuckDB gives to one thread (122,880), rounded up to a power of two
 CONVENTIONS: tuple[Followed, ...] = ("first", "all", "rank")
 
 _DATA_SET = ("data_set", pa.string(), "the capture: a group of the store")
 _LAYER = ("layer", pa.int32(), "layer, by the model's own number")
 _EXPERT = ("expert", pa.int32(), "expert of that layer, from 0")
-_K = ("k", pa.int32(), "which of the token's choices; 0 has the largest weight")
+_K = ("k", pa.int32(), "the rank of the choice; 0 has the largest weight")
 _TOKEN = ("token_id", pa.int32(), "token id")
 _PIECE = ("piece", pa.string(), "the tokenizer's piece")
 
 _COLUMNS: dict[str, tuple[str, list[tuple[str, pa.DataType, str]]]] = {
     "load": (
-        "How often, and with what weight, each expert is each choice; by data_set, layer, expert, k",
+        "How often, and with what weight, each expert is chosen at each rank; by data_set, layer, expert, k",
         [
             _DATA_SET,
             _LAYER,
             _EXPERT,
             _K,
-            ("count", pa.int64(), "tokens of which the expert is this choice"),
-            ("share", pa.float64(), "count over all choices at the layer: sums to 1 over expert and k; even: 1/(E k)"),
+            ("count", pa.int64(), "tokens whose choice of this rank is the expert"),
+            (
+                "share",
+                pa.float64(),
+                "count over all choices at the layer: sums to 1 over expert and k; even share: 1/(E k)",
+            ),
             ("mass_share", pa.float64(), "weight of these choices over all weight at the layer: sums to 1"),
         ],
     ),
     "token_experts": (
-        "Which experts a token goes to, which tokens an expert gets; only pairs that occur;"
-        " by data_set, token_id, layer, expert",
+        "Pairs of a token and an expert that occur, in both directions; by data_set, token_id, layer, expert",
         [
             _DATA_SET,
             _TOKEN,
@@ -76,12 +79,12 @@ _COLUMNS: dict[str, tuple[str, list[tuple[str, pa.DataType, str]]]] = {
             _LAYER,
             _EXPERT,
             ("count", pa.int64(), "occurrences of the token with the expert among its k choices"),
-            ("share", pa.float64(), "count over tokens: sums to k over experts; by chance k/E"),
-            ("lift", pa.float64(), "share over the share of all tokens that the expert gets; by chance 1"),
+            ("share", pa.float64(), "count over tokens: sums to k over experts; expected by chance: k/E"),
+            ("lift", pa.float64(), "share over the share of all tokens that choose the expert; expected by chance: 1"),
         ],
     ),
     "transitions": (
-        "Choices at neighbouring captured layers, pairs that never occur too;"
+        "Choices at neighbouring captured layers, including pairs that never occur;"
         " by data_set, convention (first, all, rank), layer, expert, next_expert",
         [
             _DATA_SET,
@@ -90,14 +93,18 @@ _COLUMNS: dict[str, tuple[str, list[tuple[str, pa.DataType, str]]]] = {
             ("next_layer", pa.int32(), "the next captured layer"),
             _EXPERT,
             ("next_expert", pa.int32(), "expert of next_layer"),
-            ("count", pa.int64(), "pairs of choices; with by = 'first' they are tokens"),
+            ("count", pa.int64(), "pairs of choices; with by = 'first', one per token"),
             ("probability", pa.float64(), "count over all pairs from the expert; null if it was never chosen"),
-            ("lift", pa.float64(), "probability over the share of all pairs that go to next_expert; by chance 1"),
+            (
+                "lift",
+                pa.float64(),
+                "probability over the share of all pairs that go to next_expert; expected by chance: 1",
+            ),
         ],
     ),
     "routes": (
-        "All choices of every token of chosen documents, special tokens left out;"
-        " by data_set, document as they were given, position, layer, k",
+        "All choices of every token of selected documents, without special tokens;"
+        " by data_set, document (in the given order), position, layer, k",
         [
             _DATA_SET,
             ("document", pa.int64(), "the document's id"),
@@ -108,7 +115,7 @@ _COLUMNS: dict[str, tuple[str, list[tuple[str, pa.DataType, str]]]] = {
             _LAYER,
             _K,
             _EXPERT,
-            ("weight", pa.float32(), "the choice's weight, as the router gave it (16 bits)"),
+            ("weight", pa.float32(), "the choice's weight, as returned by the router (16 bits)"),
         ],
     ),
 }
@@ -119,7 +126,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "description": description,
             "columns": json.dumps(
                 {name: about for name, _, about in columns}
-            ),  # again: DuckDB sees no field's metadata
+            ),  # repeated because DuckDB does not see the metadata of fields
         },
     )
     for table, (description, columns) in _COLUMNS.items()
@@ -129,16 +136,16 @@ SCHEMAS: dict[str, pa.Schema] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureToWrite:
-    """A capture to write, and how to ask it."""
+    """A capture to write, and how to scan it."""
 
     capture: xr.Dataset
-    """As `store.open_capture` gives it, complete or not."""
+    """From `store.open_capture`, complete or not."""
     ask: Callable[[Sequence[Reducer]], list[xr.Dataset]]
-    """Answers reducers: `partial(scan, capture)`, or `analysis.results.measure` of its store."""
+    """Runs reducers: `partial(scan, capture)`, or `analysis.results.measure` for its store."""
     documents: Sequence[int | str] = ()
-    """Whose routes to write: ids, or names that one document has."""
+    """The documents whose routes to write: ids, or unique names."""
     only: Selection = EVERYTHING
-    """What `ask` counts; of the documents' routes, too, those of the roles and phases in it."""
+    """What `ask` counts; its roles and phases also select among the documents' routes."""
 
 
 def write_tables(
@@ -151,40 +158,40 @@ def write_tables(
     phases: Sequence[str] = (),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Coverage]:
-    """Write the tables of a store's data sets; what is counted for them is kept beside the store.
+    """Write the tables of a store's data sets; the counts for them are kept next to the store.
 
     Parameters
     ----------
     path
         The store.
     folder
-        Where load.parquet, token_experts.parquet, transitions.parquet and routes.parquet go; it is made. Each file
-        is replaced whole, one after the other.
+        Where load.parquet, token_experts.parquet, transitions.parquet and routes.parquet are written; created if it
+        does not exist. Each file is replaced atomically, one after the other.
     datasets
         Data sets; default all.
     documents
-        Ids or names of documents whose routes to write; each data set must have them.
+        Ids or names of the documents whose routes to write; each data set must have them.
     roles, phases
-        Only tokens of these speakers, or of these of "prompt" and "generated", in all tables; each data set must have
-        them. Default: all. The files say so under "captures", as "phase" and "role".
+        Restrict all tables to tokens of these speakers, or of these phases ("prompt", "generated"); each data set must
+        have them. Default: all. The files record this under "captures", as "phase" and "role".
     progress
         Called with the data set, shards read and shards in all.
 
     Returns
     -------
     list of Coverage
-        What was counted of each data set: an incomplete one is written as far as it goes.
+        What was counted for each data set; of an incomplete one, the captured part is written.
 
     Raises
     ------
     FileNotFoundError
         When there is no such store or data set.
     ValueError
-        When there is no data set, or a document, a role or a phase is not there.
+        When there is no data set, or a document, a role or a phase does not exist.
     """
     names = list(datasets) or dataset_names(path)
     if not names:
-        raise ValueError(f"{path} holds no data set yet")
+        raise ValueError(f"{path} has no data set yet")
     states = [coverage(path, name) for name in names]
     only = Selection(roles=tuple(roles) or None, phases=tuple(phases) or None)
 
@@ -213,7 +220,9 @@ def write_captures(captures: Iterable[CaptureToWrite], folder: Path | str) -> li
         for each in captures:
             capture = each.capture.assign(piece=each.capture["piece"].compute())
             name = str(capture.attrs["dataset"])
-            for rows in _routes(capture, each.documents, each.only):  # before the scan, as a document may not be there
+            for rows in _routes(
+                capture, each.documents, each.only
+            ):  # before the scan, because a document may not exist
                 _add(write["routes"], "routes", {"data_set": name, **rows})
             load, choices, tokens = each.ask([Load(), Choices(), TokenCounts()])
             _add(write["load"], "load", {"data_set": name, **_long(_by_choice(load), ("layer", "expert", "k"), "load")})
@@ -231,9 +240,9 @@ def write_captures(captures: Iterable[CaptureToWrite], folder: Path | str) -> li
 
 @contextmanager
 def _whole(path: Path, table: str) -> Iterator[pq.ParquetWriter]:
-    """A writer of a file that appears under its name when all is written, and not at all if something is raised.
+    """A writer of a file that appears under its name when it is complete, and not at all if an error is raised.
 
-    A killed process leaves a hidden file that ends in ".partial", which no reader of *.parquet sees.
+    A killed process leaves a hidden file that ends in ".partial", which readers of *.parquet do not see.
     """
     schema = SCHEMAS[table]
     with whole_file(path) as unfinished, pq.ParquetWriter(unfinished, schema, compression="zstd") as writer:
@@ -254,7 +263,7 @@ def _add(writer: pq.ParquetWriter, table: str, columns: Mapping[str, Any]) -> No
 
 
 def _long(values: xr.Dataset, dims: tuple[str, ...], table: str) -> dict[str, Array]:
-    """Those variables of a Dataset that a table has, each as a column over all `dims`, the last running fastest."""
+    """The variables of a Dataset that a table has, each as a column over all `dims`, the last varying fastest."""
     names = [name for name in SCHEMAS[table].names if name in values or name in dims]
     columns = xr.broadcast(*(values[name] for name in names))
     return {name: column.transpose(*dims).values.ravel() for name, column in zip(names, columns, strict=True)}
@@ -270,7 +279,7 @@ def _by_choice(load: xr.Dataset) -> xr.Dataset:
 
 
 def _transitions(choices: xr.Dataset) -> Iterator[dict[str, Any]]:
-    """Pairs of choices at neighbouring layers, a convention at a time."""
+    """Pairs of choices at neighbouring layers, one convention at a time."""
     for by in CONVENTIONS:
         moves = transitions_of(choices, by=by).rename(counts="count")
         columns = _long(moves, ("layer", "expert", "next_expert"), "transitions")
@@ -304,7 +313,7 @@ def _token_experts(tokens: xr.Dataset, load: xr.Dataset, capture: xr.Dataset) ->
 
 
 def _routes(capture: xr.Dataset, documents: Sequence[int | str], only: Selection) -> Iterator[dict[str, Any]]:
-    """The choices of documents, a row group at a time."""
+    """The choices of documents, one row group at a time."""
     roles, phases = only.roles or (), only.phases or ()
     for document in documents:
         try:

@@ -1,7 +1,7 @@
-"""How evenly would experts spread over GPUs? Published placements compared, and the load for expert balancers.
+"""How evenly experts would spread over GPUs: published placements compared, and the load for expert balancers.
 
-Everything is made from the small Dataset of `analysis.expert_load`. Each layer is placed on its own, for
-GPUs wait for each other at every layer. Does not know replicas of experts, nor which tokens are in a batch together: a
+Everything is computed from the small Dataset of `analysis.expert_load`. Each layer is placed separately, because GPUs
+wait for each other at every layer. Does not know about replicas of experts, or which tokens are in a batch together: a
 batch is less even than the whole text.
 """
 
@@ -24,41 +24,40 @@ PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 
 def gpu_load(load: xr.Dataset, num_gpus: int, placements: Sequence[Placement] = PLACEMENTS) -> xr.Dataset:
-    """What each GPU would have to do, and how far from even that is, were the experts spread over `num_gpus`.
+    """The load of each GPU, and its imbalance, if the experts were spread over `num_gpus`.
 
     Parameters
     ----------
     load : xr.Dataset
-        As `analysis.expert_load` gives it.
+        From `analysis.expert_load`.
     num_gpus : int
-        1 to E. Where it does not divide E, the first E mod `num_gpus` GPUs hold one expert more.
+        1 to E. If it does not divide E, the first E mod `num_gpus` GPUs hold one more expert.
     placements : sequence of {"contiguous", "round_robin", "balanced"}
         "contiguous": expert ids in blocks; "round_robin": expert e on GPU e mod `num_gpus`; these are vLLM's
         `expert_placement_strategy` "linear" and "round_robin" (vllm/model_executor/layers/fused_moe,
         `determine_expert_map`). "balanced": layer by layer, experts from the most to the least loaded (ties: the lower
-        id), each to the GPU with the least load so far that has room (ties: the lower number). Where `num_gpus`
-        divides E this is the greedy packing of DeepSeek's EPLB without replicas (deepseek-ai/EPLB, eplb.py,
-        `balanced_packing`), given this very load.
+        id), each to the GPU with the least load so far that has room (ties: the lower number). If `num_gpus` divides E,
+        this is the greedy packing of DeepSeek's EPLB without replicas (deepseek-ai/EPLB, eplb.py, `balanced_packing`),
+        applied to this load.
 
     Returns
     -------
     xr.Dataset
         `gpu_of_expert` int64 (placement, layer, expert); `gpu_load` int64 (placement, layer, gpu), in choices; float64
-        (placement, layer): `imbalance`, maximum over mean of the GPUs' load, and `balancedness`, mean over maximum,
-        NaN where nothing was counted. Their `null` is what an even load of all experts gives: 1 where `num_gpus`
-        divides E.
+        (placement, layer): `imbalance`, maximum over mean of the GPUs' load, and `balancedness`, mean over maximum, NaN
+        if nothing was counted. Their `null` is the value for an even load of all experts: 1 if `num_gpus` divides E.
 
     Raises
     ------
     ValueError
-        When there is no GPU, or there are more than experts, or a placement is unknown.
+        When `num_gpus` is less than 1 or more than the number of experts, or a placement is unknown.
     """
     matrix = load_matrix(load)
     layers, experts = matrix.shape
     if not 1 <= num_gpus <= experts:
-        raise ValueError(f"{num_gpus} GPUs for {experts} experts: take 1 to {experts}")
+        raise ValueError(f"{num_gpus} GPUs for {experts} experts: num_gpus must be 1 to {experts}")
     if unknown := set(placements) - set(PLACEMENTS):
-        raise ValueError(f"placements {sorted(unknown)}: there are {', '.join(PLACEMENTS)}")
+        raise ValueError(f"unknown placements {sorted(unknown)}: choose from {', '.join(PLACEMENTS)}")
     where = np.stack([_place(matrix, num_gpus, placement) for placement in placements])
     of_gpu = np.zeros((len(placements), layers, num_gpus), dtype=np.int64)
     placement, layer, _ = np.indices(where.shape)
@@ -82,7 +81,7 @@ def gpu_load(load: xr.Dataset, num_gpus: int, placements: Sequence[Placement] = 
             },
         ),
         n=load.attrs["n"],
-        estimator="of the counted choices",
+        estimator="from the counted choices",
         null=null,
         definition="imbalance = max / mean over GPUs of the choices that go to their experts;"
         " balancedness = mean / max",
@@ -92,16 +91,16 @@ def gpu_load(load: xr.Dataset, num_gpus: int, placements: Sequence[Placement] = 
 
 
 def load_matrix(load: xr.Dataset) -> Array:
-    """The load in the shape that DeepSeek's and vLLM's balancers take: int64 (layer, expert), in choices.
+    """The load in the shape expected by DeepSeek's and vLLM's balancers: int64 (layer, expert), in choices.
 
     `torch.from_numpy` of it is the `weight`, [layers, num_logical_experts], of `rebalance_experts` in deepseek-ai/EPLB
     (eplb.py) and of vLLM's `DefaultEplbPolicy.rebalance_experts` (vllm/distributed/eplb/policy/default.py), where
-    layers are those with experts. vLLM measures this while it serves; released versions read no file.
+    layers are those with experts. vLLM measures this while serving; released versions do not read it from a file.
 
     Parameters
     ----------
     load : xr.Dataset
-        As `analysis.expert_load` gives it. Special tokens are not in it, which a server would count.
+        From `analysis.expert_load`. It excludes special tokens, which a server would count.
 
     Returns
     -------
@@ -112,21 +111,22 @@ def load_matrix(load: xr.Dataset) -> Array:
 
 
 def write_sglang_load(path: Path | str, load: xr.Dataset, num_hidden_layers: int | None = None) -> None:
-    """Write the load as a file for SGLang's `--init-expert-location FILE.json`, which then places experts by it.
+    """Write the load as a file for SGLang's `--init-expert-location FILE.json`, which then places experts accordingly.
 
-    One JSON object, {"logical_count": [steps][layers][experts]}, as `compute_initial_expert_location_metadata` in
-    sgl-project/sglang, python/sglang/srt/eplb/expert_location.py reads it; SGLang's own recorder writes the same key
-    into a torch file (expert_distribution.py). There is one step here: the balancers add steps up. SGLang indexes by
-    the model's own layer numbers, so that layers without experts hold zeros.
+    One JSON object, {"logical_count": [steps][layers][experts]}, as read by `compute_initial_expert_location_metadata`
+    in sgl-project/sglang, python/sglang/srt/eplb/expert_location.py; SGLang's own recorder writes the same key into a
+    torch file (expert_distribution.py). There is one step here, because the balancers add up steps. SGLang indexes by
+    the model's own layer numbers, so layers without experts hold zeros.
 
     Parameters
     ----------
     path : Path or str
-        A name that ends in .json, by which SGLang knows the format.
+        A name that ends in .json, by which SGLang recognizes the format.
     load : xr.Dataset
-        As `analysis.expert_load` gives it.
+        From `analysis.expert_load`.
     num_hidden_layers : int, optional
-        All layers of the model, dense ones too; default the number of those captured, where they are 0, 1, 2 and so on.
+        All layers of the model, including dense ones; default the number of captured layers, if these are 0, 1, 2 and
+        so on.
 
     Raises
     ------
@@ -134,7 +134,7 @@ def write_sglang_load(path: Path | str, load: xr.Dataset, num_hidden_layers: int
         When the name does not end in .json, or the layers do not fit into `num_hidden_layers`.
     """
     if not str(path).endswith(".json"):
-        raise ValueError(f"{path}: SGLang knows the format by the ending .json")
+        raise ValueError(f"{path}: the name must end in .json, by which SGLang recognizes the format")
     slots = layer_slots(load["layer"].values, num_hidden_layers)
     counts = np.zeros((1, slots, load.sizes["expert"]), dtype=np.int64)
     counts[0, load["layer"].values] = load_matrix(load)
@@ -143,16 +143,16 @@ def write_sglang_load(path: Path | str, load: xr.Dataset, num_hidden_layers: int
 
 
 def layer_slots(layers: Array, num_hidden_layers: int | None) -> int:
-    """How many layers an array has that is indexed by the model's own layer numbers.
+    """The number of layers of an array that is indexed by the model's own layer numbers.
 
     Raises
     ------
     ValueError
-        When it is not given and cannot be known, or is too small.
+        When it is not given and cannot be derived, or is too small.
     """
     if num_hidden_layers is None and layers.tolist() != list(range(layers.size)):
         raise ValueError(
-            f"layers {layers.tolist()} were captured: give num_hidden_layers, the model's number of layers"
+            f"layers {layers.tolist()} were captured: pass num_hidden_layers, the model's number of layers"
         )
     slots = layers.size if num_hidden_layers is None else num_hidden_layers
     if layers.size and slots <= layers.max():

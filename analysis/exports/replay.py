@@ -1,12 +1,12 @@
-"""Routes for router replay: the experts of every token, in the shape and type in which servers return them.
+"""Routes for router replay: the experts of every token, in the shape and type that servers return.
 
 Reinforcement-learning trainers replay the routes of the rollout (R3, arXiv 2510.11370): the training forward takes
-[tokens, layers, k] expert ids from the server. Here a capture takes the server's place. Servers have no routes of the
-last token, which they sampled and never fed: S − 1 of S tokens. A capture has all.
+[tokens, layers, k] expert ids from the server. Here a capture takes the server's place. Servers have no routes for the
+last token, which they sampled but did not process: S − 1 of S tokens. A capture has all.
 
-Two things to know. Rows are windows: each was captured without the text before it, so that only a document of one row
-has the routes of the whole text (`by="row"` exports what was captured, as it was). And k is in descending order of
-weight here, while servers promise no order.
+Note two things. Rows are windows: each was captured without the text before it, so only a document of one row has the
+routes of the whole text (`by="row"` exports the rows as they were captured). And k is in descending order of weight
+here, while servers do not guarantee an order.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Replay(NamedTuple):
     """One sequence."""
 
     token: Array
-    """Its S token ids, special ones too; int32."""
+    """Its S token ids, including special ones; int32."""
     routed_experts: Array
-    """Expert ids (tokens, layer, k), of all S tokens or of all but the last."""
+    """Expert ids (tokens, layer, k), for all S tokens or for all but the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Routes:
-    """The tokens and experts of a row, or of a document's rows together; filled positions only."""
+    """The tokens and experts of a row, or of a document's rows joined; only captured positions."""
 
     number: int
     document: int
@@ -57,9 +57,9 @@ def document_replay(
     all_positions: bool | None = None,
     num_hidden_layers: int | None = None,
 ) -> Replay:
-    """A document's routes, its rows put together again in order.
+    """A document's routes, with its rows joined in order.
 
-    A BOS that was put before each row stays only before the first.
+    If a BOS was put before each row, only the first is kept.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def document_replay(
     document : int
         Its id.
     framework : {"vllm", "sglang", "slime", "verl"}
-        Whose form. All index layers by the model's own numbers, layers without experts holding zeros, and have
+        The target format. All index layers by the model's own numbers, with zeros for layers without experts, and have
 
         - vllm: `CompletionOutput.routed_experts`: uint8 up to 256 experts and uint16 beyond, S − 1 tokens
           (vllm-project/vllm, outputs.py and model_executor/layers/fused_moe/routed_experts_capturer.py as of 0.33.0;
@@ -79,9 +79,10 @@ def document_replay(
         - verl: `AgentLoopOutput.routed_experts`: int16, S tokens, or S − 1, which verl fills up with zeros
           (verl-project/verl, verl/experimental/agent_loop/agent_loop.py as of 0.9.1).
     all_positions : bool, optional
-        Whether the last token has routes too; default as the framework does.
+        Whether the last token also has routes; default as in the framework.
     num_hidden_layers : int, optional
-        All layers of the model, dense ones too; default the number of those captured, where they are 0, 1, 2 and so on.
+        All layers of the model, including dense ones; default the number of captured layers, if these are 0, 1, 2 and
+        so on.
 
     Returns
     -------
@@ -91,13 +92,13 @@ def document_replay(
     Raises
     ------
     ValueError
-        When the document has no row, or tokens of it are not captured or not in the dataset, but for a last one
-        whose routes the framework does not have either; or as for
+        When the document has no row, or some of its tokens are not captured or not in the dataset (a last token is
+        allowed to be missing if the framework has no routes for it either); or as for
         `analysis.exports.placement.layer_slots`.
     """
     rows = np.flatnonzero(dataset["document_id"].values == document)
     if not rows.size:
-        raise ValueError(f"document {document} has no row: it is empty, or not in the dataset")
+        raise ValueError(f"document {document} has no row: it is empty or not in the dataset")
     form = _form(dataset, framework, all_positions, num_hidden_layers)
     return _replay(_joined(_rows(dataset.isel(doc=rows), rows), dataset.attrs.get("bos") == "row"), *form)
 
@@ -110,7 +111,7 @@ def row_replay(
     all_positions: bool | None = None,
     num_hidden_layers: int | None = None,
 ) -> Replay:
-    """One row's routes, as it was captured.
+    """One row's routes, as captured.
 
     Parameters
     ----------
@@ -129,7 +130,7 @@ def row_replay(
     Raises
     ------
     ValueError
-        When tokens of it are not captured, or as for `analysis.exports.placement.layer_slots`.
+        When some of its tokens are not captured, or as for `analysis.exports.placement.layer_slots`.
     """
     form = _form(dataset, framework, all_positions, num_hidden_layers)
     return _replay(next(_rows(dataset.isel(doc=[row]), np.array([row]))), *form)
@@ -144,22 +145,24 @@ def write_replay(
     all_positions: bool | None = None,
     num_hidden_layers: int | None = None,
 ) -> int:
-    """Write all routes as JSON lines, one sequence a line, a shard in memory at a time.
+    """Write all routes as JSON lines, one sequence per line, with one shard in memory at a time.
 
-    A line holds `document`, `row` (of a document its first), `tokens`, `dtype`, `shape`, and in `meta_info` the
-    `routed_experts` as SGLang's `/generate` returns them: the array's bytes in base64 (srt/managers/
+    A line holds `document`, `row` (for a document its first), `tokens`, `dtype`, `shape`, and in `meta_info` the
+    `routed_experts` as returned by SGLang's `/generate`: the array's bytes in base64 (srt/managers/
     detokenizer_manager.py). SGLang's own `extract_routed_experts_from_meta_info` reads a line of framework "sglang" or
     "slime"; `read_replay` reads all.
 
     Parameters
     ----------
     path : Path or str
-        A file; what was there is replaced, once all is written.
+        A file; an existing one is replaced once the new one is complete.
     dataset : xr.Dataset
         A complete capture.
+    framework : {"vllm", "sglang", "slime", "verl"}
+        See `document_replay`.
     by : {"document", "row"}
-        What a sequence is.
-    framework, all_positions, num_hidden_layers
+        The unit of a sequence.
+    all_positions, num_hidden_layers
         See `document_replay`.
 
     Returns
@@ -173,7 +176,7 @@ def write_replay(
         When `by` is unknown, or as for `document_replay`.
     """
     if by not in ("document", "row"):
-        raise ValueError(f"by={by!r}: a sequence is a 'document' or a 'row'")
+        raise ValueError(f"by={by!r}: must be 'document' or 'row'")
     form, step = _form(dataset, framework, all_positions, num_hidden_layers), int(dataset.attrs["rows_per_shard"])
     shards = (np.arange(dataset.sizes["doc"])[start : start + step] for start in range(0, dataset.sizes["doc"], step))
     rows: Iterator[_Routes] = itertools.chain.from_iterable(_rows(dataset.isel(doc=shard), shard) for shard in shards)
@@ -212,9 +215,9 @@ def read_replay(path: Path | str) -> Iterator[Replay]:
 def _form(
     dataset: xr.Dataset, framework: Framework, all_positions: bool | None, num_hidden_layers: int | None
 ) -> tuple[np.dtype[Any], bool, Array, int]:
-    """Type, whether the last token is there, and the slot of each captured layer of how many."""
+    """The type, whether the last token is included, the slot of each captured layer, and the number of slots."""
     if framework not in get_args(Framework):
-        raise ValueError(f"framework {framework!r}: there are {', '.join(get_args(Framework))}")
+        raise ValueError(f"unknown framework {framework!r}: choose from {', '.join(get_args(Framework))}")
     experts, layers = int(dataset.attrs["num_experts"]), dataset["layer"].values
     types = {"vllm": np.uint8 if experts <= 256 else np.uint16, "verl": np.int16}
     last = framework == "verl" if all_positions is None else all_positions
@@ -222,7 +225,7 @@ def _form(
 
 
 def _rows(dataset: xr.Dataset, numbers: Array) -> Iterator[_Routes]:
-    """Rows, decoded together; refuses those that are not captured."""
+    """Rows, decoded together; raises for rows that are not captured."""
     names = ("document_id", "offset", "length", "token", "expert")
     own = xr.Dataset({name: dataset[name].variable for name in names}).load()
     token = own["token"].transpose("doc", "position").values
@@ -238,29 +241,31 @@ def _rows(dataset: xr.Dataset, numbers: Array) -> Iterator[_Routes]:
             token=token[index, :length],
             expert=expert[index, :length] if captured[index] else np.full_like(expert[index, :length], fill),
         )
-        _refuse_missing(row, length - 1 if captured[index] else length)  # a server has no routes of a last token
+        _refuse_missing(row, length - 1 if captured[index] else length)  # a server has no routes for a last token
         yield row
 
 
 def _refuse_missing(row: _Routes, positions: int) -> None:
-    """Refuse a row where one of the first so many tokens is not captured."""
+    """Raise if one of the first `positions` tokens of a row is not captured."""
     missing = (row.expert == np.iinfo(row.expert.dtype).max).any((1, 2))
     if missing[:positions].any():
         raise ValueError(
             f"row {row.number}, document {row.document}: {missing.sum()} of {len(missing)} tokens are not captured;"
-            " finish the capture; where routes were imported, their last token may have none (all_positions=False)"
+            " finish the capture; in imported routes the last token may have none (use all_positions=False)"
         )
 
 
 def _joined(rows: Iterable[_Routes], bos_before_each: bool) -> _Routes:
-    """A document's rows as one; refuses those between which something is missing."""
+    """A document's rows as one; raises if something is missing between them."""
     first, *others = sorted(rows, key=lambda row: row.offset)
     parts, reached = [first], len(first.token)
     if first.offset:
-        raise ValueError(f"document {first.document} begins at its token {first.offset}: rows before it are missing")
+        raise ValueError(
+            f"the first row of document {first.document} starts at token {first.offset}: earlier rows are missing"
+        )
     for row in others:
-        if row.offset > reached:  # less is no gap: offsets do not count special tokens
-            raise ValueError(f"document {row.document}: rows before row {row.number} are missing")
+        if row.offset > reached:  # a smaller offset is not a gap: offsets do not count special tokens
+            raise ValueError(f"document {row.document}: rows are missing before row {row.number}")
         parts.append(row)
         reached = row.offset + len(row.token)
     start = int(bos_before_each)
@@ -276,7 +281,7 @@ def _joined(rows: Iterable[_Routes], bos_before_each: bool) -> _Routes:
 
 
 def _replay(row: _Routes, dtype: np.dtype[Any], last: bool, layers: Array, slots: int) -> Replay:
-    """A row in a framework's form; refuses one with tokens that are not captured."""
+    """A row in a framework's format; raises if tokens are not captured."""
     positions = len(row.token) if last else max(len(row.token) - 1, 0)
     _refuse_missing(row, positions)
     routed = np.zeros((positions, slots, row.expert.shape[2]), dtype=dtype)

@@ -1,7 +1,7 @@
-"""Which experts contribute least, as one JSON file that other programs read.
+"""Which experts contribute least, as one JSON file for other programs.
 
 No released tool reads saliencies from a file without pickle: REAP keeps its own with `torch.save`
-(CerebrasResearch/reap, src/reap/observer.py). So the form is this project's own: `write_saliency` describes it.
+(CerebrasResearch/reap, src/reap/observer.py). So the format is this project's own; `write_saliency` describes it.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ BESIDE = ("mean_saliency_low", "mean_saliency_high", "tokens")
 
 
 def write_saliency(path: Path | str, found: Mapping[str, xr.Dataset], by: Score = "mean_saliency") -> None:
-    """Write the experts of each layer in the order of how much they contribute, with their scores.
+    """Write the experts of each layer in order of their contribution, with their scores.
 
     One JSON object: `format` is "expert-atlas saliency 1"; `by`, `definition`, `source` and `level` say what the scores
-    are; `data_sets` has an object for each data set. In it `n` is the number of its tokens, and `experts` maps each
-    layer, by the model's own number, to its expert ids, from the least to the most salient; those that no token reached
+    are; `data_sets` has an object for each data set. In it, `n` is the number of its tokens, and `experts` maps each
+    layer, by the model's own number, to its expert ids, from the least to the most salient; experts that no token chose
     come first. The other keys have the same layers, and lists in the order of `experts`: all scores by their names,
-    `mean_saliency_low` and `mean_saliency_high`, the ends of the interval, and `tokens`. What is not known is null.
+    `mean_saliency_low` and `mean_saliency_high`, the ends of the interval, and `tokens`. Unknown values are null.
 
     Parameters
     ----------
     path : Path or str
-        It is replaced whole or not at all.
+        The file; it is replaced atomically.
     found : mapping of str to xr.Dataset
         From `analysis.saliency`, by data set.
     by : str
-        The score that the experts are ordered by.
+        The score by which experts are ordered.
 
     Raises
     ------
@@ -44,9 +44,9 @@ def write_saliency(path: Path | str, found: Mapping[str, xr.Dataset], by: Score 
         When there is no such score, or no data set.
     """
     if by not in get_args(Score):
-        raise ValueError(f"by={by!r}: experts can be ordered by {', '.join(get_args(Score))}")
+        raise ValueError(f"unknown by={by!r}: choose from {', '.join(get_args(Score))}")
     if not found:
-        raise ValueError("no data set: give the results of analysis.saliency by name")
+        raise ValueError("no data set: pass the results of analysis.saliency by name")
     about = {name: next(iter(found.values())).attrs[name] for name in ("definition", "source", "level")}
     data_sets = {name: _ordered(each, by) for name, each in found.items()}
     text = json.dumps({"format": "expert-atlas saliency 1", "by": by, **about, "data_sets": data_sets}, indent=1)

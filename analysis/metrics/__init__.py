@@ -1,1 +1,1 @@
-"""One file a metric: what is counted, and the functions of the counts."""
+"""One file per metric: what is counted, and the functions of the counts."""

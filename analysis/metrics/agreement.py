@@ -1,8 +1,9 @@
-"""Do two captures of the same text agree? 4 bits against 16, two revisions, two machines: where they part, and how far.
+"""Do two captures of the same text agree? 4 bits against 16, two revisions, two machines: where and how much they
+differ.
 
-Token by token, so the rows must be the same: same text, tokenizer and sequence length. Promises: tokens are compared,
-not believed; a row whose tokens differ is an error, and what only one capture holds is not counted. Does not know why
-they differ.
+The comparison is token by token, so the rows must be the same: same text, tokenizer and sequence length. Promises:
+tokens are compared, not assumed to be equal; a row whose tokens differ is an error, and tokens that only one capture
+holds are not counted. Does not know why they differ.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ MARGIN_BINS = 10  # of equal width, from 0 to 1 (arbitrary)
 
 
 class OtherTokens(ValueError):
-    """Two captures hold other tokens, or the same in other rows: they have a contrast, and no agreement."""
+    """Two captures hold different tokens, or the same tokens in different rows: use a contrast, not an agreement."""
 
 
 class Agreement(Reducer):
-    """Counts of what two captures have in common; of a dataset that `paired` made."""
+    """Counts of what two captures have in common, for a dataset from `paired`."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"other_expert", "other_token", "weight?"})
 
@@ -47,7 +48,7 @@ class Agreement(Reducer):
         _add(expert, other, weight.astype(np.float32), both, *state.values())
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Shares of tokens; NaN where there is none."""
+        """Shares of tokens; NaN if there is none."""
         layer, (_, choices, experts) = dataset["layer"].values, sizes(dataset)
         count = xr.DataArray(
             state["shared"],
@@ -59,7 +60,7 @@ class Agreement(Reducer):
         shared = count.sum("same_first")
         overlap = (shared * shared["shared_experts"]).sum("shared_experts") / choices
         first = xr.DataArray(state["first_difference"][:-1], dims="layer", coords={"layer": layer})
-        weighed = "weight" in dataset  # else nothing is known of margins
+        weighed = "weight" in dataset  # otherwise margins are not known
         margin = xr.DataArray(
             state["margin"] * (WEIGHT_UNIT if weighed else np.nan), dims=("layer", "flipped"), coords={"layer": layer}
         )
@@ -89,13 +90,13 @@ class Agreement(Reducer):
             any_difference=1 - int(state["first_difference"][-1]) / n if n else float("nan"),
             any_difference_null=1 - set_null ** len(layer),
             estimator="mean over tokens that both captures hold",
-            null="by variable: two unrelated captures",
+            null="by variable: the value for two unrelated captures",
             definition="same_set: share of tokens with the same k experts at a layer; overlap: mean of |S ∩ S'|/k;"
             " same_first: share with the same first choice; first_difference: share of tokens whose set differs at this"
-            " layer and at none below; margin: mean of the first weight minus the second, in the first capture, where"
-            " the first choice is the same, and at flips where it is not; …_of_margin: the same shares of the tokens"
-            " whose margin in the first capture lies in a bin; any_difference: share of tokens whose set differs at any"
-            " layer",
+            " layer and at no lower layer; margin: mean of the first weight minus the second, in the first capture, for"
+            " tokens with the same first choice, and at flips for the others; …_of_margin: the same shares of the"
+            " tokens whose margin in the first capture lies in a bin; any_difference: share of tokens whose set"
+            " differs at any layer",
             source="router saturation, OLMoE (Muennighoff et al. 2024), section 5; R3 (rollout routing replay)",
         )
 
@@ -108,38 +109,38 @@ def agreement(one: xr.Dataset, other: xr.Dataset, *, threads: int | None = None)
     one, other : xr.Dataset
         Captures with the same rows, layers, k and E.
     threads : int, optional
-        Shards decoded at the same time; default one a processor.
+        Shards decoded at the same time; default one per processor.
 
     Returns
     -------
     xr.Dataset
         Over layer, float64: `same_set`, `overlap`, `same_first`, `first_difference`, `margin`, `margin_at_flips` (NaN
-        where k = 1, there is none, or `one` came without weights); over (layer, bin), by the margin in `one`, whose
-        bins begin at `margin_from`: `tokens_of_margin` int64, `same_set_of_margin`, `same_first_of_margin` float64 (NaN
-        where there is none; no token where k = 1 or there are no weights); attribute `any_difference`. The nulls for
-        k = 2 of 8 experts: 1/28, 1/4, 1/8.
+        if k = 1, there is no such token, or `one` was imported without weights); over (layer, bin), by the margin in
+        `one`, whose bins begin at `margin_from`: `tokens_of_margin` int64, `same_set_of_margin`, `same_first_of_margin`
+        float64 (NaN if there is no token, as is the case for k = 1 or without weights); attribute `any_difference`. The
+        nulls for k = 2 of 8 experts: 1/28, 1/4, 1/8.
 
     Raises
     ------
     OtherTokens
         When they do not hold the same tokens in the same rows.
     ValueError
-        When the captures cannot be compared otherwise; the message says what differs.
+        When the captures cannot be compared for another reason; the message says what differs.
     """
     return scan(paired(one, other), [Agreement()], threads=threads)[0]
 
 
 def paired(one: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
-    """The first capture, with the second one's choices, tokens and recorded predictions beside its own."""
+    """The first capture, with the second one's choices, tokens and recorded predictions added to its own."""
     here, there = ({**each.sizes, "experts": int(each.attrs["num_experts"])} for each in (one, other))
     for name in ("doc", "position", "layer", "k", "experts"):
         if here[name] != there[name]:
             differs = f"one has {here[name]} of {name}, the other {there[name]}"
             if name in ("doc", "position"):
-                raise OtherTokens(f"the captures hold other rows: {differs}")
+                raise OtherTokens(f"the captures hold different rows: {differs}")
             raise ValueError(f"the captures cannot be compared: {differs}")
     if one["layer"].values.tolist() != other["layer"].values.tolist():
-        raise ValueError(f"the captures have other layers: {one['layer'].values} and {other['layer'].values}")
+        raise ValueError(f"the captures have different layers: {one['layer'].values} and {other['layer'].values}")
     names = ("expert", "token", *["logprob"] * ("logprob" in other))
     variables = {f"other_{name}": other[name].variable for name in names}
     if "captured" in one and "captured" in other:
@@ -154,19 +155,19 @@ def paired(one: xr.Dataset, other: xr.Dataset) -> xr.Dataset:
 
 
 def counted_in_both(block: Block) -> Array:
-    """Which tokens count that both captures hold; bool (doc, position).
+    """Which counted tokens both captures hold; bool (doc, position).
 
     Raises
     ------
     OtherTokens
-        The message names the first that differs.
+        When tokens differ; the message names the first.
     """
     other = block["other_expert"]
     both: Array = block["counted"] & (other[:, :, 0, 0] != np.iinfo(other.dtype).max)
     if wrong := np.argwhere(both & (block["token"] != block["other_token"])).tolist():
         row, position = wrong[0]
         raise OtherTokens(
-            f"the captures hold other texts: at position {position} of a row stand tokens"
+            f"the captures hold different texts: at position {position} of a row, the tokens are"
             f" {block['token'][row, position]} and {block['other_token'][row, position]}"
         )
     return both

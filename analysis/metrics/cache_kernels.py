@@ -1,4 +1,5 @@
-"""The loops that simulate caches of experts: LRU and Belady's of all sizes in one pass over a row, others one by one.
+"""The loops that simulate caches of experts: LRU and Belady caches of all sizes in one pass over a row, other caches
+one by one.
 
 The convention is that of `analysis.metrics.caching`.
 """
@@ -13,7 +14,7 @@ from analysis.scanning import Array, kernel
 
 LRU, LFU, BELADY, SEGMENT = range(
     4
-)  # rules, as the kernel knows them; the first three in the order of `analysis.metrics.caching.POLICIES`
+)  # rules, as numbered in the kernel; the first three in the order of `analysis.metrics.caching.POLICIES`
 FEW = 8  # experts whose order fits in 64 bits
 ONES = np.array([number.bit_count() for number in range(256)])
 
@@ -68,7 +69,7 @@ def add_hits(
 def _least_recent(
     chosen: Array, follows: Array, capacities: Array, num_experts: int, hits: Array, others: Array
 ) -> None:
-    """LRU caches of all sizes over one row: each holds so many experts as were used last (Mattson et al. 1970)."""
+    """LRU caches of all sizes over one row: each holds the most recently used experts (Mattson et al. 1970)."""
     tokens, choices = chosen.shape
     last_use, since = np.full(num_experts, -1, np.int32), np.empty(choices, np.int64)
     found, free, seen = np.zeros((2, num_experts), np.int64), np.zeros(num_experts, np.int64), 0
@@ -92,7 +93,7 @@ def _least_recent(
 def _least_recent_of_few(
     chosen: Array, follows: Array, capacities: Array, num_experts: int, hits: Array, others: Array
 ) -> None:
-    """`_least_recent` in 64 bits: byte e has the experts that were used before e was (Smith 1982, section 2.2.3)."""
+    """`_least_recent` in 64 bits: byte e holds the experts that were used before e (Smith 1982, section 2.2.3)."""
     tokens, choices = chosen.shape
     found, free = np.zeros((2, num_experts), np.int64), np.zeros(num_experts, np.int64)
     seen: Any = 0
@@ -115,7 +116,7 @@ def _least_recent_of_few(
 
 @kernel
 def _later(last_use: Array, than: int) -> Any:
-    """How many experts were used later than that."""
+    """How many experts were used later than `than`."""
     number = np.int32(0)
     for expert in range(last_use.size):
         number = np.int32(number + np.int32(last_use[expert] > than))
@@ -124,11 +125,12 @@ def _later(last_use: Array, than: int) -> Any:
 
 @kernel
 def _farthest(chosen: Array, follows: Array, capacities: Array, num_experts: int, hits: Array, others: Array) -> None:
-    """Belady's caches of all sizes over one row, without looking ahead.
+    """Belady caches of all sizes over one row, without looking ahead.
 
-    An expert is kept from one use to the next where there is a place for it at all tokens between. Uses that end first
-    are served first, and this is what evicting the farthest next use keeps as well. A place that is taken is taken for
-    good, so that the last token of which all are decides (Jain & Lin 2016, OPTgen, for several experts a token).
+    An expert is kept from one use to the next if there is a free place at all tokens in between. Intervals that end
+    first are served first; evicting the farthest next use keeps the same experts. A place that is taken is not
+    released, so only the last token with no free place matters (Jain & Lin 2016, OPTgen, extended to several experts
+    per token).
     """
     tokens, choices = chosen.shape
     kept, last_full = np.zeros((len(capacities), tokens), np.uint16), np.full(len(capacities), -1, np.int64)
@@ -148,7 +150,7 @@ def _farthest(chosen: Array, follows: Array, capacities: Array, num_experts: int
                 fits = before >= (last_full[size] if room else token - 1)
                 found[after, size] += fits
                 if room == 0 or capacities[size] == num_experts or not fits:
-                    continue  # for there is never room between, or always
+                    continue  # there is never room in between, or always
                 for between in range(before + 1, token):
                     kept[size, between] += np.uint16(1)
                     if kept[size, between] == room:
@@ -162,10 +164,10 @@ def _farthest(chosen: Array, follows: Array, capacities: Array, num_experts: int
 def _farthest_near(
     chosen: Array, follows: Array, capacities: Array, num_experts: int, hits: Array, others: Array
 ) -> bool:
-    """`_farthest` where the last 64 tokens decide; False, and nothing is added, where they do not.
+    """`_farthest` if the last 64 tokens are sufficient; otherwise returns False and adds nothing.
 
-    Which of these have 1, 2 and so on places taken is a number of 64 bits each, so that there is nothing to guess for
-    the processor.
+    One 64-bit number for each count of taken places says which of these tokens have that many, which avoids branches
+    that the processor would have to predict.
     """
     tokens, choices = chosen.shape
     taken = np.zeros((len(capacities), num_experts + 1), np.uint64)
@@ -206,7 +208,8 @@ def _farthest_near(
 
 @kernel
 def _simulate(chosen: Array, follows: Array, rule: Array, capacity: int, num_experts: int) -> tuple[int, int]:
-    """One cache over one row: hits of tokens that follow a neighbour, and the others with the loads to free places."""
+    """One cache over one row: hits of tokens that follow a neighbour, and other hits plus the loads into free
+    places."""
     tokens, choices = chosen.shape
     held, value = np.zeros(num_experts, np.bool_), np.zeros(num_experts, np.int64)  # the lowest value is evicted
     places, last_use = np.empty(capacity, np.int64), np.full(num_experts, -1, np.int64)

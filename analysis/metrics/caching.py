@@ -1,12 +1,12 @@
-"""Would a cache of C experts a layer hold what the next token needs? Expert offloading, simulated on a capture.
+"""Would a cache of C experts per layer hold what the next token needs? Expert offloading, simulated on a capture.
 
-One convention for every policy. A token looks up its k experts all at once, in the cache as it was before the token.
-Then those that are missing are loaded in the order of their rank, and each evicts one expert that the token does not
-need: the k experts of a token are in memory together, so that C is k at least. Caches are empty at a row's start. The
-rate counts tokens whose left neighbour counts too: a row's first token is left out, and so is one after a special
-token (which passes the caches by). Hence at C = k every policy's rate is the mean overlap of neighbours over k, on any
-data. Promises exact counts, and that no policy finds more than Belady's over all tokens. Does not know time: how long
-a load takes, or whether it could have been made ahead. The cache that knows a segment of the future is in
+One convention applies to every policy. A token looks up its k experts at once, in the cache as it was before the token.
+Then missing experts are loaded in the order of their rank, and each evicts one expert that the token does not need: the
+k experts of a token are in memory together, so C is at least k. Caches are empty at the start of a row. The rate covers
+tokens whose left neighbour is counted too: a row's first token is left out, and so is a token after a special token
+(which does not use the caches). Hence at C = k every policy's rate is the mean overlap of neighbours over k, on any
+data. Promises exact counts, and that no policy has more hits than Belady over all tokens. Does not know time: how long
+a load takes, or whether it could have been prefetched. The cache that knows a segment of the future is in
 `analysis.metrics.segments`.
 """
 
@@ -25,28 +25,28 @@ from analysis.scanning import Array, Block, Reducer, State, scan, sizes
 
 Policy = Literal["lru", "lfu", "belady"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
-SCORED = "tokens whose left neighbour counts too"
+SCORED = "tokens whose left neighbour is also counted"
 CONVENTION = (
-    "hit_rate: experts found in a cache of cache_size experts over all k that each token needs, all k looked up before"
-    " any is loaded, caches empty at a row's start and its first token left out; hit_rate_preloaded: over all tokens,"
-    " where an expert that finds a free place counts as found"
+    "hit_rate: experts found in a cache of cache_size experts over all k that each token needs; all k are looked up"
+    " before any is loaded, caches are empty at a row's start, and its first token is left out; hit_rate_preloaded:"
+    " over all tokens, and an expert loaded into a free place counts as found"
 )
 
 
 class CacheCounts(Reducer):
-    """Hits of several caches of several sizes, layer by layer: what `cache_hits_of` and `segment_cache_hits_of` take.
+    """Hits of several caches of several sizes, layer by layer: the input of `cache_hits_of` and
+    `segment_cache_hits_of`.
 
     Parameters
     ----------
     cache_sizes : sequence of int, optional
-        Experts a layer that a cache holds, k to E; default k, 2k and 4k, as far as there are as many experts.
+        Experts per layer that a cache holds, k to E; default k, 2k and 4k, limited to E.
     policies : sequence of {"lru", "lfu", "belady"}
-        Which expert is evicted: the least recently used; the least often used since the row's start, also while it
-        was not in the cache; the one whose next use is farthest. Ties evict the least recently used; of one token's
-        experts the last by rank counts as the most recent.
+        Which expert is evicted: the least recently used; the least often used since the row's start, including uses
+        while it was not in the cache; the one whose next use is farthest. Ties evict the least recently used; among one
+        token's experts, the last by rank counts as the most recent.
     segment_lengths : sequence of int
-        More caches, which evict the expert least used in the next so many tokens, from the one that is being served
-        on.
+        Additional caches, which evict the expert least used in the next so many tokens, starting with the current one.
     """
 
     def __init__(
@@ -56,21 +56,22 @@ class CacheCounts(Reducer):
         segment_lengths: Sequence[int] = (),
     ) -> None:
         if unknown := set(policies) - set(POLICIES):
-            raise ValueError(f"policies {sorted(unknown)}: there are {', '.join(POLICIES)}")
+            raise ValueError(f"unknown policies {sorted(unknown)}: choose from {', '.join(POLICIES)}")
         if short := [length for length in segment_lengths if length < 1]:
-            raise ValueError(f"segment_lengths {short}: each is at least 1 token")
+            raise ValueError(f"segment_lengths {short}: each must be at least 1 token")
         self.cache_sizes = None if cache_sizes is None else tuple(map(int, cache_sizes))
         self.policies, self.segment_lengths = tuple(policies), tuple(map(int, segment_lengths))
 
     @property
     def _rules(self) -> Array:
-        """Rule, and tokens that are known ahead, of each cache; int64 (cache, 2)."""
+        """The rule of each cache, and the tokens that it knows ahead; int64 (cache, 2)."""
         rules = [(POLICIES.index(policy), 0) for policy in self.policies]
         rules += [(SEGMENT, length) for length in self.segment_lengths]
         return np.array(rules, dtype=np.int64).reshape(-1, 2)
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Zeros: `hits` and `others` (cache, cache_size, layer), `scored` by tokens before in the row, `tokens`."""
+        """Zeros: `hits` and `others` (cache, cache_size, layer), `scored` by the number of earlier tokens in the row,
+        `tokens`."""
         layers, capacities = dataset.sizes["layer"], _capacities(dataset, self.cache_sizes)
         shape = (len(self._rules), len(capacities), layers)
         return {
@@ -89,7 +90,7 @@ class CacheCounts(Reducer):
         state["tokens"] += np.count_nonzero(block["counted"])
 
     def merge(self, state: State, other: State) -> State:
-        """Sums, but of what both have."""
+        """Sums, over the positions that both have."""
         return super().merge(state, other) | {name: state[name] for name in ("capacities", "experts")}
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
@@ -103,7 +104,7 @@ class CacheCounts(Reducer):
                     "others": (
                         dims,
                         state["others"],
-                        {"long_name": "found by other tokens, or free", "units": "choices"},
+                        {"long_name": "found by other tokens, or loaded into a free place", "units": "choices"},
                     ),
                     "scored": ("position", state["scored"], {"units": "tokens"}),
                 },
@@ -122,7 +123,8 @@ class CacheCounts(Reducer):
             estimator="counts",
             null="none: counts of a simulation",
             definition="hits: experts found in the cache by these tokens; others: those found by other tokens, and"
-            " those that find a free place; scored: these tokens, by how many counted before them in their row",
+            " those loaded into a free place; scored: these tokens, by the number of counted tokens before them in"
+            " their row",
             source="Belady 1966",
         )
 
@@ -159,20 +161,20 @@ def cache_hits(
 
 
 def cache_hits_of(counts: xr.Dataset) -> xr.Dataset:
-    """Hit rates of LRU, LFU and Belady caches, from what `CacheCounts` counted.
+    """Hit rates of LRU, LFU and Belady caches, from the counts of `CacheCounts`.
 
     Parameters
     ----------
     counts : xr.Dataset
-        From `CacheCounts`; caches that know a segment are left out.
+        From `CacheCounts`; caches that know a segment are ignored.
 
     Returns
     -------
     xr.Dataset
-        Over (policy, cache_size, layer): `hits` int64, in choices; `hit_rate` float64; and `hit_rate_preloaded`, as the
-        paper's code counts: over all tokens, where an expert that finds a free place counts as found. `null`
-        (policy, cache_size) is the exact expectation of `hit_rate` for independent uniform routing in rows as long
-        as these, NaN for Belady. NaN when nothing was counted. Attribute `n`: the tokens in `hit_rate`; where rows
+        Over (policy, cache_size, layer): `hits` int64, in choices; `hit_rate` float64; and `hit_rate_preloaded`,
+        counted as in the paper's code: over all tokens, with an expert loaded into a free place counted as found.
+        `null` (policy, cache_size) is the exact expectation of `hit_rate` for independent uniform routing in rows of
+        the same lengths, NaN for Belady. NaN if nothing was counted. Attribute `n`: the tokens in `hit_rate`; if rows
         were sampled, `rows_sampled` of `rows_counted` (see `SampledRows`).
     """
     own = hit_rates(counts, counts["policy"].values != "segment", "policy")
@@ -186,8 +188,8 @@ def cache_hits_of(counts: xr.Dataset) -> xr.Dataset:
         tokens=counts.attrs["tokens"],
         **{name: counts.attrs[name] for name in ("rows_sampled", "rows_counted") if name in counts.attrs},
         estimator="simulation of whole rows, caches empty at a row's start",
-        null="variable `null`: hit_rate if every token chose independently and uniformly, whatever the layer; NaN for a"
-        " policy that looks ahead",
+        null="variable `null`: expected hit_rate if every token chose independently and uniformly, the same at every"
+        " layer; NaN for a policy that looks ahead",
         definition=CONVENTION,
         source="Belady 1966; hit_rate_preloaded counts as ljcleo/moe-lrc, src/50_chr_calc.py (Liang et al., arXiv"
         " 2505.16056)",
@@ -195,7 +197,7 @@ def cache_hits_of(counts: xr.Dataset) -> xr.Dataset:
 
 
 def hit_rates(counts: xr.Dataset, wanted: Array, dim: str) -> xr.Dataset:
-    """Hits and rates of some caches, over (dim, cache_size, layer); NaN where nothing was counted."""
+    """Hits and rates of some caches, over (dim, cache_size, layer); NaN if nothing was counted."""
     n, tokens, choices = (counts.attrs[name] for name in ("n", "tokens", "experts_per_token"))
     hits, others = (counts[name].isel(cache=wanted).swap_dims(cache=dim) for name in ("hits", "others"))
     rates = {
@@ -211,17 +213,18 @@ def _capacities(dataset: xr.Dataset, cache_sizes: Sequence[int] | None) -> Array
         cache_sizes = [size for size in (choices, 2 * choices, 4 * choices) if size <= experts]
     if wrong := [size for size in cache_sizes if not choices <= size <= experts]:
         raise ValueError(
-            f"a cache of {wrong[0]} experts: it must hold the {choices} that a token needs at once, and the layer has"
-            f" {experts}"
+            f"a cache of {wrong[0]} experts: it must hold the {choices} experts that a token needs at once, and the"
+            f" layer has {experts}"
         )
     return np.array(sorted(set(cache_sizes)), dtype=np.int64)
 
 
 def _random_hit_rate(scored: Array, capacities: Array, choices: int, experts: int) -> Array:
-    """Expected hit rate (cache_size) of a policy that does not look ahead, were each token's set uniform on its own.
+    """Expected hit rate (cache_size) of a policy that does not look ahead, if each token's set were uniform and
+    independent.
 
-    After t tokens D experts were seen, a cache holds min(C, D) of them, and each choice is one of these with the
-    chance min(C, D) / E. D is a Markov chain: j of k experts are new with hypergeometric chance.
+    After t tokens, D experts have occurred, a cache holds min(C, D) of them, and each choice is one of these with
+    probability min(C, D) / E. D is a Markov chain: the number of new experts among k is hypergeometric.
     """
     step = np.zeros((experts + 1, experts + 1))
     for seen in range(experts + 1):

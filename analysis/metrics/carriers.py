@@ -1,6 +1,6 @@
-"""The experts that carry what sets one data set apart: those that it uses more than the others, beyond chance.
+"""The experts that distinguish one data set: those that it uses more than the others, beyond chance.
 
-Does not know what becomes of them, such as a mask.
+Does not know what they are used for, such as a mask.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ def carriers(
     Parameters
     ----------
     found : xr.Dataset
-        What `analysis.contrast` gave.
+        From `analysis.contrast`.
     data_set : str
         One of its data sets.
     most : int
-        At most so many experts, those with the largest differences.
+        The most experts to return, those with the largest differences.
     left : int or mapping of int to int
-        So many experts of each layer are not taken, such as the k that a router chooses; or by layer.
+        How many experts of each layer must remain, such as the k that a router chooses; one number, or by layer.
 
     Returns
     -------
     list of (int, int)
-        (layer, expert), by the model's own numbers; the largest difference first, ties by layer and expert. Empty where
-        no difference is beyond chance: where none has a `difference_p` of at most 1 less the level of `found`, which
-        holds for all experts, layers and data sets together.
+        (layer, expert), by the model's own numbers; the largest difference first, ties by layer and expert. Empty if no
+        difference is beyond chance, that is, if none has a `difference_p` of at most 1 minus the level of `found`; that
+        p-value is corrected for all experts, layers and data sets.
 
     Raises
     ------
@@ -41,13 +41,13 @@ def carriers(
     """
     names = found["data_set"].values.tolist()
     if data_set not in names:
-        raise ValueError(f"no data set {data_set!r}; there are {', '.join(names)}")
+        raise ValueError(f"no data set {data_set!r}: choose from {', '.join(names)}")
     kept = dict(left) if isinstance(left, Mapping) else dict.fromkeys(found["layer"].values.tolist(), left)
     if most < 1 or min(kept.values()) < 0:
-        raise ValueError(f"most={most}, left={left}: at least 1, and at least 0")
+        raise ValueError(f"most={most}, left={left}: must be at least 1 and at least 0")
     if untested := found.attrs["untested"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in untested.items())
-        raise ValueError(f"what is beyond chance is not known: {reasons}")
+        raise ValueError(f"differences were not tested: {reasons}")
     own = found.sel(data_set=data_set)
     difference, p = (own[name].transpose("layer", "expert").values for name in ("difference", "difference_p"))
     beyond = (difference > 0) & (p <= 1 - found.attrs["level"])

@@ -1,4 +1,4 @@
-"""The loops that count choices and pairs of them: one joint histogram where choices fit in a byte, tables where not."""
+"""The loops that count choices and pairs of them: one joint histogram if choices fit in a byte, otherwise tables."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from analysis.scanning import Array, kernel
 
 @kernel
 def add_joint(code: Array, length: Array, joint: Array) -> None:
-    """Count pairs of codes at neighbouring layers, in rows of so many tokens.
+    """Count pairs of codes at neighbouring layers, in rows of given lengths.
 
-    Layer by layer, in a table of 32-bit numbers: it stays in the fastest cache. A row's pairs are made first, and then
-    read four at once: together a quarter of the time of doing neither (measured).
+    Layer by layer, in a table of 32-bit numbers that stays in the fastest cache. A row's pairs are computed first, and
+    then read four at a time; both together take a quarter of the time (measured).
     """
     rows, _, positions = code.shape
     codes = joint.shape[1]
@@ -38,14 +38,14 @@ def add_joint(code: Array, length: Array, joint: Array) -> None:
 
 @kernel
 def _join(here: Array, there: Array, codes: Any, filled: int, pairs: Array) -> None:
-    """Two codes as one number; in a function of its own, of which the compiler makes vector instructions."""
+    """Two codes as one number; in a separate function, so that the compiler vectorizes it."""
     for position in range(filled):
         pairs[position] = here[position] * codes + there[position]
 
 
 @kernel
 def in_common(here: Array, there: Array) -> int:
-    """How many experts two lists of different ones share."""
+    """How many experts two lists without repetitions share."""
     common = 0
     for one in here:
         for other in there:
@@ -65,7 +65,8 @@ def add_of_two(
     followed_rank: Array,
     shared: Array,
 ) -> None:
-    """The same as `add_one_by_one` for k = 2, in a fifth of its time: tables by rank, of which the others are sums."""
+    """The same as `add_one_by_one` for k = 2, in a fifth of the time: tables by rank, from which the others are
+    sums."""
     rows, positions, layers, _ = expert.shape
     experts = together_all.shape[1]
     pairs = np.zeros((layers, experts, experts), np.uint32)

@@ -1,14 +1,14 @@
-"""Which experts are chosen together, and which follow each other through the layers: one set of counts for all of it.
+"""Which experts are chosen together, and which follow each other through the layers, from one set of counts.
 
-`Choices` counts, in one pass, what load, co-activation and transitions are made of. Where a token's choices at a layer
-fit in one byte (`analysis.scanning.coded`: Mixtral's do) a joint histogram of the choices at two neighbouring layers
-holds everything, at one increment a token and layer; for other models the same tables are counted one by one. Both ways
-are exact and equal (a test holds it).
+`Choices` counts, in one pass, everything that load, co-activation and transitions need. If a token's choices at a layer
+fit in one byte (`analysis.scanning.coded`; Mixtral's do), a joint histogram of the choices at two neighbouring layers
+holds everything, with one increment per token and layer; for other models the same tables are counted one by one. Both
+ways are exact and give equal results (tested).
 
-"Neighbouring" layers are neighbours among those captured: dense layers lie between them in some models. The
-conventions of the field are here and named: **all** pairs of a token's choices, or pairs of neighbouring ranks, in one
-direction or as OLMoE's code counts them (co-activation); **all** pairs of choices at two layers, the **first** choices,
-or choices of equal **rank** (flow). Flow between any two layers is counted by `analysis.metrics.layer_pairs`.
+"Neighbouring" layers are neighbours among the captured ones: some models have dense layers between them. The
+conventions of the field are supported and named: **all** pairs of a token's choices, or pairs of neighbouring ranks, in
+one direction or as OLMoE's code counts them (co-activation); **all** pairs of choices at two layers, the **first**
+choices, or choices of equal **rank** (flow). Flow between any two layers is counted by `analysis.metrics.layer_pairs`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Choices(Reducer):
     Parameters
     ----------
     joint : bool
-        Count in a joint histogram, where choices fit in one byte: faster, in 1 MB for Mixtral and not 85 kB.
+        Count in a joint histogram if choices fit in one byte: faster, but 1 MB instead of 85 kB for Mixtral.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"code"})
@@ -45,11 +45,11 @@ class Choices(Reducer):
 
     @property
     def stacks(self) -> bool:  # type: ignore[override]
-        """Tables do, histograms not."""
+        """True for tables, False for histograms."""
         return not self.joint
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Zeros: the tables that `finish` names, or the joint histogram of which it makes them."""
+        """Zeros: the tables named in `finish`, or the joint histogram from which it makes them."""
         layers, choices, experts = sizes(dataset)
         codes = experts**choices + 1
         if self.joint and coded(dataset) and layers > 1:
@@ -102,16 +102,16 @@ class Choices(Reducer):
             result,
             n=int(state["tokens"].flat[0]),
             estimator="counts",
-            null="every table even",
+            null="even tables",
             definition="counts over tokens: choices by rank; pairs of one token's choices, all ordered ones and those"
-            " of neighbouring ranks (rank r, rank r + 1); pairs of choices at neighbouring layers, all, first and of"
+            " of neighbouring ranks (rank r, rank r + 1); pairs of choices at neighbouring layers, all, first, and of"
             " equal rank; experts that a token chose at both layers",
             source="OLMoE (Muennighoff et al. 2024), equations 6 and following",
         )
 
 
 def coactivation(dataset: xr.Dataset, *, by: Together = "all", threads: int | None = None) -> xr.Dataset:
-    """How often an expert is chosen together with another one.
+    """How often an expert is chosen together with another.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ def coactivation(dataset: xr.Dataset, *, by: Together = "all", threads: int | No
 
 
 def coactivation_of(counts: xr.Dataset, *, by: Together = "all") -> xr.Dataset:
-    """Co-activation from what `Choices` counted.
+    """Co-activation from the counts of `Choices`.
 
     Parameters
     ----------
@@ -139,16 +139,17 @@ def coactivation_of(counts: xr.Dataset, *, by: Together = "all") -> xr.Dataset:
         From `Choices`.
     by : {"all", "adjacent", "olmoe"}
         "all": the share of expert i's tokens that also chose j, whatever the ranks: equation 6 of OLMoE's paper.
-        "olmoe": the share of them that have j at a neighbouring rank, before i or after it: OLMoE's published code,
-        and so the paper's figures. For k = 2 the two are the same. "adjacent", ours: of the tokens where i is at some
-        rank but the last, the share whose next rank is j. For k = 2 that is P(second choice j given first choice i).
+        "olmoe": the share of them that have j at a neighbouring rank, before or after i, as in OLMoE's published code
+        and so in the paper's figures. For k = 2 the two are the same. "adjacent" (specific to this project): of the
+        tokens with i at any rank except the last, the share whose next rank is j. For k = 2 that is P(second choice j
+        given first choice i).
 
     Returns
     -------
     xr.Dataset
-        `counts` int64 in tokens, `probability` float64, over (layer, expert, other_expert); NaN where an expert was
-        never chosen. Null of `probability` where j ≠ i: (k − 1)/(E − 1) for "all", 2(k − 1)/(k(E − 1)) for "olmoe",
-        1/(E − 1) for "adjacent". For "all" and "olmoe" `counts` is symmetric.
+        `counts` int64 in tokens, `probability` float64, over (layer, expert, other_expert); NaN if an expert was never
+        chosen. Null of `probability` for j ≠ i: (k − 1)/(E − 1) for "all", 2(k − 1)/(k(E − 1)) for "olmoe", 1/(E − 1)
+        for "adjacent". For "all" and "olmoe" `counts` is symmetric.
 
     Raises
     ------
@@ -156,7 +157,7 @@ def coactivation_of(counts: xr.Dataset, *, by: Together = "all") -> xr.Dataset:
         When there is no such convention.
     """
     if by not in _TOGETHER:
-        raise ValueError(f"by={by!r}: choices are joined by {', '.join(map(repr, _TOGETHER))}")
+        raise ValueError(f"unknown by={by!r}: choose from {', '.join(map(repr, _TOGETHER))}")
     choices, experts = counts.sizes["k"], counts.sizes["expert"]
     count, chosen = counts["together_all" if by == "all" else "together_adjacent"], counts["chosen"].sum("k")
     if by == "adjacent":
@@ -186,7 +187,7 @@ _TOGETHER: dict[str, tuple[str, str]] = {
         "OLMoE's code, run_moe_analysis.py, do_correlation_analysis",
     ),
 }
-"""Definition and source of each way of joining a token's choices."""
+"""Definition and source of each way of pairing a token's choices."""
 
 
 def transitions(
@@ -196,7 +197,7 @@ def transitions(
     layers: Sequence[tuple[int, int]] | None = None,
     threads: int | None = None,
 ) -> xr.Dataset:
-    """How tokens move from layer to layer: between neighbouring ones, or any that are named.
+    """How tokens move from layer to layer: between neighbouring layers, or any given ones.
 
     Parameters
     ----------
@@ -205,7 +206,7 @@ def transitions(
     by : {"first", "all", "rank"}
         See `transitions_of`.
     layers : sequence of pair of int, optional
-        From which layer to which, by the model's own numbers, such as [(0, 15), (7, 31)]; default each captured layer
+        Pairs of layers (from, to), by the model's own numbers, such as [(0, 15), (7, 31)]; default each captured layer
         to the next one.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
@@ -225,22 +226,22 @@ def transitions(
 
 
 def transitions_of(counts: xr.Dataset, *, by: Followed = "first") -> xr.Dataset:
-    """Transitions from what `Choices` or `LayerPairs` counted.
+    """Transitions from the counts of `Choices` or `LayerPairs`.
 
     Parameters
     ----------
     counts : xr.Dataset
         From `Choices`, or for any two layers from `LayerPairs`.
     by : {"first", "all", "rank"}
-        Which pairs of choices: "first" choices at both layers, "all" k² pairs, or pairs of equal "rank".
+        Which pairs of choices are counted: "first" choices at both layers, "all" k² pairs, or pairs of equal "rank".
 
     Returns
     -------
     xr.Dataset
         `counts` int64, `probability` P(e' given e) and `lift` P(e' given e)/P(e') float64, over (layer, expert,
         next_expert), where `layer` is the lower one; coordinate `next_layer` (layer). From `LayerPairs` they are over
-        (pair, expert, next_expert), with the coordinates `layer` and `next_layer` (pair). NaN where an expert was
-        never chosen. Null of `probability`: 1/E, of `lift`: 1. A capture of one layer gives an empty `layer`.
+        (pair, expert, next_expert), with the coordinates `layer` and `next_layer` (pair). NaN if an expert was never
+        chosen. Null of `probability`: 1/E, of `lift`: 1. For a capture of one layer, `layer` is empty.
     """
     count = counts[f"followed_{by}"]
     if "lower_layer" in count.dims:
@@ -271,12 +272,12 @@ def transitions_of(counts: xr.Dataset, *, by: Followed = "first") -> xr.Dataset:
         null=1 / counts.sizes["expert"],
         null_lift=1.0,
         definition=f"probability = P({over[by]}); lift = probability / P(e')",
-        source="OLMoE (Muennighoff et al. 2024), cross-layer flow; its run_routing_analysis.py joins equal ranks",
+        source="OLMoE (Muennighoff et al. 2024), cross-layer flow; its run_routing_analysis.py pairs equal ranks",
     )
 
 
 def layer_overlap_of(counts: xr.Dataset) -> xr.Dataset:
-    """How alike a token's sets of experts are at neighbouring layers, from what `Choices` counted.
+    """How similar a token's sets of experts are at neighbouring layers, from the counts of `Choices`.
 
     Parameters
     ----------
@@ -286,8 +287,9 @@ def layer_overlap_of(counts: xr.Dataset) -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        `jaccard` float64 (layer): the mean over tokens of |S ∩ S'| / |S ∪ S'|; coordinate `next_layer`. NaN where
-        nothing was counted. Experts of two layers share nothing but their number: this is a check of the null.
+        `jaccard` float64 (layer): the mean over tokens of `|S ∩ S'| / |S ∪ S'|`; coordinate `next_layer`. NaN if
+        nothing was counted. Experts of two layers have nothing in common except their number, so this is a check of
+        the null.
     """
     shared = counts["shared"].rename(lower_layer="layer", upper_layer="next_layer")
     return described(
@@ -296,12 +298,12 @@ def layer_overlap_of(counts: xr.Dataset) -> xr.Dataset:
         estimator="mean over tokens",
         null=random_overlap(counts.sizes["k"], counts.sizes["expert"])["jaccard"],
         definition="mean Jaccard index of the sets S_l and S_l+1 of a token",
-        source="Megatron-LM and OLMoE look at transitions; this is their overlap",
+        source="Megatron-LM and OLMoE study transitions; this is the overlap of the sets",
     )
 
 
 def overlap_summary(shared: xr.DataArray) -> xr.Dataset:
-    """Means over tokens of what two sets of k experts have in common, from counts by `shared_experts`."""
+    """Means over tokens of the overlap of two sets of k experts, from counts by `shared_experts`."""
     size = shared["shared_experts"]
     choices = int(size[-1])
     total = shared.sum("shared_experts")
@@ -336,7 +338,7 @@ def shared_experts(experts: int, choices: int) -> Array:
 
 
 def _shapes(layers: int, choices: int, experts: int) -> dict[str, tuple[int, ...]]:
-    """Of the tables, in the order in which they are counted."""
+    """The shapes of the tables, in the order in which they are counted."""
     steps, table = max(layers - 1, 0), (experts, experts)
     return {
         "chosen": (layers, choices, experts),
@@ -350,7 +352,7 @@ def _shapes(layers: int, choices: int, experts: int) -> dict[str, tuple[int, ...
 
 
 def _unfold(joint: Array, experts: int, choices: int, state: State) -> None:
-    """Add what a joint histogram of codes (lower_layer, code, next_code) holds to the tables."""
+    """Add the counts of a joint histogram of codes (lower_layer, code, next_code) to the tables."""
     steps, ranks = len(joint), range(choices)
     axes = joint.reshape(steps, *[experts] * (2 * choices))
     single = np.concatenate([joint.sum(2), joint[-1:].sum(1)]).reshape(steps + 1, *[experts] * choices)

@@ -1,7 +1,7 @@
-"""Which experts a class of tokens goes to: digits, punctuation, words in capitals, a regular expression.
+"""Which experts a token class goes to: digits, punctuation, words in capitals, a regular expression.
 
-A class is counted as one token would be: a token of it is at an expert that is any of its k choices. Promises exact
-counts, and intervals over documents. Does not know which tokens a class has: `analysis.token_classes` does.
+A class is counted like a token: its tokens are counted at each of their k choices. Promises exact counts, and intervals
+over documents. Does not know which tokens a class has: `analysis.token_classes` does.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from analysis.token_classes import CLASSES, groups_of, members_by_class
 
 
 class ClassCounts(Reducer):
-    """Counts by class of token, layer and expert: what `class_experts_of` takes, within `Jackknife`.
+    """Counts by token class, layer and expert: the input of `class_experts_of`, inside a `Jackknife`.
 
     Parameters
     ----------
     members : mapping of str to bool array, shape (token_id)
-        Each class by its name, and which tokens are in it: `analysis.token_classes.members_of`.
+        The members of each class, by its name: see `analysis.token_classes.members_of`.
 
     Raises
     ------
@@ -39,7 +39,8 @@ class ClassCounts(Reducer):
         self.groups = groups_of(members)
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Zeros: `count` (group, layer, expert) and `tokens` (group), of tokens that are in the same classes."""
+        """Zeros: `count` (group, layer, expert) and `tokens` (group), by groups of tokens that are in the same
+        classes."""
         layers, _, experts = sizes(dataset)
         groups = len(self.groups.belongs)
         return {"count": np.zeros((groups, layers, experts), np.int64), "tokens": np.zeros(groups, np.int64)}
@@ -47,16 +48,14 @@ class ClassCounts(Reducer):
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
         layers, choices = block["expert"].shape[2:]
-        group = self.groups.of_token[
-            block["token"]
-        ]  # -1 behind a row's end: it takes the last one's, and is not counted
+        group = self.groups.of_token[block["token"]]  # -1 after a row's end indexes the last group, and is not counted
         add_tokens(
             block["expert"], group, block["counted"], np.arange(layers), choices, state["count"], state["tokens"]
         )
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """`counts` (token_class, layer, expert) and `tokens` (token_class), `all_counts` (layer, expert) and
-        `all_tokens` of all tokens; int64."""
+        """`counts` (token_class, layer, expert) and `tokens` (token_class), and for all tokens `all_counts` (layer,
+        expert) and `all_tokens`; int64."""
         _, choices, experts = sizes(dataset)
         coords = {"layer": dataset["layer"].values, "expert": np.arange(experts)}
         by_class = {"token_class": np.array(self.groups.names, object), **coords}
@@ -73,9 +72,10 @@ class ClassCounts(Reducer):
             found,
             n=int(tokens.reshape(-1, tokens.shape[-1])[0].sum()),
             estimator="counts",
-            null="every table even",
-            definition="occurrences of tokens of a class with an expert among the k choices at a layer; of the class",
-            source="OLMoE (Muennighoff et al. 2024), section 5, vocabulary specialization, of classes of tokens",
+            null="even tables",
+            definition="occurrences of tokens of a class with an expert among the k choices at a layer; occurrences of"
+            " the class",
+            source="OLMoE (Muennighoff et al. 2024), section 5, vocabulary specialization, applied to token classes",
             experts_per_token=choices,
             experts=experts,
         )
@@ -90,7 +90,7 @@ def class_experts(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
-    r"""For classes of tokens, how often they were sent to each expert.
+    r"""How often token classes were sent to each expert.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def class_experts(
     classes : sequence of str
         Names of `analysis.token_classes.CLASSES`, or regular expressions between slashes: `/\d/`.
     level : float
-        Of the intervals.
+                Level of the intervals.
     only, threads, progress
         See `analysis.scan`.
 
@@ -111,31 +111,31 @@ def class_experts(
     Raises
     ------
     ValueError
-        When there is no such class, or a regular expression is none.
+        When there is no such class, or a regular expression is invalid.
     """
     counted = Jackknife(ClassCounts(members_by_class(classes, dataset["piece"].values.tolist())))
     return class_experts_of(scan(dataset, [counted], only=only, threads=threads, progress=progress)[0], level)
 
 
 def class_experts_of(counts: xr.Dataset, level: float = 0.95) -> xr.Dataset:
-    """For classes of tokens, how often they were sent to each expert, from what `Jackknife(ClassCounts())` counted.
+    """How often token classes were sent to each expert, from the counts of `Jackknife(ClassCounts())`.
 
     Parameters
     ----------
     counts : xr.Dataset
-        From `ClassCounts` within `Jackknife`; a selection of its layers or experts serves as well.
+        From `ClassCounts` inside `Jackknife`, or a selection of its layers or experts.
     level : float
-        Of the intervals.
+        Level of the intervals.
 
     Returns
     -------
     xr.Dataset
         Over (token_class, layer, expert): `counts` int64; `share` of the class's tokens that are sent to the expert,
         `lift` over the share of all tokens, and their intervals over documents, `_low` and `_high`, float64; `tokens`
-        int64 and `effective_documents` float64 (token_class), the occurrences of the class, and of how many documents
-        of equal length. The null of a share is k/E, that of a lift 1. NaN where the class or the expert has no token;
-        an interval also where its tokens are of fewer than four effective documents, or an expert gets none or all of
-        them.
+        int64 and `effective_documents` float64 (token_class), the occurrences of the class, and the equivalent number
+        of documents of equal length. The null of a share is k/E, that of a lift 1. NaN if the class or the expert has
+        no token; intervals are also NaN if the tokens come from fewer than four effective documents, or if an expert
+        gets none or all of them.
     """
     amount, share = counts["tokens"], share_of_class(counts)
     lift = lift_of_class(counts)
@@ -158,33 +158,33 @@ def class_experts_of(counts: xr.Dataset, level: float = 0.95) -> xr.Dataset:
         n=counts.attrs["n"],
         documents=counts.attrs["documents"],
         level=level,
-        estimator=f"maximum likelihood; {how(counts.attrs['units'], level)}, of the logarithm of a lift",
+        estimator=f"maximum likelihood; {how(counts.attrs['units'], level)}, on the logarithm of a lift",
         null=counts.attrs["experts_per_token"] / counts.attrs["experts"],
         null_lift=1.0,
-        definition="share = N_ce / N_c: occurrences of tokens of class c with expert e among the k choices, over all of"
-        " c; lift = share / (N_e / T)",
+        definition="share = N_ce / N_c: occurrences of tokens of class c with expert e among the k choices, over all"
+        " occurrences of c; lift = share / (N_e / T)",
         source=counts.attrs["source"],
     )
 
 
 def strongest_experts_of(counts: xr.Dataset, *, min_count: int = 20, level: float = 0.95) -> xr.Dataset:
-    """Of each class at each layer, the expert with the highest lift, from what `Jackknife(ClassCounts())` counted.
+    """The expert with the highest lift for each class at each layer, from the counts of `Jackknife(ClassCounts())`.
 
     Parameters
     ----------
     counts : xr.Dataset
-        From `ClassCounts` within `Jackknife`.
+        From `ClassCounts` inside `Jackknife`.
     min_count : int
-        An expert that gets fewer tokens of the class is left out: its lift is mostly luck.
+        Experts that get fewer tokens of the class are left out: their lift is mostly chance.
     level : float
-        Of the intervals, each of which holds for one expert that is named beforehand: of the highest of several lifts
-        it is somewhat too high.
+        Level of the intervals. Each is valid for an expert that was selected beforehand; for the highest of several
+        lifts it is somewhat too high.
 
     Returns
     -------
     xr.Dataset
-        Over (token_class, layer): `strongest` int64, the expert, -1 where none gets so many; all else as
-        `class_experts_of` gives it for this expert, NaN or 0 where there is none.
+        Over (token_class, layer): `strongest` int64, the expert, -1 if none gets that many; the other variables of
+        `class_experts_of` for this expert, NaN or 0 if there is none.
 
     Raises
     ------
@@ -192,7 +192,7 @@ def strongest_experts_of(counts: xr.Dataset, *, min_count: int = 20, level: floa
         When `min_count` is below 1.
     """
     if min_count < 1:
-        raise ValueError(f"min_count={min_count}: at least 1")
+        raise ValueError(f"min_count={min_count}: must be at least 1")
     whole = counts.isel(replicate=0, drop=True)
     lift = lift_of_class(whole).where(whole["counts"] >= min_count)
     known, strongest = lift.notnull().any("expert"), lift.fillna(-1.0).argmax("expert")
@@ -202,21 +202,21 @@ def strongest_experts_of(counts: xr.Dataset, *, min_count: int = 20, level: floa
 
 
 def class_excess_of(routes: xr.Dataset, members: Mapping[str, Array], *, min_count: int = 20) -> xr.Dataset:
-    """How much more often classes went to experts than their documents explain, from what `SampledRoutes` kept.
+    """How much more often classes went to experts than their documents explain, from the sample of `SampledRoutes`.
 
     Parameters
     ----------
     routes : xr.Dataset
         From `analysis.SampledRoutes`.
     members : mapping of str to bool array, shape (token_id)
-        Each class by its name, and which tokens are in it.
+        The members of each class, by its name.
     min_count : int
         Classes that occur less often in the sample are left out.
 
     Returns
     -------
     xr.Dataset
-        Over (token_class, layer, expert) what `token_excess_of` gives for a token: `counts` int64, `expected` and `p`
+        Over (token_class, layer, expert), like `token_excess_of` for tokens: `counts` int64, `expected` and `p`
         float64; `tokens` int64 (token_class).
 
     Raises
@@ -225,7 +225,7 @@ def class_excess_of(routes: xr.Dataset, members: Mapping[str, Array], *, min_cou
         When `min_count` is below 1, or there is no class.
     """
     if not members:
-        raise ValueError("there is no class of tokens: name one")
+        raise ValueError("no token class: name at least one")
     token, found = routes["token_id"].values, []
     for name, belongs in members.items():
         two = token_excess_of(routes.assign(token_id=("token", belongs[token].astype(np.int64))), min_count=min_count)
@@ -235,11 +235,11 @@ def class_excess_of(routes: xr.Dataset, members: Mapping[str, Array], *, min_cou
 
 
 def share_of_class(counts: xr.Dataset) -> xr.DataArray:
-    """The share of a class's tokens that are sent to each expert; NaN where it has none."""
+    """The share of a class's tokens that are sent to each expert; NaN if the class has no token."""
     return counts["counts"] / counts["tokens"].where(counts["tokens"] > 0)
 
 
 def lift_of_class(counts: xr.Dataset) -> xr.DataArray:
-    """That share over the share of all tokens; NaN where the class has no token, or the expert."""
+    """That share over the share of all tokens; NaN if the class or the expert has no token."""
     of_all = counts["all_counts"].where(counts["all_counts"] > 0) / counts["all_tokens"]
     return share_of_class(counts) / of_all

@@ -1,10 +1,10 @@
-"""What words, data sets and positions tell of the experts when what else could explain it is known already.
+"""What words, data sets and positions say about the experts when the obvious confounder is already known.
 
-Words are bursty: a token occurs in few documents, and routes may depend on the document. Data sets use other words, and
-so do the beginnings of documents. Each measure here is a conditional mutual information, which leaves that out, with a
-null from shuffles that keep it.
+Words are bursty: a token occurs in few documents, and routes may depend on the document. Data sets use different words,
+and so do the beginnings of documents. Each measure here is a conditional mutual information, which removes that effect,
+with a null from shuffles that preserve it.
 
-Computed from a sample of documents (`analysis.SampledRoutes`): which ones is the same whenever it is asked.
+Computed from a sample of documents (`analysis.SampledRoutes`), which is the same every time.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def token_information(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset:
-    """What a token's identity tells of its experts when its document is known: I(expert; token | document).
+    """How much a token's identity says about its experts when its document is known: I(expert; token | document).
 
     Parameters
     ----------
     dataset : xr.Dataset
         A capture.
     size : int
-        Tokens at which the sample of documents ends; see `analysis.SampledRoutes`.
+        Size of the sample of documents in tokens; see `analysis.SampledRoutes`.
     draws : int
-        Shuffles of tokens within documents.
+        Number of shuffles of tokens within documents.
     threads, progress
         See `analysis.scan`.
 
@@ -56,22 +56,23 @@ def token_information(
 
 
 def token_information_of(routes: xr.Dataset, *, draws: int = 100) -> xr.Dataset:
-    """What a token's identity tells of its experts when its document is known, from what `SampledRoutes` kept.
+    """How much a token's identity says about its experts when its document is known, from the sample of
+    `SampledRoutes`.
 
     Parameters
     ----------
     routes : xr.Dataset
         From `analysis.SampledRoutes`.
     draws : int
-        Shuffles of tokens within documents.
+        Number of shuffles of tokens within documents.
 
     Returns
     -------
     xr.Dataset
         float64 (layer), in bits: `mutual_information` by maximum likelihood, far too large in short documents; `null`
-        and `null_high`, the mean and the 95 % quantile after shuffles; `corrected`, the difference to the mean, 0 on
-        average where documents are all that routes depend on. It is too small rather than too large: a token that
-        occurs once in its document adds as much to the null. NaN where there is no token.
+        and `null_high`, the mean and the 95% quantile after shuffles; `corrected`, the difference from the mean, 0 on
+        average if routes depend on documents only. It errs on the small side: a token that occurs once in its document
+        adds as much to the null. NaN if there is no token.
     """
     document = routes["document_id"].values
     found = conditional_information(routes["expert"], routes["token_id"].values, document, draws=draws)
@@ -85,21 +86,21 @@ def domain_information(
     draws: int = 100,
     threads: int | None = None,
 ) -> xr.Dataset:
-    """What a token's data set tells of its experts when the token is known: I(expert; data set | token).
+    """How much a token's data set says about its experts when the token is known: I(expert; data set | token).
 
-    Where data sets differ because they use other words, it is 0. The null shuffles whole documents between the data
-    sets, which keep their numbers of documents: documents of very unequal lengths or kinds make it too wide or too
+    It is 0 if data sets differ only because they use different words. The null shuffles whole documents between the
+    data sets, which keep their numbers of documents: documents of very unequal lengths or kinds make it too wide or too
     narrow.
 
     Parameters
     ----------
     captures : mapping of str to xr.Dataset
-        Two data sets or more, of one model and tokenizer.
+        Two or more data sets, of one model and tokenizer.
     size : int
-        Tokens at which the sample of documents of each data set ends; see `analysis.SampledRoutes`. Data sets weigh by
-        their sampled tokens.
+        Size of the sample of documents of each data set in tokens; see `analysis.SampledRoutes`. Data sets are weighted
+        by their sampled tokens.
     draws : int
-        Shuffles of documents between data sets.
+        Number of shuffles of documents between data sets.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
 
@@ -107,18 +108,18 @@ def domain_information(
     -------
     xr.Dataset
         float64 (layer), in bits: `mutual_information` by maximum likelihood; `null` and `null_high`, the mean and the
-        95 % quantile after shuffles; `corrected`, the difference to the mean. NaN where there is no token.
+        95% quantile after shuffles; `corrected`, the difference from the mean. NaN if there is no token.
 
     Raises
     ------
     ValueError
-        When there are fewer than two captures, or they are of other layers, experts, choices or token ids.
+        When there are fewer than two captures, or they have different layers, experts, choices or token ids.
     """
     refuse_incomparable(captures)
     [(first, one), *others] = captures.items()
     for name, other in others:
         if not np.array_equal(one["piece"].values, other["piece"].values):
-            raise ValueError(f"{first} and {name} have other token ids: one tokenizer must have made both")
+            raise ValueError(f"{first} and {name} have different token ids: both must be made with one tokenizer")
     routes = [scan(capture, [SampledRoutes(size)], threads=threads)[0] for capture in captures.values()]
     joined = xr.concat([each.drop_attrs() for each in routes], "token")
     data_set = np.repeat(np.arange(len(routes)), [each.sizes["token"] for each in routes])
@@ -136,10 +137,11 @@ def position_information(
     draws: int = 100,
     threads: int | None = None,
 ) -> xr.Dataset:
-    """What a token's place in its row tells of its experts when the token is known: I(expert; position | token).
+    """How much a token's position in its row says about its experts when the token is known: I(expert; position |
+    token).
 
-    Where positions differ because other words stand there, it is 0. The null shuffles the positions of a token among
-    its occurrences in the same document, so that what the lengths of documents tell is in the null, not in `corrected`.
+    It is 0 if positions differ only because different words occur there. The null shuffles the positions of a token
+    among its occurrences in the same document, so the effect of document lengths is in the null, not in `corrected`.
 
     Parameters
     ----------
@@ -148,9 +150,9 @@ def position_information(
     bins : int or "doubling"
         Ranges of positions; see `analysis.ExpertCounts`.
     size : int
-        Tokens at which the sample of documents ends; see `analysis.SampledRoutes`.
+        Size of the sample of documents in tokens; see `analysis.SampledRoutes`.
     draws : int
-        Shuffles of positions.
+        Number of shuffles of positions.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
 
@@ -158,8 +160,8 @@ def position_information(
     -------
     xr.Dataset
         float64 (layer), in bits: `mutual_information` by maximum likelihood; `null` and `null_high`, the mean and the
-        95 % quantile after shuffles; `corrected`, the difference to the mean, too small rather than too large: a token
-        that occurs once in its document adds as much to the null. NaN where there is no token.
+        95% quantile after shuffles; `corrected`, the difference from the mean, which errs on the small side: a token
+        that occurs once in its document adds as much to the null. NaN if there is no token.
     """
     [routes] = scan(dataset, [SampledRoutes(size)], threads=threads)
     starts = range_starts(bins, dataset.sizes["position"])
@@ -170,7 +172,7 @@ def position_information(
 
 
 def _described(found: xr.Dataset, routes: list[xr.Dataset], x: str, given: str, null: str, **more: Any) -> xr.Dataset:
-    """What a measure says of itself, of the samples that it was made of."""
+    """The attributes of a measure and of its samples."""
     return described(
         found,
         n=sum(each.attrs["n"] for each in routes),

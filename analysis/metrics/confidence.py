@@ -1,8 +1,8 @@
-"""How sure the routers are: of the first choice's weight, its margin over the second, and the entropy of the weights.
+"""The confidence of the routers: the first choice's weight, its margin over the second, and the entropy of the weights.
 
-Promises: histograms and sums of whole numbers, so that they do not depend on order. Weights are the store's, as the
-model used them: where it does not renormalize they do not add up to 1, and the first weight is then a share of all
-experts, chosen or not.
+Promises: histograms and sums of integers, so the result does not depend on order. Weights are those in the store, as
+the model used them: if the model does not renormalize, they do not add up to 1, and the first weight is a share over
+all experts, chosen or not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, sc
 
 MEASURES = ("first", "margin", "entropy")
 _HALF = np.nan_to_num(np.arange(2**16, dtype=np.uint16).view(np.float16), nan=0, posinf=0, neginf=0)
-_UNITS = (_HALF.astype(np.float64) / WEIGHT_UNIT).astype(np.int64)  # of each float16, by its bits
+_UNITS = (_HALF.astype(np.float64) / WEIGHT_UNIT).astype(np.int64)  # for each float16, by its bits
 
 
 class Confidence(Reducer):
@@ -27,18 +27,18 @@ class Confidence(Reducer):
     Parameters
     ----------
     bins : int
-        Of equal width: from 0 to 1 for weights and margins, from 0 to log2(k) bits for entropies.
+        Number of bins of equal width: from 0 to 1 for weights and margins, from 0 to log2(k) bits for entropies.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     def __init__(self, bins: int = 64) -> None:
         if bins < 1:
-            raise ValueError(f"bins={bins}: at least 1")
+            raise ValueError(f"bins={bins}: must be at least 1")
         self.bins = bins
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Zeros: of each measure `…_count` (layer, bin), and `…_sum` (layer) in units of 2**-24."""
+        """Zeros: for each measure `…_count` (layer, bin), and `…_sum` (layer) in units of 2**-24."""
         layers = dataset.sizes["layer"]
         counts = {f"{name}_count": np.zeros((layers, self.bins), np.int64) for name in MEASURES}
         return {**counts, **{f"{name}_sum": np.zeros(layers, np.int64) for name in MEASURES}}
@@ -53,7 +53,7 @@ class Confidence(Reducer):
             raise ValueError("a weight is not a finite number: the shard is damaged")
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Counts, and means; NaN where nothing was counted, and of the margin where k is 1."""
+        """Counts, and means; NaN if nothing was counted, and for the margin if k is 1."""
         choices, edges = sizes(dataset)[1], np.arange(self.bins) / self.bins
         found: dict[str, Any] = {}
         for name in MEASURES:
@@ -72,17 +72,17 @@ class Confidence(Reducer):
             xr.Dataset(found, coords),
             n=int(state["first_count"][:1].sum()),
             estimator="counts",
-            null="none: a model is as sure as it is",
-            definition="first = w1; margin = w1 - w2; entropy of w / sum(w) in bits; a value at the upper end or beyond"
-            " is in the last bin",
+            null="none: there is no reference value for confidence",
+            definition="first = w1; margin = w1 - w2; entropy of w / sum(w) in bits; values at or beyond the upper end"
+            " are in the last bin",
             source="-",
         )
 
 
 class MeanWeights(Reducer):
-    """Sums of first weights and margins, by layer: two means of `Confidence`, small and quick enough to be resampled.
+    """Sums of first weights and margins, by layer: two means of `Confidence`, small and fast enough for resampling.
 
-    They take a tenth of its time, and resampled 199 times a thirtieth (measured: whole numbers, and no logarithm).
+    They take a tenth of its time, and a thirtieth when resampled 199 times (measured; integers, and no logarithm).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"weight"})
@@ -95,12 +95,12 @@ class MeanWeights(Reducer):
         }
 
     def update(self, state: State, block: Block) -> None:
-        """Add one shard; that weights are finite is for `analysis.metrics.load.Load` to say."""
+        """Add one shard; `analysis.metrics.load.Load` checks that weights are finite."""
         state["tokens"] += np.count_nonzero(block["counted"])
         _add_weights(block["weight"].view(np.uint16), block["counted"], _UNITS, state["first"], state["margin"])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Means; NaN where nothing was counted, and of the margin where k is 1."""
+        """Means; NaN if nothing was counted, and for the margin if k is 1."""
         tokens = labelled(state["tokens"][..., 0].astype(float))
         tokens = tokens.where(tokens > 0)
         found = {f"mean_{name}": labelled(state[name] * WEIGHT_UNIT, "layer") / tokens for name in ("first", "margin")}
@@ -110,21 +110,21 @@ class MeanWeights(Reducer):
             xr.Dataset(found, coords={"layer": dataset["layer"].values}),
             n=int(state["tokens"].flat[0]),
             estimator="mean over tokens",
-            null="none: a model is as sure as it is",
+            null="none: there is no reference value for confidence",
             definition="mean_first = mean of w1; mean_margin = mean of w1 - w2",
             source="-",
         )
 
 
 def router_confidence(dataset: xr.Dataset, *, bins: int = 64, threads: int | None = None) -> xr.Dataset:
-    """Histograms of how sure each layer's router was.
+    """Histograms of the confidence of each layer's router.
 
     Parameters
     ----------
     dataset : xr.Dataset
         A capture.
     bins : int
-        Of equal width.
+        Number of bins of equal width.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
 
@@ -132,8 +132,8 @@ def router_confidence(dataset: xr.Dataset, *, bins: int = 64, threads: int | Non
     -------
     xr.Dataset
         `first`, `margin`, `entropy` int64 (layer, bin) in tokens, whose bins begin at `weight_from` and `entropy_from`;
-        `mean_first`, `mean_margin`, `mean_entropy` float64 (layer). Nothing is counted for the margin where k is 1, nor
-        for the entropy of a token whose weights do not add up to more than 0 or one of which is below it.
+        `mean_first`, `mean_margin`, `mean_entropy` float64 (layer). Nothing is counted for the margin if k is 1, or for
+        the entropy of a token whose weights have a sum of 0 or less or include a negative one.
 
     Raises
     ------
@@ -157,7 +157,7 @@ def _add(
     margin_sum: Array,
     entropy_sum: Array,
 ) -> bool:
-    """Add tokens, given what each float16 is and its w log2(w); False at a weight that is not finite."""
+    """Add tokens, given the value of each float16 and its w log2(w); False if a weight is not finite."""
     rows, positions, layers, choices = bits.shape
     units, most = 1 / WEIGHT_UNIT, np.log2(max(choices, 2))
     for row in range(rows):

@@ -1,6 +1,6 @@
-"""Where an expert weighs most: the places of its largest weights.
+"""The places of an expert's largest weights.
 
-Promises: the same places in whatever order the shards come, at most one a row, so that one text does not fill the list.
+Promises: the same places for any order of the shards, and at most one per row, so that one text does not fill the list.
 Does not know text: places are rows and positions.
 """
 
@@ -16,25 +16,25 @@ from analysis.scanning import Array, Block, Reducer, State, kernel, scan, sizes
 
 
 class TopContexts(Reducer):
-    """The places where each expert has its largest weights, one a row at most.
+    """The places where each expert has its largest weights, at most one per row.
 
     Parameters
     ----------
     top : int
-        Places kept for an expert.
+        Number of places kept per expert.
     around : int, optional
-        Keep also what so many tokens on both sides of a place, and the one there, weighed for the expert.
+        Also keep the weights for the expert of so many tokens on both sides of a place, and of the token there.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     def __init__(self, top: int = 20, around: int | None = None) -> None:
         if top < 1 or (around is not None and around < 0):
-            raise ValueError(f"top={top}, around={around}: at least 1, and at least 0")
+            raise ValueError(f"top={top}, around={around}: must be at least 1 and at least 0")
         self.top, self.around = top, around
 
     def init(self, dataset: xr.Dataset) -> State:
-        """No places: `row` and `position` are -1, and `weight` (float16's bits, which order as the numbers do) 0."""
+        """No places: `row` and `position` are -1, and `weight` (the bits of float16, which sort like the numbers) 0."""
         layers, _, experts = sizes(dataset)
         shape = (layers, experts, self.top)
         state: State = {"weight": np.zeros(shape, dtype=np.uint16)}
@@ -74,7 +74,7 @@ class TopContexts(Reducer):
             for name, (values, about) in variables.items()
         }
         if "around" in state:
-            about = {"long_name": "what the tokens around it weighed for the expert, 0 where they did not choose it"}
+            about = {"long_name": "weights of the surrounding tokens for the expert, 0 if they did not choose it"}
             found["around"] = (("layer", "expert", "place", "offset"), state["around"].view(np.float16), about)
         return described(
             xr.Dataset(found, {**coords, "place": np.arange(1, self.top + 1)}),
@@ -82,9 +82,9 @@ class TopContexts(Reducer):
             counted="places",
             estimator="exact",
             null="none: places, not a statistic",
-            definition="the tokens at which the expert has its largest weights, at most one in a row; ties go to the"
+            definition="the tokens at which the expert has its largest weights, at most one per row; ties go to the"
             " earlier row, then to the earlier position",
-            source="top activating contexts, as of neurons in a dense model (Bills et al. 2023)",
+            source="top activating contexts, as for neurons of a dense model (Bills et al. 2023)",
         )
 
 
@@ -96,15 +96,15 @@ def top_contexts(dataset: xr.Dataset, *, top: int = 20, threads: int | None = No
     dataset : xr.Dataset
         A capture.
     top : int
-        Places kept for an expert, one a row at most.
+        Number of places kept per expert, at most one per row.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
 
     Returns
     -------
     xr.Dataset
-        Over (layer, expert, place): `row` and `position` int64, -1 where the expert was chosen in fewer rows, and
-        `weight` float16, there NaN.
+        Over (layer, expert, place): `row` and `position` int64, -1 if the expert was chosen in fewer rows, and `weight`
+        float16, NaN in that case.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def top_contexts(dataset: xr.Dataset, *, top: int = 20, threads: int | None = No
 def _add_places(
     expert: Array, bits: Array, counted: Array, number: Array, weight: Array, row_of: Array, position_of: Array
 ) -> None:
-    """Put each row's best place of every expert where it belongs among those that are kept."""
+    """Insert each row's best place of every expert into the kept places."""
     rows, positions, layers, choices = expert.shape
     _, experts, top = weight.shape
     best = np.empty((layers, experts), dtype=np.int64)
@@ -165,8 +165,8 @@ def _add_around(
     position_of: Array,
     around: Array,
 ) -> None:
-    """Put the weights around each place beside it: of those in this block, whose rows are consecutive, from its arrays;
-    of those that were kept, from where they stood before."""
+    """Store the weights around each place: for places in this block, whose rows are consecutive, from its arrays; for
+    kept places, from their previous slot."""
     layers, experts, top, width = around.shape
     for layer in range(layers):
         for e in range(experts):

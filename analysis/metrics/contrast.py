@@ -1,15 +1,15 @@
-"""How data sets differ in which experts they use: where, by how much, and whether it is more than chance.
+"""How data sets differ in their use of experts: where, by how much, and whether it is more than chance.
 
-What is compared is a data set's share of tokens that reach an expert, over all its tokens. Documents are the unit:
-tokens of one document resemble each other. Data sets may have documents of other lengths, other numbers of them, and
-documents that differ more among themselves, so that labels of documents cannot be shuffled: they are not exchangeable,
-even where the shares are equal. Instead each difference is divided by its own standard error over documents, and the
-largest of these statistics is compared with that of drawn documents, which have each data set's own lengths and spread
-around one common share (`analysis.statistics.overdispersion`). That largest statistic also gives intervals which hold
-all true differences together, so that one which was picked for its size is held as well (Westfall & Young 1993).
+The compared quantity is the share of a data set's tokens that choose an expert. Documents are the units, because tokens
+of one document resemble each other. Data sets may have documents of different lengths, in different numbers, and with
+different variability, so labels of documents cannot be shuffled: they are not exchangeable, even if the shares are
+equal. Instead, each difference is divided by its own standard error over documents, and the largest of these statistics
+is compared with that of drawn documents, which have each data set's own lengths and spread around one common share
+(`analysis.statistics.overdispersion`). That largest statistic also gives simultaneous intervals for all true
+differences, which remain valid for a difference that was selected for its size (Westfall & Young 1993).
 
-Promises: constant memory, the same result in any order. Does not know which tokens carry a difference.
-`docs/design/0010-inference.md` says what simulations show.
+Promises: constant memory, the same result in any order. Does not know which tokens contribute to a difference. See
+`docs/design/0010-inference.md` for simulations.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from analysis.statistics.jackknife import MIN_EFFECTIVE_DOCUMENTS, Jackknife, ef
 from analysis.statistics.overdispersion import Units, units_of
 from store import attributes, model_differences
 
-REPLICATES = 999  # drawn sets of documents; never fewer than make a layer by itself significant after adjustment
+REPLICATES = 999  # drawn sets of documents; raised if needed for a single layer to be significant after adjustment
 REPLICATES_A_LAYER = 20
 
 
@@ -55,41 +55,41 @@ def contrast(
     Parameters
     ----------
     captures : mapping of str to xr.Dataset
-        Two or more captures of one model, by name. A text of one document can only be tested in blocks.
+        Two or more captures of one model, by name. A text that is one document can only be tested in blocks.
     replicates : int
-        Drawn sets of documents, at least 20 a layer.
+        Number of drawn sets of documents, at least 20 per layer.
     level : float
-        Of the intervals.
+        Level of the intervals.
     block_tokens : int, optional
-        Take blocks of so many tokens for documents: see `Jackknife`.
+        Use blocks of so many tokens instead of documents: see `Jackknife`.
     only, threads, progress
-        See `analysis.scan`; progress is that of one capture after the other.
+        See `analysis.scan`; progress is reported for one capture after the other.
 
     Returns
     -------
     xr.Dataset
         float64. Over (layer): `divergence`, the Jensen–Shannon divergence in bits of the data sets' shares of choices
-        (Lin 1991; data sets weigh equally), which is about `divergence_by_chance` where all have the same shares;
-        `divergence_corrected`, without its bias, with the interval `divergence_low` to `divergence_high`, none below 0;
-        and `p`, of the largest studentized difference of two data sets at the layer. Over (data_set, layer, expert):
-        `share` of the data set's tokens that reach the expert; `difference` to the mean of the other data sets, with
-        the interval `difference_low` to `difference_high`, and `difference_p`. Over (data_set, other_data_set, layer,
-        expert): `pairwise_difference` of two data sets, with `pairwise_low` and `pairwise_high`. Over (data_set,
-        other_data_set, layer): `total_variation`, half the sum of absolute differences of the shares of choices.
+        (Lin 1991; data sets have equal weights), which is about `divergence_by_chance` if all have the same shares;
+        `divergence_corrected`, corrected for bias, with the interval `divergence_low` to `divergence_high`, all at
+        least 0; and `p`, the p-value of the largest studentized difference of two data sets at the layer. Over
+        (data_set, layer, expert): `share` of the data set's tokens that choose the expert; `difference` from the mean
+        of the other data sets, with the interval `difference_low` to `difference_high`, and `difference_p`. Over
+        (data_set, other_data_set, layer, expert): `pairwise_difference` of two data sets, with `pairwise_low` and
+        `pairwise_high`. Over (data_set, other_data_set, layer): `total_variation`, half the sum of absolute differences
+        of the shares of choices.
 
-        Intervals of differences hold all of them together, over data sets, layers and experts, and `difference_p` is
-        adjusted for all of them likewise (single-step max-T, Westfall & Young 1993): the largest of many may be picked.
-
-        NaN where a data set has no token that counts. A data set of fewer than `MIN_EFFECTIVE_DOCUMENTS` effective
-        documents (Kish 1965) has shares and differences, but takes no part in tests, intervals, or the mean of the
-        others; attribute `untested` names it with the reason. Attribute `models_differ` says in what the captures'
-        models differ, such as quantization: then differences are not those of the texts alone. Attributes `n`: each
-        data set's tokens; `documents` and `effective_documents` of each.
+        Intervals of differences hold simultaneously over data sets, layers and experts, and `difference_p` is adjusted
+        for all of them (single-step max-T, Westfall & Young 1993), so the largest of many may be selected. NaN if a
+        data set has no counted token. A data set with fewer than `MIN_EFFECTIVE_DOCUMENTS` effective documents (Kish
+        1965) has shares and differences, but is excluded from tests, intervals, and the mean of the others; attribute
+        `untested` names it with the reason. Attribute `models_differ` says how the captures' models differ, for example
+        in quantization: then differences are not only due to the texts. Attributes `n`: each data set's tokens;
+        `documents` and `effective_documents` of each.
 
     Raises
     ------
     ValueError
-        When there are fewer than two captures, or they have other layers or experts.
+        When there are fewer than two captures, or they have different layers or experts.
     """
     refuse_incomparable(captures)
     asked = [Jackknife(ExpertCounts(), block_tokens=block_tokens)]
@@ -105,9 +105,9 @@ def contrast(
 def contrast_of(
     counts: Mapping[str, xr.Dataset], *, replicates: int = REPLICATES, level: float = 0.95, threads: int | None = None
 ) -> xr.Dataset:
-    """`contrast` from what `Jackknife(ExpertCounts())` counted of each data set."""
+    """`contrast` from the counts of `Jackknife(ExpertCounts())` for each data set."""
     if not 0 < level < 1 or replicates < 1:
-        raise ValueError(f"level={level}, replicates={replicates}: between 0 and 1, and at least 1")
+        raise ValueError(f"level={level}, replicates={replicates}: must be between 0 and 1, and at least 1")
     names, first = list(counts), next(iter(counts.values()))
     choices, layers = int(first.attrs["experts_per_token"]), first.sizes["layer"]
     replicates = max(replicates, REPLICATES_A_LAYER * layers)
@@ -133,7 +133,7 @@ def contrast_of(
             **_divergences(counts, tested, level),
             "divergence_by_chance": ("layer", divergence),
             "p": ("layer", p_by_layer(abs(pairs.statistic), pairwise)),
-            "share": (cell, share, {"long_name": "share of the data set's tokens that reach the expert"}),
+            "share": (cell, share, {"long_name": "share of the data set's tokens that choose the expert"}),
             "difference": (cell, apart.estimate),
             "difference_low": (cell, low),
             "difference_high": (cell, high),
@@ -157,63 +157,63 @@ def contrast_of(
         estimator="plug-in; differences: simultaneous intervals and max-T p-values over documents, from drawn documents"
         " of each data set's lengths and spread; divergence: jackknife over documents",
         definition="divergence = H(mean of the data sets' shares) - mean of their H; difference = share of the data"
-        " set's tokens that reach the expert - mean of the others'",
+        " set's tokens that choose the expert - mean of the others'",
         source="Lin 1991 (Jensen–Shannon); Westfall & Young 1993 (max-T); SteerMoE (risk difference)",
     )
 
 
 def why_untested(found: xr.Dataset) -> str:
-    """Why a data set takes no part in tests and intervals, in words; empty where it does."""
+    """Why a data set is excluded from tests and intervals, in words; empty if it is not."""
     tokens = left_out(found)
     if not tokens.size:
-        return "no token is counted"
+        return "it has no counted token"
     if found.attrs["documents"] == 1 or len(tokens) == 1:
-        return "one document: no test possible, unless block_tokens takes blocks of it for documents"
+        return "it is one document, which cannot be tested unless block_tokens divides it into blocks"
     effective = effective_documents(tokens)
     if effective < MIN_EFFECTIVE_DOCUMENTS:
         return (
-            f"{found.attrs['documents']} documents, as unequal as {effective:.1f} of one length: no test below"
-            f" {MIN_EFFECTIVE_DOCUMENTS:.0f}"
+            f"{found.attrs['documents']} documents of unequal length, worth {effective:.1f} equal ones: a test needs"
+            f" at least {MIN_EFFECTIVE_DOCUMENTS:.0f}"
         )
     return ""
 
 
 def models_differ(captures: Mapping[str, xr.Dataset]) -> dict[str, str]:
-    """In what captures differ from the first one but for the texts, by name; empty where all are of one model."""
+    """How captures differ from the first one apart from the texts, by name; empty if all are of one model."""
     provenance = {name: attributes(capture) for name, capture in captures.items()}
     first = next(iter(provenance.values()))
     return {name: differ for name, other in provenance.items() if (differ := differences_in_words(first, other))}
 
 
 def differences_in_words(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """In what the models of two captures differ, from their attributes, with both values; empty where in nothing."""
+    """How the models of two captures differ, from their attributes, with both values; empty if they do not."""
     differ = model_differences(one, other)
     return "; ".join(f"{field} is {_plain(here)} and {_plain(there)}" for field, (here, there) in differ.items())
 
 
 def _plain(value: Any) -> Any:
-    """A value as a sentence has it: experts of a list one after the other."""
+    """A value as written in a sentence: lists of experts separated by commas."""
     return (", ".join(map(str, value)) or "nothing") if isinstance(value, list | tuple) else value
 
 
 def refuse_incomparable(captures: Mapping[str, xr.Dataset]) -> None:
-    """Refuse fewer than two captures, and those of other layers, experts or choices."""
+    """Raise for fewer than two captures, or for different layers, experts or choices."""
     if len(captures) < 2:
-        raise ValueError(f"{len(captures)} captures: a contrast needs two or more")
+        raise ValueError(f"{len(captures)} captures: a contrast needs at least two")
     [first, one], *others = captures.items()
     for name, other in others:
         here, there = (
             (each["layer"].values.tolist(), int(each.attrs["num_experts"]), each.sizes["k"]) for each in (one, other)
         )
         if here != there:
-            raise ValueError(f"{first} and {name} are not of one model: (layers, E, k) = {here} and {there}")
+            raise ValueError(f"{first} and {name} are from different models: (layers, E, k) = {here} and {there}")
 
 
 def _chance(
     units: Sequence[Sequence[Units]], others: Array, choices: int, layers: int, replicates: int, threads: int | None
 ) -> tuple[Array, Array, Array]:
-    """What drawn documents give: the largest statistics (layer, replicate), of pairs and of one data set and the mean
-    of others, which are empty where fewer than two data sets are tested; and the mean divergence (layer)."""
+    """The results of drawn documents: the largest statistics (layer, replicate), for pairs, and for one data set and
+    the mean of the others, which are empty if fewer than two data sets are tested; and the mean divergence (layer)."""
     if len(units) < 2:
         return np.zeros((0, 0)), np.zeros((0, 0)), np.full(layers, np.nan)
 
@@ -228,7 +228,7 @@ def _chance(
 
 
 def other_sets(sets: int, tested: list[int]) -> Array:
-    """Weights of each data set less the mean of the other tested ones, or of all others where none is tested."""
+    """Weights of each data set minus the mean of the other tested ones, or of all others if none is tested."""
     weights = np.eye(sets)
     for own in range(sets):
         others = [index for index in tested if index != own] or [index for index in range(sets) if index != own]
@@ -237,7 +237,7 @@ def other_sets(sets: int, tested: list[int]) -> Array:
 
 
 def _pairs(sets: int) -> Array:
-    """Weights of each data set less each other one: (data_set, data_set, data_set)."""
+    """Weights of each data set minus each other one: (data_set, data_set, data_set)."""
     one = np.eye(sets)
     return one[:, None] - one[None, :]
 
@@ -248,7 +248,7 @@ def _shares(found: xr.Dataset) -> Array:
 
 
 def _divergences(counts: Mapping[str, xr.Dataset], tested: list[int], level: float) -> dict[str, Any]:
-    """The divergence, without its bias, and its interval: each data set's units are left out in turn."""
+    """The divergence, corrected for bias, and its interval: each data set's units are left out in turn."""
     from scipy.special import stdtrit
 
     shares = [_shares(found) for found in counts.values()]

@@ -1,6 +1,6 @@
-"""The experts that two data sets use most differently, each with the tokens that carry the difference: rows of a table.
+"""The experts that two data sets use most differently, each with its main tokens, as rows of a table.
 
-Promises: plain numbers and texts, the largest difference first. Does not know how rows are drawn.
+Promises: plain numbers and texts, the largest difference first. Does not know how rows are shown.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from analysis.scanning import Array
 
 OF_TOKEN = {"token_id": "token_id", "piece": "piece", "contribution": "contribution"}
 OF_TOKEN |= {"usage": "token_usage", "routing": "token_routing"}
-"""What a token of a row has, and what `token_contributions` calls it."""
+"""The keys of a token in a row, and their names in `token_contributions`."""
 
 
 def largest_cells(difference: Array, top: int) -> list[tuple[int, int]]:
-    """Index of the layer and expert of the largest differences, whatever their sign; what is not known comes last."""
+    """Indices of layer and expert of the largest absolute differences; unknown ones come last."""
     order = np.argsort(-abs(difference), axis=None, kind="stable")[:top].tolist()
     return [divmod(cell, difference.shape[1]) for cell in order]
 
@@ -44,15 +44,15 @@ def expert_row(found: xr.Dataset, carried: xr.Dataset, layer: int, expert: int) 
     found : xr.Dataset
         From `contrast`, of two data sets.
     carried : xr.Dataset
-        From `token_contributions` of the same, with a `layer` dimension.
+        From `token_contributions` for the same data sets, with a `layer` dimension.
     layer, expert
         The model's numbers.
 
     Returns
     -------
     dict
-        `layer`, `expert`; `share` and `other_share` of the tokens that reach it, their `difference` with `low`, `high`
-        and `p`, and its parts `usage` and `routing`; `tokens`: those that carry most of it, each with the names of
+        `layer`, `expert`; `share` and `other_share` of the tokens that choose it, their `difference` with `low`, `high`
+        and `p`, and its parts `usage` and `routing`; `tokens`: those that contribute most, each with the keys of
         `OF_TOKEN`.
     """
     of_tokens = carried.sel(layer=layer, expert=expert)
@@ -65,5 +65,5 @@ def expert_row(found: xr.Dataset, carried: xr.Dataset, layer: int, expert: int) 
 
 
 def beyond_chance(found: xr.Dataset) -> int:
-    """How many experts, of all layers, two data sets use differently by more than chance."""
+    """How many experts, over all layers, differ between two data sets by more than chance."""
     return int((found["difference_p"].isel(data_set=0) <= 1 - found.attrs["level"]).sum())

@@ -1,8 +1,8 @@
-"""What the routers computed for all experts, chosen and not: how spread out it is, what part of it the chosen experts
+"""The routers' distribution over all experts, chosen or not: how spread out it is, the part that the chosen experts
 have, and how close the first expert came that was not chosen.
 
-Promises: sums of whole numbers, so that they do not depend on order; where only the largest logits were recorded, what
-is not known is told as two bounds (`analysis.metrics.scores`). Does not know how logits become scores.
+Promises: sums of integers, so the result does not depend on order; if only the largest logits were recorded, unknown
+values are reported as two bounds (`analysis.metrics.scores`). Does not know how logits become scores.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from analysis.metrics.scores import NO_IDS, Scores, bits_of, log_score, scores_o
 from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, scan
 from analysis.statistics.jackknife import Jackknife, with_intervals
 
-UNIT = 2.0**-20  # entropies, effective experts, masses and margins are rounded to it, so that sums are exact
+UNIT = (
+    2.0**-20
+)  # entropies, effective experts, masses and margins are rounded to multiples of it, so that sums are exact
 UNITS = {"entropy": "bits", "effective_experts": "experts", "mass": "1"}
 AMOUNTS = ("tokens", "margin_tokens")
 
 
 class RouterDistribution(Reducer):
-    """Sums over tokens, by layer, of what `router_distribution` gives the means of.
+    """Sums over tokens, by layer, of the quantities whose means `router_distribution` returns.
 
     Parameters
     ----------
@@ -50,7 +52,7 @@ class RouterDistribution(Reducer):
             raise ValueError("a logit is not a finite number: the shard is damaged")
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Means, NaN where nothing was counted; two bounds where only the largest logits are known."""
+        """Means, NaN if nothing was counted; two bounds if only the largest logits are known."""
         experts, tokens, known = self.scores.experts, *(labelled(state[name], "layer") for name in AMOUNTS)
         even = {"entropy": float(np.log2(experts)), "effective_experts": experts, "mass": dataset.sizes["k"] / experts}
         found: dict[str, Any] = {}
@@ -64,7 +66,7 @@ class RouterDistribution(Reducer):
             xr.Dataset({**found, "tokens": tokens, "margin_tokens": known}, {"layer": dataset["layer"].values}),
             n=int(state["tokens"].reshape(-1, state["tokens"].shape[-1])[:1, :1].sum()),
             estimator="mean over tokens",
-            null="of a router that likes all experts the same, by variable",
+            null="by variable: the value for a router that gives all experts the same probability",
             definition=f"p = scores over their sum, scores being the {self.scores.how}s of the logits;"
             " entropy = -sum of p log2 p; effective_experts = 2^entropy; mass = sum of p of the chosen"
             f" experts; margin = smallest logit of a chosen expert - largest of the others{self._recorded()}",
@@ -72,40 +74,40 @@ class RouterDistribution(Reducer):
         )
 
     def _recorded(self) -> str:
-        """What is known of which tokens, where only the largest logits were recorded."""
+        """Which values are known for which tokens, if only the largest logits were recorded."""
         said = (
-            f"; of {self.scores.experts} logits the largest {self.scores.recorded} are known: at_least and at_most are"
-            " what the others leave open, and the margin is of tokens whose chosen experts and first other one are"
-            " among them"
+            f"; of {self.scores.experts} logits, the largest {self.scores.recorded} are known: at_least and at_most"
+            " are the bounds that this leaves, and the margin covers tokens whose chosen experts and first other"
+            " expert are among them"
         )
         return said if self.scores.truncated else ""
 
 
 def router_distribution(dataset: xr.Dataset, *, level: float = 0.95, threads: int | None = None) -> xr.Dataset:
-    """How spread out each layer's routers are over all experts, and how close the others came.
+    """How spread out each layer's router is over all experts, and how close the others came.
 
     Parameters
     ----------
     dataset : xr.Dataset
         A capture with the router's logits.
     level : float
-        Of the intervals.
+        Level of the intervals.
     threads : int, optional
         Shards decoded at the same time; default one a processor.
 
     Returns
     -------
     xr.Dataset
-        float64 over (layer), NaN where nothing was counted: the means over tokens `mean_entropy`, in bits;
-        `mean_effective_experts`, of 2 to the entropy; `mean_mass`, of the part of the distribution that the chosen
-        experts have; and `mean_margin`, of the smallest logit of a chosen expert less the largest of the others, which
-        is below 0 where a bias or groups chose. Each with `_low` and `_high`, the ends of its interval over documents,
-        and the attribute `null`, what a router gives that likes all experts the same. int64: `tokens`, and
-        `margin_tokens`, those of the margin.
+        float64 over (layer), NaN if nothing was counted: the means over tokens `mean_entropy`, in bits;
+        `mean_effective_experts`, of 2 to the power of the entropy; `mean_mass`, of the part of the distribution that
+        the chosen experts have; and `mean_margin`, of the smallest logit of a chosen expert minus the largest of the
+        others, which is negative if a bias or groups changed the choice. Each with `_low` and `_high`, the ends of its
+        interval over documents, and the attribute `null`, the value for a router that gives all experts the same
+        probability. int64: `tokens`, and `margin_tokens`, those of the margin.
 
-        Where only the largest logits were recorded, entropy, effective experts and mass have bounds in place of means:
-        `mean_entropy_at_least` and `mean_entropy_at_most`, and so on. The margin is exact, of the tokens whose chosen
-        experts and first other one are among those.
+        If only the largest logits were recorded, entropy, effective experts and mass have bounds instead of means:
+        `mean_entropy_at_least` and `mean_entropy_at_most`, and so on. The margin is exact, over the tokens whose chosen
+        experts and first other expert are among the recorded ones.
 
     Raises
     ------
@@ -131,7 +133,7 @@ def _add(
     margin_tokens: Array,
     tokens: Array,
 ) -> bool:
-    """Add tokens; False at a logit that is not finite."""
+    """Add tokens; False if a logit is not finite."""
     rows, positions, layers, choices = expert.shape
     recorded = logit.shape[-1]
     chosen = np.zeros(recorded, np.bool_)
@@ -169,7 +171,8 @@ def _add(
                 effective_low = 2.0**low
                 _add_ends(entropy, layer, low, high)
                 _add_ends(effective, layer, effective_low, effective_low if high == low else 2.0**high)
-                # Chosen ones that are not recorded have scores from 0 to the smallest, and so have the others.
+                # Scores that are not recorded, of chosen and other experts, lie between 0 and the smallest recorded
+                # one.
                 unknown, least = choices - among, np.exp(smallest)
                 others = (experts - recorded - unknown) * least
                 _add_ends(

@@ -1,9 +1,9 @@
 """Which data set a document looks like, by its experts alone.
 
-Each document is scored by tables that were counted on other documents: documents are halved by a hash of their ids, and
-each half is scored by what the other half showed.
+Each document is scored with tables counted on other documents: documents are split into halves by a hash of their ids,
+and each half is scored with the tables of the other half.
 
-Promises: constant memory but for one number for each document and data set; the same result in any order.
+Promises: constant memory except for one number for each document and data set; the same result in any order.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from analysis.metrics.load import ExpertCounts
 from analysis.scanning import Array, Block, Reducer, State, kernel, scan
 from analysis.statistics.parts import Belongs, Parts, halves
 
-UNIT = 2.0**-20  # bits; logarithms are rounded to it, so that sums are exact in any order
+UNIT = 2.0**-20  # bits; logarithms are rounded to multiples of it, so that sums are exact in any order
 DEFINITION = "score = sum over tokens, layers and choices of log2 of the data set's share of the expert / tokens"
-PRIOR = 0.5  # added to each count, so that what was never seen is not impossible (Krichevsky & Trofimov 1981)
+PRIOR = 0.5  # added to each count, so that unseen choices are not impossible (Krichevsky & Trofimov 1981)
 
 
 class DocumentScores(Reducer):
-    """Logarithms of how likely each document's choices are, by given tables.
+    """Log-likelihoods of each document's choices under given tables.
 
     Parameters
     ----------
     tables : int64 array, shape (2, candidates, layers, experts)
-        Logarithms in `UNIT` bits; the first is for documents of the first half.
+        Logarithms in units of `UNIT` bits; the first table is for documents of the first half.
     split : callable
-        Which documents are in the first half.
+        Says which documents are in the first half.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"document_id"})
@@ -57,7 +57,7 @@ class DocumentScores(Reducer):
         _add(block["expert"], block["counted"], document, table, self.tables, state["score"], state["tokens"])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Scores of the documents with a token that counts, in bits a token."""
+        """Scores of the documents with a counted token, in bits per token."""
         seen = np.flatnonzero(state["tokens"])
         score = state["score"][seen] * UNIT / state["tokens"][seen, None]
         return described(
@@ -68,7 +68,7 @@ class DocumentScores(Reducer):
             n=len(seen),
             counted="documents",
             estimator="mean over a document's tokens",
-            null="none: for comparing candidates",
+            null="none: only for comparing candidates",
             definition=DEFINITION,
             source="naive Bayes",
         )
@@ -80,7 +80,7 @@ def document_scores(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
-    """Which data set is this document from, by its experts alone?
+    """Which data set a document comes from, judged by its experts alone.
 
     Parameters
     ----------
@@ -92,20 +92,20 @@ def document_scores(
     Returns
     -------
     xr.Dataset
-        Over document, of all captures: `score` float64 (document, candidate), the logarithm of how likely its choices
-        are in each data set, in bits a token, with layers and choices taken as independent: for comparing, no
-        probability; `tokens` int64 and `likeliest` str, a name (document); coordinates `data_set`, where it is from,
-        and `document_id` in it. float64 (candidate): `right`, the share of the data set's documents that it is
-        likeliest for, null 1 / their number; `auc`, how often a document of it has more evidence for it than one of
-        the others, null 0.5 (Mann & Whitney 1947); NaN where there is no document. These nulls are of data sets alike
-        in size: a table of few documents is less sure, and documents of no data set drift to the larger one (12 against
-        400: `right` 0.11 and 0.82, `auc` 0.37). Compare data sets of other sizes with a split of the larger one into
-        parts of those sizes.
+        Over document, of all captures: `score` float64 (document, candidate), the log-likelihood of its choices in each
+        data set, in bits per token, with layers and choices treated as independent (for comparison only, not a
+        probability); `tokens` int64 and `likeliest` str, a name (document); coordinates `data_set`, its origin, and
+        `document_id` in it. float64 (candidate): `right`, the share of the data set's documents for which it is the
+        most likely one, null 1 / number of data sets; `auc`, how often one of its documents has more evidence for it
+        than a document of the others, null 0.5 (Mann & Whitney 1947); NaN if there is no document. These nulls hold for
+        data sets of similar size: a table of few documents is less reliable, and documents of neither data set tend
+        towards the larger one (12 against 400: `right` 0.11 and 0.82, `auc` 0.37). For data sets of different sizes,
+        compare with a split of the larger one into parts of those sizes.
 
     Raises
     ------
     ValueError
-        When there are fewer than two captures, they have other layers or experts, or one has too few documents.
+        When there are fewer than two captures, they have different layers or experts, or one has too few documents.
     """
     refuse_incomparable(captures)
     ask = lambda name, reducer: scan(captures[name], [reducer], threads=threads, progress=progress)[0]
@@ -113,13 +113,13 @@ def document_scores(
 
 
 def document_scores_by(names: Sequence[str], ask: Callable[[str, Reducer], xr.Dataset]) -> xr.Dataset:
-    """`document_scores`, where `ask` answers a question about the data set of a name: from a scan, or what is kept."""
+    """`document_scores`, with `ask` running a reducer on a data set given by name, by a scan or from kept answers."""
     splits = [partial(halves, seed=number + 1) for number in range(len(names))]
     logarithms = []
     for name, split in zip(names, splits, strict=True):
         whole, first = ask(name, Parts(ExpertCounts(), 1, split))["counts"].values
         if not (first.sum() and (whole - first).sum()):
-            raise ValueError(f"{name} has too few documents: none of them in one of its halves")
+            raise ValueError(f"{name} has too few documents: one of its halves is empty")
         likely = [(half + PRIOR) / (half + PRIOR).sum(-1, keepdims=True) for half in (whole - first, first)]
         logarithms.append(np.rint(np.log2(likely) / UNIT).astype(np.int64))
     tables = np.stack(logarithms, axis=1)
@@ -142,14 +142,14 @@ def document_scores_by(names: Sequence[str], ask: Callable[[str, Reducer], xr.Da
         n=len(origin),
         counted="documents",
         null=f"right: {1 / len(names):.4g}; auc: 0.5",
-        estimator=f"tables of the other half of the documents, {PRIOR} added to each count",
+        estimator=f"tables from the other half of the documents, with {PRIOR} added to each count",
         definition=DEFINITION,
         source="naive Bayes; Mann & Whitney 1947",
     )
 
 
 def _area(own: Array, others: Array) -> float:
-    """How often one of the first is larger than one of the others; equals count half."""
+    """How often one of the first is larger than one of the others; ties count half."""
     if not len(others):
         return float("nan")
     ordered = np.sort(others)

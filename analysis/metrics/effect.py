@@ -1,11 +1,13 @@
-"""What a change does to predictions: two captures of the same tokens that recorded the log-probability of each token.
+"""The effect of a change on predictions, from two captures of the same tokens that recorded the log-probability of each
+token.
 
-The effect on a token is its log-probability in the second capture less that in the first, in nats: below 0 where the
-second one predicts it worse. Documents are the unit of intervals and tests, as tokens of one resemble each other; each
-is compared with itself. Flipped signs take the documents' effects to be symmetric where there is none; what follows
-where they are not stands in docs/design/0016-interventions.md.
+The effect on a token is its log-probability in the second capture minus that in the first, in nats: negative if the
+second one predicts it worse. Documents are the units of intervals and tests, because tokens of one document resemble
+each other; each document is compared with itself. The sign-flip test assumes that the documents' effects are symmetric
+if there is no effect; docs/design/0016-interventions.md describes what happens if they are not.
 
-Promises: tokens are compared, not believed; exact sums, the same in any order. Does not know what was changed.
+Promises: tokens are compared, not assumed to be equal; exact sums, the same in any order. Does not know what was
+changed.
 """
 
 from __future__ import annotations
@@ -24,20 +26,22 @@ from analysis.statistics.jackknife import Jackknife, interval
 from analysis.statistics.resampled import totals_of
 from analysis.token_classes import CLASSES, groups_of, members_by_class
 
-UNIT = 2.0**-20  # nats; differences are rounded to it, so that sums are exact in any order
-PLACES = 10  # of the largest losses that are listed (arbitrary)
-DEFINITION = "mean over predicted tokens of log P(token | before it) in the second capture - the same in the first"
+UNIT = 2.0**-20  # nats; differences are rounded to multiples of it, so that sums are exact in any order
+PLACES = 10  # number of largest losses listed (arbitrary)
+DEFINITION = (
+    "mean over predicted tokens of log P(token | previous tokens) in the second capture - the same in the first"
+)
 
 
 class Effects(Reducer):
-    """Sums of differences, of all tokens and of classes of them, or of each token id; of a dataset that `paired` made.
+    """Sums of differences, for all tokens and for token classes, or for each token id; for a dataset from `paired`.
 
     Parameters
     ----------
     members : mapping of str to bool array, shape (token_id), optional
-        Classes of tokens, and which tokens are in each.
+        The members of each token class, by name.
     by_token
-        Along `token_id` instead. Both are by the token that is predicted.
+        Count along `token_id` instead. Both refer to the predicted token.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprob", "other_logprob", "other_expert", "other_token"})
@@ -47,7 +51,7 @@ class Effects(Reducer):
         self.groups, self.by_token = groups_of(members) if members else None, by_token
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Zeros: `difference`, in `UNIT`, and `tokens`; by token or by group of tokens."""
+        """Zeros: `difference`, in units of `UNIT`, and `tokens`; by token or by group of tokens."""
         shape = dataset.sizes["token_id"] if self.by_token else len(self.groups.belongs) if self.groups else 1
         return {"difference": np.zeros(shape, np.int64), "tokens": np.zeros(shape, np.int64)}
 
@@ -61,7 +65,7 @@ class Effects(Reducer):
         np.add.at(state["tokens"], place, 1)
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Means, and of how many tokens; NaN where there is none."""
+        """Means, and the number of tokens; NaN if there is none."""
         total, tokens = state["difference"], state["tokens"]
         if self.by_token:
             found = _means("effect", "tokens", total, tokens, token_id=np.arange(tokens.shape[-1]))
@@ -83,26 +87,26 @@ class Effects(Reducer):
 
 
 def _means(name: str, amount: str, total: Array, tokens: Array, **coords: Array) -> xr.Dataset:
-    """Means of differences, in nats, and of how many tokens."""
+    """Means of differences, in nats, and the number of tokens."""
     sums, counts = (labelled(values, *coords, **coords) for values in (total, tokens))
     means = (sums * UNIT / counts.where(counts > 0)).assign_attrs(amount=amount, units="nats")
     return xr.Dataset({name: means, amount: counts})
 
 
 class LargestLosses(Reducer):
-    """The places whose token the second capture predicts worst beside the first; of a dataset that `paired` made.
+    """The places whose token the second capture predicts worst relative to the first; for a dataset from `paired`.
 
     Parameters
     ----------
     top
-        Places kept, one a row at most, so that one text does not fill the list.
+        Number of places kept, at most one per row, so that one text does not fill the list.
     """
 
     needs = Effects.needs
 
     def __init__(self, top: int = PLACES) -> None:
         if top < 1:
-            raise ValueError(f"top={top}: at least 1")
+            raise ValueError(f"top={top}: must be at least 1")
         self.top = top
 
     def init(self, dataset: xr.Dataset) -> State:
@@ -138,15 +142,15 @@ class LargestLosses(Reducer):
             counted="places",
             estimator="exact",
             null="none: places, not a statistic",
-            definition="the tokens whose log-probability falls most, at most one in a row; ties go to the earlier row,"
+            definition="the tokens whose log-probability falls most, at most one per row; ties go to the earlier row,"
             " then to the earlier position",
             source="-",
         )
 
 
 def _differences(block: Block) -> tuple[Array, Array]:
-    """By how much the second capture predicts a token better than the first, in `UNIT`, int64, and where that is known,
-    bool; both (doc, position) from position 1 on."""
+    """How much better the second capture predicts a token than the first, in units of `UNIT`, int64, and where that is
+    known, bool; both (doc, position) from position 1 on."""
     difference = (block["other_logprob"].astype(float) - block["logprob"])[:, :-1]
     known = counted_in_both(block)[:, 1:] & np.isfinite(difference)
     return np.rint(np.where(known, difference, 0.0) / UNIT).astype(np.int64), known
@@ -171,28 +175,28 @@ def effect(
     one, other : xr.Dataset
         Captures of the same rows, layers, k and E that recorded `logprob`.
     classes : sequence of str
-        Of predicted tokens: names of `analysis.CLASSES`, or regular expressions between slashes.
+        Classes of predicted tokens: names of `analysis.CLASSES`, or regular expressions between slashes.
     level : float
-        Of the intervals.
+                Level of the intervals.
     replicates : int
-        Flips of signs.
+                Number of sign flips.
     places : int
-        Places listed of the largest losses.
+        Number of largest losses to list.
     only, threads, progress
         See `analysis.scan`.
 
     Returns
     -------
     xr.Dataset
-        What `effect_of` gives, and over token_id, by the token that is predicted: `of_token` float64, NaN where there
-        is none, and `tokens` int64. Over place, the largest loss first, one a row at most, and no more places than rows
-        with a loss: `of_place` float64, and `row` and `position` int64 of the token that is predicted.
+        The result of `effect_of`, and over token_id, by predicted token: `of_token` float64, NaN if there is none, and
+        `tokens` int64. Over place, the largest loss first, at most one per row, and at most as many places as rows with
+        a loss: `of_place` float64, and `row` and `position` int64 of the predicted token.
 
     Raises
     ------
     ValueError
-        When the captures cannot be compared, hold other tokens, or one did not record log-probabilities; or there is no
-        such class.
+        When the captures cannot be compared, hold different tokens, or one did not record log-probabilities; or there
+        is no such class.
     """
     asked = effect_asked(one["piece"].values.tolist(), classes, places)
     counted = scan(paired(one, other), asked, only=only, threads=threads, progress=progress)
@@ -200,13 +204,13 @@ def effect(
 
 
 def effect_asked(pieces: Sequence[str], classes: Sequence[str] = tuple(CLASSES), places: int = PLACES) -> list[Reducer]:
-    """What `effect` counts, of a vocabulary with these pieces."""
+    """The reducers that `effect` needs, for a vocabulary with these pieces."""
     members = members_by_class(classes, pieces)
     return [Jackknife(Effects(members)), Effects(by_token=True), LargestLosses(places)]
 
 
 def effect_from(counted: Sequence[xr.Dataset], *, level: float = 0.95, replicates: int = REPLICATES) -> xr.Dataset:
-    """`effect`, from what the reducers of `effect_asked` counted."""
+    """`effect`, from the counts of the reducers of `effect_asked`."""
     found, of_token, losses = counted
     return effect_of(found, level=level, replicates=replicates).assign(
         of_token=of_token["effect"].drop_attrs(),
@@ -218,26 +222,26 @@ def effect_from(counted: Sequence[xr.Dataset], *, level: float = 0.95, replicate
 
 
 def effect_of(counts: xr.Dataset, *, level: float = 0.95, replicates: int = REPLICATES) -> xr.Dataset:
-    """The effect with its interval and p, from what `Jackknife(Effects())` counted.
+    """The effect with its interval and p-value, from the counts of `Jackknife(Effects())`.
 
     Parameters
     ----------
     counts : xr.Dataset
-        From `Effects` within `Jackknife`.
+        From `Effects` inside `Jackknife`.
     level : float
-        Of the intervals.
+        Level of the intervals.
     replicates : int
-        Flips of signs.
+        Number of sign flips.
 
     Returns
     -------
     xr.Dataset
-        float64: `effect`, in nats a predicted token, below 0 where the second capture predicts worse; its interval
-        `low` to `high`, by a jackknife over documents; `p`, two-sided, of flipped signs of whole documents. They are
-        NaN where there are fewer than six units of documents, or four effective ones: attribute `untested` gives the
-        reason. The same over token_class, by the class of the token that is predicted, where classes were counted:
-        `of_class`, `class_low`, `class_high`, of each class by itself, and `class_p`, adjusted for all classes that are
-        tested (minP); `class_tokens` int64. NaN of a class too where its tokens are of too few documents.
+        float64: `effect`, in nats per predicted token, negative if the second capture predicts worse; its interval
+        `low` to `high`, by a jackknife over documents; `p`, two-sided, by flipping the signs of whole documents.
+        Interval and p are NaN if there are fewer than six units of documents, or four effective ones: attribute
+        `untested` gives the reason. The same over token_class, by the class of the predicted token, if classes were
+        counted: `of_class`, `class_low`, `class_high`, for each class separately, and `class_p`, adjusted for all
+        tested classes (minP); `class_tokens` int64. Also NaN for a class whose tokens come from too few documents.
     """
     reason, ends = why_untested(_tokens(counts, "tokens")), interval(counts["effect"], level)
     known = not reason
@@ -268,7 +272,7 @@ def effect_of(counts: xr.Dataset, *, level: float = 0.95, replicates: int = REPL
         untested=reason,
         level=level,
         replicates=replicates,
-        estimator="mean; jackknife over documents; flipped signs of whole documents, studentized",
+        estimator="mean; jackknife over documents; studentized sign-flip test over whole documents",
         null=0.0,
         definition=DEFINITION,
         source="Fisher 1935 (sign-flip test); Westfall & Young 1993 (minP)",
@@ -276,20 +280,20 @@ def effect_of(counts: xr.Dataset, *, level: float = 0.95, replicates: int = REPL
 
 
 def losing_tokens(found: xr.Dataset, top: int) -> Array:
-    """The ids of the tokens that lose most over all their occurrences, at most so many, from `effect`."""
+    """The ids of at most `top` tokens with the largest losses over all their occurrences, from `effect`."""
     total = (found["of_token"].fillna(0) * found["tokens"]).values
     worst: Array = total.argsort(kind="stable")[:top]
     return worst[total[worst] < 0]
 
 
 def _tokens(counts: xr.Dataset, name: str) -> Array:
-    """Tokens of each unit, as `why_untested` takes them, of both captures: (2, unit, ...)."""
+    """Tokens of each unit in both captures, as expected by `why_untested`: (2, unit, ...)."""
     values = counts[name].transpose("replicate", ...).values.astype(float)
     return np.stack([values[0] - values[1:]] * 2)
 
 
 def _p(counts: xr.Dataset, name: str, replicates: int) -> Array:
-    """p of the means of a variable, each adjusted for all of them."""
+    """The p-values of the means of a variable, each adjusted for all of them."""
     totals = totals_of(counts, name)
     amount = totals.amount.sum(0)
     return p_together(totals.total / amount, totals.amount / amount, replicates)

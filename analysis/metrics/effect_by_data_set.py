@@ -1,7 +1,7 @@
-"""What one change does to the predictions of several texts: does removing an expert hurt prose more than code?
+"""The effect of one change on the predictions of several texts: does removing an expert hurt prose more than code?
 
-Each pair is compared as `analysis.effect` does it, and the effects are compared with each other, with documents as the
-unit in each data set. Does not know what was changed, nor that it was the same in each pair.
+Each pair is compared as in `analysis.effect`, and the effects are compared with each other, with documents as the units
+in each data set. Does not know what was changed, or whether it was the same in each pair.
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ def effect_by_data_set(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
-    """How a change moves the predictions of several data sets, and how the effects differ.
+    """How a change affects the predictions of several data sets, and how the effects differ.
 
     Parameters
     ----------
     pairs : mapping of str to pair of xr.Dataset
-        Two captures of the same rows of each data set, by its name: first without the change, then with it.
+        For each data set, by name, two captures of the same rows: first without the change, then with it.
     classes : sequence of str
-        Of predicted tokens: names of `analysis.CLASSES`, or regular expressions between slashes.
+        Classes of predicted tokens: names of `analysis.CLASSES`, or regular expressions between slashes.
     level : float
-        Of the intervals.
+        Level of the intervals.
     replicates : int
-        Flips of signs.
+        Number of sign flips.
     only, threads, progress
-        See `analysis.scan`; progress is that of one pair after the other.
+        See `analysis.scan`; progress is reported for one pair after the other.
 
     Returns
     -------
     xr.Dataset
-        Over data_set, and (data_set, token_class), what `effect_of` gives of each pair: `effect`, `low`, `high`, `p`,
-        `of_class` and so on, float64; `predicted` int64 (data_set), the predicted tokens. Where there are several,
-        `difference` float64 (data_set), the effect less the mean of the others', with `difference_low`,
-        `difference_high` and `difference_p`, which hold of all data sets together: see `mean_contrast_of`. Attributes
-        `untested` and `untested_difference` name data sets that are not tested, with the reason.
+        Over data_set, and (data_set, token_class), the results of `effect_of` for each pair: `effect`, `low`, `high`,
+        `p`, `of_class` and so on, float64; `predicted` int64 (data_set), the predicted tokens. If there are several,
+        `difference` float64 (data_set), the effect minus the mean of the others', with `difference_low`,
+        `difference_high` and `difference_p`, which hold simultaneously for all data sets: see `mean_contrast_of`.
+        Attributes `untested` and `untested_difference` name data sets that are not tested, with the reason.
 
     Raises
     ------
     ValueError
-        When there is no pair, or the captures of one cannot be compared, or did not record log-probabilities; the
-        message names it.
+        When there is no pair, or the captures of a pair cannot be compared or did not record log-probabilities; the
+        message names the pair.
     """
     if not pairs:
-        raise ValueError("there is no pair of captures: name one or more")
+        raise ValueError("no pair of captures: give at least one")
     counts = {}
     for name, (one, other) in pairs.items():
         asked = [Jackknife(Effects(members_by_class(classes, one["piece"].values.tolist())))]

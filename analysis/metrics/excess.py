@@ -1,7 +1,7 @@
-"""Which tokens go to an expert more often than the documents they are in explain.
+"""Which tokens go to an expert more often than their documents explain.
 
-A token that occurs in few documents has the experts of these documents. So each count is compared with what it would be
-on average if tokens were shuffled within their documents, which is known exactly, and its tail is bounded.
+A token that occurs in few documents has the experts of these documents. So each count is compared with its mean if
+tokens were shuffled within their documents, which is known exactly, and the tail probability is bounded.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from analysis.scanning import Array, kernel
 
 
 def token_excess_of(routes: xr.Dataset, *, min_count: int = 20) -> xr.Dataset:
-    """How much more often tokens went to experts than their documents explain, from what `SampledRoutes` kept.
+    """How much more often tokens went to experts than their documents explain, from the sample of `SampledRoutes`.
 
-    Shuffled within documents, the count of a token x at an expert e is a sum of hypergeometric numbers, one for each
-    document, and so of independent yes-or-no ones (Vatutin & Mikhailov 1982). Of all sums with its mean, the binomial
-    one has the heaviest tail (Hoeffding 1956, theorem 4).
+    If tokens are shuffled within documents, the count of a token x at an expert e is a sum of hypergeometric variables,
+    one for each document, and therefore a sum of independent Bernoulli variables (Vatutin & Mikhailov 1982). Of all
+    such sums with the same mean, the binomial has the heaviest tail (Hoeffding 1956, theorem 4).
 
     Parameters
     ----------
@@ -31,8 +31,9 @@ def token_excess_of(routes: xr.Dataset, *, min_count: int = 20) -> xr.Dataset:
     -------
     xr.Dataset
         Over (token_id, layer, expert): `counts` int64, `expected` float64, its mean when tokens are shuffled within
-        their documents, and `p` float64, an upper bound of the probability of so large a count then, for one cell by
-        itself; `tokens` int64 and the coordinate `piece` (token_id), the token's occurrences and text.
+        their documents, and `p` float64, an upper bound on the probability of a count at least as large under
+        shuffling, for a single cell; `tokens` int64 and the coordinate `piece` (token_id), the token's occurrences and
+        text.
 
     Raises
     ------
@@ -42,7 +43,7 @@ def token_excess_of(routes: xr.Dataset, *, min_count: int = 20) -> xr.Dataset:
     from scipy import special
 
     if min_count < 1:
-        raise ValueError(f"min_count={min_count}: at least 1")
+        raise ValueError(f"min_count={min_count}: must be at least 1")
     ids, first, token = np.unique(routes["token_id"].values, return_index=True, return_inverse=True)
     document = np.unique(routes["document_id"].values, return_inverse=True)[1]
     occurrences = np.bincount(token, minlength=len(ids))
@@ -54,7 +55,8 @@ def token_excess_of(routes: xr.Dataset, *, min_count: int = 20) -> xr.Dataset:
     count, expected = _count(expert, slot[token], document, experts, len(frequent))
     n = occurrences[frequent]
     share = np.clip(expected / n[:, None, None], 0, 1)
-    # P(Binomial(n, share) >= count), by the incomplete beta function; Hoeffding's bound holds from the mean + 1 on.
+    # P(Binomial(n, share) >= count), by the incomplete beta function; Hoeffding's bound holds for counts of at least
+    # the mean + 1.
     tail = special.betainc(np.maximum(count, 1), (n[:, None, None] - count) + 1.0, share)
     p = np.where(count >= expected + 1, tail, 1.0)
     dims = ("token_id", "layer", "expert")
@@ -70,7 +72,7 @@ def token_excess_of(routes: xr.Dataset, *, min_count: int = 20) -> xr.Dataset:
     return described(
         result,
         n=routes.attrs["n"],
-        estimator="counts; p by the binomial distribution of the same mean",
+        estimator="counts; p from the binomial distribution with the same mean",
         null="expected",
         definition="expected = Σ over documents d of n_xd N_de / T_d: occurrences of x, tokens of e, and tokens",
         source="Hoeffding 1956; Vatutin & Mikhailov 1982",
@@ -82,9 +84,10 @@ def token_excess_of(routes: xr.Dataset, *, min_count: int = 20) -> xr.Dataset:
 
 @kernel
 def _count(expert: Array, slot: Array, document: Array, experts: int, tokens: int) -> tuple[Array, Array]:
-    """Counts of (token, layer, expert) and their means when tokens are shuffled within documents, which lie together.
+    """Counts of (token, layer, expert) and their means when tokens are shuffled within documents; documents are
+    contiguous.
 
-    Each occurrence of a token adds the share that its document's tokens give to the expert.
+    Each occurrence of a token adds its document's share of tokens at the expert.
     """
     n, layers, choices = expert.shape
     count, expected = np.zeros((tokens, layers, experts), dtype=np.int64), np.zeros((tokens, layers, experts))

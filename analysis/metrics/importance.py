@@ -1,14 +1,14 @@
-"""What each expert does to predictions: how the next token's log-probability changes when the expert is masked.
+"""The effect of each expert on predictions: how the next token's log-probability changes when the expert is masked.
 
 Needs a capture of `jobs/importance.py`, which has the effect of every expert of the measured layers on each token: its
-log-probability without the expert at that layer, less that with it, in nats; below 0 where the expert helps. Other
-experts take its place. Documents are the unit of intervals and tests; each is compared with itself.
+log-probability without the expert at that layer, minus that with it, in nats; negative if the expert helps. Other
+experts take its place. Documents are the units of intervals and tests; each is compared with itself.
 
-What may predict an effect without measuring it, such as load or saliency, stands beside it, with the rank correlation
-(Spearman 1904) of each with the loss, minus the effect.
+The result also holds quantities that may predict the effect without measuring it, such as load or saliency, with the
+rank correlation (Spearman 1904) of each with the loss, which is the negative effect.
 
-Promises: sums of whole numbers, so that they do not depend on order. Does not know which experts can be left out
-together: each is masked alone.
+Promises: sums of integers, so the result does not depend on order. Does not know which experts can be removed together:
+each is masked alone.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from analysis.statistics.jackknife import Jackknife, interval, with_intervals
 from analysis.statistics.resampled import totals_of
 from analysis.statistics.testing import false_discovery
 
-UNIT = 2.0**-20  # nats; effects are rounded to it, so that sums are exact; stored ones are multiples of 2**-16
-REPLICATES = 9999  # flips of signs: many, since p-values of single experts are adjusted for all of them
+UNIT = (
+    2.0**-20
+)  # nats; effects are rounded to multiples of it, so that sums are exact; stored ones are multiples of 2**-16
+REPLICATES = 9999  # sign flips: many, because p-values of single experts are adjusted for all of them
 DEFINITION = (
-    "mean over predicted tokens of log P(token | before it) where the expert cannot be chosen at the layer - the same"
-    " where it can"
+    "mean over predicted tokens of log P(token | previous tokens) if the expert cannot be chosen at the layer - the"
+    " same if it can"
 )
-NOTHING = "no effect of an expert was measured on a token that counts"
+NOTHING = "no effect of an expert was measured on a counted token"
 CELL = ("layer", "expert")
 Progress = Callable[[int, int], None] | None
 
@@ -83,16 +85,16 @@ def importance(
     threads: int | None = None,
     progress: Progress = None,
 ) -> xr.Dataset:
-    """What each expert of the measured layers does to predictions, beside what may predict that.
+    """The effect of each expert of the measured layers on predictions, and quantities that may predict it.
 
     Parameters
     ----------
     dataset : xr.Dataset
         A capture of `jobs/importance.py`: with effects, weights and the norms of outputs.
     level : float
-        Of the intervals.
+                        Level of the intervals.
     replicates : int
-        Flips of signs.
+                        Number of sign flips.
     only, threads, progress
         See `analysis.scan`.
 
@@ -111,7 +113,7 @@ def importance(
 
 
 def _counted(dataset: xr.Dataset, only: Selection, threads: int | None, progress: Progress) -> list[xr.Dataset]:
-    """What `importance_of` needs of a capture."""
+    """The counts of a capture that `importance_of` needs."""
     asked = [Jackknife(MaskEffects()), Jackknife(Load()), Jackknife(Saliency())]
     return scan(dataset, asked, only=only, threads=threads, progress=progress)
 
@@ -125,32 +127,31 @@ def importance_of(
     level: float = 0.95,
     replicates: int = REPLICATES,
 ) -> xr.Dataset:
-    """What each expert does to predictions, from what was counted of one capture.
+    """The effect of each expert on predictions, from the counts of one capture.
 
     Parameters
     ----------
     effects, load, saliency : xr.Dataset
-        From `analysis.Jackknife` of `MaskEffects`, `Load` and `Saliency`, of the same tokens.
+        From `analysis.Jackknife` of `MaskEffects`, `Load` and `Saliency`, for the same tokens.
     average : xr.DataArray, optional
-        Shares of choices, float64 (layer, expert), beside which `lift` is told.
+        Shares of choices, float64 (layer, expert), relative to which `lift` is computed.
     level : float
-        Of the intervals.
+                Level of the intervals.
     replicates : int
-        Flips of signs.
+                Number of sign flips.
 
     Returns
     -------
     xr.Dataset
-        float64 over (layer, expert), of the measured layers: `effect`, in nats a predicted token, below 0 where the
-        expert helps; its interval `effect_low` to `effect_high`, by a jackknife over documents; `p`, two-sided, of
-        flipped signs of whole documents, and `q`, the same adjusted for all these experts (Benjamini & Hochberg 1995);
-        `share` of choices, `weight_share` of weight, `mean_saliency` over the tokens that reach the expert (NaN where
-        none does) and `total_saliency`, all of which may predict the effect; and `lift`, the share divided by the
-        average one, where that is given (NaN where it is 0). Over predictor, the names of these:
-        `within_layers`, the rank correlation with the loss within a layer, averaged over layers, and `over_all`
-        experts, each with the ends `_low` and `_high` of a jackknife interval; NaN where all ranks are equal. Intervals
-        and p are NaN where there are fewer than six units of documents, or four effective ones: attribute `untested`
-        gives the reason.
+        float64 over (layer, expert), for the measured layers: `effect`, in nats per predicted token, negative if the
+        expert helps; its interval `effect_low` to `effect_high`, by a jackknife over documents; `p`, two-sided, by
+        flipping the signs of whole documents, and `q`, the same adjusted for all these experts (Benjamini & Hochberg
+        1995); `share` of choices, `weight_share` of weight, `mean_saliency` over the tokens that choose the expert (NaN
+        if none does) and `total_saliency`, all of which may predict the effect; and `lift`, the share divided by the
+        average one, if that is given (NaN if it is 0). Over predictor, the names of these: `within_layers`, the rank
+        correlation with the loss within a layer, averaged over layers, and `over_all` experts, each with the ends
+        `_low` and `_high` of a jackknife interval; NaN if all ranks are equal. Intervals and p are NaN if there are
+        fewer than six units of documents, or four effective ones: attribute `untested` gives the reason.
 
     Raises
     ------
@@ -193,7 +194,7 @@ def importance_of(
         untested=reason,
         level=level,
         replicates=replicates,
-        estimator="mean; jackknife over documents; flipped signs of whole documents, studentized",
+        estimator="mean; jackknife over documents; studentized sign-flip test over whole documents",
         null=0.0,
         definition=f"{DEFINITION}; loss = - effect",
         source="Fisher 1935 (sign-flip test); Benjamini & Hochberg 1995 (q); Spearman 1904 (rank correlation)",
@@ -209,33 +210,33 @@ def importances(
     threads: int | None = None,
     progress: Progress = None,
 ) -> xr.Dataset:
-    """What each expert does to the predictions of several data sets.
+    """The effect of each expert on the predictions of several data sets.
 
     Parameters
     ----------
     captures : mapping of str to xr.Dataset
-        As `importance` takes them, by data set: of one model and the same measured layers.
+        Captures as for `importance`, by data set, of one model and with the same measured layers.
     level : float
-        Of the intervals.
+        Level of the intervals.
     replicates : int
-        Flips of signs.
+        Number of sign flips.
     only, threads, progress
-        See `analysis.scan`; progress is that of one capture after the other.
+        See `analysis.scan`; progress is reported for one capture after the other.
 
     Returns
     -------
     xr.Dataset
-        The variables of `importance_of`, with the dim data_set before theirs; of several data sets also `lift`, the
-        share of choices beside the average of all data sets' shares; and over data_set, `n`, predicted tokens, and
-        `documents`, int64, and `untested`, why there is no interval, else empty.
+        The variables of `importance_of`, with an additional leading dim data_set; for several data sets also `lift`,
+        the share of choices relative to the average of all data sets' shares; and over data_set, `n`, predicted tokens,
+        and `documents`, int64, and `untested`, why there is no interval, otherwise empty.
 
     Raises
     ------
     ValueError
-        When there is no data set, or they have other layers or experts, or `importance` refuses one.
+        When there is no data set, they have different layers or experts, or `importance` raises for one.
     """
     if not captures:
-        raise ValueError("no data set: give captures of jobs/importance.py by name")
+        raise ValueError("no data set: pass captures of jobs/importance.py by name")
     counts = {name: _counted(capture, only, threads, progress) for name, capture in captures.items()}
     for name, (effects, *_) in counts.items():
         if not effects.attrs["n"]:
@@ -256,14 +257,14 @@ def importances(
 
 
 def least_important(found: xr.Dataset, least: int) -> dict[int, list[int]]:
-    """The experts of each layer without which predictions lose least: those with the largest effects.
+    """The experts of each layer whose removal costs predictions least: those with the largest effects.
 
     Parameters
     ----------
     found : xr.Dataset
         From `importances`; their effects are averaged over data sets.
     least : int
-        So many of each layer.
+        Number of experts of each layer.
 
     Returns
     -------
@@ -276,7 +277,7 @@ def least_important(found: xr.Dataset, least: int) -> dict[int, list[int]]:
 
 
 def _p(total: Array, amount: Array, replicates: int) -> Array:
-    """Two-sided p of each cell: float64 (cell), from (unit, cell)."""
+    """Two-sided p-value of each cell: float64 (cell), from (unit, cell)."""
     part = amount[:, 0] / amount[:, 0].sum()
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (replicates, len(part)))
     found = []
@@ -322,7 +323,7 @@ def _spearman(one: Array, other: Array, of_layers: bool) -> Array:
 
 @kernel
 def _add(effect: Array, counted: Array, total: Array, predicted: Array) -> bool:
-    """Add the effects on tokens that count, at the position before each; False at one that is not finite."""
+    """Add the effects on counted tokens, stored at the position before each; False if one is not finite."""
     rows, positions, layers, experts = effect.shape
     for row in range(rows):
         for position in range(positions - 1):

@@ -1,6 +1,6 @@
-"""Choices at any two layers, not only at neighbouring ones: what `transitions` counts when layers are named.
+"""Choices at any two layers, not only at neighbouring ones: the counts of `transitions` for given layers.
 
-OLMoE's code crosses any two layers and publishes 0 with 7 and 7 with 15. Promises exact counts for all pairs in one
+OLMoE's code can pair any two layers and publishes 0 with 7 and 7 with 15. Promises exact counts for all pairs in one
 scan.
 """
 
@@ -18,22 +18,22 @@ CONVENTIONS = ("all", "first", "rank")
 
 
 class LayerPairs(Reducer):
-    """Counts of pairs of one token's choices at two layers: what `transitions_of` takes.
+    """Counts of pairs of one token's choices at two layers: the input of `transitions_of`.
 
     Parameters
     ----------
     layers : sequence of pair of int
-        From which layer to which, by the model's own numbers; also backwards.
+        Pairs of layers (from, to), by the model's own numbers; also backwards.
 
     Raises
     ------
     ValueError
-        When there is none, or one is no pair; in a scan also when a layer was not captured.
+        When there is no pair, or an entry is not a pair; in a scan also when a layer was not captured.
     """
 
     def __init__(self, layers: Sequence[tuple[int, int]]) -> None:
         if not len(layers) or any(len(pair) != 2 for pair in layers):
-            raise ValueError(f"layers={layers!r:.80}: give pairs of layers, such as [(0, 15), (7, 31)]")
+            raise ValueError(f"layers={layers!r:.80}: must be pairs of layers, such as [(0, 15), (7, 31)]")
         self.layers = tuple((int(layer), int(next_layer)) for layer, next_layer in layers)
 
     def init(self, dataset: xr.Dataset) -> State:
@@ -54,7 +54,7 @@ class LayerPairs(Reducer):
         _add_pairs(block["expert"], block["counted"], state["places"], *(state[f"followed_{by}"] for by in CONVENTIONS))
 
     def merge(self, state: State, other: State) -> State:
-        """Sums, but of the places, which both have."""
+        """Sums, except for the places, which are the same in both."""
         return super().merge(state, other) | {"places": state["places"]}
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
@@ -74,10 +74,10 @@ class LayerPairs(Reducer):
             ),
             n=int(state["tokens"][0]),
             estimator="counts",
-            null="every table even",
+            null="even tables",
             definition="pairs of one token's choices at layer and next_layer: all, the first ones, and those of equal"
             " rank",
-            source="OLMoE's code, run_routing_analysis.py, which joins equal ranks of any two layers",
+            source="OLMoE's code, run_routing_analysis.py, which pairs equal ranks of any two layers",
         )
 
 

@@ -1,4 +1,4 @@
-"""How much work each expert has: its share of the choices and of the gate's weight, layer by layer.
+"""The load of each expert: its share of the choices and of the gate weight, layer by layer.
 
 Promises: exact counts, and weights summed exactly in any order. Does not know about tokens or neighbours.
 """
@@ -17,13 +17,13 @@ from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, sc
 from analysis.statistics.jackknife import enough_documents
 from analysis.statistics.overdispersion import Units, drawn, spread_of, units_of
 
-WEIGHT_UNIT = 2.0**-24  # every finite float16 is a whole multiple of its smallest subnormal
+WEIGHT_UNIT = 2.0**-24  # every finite float16 is an integer multiple of its smallest subnormal
 
 Bins = int | Literal["doubling"]
 
 
 class Load(Reducer):
-    """Counts of choices and sums of weights, by layer, choice and expert; of routes without weights the counts."""
+    """Counts of choices and sums of weights, by layer, choice and expert; only counts for routes without weights."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"weight?"})
     stacks = True
@@ -43,7 +43,7 @@ class Load(Reducer):
             raise ValueError("a weight is not a finite number: the shard is damaged")
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Shares of choices and of weight; NaN where nothing was counted, and of weight where there is none."""
+        """Shares of choices and of weight; NaN if nothing was counted, and for weight if there are no weights."""
         layers, _, experts = sizes(dataset)
         unit = WEIGHT_UNIT if "weight" in dataset else np.nan
         count = labelled(state["count"], "layer", "k", "expert")
@@ -72,13 +72,13 @@ class Load(Reducer):
 
 
 class ExpertCounts(Reducer):
-    """Choices by layer and expert, whatever the rank, and by position in the row where that is asked; nothing else.
+    """Choices by layer and expert over all ranks and, if requested, by position in the row; nothing else.
 
     Parameters
     ----------
     bins : int or "doubling", optional
-        How many ranges of positions of equal length, the last of which may be shorter; or ranges that double, 0, 1,
-        2–3, 4–7 and so on, which show what is special about a row's first tokens. Default: all positions together.
+        Number of ranges of positions of equal length, the last of which may be shorter; or ranges that double in
+        length, 0, 1, 2–3, 4–7 and so on, which resolve a row's first tokens. Default: all positions together.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"code"})
@@ -86,11 +86,11 @@ class ExpertCounts(Reducer):
 
     def __init__(self, bins: Bins | None = None) -> None:
         if isinstance(bins, int) and bins < 1:
-            raise ValueError(f"bins={bins}: at least 1")
+            raise ValueError(f"bins={bins}: must be at least 1")
         self.bins = bins
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Zeros: `count` (layer, expert), and before these (start) where there are ranges."""
+        """Zeros: `count` (layer, expert), with a leading dimension (start) if there are ranges."""
         layers, _, experts = sizes(dataset)
         ranges = () if self.bins is None else (len(range_starts(self.bins, dataset.sizes["position"])),)
         return {"count": np.zeros((*ranges, layers, experts), dtype=np.int64)}
@@ -121,8 +121,8 @@ class ExpertCounts(Reducer):
             xr.Dataset({"counts": count}),
             n=int(own.isel(layer=slice(1)).sum()) // choices,
             estimator="counts",
-            null="every table even",
-            definition="choices of an expert at a layer, whatever the rank",
+            null="even tables",
+            definition="choices of an expert at a layer, over all ranks",
             source="OLMoE (Muennighoff et al. 2024), section 5",
             experts_per_token=choices,
             **ranges,
@@ -130,22 +130,21 @@ class ExpertCounts(Reducer):
 
 
 def expert_load(dataset: xr.Dataset, *, threads: int | None = None) -> xr.Dataset:
-    """Share of the choices, and of the gate's weight, that each expert takes at each layer.
+    """Each expert's share of the choices, and of the gate weight, at each layer.
 
     Parameters
     ----------
     dataset : xr.Dataset
-        A capture; `weight` is read where it is there.
+        A capture; `weight` is read if present.
     threads : int, optional
-        Shards decoded at the same time; default one a processor.
+        Shards decoded at the same time; default one per processor.
 
     Returns
     -------
     xr.Dataset
         `counts` int64 and `mass` float64, the sum of weights (layer, k, expert), in tokens; `share` and `mass_share`
-        float64 (layer, expert), both summing to 1 over experts and NaN when no token was counted. `mass` and
-        `mass_share` are NaN of routes that came without weights. Attribute `n`: tokens counted; `null`: the even share
-        1/E.
+        float64 (layer, expert), both summing to 1 over experts and NaN if no token was counted. `mass` and `mass_share`
+        are NaN for routes without weights. Attribute `n`: tokens counted; `null`: the even share 1/E.
 
     Raises
     ------
@@ -161,12 +160,12 @@ def balance_of(load: xr.Dataset) -> xr.Dataset:
     Parameters
     ----------
     load : xr.Dataset
-        From `expert_load`, or of `Jackknife(Load())`, whose replicates are kept.
+        From `expert_load`, or from `Jackknife(Load())`, whose replicates are kept.
 
     Returns
     -------
     xr.Dataset
-        Over layer, float64, NaN where nothing was counted; the value of an even load of E experts in brackets:
+        Over layer, float64, NaN if nothing was counted; the value for an even load of E experts in brackets:
         `max_violation` max·E − 1 (0), `variation` standard deviation over mean (0), `entropy` in bits (log2 E) and
         `relative_entropy` of it (1), `effective_experts` 2^H (E), `gini` (0), `jain` (Σf)²/(E Σf²) (1), and
         `balancedness` mean over maximum (1).
@@ -182,7 +181,7 @@ def balance_of(load: xr.Dataset) -> xr.Dataset:
     )
     values = {
         "max_violation": share.max("expert") * experts - 1,
-        "variation": share.std("expert", skipna=False) * experts,  # a layer is counted as a whole, or not at all
+        "variation": share.std("expert", skipna=False) * experts,  # a layer is either counted completely or not at all
         "entropy": bits,
         "relative_entropy": bits / np.log2(experts) if experts > 1 else bits * np.nan,
         "effective_experts": 2.0**bits,
@@ -196,28 +195,28 @@ def balance_of(load: xr.Dataset) -> xr.Dataset:
         xr.Dataset({name: value.where(known).assign_attrs(null=null.get(name, 1.0)) for name, value in values.items()}),
         n=load.attrs["n"],
         estimator="plug-in",
-        null="of an even load: by variable",
+        null="by variable: the value for an even load",
         definition="summaries of the shares f_e of a layer's choices",
         source="MaxVio: Wang et al. 2024 (loss-free balancing); balancedness: SGLang; Jain et al. 1984; Gini 1912",
     )
 
 
 def balance_null(counts: xr.Dataset, *, draws: int = 200) -> xr.Dataset:
-    """What `balance_of` gives of this many documents where every expert has the same share.
+    """The result of `balance_of` for this many documents if every expert has the same share.
 
     Parameters
     ----------
     counts : xr.Dataset
         From `Jackknife(ExpertCounts())`.
     draws : int
-        Sets of documents that are drawn, with the lengths and the spread of the capture's own.
+        Number of drawn sets of documents, with the lengths and the spread of the capture's documents.
 
     Returns
     -------
     xr.Dataset
-        float64 (of, layer): each variable of `balance_of`, its `mean`, and the ends `low` and `high` of the middle 95 %
-        of the draws. A measure within them is as even as these documents can show. NaN where there are fewer than
-        `MIN_EFFECTIVE_DOCUMENTS` effective documents: their spread is not known.
+        float64 (of, layer): each variable of `balance_of`, its `mean`, and the ends `low` and `high` of the central 95%
+        of the draws. A measure within them cannot be distinguished from an even load with these documents. NaN if there
+        are fewer than `MIN_EFFECTIVE_DOCUMENTS` effective documents, because their spread is not known.
     """
     choices, experts = int(counts.attrs["experts_per_token"]), counts.sizes["expert"]
     even = np.full(experts, choices / experts)
@@ -239,15 +238,15 @@ def balance_null(counts: xr.Dataset, *, draws: int = 200) -> xr.Dataset:
     return described(
         found.assign_coords(of=["mean", "low", "high"]),
         n=counts.attrs["n"],
-        null="is the null",
+        null="this is the null",
         estimator=f"{draws} drawn sets of documents",
-        definition="balance_of, of documents drawn around even shares with their own lengths and spread",
+        definition="balance_of for documents drawn around even shares, with the capture's own lengths and spread",
         source="Mosimann 1962 (Dirichlet-multinomial)",
     )
 
 
 def domain_specialization(load: xr.Dataset) -> xr.Dataset:
-    """Share of a data set's tokens that reach each expert (OLMoE, section 5).
+    """Share of a data set's tokens that choose each expert (OLMoE, section 5).
 
     Parameters
     ----------
@@ -257,8 +256,8 @@ def domain_specialization(load: xr.Dataset) -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        Over (layer, expert), float64: `any_choice` N_e / T, which sums to k, null k/E; `first_choice`, by the first
-        choice alone, which sums to 1, null 1/E. NaN where nothing was counted.
+        Over (layer, expert), float64: `any_choice` N_e / T, which sums to k, null k/E; `first_choice`, for first
+        choices only, which sums to 1, null 1/E. NaN if nothing was counted.
     """
     choices, experts = load.sizes["k"], load.sizes["expert"]
     first = load["counts"].isel(k=0, drop=True)
@@ -273,20 +272,20 @@ def domain_specialization(load: xr.Dataset) -> xr.Dataset:
         n=load.attrs["n"],
         estimator="maximum likelihood",
         null=choices / experts,
-        definition="share of the data set's tokens of which the expert is one of k choices, or the first",
+        definition="share of the data set's tokens for which the expert is one of the k choices, or the first",
         source="OLMoE (Muennighoff et al. 2024), section 5; Mixtral of Experts (Jiang et al. 2024), figure 7",
     )
 
 
 def share_of_experts(amount: xr.DataArray) -> xr.DataArray:
-    """What part of a total over `expert` each expert has; NaN where that is nothing."""
+    """Each expert's part of a total over `expert`; NaN if the total is 0."""
     total = amount.sum("expert")
     return amount / total.where(total > 0)
 
 
 @kernel
 def _add_choices(expert: Array, weight_bits: Array, counted: Array, count: Array, mass: Array) -> bool:
-    """Add choices and weights (float16 bits, read as multiples of 2**-24); False at NaN or infinity."""
+    """Add choices and weights (float16 bits, read as multiples of 2**-24); False for NaN or infinity."""
     rows, positions, layers, choices = expert.shape
     for row in range(rows):
         for position in range(positions):
@@ -326,9 +325,9 @@ def range_starts(bins: Bins, positions: int) -> list[int]:
 
 @kernel
 def _add_codes(code: Array, length: Array, choices: int, ranges: Array, count: Array) -> None:
-    """Add choices by (range, layer, expert), whatever the rank, where those of a token are one number.
+    """Add choices by (range, layer, expert) over all ranks, if those of a token are coded as one number.
 
-    A third of the time of `_add_experts` for k = 2 (measured).
+    Takes a third of the time of `_add_experts` for k = 2 (measured).
     """
     rows, layers, _ = code.shape
     experts = count.shape[2]
@@ -340,7 +339,7 @@ def _add_codes(code: Array, length: Array, choices: int, ranges: Array, count: A
                 here = code[row, layer]
                 for position in range(ranges[index], min(ranges[index + 1], length[row])):
                     codes[here[position]] += 1
-            for number in range(experts**choices):  # the one after these is of tokens that do not count
+            for number in range(experts**choices):  # the next number stands for tokens that are not counted
                 left = number
                 for _ in range(choices):
                     count[index, layer, left % experts] += codes[number]
@@ -349,7 +348,7 @@ def _add_codes(code: Array, length: Array, choices: int, ranges: Array, count: A
 
 @kernel
 def _add_experts(expert: Array, counted: Array, ranges: Array, count: Array) -> None:
-    """Add choices by (range, layer, expert), whatever the rank."""
+    """Add choices by (range, layer, expert) over all ranks."""
     rows, _, layers, choices = expert.shape
     for index in range(len(count)):
         for row in range(rows):

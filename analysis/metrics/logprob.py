@@ -1,11 +1,11 @@
-"""Does it matter which expert a token reaches? The log-probability that the model then gives the next token.
+"""Does it matter which expert a token chooses? The log-probability of the next token, by expert.
 
-Needs a capture with `--record logprob`. An expert of easy words has a high mean whatever it does, so the means are
-compared within the same token id of the same row too (`analysis.metrics.same_token`): those occurrences that reach an
-expert against those that do not. That is a comparison, no effect: what made the router choose otherwise may be what
-made the next token easier.
+Needs a capture with `--record logprob`. An expert for easy words has a high mean whatever it does, so the means are
+also compared within the same token id of the same row (`analysis.metrics.same_token`): occurrences that choose an
+expert against those that do not. This is a comparison, not an effect: the reason for a different choice may also be
+what made the next token easier.
 
-Promises: sums of whole numbers, so that they do not depend on order. Does not know which token came next.
+Promises: sums of integers, so the result does not depend on order. Does not know which token came next.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, sc
 from analysis.statistics.jackknife import Jackknife, with_intervals
 from analysis.statistics.resampled import together, totals_of
 
-UNIT = 2.0**-20  # log-probabilities, in nats, are rounded to it, so that sums are exact
+UNIT = 2.0**-20  # log-probabilities, in nats, are rounded to multiples of it, so that sums are exact
 
 
 class LogProbability(Reducer):
-    """Sums of log-probabilities by layer and expert, of all tokens, and of deviations within the same token and row."""
+    """Sums of log-probabilities by layer and expert, over all tokens, and of deviations within the same token and
+    row."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"logprob"})
     stacks = True
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Zeros (layer, expert), sums in units of 2**-20, and of all tokens `total` and `all_tokens` (1)."""
+        """Zeros (layer, expert), sums in units of 2**-20, and for all tokens `total` and `all_tokens` (1)."""
         layers, _, experts = sizes(dataset)
         names = ("logprob", "tokens", "deviation", "contrasted", "compared")
         state = {name: np.zeros((layers, experts), np.int64) for name in names}
@@ -42,7 +43,7 @@ class LogProbability(Reducer):
         _add(block["expert"], block["token"], block["logprob"], block["counted"], *state.values())
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Means and differences, NaN where there is nothing to compare."""
+        """Means and differences, NaN if there is nothing to compare."""
         own = {
             name: labelled(state[name], "layer", "expert") for name in ("logprob", "tokens", "deviation", "compared")
         }
@@ -67,24 +68,25 @@ class LogProbability(Reducer):
             n=int(state["all_tokens"].flat[0]),
             estimator="mean over tokens; within: least squares with an effect for each token id and row",
             null="0 for difference and within",
-            definition="log-probability of the next token, at a token that counts and has a next one; difference = mean"
-            " of the tokens that reach the expert - mean of the others; within = the same of one token id in one row:"
-            " sum of (y - mean y) over those that reach it / sum of n1 n0 / n, of n1 that reach it and n0 that do not",
+            definition="log-probability of the next token, at counted tokens that have a next one; difference = mean"
+            " over the tokens that choose the expert - mean over the others; within = the same for one token id in one"
+            " row: sum of (y - mean y) over those that choose it / sum of n1 n0 / n, for n1 that choose it and n0 that"
+            " do not",
             source="Mundlak 1978 (fixed effects)",
         )
 
 
 def logprob_by_expert(dataset: xr.Dataset, *, level: float = 0.95, threads: int | None = None) -> xr.Dataset:
-    """The log-probability of the next token, by the expert that a token reaches.
+    """The log-probability of the next token, by the expert that a token chooses.
 
     Parameters
     ----------
     dataset : xr.Dataset
         A capture with log-probabilities.
     level : float
-        Of the intervals.
+                Level of the intervals.
     threads : int, optional
-        Shards decoded at the same time; default one a processor.
+        Shards decoded at the same time; default one per processor.
 
     Returns
     -------
@@ -100,25 +102,25 @@ def logprob_by_expert(dataset: xr.Dataset, *, level: float = 0.95, threads: int 
 
 
 def logprob_by_expert_of(counts: xr.Dataset, *, level: float = 0.95) -> xr.Dataset:
-    """The log-probability of the next token, by the expert that a token reaches, from what was counted.
+    """The log-probability of the next token, by the expert that a token chooses, from counts.
 
     Parameters
     ----------
     counts : xr.Dataset
         From `analysis.Jackknife` of `analysis.LogProbability`.
     level : float
-        Of the intervals.
+        Level of the intervals.
 
     Returns
     -------
     xr.Dataset
-        Over (layer, expert), float64, in nats, NaN where there is nothing to compare: `mean_logprob` over the tokens
-        that reach the expert and `mean_other` over those that do not; `difference` of the two, which frequent tokens
-        may explain; and `within`, the difference within the same token id in the same row, null 0. `mean_logprob` and
-        `difference` have ends `_low` and `_high` of intervals for each alone. Those of `within` hold all of them
-        together, and `within_p` is adjusted for all of them (Westfall & Young 1993), so that the largest may be picked;
-        both are NaN where a cell's tokens are of fewer than 10 effective documents. int64:
-        `tokens` that reach the expert, and `compared`, those of token ids of which some in the row reach it and some do
+        Over (layer, expert), float64, in nats, NaN if there is nothing to compare: `mean_logprob` over the tokens that
+        choose the expert and `mean_other` over those that do not; `difference` of the two, which may be explained by
+        frequent tokens; and `within`, the difference within the same token id in the same row, null 0. `mean_logprob`
+        and `difference` have ends `_low` and `_high` of intervals for each separately. Those of `within` hold
+        simultaneously, and `within_p` is adjusted for all cells (Westfall & Young 1993), so the largest may be
+        selected; both are NaN if a cell's tokens come from fewer than 10 effective documents. int64: `tokens` that
+        choose the expert, and `compared`, those of token ids of which some occurrences in the row choose it and some do
         not. `contrasted` float64 is their weight in `within`.
     """
     found = with_intervals(counts, level=level)

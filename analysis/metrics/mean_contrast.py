@@ -1,9 +1,8 @@
-"""How data sets differ in a mean: of router entropy, saliency, log-probability, or any other that a reducer gives.
+"""How data sets differ in a mean: of router entropy, saliency, log-probability, or any other that a reducer returns.
 
-The means are over tokens, and documents are the unit, as in `analysis.contrast`. What is compared is no share of
-tokens,
-so that no documents can be drawn around a common one: documents are drawn from those that there are, and
-the largest studentized difference of all cells is compared with that of the draws (`analysis.statistics.resampled`).
+The means are over tokens, and documents are the units, as in `analysis.contrast`. The compared quantity is not a share
+of tokens, so documents cannot be drawn around a common share: the observed documents are resampled, and the largest
+studentized difference of all cells is compared with that of the resamples (`analysis.statistics.resampled`).
 
 Does not know what the numbers are.
 """
@@ -40,29 +39,29 @@ def mean_contrast(
     captures : mapping of str to xr.Dataset
         Two or more captures of one model, by name.
     reducer : Reducer
-        What gives the mean: `RouterDistribution`, `Saliency`, `LogProbability`, `Surprise`, or your own.
+        Computes the mean: `RouterDistribution`, `Saliency`, `LogProbability`, `Surprise`, or your own.
     variable : str
         The mean's name in its result: "mean_entropy", "mean_saliency", "within".
     replicates : int
-        Draws of documents.
+                Number of resamples of documents.
     level : float
-        Of the intervals, all of them together.
+        Simultaneous level of the intervals.
     block_tokens : int, optional
-        Take blocks of so many tokens for documents: see `Jackknife`.
+        Use blocks of so many tokens instead of documents: see `Jackknife`.
     threads, progress
-        See `analysis.scan`; progress is that of one capture after the other.
+        See `analysis.scan`; progress is reported for one capture after the other.
 
     Returns
     -------
     xr.Dataset
-        See `mean_contrast_of`. Attribute `models_differ` says in what the captures' models differ, such as
+        See `mean_contrast_of`. Attribute `models_differ` says how the captures' models differ, for example in
         quantization.
 
     Raises
     ------
     ValueError
-        When there are fewer than two captures, they have other layers or experts, one lacks what the reducer needs, or
-        there is no such variable.
+        When there are fewer than two captures, they have different layers or experts, one lacks what the reducer needs,
+        or there is no such variable.
     """
     refuse_incomparable(captures)
     asked = [Jackknife(reducer, block_tokens=block_tokens)]
@@ -75,28 +74,28 @@ def mean_contrast(
 def mean_contrast_of(
     counts: Mapping[str, xr.Dataset], variable: str, *, replicates: int = REPLICATES, level: float = 0.95
 ) -> xr.Dataset:
-    """How data sets differ in a mean over tokens, from what a `Jackknife` counted of each.
+    """How data sets differ in a mean over tokens, from the counts of a `Jackknife` for each.
 
     Parameters
     ----------
     counts : mapping of str to xr.Dataset
-        Results of `analysis.Jackknife` of one reducer, by data set.
+        Results of `analysis.Jackknife` with one reducer, by data set.
     variable : str
-        One of their variables that is a mean, and names by its attribute `amount` what it is a mean over.
+        One of their variables that is a mean and whose attribute `amount` names what it is a mean over.
     replicates : int
-        Draws of documents.
+        Number of resamples of documents.
     level : float
-        Of the intervals, all of them together.
+        Simultaneous level of the intervals.
 
     Returns
     -------
     xr.Dataset
-        float64 over (data_set) and the variable's own dims: `estimate`, the data set's own value; `difference` to the
+        float64 over (data_set) and the variable's own dims: `estimate`, the data set's own value; `difference` from the
         mean of the other data sets, with the interval `difference_low` to `difference_high`, and `difference_p`.
-        Intervals and p hold of all cells together (single-step max-T, Westfall & Young 1993), so that the largest
-        difference may be picked. NaN where a data set has no value; intervals and p also where it has fewer than 10
-        effective documents, in all or of the tokens that the cell is a mean of. Attribute `untested` names data sets
-        that take no part, with the reason.
+        Intervals and p hold simultaneously for all cells (single-step max-T, Westfall & Young 1993), so the largest
+        difference may be selected. NaN if a data set has no value; intervals and p also if it has fewer than 10
+        effective documents, in total or for the tokens of the cell. Attribute `untested` names data sets that are
+        excluded, with the reason.
 
     Raises
     ------
@@ -104,11 +103,11 @@ def mean_contrast_of(
         When there are fewer than two data sets, or no such variable.
     """
     if len(counts) < 2:
-        raise ValueError(f"{len(counts)} data sets: a contrast needs two or more")
+        raise ValueError(f"{len(counts)} data sets: a contrast needs at least two")
     names, first = list(counts), next(iter(counts.values()))
     means = [str(name) for name in first if "amount" in first[name].attrs]
     if variable not in means:
-        raise ValueError(f"{variable!r} is no mean that the reducer gives; it gives {', '.join(means) or 'none'}")
+        raise ValueError(f"{variable!r} is not a mean of the reducer; it has {', '.join(means) or 'none'}")
     untested = {name: reason for name, found in counts.items() if (reason := _why_untested(found))}
     tested = [index for index, name in enumerate(names) if name not in untested]
     sets = [totals_of(found, variable) for found in counts.values()]
@@ -128,16 +127,17 @@ def mean_contrast_of(
         tests=apart.tests,
         replicates=replicates,
         null=0.0,
-        estimator="mean over tokens; simultaneous intervals and max-T p-values, from documents drawn with replacement",
+        estimator="mean over tokens; simultaneous intervals and max-T p-values, from documents resampled with"
+        " replacement",
         definition=f"difference = the data set's {variable} - mean of the others'; {first.attrs['definition']}",
         source="Efron & Tibshirani 1993 (bootstrap-t); Westfall & Young 1993 (max-T)",
     )
 
 
 def _why_untested(found: xr.Dataset) -> str:
-    """Why a data set takes no part in tests and intervals, in words; empty where it does."""
+    """Why a data set is excluded from tests and intervals, in words; empty if it is not."""
     reason, effective = why_untested(found), effective_documents(left_out(found))
     if reason or effective >= MIN_DOCUMENTS:
         return reason
-    said = f"{found.attrs['documents']} documents, as unequal as {effective:.1f} of one length"
-    return f"{said}: no test of means below {MIN_DOCUMENTS:.0f}"
+    said = f"{found.attrs['documents']} documents of unequal length, worth {effective:.1f} equal ones"
+    return f"{said}: a test of means needs at least {MIN_DOCUMENTS:.0f}"

@@ -1,9 +1,9 @@
-"""Which experts the same documents use in two captures: another checkpoint, another precision, a translation.
+"""Which experts the same documents use in two captures: a different checkpoint or precision, or a translation.
 
-Documents are compared each with itself, so that what differs between documents does not hide what differs between the
-captures. If the captures were alike, each document's two counts could be exchanged: signs are flipped, which is exact
-where documents have as many tokens in both, however they differ among each other (sign-flip test; Fisher 1935, The
-design of experiments, section 21).
+Each document is compared with itself, so differences between documents do not hide differences between the captures. If
+the captures did not differ, each document's two counts could be exchanged: signs are flipped, which is exact if
+documents have the same number of tokens in both, however much documents differ among each other (sign-flip test; Fisher
+1935, The design of experiments, section 21).
 
 Promises: constant memory, the same result in any order. Does not compare tokens: see `agreement` for captures of the
 same tokens.
@@ -40,30 +40,30 @@ def paired_contrast(
     captures : mapping of str to xr.Dataset
         Two captures, by name. Documents are paired by `document_id`; those that only one has are left out.
     replicates : int
-        Flips of signs.
+        Number of sign flips.
     level : float
-        Of the intervals.
+        Level of the intervals.
     threads, progress
-        See `analysis.scan`; progress is that of one capture after the other.
+        See `analysis.scan`; progress is reported for one capture after the other.
 
     Returns
     -------
     xr.Dataset
-        float64: `share` (data_set, layer, expert) of tokens that reach the expert; over (layer, expert) `difference`,
-        the first capture's share less the second's, with the interval `difference_low` to `difference_high`, which
-        holds all of them together, and `difference_p`, adjusted for all of them (single-step max-T, Westfall & Young
-        1993); `p` (layer), of the largest studentized difference of the layer. Intervals and p are NaN where there are
-        fewer than six units of documents, or four effective ones; attribute `untested` gives the reason. Attributes
-        `documents`, paired, and `unpaired`, left out of each capture.
+        float64: `share` (data_set, layer, expert) of tokens that choose the expert; over (layer, expert) `difference`,
+        the first capture's share minus the second's, with the simultaneous interval `difference_low` to
+        `difference_high`, and `difference_p`, adjusted for all of them (single-step max-T, Westfall & Young 1993); `p`
+        (layer), of the largest studentized difference of the layer. Intervals and p are NaN if there are fewer than six
+        units of documents, or four effective ones; attribute `untested` gives the reason. Attributes `documents`
+        (paired) and `unpaired` (left out of each capture).
 
     Raises
     ------
     ValueError
-        When there are not two captures, they have other layers or experts, or no document in common.
+        When there are not two captures, they have different layers or experts, or no document in common.
     """
     refuse_incomparable(captures)
     if len(captures) != 2:
-        raise ValueError(f"{len(captures)} captures: documents are paired in two")
+        raise ValueError(f"{len(captures)} captures: exactly two are needed to pair documents")
     ids = [np.unique(capture["document_id"].values) for capture in captures.values()]
     common = np.intersect1d(ids[0], ids[1])
     if not common.size:
@@ -109,8 +109,8 @@ def paired_contrast(
         replicates=replicates,
         level=level,
         null=0.0,
-        estimator="plug-in; flipped signs of whole documents, studentized",
-        definition="share of the first capture's tokens that reach the expert - the second's, of the same documents",
+        estimator="plug-in; studentized sign-flip test over whole documents",
+        definition="share of the first capture's tokens that choose the expert - the second's, for the same documents",
         source="Fisher 1935 (sign-flip test); Westfall & Young 1993 (max-T)",
     )
 
@@ -122,7 +122,7 @@ def _only(capture: xr.Dataset, documents: Array) -> xr.Dataset:
 
 
 def _by_unit(counts: list[xr.Dataset]) -> tuple[Array, Array]:
-    """Choices (data_set, unit, layer, expert) and tokens (data_set, unit), units in the order of both."""
+    """Choices (data_set, unit, layer, expert) and tokens (data_set, unit), in the same order of units."""
     units = np.unique(np.concatenate([found["unit"].values[1:] for found in counts])).astype(int)
     count, tokens = [], []
     for found in counts:
@@ -137,7 +137,7 @@ def _by_unit(counts: list[xr.Dataset]) -> tuple[Array, Array]:
 
 
 def _residuals(count: Array, tokens: Array, share: Array) -> Array:
-    """What each unit adds to the difference, beyond these shares: (unit, layer, expert)."""
+    """Each unit's contribution to the difference, beyond these shares: (unit, layer, expert)."""
     total = tokens.sum(1)
     one, other = ((count[side] - tokens[side][:, None, None] * share[side]) / max(total[side], 1.0) for side in (0, 1))
     residuals: Array = one - other

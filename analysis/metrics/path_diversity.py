@@ -1,11 +1,11 @@
-"""How many ways tokens take: the diversity of windows of layers, and of whole paths through all of them.
+"""How many different paths tokens take: the diversity of windows of layers, and of whole paths through all layers.
 
 A path is the sequence of a token's first choices, as in `analysis.metrics.paths`. Windows are counted in dense tables.
-Whole paths are too many for that (8**32), and mostly different: of a large capture the frequent ones are counted
-exactly and the others in a sample of all possible paths, chosen by a hash, so that what is said of them is an unbiased
-estimate.
+Whole paths are too many for that (8**32), and mostly different: in a large capture, the frequent ones are counted
+exactly and the others in a sample of all possible paths, selected by a hash, so numbers about them are unbiased
+estimates.
 
-Promises: bounded memory, and the same result in any order and any chunking; whether a number is exact is said.
+Promises: bounded memory, and the same result in any order and any chunking; the result says whether a number is exact.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from analysis.statistics.hashing import mixed
 from analysis.statistics.information import entropy
 
 TOPS = (10, 100, 1_000, 10_000)
-BUCKETS = 2**22  # in which paths are counted first, to find the frequent ones: 32 MB (arbitrary)
+BUCKETS = 2**22  # buckets in which paths are counted first, to find the frequent ones: 32 MB (arbitrary)
 
 
 def window_diversity(
@@ -40,7 +40,7 @@ def window_diversity(
     dataset : xr.Dataset
         A capture.
     lengths : sequence of int, optional
-        Numbers of layers in a window; default 1 to 4, or to as many as there are.
+        Numbers of layers in a window; default 1 to 4, limited to the captured layers.
     threads, progress
         See `analysis.scan`.
 
@@ -59,21 +59,21 @@ def window_diversity(
 
 
 def window_diversity_of(counts: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Entropy and coverage of first-choice n-grams, from what `WindowCounts` counted.
+    """Entropy and coverage of first-choice n-grams, from the counts of `WindowCounts`.
 
     Parameters
     ----------
     counts : sequence of xr.Dataset
-        From `analysis.WindowCounts`, of one capture: one for each length.
+        From `analysis.WindowCounts`, for one capture: one for each length.
 
     Returns
     -------
     xr.Dataset
-        Over (length, layer), where layer is a window's first one and NaN stands where a window would reach beyond the
-        last one: `distinct` windows seen; `entropy` and, by Miller–Madow, `corrected` in bits; `rate`, entropy a layer,
-        null log2(E); `conditional`, what the last layer of a window adds to the entropy of those before it, where the
-        next smaller length was asked too. `coverage` (length, layer, top): share of tokens that take one of the most
-        frequent 10, 100, 1,000, 10,000 windows. float64.
+        Over (length, layer), where layer is a window's first one, and NaN if a window would extend beyond the last one:
+        `distinct`, the number of windows that occur; `entropy` and, by Miller–Madow, `corrected` in bits; `rate`,
+        entropy per layer, null log2(E); `conditional`, what the last layer of a window adds to the entropy of the
+        previous ones, if the next smaller length is also given. `coverage` (length, layer, top): share of tokens that
+        take one of the most frequent 10, 100, 1,000, 10,000 windows. float64.
     """
     lengths = [each.sizes["layer"] - each.sizes["start"] + 1 for each in counts]
     length = xr.DataArray(lengths, dims="length", name="length")
@@ -91,7 +91,7 @@ def window_diversity_of(counts: Sequence[xr.Dataset]) -> xr.Dataset:
 
 
 def _diversity(counts: xr.Dataset) -> xr.Dataset:
-    """Of windows of one length, from each layer on."""
+    """The diversity of windows of one length, starting at each layer."""
     starts = counts.sizes["start"]
     count = xr.DataArray(counts["counts"].values.reshape(starts, -1), dims=("layer", "window"))
     bits = entropy(count, "window")
@@ -110,7 +110,7 @@ def _diversity(counts: xr.Dataset) -> xr.Dataset:
 
 
 class PathBuckets(Reducer):
-    """Tokens by the hash of their path, in few buckets: no path is more frequent than its bucket."""
+    """Tokens by the hash of their path, in buckets: no path is more frequent than its bucket."""
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: `count` (bucket)."""
@@ -133,21 +133,21 @@ class PathBuckets(Reducer):
 
 
 class Paths(Reducer):
-    """Whole paths with their exact counts: all of them, or those of some buckets and a sample of the others.
+    """Whole paths with their exact counts: all, or those of some buckets and a sample of the others.
 
     Parameters
     ----------
     halvings : int
-        The sample is of a 2**-halvings part of all possible paths.
+        The sample covers a 2**-halvings part of all possible paths.
     kept : bool array, shape (BUCKETS,), optional
-        Whose paths are all kept.
+        Buckets whose paths are all kept.
     """
 
     def __init__(self, halvings: int = 0, kept: Array | None = None) -> None:
         self.halvings, self.kept = halvings, kept
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Nothing: `key` uint64, `count` and `expert` of paths, in no order, and how many of them are `merged`."""
+        """Empty: `key` uint64, `count` and `expert` of paths, in no order, and how many of them are `merged`."""
         layers, _, _ = sizes(dataset)
         expert = np.zeros((0, layers), dataset["expert"].dtype)
         return {
@@ -158,7 +158,7 @@ class Paths(Reducer):
         }
 
     def update(self, state: State, block: Block) -> None:
-        """Add one shard; paths are merged when they have doubled."""
+        """Add one shard; paths are merged when their number has doubled."""
         row, position = np.nonzero(block["counted"])
         key = path_keys(block)
         wanted = self.sampled(key)
@@ -198,7 +198,7 @@ class Paths(Reducer):
         )
 
     def sampled(self, key: Array) -> Array:
-        """Whether paths are of the sample."""
+        """Whether paths are in the sample."""
         return np.asarray(key >> np.uint64(64 - self.halvings) == 0) if self.halvings else np.full(len(key), True)
 
 
@@ -215,30 +215,30 @@ def whole_paths(
     Parameters
     ----------
     dataset : xr.Dataset
-        A capture. More than `kept` tokens are read twice.
+        A capture. It is read twice if it has more than `kept` tokens.
     top : int
-        Paths listed.
+        Number of paths to list.
     kept : int
-        About as many different paths are held in each thread, 16 + L bytes each; everything is exact up to so many
-        tokens.
+        Approximate number of different paths held in each thread, 16 + L bytes each; up to so many tokens, everything
+        is exact.
     threads, progress
         See `analysis.scan`.
 
     Returns
     -------
     xr.Dataset
-        `expert`, of the store's own type (path, layer), `counts` int64 and `share` of all tokens float64 (path): the
-        most frequent ones. `coverage` float64 (top): share of tokens that take one of the 10, 100, 1,000, 10,000 most
-        frequent paths, and `proven` bool (top), whether it is exact; else it is a lower bound. float64, without
-        dimensions: `distinct`, the number of different paths, with `distinct_sd`, `once`, those
-        seen once, and `unseen`, the share of tokens to come that would take a new one (Good 1953); `entropy`, and by
-        Miller–Madow `corrected`, in bits, and `rate`, the entropy a layer: exact where `distinct_sd` is 0. Where most
-        paths are seen once an entropy says more of the number of tokens than of the model.
+        `expert`, in the store's type (path, layer), `counts` int64 and `share` of all tokens float64 (path): the most
+        frequent ones. `coverage` float64 (top): share of tokens that take one of the 10, 100, 1,000, 10,000 most
+        frequent paths, and `proven` bool (top), whether it is exact; otherwise it is a lower bound. float64, without
+        dimensions: `distinct`, the number of different paths, with `distinct_sd`; `once`, those that occur once; and
+        `unseen`, the share of future tokens that would take a new one (Good 1953); `entropy`, and by Miller–Madow
+        `corrected`, in bits, and `rate`, the entropy per layer: exact if `distinct_sd` is 0. If most paths occur once,
+        an entropy says more about the number of tokens than about the model.
 
     Raises
     ------
     ValueError
-        When the numbers are senseless, or nothing was captured.
+        When `top` or `kept` is below 1, or nothing was captured.
     """
     if top < 1 or kept < 1:
         raise ValueError(f"top={top}, kept={kept}: both must be at least 1")
@@ -248,7 +248,7 @@ def whole_paths(
     if halvings:
         bucket = scan(dataset, [PathBuckets()], threads=threads, progress=progress)[0]["counts"].values
         many = min(BUCKETS >> halvings, kept)
-        seen = bucket[bucket > 0]  # a partition of millions of zeros takes seconds
+        seen = bucket[bucket > 0]  # partitioning millions of zeros takes seconds
         most_elsewhere = int(np.partition(seen, -many - 1)[-many - 1]) if len(seen) > many else 0
         frequent = bucket > most_elsewhere
         n = int(bucket.sum())
@@ -258,7 +258,7 @@ def whole_paths(
     if not halvings:
         n = int(count.sum())
     if not n:
-        raise ValueError("no token is captured: there are no paths")
+        raise ValueError("no token is captured, so there are no paths")
     of_sample = (
         ~frequent[paths["key"].values % np.uint64(BUCKETS)] if frequent is not None else np.full(len(count), False)
     )
@@ -288,14 +288,15 @@ def whole_paths(
         xr.Dataset(listed, coords),
         n=n,
         null=float(experts) ** -layers,
-        estimator="exact" if not halvings else f"frequent paths exact, of the others one in {2**halvings} by hash",
+        estimator="exact" if not halvings else f"frequent paths exact, others from a 1 in {2**halvings} sample by hash",
         definition="a token's path: its first choices at all captured layers; rate = entropy / layers",
         source="PathMoE: routing paths; Good 1953; Horvitz & Thompson 1952",
     )
 
 
 def path_keys(block: Block) -> Array:
-    """A hash of the path of each token that counts, in reading order; uint64. Two of 10**8 collide with 3 in 10,000."""
+    """A hash of the path of each counted token, in reading order; uint64. Among 10**8, the probability of a collision
+    is 3 in 10,000."""
     with np.errstate(over="ignore"):
         return mixed(_digits(block["expert"], block["counted"]))
 

@@ -1,8 +1,8 @@
-"""The ways of tokens through the layers: frequent windows, and one document's own paths.
+"""The paths of tokens through the layers: frequent windows, and the paths of one document.
 
-A path here is the sequence of a token's first choices. "Neighbouring" layers are neighbours among those
-captured (dense layers lie between them in some models). Promises exact counts; windows whose dense table
-would not fit are refused, not sampled.
+A path here is the sequence of a token's first choices. "Neighbouring" layers are neighbours among those captured (some
+models have dense layers between them). Promises exact counts; windows whose dense table would not fit are rejected, not
+sampled.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from analysis.scanning import (
 )
 
 ROUNDING_BITS = 1e-6  # a surprise below it is rounding
-MAX_WINDOWS = 2**24  # distinct windows counted at once: 128 MiB a thread; arbitrary
+MAX_WINDOWS = 2**24  # distinct windows counted at once: 128 MiB per thread; arbitrary
 SOURCE = "PathMoE: routing paths as n-grams over layers"
 
 WindowOrder = Literal["count", "surprise"]
@@ -50,12 +50,12 @@ class WindowCounts(Reducer):
         """Zeros: `count` (start layer, first expert, the other experts**(n-1)) and `tokens`."""
         layers, _, experts = sizes(dataset)
         if not 1 <= self.n <= layers:
-            raise ValueError(f"windows of n={self.n} layers, but the capture has {layers}; take 1 to {layers}")
+            raise ValueError(f"windows of n={self.n} layers, but the capture has {layers}: n must be 1 to {layers}")
         num_windows = (layers - self.n + 1) * experts**self.n
         if num_windows > MAX_WINDOWS:
             raise ValueError(
                 f"{num_windows} windows of n={self.n} through {experts} experts are more than {MAX_WINDOWS}: "
-                "take a smaller n, or fewer layers with dataset.sel(layer=...)"
+                "use a smaller n, or fewer layers with dataset.sel(layer=...)"
             )
         shape = (layers - self.n + 1, experts, experts ** (self.n - 1))
         return {"count": np.zeros(shape, dtype=np.int64), "tokens": np.zeros(1, dtype=np.int64)}
@@ -63,7 +63,7 @@ class WindowCounts(Reducer):
     def update(self, state: State, block: Block) -> None:
         """Add one shard."""
         starts, experts, _ = state["count"].shape
-        count = state["count"].reshape(starts, -1)  # a view: sums land in the state
+        count = state["count"].reshape(starts, -1)  # a view: sums are written to the state
         _add_windows(block["expert"], block["counted"], self.n, experts, count, state["tokens"])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
@@ -74,8 +74,8 @@ class WindowCounts(Reducer):
             xr.Dataset({"counts": (("start", "first", "rest"), state["count"], {"units": "tokens"})}, coords),
             n=int(state["tokens"][0]),
             estimator="counts",
-            null="every table even",
-            definition=f"tokens by their first choices at {self.n} captured layers in a row, from layer `start` on",
+            null="even tables",
+            definition=f"tokens by their first choices at {self.n} captured layers in a row, starting at layer `start`",
             source=SOURCE,
         )
 
@@ -99,7 +99,7 @@ def frequent_windows(
     top, by
         See `frequent_windows_of`.
     threads : int, optional
-        Shards decoded at the same time; default one a processor.
+        Shards decoded at the same time; default one per processor.
 
     Returns
     -------
@@ -117,24 +117,25 @@ def frequent_windows(
 
 
 def frequent_windows_of(counts: xr.Dataset, *, top: int = 20, by: WindowOrder = "count") -> xr.Dataset:
-    """The first windows in the order asked for, from what `WindowCounts` counted.
+    """The first windows in the requested order, from the counts of `WindowCounts`.
 
     Parameters
     ----------
     counts : xr.Dataset
         From `WindowCounts`.
     top : int
-        Windows listed.
+        Number of windows to list.
     by : {"count", "surprise"}
-        Order: by how often a window occurs, or by what its count adds to the likelihood ratio of the windows to the
-        product of the transitions between their layers, count · log2(count / expected). Of two layers nothing is a
-        surprise: their transitions are all there is.
+        Order by how often a window occurs, or by its contribution to the likelihood ratio of the windows to the product
+        of the transitions between their layers, count · log2(count / expected). With two layers nothing is surprising,
+        because the transitions are the whole window.
 
     Returns
     -------
     xr.Dataset
-        `layer` and `expert` int64 (window, step), `counts` int64, `share` of all tokens and `expected` count by the
-        transitions float64 (window). Null of `share`: E**-n. Ties go to the earlier layer, then to the lower experts.
+        `layer` and `expert` int64 (window, step), `counts` int64, `share` of all tokens and `expected`, the count
+        predicted by the transitions, float64 (window). Null of `share`: E**-n. Ties go to the earlier layer, then to
+        the lower experts.
 
     Raises
     ------
@@ -146,7 +147,7 @@ def frequent_windows_of(counts: xr.Dataset, *, top: int = 20, by: WindowOrder = 
     n = len(layer) - counts.sizes["start"] + 1
     tables = counts["counts"].values.reshape(-1, *[num_experts] * n)
     count, expected = tables.ravel(), np.stack([_expected(table) for table in tables]).ravel()
-    # What is rarer than expected, or as frequent, is no surprise.
+    # Windows that are as frequent as expected, or rarer, are not surprising.
     times = np.divide(count, expected, out=np.ones_like(expected), where=(count > 0) & (expected > 0))
     score = count if by == "count" else count * np.log2(times)
     order = np.argsort(-score, kind="stable")[:top]
@@ -160,7 +161,11 @@ def frequent_windows_of(counts: xr.Dataset, *, top: int = 20, by: WindowOrder = 
                 "expert": (("window", "step"), code[:, None] // num_experts ** (n - 1 - steps) % num_experts),
                 "counts": ("window", count[order], {"units": "tokens"}),
                 "share": ("window", count[order] / max(tokens, 1), {"long_name": "share of all tokens"}),
-                "expected": ("window", expected[order], {"long_name": "by the transitions", "units": "tokens"}),
+                "expected": (
+                    "window",
+                    expected[order],
+                    {"long_name": "predicted by the transitions", "units": "tokens"},
+                ),
             },
             coords={"window": np.arange(1, order.size + 1)},
         ),
@@ -168,18 +173,18 @@ def frequent_windows_of(counts: xr.Dataset, *, top: int = 20, by: WindowOrder = 
         estimator="maximum likelihood",
         null=float(num_experts) ** -n,
         definition=f"share of tokens whose first choices at {n} captured layers in a row are this window; expected:"
-        " tokens, if a choice depended on that of the layer before alone",
+        " tokens, if a choice only depended on the choice at the previous layer",
         source=SOURCE,
     )
 
 
 def _check_order(by: WindowOrder) -> None:
     if by not in ("count", "surprise"):
-        raise ValueError(f"by={by!r}: windows are ordered by 'count' or by 'surprise'")
+        raise ValueError(f"by={by!r}: must be 'count' or 'surprise'")
 
 
 def _expected(table: Array) -> Array:
-    """Of a table of n-grams, float64: how many there would be by their transitions, N · P(e1) · Π P(e(i+1) | e(i))."""
+    """The counts of n-grams predicted by their transitions, float64: N · P(e1) · Π P(e(i+1) | e(i))."""
     axes = range(table.ndim)
     single = [table.sum(tuple(other for other in axes if other != axis)) for axis in axes]
     expected: Array = single[0].astype(np.float64).reshape(-1, *[1] * (table.ndim - 1))
@@ -200,23 +205,22 @@ def document_path(
     dataset : xr.Dataset
         A capture; only this document's rows are decoded.
     document : int or str
-        The document's id, or its name when only one document has it.
+        The document's id, or its name if that is unique.
     roles, phases : sequence of str, optional
-        Only tokens of these speakers, or of these of "prompt" and "generated"; default all.
+        Only tokens of these speakers, or of these phases ("prompt", "generated"); default all.
 
     Returns
     -------
     xr.Dataset
         Over `position`, the token's number in its document: `token` int32, `piece` str, `row` int64; over (position,
-        layer, k): `expert`, of the store's own type, and `weight` float16, where the capture has it; and over
-        `position`, where the capture has them, `role` and `phase` str, "" where there is none. Special tokens
-        have no position and are left out; tokens not captured yet are left out and counted in the attribute
-        `tokens_missing`.
+        layer, k): `expert`, in the store's type, and `weight` float16, if the capture has it; and over `position`, if
+        the capture has them, `role` and `phase` str, "" if there is none. Special tokens have no position and are left
+        out; tokens that are not yet captured are left out and counted in the attribute `tokens_missing`.
 
     Raises
     ------
     ValueError
-        When no document, or more than one, answers to `document`, or the capture has no such roles or phases.
+        When no document, or more than one, matches `document`, or the capture has no such roles or phases.
     """
     only = selected_labels(dataset, Selection(roles=tuple(roles) or None, phases=tuple(phases) or None))
     number = document_number(dataset, document)
@@ -266,7 +270,7 @@ def document_path(
 
 
 def _label_names(label: xr.DataArray) -> Array:
-    """The names of a label's numbers, "" of all that have none."""
+    """The names of a label's numbers, "" for those without one."""
     names = np.full(256, "", dtype=object)
     given = str(label.attrs.get("flag_meanings", "")).split()
     names[: len(given)] = given
@@ -283,7 +287,7 @@ def document_number(dataset: xr.Dataset, document: int | str) -> int:
     numbers = np.flatnonzero(dataset["name"].values == document)
     if numbers.size != 1:
         found = f"documents {numbers[:5].tolist()} have" if numbers.size else "no document has"
-        raise ValueError(f"{found} the name {document!r}; give the id of one, 0 to {num_documents - 1}")
+        raise ValueError(f"{found} the name {document!r}: use a document's id, 0 to {num_documents - 1}")
     return int(numbers[0])
 
 
@@ -291,10 +295,10 @@ def document_number(dataset: xr.Dataset, document: int | str) -> int:
 def _add_windows(expert: Array, counted: Array, n: int, num_experts: int, count: Array, tokens: Array) -> None:
     """Read a row's first choices at n layers as numbers in base E, layer by layer.
 
-    A quarter of the time of one token after the other (measured).
+    Takes a quarter of the time of going token by token (measured).
     """
     rows, positions, layers, _ = expert.shape
-    first = np.empty((layers, positions + 16), np.int32)  # so long that layers have their own places in the cache
+    first = np.empty((layers, positions + 16), np.int32)  # padded so that layers do not share places in the cache
     code = np.empty(positions, np.int32)
     for row in range(rows):
         found = 0
@@ -314,6 +318,6 @@ def _add_windows(expert: Array, counted: Array, n: int, num_experts: int, count:
 
 @kernel
 def _append(code: Array, first: Array, num_experts: Any, size: int) -> None:
-    """One digit more of each number; the compiler makes vector instructions of it."""
+    """Append one digit to each number; the compiler vectorizes this."""
     for token in range(size):
         code[token] = np.int32(code[token] * num_experts + first[token])

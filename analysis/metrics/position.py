@@ -1,6 +1,7 @@
-"""Does an expert's load depend on where in its row a token stands? Load by position, in ranges.
+"""Does an expert's load depend on the position in the row? Load by ranges of positions.
 
-Promises exact counts. Position is that in the row: a document that was cut into windows begins again in each.
+Promises exact counts. Positions are those in the row: for a document that was split into windows, they start again in
+each.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def position_load(dataset: xr.Dataset, *, bins: Bins = 32, threads: int | None =
     bins : int or "doubling"
         See `analysis.ExpertCounts`.
     threads : int, optional
-        Shards decoded at the same time; default one a processor.
+        Shards decoded at the same time; default one per processor.
 
     Returns
     -------
@@ -35,7 +36,7 @@ def position_load(dataset: xr.Dataset, *, bins: Bins = 32, threads: int | None =
 
 
 def position_load_of(counts: xr.Dataset) -> xr.Dataset:
-    """Load by position, and what the position tells of the expert, from what `ExpertCounts` counted.
+    """Load by position, and how much the position says about the expert, from the counts of `ExpertCounts`.
 
     Parameters
     ----------
@@ -46,9 +47,10 @@ def position_load_of(counts: xr.Dataset) -> xr.Dataset:
     -------
     xr.Dataset
         `counts` int64 and `share` float64 (start, layer, expert), where `start` is a range's first position;
-        `mutual_information` float64 (layer) in bits, less what chance gives, null 0; `by_chance_high` float64 (layer),
-        what it exceeds one time in 20 where tokens are independent of each other and of their positions. NaN where
-        nothing was counted. Other words stand at other positions: `analysis.position_information` leaves that out.
+        `mutual_information` float64 (layer) in bits, minus the value expected by chance, null 0; `by_chance_high`
+        float64 (layer), the value that it exceeds one time in 20 if tokens are independent of each other and of their
+        positions. NaN if nothing was counted. Different words occur at different positions:
+        `analysis.position_information` removes that effect.
     """
     count, experts, choices = counts["counts"], counts.sizes["expert"], counts.attrs["experts_per_token"]
     found = association(count, "start", "expert", bias=(experts - choices) / (experts - 1))
@@ -62,7 +64,7 @@ def position_load_of(counts: xr.Dataset) -> xr.Dataset:
             }
         ),
         n=counts.attrs["n"],
-        estimator="maximum likelihood; mutual information less its null (see analysis.association)",
+        estimator="maximum likelihood; mutual information minus its null (see analysis.association)",
         null=1 / experts,
         ranges=counts.attrs["ranges"],
         definition="share of the choices of tokens in a range of positions; mutual information of range and expert",
@@ -78,14 +80,14 @@ def dependent_experts(load: xr.Dataset, top: int = 6) -> xr.Dataset:
     load : xr.Dataset
         From `position_load`.
     top : int
-        Experts listed, of all layers together.
+        Number of experts to list, over all layers.
 
     Returns
     -------
     xr.Dataset
-        Over (place): `layer` and `expert` int64; `information` float64, what they contribute to their layer's mutual
+        Over (place): `layer` and `expert` int64; `information` float64, their contribution to their layer's mutual
         information, in bits. Over (place, start): `times` float64, the expert's share of the choices at these positions
-        over its share at all, null 1; `tokens` int64 (place, start), the tokens there. NaN where nothing was counted.
+        over its overall share, null 1; `tokens` int64 (place, start), the tokens there. NaN if nothing was counted.
     """
     count = load["counts"].transpose("layer", "expert", "start")
     choices = count.sum("expert")
@@ -113,6 +115,6 @@ def dependent_experts(load: xr.Dataset, top: int = 6) -> xr.Dataset:
         estimator="maximum likelihood",
         null=1.0,
         definition="times = P(expert | range of positions) / P(expert); information = Σ over ranges of P(range, expert)"
-        " · log2(times), by which experts are chosen",
+        " · log2(times), over chosen experts",
         source="OpenMoE (Xue et al. 2024)",
     )

@@ -1,9 +1,9 @@
-"""Rows of some documents with the log-probability of each token: what two captures of one text are compared by, where
-they are not read together.
+"""Rows of some documents with the log-probability of each token, to compare two captures of one text without reading
+them together.
 
 Promises: the sample is the same in any order of shards and any chunking, and the same documents of the same text in any
-capture of it. Does not keep routes: what is sampled is a small capture of one layer with one expert, and so is compared
-by `analysis.effect`, with `common_rows` of both.
+capture of it. Does not keep routes: the sample is a small capture of one layer with one expert, so that
+`analysis.effect` can compare the `common_rows` of two.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from analysis.attributes import described
 from analysis.metrics.sample import document_order, first_rows
 from analysis.scanning import Block, Reducer, State
 
-UNKNOWN = np.iinfo(np.uint8).max  # the expert of a token that does not count, as of one that is not captured
+UNKNOWN = np.iinfo(np.uint8).max  # the expert of tokens that are not counted or not captured
 
 
 class SampledPredictions(Reducer):
     """The rows of some documents, with the tokens and their log-probabilities.
 
-    Rows are taken as `SampledRoutes` takes them: documents in the order of a hash, while they hold fewer than `size`
-    tokens that count.
+    Rows are selected as in `SampledRoutes`: documents in the order of a hash, until they hold `size` counted tokens.
 
     Parameters
     ----------
     size : int
-        Tokens at which the sample ends, with the row that reaches them.
+        Size of the sample in counted tokens; it ends with the row that reaches it.
 
     Raises
     ------
@@ -41,12 +40,12 @@ class SampledPredictions(Reducer):
 
     def __init__(self, size: int = 262_144) -> None:
         if size < 1:
-            raise ValueError(f"size={size}: at least 1")
+            raise ValueError(f"size={size}: must be at least 1")
         self.size = size
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Nothing: rows' `order`, `tokens`, `document`, `offset` and `length`; by position what is `counted`, `token`,
-        and the `bits` of log-probabilities; and how many tokens there are `of`."""
+        """Empty: rows' `order`, `tokens`, `document`, `offset` and `length`; by position `counted`, `token`, and the
+        `bits` of log-probabilities; and `of`, the total number of tokens."""
         of_position = {"counted": bool, "token": np.int32, "bits": np.uint32}
         return {
             "order": np.zeros((0, 2), np.uint64),
@@ -56,7 +55,7 @@ class SampledPredictions(Reducer):
         }
 
     def update(self, state: State, block: Block) -> None:
-        """Add one shard: only rows that are in the sample with what is known so far are copied."""
+        """Add one shard, copying only rows that are still in the sample."""
         tokens, order = block["counted"].sum(axis=1), document_order(block)
         known = len(state["tokens"])
         both = np.concatenate([state["order"], order]), np.concatenate([state["tokens"], tokens])
@@ -77,13 +76,13 @@ class SampledPredictions(Reducer):
         )
 
     def merge(self, state: State, other: State) -> State:
-        """The rows that come first of both."""
+        """The rows of both that come first."""
         both = {name: np.concatenate([state[name], other[name]]) for name in state if name != "of"}
         row = first_rows(both["order"], both["tokens"], self.size)
         return {**{name: values[row] for name, values in both.items()}, "of": state["of"] + other["of"]}
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """A capture of one layer, whose tokens that count have expert 0: `expert` uint8 (doc, position, layer, k),
+        """A capture of one layer in which counted tokens have expert 0: `expert` uint8 (doc, position, layer, k),
         `token` int32 and `logprob` float32 (doc, position), `length`, `document_id` and `offset` int64 (doc), and
         `piece` (token_id)."""
         expert = np.where(state["counted"], 0, UNKNOWN).astype(np.uint8)[..., None, None]
@@ -114,8 +113,8 @@ class SampledPredictions(Reducer):
 
 
 def common_rows(one: xr.Dataset, other: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset] | None:
-    """Two samples with the rows of the same places of the same documents; None where there is none, or their tokens are
-    others."""
+    """Two samples, reduced to the rows of the same places of the same documents; None if there are none, or their
+    tokens differ."""
     keys = [
         {key: row for row, key in enumerate(zip(each["document_id"].values, each["offset"].values, strict=True))}
         for each in (one, other)

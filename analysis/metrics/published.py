@@ -1,11 +1,13 @@
-"""Are these the routes of the real Mixtral? How far captured shares are from the counts that OLMoE's makers published.
+"""Are these the routes of the real Mixtral? The distance of captured shares from the counts published by the authors of
+OLMoE.
 
 `mixtral_published.json` holds how often Mixtral-8x7B-v0.1 chose each expert at layers 0, 7 and 15, on 102 blocks of
-2,048 tokens of C4 and of GitHub, by the first choice alone and by both. A distance says little by itself: beside it
-stand how far apart the published domains are from each other, and what two samples of one domain would differ by.
+2,048 tokens of C4 and of GitHub, by the first choice alone and by both. A distance says little by itself, so it is
+reported with the distance between the published domains, and with the expected difference between two samples of one
+domain.
 
-Promises: exact counts, the same result in any order. Does not know where the texts come from, nor how far quantization
-may move a share: that is what the distance shows.
+Promises: exact counts, the same result in any order. Does not know where the texts come from, or how far quantization
+may move a share: the distance shows that.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from analysis.statistics.jackknife import Jackknife, left_out
 from analysis.statistics.overdispersion import Units, drawn, spread_of
 
 BLOCK_TOKENS = 2048
-"""Tokens of a published block: the concatenated text, cut."""
+"""Tokens of a published block: the concatenated text is cut into blocks."""
 CHOICES = 2
-"""Of Mixtral, and of the published counts."""
+"""Choices per token of Mixtral and of the published counts."""
 FORMS = {"first": "expert_counts_top1", "first or second": "expert_counts_top2"}
-"""Which choices are counted, and where the published file keeps that."""
+"""Which choices are counted, and their key in the published file."""
 
 
 def published_counts() -> xr.Dataset:
@@ -37,7 +39,7 @@ def published_counts() -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        `counts` int64 (choice, domain, layer, expert), in choices: of the first alone, and of the first or second.
+        `counts` int64 (choice, domain, layer, expert), in choices: for the first alone, and for the first or second.
         Attributes `n`, tokens of each domain, `model` and `source`.
     """
     held = json.loads((Path(__file__).parent / "mixtral_published.json").read_text(encoding="utf-8"))
@@ -49,7 +51,7 @@ def published_counts() -> xr.Dataset:
         n=int(counts[0, 0, 0].sum()),
         counted="tokens of each domain",
         estimator="counts",
-        null="every table even",
+        null="even tables",
         definition="how often an expert is a token's first choice, or one of its two",
         source=held["source"],
         model=held["model"],
@@ -57,7 +59,7 @@ def published_counts() -> xr.Dataset:
 
 
 def total_variation(count: xr.DataArray, other: xr.DataArray) -> xr.DataArray:
-    """Half the sum of absolute differences of two shares over `expert`, from counts; NaN where nothing is counted."""
+    """Half the sum of absolute differences of two shares over `expert`, from counts; NaN if nothing is counted."""
     return abs(share_of_experts(count) - share_of_experts(other)).sum("expert", skipna=False) / 2
 
 
@@ -67,8 +69,8 @@ def refuse_other_model(layers: Sequence[int], experts: int, choices: int) -> Non
     wanted, missing = known.sizes["expert"], sorted(set(known["layer"].values.tolist()) - set(layers))
     if missing or (experts, choices) != (wanted, CHOICES):
         raise ValueError(
-            f"the published counts are of layers {known['layer'].values.tolist()}, {wanted} experts and {CHOICES}"
-            f" choices, and this model has layers {list(layers)}, {experts} experts and {choices} choices: give"
+            f"the published counts are for layers {known['layer'].values.tolist()}, {wanted} experts and {CHOICES}"
+            f" choices, but this model has layers {list(layers)}, {experts} experts and {choices} choices: use"
             " Mixtral 8x7B"
         )
 
@@ -80,48 +82,48 @@ def validation(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
-    """How far captures of the published domains' texts are from the published shares.
+    """The distance of captures of the published domains' texts from the published shares.
 
     Parameters
     ----------
     captures : mapping of str to xr.Dataset
-        By the published name of the domain: each a capture of its text as one document, in rows of `BLOCK_TOKENS`. As
-        many rows as were published are counted, the first ones; a beginning-of-sequence token, one of the published
-        208,896, is not.
+        By the published name of the domain: each a capture of its text as one document, in rows of `BLOCK_TOKENS`. Only
+        the first rows are counted, as many as were published; a beginning-of-sequence token, one of the published
+        208,896, is not counted.
     replicates : int
-        Sets of blocks that are drawn for `sampling`.
+        Number of sets of blocks drawn for `sampling`.
     threads, progress
-        See `analysis.scan`; progress is that of one capture after the other.
+        See `analysis.scan`; progress is reported for one capture after the other.
 
     Returns
     -------
     xr.Dataset
         float64: `distance` (choice, domain, published, layer), and over (choice, domain, layer) `own`, `scale` and
         `sampling`; `nearest` str, `confirmed` bool and `verdict` str (choice, domain, layer): see
-        `analysis.metrics.published.compared`. `tokens` int64 (domain), those that were counted.
+        `analysis.metrics.published.compared`. `tokens` int64 (domain), the counted ones.
 
     Raises
     ------
     ValueError
-        When a capture is of another model, or a domain has no published counts.
+        When a capture is from another model, or a domain has no published counts.
     """
     known = published_counts()
     counts, tokens = {}, []
     for name, capture in captures.items():
         refuse_other_model(capture["layer"].values.tolist(), int(capture.attrs["num_experts"]), capture.sizes["k"])
         blocks = capture.sel(layer=known["layer"].values).isel(doc=slice(known.attrs["n"] // BLOCK_TOKENS))
-        # A text is one document: its blocks are the units.
+        # A text is one document, so its blocks are the units.
         blocks = blocks.assign(document_id=("doc", np.arange(blocks.sizes["doc"])))
         [load] = scan(blocks, [Jackknife(Load())], threads=threads, progress=progress)
         tokens.append(int(load["counts"].isel(replicate=0, k=0, layer=0).sum()))
         if not tokens[-1]:
-            raise ValueError(f"no token of {name} is captured: there is nothing to compare")
+            raise ValueError(f"no token of {name} is captured, so there is nothing to compare")
         counts[name] = _with_samples(load, replicates)
     return compared(counts, known).assign(tokens=("domain", tokens))
 
 
 def _with_samples(load: xr.Dataset, samples: int) -> xr.DataArray:
-    """Counts of choices, the own ones and those of drawn blocks: float64 (replicate, choice, layer, expert)."""
+    """Counts of choices, of the data and of drawn blocks: float64 (replicate, choice, layer, expert)."""
     by_rank, tokens = load["counts"].transpose("replicate", "layer", "k", "expert").values, left_out(load)
     found = []
     for choices in (1, CHOICES):
@@ -139,38 +141,38 @@ def _with_samples(load: xr.Dataset, samples: int) -> xr.DataArray:
 
 
 def compared(counts: Mapping[str, xr.DataArray], known: xr.Dataset) -> xr.Dataset:
-    """Distances and verdicts, from what was counted.
+    """Distances and verdicts, from counts.
 
     Parameters
     ----------
     counts : mapping of str to xr.DataArray
-        For each domain (replicate, choice, layer, expert), in choices; replicate 0 is the data's own, and the others
-        are samples of the same size and kind.
+        For each domain (replicate, choice, layer, expert), in choices; replicate 0 is the data, and the others are
+        samples of the same size and kind.
     known : xr.Dataset
         From `published_counts`.
 
     Returns
     -------
     xr.Dataset
-        float64: `distance` (choice, domain, published, layer), the total variation to each published domain; and over
-        (choice, domain, layer) `own`, that to its own, `scale`, that of the published domain to the nearest other
-        published one, `sampling`, below which 95 % of the distances of two samples of this size and kind lie (NaN
-        where a replicate is empty, as of one block some are; too small of a few blocks); and
-        `nearest`, the name of the nearest published domain, `confirmed`, bool, and `verdict` in words.
+        float64: `distance` (choice, domain, published, layer), the total variation distance to each published domain;
+        and over (choice, domain, layer) `own`, the distance to its own domain, `scale`, that of the published domain to
+        the nearest other published one, `sampling`, the 95% quantile of the distance between two samples of this size
+        and kind (NaN if a replicate is empty, as happens with one block; too small with few blocks); and `nearest`, the
+        name of the nearest published domain, `confirmed`, bool, and `verdict` in words.
 
-        Confirmed is a domain at a layer that is nearest to its own published shares, and nearer than the published
-        domains are to each other: the second alone refuses a model that is far from all and happens to lie on one
-        side. `sampling` decides nothing, for on the published text itself there is no sampling.
+        A domain is confirmed at a layer if it is nearest to its own published shares, and nearer than the published
+        domains are to each other. The second condition rejects a model that is far from all domains but happens to lie
+        on one side. `sampling` is not used in the decision, because the published text itself involves no sampling.
     """
     if unknown := sorted(set(counts) - set(known["domain"].values.tolist())):
-        raise ValueError(f"no counts are published for {unknown}; they are for {known['domain'].values.tolist()}")
+        raise ValueError(f"no counts are published for {unknown}: choose from {known['domain'].values.tolist()}")
     names = xr.DataArray(list(counts), dims="domain", name="domain")
     drawn = xr.concat(list(counts.values()), names)
     own, others = drawn.isel(replicate=0, drop=True), known["counts"].rename(domain="published")
     distance = total_variation(own, others)
     between = total_variation(known["counts"], others)
     between = between.where(between["domain"] != between["published"]).min("published").sel(domain=list(counts))
-    # A sample differs from the data as the data do from what they are a sample of. Two samples differ by √2 as much.
+    # A sample differs from the data as the data differ from their population. Two samples differ by √2 times as much.
     spread = total_variation(drawn.isel(replicate=slice(1, None)), own) * np.sqrt(2)
     nearest = others["published"].isel(published=distance.argmin("published")).drop_vars("published")
     to_own = xr.concat([distance.sel(domain=name, published=name, drop=True) for name in counts], names)
@@ -190,7 +192,7 @@ def compared(counts: Mapping[str, xr.DataArray], known: xr.Dataset) -> xr.Datase
         ),
         n=dict(zip(counts, map(int, tokens), strict=True)),
         published_tokens=known.attrs["n"],
-        estimator="plug-in; sampling: drawn blocks with the spread of the own ones",
+        estimator="plug-in; sampling: drawn blocks with the spread of the data's blocks",
         null="sampling",
         definition="total variation: half the sum over experts of the absolute differences of two shares of choices",
         source=known.attrs["source"],

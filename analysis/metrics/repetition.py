@@ -1,7 +1,7 @@
 """Do neighbouring tokens choose the same experts? Repetition at any distance, layer by layer.
 
-"Consecutive" means positions of one row: pairs that are lost where a document is cut into windows are counted in the
-attributes. Promises exact counts. Does not know the layers' order.
+"Consecutive" refers to positions of one row: the attributes count the pairs that are lost because a document is split
+into windows. Promises exact counts. Does not know the order of layers.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from analysis.metrics.choices import overlap_summary, random_overlap
 from analysis.metrics.load import share_of_experts
 from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, room_to_turn, scan, sizes, turn
 
-MOST_RANKS = 63  # of a token, so that what two tokens share is told in less than half of a byte
+MOST_RANKS = 63  # per token, so that the overlap of two tokens fits in less than half a byte
 APART = np.uint8(128)
 
 
 class Repetition(Reducer):
-    """What the choices of two tokens at some distance in a row have in common.
+    """The overlap of the choices of two tokens at some distance in a row.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class Repetition(Reducer):
     def __init__(self, lags: Sequence[int] = (1,)) -> None:
         self.lags = tuple(sorted(set(lags)))
         if not self.lags or self.lags[0] < 1:
-            raise ValueError(f"lags {tuple(lags)}: one or more distances of at least 1 position")
+            raise ValueError(f"lags {tuple(lags)}: must be one or more distances of at least 1 position")
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: `count` (lag, layer, shared experts, same first); `pairs` (lag); `tokens`."""
@@ -54,7 +54,7 @@ class Repetition(Reducer):
         add(expert, counted, np.array(self.lags), state["pairs"], state["count"])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Shares of the pairs; NaN where there is no pair."""
+        """Shares of the pairs; NaN if there is no pair."""
         _, choices, experts = sizes(dataset)
         count = labelled(
             state["count"],
@@ -88,7 +88,7 @@ class Repetition(Reducer):
 
 
 def repetition(dataset: xr.Dataset, *, lags: Sequence[int] = (1,), threads: int | None = None) -> xr.Dataset:
-    """How often tokens at a distance choose the same experts.
+    """How often tokens at a given distance choose the same experts.
 
     Parameters
     ----------
@@ -97,14 +97,14 @@ def repetition(dataset: xr.Dataset, *, lags: Sequence[int] = (1,), threads: int 
     lags : sequence of int
         Distances in positions; 1 is the next token.
     threads : int, optional
-        Shards decoded at the same time; default one a processor.
+        Shards decoded at the same time; default one per processor.
 
     Returns
     -------
     xr.Dataset
         Over (lag, layer), float64: `first_repeated`, `any_shared`, `same_set`, `jaccard`, each with its `null`, and
         `counts` int64 (lag, layer, shared_experts, same_first). For k = 2 of 8 experts the nulls are 1/8, 13/28, 1/28
-        and 5/28. NaN where there is no pair. Nothing says on which side of them a model lies.
+        and 5/28. NaN if there is no pair. A model may lie on either side of the nulls.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def repetition(dataset: xr.Dataset, *, lags: Sequence[int] = (1,), threads: int 
 
 
 def first_repeated_by_load(load: xr.Dataset) -> xr.DataArray:
-    """How often two tokens that have nothing to do with each other have the same first choice, given the load.
+    """How often two unrelated tokens have the same first choice, given the load.
 
     Parameters
     ----------
@@ -125,9 +125,9 @@ def first_repeated_by_load(load: xr.Dataset) -> xr.DataArray:
     Returns
     -------
     xr.DataArray
-        float64 (layer): Σ over experts of the squared share of first choices, what two independent draws give; at
-        least 1/E, which is the null of an even load. NaN where nothing was counted. Of whole sets of experts the load
-        does not tell as much.
+        float64 (layer): Σ over experts of the squared share of first choices, the value for two independent draws; at
+        least 1/E, which is the null of an even load. NaN if nothing was counted. The load does not determine the
+        corresponding value for whole sets of experts.
     """
     share = share_of_experts(load["counts"].isel(k=0, drop=True))
     return described(
@@ -136,12 +136,12 @@ def first_repeated_by_load(load: xr.Dataset) -> xr.DataArray:
         estimator="plug-in",
         null=1 / load.sizes["expert"],
         definition="sum over experts of the squared share of first choices",
-        source="the chance that two independent draws are alike (Simpson 1949)",
+        source="the probability that two independent draws are equal (Simpson 1949)",
     )
 
 
 def _lost(dataset: xr.Dataset, lags: Sequence[int]) -> list[int]:
-    """Pairs that a document would have and its rows do not, by lag; special tokens and selections are not looked at."""
+    """Pairs that a document would have but its rows do not, by lag; special tokens and selections are ignored."""
     document, length = dataset["document_id"].values, dataset["length"].values.astype(np.int64)
     if "captured" in dataset:
         document, length = document[dataset["captured"].values], length[dataset["captured"].values]
@@ -152,9 +152,9 @@ def _lost(dataset: xr.Dataset, lags: Sequence[int]) -> list[int]:
 
 @kernel
 def _add_ranks(expert: Array, counted: Array, lags: Array, pairs: Array, count: Array) -> None:
-    """Count pairs where an expert is a byte: each rank of one token with each of the other, a row's tokens at once.
+    """Count pairs if an expert is a byte: each rank of one token with each of the other, a row's tokens at once.
 
-    For k = 2 of 8 a quarter of the time that sets take, and less than theirs for k = 8 of 128 (measured).
+    For k = 2 of 8 this takes a quarter of the time of sets, and also less for k = 8 of 128 (measured).
     """
     rows, positions, layers, choices = expert.shape
     ranks = room_to_turn(positions, layers * choices)
@@ -183,7 +183,7 @@ def _add_ranks(expert: Array, counted: Array, lags: Array, pairs: Array, count: 
 
 @kernel
 def _apart(here: Array, there: Array, size: int, apart: Array) -> int:
-    """0 for pairs of tokens that both count and APART for others; how many pairs count."""
+    """Write 0 for pairs of counted tokens and APART for others; returns the number of counted pairs."""
     number = 0
     for place in range(size):
         both = here[place] and there[place]
@@ -194,14 +194,14 @@ def _apart(here: Array, there: Array, size: int, apart: Array) -> int:
 
 @kernel
 def _begin(here: Array, there: Array, apart: Array, size: int, alike: Array) -> None:
-    """1 for pairs of tokens with the same choice, beside what sets them apart."""
+    """Write 1 for pairs of tokens with the same choice, plus what marks uncounted pairs."""
     for place in range(size):
         alike[place] = np.uint8(apart[place] + np.uint8(here[place] == there[place]))
 
 
 @kernel
 def _compare(here: Array, there: Array, after: Array, size: int, alike: Array) -> None:
-    """Add 2 for each of two choices of the other token that is this one of a token."""
+    """Add 2 for each of two choices of the other token that equals this choice of a token."""
     for place in range(size):
         same = np.uint8(here[place] == there[place]) + np.uint8(here[place] == after[place])
         alike[place] = np.uint8(alike[place] + 2 * same)
@@ -209,7 +209,7 @@ def _compare(here: Array, there: Array, after: Array, size: int, alike: Array) -
 
 @kernel
 def _tally(alike: Array, size: int, pairs: int, count: Array) -> None:
-    """Count twice the shared experts, and one more for the same first choice; pairs that share none are the rest."""
+    """Tally pairs by twice the number of shared experts, plus one for the same first choice; the rest share none."""
     left: Any = pairs
     for value in range(2, 2 * len(count)):
         wanted, number = np.uint8(value), np.uint32(0)
@@ -222,9 +222,10 @@ def _tally(alike: Array, size: int, pairs: int, count: Array) -> None:
 
 @kernel
 def _add_sets(expert: Array, counted: Array, lags: Array, pairs: Array, count: Array) -> None:
-    """Count pairs where there are more experts, from each token's experts as a set of bits.
+    """Count pairs if there are more experts, with each token's experts as a set of bits.
 
-    64 experts and several layers are compared at once: less than a tenth of the time that one by one takes (measured).
+    64 experts and several layers are compared at once, in less than a tenth of the time of single comparisons
+    (measured).
     """
     (rows, positions, layers, _), bins = expert.shape, 2 * count.shape[2]
     flat = count.reshape(len(lags), layers * bins)  # a view
@@ -251,7 +252,7 @@ def _add_sets(expert: Array, counted: Array, lags: Array, pairs: Array, count: A
 
 @kernel
 def _largest(expert: Array, counted: Array) -> int:
-    """The largest expert of tokens that count; 0 where there is none."""
+    """The largest expert of counted tokens; 0 if there is none."""
     rows, positions, layers, choices = expert.shape
     largest = 0
     for row in range(rows):
@@ -265,7 +266,8 @@ def _largest(expert: Array, counted: Array) -> int:
 
 @kernel
 def _set_members(expert: Array, counted: Array, members: Array, first: Array) -> None:
-    """A row's experts as bits (position, word, layer), and its first choices; no bit where a token does not count."""
+    """A row's experts as bits (position, word, layer), and its first choices; no bit for tokens that are not
+    counted."""
     positions, layers, choices = expert.shape
     for position in range(positions):
         members[position] = 0

@@ -1,11 +1,11 @@
-"""How much each expert contributes: its weight times the norm of its output, over the tokens that reach it.
+"""How much each expert contributes: its weight times the norm of its output, over the tokens that choose it.
 
 Needs a capture with `--record output_norm`, and weights. The mean is the criterion by which REAP prunes experts. The
-maximum is of the kind by which Super Experts are found, whose own criterion is the largest single element of an output,
-not its norm. Both papers decide from a calibration text; here every data set has numbers of its own, and intervals over
-its documents say which order of experts another text would give again.
+maximum is similar to the criterion for Super Experts, which is the largest single element of an output, not its norm.
+Both papers use one calibration text; here every data set has its own numbers, and intervals over its documents show
+which part of the order of experts would hold for another text.
 
-Promises: sums of whole numbers, so that they do not depend on order. Does not know which experts can be left out.
+Promises: sums of integers, so the result does not depend on order. Does not know which experts can be removed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from analysis.attributes import described
 from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, scan, sizes
 from analysis.statistics.jackknife import Jackknife, with_intervals
 
-UNIT = 2.0**-20  # norms and their products are rounded to it, so that sums are exact; they hold 8.8e12 tokens × norm
+UNIT = (
+    2.0**-20
+)  # norms and their products are rounded to multiples of it, so that sums are exact up to 8.8e12 tokens × norm
 SOURCE = "REAP: Lasby et al. 2025, arXiv 2510.13999; Super Experts: Su et al. 2025, arXiv 2507.23279"
 DEFINITION = (
-    "saliency of an expert at a token = its weight × L2 norm of its output before it is weighed; over the tokens that"
-    " reach the expert"
+    "saliency of an expert at a token = its weight × L2 norm of its output before weighting; over the tokens that"
+    " choose the expert"
 )
 
 
@@ -48,7 +50,7 @@ class Saliency(Reducer):
             raise ValueError(NOT_FINITE)
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Means, NaN where no token reached the expert; totals; shares of a layer's total."""
+        """Means, NaN if no token chose the expert; totals; shares of a layer's total."""
         tokens, total, norm = (labelled(state[name], *CELL) for name in ("tokens", "saliency", "norm"))
         reached, of_layer = tokens.where(tokens > 0), total.sum("expert")
         found = {
@@ -63,7 +65,7 @@ class Saliency(Reducer):
             xr.Dataset(found, coords),
             n=int(state["tokens"].reshape(-1, *tokens.shape[-2:])[0, :1].sum()) // dataset.sizes["k"],
             estimator="mean over tokens",
-            null="none: an expert contributes what it does; of the share an even one, 1/E",
+            null="none for contributions; for the share an even one, 1/E",
             definition=f"{DEFINITION}; share = an expert's total over its layer's",
             source=SOURCE,
         )
@@ -88,7 +90,7 @@ class LargestSaliency(Reducer):
             raise ValueError(NOT_FINITE)
 
     def merge(self, state: State, other: State) -> State:
-        """The larger ones of both."""
+        """The larger values of both."""
         found: State = {"tokens": state["tokens"] + other["tokens"]}
         for name in ("saliency", "norm"):
             both = (each[name].view(np.float64) for each in (state, other))
@@ -96,7 +98,7 @@ class LargestSaliency(Reducer):
         return found
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The largest, NaN where no token reached the expert."""
+        """The largest values, NaN if no token chose the expert."""
         found = {
             f"largest_{name}": labelled(np.where((value := state[name].view(np.float64)) < 0, np.nan, value), *CELL)
             for name in ("saliency", "norm")
@@ -113,16 +115,16 @@ class LargestSaliency(Reducer):
 
 
 def saliency(dataset: xr.Dataset, *, level: float = 0.95, threads: int | None = None) -> xr.Dataset:
-    """How much each expert contributes at each layer: weight × output norm, over the tokens that reach it.
+    """How much each expert contributes at each layer: weight × output norm, over the tokens that choose it.
 
     Parameters
     ----------
     dataset : xr.Dataset
         A capture with weights and the norms of the experts' outputs.
     level : float
-        Of the intervals.
+                Level of the intervals.
     threads : int, optional
-        Shards decoded at the same time; default one a processor.
+        Shards decoded at the same time; default one per processor.
 
     Returns
     -------
@@ -139,32 +141,32 @@ def saliency(dataset: xr.Dataset, *, level: float = 0.95, threads: int | None = 
 
 
 def saliency_of(sums: xr.Dataset, largest: xr.Dataset, *, level: float = 0.95) -> xr.Dataset:
-    """How much each expert contributes, from what `Jackknife(Saliency())` and `LargestSaliency()` counted.
+    """How much each expert contributes, from the counts of `Jackknife(Saliency())` and `LargestSaliency()`.
 
     Parameters
     ----------
     sums : xr.Dataset
         From `analysis.Jackknife` of `analysis.Saliency`.
     largest : xr.Dataset
-        From `analysis.LargestSaliency`, of the same tokens.
+        From `analysis.LargestSaliency`, for the same tokens.
     level : float
-        Of the intervals.
+        Level of the intervals.
 
     Returns
     -------
     xr.Dataset
-        Over (layer, expert), float64, NaN where no token reached the expert: `mean_saliency`, of weight × norm, with
-        the ends `mean_saliency_low` and `mean_saliency_high` of its interval over documents; `total_saliency`, the
-        sum; `largest_saliency`, the maximum; `share` of the layer's total, null 1/E; `mean_norm`, with `_low` and
-        `_high`, and `largest_norm`, of the norms alone. `tokens` int64 that reached the expert. An interval is NaN
-        where these are of fewer than `MIN_EFFECTIVE_DOCUMENTS` effective documents.
+        Over (layer, expert), float64, NaN if no token chose the expert: `mean_saliency`, of weight × norm, with the
+        ends `mean_saliency_low` and `mean_saliency_high` of its interval over documents; `total_saliency`, the sum;
+        `largest_saliency`, the maximum; `share` of the layer's total, null 1/E; `mean_norm`, with `_low` and `_high`,
+        and `largest_norm`, of the norms alone. `tokens` int64 that chose the expert. An interval is NaN if these come
+        from fewer than `MIN_EFFECTIVE_DOCUMENTS` effective documents.
     """
     found = with_intervals(sums, level=level)
     return found.assign(largest.data_vars)
 
 
 def _arrays(block: Block) -> tuple[Array, Array, Array, Array]:
-    """Experts, weights and norms of a block, and which tokens count; kernels have no float16."""
+    """Experts, weights and norms of a block, and its counted tokens; kernels have no float16."""
     return block["expert"], block["weight"].astype(np.float32), block["output_norm"], block["counted"]
 
 
@@ -172,7 +174,7 @@ def _arrays(block: Block) -> tuple[Array, Array, Array, Array]:
 def _add(
     expert: Array, weight: Array, norm: Array, counted: Array, saliency: Array, norms: Array, tokens: Array
 ) -> bool:
-    """Add tokens; False at a number that is not finite."""
+    """Add tokens; False if a number is not finite."""
     rows, positions, layers, choices = expert.shape
     for row in range(rows):
         for position in range(positions):
@@ -193,7 +195,7 @@ def _add(
 
 @kernel
 def _keep_largest(expert: Array, weight: Array, norm: Array, counted: Array, saliency: Array, norms: Array) -> bool:
-    """Keep what is larger; False at a number that is not finite."""
+    """Keep the larger values; False if a number is not finite."""
     rows, positions, layers, choices = expert.shape
     for row in range(rows):
         for position in range(positions):

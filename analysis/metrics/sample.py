@@ -1,6 +1,6 @@
-"""A sample of documents whose tokens are kept one by one: for what no table of counts can hold.
+"""A sample of documents whose tokens are kept individually, for questions that no table of counts can answer.
 
-Documents, not tokens, because what is asked of the sample is asked within documents.
+Documents are sampled and not tokens, because the questions compare tokens within documents.
 
 Promises: the sample is the same in any order of shards and any chunking, on any number of threads and machines.
 """
@@ -22,13 +22,13 @@ from analysis.statistics.hashing import mixed
 class SampledRoutes(Reducer):
     """The tokens of some documents, with all their choices.
 
-    Documents are taken in the order of a hash of their ids, the rows of a document in that of a hash of their place in
-    it, while the rows before hold fewer than `size` tokens: all documents but the last are whole.
+    Documents are taken in the order of a hash of their ids, the rows of a document in the order of a hash of their
+    place in it, until they hold `size` tokens: all documents except the last are complete.
 
     Parameters
     ----------
     size : int
-        Tokens at which the sample ends, with the row that reaches them; all where fewer count.
+        Size of the sample in tokens; it ends with the row that reaches it. All tokens if there are fewer.
     layers : sequence of int, optional
         The model's layer numbers to keep; default all that were captured.
 
@@ -42,11 +42,11 @@ class SampledRoutes(Reducer):
 
     def __init__(self, size: int = 65_536, layers: Sequence[int] | None = None) -> None:
         if size < 1:
-            raise ValueError(f"size={size}: at least 1")
+            raise ValueError(f"size={size}: must be at least 1")
         self.size, self.layers = size, layers
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Nothing: `order`, `document` and `tokens` of rows, `token`, `position` and `expert` of tokens, row by row."""
+        """Empty: `order`, `document` and `tokens` of rows, `token`, `position` and `expert` of tokens, row by row."""
         index = layer_index(dataset["layer"].values, self.layers)
         return {
             "order": np.zeros((0, 2), np.uint64),
@@ -60,7 +60,7 @@ class SampledRoutes(Reducer):
         }
 
     def update(self, state: State, block: Block) -> None:
-        """Add one shard: only rows that are in the sample with what is known so far are copied."""
+        """Add one shard, copying only rows that are still in the sample."""
         tokens, order = block["counted"].sum(axis=1), document_order(block)
         known = len(state["tokens"])
         both = np.concatenate([state["order"], order]), np.concatenate([state["tokens"], tokens])
@@ -83,7 +83,7 @@ class SampledRoutes(Reducer):
         state.update(self.merge(state, own))
 
     def merge(self, state: State, other: State) -> State:
-        """The rows that come first of both."""
+        """The rows of both that come first."""
         both = {name: np.concatenate([state[name], other[name]]) for name in state if name not in ("index", "of")}
         row = first_rows(both["order"], both["tokens"], self.size)
         tokens = both["tokens"][row]
@@ -121,14 +121,14 @@ class SampledRoutes(Reducer):
 
 
 def document_order(block: Block) -> Array:
-    """What rows of a shard are ordered by, uint64 (row, 2): a hash of the document, and one of the place in it."""
+    """The sort keys of a shard's rows, uint64 (row, 2): a hash of the document, and one of the place in it."""
     with np.errstate(over="ignore"):
         document = mixed(block["document_id"].astype(np.uint64))
         return np.stack([document, mixed(document + block["offset"].astype(np.uint64))], axis=1)
 
 
 def first_rows(order: Array, tokens: Array, size: int) -> Array:
-    """The first rows in order, while those before hold fewer than `size` tokens; rows without one are left out."""
+    """The first rows in order, until they hold `size` tokens; rows without a token are left out."""
     row = np.lexsort((order[:, 1], order[:, 0]))
     row = row[tokens[row] > 0]
     before = np.cumsum(tokens[row]) - tokens[row]

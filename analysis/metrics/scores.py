@@ -1,12 +1,13 @@
-"""A token's distribution over all experts, from its router's logits: what several metrics and the explorer share.
+"""A token's distribution over all experts, from its router's logits; used by several metrics and the explorer.
 
-Scores are the exponentials of the logits where weights are made by a softmax, before or after the choice, and their
-sigmoids where they are made by these; divided by their sum they are the distribution. Correction biases and groups,
-which choose and do not weigh, are not in it.
+Scores are the exponentials of the logits if weights come from a softmax, before or after the choice, and the sigmoids
+of the logits if weights come from those. The distribution is the scores divided by their sum. Correction biases and
+groups affect only the choice, not the weights, and are not included.
 
-Where only the largest M logits were recorded, each other expert's score lies between 0 and the smallest of theirs. All
-at 0 gives the smallest entropy and the largest mass of what is recorded, all at that score the largest entropy and the
-smallest mass: entropy grows with any score that is below the mean of its logarithm, and so with the smallest ones.
+If only the largest M logits were recorded, each other expert's score lies between 0 and the smallest recorded score.
+With all of them at 0, the entropy is smallest and the mass of the recorded experts largest; with all at the smallest
+recorded score, the entropy is largest and the mass smallest: entropy grows with any score whose logarithm is below the
+mean, and so with the smallest ones.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from analysis.scanning import Array, kernel, sizes, without
 from store.attributes import attributes
 
 HOW = {"softmax": "exponential", "renormalized": "exponential", "sigmoid": "sigmoid"}
-"""Values of the attribute `router_transformation`, which says how weights come from logits, and what a score is."""
-NO_IDS = np.zeros((0, 0, 0, 0), np.uint8)  # in place of `logit_expert`, where the logits of all experts are there
+"""Values of the attribute `router_transformation`, which says how weights come from logits, and the corresponding
+score."""
+NO_IDS = np.zeros((0, 0, 0, 0), np.uint8)  # instead of `logit_expert`, if the logits of all experts were recorded
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ class Scores:
     """How a capture's logits become scores."""
 
     how: str
-    """By the "exponential" or the "sigmoid" of each."""
+    """The function: "exponential" or "sigmoid"."""
     experts: int
-    """Of a layer; more than there are logits where only the largest were recorded."""
+    """Experts per layer; more than the logits if only the largest were recorded."""
     recorded: int
-    """Logits of a token at a layer."""
+    """Recorded logits of a token at a layer."""
 
     @property
     def sigmoid(self) -> bool:
@@ -47,7 +49,7 @@ class Scores:
 
 
 def scores_of(dataset: xr.Dataset) -> Scores:
-    """How a capture's logits become scores, as its attributes say.
+    """How a capture's logits become scores, according to its attributes.
 
     Parameters
     ----------
@@ -62,7 +64,7 @@ def scores_of(dataset: xr.Dataset) -> Scores:
     Raises
     ------
     ValueError
-        When it has no logits, or they say nothing that is known here.
+        When it has no logits, or the attributes give no known transformation.
     """
     if "logit" not in dataset:
         raise ValueError(f"the distribution of a router needs {without(dataset, ['logit'])}")
@@ -70,20 +72,19 @@ def scores_of(dataset: xr.Dataset) -> Scores:
     if how not in HOW:
         where = dataset.attrs.get("dataset", "the capture")
         raise ValueError(
-            f"how the logits of {where} become weights is {how!r}, as the attribute router_transformation says: a"
-            f" distribution can be made where it is one of {', '.join(HOW)}"
+            f"{where} has router_transformation={how!r}: a distribution can only be computed for {', '.join(HOW)}"
         )
     return Scores(how=HOW[how], experts=sizes(dataset)[2], recorded=dataset["logit"].sizes[dataset["logit"].dims[-1]])
 
 
 def known_scores(dataset: xr.Dataset) -> Scores | None:
-    """The same; None where no logits were recorded, or it is not known how they become weights."""
+    """The same; None if no logits were recorded, or it is not known how they become weights."""
     known = "logit" in dataset and attributes(dataset).get("router_transformation") in HOW
     return scores_of(dataset) if known else None
 
 
 def probabilities(logit: Array, scores: Scores) -> Array:
-    """The distribution over the experts whose logits are there, float64, of the same shape."""
+    """The distribution over the experts with recorded logits, float64, of the same shape."""
     logit = np.asarray(logit, np.float64)
     with np.errstate(over="ignore"):
         score = 1 / (1 + np.exp(-logit)) if scores.sigmoid else np.exp(logit - logit.max(-1, keepdims=True))
@@ -101,7 +102,7 @@ def log_score(logit: float, sigmoid: bool) -> float:
 
 @kernel
 def entropy_ends(logit: Array, experts: int, sigmoid: bool) -> tuple[float, float]:
-    """The entropy in bits of one token at one layer: the bounds, which are equal where all logits are there."""
+    """The entropy in bits of one token at one layer: the bounds, which are equal if all logits were recorded."""
     largest, smallest, total, product = log_score(logit.max(), sigmoid), 0.0, 0.0, 0.0
     for index in range(logit.size):
         log = log_score(logit[index], sigmoid) - largest
@@ -114,8 +115,8 @@ def entropy_ends(logit: Array, experts: int, sigmoid: bool) -> tuple[float, floa
 
 @kernel
 def bits_of(total: float, product: float, smallest: float, left: int) -> tuple[float, float]:
-    """The bounds of the entropy of scores of this sum and this sum of score × log score, where so many are left, each
-    of them at most the smallest, which is given as its logarithm."""
+    """The bounds on the entropy of scores with the given sum and sum of score × log score, if `left` further scores are
+    unknown, each at most the smallest, which is given as its logarithm."""
     low = _bits(total, product)
     if left == 0:
         return low, low
@@ -125,13 +126,13 @@ def bits_of(total: float, product: float, smallest: float, left: int) -> tuple[f
 
 @kernel
 def _bits(total: float, product: float) -> float:
-    """The entropy of scores of this sum and this sum of score × log score; not below 0, as rounding may make it."""
+    """The entropy of scores with the given sum and sum of score × log score; at least 0 in spite of rounding."""
     return float(max((np.log(total) - product / total) / np.log(2.0), 0.0))
 
 
 @kernel
 def entropies(logit: Array, experts: int, sigmoid: bool) -> Array:
-    """Lower bounds of the entropy, in bits, float64 (token, layer); NaN where a logit is not finite."""
+    """Lower bounds of the entropy, in bits, float64 (token, layer); NaN if a logit is not finite."""
     tokens, layers, _ = logit.shape
     found = np.empty((tokens, layers))
     for token in range(tokens):

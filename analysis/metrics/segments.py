@@ -1,9 +1,9 @@
 """Do experts stay active for a while? Two measures of local routing consistency, SRP and SCH.
 
 Both are from Liang et al., "Not All Models Suit Expert Offloading" (arXiv 2505.16056; code: ljcleo/moe-lrc). SRP: how
-well one fixed group of experts serves a segment. A segment is m neighbouring positions of one row whose tokens all
-count; every position that can begin one does. SCH: the hit rate of a cache that knows a segment of the future, under
-the convention of `analysis.metrics.caching`. Promises exact counts for several lengths in one scan.
+well one fixed group of experts serves a segment. A segment is m neighbouring positions of one row whose tokens are all
+counted; segments start at every possible position. SCH: the hit rate of a cache that knows a segment of the future,
+under the convention of `analysis.metrics.caching`. Promises exact counts for several lengths in one scan.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SEGMENT_LENGTHS = (4, 16, 64, 256)  # those of the paper
 
 
 class SegmentRouting(Reducer):
-    """In how many segments an expert is active f times, for each f, expert, layer and length.
+    """The number of segments in which an expert is active f times, for each f, expert, layer and length.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class SegmentRouting(Reducer):
         state["tokens"] += np.count_nonzero(block["counted"])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The best F1 of a segment router, and what it activates; NaN where there is no segment."""
+        """The best F1 of a segment router, and what it activates; NaN if there is no segment."""
         layers, choices, experts = sizes(dataset)
         of_layer, of_expert = ("segment_length", "layer"), ("segment_length", "layer", "expert")
         names = {"performance": of_layer, "size_ratio": of_layer, "expert_performance": of_expert}
@@ -73,8 +73,8 @@ class SegmentRouting(Reducer):
             result,
             n=int(state["tokens"][0]),
             estimator="maximum over thresholds, on all segments",
-            null="variables `null` and `null_size_ratio`: performance and size_ratio of endless independent uniform"
-            " routing",
+            null="variables `null` and `null_size_ratio`: performance and size_ratio for infinitely long independent"
+            " uniform routing",
             definition="SRP(m) = max over a of 2 Σ_{f ≥ a} f / Σ (m [f ≥ a] + f), where f is how often an expert is"
             " active in a segment of m tokens, over all segments and the layer's experts (performance) or one expert's"
             " (expert_performance); size_ratio = m |{f ≥ a}| / Σ f at that a",
@@ -85,30 +85,31 @@ class SegmentRouting(Reducer):
 def segment_routing(
     dataset: xr.Dataset, segment_lengths: Sequence[int] = SEGMENT_LENGTHS, *, threads: int | None = None
 ) -> xr.Dataset:
-    """Segment routing best performance, SRP: the best F1 that routing by segments can reach against the real routing.
+    """Segment routing best performance, SRP: the best F1 that routing by segments can reach relative to the real
+    routing.
 
-    A segment router activates an expert for all m tokens of a segment or for none. Its F1 is highest when it
-    activates those that are active at least α times: SRP = max over α of 2 Σ_{f ≥ α} f / Σ (m [f ≥ α] + f), where f
-    is how often the expert is active in the segment, the sums go over all segments (every position that can begin
-    one), and for a layer also over its experts, with one α (Liang et al., arXiv 2505.16056, equations 4 and 6).
+    A segment router activates an expert for all m tokens of a segment or for none. Its F1 is highest if it activates
+    experts that are active at least α times: SRP = max over α of 2 Σ_{f ≥ α} f / Σ (m [f ≥ α] + f), where f is how
+    often the expert is active in the segment, the sums run over all segments (one for every possible start), and for a
+    layer also over its experts, with one α (Liang et al., arXiv 2505.16056, equations 4 and 6).
 
     Parameters
     ----------
     dataset : xr.Dataset
         A capture.
     segment_lengths : sequence of int
-        m, in tokens; a row that is shorter has no such segment.
+        m, in tokens; a shorter row has no such segment.
     threads : int, optional
-        Shards decoded at the same time; default one a processor. Each keeps 8 (m + 1) bytes for every layer, expert
+        Shards decoded at the same time; default one per processor. Each keeps 8 (m + 1) bytes for every layer, expert
         and length, with the longest m.
 
     Returns
     -------
     xr.Dataset
         float64: `performance` and `size_ratio` (segment_length, layer), the latter the experts that the best router
-        activates over the k that are chosen, the paper's ρ̂; `expert_performance` (segment_length, layer, expert), 0
-        for an expert that is never chosen. `segments` int64 (segment_length). NaN where there is no segment. `null`
-        and `null_size_ratio` (segment_length): the same for independent uniform routing.
+        activates, relative to the k chosen ones, the paper's ρ̂; `expert_performance` (segment_length, layer, expert),
+        0 for an expert that is never chosen. `segments` int64 (segment_length). NaN if there is no segment. `null` and
+        `null_size_ratio` (segment_length): the same for independent uniform routing.
 
     Raises
     ------
@@ -127,11 +128,11 @@ def segment_cache_hits(
 ) -> xr.Dataset:
     """Segment cache best hit rate, SCH: a cache that knows how often each expert is used in the next m tokens.
 
-    For each token the experts that are missing are loaded, and for each of them the unused expert is evicted whose
-    uses in the next m tokens are fewest (Liang et al., arXiv 2505.16056, section 2.3). As in the authors' code, the m
-    tokens begin with the one being served, and ties evict the least recently used; unlike there, and as in their text,
-    an expert that the same token needs is never evicted. m = 1 is LRU. (The paper's first version called another
-    number SCH: the share of a segment's choices that its C most frequent experts cover.)
+    For each token, the missing experts are loaded, and for each of them the unused expert with the fewest uses in the
+    next m tokens is evicted (Liang et al., arXiv 2505.16056, section 2.3). As in the authors' code, the m tokens start
+    with the current one, and ties evict the least recently used; unlike in the code, but as in their text, an expert
+    that the same token needs is never evicted. m = 1 is LRU. (The paper's first version used the name SCH for another
+    number: the share of a segment's choices that its C most frequent experts cover.)
 
     Parameters
     ----------
@@ -142,7 +143,7 @@ def segment_cache_hits(
     segment_lengths : sequence of int
         m, in tokens.
     threads : int, optional
-        Shards decoded at the same time; default one a processor.
+        Shards decoded at the same time; default one per processor.
 
     Returns
     -------
@@ -159,26 +160,26 @@ def segment_cache_hits(
 
 
 def segment_cache_hits_of(counts: xr.Dataset) -> xr.Dataset:
-    """Segment cache best hit rate, from what `CacheCounts` counted.
+    """Segment cache best hit rate, from the counts of `CacheCounts`.
 
     Parameters
     ----------
     counts : xr.Dataset
-        From `analysis.CacheCounts` with segment lengths; caches of other policies are left out.
+        From `analysis.CacheCounts` with segment lengths; caches of other policies are ignored.
 
     Returns
     -------
     xr.Dataset
         Over (segment_length, cache_size, layer), as `analysis.cache_hits_of`: `hits` int64, `hit_rate` and
-        `hit_rate_preloaded` float64, NaN when nothing was counted; without a null. The paper's figure is
-        `hit_rate_preloaded`; `hit_rate` is the one to put beside those of `cache_hits`.
+        `hit_rate_preloaded` float64, NaN if nothing was counted; without a null. The paper reports
+        `hit_rate_preloaded`; `hit_rate` is comparable with the results of `cache_hits`.
     """
     return described(
         hit_rates(counts, counts["policy"].values == "segment", "segment_length"),
         n=counts.attrs["n"],
         counted=SCORED,
         tokens=counts.attrs["tokens"],
-        estimator="simulation of every row, caches empty at its start",
+        estimator="simulation of every row, with empty caches at its start",
         null=np.nan,
         definition=f"evicted: the expert with the fewest uses in the next segment_length tokens; {CONVENTION}",
         source="SCH of Liang et al., arXiv 2505.16056, section 2.3; ljcleo/moe-lrc, src/41_sch_calc.py",
@@ -188,14 +189,14 @@ def segment_cache_hits_of(counts: xr.Dataset) -> xr.Dataset:
 def _lengths(segment_lengths: Sequence[int]) -> tuple[int, ...]:
     lengths = tuple(sorted(set(map(int, segment_lengths))))
     if not lengths or lengths[0] < 1:
-        raise ValueError(f"segment_lengths {tuple(segment_lengths)}: one or more of at least 1 token")
+        raise ValueError(f"segment_lengths {tuple(segment_lengths)}: must be one or more lengths of at least 1 token")
     return lengths
 
 
 def _best(segments: Array) -> tuple[Array, Array]:
-    """The best F1 and the size ratio at it (...), from the number of segments by times active (..., m + 1).
+    """The best F1 and its size ratio (...), from the number of segments by times active (..., m + 1).
 
-    Of thresholds that are equally good the lowest is taken, as the paper's equation 4 does.
+    Among equally good thresholds the lowest is used, as in the paper's equation 4.
     """
     times = np.arange(segments.shape[-1])
     right = np.flip(np.flip(segments * times, -1).cumsum(-1), -1)
@@ -209,7 +210,7 @@ def _best(segments: Array) -> tuple[Array, Array]:
 
 
 def _binomial(length: int, chance: float) -> Array:
-    """The share of segments (length + 1) in which an expert with this chance at each token is active f times."""
+    """The share of segments (length + 1) in which an expert with this probability at each token is active f times."""
     share = np.array([1.0])
     for _ in range(length):
         share = np.append(share * (1 - chance), 0) + np.append(0, share * chance)
@@ -233,7 +234,7 @@ def _add_segments(expert: Array, counted: Array, lengths: Array, segments: Array
                 for layer in range(layers if stop - start >= length else 0):
                     table = segments[index, layer]
                     times[:] = 0
-                    since[:] = start + length - 1  # where the first window is complete
+                    since[:] = start + length - 1  # the end of the first complete window
                     for position in range(start, stop):
                         for k in range(choices if position - length >= start else 0):
                             leaving = expert[row, position - length, layer, k]

@@ -1,10 +1,10 @@
-"""How well the model predicts as a row goes on, and whether it is surprised where its routers are unsure.
+"""How well the model predicts along a row, and whether it is surprised where its routers are uncertain.
 
-Needs a capture with `--record logprob`, and for the second question `--record logits`. Surprise is the log-probability
-of the next token with its sign turned, in nats: the mean is the usual loss, and its exponential the perplexity. Tokens
-are those that count: what follows a special token, such as the first one of a text, is left out.
+Needs a capture with `--record logprob`, and for the second question `--record logits`. Surprise is the negative
+log-probability of the next token, in nats: its mean is the usual loss, and the exponential of the mean is the
+perplexity. Only counted tokens are used: what follows a special token, such as the first token of a text, is left out.
 
-Promises: sums of whole numbers, so that they do not depend on order. Does not know experts.
+Promises: sums of integers, so the result does not depend on order. Does not know experts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from analysis.metrics.scores import Scores, entropy_ends, scores_of
 from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, scan
 from analysis.statistics.jackknife import Jackknife, interval, with_intervals
 
-UNIT = 2.0**-20  # surprises, in nats, are rounded to it, so that sums are exact
-SQUARE = 2.0**-24  # products of a surprise and an entropy likewise
+UNIT = 2.0**-20  # surprises, in nats, are rounded to multiples of it, so that sums are exact
+SQUARE = 2.0**-24  # the same for products of a surprise and an entropy
 MOMENTS = ("surprise", "entropy", "surprise_squared", "entropy_squared", "product")
 WITHIN = ("within_surprise", "within_entropy", "within_product")
 
@@ -41,7 +41,7 @@ class Surprise(Reducer):
 
     def __init__(self, bins: Bins = "doubling") -> None:
         if isinstance(bins, int) and bins < 1:
-            raise ValueError(f"bins={bins}: at least 1")
+            raise ValueError(f"bins={bins}: must be at least 1")
         self.bins = bins
 
     def init(self, dataset: xr.Dataset) -> State:
@@ -59,7 +59,7 @@ class Surprise(Reducer):
         np.add.at(state["tokens"], at, 1)
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Means by range, and of all; NaN where nothing was counted."""
+        """Means by range, and over all positions; NaN if nothing was counted."""
         tokens, total = labelled(state["tokens"], "start"), labelled(state["surprise"] * UNIT, "start")
         everything = tokens.sum("start")
         found = {
@@ -74,7 +74,7 @@ class Surprise(Reducer):
             xr.Dataset(found, {"start": range_starts(self.bins, dataset.sizes["position"])}),
             n=int(np.atleast_2d(state["tokens"])[0].sum()),
             estimator="mean over tokens",
-            null="none: of a model that knows nothing, the logarithm of the vocabulary",
+            null="none; a model without knowledge has the logarithm of the vocabulary size",
             definition="surprise = -log-probability of the next token, in nats, by the position in the row of the token"
             " that predicts it; exp(mean) is the perplexity",
             source="-",
@@ -82,7 +82,7 @@ class Surprise(Reducer):
 
 
 class SurpriseEntropy(Reducer):
-    """Sums, by layer, of which correlations of surprise and router entropy are made.
+    """Sums, by layer, for correlations of surprise and router entropy.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ class SurpriseEntropy(Reducer):
                 state[name] += own
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """Correlations; NaN where one of the two does not vary."""
+        """Correlations; NaN if one of the two does not vary."""
         own = {name: labelled(state[name] * SQUARE, "layer") for name in (*MOMENTS, *WITHIN)}
         tokens = labelled(state["tokens"][..., 0].astype(float))
         x, y = (own[name] / tokens.where(tokens > 0) for name in ("surprise", "entropy"))
@@ -129,8 +129,8 @@ class SurpriseEntropy(Reducer):
             estimator="product-moment",
             null=0.0,
             definition="correlation over tokens of surprise, -log-probability of the next token, and the entropy of the"
-            " router's distribution at the layer; within = of their deviations from the means of the same token id in"
-            f" the same row{', the entropy being of the largest logits alone' * self.scores.truncated}",
+            " router's distribution at the layer; within = correlation of their deviations from the means of the same"
+            f" token id in the same row{', with the entropy of the largest logits only' * self.scores.truncated}",
             source="Pearson 1895",
         )
 
@@ -138,7 +138,7 @@ class SurpriseEntropy(Reducer):
 def surprise(
     dataset: xr.Dataset, *, bins: Bins = "doubling", level: float = 0.95, threads: int | None = None
 ) -> xr.Dataset:
-    """How well the model predicts the next token as a row goes on.
+    """How well the model predicts the next token along a row.
 
     Parameters
     ----------
@@ -147,16 +147,16 @@ def surprise(
     bins : int or "doubling"
         Ranges of positions; see `analysis.ExpertCounts`.
     level : float
-        Of the intervals.
+                        Level of the intervals.
     threads : int, optional
-        Shards decoded at the same time; default one a processor.
+        Shards decoded at the same time; default one per processor.
 
     Returns
     -------
     xr.Dataset
         float64 over (start), a range's first position in the row: `mean_surprise` in nats, with the ends `_low` and
         `_high` of its interval over documents; `surprise_of_all`, over all positions, with its own ends. int64:
-        `tokens` and `tokens_of_all`. NaN where nothing was counted. Later positions are of longer documents only.
+        `tokens` and `tokens_of_all`. NaN if nothing was counted. Later positions exist only in longer documents.
 
     Raises
     ------
@@ -167,16 +167,16 @@ def surprise(
 
 
 def surprise_and_entropy(dataset: xr.Dataset, *, level: float = 0.95, threads: int | None = None) -> xr.Dataset:
-    """Is the model surprised by what follows where a layer's router is unsure?
+    """Whether the model is surprised by what follows where a layer's router is uncertain.
 
     Parameters
     ----------
     dataset : xr.Dataset
         A capture with log-probabilities and logits.
     level : float
-        Of the intervals.
+                Level of the intervals.
     threads : int, optional
-        Shards decoded at the same time; default one a processor.
+        Shards decoded at the same time; default one per processor.
 
     Returns
     -------
@@ -193,27 +193,27 @@ def surprise_and_entropy(dataset: xr.Dataset, *, level: float = 0.95, threads: i
 
 
 def surprise_and_entropy_of(counts: xr.Dataset, *, level: float = 0.95) -> xr.Dataset:
-    """Correlations with their intervals, from what `Jackknife(SurpriseEntropy(...))` counted.
+    """Correlations with their intervals, from the counts of `Jackknife(SurpriseEntropy(...))`.
 
     Parameters
     ----------
     counts : xr.Dataset
         From `analysis.Jackknife` of `analysis.SurpriseEntropy`.
     level : float
-        Of the intervals.
+        Level of the intervals.
 
     Returns
     -------
     xr.Dataset
-        float64 over (layer), null 0: `correlation` of surprise and router entropy over tokens, which frequent tokens
-        may explain, and `within`, that of their deviations within the same token id and row. Each with the ends `_low`
-        and `_high` of its interval over documents, symmetric in Fisher's z. NaN where one of the two does not vary.
+        float64 over (layer), null 0: `correlation` of surprise and router entropy over tokens, which may be explained
+        by frequent tokens, and `within`, that of their deviations within the same token id and row. Each with the ends
+        `_low` and `_high` of its interval over documents, symmetric in Fisher's z. NaN if one of the two does not vary.
     """
     found = counts.isel(replicate=0).drop_vars(["replicate", "left_out", "unit"])
     for name in ("correlation", "within"):
-        ends = interval((counts[name] + 1) / 2, level, scale="share")  # log odds of it are twice Fisher's z
+        ends = interval((counts[name] + 1) / 2, level, scale="share")  # its log odds are twice Fisher's z
         found = found.assign({f"{name}_{end}": 2 * ends[end] - 1 for end in ("low", "high")})
-    return found.assign_attrs(level=level, estimator=f"product-moment; {ends.attrs['estimator']}, of Fisher's z")
+    return found.assign_attrs(level=level, estimator=f"product-moment; {ends.attrs['estimator']}, on Fisher's z")
 
 
 def _correlation(xx: xr.DataArray, yy: xr.DataArray, xy: xr.DataArray) -> xr.DataArray:
@@ -232,7 +232,7 @@ def _add_moments(
     moments: Array,
     within: Array,
 ) -> int:
-    """Add tokens, and tell how many; −1 at a logit that is not finite."""
+    """Add tokens, and return their number; −1 if a logit is not finite."""
     rows, positions, layers, _ = logit.shape
     entropy, tokens = np.zeros((positions, layers)), 0
     for row in range(rows):

@@ -1,7 +1,8 @@
-"""Which tokens carry a difference between two data sets.
+"""Which tokens contribute to a difference between two data sets.
 
-A difference in an expert's load has two causes: one data set has other tokens, or the same tokens go elsewhere. Each
-token's share of a difference is split into the two, exactly (Kitagawa 1955; the same split is Oaxaca's and Blinder's).
+A difference in an expert's load has two causes: the data sets have different tokens, or the same tokens go to different
+experts. Each token's part of a difference is split exactly into the two (Kitagawa 1955; also known as the
+Oaxaca–Blinder decomposition).
 
 Promises: constant memory; the same result in any order. Does not know documents: `analysis.metrics.document_scores`.
 """
@@ -38,19 +39,18 @@ def token_contributions(
     layers : sequence of int, optional
         The model's layer numbers; default all.
     top : int
-        Tokens listed for each expert.
+        Number of tokens to list per expert.
     only, threads, progress
         See `analysis.scan`.
 
     Returns
     -------
     xr.Dataset
-        Over (layer, expert), float64: `difference`, the share of `one`'s tokens that reach the expert less that of
-        `other`'s, and its parts `usage`, from how often tokens occur, and `routing`, from where the same tokens go.
-        Over (layer, expert, place), largest first whatever the sign: `token_id` int64 (-1 where there is none), `piece`
-        str, and float64 the token's `contribution`, `token_usage` and `token_routing`, which over all tokens add up to
-        the above.
-        A token that only one data set has is a matter of usage.
+        Over (layer, expert), float64: `difference`, the share of `one`'s tokens that choose the expert minus that of
+        `other`'s, and its parts `usage`, from how often tokens occur, and `routing`, from the experts of the same
+        tokens. Over (layer, expert, place), largest absolute value first: `token_id` int64 (-1 if there is none),
+        `piece` str, and float64 the token's `contribution`, `token_usage` and `token_routing`, which add up to the
+        above over all tokens. A token that only one data set has counts as usage.
 
     Raises
     ------
@@ -59,13 +59,13 @@ def token_contributions(
     """
     refuse_incomparable({"one": one, "other": other})
     if not np.array_equal(one["piece"].values, other["piece"].values):
-        raise ValueError("the captures have other tokenizers: their pieces differ")
+        raise ValueError("the captures have different tokenizers: their pieces differ")
     asked = [TokenCounts(layers)]
     tables = [scan(capture, asked, only=only, threads=threads, progress=progress)[0] for capture in (one, other)]
     n = [int(table["tokens"].sum()) for table in tables]
     if not all(n):
         raise ValueError(
-            f"no token of the {'other' if n[0] else 'first'} capture is there: there is nothing to compare"
+            f"the {'other' if n[0] else 'first'} capture has no counted token, so there is nothing to compare"
         )
     pieces = one["piece"].values.astype(object)
     parts = [
@@ -84,7 +84,7 @@ def token_contributions(
 
 
 def contributions_of(one: xr.Dataset, other: xr.Dataset, pieces: Array, top: int) -> xr.Dataset:
-    """`token_contributions` of one layer, from the counts (token_id, expert) of both sides and their `tokens`."""
+    """`token_contributions` for one layer, from the counts (token_id, expert) of both sides and their `tokens`."""
     seen = np.flatnonzero(one["tokens"].values + other["tokens"].values)
     share, goes = [], []
     for side in (one, other):

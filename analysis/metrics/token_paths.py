@@ -1,8 +1,8 @@
-"""The ways of some tokens through the layers: where their first choices go, and how those follow each other.
+"""The paths of some tokens through the layers: their first choices, and the transitions between these.
 
-Which tokens is asked before the scan: `frequent_ids` looks at a part of the planned text, which has the token ids
-without a single route. Rare tokens are no candidates, for their transitions would be luck. Promises exact counts of the
-tokens that it is given. Does not know what other tokens do: `analysis.metrics.choices`.
+The tokens are selected before the scan: `frequent_ids` reads a part of the planned text, whose token ids are known
+without any route. Rare tokens are not candidates, because their transitions would be mostly chance. Promises exact
+counts for the given tokens. Does not know about other tokens: see `analysis.metrics.choices`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import xarray as xr
 from analysis.attributes import described
 from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, shards_to_read, sizes
 
-SHARDS_LOOKED_AT = 4  # for frequent tokens: a million with the default shards (arbitrary)
+SHARDS_LOOKED_AT = 4  # for finding frequent tokens: a million tokens with the default shards (arbitrary)
 
 
 class TokenPaths(Reducer):
@@ -24,18 +24,18 @@ class TokenPaths(Reducer):
     Parameters
     ----------
     tokens : sequence of int
-        Their ids.
+        Token ids.
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = tuple(tokens)
         if len(set(self.tokens)) != len(self.tokens):
-            raise ValueError(f"tokens {self.tokens}: one is named twice")
+            raise ValueError(f"tokens {self.tokens}: an id is repeated")
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: `tokens` (token), `first` (token, layer, expert) and `followed` (token, lower layer, expert, next).
 
-        In 32 bits, for many experts take much room.
+        In 32 bits, because many experts take much space.
         """
         layers, _, experts = sizes(dataset)
         count = len(self.tokens)
@@ -56,7 +56,7 @@ class TokenPaths(Reducer):
         _add_paths(block["expert"], block["token"], block["counted"], *counts)
 
     def merge(self, state: State, other: State) -> State:
-        """Sum the counts; both are of the same tokens."""
+        """Sum the counts; both cover the same tokens."""
         if state["tokens"].sum() + other["tokens"].sum() > np.iinfo(state["followed"].dtype).max:
             _widen(state)
         return super().merge(state, other) | {"slot": state["slot"]}
@@ -86,22 +86,22 @@ class TokenPaths(Reducer):
             n=int(state["tokens"].sum()),
             counted="occurrences of these tokens",
             estimator="counts",
-            null="every table even",
+            null="even tables",
             definition="occurrences of a token by its first choice at a layer, and by its first choices at two"
             " neighbouring layers",
-            source="OLMoE (Muennighoff et al. 2024), cross-layer flow, here of one token",
+            source="OLMoE (Muennighoff et al. 2024), cross-layer flow, here for one token",
         )
 
 
 def frequent_ids(dataset: xr.Dataset, count: int) -> list[int]:
-    """The most frequent token ids of a part of what is captured, most frequent first; special ones left out.
+    """The most frequent token ids in a part of the capture, most frequent first, without special tokens.
 
     Parameters
     ----------
     dataset : xr.Dataset
-        A capture; `token` is read at `SHARDS_LOOKED_AT` shards, evenly spread.
+        A capture; `token` is read from `SHARDS_LOOKED_AT` evenly spaced shards.
     count : int
-        Ids wanted; fewer where fewer occur.
+        Number of ids; fewer if fewer occur.
 
     Returns
     -------
@@ -113,7 +113,7 @@ def frequent_ids(dataset: xr.Dataset, count: int) -> list[int]:
     occurrences = np.zeros(dataset.sizes["token_id"], np.int64)
     for index in spread if shards else ():
         token = dataset["token"].variable.isel(doc=shards[index]).load(scheduler="synchronous").values
-        known = token[(token >= 0) & (token < len(occurrences))]  # a damaged one is refused by the scan
+        known = token[(token >= 0) & (token < len(occurrences))]  # a damaged id is rejected by the scan
         occurrences += np.bincount(known, minlength=len(occurrences))
     occurrences[list(dataset.attrs["special_token_ids"])] = 0
     order = np.argsort(-occurrences, kind="stable")[:count]
@@ -121,25 +121,26 @@ def frequent_ids(dataset: xr.Dataset, count: int) -> list[int]:
 
 
 def telling(paths: xr.Dataset, load: xr.Dataset, count: int, *, min_count: int) -> xr.Dataset:
-    """Some of the tokens, with what their first choices tell: half for being frequent, half for having their own way.
+    """A selection of the tokens, with information about their first choices: half of them because they are frequent,
+    half because their paths differ most.
 
     Parameters
     ----------
     paths : xr.Dataset
         From `TokenPaths`.
     load : xr.Dataset
-        From `analysis.metrics.load.expert_load`, of the same capture.
+        From `analysis.metrics.load.expert_load`, for the same capture.
     count : int
-        Tokens wanted.
+        Number of tokens to return.
     min_count : int
-        Occurrences that a token must have.
+        The least number of occurrences of a token.
 
     Returns
     -------
     xr.Dataset
         As `paths`, most frequent token first, with `apart` float64 (token_id): how far its first choices are from all
-        tokens', Kullback–Leibler divergence in bits, mean over layers, less what as many random draws would show
-        (Miller–Madow); and int64 (token_id) `telling_layer` and `telling_expert`, where most of that comes from.
+        tokens', Kullback–Leibler divergence in bits, mean over layers, minus the value expected for as many random
+        draws (Miller–Madow); and int64 (token_id) `telling_layer` and `telling_expert`, the largest contribution to it.
     """
     paths = paths.isel(token_id=np.flatnonzero(paths["tokens"].values >= min_count))
     paths = paths.isel(token_id=np.argsort(-paths["tokens"].values, kind="stable"))
@@ -163,7 +164,7 @@ def telling(paths: xr.Dataset, load: xr.Dataset, count: int, *, min_count: int) 
         found,
         n=int(found["tokens"].sum()),
         counted="occurrences of these tokens",
-        estimator="plug-in, less Miller–Madow's bias",
+        estimator="plug-in, minus the Miller–Madow bias",
         null=0.0,
         definition="apart: mean over layers of Σ over experts of P(e given x) log2(P(e given x) / P(e))",
         source="Kullback & Leibler 1951",

@@ -1,8 +1,8 @@
-"""Which experts a token goes to, and which tokens an expert gets: the notebook's two dictionaries, counted.
+"""Which experts a token goes to, and which tokens an expert gets: the two dictionaries of the original notebook.
 
-A token is counted at an expert when that expert is any of its k choices. Promises exact counts for any
-layers; the table takes 4 × vocabulary × layers × experts bytes (33 MB for all of Mixtral) in each
-thread. Does not know text: pieces are the tokenizer's own ("▁the", "<0x0A>"), as the store keeps them.
+A token is counted at an expert if that expert is any of its k choices. Promises exact counts for any layers; the table
+takes 4 × vocabulary × layers × experts bytes (33 MB for all of Mixtral) in each thread. Does not know text: pieces are
+those of the tokenizer ("▁the", "<0x0A>"), as in the store.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _SOURCE = "OLMoE (Muennighoff et al. 2024), section 5, vocabulary specialization
 
 
 class TokenCounts(Reducer):
-    """Counts by token id, layer and expert, for chosen layers: what `token_experts_of` and `expert_tokens_of` take.
+    """Counts by token id, layer and expert, for selected layers: the input of `token_experts_of` and
+    `expert_tokens_of`.
 
     Parameters
     ----------
@@ -37,18 +38,19 @@ class TokenCounts(Reducer):
     Raises
     ------
     ValueError
-        When the choice is another word.
+        When `choice` has another value.
     """
 
     def __init__(self, layers: Sequence[int] | None = None, choice: Choice = "any") -> None:
         if choice not in ("any", "first"):
-            raise ValueError(f"choice={choice!r}: 'any' counts all choices of a token, 'first' its first one")
+            raise ValueError(f"choice={choice!r}: must be 'any' (all choices of a token) or 'first' (its first one)")
         self.layers, self.choice = layers, choice
 
     def init(self, dataset: xr.Dataset) -> State:
         """Zeros: `count` (token_id, layer, expert) and `tokens` (token_id), and layer indices.
 
-        A token's counts lie together, in 32 bits: a quarter of the time that a table for each layer takes (measured).
+        A token's counts are contiguous, in 32 bits, which takes a quarter of the time of a table for each layer
+        (measured).
         """
         index = layer_index(dataset["layer"].values, self.layers)
         vocabulary, (_, _, experts) = dataset.sizes["token_id"], sizes(dataset)
@@ -83,12 +85,12 @@ class TokenCounts(Reducer):
 def label_counts(
     count: Array, tokens: Array, layers: Sequence[int] | Array, dataset: xr.Dataset, choice: Choice = "any"
 ) -> xr.Dataset:
-    """What `TokenCounts` gives, from counts that were made elsewhere.
+    """The result of `TokenCounts`, from counts that were made elsewhere.
 
     Parameters
     ----------
     count, tokens : int array, shapes (token_id, layer, expert) and (token_id)
-        Of all ids of the vocabulary.
+        Counts of all ids of the vocabulary.
     layers : sequence of int
         The model's layer numbers.
     dataset : xr.Dataset
@@ -99,7 +101,7 @@ def label_counts(
     Returns
     -------
     xr.Dataset
-        `counts` (token_id, layer, expert) and `tokens` (token_id), in tokens, as they are; `piece` (token_id).
+        `counts` (token_id, layer, expert) and `tokens` (token_id), in tokens, unchanged; `piece` (token_id).
     """
     _, choices, experts = sizes(dataset)
     return described(
@@ -117,7 +119,7 @@ def label_counts(
         ),
         n=int(tokens.sum()),
         estimator="counts",
-        null="every table even",
+        null="even tables",
         definition=f"occurrences of a token with an expert {_AMONG[choice]} at a layer; occurrences of the token",
         source=_SOURCE,
         choice=choice,
@@ -126,7 +128,7 @@ def label_counts(
 
 
 def token_experts(dataset: xr.Dataset, layer: Layers = None, *, threads: int | None = None) -> xr.Dataset:
-    """For every token that occurs, how often it was sent to each expert.
+    """How often every token that occurs was sent to each expert.
 
     Parameters
     ----------
@@ -135,7 +137,7 @@ def token_experts(dataset: xr.Dataset, layer: Layers = None, *, threads: int | N
     layer : int or sequence of int, optional
         The model's own layer numbers; default all. For one number the result has no `layer` dimension.
     threads : int, optional
-        Shards decoded at the same time; default one a processor.
+        Shards decoded at the same time; default one per processor.
 
     Returns
     -------
@@ -145,13 +147,13 @@ def token_experts(dataset: xr.Dataset, layer: Layers = None, *, threads: int | N
     Raises
     ------
     ValueError
-        When a layer was not captured; the message names those that were.
+        When a layer was not captured; the message lists the captured ones.
     """
     return token_experts_of(scan(dataset, [TokenCounts(_numbers(layer))], threads=threads)[0], layer)
 
 
 def token_experts_of(counts: xr.Dataset, layer: Layers = None) -> xr.Dataset:
-    """For every token that occurs, how often it was sent to each expert, from what `TokenCounts` counted.
+    """How often every token that occurs was sent to each expert, from the counts of `TokenCounts`.
 
     Parameters
     ----------
@@ -187,7 +189,7 @@ def expert_tokens(
     min_count: int = 1,
     threads: int | None = None,
 ) -> xr.Dataset:
-    """For every expert, the tokens it gets most often, or most out of proportion.
+    """For every expert, its most frequent tokens, or those with the highest lift.
 
     Parameters
     ----------
@@ -198,7 +200,7 @@ def expert_tokens(
     top, by, min_count
         See `expert_tokens_of`.
     threads : int, optional
-        Shards decoded at the same time; default one a processor.
+        Shards decoded at the same time; default one per processor.
 
     Returns
     -------
@@ -208,7 +210,7 @@ def expert_tokens(
     Raises
     ------
     ValueError
-        When a layer was not captured, or the order or a number makes no sense.
+        When a layer was not captured, or an option is invalid.
     """
     check_ranking(top=top, by=by, min_count=min_count)
     counts = scan(dataset, [TokenCounts(_numbers(layer))], threads=threads)[0]
@@ -224,7 +226,7 @@ def expert_tokens_of(
     min_count: int = 1,
     shuffled: xr.Dataset | None = None,
 ) -> xr.Dataset:
-    """For every expert, its first tokens, from what `TokenCounts` counted; one layer at a time in memory.
+    """For every expert, its first tokens, from the counts of `TokenCounts`; one layer at a time in memory.
 
     Parameters
     ----------
@@ -233,27 +235,27 @@ def expert_tokens_of(
     layer : int or sequence of int, optional
         The model's own layer numbers; default all that were counted.
     top : int
-        Tokens listed for each expert.
+        Number of tokens to list per expert.
     by : {"count", "lift"}
-        Order: by how often the expert got the token, or by how much more often than other tokens.
+        Order by how often the expert got the token, or by lift.
     min_count : int
-        Tokens that occur less often are left out; a lift of a rare token is mostly luck.
+        Tokens that occur less often are left out, because the lift of a rare token is mostly chance.
     shuffled : xr.Dataset, optional
-        From `ShuffledTokenCounts`, of the same capture and layers.
+        From `ShuffledTokenCounts`, for the same capture and layers.
 
     Returns
     -------
     xr.Dataset
-        Over (layer, expert, place): `token_id` int64 (-1 where the expert has fewer tokens), `piece`, `counts`
-        and `tokens` int64, `share` of the token's occurrences and `lift` float64. Ties go to the more
-        frequent, then to the lower id. With `shuffled` also `lift_within` float64: the count over that of tokens
-        shuffled within their documents, where 0 counts as 1; its null is 1, while a lift may be that of the token's
-        documents. For one layer number the result has no `layer` dimension.
+        Over (layer, expert, place): `token_id` int64 (-1 if the expert has fewer tokens), `piece`, `counts` and
+        `tokens` int64, `share` of the token's occurrences and `lift` float64. Ties go to the more frequent, then to the
+        lower id. With `shuffled` also `lift_within` float64: the count over that of tokens shuffled within their
+        documents, with 0 replaced by 1; its null is 1, while a lift may be due to the token's documents. For one layer
+        number the result has no `layer` dimension.
 
     Raises
     ------
     ValueError
-        When a layer was not counted, or the order or a number makes no sense.
+        When a layer was not counted, or an option is invalid.
     """
     check_ranking(top=top, by=by, min_count=min_count)
     wanted, by_chance = _at(counts, layer), None if shuffled is None else _at(shuffled, layer)
@@ -264,15 +266,15 @@ def expert_tokens_of(
             table = _beside(table, by_chance.isel(layer=part))
         ranked.append(_rank(table, top=top, by=by, min_count=min_count))
     result = xr.concat(ranked, "layer", combine_attrs="override").assign_attrs(order=by, min_count=min_count)
-    pieces = np.append(counts["piece"].values, "")  # the last is that of no token, -1
+    pieces = np.append(counts["piece"].values, "")  # the last stands for no token, -1
     result = result.assign(piece=(result["token_id"].dims, pieces[result["token_id"].values]))
     return result.isel(layer=0) if _is_one(layer) else result
 
 
 def check_ranking(*, top: int, by: TokenOrder, min_count: int) -> None:
-    """Raise a ValueError where `expert_tokens_of` would, before anything is counted."""
+    """Raise the ValueError of `expert_tokens_of` before anything is counted."""
     if by not in ("count", "lift"):
-        raise ValueError(f"by={by!r}: tokens are ordered by 'count' or by 'lift'")
+        raise ValueError(f"by={by!r}: must be 'count' or 'lift'")
     if top < 1 or min_count < 1:
         raise ValueError(f"top={top}, min_count={min_count}: both must be at least 1")
 
@@ -308,7 +310,7 @@ def _table(counts: xr.Dataset) -> xr.Dataset:
         null=choices / counts.sizes["expert"],
         null_lift=1.0,
         definition=f"share = N_xe / N_x: occurrences of token x with expert e {_AMONG[counts.attrs['choice']]}, over"
-        " all of x; lift = share / (N_e / T)",
+        " all occurrences of x; lift = share / (N_e / T)",
         source=_SOURCE,
     )
 
@@ -316,7 +318,7 @@ def _table(counts: xr.Dataset) -> xr.Dataset:
 def _beside(table: xr.Dataset, shuffled: xr.Dataset) -> xr.Dataset:
     """A table with the lift within documents."""
     place = shuffled.get_index("token_id").get_indexer(table["token_id"].values)
-    by_chance = shuffled["counts"].variable.isel(token_id=place)  # with its coordinates the pieces would be copied
+    by_chance = shuffled["counts"].variable.isel(token_id=place)  # with its coordinates, the pieces would be copied
     within = (table["counts"].variable / np.maximum(by_chance, 1)).transpose(*table["counts"].dims)
     about = f"{table.attrs['definition']}; lift_within = N_xe over that of tokens shuffled within their documents"
     within.attrs["long_name"] = "count over that of tokens shuffled within documents"
@@ -334,8 +336,8 @@ def _rank(table: xr.Dataset, *, top: int, by: TokenOrder, min_count: int) -> xr.
     for name in ("tokens", "token_id"):
         values[name] = np.broadcast_to(table[name].values, shape)
     listed = (values["counts"] > 0) & (values["tokens"] >= min_count)
-    # The last key leads, and equals keep their order, which is that of ids. An expert's tokens have the same order by
-    # lift as by share, and equal shares are equal floats.
+    # The last key is the primary one, and ties keep their order, which is that of ids. An expert's tokens have the same
+    # order by lift as by share, and equal shares are equal floats.
     keys = (-values["counts"],) if by == "count" else (-values["counts"], -values["share"])
     order = _first(keys, listed, top)
     empty = ~np.take_along_axis(listed, order, -1)
@@ -349,9 +351,9 @@ def _rank(table: xr.Dataset, *, top: int, by: TokenOrder, min_count: int) -> xr.
 
 
 def _first(keys: Sequence[Array], listed: Array, top: int) -> Array:
-    """What `np.lexsort((*keys, ~listed))[..., :top]` gives of those that are listed; then others.
+    """`np.lexsort((*keys, ~listed))[..., :top]` for listed tokens, followed by others.
 
-    Only those are sorted that are no further than the last one wanted.
+    Only tokens that can be among the first `top` are sorted.
     """
     size = min(top, listed.shape[-1])
     if size == 0:
@@ -371,12 +373,12 @@ def _numbers(layer: Layers) -> Sequence[int] | None:
 
 
 def _is_one(layer: Layers) -> bool:
-    """Whether the caller asked for one layer."""
+    """Whether one layer was requested."""
     return isinstance(layer, int | np.integer)
 
 
 def _at(counts: xr.Dataset, layer: Layers) -> xr.Dataset:
-    """The counts at some layers; nothing is copied where that is all of them, or one."""
+    """The counts at some layers; not copied for all layers or for one."""
     if layer is None:
         return counts
     index = layer_index(counts["layer"].values, _numbers(layer))
@@ -385,7 +387,7 @@ def _at(counts: xr.Dataset, layer: Layers) -> xr.Dataset:
 
 
 def layer_index(layers: Array, wanted: Sequence[int] | None) -> Array:
-    """Where some layers are among those of a capture."""
+    """The indices of some layers among those of a capture."""
     captured = [int(number) for number in layers]
     if unknown := sorted(set(wanted or ()) - set(captured)):
         raise ValueError(f"layers {unknown} were not captured; this capture has {captured}")
@@ -396,7 +398,7 @@ def layer_index(layers: Array, wanted: Sequence[int] | None) -> Array:
 def add_tokens(
     expert: Array, token: Array, counted: Array, index: Array, choices: int, count: Array, tokens: Array
 ) -> None:
-    """Count tokens by id and by their first so many choices at some layers, given by their places in the capture."""
+    """Count tokens by id and by their first choices at some layers, which are given by index."""
     rows, positions, _, _ = expert.shape
     for row in range(rows):
         for position in range(positions):

@@ -1,13 +1,13 @@
-"""Do experts specialize in words? How much a token's identity tells of its experts, beside what chance would show.
+"""Do experts specialize in words? How much a token's identity says about its experts, compared with chance.
 
-The largest share of a token's occurrences that one expert gets is large for rare tokens whatever the routing: of a
-token seen once, it is 1. And it is large where routes depend on the document and the token is in few of them. So the
-null stands beside it: the same table, counted after token identities were shuffled within each document. What a
-document does to its routes stays, and what a token does to them is gone.
+The largest share of a token's occurrences at one expert is large for rare tokens under any routing: for a token that
+occurs once, it is 1. It is also large if routes depend on the document and the token is in few documents. So it is
+reported with a null: the same table, counted after token identities were shuffled within each document. This keeps the
+effect of documents on routes and removes the effect of tokens.
 
-Promises: a shuffle is that of a store's shards, the same for any number of threads, machines and any order of shards. A
-document that reaches over shards is shuffled within each of its parts, so that another cut of the rows into shards
-gives another shuffle, of the same kind.
+Promises: a shuffle depends on a store's shards and is the same for any number of threads or machines and any order of
+shards. A document that spans several shards is shuffled within each part, so a different division of the rows into
+shards gives a different shuffle of the same kind.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from analysis.statistics.information import mutual_information
 
 
 class ShuffledTokenCounts(TokenCounts):
-    """`TokenCounts` after token identities were shuffled within each document: what documents alone give.
+    """`TokenCounts` after token identities were shuffled within each document: the effect of documents alone.
 
-    The counted tokens of a document's consecutive rows in a shard are permuted among their places, by a generator whose
-    seed is a hash of the document, of the first row's offset in it, and of `draw`.
+    The counted tokens of a document's consecutive rows in a shard are permuted among their places, by a generator
+    seeded with a hash of the document, of the first row's offset in it, and of `draw`.
 
     Parameters
     ----------
     layers, choice
         See `TokenCounts`.
     draw : int
-        Which shuffle: each number is another one.
+        Number of the shuffle; each number gives a different one.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"document_id", "offset"})
@@ -75,19 +75,19 @@ def vocabulary_specialization(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
-    """How far tokens go to experts of their own, layer by layer.
+    """How far tokens go to specific experts, layer by layer.
 
     Parameters
     ----------
     dataset : xr.Dataset
         A capture.
     choice : {"any", "first"}
-        OLMoE's two forms: a token is at an expert that is any of its k choices, or only at its first one (top-1).
+        OLMoE's two forms: a token is counted at all of its k choices, or only at its first one (top-1).
     min_count
         See `vocabulary_specialization_of`.
     draws : int
-        Shuffles behind the null. Each is a table as large as that of `TokenCounts` in every thread, and takes about as
-        long: one is enough where many tokens are frequent, several give the null's spread on small data.
+        Number of shuffles for the null. Each needs a table as large as that of `TokenCounts` in every thread, and takes
+        about as long. One is enough if many tokens are frequent; several give the spread of the null on small data.
     threads, progress
         See `analysis.scan`.
 
@@ -99,10 +99,10 @@ def vocabulary_specialization(
     Raises
     ------
     ValueError
-        When `min_count` or `draws` is below 1, or the choice is another word.
+        When `min_count` or `draws` is below 1, or `choice` has another value.
     """
     if draws < 1:
-        raise ValueError(f"draws={draws}: at least 1")
+        raise ValueError(f"draws={draws}: must be at least 1")
     asked = [TokenCounts(choice=choice), *(ShuffledTokenCounts(choice=choice, draw=draw) for draw in range(draws))]
     table, *shuffled = scan(dataset, asked, threads=threads, progress=progress)
     return vocabulary_specialization_of(table, shuffled, min_count=min_count)
@@ -111,31 +111,31 @@ def vocabulary_specialization(
 def vocabulary_specialization_of(
     table: xr.Dataset, shuffled: Sequence[xr.Dataset], *, min_count: int = 20
 ) -> xr.Dataset:
-    """Vocabulary specialization from what `TokenCounts` and `ShuffledTokenCounts` counted.
+    """Vocabulary specialization from the counts of `TokenCounts` and `ShuffledTokenCounts`.
 
     Parameters
     ----------
     table : xr.Dataset
         From `TokenCounts`.
     shuffled : sequence of xr.Dataset
-        From `ShuffledTokenCounts`, of the same tokens, layers and choice; one for each draw.
+        From `ShuffledTokenCounts`, for the same tokens, layers and choice; one for each draw.
     min_count : int
         Tokens that occur less often are left out.
 
     Returns
     -------
     xr.Dataset
-        float64 (layer): `specialization`, the mean over token ids of the largest share of a token's occurrences
-        that one expert gets (OLMoE, section 5), and `specialization_weighted`, its mean over occurrences; `null` and
-        `null_weighted`, their means over the shuffles, with the standard deviations of one shuffle `null_sd` and
-        `null_weighted_sd`, NaN where there is one shuffle only; `mutual_information` of token and expert in bits, its
-        mean over the shuffles `null_information`, and `corrected`, the difference, which is 0 where documents are all
-        that routes depend on. NaN where no token occurs often enough.
+        float64 (layer): `specialization`, the mean over token ids of the largest share of a token's occurrences at one
+        expert (OLMoE, section 5), and `specialization_weighted`, its mean over occurrences; `null` and `null_weighted`,
+        their means over the shuffles, with the standard deviations of one shuffle `null_sd` and `null_weighted_sd`, NaN
+        for a single shuffle; `mutual_information` of token and expert in bits, its mean over the shuffles
+        `null_information`, and `corrected`, the difference, which is 0 if routes depend on documents only. NaN if no
+        token occurs often enough.
 
     Raises
     ------
     ValueError
-        When `min_count` is below 1, there is no shuffle, or the tables are not of the same tokens and layers.
+        When `min_count` is below 1, there is no shuffle, or the tables do not cover the same tokens and layers.
     """
     if min_count < 1 or not shuffled:
         raise ValueError(f"min_count={min_count}, {len(shuffled)} shuffled tables: both must be at least 1")
@@ -158,7 +158,7 @@ def vocabulary_specialization_of(
     return described(
         xr.Dataset(result, coords={"layer": table["layer"].values}),
         n=int(frequent.sum()),
-        counted=f"occurrences of tokens that occur {min_count} times or more",
+        counted=f"occurrences of tokens that occur at least {min_count} times",
         token_ids=len(frequent),
         min_count=min_count,
         draws=len(drawn),
@@ -172,14 +172,14 @@ def vocabulary_specialization_of(
 
 
 def _alike(table: xr.Dataset, shuffled: Sequence[xr.Dataset]) -> Sequence[xr.Dataset]:
-    """The shuffled tables, where they can be of the same capture."""
+    """The shuffled tables, checked to match the table's capture."""
     for each in shuffled:
         here, there = (one["layer"].values.tolist() for one in (table, each))
         if here != there:
-            raise ValueError(f"the tables are of other layers: {here} and {there}")
+            raise ValueError(f"the tables have different layers: {here} and {there}")
         if not np.array_equal(table["tokens"], each["tokens"]) or table.attrs["choice"] != each.attrs["choice"]:
             raise ValueError(
-                f"the tables are of other tokens or choices: {table.attrs['n']:,} tokens by {table.attrs['choice']}"
+                f"the tables have different tokens or choices: {table.attrs['n']:,} tokens by {table.attrs['choice']}"
                 f" choice, and {each.attrs['n']:,} by {each.attrs['choice']}; count both in one scan"
             )
     return shuffled
@@ -200,7 +200,7 @@ def _summary(table: xr.Dataset, min_count: int) -> xr.Dataset:
 
 
 def pointwise_of(table: xr.Dataset) -> xr.Dataset:
-    """The other ways to look at a table of tokens and experts.
+    """Other views of a table of tokens and experts.
 
     Parameters
     ----------
@@ -210,9 +210,9 @@ def pointwise_of(table: xr.Dataset) -> xr.Dataset:
     Returns
     -------
     xr.Dataset
-        `token_given_expert`, the share of an expert's tokens that are this one, and `pmi`, pointwise mutual information
-        log2(P(e given x) / P(e)) in bits (Church & Hanks 1990), −inf where never; float64 (layer, token_id, expert), as
-        the table's `counts`. NaN for experts that were never chosen. Null of `pmi`: 0.
+        `token_given_expert`, the token's share of an expert's tokens, and `pmi`, pointwise mutual information log2(P(e
+        given x) / P(e)) in bits (Church & Hanks 1990), −inf for pairs that never occur; float64 (layer, token_id,
+        expert), like the table's `counts`. NaN for experts that were never chosen. Null of `pmi`: 0.
     """
     of_expert = table["counts"].sum("token_id")
     with np.errstate(divide="ignore"):
@@ -229,7 +229,7 @@ def pointwise_of(table: xr.Dataset) -> xr.Dataset:
 
 @kernel
 def _shuffle(token: Array, counted: Array, document_id: Array, seed: Array) -> None:
-    """Permute the counted tokens of each run of rows of one document, in place (Fisher & Yates, by SplitMix64)."""
+    """Permute the counted tokens of each run of rows of one document in place (Fisher–Yates with SplitMix64)."""
     rows, positions = counted.shape
     place = np.empty(counted.size, dtype=np.int64)
     start = 0
@@ -247,7 +247,7 @@ def _shuffle(token: Array, counted: Array, document_id: Array, seed: Array) -> N
             number = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             number ^= number >> np.uint64(31)
-            # Of the upper 32 bits, the part below last + 1 (Lemire 2019), even to one in 2**32 / n.
+            # The upper 32 bits, scaled to 0 … last (Lemire 2019); uniform to one in 2**32 / n.
             other = np.int64(((number >> np.uint64(32)) * np.uint64(last + 1)) >> np.uint64(32))
             here, there = place[last], place[other]
             token[here], token[there] = token[there], token[here]

@@ -1,1 +1,1 @@
-"""One offline page: what it asks of each data set, what it says and draws."""
+"""One offline page: what it counts for each data set, what it says and what it draws."""

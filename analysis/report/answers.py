@@ -1,7 +1,7 @@
-"""What a report asks of each data set: one scan for all sections, each thing counted once.
+"""What a report counts for each data set: one scan for all sections, each quantity counted once.
 
 Promises: constant memory, also for large vocabularies and many experts; what is slow to count is counted over a part of
-the documents, and says of how many tokens. Does not know what is asked: the sections do.
+the documents, and the report says over how many tokens. Does not know what is counted: the sections do.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,10 +29,10 @@ def answer(
     only: Selection = EVERYTHING,
     store: str | None = None,
 ) -> Answers:
-    """Scan one capture once, as much of it as is there, or `ask` who knows the answers already.
+    """Scan the committed part of one capture once, or get the answers from `ask`.
 
-    `block_tokens` makes blocks of so many tokens the units in place of documents; `only` says what is counted, also by
-    who is asked; `store` is where the capture is, as a command names it.
+    `block_tokens` makes blocks of so many tokens the units instead of documents; `only` says what is counted, also by
+    `ask`; `store` is where the capture is, as named on the command line.
     """
     asked = Asked(data=data, state=state, label=label, block_tokens=block_tokens)
     wanted = {section.id: section.ask(asked) for section in sections}
@@ -54,21 +54,22 @@ def answer(
 
 
 def _notes(asked: Asked, only: Selection) -> list[str]:
-    """What a reader must know of a data set before any number of it."""
+    """What a reader must know about a data set before reading its numbers."""
     notes = [f"{asked.label}: {what}." for what in only.said]
     if not asked.weighed:
         left_out = "shares of weight and the routers' confidence are left out"
-        notes.append(f"{asked.label}: the routes came without weights, so that {left_out}.")
+        notes.append(f"{asked.label}: the routes were imported without weights, so {left_out}.")
     if asked.data.attrs.get("order_of_choices") == "as given":
         notes.append(
-            f"{asked.label}: the engine that returned these routes does not promise that a token's first expert has its"
-            " largest weight; what is said of first choices is of the experts that it named first."
+            f"{asked.label}: the engine that returned these routes does not guarantee that a token's first expert has"
+            " the largest weight; statements about first choices are about the experts that it listed first."
         )
     return notes
 
 
 def _once(wanted: Mapping[str, Mapping[str, Reducer]]) -> dict[str, Reducer]:
-    """What is counted for all sections, by name; a ValueError where two ask for different things under one name."""
+    """What is counted for all sections, by name; a ValueError if two sections ask for different things under one
+    name."""
     reducers: dict[str, Reducer] = {}
     for section, asked in wanted.items():
         for name, reducer in asked.items():

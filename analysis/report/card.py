@@ -1,7 +1,7 @@
-"""A data set card for a store that is shared: README.md with YAML in front, as the Hugging Face hub reads it.
+"""A data set card for a shared store: README.md with a YAML header, as read by the Hugging Face hub.
 
-Promises: what it says of captures is what they say of themselves. The licence, and where the store will be, are the
-user's to say.
+Promises: everything about captures comes from their own metadata. The user gives the licence and the address of the
+store.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from store.identity import changes_in_words
 
 TAGS = ("mixture-of-experts", "expert-routing", "interpretability", "zarr")
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-"""The hub's own words for numbers of examples, here of documents."""
+"""The hub's size categories, here for numbers of documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Shared:
     name: str
     state: Coverage
     attrs: Mapping[str, Any]
-    """As `store.attributes` gives them."""
+    """From `store.attributes`."""
     arrays: Sequence[str]
     """The names of its arrays."""
 
@@ -39,20 +39,21 @@ def card(captures: Sequence[Shared], *, title: str, licence: str, address: str, 
     Parameters
     ----------
     captures
-        Those of the store.
+        The captures of the store.
     title
-        What the data set is called.
+        The name of the data set.
     licence
-        As the hub names it, such as cc-by-4.0; of the routes and of the tokens, from which the text can be read.
+        In the hub's notation, such as cc-by-4.0. It covers the routes and the tokens, from which the text can be read
+        back.
     address
-        Where the store will be, as xarray opens it: hf://datasets/organization/name.
+        Where the store will be, in the form that xarray opens: hf://datasets/organization/name.
     report
-        The report's file beside the card.
+        The report's file next to the card.
 
     Returns
     -------
     str
-        Markdown with YAML in front.
+        Markdown with a YAML header.
     """
     documents = sum(each.state.plan.documents for each in captures)
     size = next((words for most, words in SIZES if documents < most), "n>10M")
@@ -60,13 +61,13 @@ def card(captures: Sequence[Shared], *, title: str, licence: str, address: str, 
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
         f"# {_line(title)}\n",
-        "Which experts a mixture-of-experts language model chose for every token, and with what weight where that is"
-        " known: a Zarr store of Expert Atlas. The tokens can be read back as text.\n",
+        "The experts that a mixture-of-experts language model chose for every token, and their weights where these are"
+        " known, as a Zarr store of Expert Atlas. The text can be read back from the tokens.\n",
         _reading(captures, address),
         *(_about(each) for each in captures),
     ]
     if report is not None:
-        parts.insert(3, f"[{report}]({report}) draws what the experts did: one page that works offline.\n")
+        parts.insert(3, f"[{report}]({report}) shows what the experts did, on one page that works offline.\n")
     return "\n".join(parts)
 
 
@@ -75,8 +76,8 @@ def _reading(captures: Sequence[Shared], address: str) -> str:
         "```python\nimport xarray as xr\n\n"
         f'routes = xr.open_zarr("{address}", group="{captures[0].name}", consolidated=False)\n'
         "print(routes.expert.sizes, (routes.expert[:64, :, 0, 0] == 0).sum().compute())\n```\n\n"
-        "An expert of 255 (65,535 where there are more than 255 experts) is none: padding, or a token whose routes are"
-        " not known.\n"
+        "The value 255 (65,535 if there are more than 255 experts) means that there is no expert: padding, or a token"
+        " whose routes are not known.\n"
     )
 
 
@@ -106,7 +107,7 @@ def _hash(attrs: Mapping[str, Any]) -> str:
 
 
 def _origin(attrs: Mapping[str, Any]) -> str:
-    """How a capture came to be."""
+    """How a capture was made."""
     if imported := attrs.get("imported"):
         files = "\n".join(f"- {_line(file['name'])}, SHA-256 {file['sha256']}" for file in imported["files"])
         order = attrs.get("order_of_choices", "not stated")
@@ -116,9 +117,9 @@ def _origin(attrs: Mapping[str, Any]) -> str:
         )
     if told := command(attrs):
         return f"Captured with {_line(versions(attrs))}:\n\n```bash\n{told}\n```"
-    return "It does not say how it was made."
+    return "The capture does not record how it was made."
 
 
 def _line(text: object) -> str:
-    """A text within a line of a table."""
+    """A text for a table cell."""
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,9 +1,9 @@
-"""The command that makes a capture again, from what the capture says of itself.
+"""The command that makes a capture again, from the capture's own metadata.
 
-A group keeps the options that it was made with and, in its identity, what the options left to be found: the commit that
-a branch stood for, what fitted the device. The command names both, so that it means the same when a default or a branch
-has moved. It holds what was given on a command line or in a file; tokens and credentials come from the environment and
-are never among it.
+A group keeps the options that it was made with and, in its identity, the values that were resolved at run time: the
+commit of a branch, or what fitted the device. The command names both, so it stays valid when a default or a branch
+changes. It holds what was given on the command line or in a file; tokens and credentials come from the environment and
+are never included.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 HOW = ("workers", "cpus_per_worker", "stall_minutes", "retry_quarantined", "allow_mixed")
-"""Options that change no byte, and that another machine needs otherwise."""
+"""Options that do not change any byte and may differ on another machine."""
 FOUND = {"dtype": "compute_dtype", "batch_tokens": "batch_tokens", "model_revision": "model_revision"}
-"""Options, and the field of the identity that says what they came to."""
+"""Options, and the field of the identity that holds their resolved value."""
 FOUND_OF_ONE = {"sequence_length": "sequence_length", "rows_per_shard": "rows_per_shard", "revision": "text_revision"}
-"""The same where the command names a single data set: others may have come to something else."""
+"""The same, only for commands with a single data set: for others, the resolved values may differ."""
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def command(attrs: Mapping[str, Any]) -> str | None:
-    """The command of a capture, quoted for a shell; None where the capture does not say how it was made.
+    """The command of a capture, quoted for a shell; None if the capture does not say how it was made.
 
     Parameters
     ----------
@@ -33,8 +33,8 @@ def command(attrs: Mapping[str, Any]) -> str | None:
 
     Notes
     -----
-    A capture that was made together with others, by one command with several data sets, has that command: it makes all
-    of them.
+    A capture that was made together with others, by one command with several data sets, has that command, which makes
+    all of them.
     """
     configuration, identity = attrs.get("configuration"), attrs.get("identity") or {}
     if not configuration:
@@ -43,16 +43,16 @@ def command(attrs: Mapping[str, Any]) -> str | None:
     options = dict(configuration)
     for option, field in found.items():
         value = identity.get(field)
-        # In place of a branch the commit that it stood for; what is no commit is the fingerprint of a folder.
+        # A branch is replaced by its commit; anything else is the fingerprint of a folder.
         if _COMMIT.fullmatch(str(value)) if option.endswith("revision") else options.get(option) is None:
             options[option] = value
-    script = str(attrs.get("script", "jobs/capture.py"))  # of older captures, which do not say
+    script = str(attrs.get("script", "jobs/capture.py"))  # older captures do not record it
     return shlex.join(["python", script, *_arguments(options)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """How captures of one code and one environment were made."""
+    """How captures with the same code and environment were made."""
 
     versions: str
     commands: Sequence[tuple[Sequence[str], str]]
@@ -60,7 +60,7 @@ class Made:
 
 
 def made(captures: Mapping[str, Mapping[str, Any]]) -> list[Made]:
-    """How captures were made; nothing of those that do not say.
+    """How captures were made, without those that do not say.
 
     Parameters
     ----------
@@ -79,14 +79,14 @@ def made(captures: Mapping[str, Mapping[str, Any]]) -> list[Made]:
 
 def versions(attrs: Mapping[str, Any]) -> str:
     """The code and the packages that a capture was made with, in words."""
-    commit = str(attrs.get("git_commit") or "of no known commit")
-    changed = " with changes that were not committed" if commit.endswith("+") else ""
+    commit = str(attrs.get("git_commit") or "of unknown commit")
+    changed = " with uncommitted changes" if commit.endswith("+") else ""
     packages = ", ".join(f"{name} {version}" for name, version in (attrs.get("environment") or {}).items())
     return f"code {commit.removesuffix('+')}{changed}; {packages}"
 
 
 def _arguments(options: Mapping[str, Any]) -> Iterator[str]:
-    """Options in the order in which they are kept; what is None, off or empty is as it is without being named."""
+    """Options in the order in which they are kept, without those that are None, off or empty, which are defaults."""
     for name, value in options.items():
         if name in HOW or value is None or value is False or value == []:
             continue

@@ -1,6 +1,6 @@
-"""A chart as the page and papers need it: its specification, what of its rows can be chosen, whence its numbers come.
+"""A chart for the page and for papers: its specification, the selections of its rows, and the source of its numbers.
 
-Promises: every definition says which interval is drawn, or why there is none.
+Promises: every definition says which interval is drawn, or why none is.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from analysis.charts.theme import Drawing
 from analysis.statistics.jackknife import Scale, how, interval
 
 ALL = "all data sets"
-NO_INTERVAL = "none: it is counted once, over all tokens"
+NO_INTERVAL = "none: one count over all tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """Some rows of a figure: those with one value of its field `by`."""
+    """A selection of a figure's rows: those with one value of its field `by`."""
 
     value: int
     name: str
-    """What files of it are called, after the figure's own name."""
+    """The suffix of its file names, after the figure's own name."""
     row: Mapping[str, str | int]
-    """What its rows have in tables in place of that field."""
+    """The columns that replace that field in tables."""
     group: str = ""
-    """What is chosen first: a data set."""
+    """What is selected first: a data set."""
     label: str = ""
-    """How it is named beside the others of its group."""
+    """Its name among the options of its group."""
     caption: str = ""
     subtitle: Sequence[str] | None = None
-    """Lines under the chart's title; None where they are the same for all."""
+    """Lines under the chart's title; None if they are the same for all."""
     for_papers: bool = True
-    """Whether it gets files of its own; those of tokens' paths are saved in the page."""
+    """Whether it gets its own files; the paths of single tokens are only saved from the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +44,20 @@ class Figure:
     """One chart of the page."""
 
     kind: str
-    """What the page's script and style must know: "tokens" are of the layer that is chosen, "paths" have controls."""
+    """How the page's script and style treat it: "tokens" follow the selected layer, "paths" have controls."""
     name: str
-    """What files of it are called."""
+    """The base of its file names."""
     caption: str
     spec: dict[str, Any]
     """Vega-Lite, with all rows."""
     about: str
     """Definition, estimator, null, source and interval."""
     by: str | None = None
-    """The field of the rows that is chosen by; None where all rows are shown."""
+    """The field by which rows are selected; None if all rows are shown."""
     options: Sequence[Option] = ()
 
     def shown(self, option: Option | None) -> dict[str, Any]:
-        """The specification with the rows of one option only, as the page's script makes it too."""
+        """The specification with the rows of one option only; the page's script does the same."""
         if option is None or self.by is None:
             return self.spec
         by, value = self.by, option.value
@@ -75,7 +75,7 @@ def figure(kind: str, name: str, caption: str, drawing: Drawing, about: str, **c
 
 
 def in_common_colours(figure: Figure, labels: Sequence[str]) -> Figure:
-    """The figure with the colour and the mark that each data set has on the whole page, whichever it draws."""
+    """The figure with the colour and the mark of each data set on the whole page, whichever it draws."""
 
     def of_data_sets(how: dict[str, Any]) -> dict[str, Any]:
         if how.get("field") != "data_set":
@@ -93,7 +93,7 @@ def in_common_colours(figure: Figure, labels: Sequence[str]) -> Figure:
 
 
 def about(result: xr.Dataset, spread: str) -> str:
-    """Definition, estimator, null and source, as a result carries them, and which interval is drawn, in words."""
+    """Definition, estimator, null and source, from a result, and which interval is drawn, in words."""
     told = {name: result.attrs.get(name) for name in ("definition", "estimator", "null", "source")}
     told["interval"] = spread
     return " ".join(f"{name.capitalize()}: {text}." for name, text in told.items() if text not in (None, "-"))
@@ -108,7 +108,7 @@ def band(
 
 
 def spread(values: xr.DataArray | xr.Dataset) -> str:
-    """Which interval `band` gives, in words."""
+    """Which interval `band` returns, in words."""
     return how(values.sizes["replicate"] - 1)
 
 
@@ -127,18 +127,19 @@ def line_figure(
     notes: Sequence[str] = (),
     **where: Any,
 ) -> Figure:
-    """One number by place for all data sets, what it comes from, what was counted for it, and its interval in words.
+    """One number for each place (such as a layer) and data set, with its source, what was counted, and its interval in
+    words.
 
-    `nulls` are those of the data sets: one dashed rule where they agree, else, of different models, dashed lines;
+    `nulls` are those of the data sets: one dashed rule if they agree, otherwise (for different models) dashed lines;
     `notes` are more lines under the title.
     """
     null = nulls[0] if len(set(nulls)) == 1 else None
     if null is None and by_chance is None and nulls:
         by_chance = {label: xr.full_like(values[label], each) for label, each in zip(values, nulls, strict=True)}
     told = [f"n = {sum(result.attrs['n'] for result in results):,} {counted_in}"]
-    dashed = [] if null is None else [f"{null:.3g}, by chance or even"]
+    dashed = [] if null is None else [f"{null:.3g}, expected for even and random choices"]
     if by_chance is not None:
-        dashed.append("in colour, by chance with that load" if dashed else "by chance")
+        dashed.append("in colour, expected by chance with the data set's own load" if dashed else "expected by chance")
     told += [f"dashed: {'; '.join(dashed)}"] if dashed else []
     drawn = lines(
         values,

@@ -1,8 +1,8 @@
 """What a report says, in words computed from the data.
 
-Promises: a specialist is named only where the data set differs from each other one by intervals that hold all
-differences together; a token's expert only where documents do not explain it, with all tokens, layers and experts
-counted as tests; where nothing is beyond chance, or nothing can be tested, that is what is said.
+Promises: a specialist is named only if the data set differs from each other one by intervals that hold simultaneously
+for all differences; a token's expert only if documents do not explain it, corrected for all tokens, layers and experts.
+If nothing is beyond chance, or nothing can be tested, the text says so.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import xarray as xr
 from analysis.report.section import Answers, Finding
 from analysis.report.sections.contrast import of_expert, why_apart
 
-SURE = 0.05  # probability that a token is told where documents explain all of them (Bonferroni)
+SURE = 0.05  # probability that a token is named although documents explain all of them (Bonferroni)
 
 
 def sentences(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[str]:
@@ -23,7 +23,7 @@ def sentences(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[str]
 
 
 def findings(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Finding]:
-    """The same, with what each is about: one of each data set, one of the busiest expert, one of a token."""
+    """The same, with the subject of each: one for each data set, one for the busiest expert, one for a token."""
     captured = [each for each in answers if each["load"].attrs["n"]]
     compared = compared_in(captured, apart)
     found = []
@@ -49,9 +49,9 @@ def compared_in(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[An
 
 
 def specialist(each: Answers, apart: xr.Dataset) -> tuple[Finding, float] | None:
-    """The expert that a data set uses more than each other one does, and by how much at least; None without one.
+    """The expert that a data set uses more than each other one does, and the least difference; None without one.
 
-    It is the one with the largest lowest end of its intervals.
+    It is the expert whose smallest lower bound is largest.
     """
     others = _others(each, apart)
     if not others:
@@ -64,12 +64,12 @@ def specialist(each: Answers, apart: xr.Dataset) -> tuple[Finding, float] | None
     nearest = cell.isel(other_data_set=int(cell["pairwise_low"].argmin("other_data_set")))
     low, high = (100 * float(nearest[f"pairwise_{end}"]) for end in ("low", "high"))
     reach, even = float(cell["share"]), each["load"].attrs["null"] * each["load"].sizes["k"]
-    rival = f"{nearest['other_data_set'].item()}{', the nearest' if len(others) > 1 else ''}"
+    rival = f"{nearest['other_data_set'].item()}{', the next highest' if len(others) > 1 else ''}"
     said = (
-        f"expert {int(cell['expert'])} at layer {int(cell['layer'])}: {reach:.0%} of them"
-        f" reach it, and {reach - float(nearest['pairwise_difference']):.0%} of those of {rival} ({low:.1f} to"
-        f" {high:.1f} points more, 95 % interval over documents of all experts, layers and data sets together;"
-        f" {even:.0%} would be even)."
+        f"expert {int(cell['expert'])} at layer {int(cell['layer'])}: {reach:.0%} of the tokens"
+        f" choose it, compared with {reach - float(nearest['pairwise_difference']):.0%} of those of {rival} ({low:.1f}"
+        f" to {high:.1f} percentage points more, simultaneous 95% interval over documents for all experts, layers and"
+        f" data sets; an even share is {even:.0%})."
     )
     return of_expert(said, each, cell), low
 
@@ -79,16 +79,16 @@ def busiest(answers: Sequence[Answers]) -> Finding:
     found = max(answers, key=lambda each: float(each["load"]["share"].max()))
     share = found["load"]["share"].fillna(0)
     top = share.isel(share.argmax(("layer", "expert")))
-    where = f" on {found.label}" if len(answers) > 1 else ""
+    where = f" in {found.label}" if len(answers) > 1 else ""
     said = (
         f"The busiest expert is {int(top['expert'])} at layer {int(top['layer'])}{where}, with {float(top):.1%} of that"
-        f" layer's choices ({found['load'].attrs['null']:.1%} would be even)."
+        f" layer's choices (an even share is {found['load'].attrs['null']:.1%})."
     )
     return of_expert(said, found, top)
 
 
 def token_finding(answers: Sequence[Answers]) -> Finding | None:
-    """The token that goes to an expert most surely beyond what its documents explain; None where none does."""
+    """The token that goes to an expert most clearly more often than its documents explain; None if there is none."""
     tests = sum(each["token_excess"]["p"].size for each in answers)
     best, finding = 0.0, None
     for each in answers:
@@ -105,7 +105,7 @@ def token_finding(answers: Sequence[Answers]) -> Finding | None:
 
 
 def _of_data_set(each: Answers, apart: xr.Dataset) -> Finding:
-    """What is said of a data set that is compared: its specialist, or why it has none."""
+    """The sentence about a compared data set: its specialist, or why it has none."""
     head, untested = f"{each.label}: {each['load'].attrs['n']:,} tokens.", apart.attrs["untested"]
     if (found := specialist(each, apart)) is not None:
         finding, _ = found
@@ -125,23 +125,23 @@ def _others(each: Answers, apart: xr.Dataset) -> list[str]:
 
 
 def _no_specialist(own: xr.Dataset) -> str:
-    """What is said of a data set without one: whether it differs from others at all."""
+    """The sentence about a data set without a specialist: whether it differs from others at all."""
     differs = ((own["pairwise_low"] > 0) | (own["pairwise_high"] < 0)).any(("layer", "expert"))
     names = own["other_data_set"].values[differs.values].tolist()
-    none = "No expert gets more of them than of each other data set's tokens beyond chance"
+    none = "No expert is chosen by a larger share of them than of every other data set's tokens, beyond chance"
     if names:
-        return f"{none}, though its shares differ from those of {' and '.join(names)}."
-    return f"{none}, nor do its shares differ from theirs (documents compared, all experts and layers together)."
+        return f"{none}; some experts' shares differ from those in {' and '.join(names)}."
+    return f"{none}, and no expert's share differs (simultaneous intervals over documents for all experts and layers)."
 
 
 def _told(each: Answers, cell: xr.Dataset, usual: float) -> Finding:
     """A token and its expert, in words."""
     of, n = cell.attrs["of"], cell.attrs["n"]
-    sampled = f" (in a sample of whole documents, {n:,} of its {of:,} tokens)" if n < of else ""
+    sampled = f" (in a sample of whole documents with {n:,} of {of:,} tokens)" if n < of else ""
     layer, expert, token = int(cell["layer"]), int(cell["expert"]), int(cell["token_id"])
     said = (
-        f"Tokens have their experts: at layer {layer}, {float(cell['counts'] / cell['tokens']):.0%} of the"
-        f" {int(cell['tokens']):,} “{cell['piece'].item()}” in {each.label} go to expert"
-        f" {expert}; shuffled within their documents, {usual:.0%} would{sampled}."
+        f"Tokens have specific experts: at layer {layer}, {float(cell['counts'] / cell['tokens']):.0%} of the"
+        f" {int(cell['tokens']):,} occurrences of “{cell['piece'].item()}” in {each.label} go to expert"
+        f" {expert}, compared with {usual:.0%} when tokens are shuffled within their documents{sampled}."
     )
     return Finding(said=said, of=each, page=f"token/{token}?layer={layer}&expert={expert}", layer=layer)

@@ -1,9 +1,9 @@
-// Draws the charts of a report and their tables; all text reaches the page as text, never as markup.
+// Draws the charts of a report and their tables. All text is inserted as text, never as markup.
 "use strict";
 (() => {
   const { figures, themes } = JSON.parse(document.getElementById("data").textContent);
 
-  // Columns as `analysis.report.page` packs them: as they are, texts that are told once, or runs of equal steps.
+  // Columns as packed by `analysis.report.page`: unchanged, as texts stored once, or as runs of equal steps.
   const column = (packed) => {
     if (Array.isArray(packed)) return packed;
     if ("texts" in packed) return column(packed.places).map((place) => packed.texts[place]);
@@ -19,9 +19,9 @@
   }
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const picker = document.getElementById("layer");
-  const drawn = new Map(); // figure to what Vega made of it
+  const drawn = new Map(); // figure to its Vega view
 
-  // What is chosen of a figure's rows: the value of its field `by`.
+  // The selection of a figure's rows: a value of its field `by`.
   const chosen = (figure) => (figure.dataset.kind === "tokens" ? Number(picker.value) : Number(figure.dataset.value ?? 0));
 
   const chosenRows = ({ by }, value, rows) => {
@@ -29,7 +29,7 @@
     return rows.filter((row) => row[by] === undefined || row[by] === value).map(({ [by]: _, ...rest }) => rest);
   };
 
-  // Lines of at most so many characters; one word that is longer stays whole.
+  // Lines of at most so many characters; a longer word is not broken.
   const wrapped = (lines, most) => [lines].flat().flatMap((line) =>
     line.split(" ").reduce((made, word) => {
       const longer = made.length ? `${made.at(-1)} ${word}` : word;
@@ -38,19 +38,19 @@
 
   const subtitleOf = ({ spec, options }, value) => options[value]?.subtitle ?? spec.title.subtitle;
 
-  // The chart with the rows that are chosen, as `analysis.report.figures.Figure.shown` makes it; on the page its title
-  // is the card's, and as many ranks of tokens are shown as have room.
+  // The chart with the selected rows, as made by `analysis.report.figures.Figure.shown`; on the page, its title
+  // is that of the card, and as many ranks of tokens are shown as fit.
   const shown = (figure, { title: _, ...spec }, rows) => {
     const ranks = Math.max(2, Math.floor((figure.querySelector(".chart").clientWidth - 50) / 60));
     const named = Object.entries(rows).map(([name, all]) => [name, all.filter(({ rank = 0 }) => rank <= ranks)]);
     return { ...spec, datasets: Object.fromEntries(named) };
   };
 
-  // The same with a title that fits, for files and the clipboard.
+  // The same with its title, wrapped to fit, for files and the clipboard.
   const titled = (spec, subtitle, datasets, width) => {
     const title = {
       ...spec.title,
-      text: wrapped(spec.title.text, (width - 50) / 7.7), // pixels of a character
+      text: wrapped(spec.title.text, (width - 50) / 7.7), // pixels per character
       subtitle: wrapped(subtitle, (width - 50) / 6.3),
     };
     return { ...spec, title, width, datasets };
@@ -59,7 +59,7 @@
   const tablesOf = ({ tables, by }, value) =>
     Object.fromEntries(Object.entries(tables).map(([name, rows]) => [name, chosenRows({ by }, value, rows)]));
 
-  // The numbers of the marks that carry them: the first table.
+  // The numbers behind the marks: the first table.
   const rowsOf = (figure) => {
     const { tables, by, options } = figures[figure.dataset.number];
     const value = chosen(figure);
@@ -92,14 +92,14 @@
     table.replaceChildren(head, body);
   };
 
-  // The count of a chart's rows, and its table while that is open.
+  // The number of a chart's rows, and its table while open.
   const showNumbers = (figure) => {
     const rows = rowsOf(figure);
-    figure.querySelector(".count").textContent = `The numbers (${rows.length} rows)`;
+    figure.querySelector(".count").textContent = `Numbers (${rows.length} rows)`;
     if (figure.querySelector(".menu").matches(":popover-open")) fillTable(figure, rows);
   };
 
-  // A value of CSV: quoted where it must be, and never a formula to a spreadsheet.
+  // A CSV value: quoted where necessary, and never read as a formula by a spreadsheet.
   const csvValue = (value) => {
     const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value ?? "");
     return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
@@ -118,11 +118,11 @@
     if (form === "csv") link.href = URL.createObjectURL(csv(rowsOf(figure)));
     else link.href = await picture(figure, Number(figure.dataset.number), chosen(figure), form);
     link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // a busy browser fetches it later than the click
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // a busy browser fetches it some time after the click
   };
 
   const embed = async (where, spec, theme) => vegaEmbed(where, spec, {
-    ast: true, // expressions are interpreted: the page's policy allows no code from text
+    ast: true, // expressions are interpreted, because the page's policy forbids evaluating text as code
     renderer: "svg",
     config: theme,
     actions: false, // each figure has a menu
@@ -130,7 +130,7 @@
 
   const current = () => themes[dark.matches ? "dark" : "light"];
 
-  // A chart with its title, as the address of an image.
+  // A chart with its title, as the URL of an image.
   const picture = async (figure, number, value, form, theme = current()) => {
     const { spec } = figures[number];
     const width = figure.querySelector(".chart").clientWidth;
@@ -152,12 +152,12 @@
     figure.dataset.drawn = "";
   };
 
-  // One after the other, so that the first are seen while the last are drawn.
+  // One after the other, so that the first are visible while the last are drawn.
   const drawEach = async (some) => {
     for (const figure of some) await draw(figure);
   };
 
-  // A figure that has options of its own: groups, and the options of a group that hold what is typed.
+  // A figure with its own options: groups, and the options of a group that contain the typed text.
   const wire = (figure) => {
     const { options } = figures[figure.dataset.number];
     const [group, typed, list] = ["group", "typed", "value"].map((part) => figure.querySelector(`[data-choose=${part}]`));
@@ -179,14 +179,14 @@
     });
     typed.addEventListener("input", narrow);
     typed.addEventListener("keydown", async ({ key }) => {
-      if (key === "Enter" && list.options.length > 1) await show(list.options[1].value); // the first that fits
+      if (key === "Enter" && list.options.length > 1) await show(list.options[1].value); // the first match
     });
     list.addEventListener("change", async () => show(list.value));
     narrow();
     list.selectedIndex = 0;
   };
 
-  // The summary as text and, where it can be pasted, with its picture on white.
+  // The summary as text and, where the target accepts it, with its picture on white.
   const copySummary = async () => {
     const parts = [...document.querySelectorAll(".said > p, .said > pre")].filter((part) => !part.querySelector("button"));
     const text = parts.map((part) => part.textContent).join("\n\n");
@@ -206,14 +206,14 @@
     ]);
   };
 
-  // Says what was copied; where a browser lets no page copy, selects it.
+  // Reports what was copied; if the browser does not allow copying, selects the text instead.
   const copying = async (copy, source, told) => {
     try {
       await copy();
       told("Copied");
     } catch {
       getSelection().selectAllChildren(source);
-      told("Selected: copy it with Ctrl-C");
+      told("Selected: press Ctrl-C to copy");
     }
   };
 
@@ -225,7 +225,7 @@
       copying(async () => navigator.clipboard.writeText(button.dataset.copy), button.previousElementSibling, told);
   }
 
-  // The contents mark the section that is read.
+  // The contents mark the section being read.
   const linked = new Map([...document.querySelectorAll(".contents a")].map((link) => [link.hash.slice(1), link]));
   const sections = [...document.querySelectorAll("main > section")];
   const mark = () => {

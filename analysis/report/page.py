@@ -1,10 +1,10 @@
 """One offline page about one or more stores: what was captured, and what the experts did.
 
-Promises: every number comes from one scan of each data set, as much of it as is committed, and the page says how much
-that is; all text from data sets and tokenizers is escaped, in HTML and in the charts' data; the page asks no host for
-anything. The charts' own numbers are the tables', made from the same data in the page.
+Promises: every number comes from one scan of the committed part of each data set, and the page says how much that is;
+all text from data sets and tokenizers is escaped, in HTML and in the charts' data; the page makes no network requests.
+Charts and tables are made from the same data in the page.
 
-Does not know what is asked, said or drawn: `analysis.report.answers`, `analysis.report.headline`,
+Does not know what is counted, said or drawn: `analysis.report.answers`, `analysis.report.headline`,
 `analysis.report.summary`, `analysis.report.sections.all`.
 """
 
@@ -47,7 +47,7 @@ from store.reader import open_covered
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A section as it is on the page."""
+    """A section on the page."""
 
     id: str
     title: str
@@ -58,11 +58,11 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a page shows and papers take: all that is drawn, made once."""
+    """Everything that is drawn, for the page and for papers, made once."""
 
     answers: Sequence[Answers]
     apart: xr.Dataset | None
-    """How the data sets differ; None where there is nothing to compare."""
+    """How the data sets differ; None if there is nothing to compare."""
     sections: Sequence[Drawn]
     again: str | None = None
     """The command that draws it again."""
@@ -76,7 +76,7 @@ class Report:
 def report_of(
     answers: Sequence[Answers], sections: Sequence[Section] = SECTIONS, *, again: str | None = None
 ) -> Report:
-    """Draw the charts; sections without any are left out."""
+    """Draw the charts; sections without charts are left out."""
     apart, labels = contrast_between(answers), [visible(each.label) for each in answers]
     drawn = []
     for section in sections:
@@ -103,17 +103,17 @@ def write_report(
     Parameters
     ----------
     paths
-        Stores; they may be incomplete, which the page says.
+        Stores; they may be incomplete, and the page says so.
     output
-        The HTML file; it is replaced whole or not at all.
+        The HTML file; it is replaced atomically.
     datasets
         By path, the data sets to draw; default all.
     progress
         Called with a data set's label, shards read and shards in all.
     runner_of
-        Who reads the shards of a store, in so far as the answers are not kept already; default this process.
+        Reads the shards of a store whose answers are not kept yet; default this process.
     block_tokens
-        Take blocks of so many tokens for documents in intervals and tests: see `Jackknife`.
+        Use blocks of so many tokens instead of documents in intervals and tests: see `Jackknife`.
     only
         What is counted.
     explorer
@@ -127,13 +127,15 @@ def write_report(
     Raises
     ------
     FileNotFoundError
-        When a path is no store.
+        When a path is not a store.
     ValueError
-        When the stores hold no data set, one of them has no token labels to select by, or an explorer of one store
-        is named for several.
+        When the stores hold no data set, one of them lacks the labels by which tokens are selected, or `explorer` is
+        given with several stores.
     """
     if explorer is not None and len(paths) > 1:
-        raise ValueError(f"{explorer} is the explorer of one store, and here are {len(paths)}: draw them one by one")
+        raise ValueError(
+            f"{explorer} is the explorer of one store, but {len(paths)} stores are given: report on them one by one"
+        )
     found = [(path, name) for path in paths for name in (datasets or {}).get(str(path)) or dataset_names(path)]
     if not found:
         raise ValueError(f"no data set in {', '.join(map(str, paths))}: nothing to report")
@@ -167,7 +169,7 @@ def again(drawn: Sequence[tuple[Path | str, str]], block_tokens: int | None, onl
 
 
 def render(report: Report, explorer: str | None = None, drawn_on: date | None = None) -> str:
-    """The page as one HTML text, drawn today unless another day is named; `explorer` as of `write_report`."""
+    """The page as one HTML text, dated today unless another day is given; `explorer` as in `write_report`."""
     answers = report.answers
     folder = Path(__file__).parent
     environment = jinja2.Environment(
@@ -209,7 +211,7 @@ def render(report: Report, explorer: str | None = None, drawn_on: date | None = 
 
 
 def _dots(labels: Sequence[str], themes: Mapping[str, Any]) -> dict[str, str]:
-    """The colour of each data set as a style has it, the charts' own."""
+    """The colour of each data set in the charts, as a CSS value."""
     light, dark = (themes[name]["range"]["category"] for name in ("light", "dark"))
     pairs = islice(cycle(zip(light, dark, strict=True)), len(labels))
     return {label: f"light-dark({one}, {other})" for label, (one, other) in zip(labels, pairs, strict=True)}
@@ -217,21 +219,20 @@ def _dots(labels: Sequence[str], themes: Mapping[str, Any]) -> dict[str, str]:
 
 @cache
 def _chart_runtime() -> str:
-    """The script that draws charts, the same for every page: bundling it takes a second."""
+    """The script that draws charts, cached because bundling it takes a second."""
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def write_figures(report: Report, folder: Path) -> list[Path]:
     """Write every chart as SVG, PDF and PNG, for papers: tokens once for each layer, paths once for each data set.
-
-    Files that are there are replaced.
+    Existing files are replaced.
 
     Parameters
     ----------
     report : Report
         From `write_report`.
     folder : Path
-        It is made where it is not there.
+        Created if it does not exist.
 
     Returns
     -------
@@ -248,7 +249,7 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
 
 
 def _packed(figure: Figure) -> dict[str, Any]:
-    """A figure for the page's script, which unpacks it: its tables by column, a third of the size."""
+    """A figure packed for the page's script: its tables by column, a third of the size."""
     tables = {
         name: {column: _column([row[column] for row in rows]) for column in (rows[0] if rows else ())}
         for name, rows in figure.spec["datasets"].items()
@@ -261,7 +262,7 @@ def _packed(figure: Figure) -> dict[str, Any]:
 
 
 def _column(values: list[Any]) -> Any:
-    """A column as it is, or shorter: texts once, and whole numbers as runs of equal steps (step, count)."""
+    """A column unchanged, or compressed: texts stored once, and whole numbers as runs of equal steps (step, count)."""
     if values and all(isinstance(value, str) for value in values):
         place = {text: index for index, text in enumerate(dict.fromkeys(values))}
         return {"texts": list(place), "places": _column([place[text] for text in values])}

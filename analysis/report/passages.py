@@ -1,4 +1,4 @@
-"""A paragraph of each data set, its tokens shaded where they choose the data set's own expert."""
+"""A paragraph from each data set, with the tokens shaded that choose its specialist or busiest expert."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from analysis.report.headline import busiest, specialist
 from analysis.report.section import Answers, Finding
 from analysis.token_classes import text_of
 
-SAMPLED = 8_192  # tokens of whole documents, of which paragraphs and the tokens of windows are (arbitrary)
+SAMPLED = 8_192  # tokens of whole documents, from which paragraphs and the tokens of windows are taken (arbitrary)
 SHOWN = 140  # tokens of a paragraph (arbitrary)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shaded:
-    """Tokens beside each other that are shaded alike."""
+    """Neighbouring tokens with the same shading."""
 
     text: str
     choice: int
-    """Which choice of theirs the expert is: 1 is the first; 0 where it is none of them."""
+    """The rank of the expert among their choices: 1 is the first; 0 if they did not choose it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,15 @@ class Passage:
     finding: Finding
     """The expert, with its page."""
     why: str
-    """Why it is this expert, in words."""
+    """Why this expert is shown, in words."""
     chosen: int
     tokens: int
-    """How many of the passage's tokens choose it, and of how many."""
+    """How many of the passage's tokens choose it, and the number of tokens."""
     shaded: Sequence[Shaded]
 
 
 def passages(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Passage]:
-    """One for each data set that has tokens; of its specialist, or where it has none, of its busiest expert."""
+    """One for each data set that has tokens, about its specialist or, without one, its busiest expert."""
     having = [each for each in answers if (sample := each.get("sample")) is not None and sample.sizes["token"]]
     return [_passage(each, apart) for each in having]
 
@@ -64,7 +64,7 @@ def _passage(each: Answers, apart: xr.Dataset | None) -> Passage:
 
 
 def _longest_row(sample: xr.Dataset) -> xr.Dataset:
-    """The first of the longest rows of a sample, whose tokens stand row by row."""
+    """The first of the longest rows of a sample, whose tokens are in row order."""
     position, document = sample["position"].values, sample["document_id"].values
     begins = np.flatnonzero(np.r_[True, (np.diff(position) <= 0) | (np.diff(document) != 0)])
     ends = np.r_[begins[1:], position.size]
@@ -73,7 +73,7 @@ def _longest_row(sample: xr.Dataset) -> xr.Dataset:
 
 
 def _runs(texts: Sequence[str], choices: Sequence[int]) -> list[Shaded]:
-    """Neighbours of one shade in one piece."""
+    """Merge neighbours with the same shading."""
     runs: list[Shaded] = []
     for text, choice in zip(texts, choices, strict=True):
         if runs and runs[-1].choice == choice:
@@ -84,5 +84,5 @@ def _runs(texts: Sequence[str], choices: Sequence[int]) -> list[Shaded]:
 
 
 def _readable(piece: str) -> str:
-    """A piece as it stands in a text; a byte of a longer character is �."""
+    """A piece as readable text; a byte of a longer character is �."""
     return visible(text_of(piece).encode("utf-8", "surrogateescape").decode("utf-8", "replace"), keep="\n\t")

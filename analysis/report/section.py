@@ -1,4 +1,4 @@
-"""What a section of the report is: what it asks of each data set, how to read it, what it finds and draws.
+"""A section of the report: what it counts for each data set, how to read it, what it finds and what it draws.
 
 A section is one file in `analysis/report/sections/` and one line in `sections/all.py`. Sections may ask for the same
 thing under the same name: it is counted once.
@@ -17,18 +17,18 @@ from analysis.report.figures import Figure
 from analysis.scanning import Reducer
 from store import Coverage
 
-TOKEN_MIN_COUNT = 20  # a lift of a rarer token is mostly luck (arbitrary)
+TOKEN_MIN_COUNT = 20  # the lift of a rarer token is mostly chance (arbitrary)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One data set, as a section sees it when it asks."""
+    """One data set, as a section sees it when it says what to count."""
 
     data: xr.Dataset
     state: Coverage
     label: str
     block_tokens: int | None = None
-    """Blocks of so many tokens are units in place of documents."""
+    """Blocks of so many tokens are units instead of documents."""
 
     @property
     def weighed(self) -> bool:
@@ -37,7 +37,7 @@ class Asked:
 
     @property
     def scores(self) -> Scores | None:
-        """How router logits become weights; None where none were recorded, or that is not known."""
+        """How router logits become weights; None if no logits were recorded, or the rule is not known."""
         return known_scores(self.data)
 
 
@@ -47,24 +47,24 @@ Found = Mapping[str, xr.Dataset]
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What is known of one data set; `answers["load"]` is a result by its name."""
+    """The results for one data set; `answers["load"]` is a result by name."""
 
     label: str
     state: Coverage
     attrs: Mapping[str, Any]
     documents: int
-    """That have a row."""
+    """Documents that have a row."""
     found: Found
     notes: Sequence[str] = ()
-    """What a reader must know of it: what is left out, and why."""
+    """What a reader must know about it: what is left out, and why."""
     store: str | None = None
-    """The store, as it was named; None where the data came otherwise."""
+    """The store, as it was named; None if the data did not come from a named store."""
 
     def __getitem__(self, name: str) -> xr.Dataset:
         return self.found[name]
 
     def get(self, name: str) -> xr.Dataset | None:
-        """A result; None where the data set has none of this name."""
+        """A result; None if the data set has none of this name."""
         return self.found.get(name)
 
 
@@ -74,7 +74,7 @@ class Finding:
 
     said: str
     of: Answers | None = None
-    """The data set that it is about; None where it is about several."""
+    """The data set that it is about; None if it is about several."""
     page: str = ""
     """The explorer's page about it, within the data set: "expert/2/7"; empty for the data set's own."""
     layer: int | None = None
@@ -82,14 +82,15 @@ class Finding:
 
     @property
     def place(self) -> str | None:
-        """The page with its data set, as `--page` and the explorer's addresses have it."""
+        """The page with its data set, in the form of `--page` and of the explorer's addresses."""
         if self.of is None:
             return None
         return "/".join([quote(self.of.state.dataset), *filter(None, [self.page])])
 
     @property
     def command(self) -> str | None:
-        """The command that opens the page, quoted for a shell; None where there is none, or the store is not known."""
+        """The command that opens the page, quoted for a shell; None if there is no such page, or the store is not
+        known."""
         if self.of is None or self.of.store is None:
             return None
         return shlex.join(["python", "jobs/explore.py", self.of.store, "--page", f"{self.place}"])
@@ -104,12 +105,10 @@ class Section:
     reading: str | Callable[[Sequence[Answers]], str]
     """How to read them."""
     draw: Callable[[Sequence[Answers], xr.Dataset | None], Iterable[Figure]]
-    """The charts, from the answers of all data sets and how the data sets differ; none where there is nothing to
-    say."""
+    """The charts, from the answers of all data sets and how they differ; none if there is nothing to show."""
     ask: Callable[[Asked], Mapping[str, Reducer]]
     """What one scan counts, by name."""
     answer: Callable[[Found, Asked], Found] | None = None
-    """Results made of the counts, by name; None where what was asked is drawn as it was counted."""
+    """Results computed from the counts, by name; None if the counts themselves are drawn."""
     findings: Callable[[Sequence[Answers]], Iterable[Finding]] | None = None
-    """What is beyond chance, in sentences that stand above the charts with the command that opens them in the
-    explorer."""
+    """What is beyond chance, in sentences above the charts, each with the command that opens it in the explorer."""

@@ -1,4 +1,4 @@
-"""The top of the page: what was looked at, three sentences that a person can paste, and the commands behind them.
+"""The top of the page: what the report covers, three sentences to paste, and the commands behind them.
 
 Promises: the sentences say what `analysis.report.headline` finds beyond chance, or that it finds nothing.
 """
@@ -17,21 +17,21 @@ from analysis.report.section import Answers, Finding
 from store.identity import changes_in_words
 
 TINY = "tiny-mixtral"
-"""The model that comes with the code, as captures name it."""
-_SHORT = 12  # characters of a commit or fingerprint that tell it from others
+"""The name of the model that comes with the code, in captures."""
+_SHORT = 12  # characters of a commit or fingerprint that identify it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a person pastes."""
+    """The text to paste."""
 
     findings: Sequence[Finding]
-    """Three: what was measured, the clearest specialist or the busiest expert, and a token. One where there is no
+    """Three: what was measured, the clearest specialist or the busiest expert, and a token. Only one if there is no
     token."""
     figure: int | None
-    """The chart that shows the second one, by its place on the page."""
+    """The chart that shows the second one, by its index on the page."""
     commands: Sequence[str]
-    """What makes the data of the second one and the report again."""
+    """The commands that make the data of the second one and the report again."""
 
 
 def summary(
@@ -43,7 +43,7 @@ def summary(
     if not captured:
         return Summary(findings=[measured], figure=None, commands=[again] if again else [])
     main = main_finding(captured, apart)
-    token = token_finding(captured) or Finding(said="No token's expert is beyond what its documents explain.")
+    token = token_finding(captured) or Finding(said="No token goes to an expert more often than its documents explain.")
     assert main.of is not None  # it is one data set's
     names = [figure.name for figure in figures]
     pictures = (f"{kind}-{main.of.label}" for kind in ("domains", "load"))
@@ -53,19 +53,19 @@ def summary(
 
 
 def main_finding(captured: Sequence[Answers], apart: xr.Dataset | None) -> Finding:
-    """The clearest specialist of all data sets, or where none is beyond chance, the busiest expert."""
+    """The clearest specialist of all data sets or, if none is beyond chance, the busiest expert."""
     compared = compared_in(captured, apart)
     found = [one for each in compared if apart is not None and (one := specialist(each, apart))]
     if not found:
         return busiest(compared or captured[:1])
     best, _ = max(found, key=lambda one: one[1])
-    assert best.of is not None  # `specialist` says of which
-    said = f"Of the {best.of['load'].attrs['n']:,} tokens of {best.of.label} the specialist is {best.said}"
+    assert best.of is not None  # set by `specialist`
+    said = f"The clearest specialist is that of {best.of.label} ({best.of['load'].attrs['n']:,} tokens): {best.said}"
     return Finding(said=said, of=best.of, page=best.page, layer=best.layer)
 
 
 def header(answers: Sequence[Answers], drawn_on: date) -> dict[str, str]:
-    """What was looked at, by name: model, revision, quantization, tokens, data sets, coverage, and the day."""
+    """What the report covers, by name: model, revision, quantization, tokens, data sets, coverage, and the day."""
     done, total = (sum(getattr(each.state, f"shards_{name}") for each in answers) for name in ("done", "total"))
     complete = all(each.state.complete for each in answers)
     sizes = _by_value(answers, _size)
@@ -82,7 +82,7 @@ def header(answers: Sequence[Answers], drawn_on: date) -> dict[str, str]:
 
 
 def has_tiny(answers: Sequence[Answers]) -> bool:
-    """Whether some of the data are of the model that comes with the code."""
+    """Whether some of the data come from the model that is part of the code."""
     return any(each.attrs.get("model") == TINY for each in answers)
 
 
@@ -93,7 +93,7 @@ def _measured(answers: Sequence[Answers], captured: Sequence[Answers]) -> Findin
     tokens = sum(each["load"].attrs["n"] for each in captured)
     models = _listed(list(dict.fromkeys(f"{_model(each)} ({_size(each)})" for each in captured)))
     sets = _listed([each.label for each in captured])
-    part = "" if all(each.state.complete for each in answers) else ", as far as they are captured"
+    part = "" if all(each.state.complete for each in answers) else " (captured so far)"
     return Finding(said=f"{models} chose experts for {tokens:,} tokens of {sets}{part}.")
 
 
@@ -115,7 +115,7 @@ def _revision(each: Answers) -> str:
 
 
 def _by_value(answers: Sequence[Answers], of: Callable[[Answers], str]) -> str:
-    """What holds for all data sets, or each value with those that it holds for."""
+    """The value for all data sets, or each value with its data sets."""
     alike: dict[str, list[str]] = {}
     for each in answers:
         alike.setdefault(of(each), []).append(each.label)

@@ -1,4 +1,4 @@
-"""The tables of windows: what tokens choose at neighbouring layers, with some of the tokens that do."""
+"""The tables of windows: first choices at neighbouring layers, with examples of tokens."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ import xarray as xr
 
 from analysis.escaping import visible
 
-EXAMPLES = 6  # tokens shown of a window (arbitrary)
+EXAMPLES = 6  # tokens shown for a window (arbitrary)
 
 
 def window_rows(windows: xr.Dataset | None, sample: xr.Dataset | None) -> list[dict[str, Any]]:
-    """Rows of a table of windows; none where there are too few layers.
+    """Rows of a table of windows; empty if there are too few layers.
 
     Parameters
     ----------
     windows : xr.Dataset or None
         From `frequent_windows_of`.
     sample : xr.Dataset or None
-        From `SampledRoutes`, of all layers: what example tokens are taken from.
+        From `SampledRoutes`, for all layers: the source of example tokens.
     """
     if windows is None or sample is None:
         return []
@@ -37,7 +37,7 @@ def window_rows(windows: xr.Dataset | None, sample: xr.Dataset | None) -> list[d
 
 
 def examples(sample: xr.Dataset, window: xr.Dataset) -> list[str]:
-    """The most frequent tokens of a sample whose first choices are a window, the most frequent first."""
+    """The tokens of a sample whose first choices follow a window, the most frequent first."""
     first = sample["expert"].isel(k=0).sel(layer=window["layer"].values).values
     through = (first == window["expert"].values).all(axis=1)
     pieces, counts = np.unique(sample["piece"].values[through].astype(str), return_counts=True)

@@ -1,1 +1,1 @@
-"""Resampling, information measures and growth: what any metric may use."""
+"""Resampling, information measures and growth, for use by any metric."""

@@ -1,7 +1,8 @@
-"""Conditional mutual information: what one thing tells of the experts when another is known already.
+"""Conditional mutual information: what one variable says about the experts when another is already known.
 
-Computed from tokens one by one, for its table has a cell for each value of three things. Most of these cells are seen
-once or never, so that the plain estimate is far too large; what shuffles give stands beside it, and is taken off.
+Computed from single tokens, because the table would have a cell for each combination of three variables. Most of these
+cells occur once or never, so the plain estimate is far too large; the value from shuffles is reported with it and
+subtracted.
 """
 
 from __future__ import annotations
@@ -25,29 +26,29 @@ def conditional_information(
     draws: int = 100,
     seed: int = 0,
 ) -> xr.Dataset:
-    """Mutual information of a token's experts and of x, given something else, in bits.
+    """Mutual information of a token's experts and x, given another variable, in bits.
 
     Parameters
     ----------
     expert : xr.DataArray
         Experts of tokens, int (token, layer, k).
     x, given : array, shape (token), int
-        What tells of the experts, and what is known already.
+        The variable of interest, and the variable that is already known.
     within : array, shape (token), int, optional
-        The null shuffles x among the tokens of one value of `given`, and of `within` too where that is given.
+        The null shuffles x among the tokens with the same value of `given` and, if passed, of `within`.
     unit : array, shape (token), int, optional
         Shuffle x of whole units instead, such as documents: x must be the same for all tokens of a unit.
     draws : int
-        Shuffles.
+        Number of shuffles.
     seed : int
-        Of the shuffles.
+        Seed of the shuffles.
 
     Returns
     -------
     xr.Dataset
         Over layer, float64, in bits: `mutual_information` I(expert; x | given) by maximum likelihood over all choices;
-        `null` and `null_high`, the mean and the 95 % quantile of the shuffles; `corrected`, the difference to the mean,
-        0 on average where x tells nothing more. NaN where there is no token.
+        `null` and `null_high`, the mean and the 95% quantile of the shuffles; `corrected`, the difference from the
+        mean, 0 on average if x adds no information. NaN if there is no token.
 
     Raises
     ------
@@ -55,7 +56,7 @@ def conditional_information(
         When `draws` is below 1, both `within` and `unit` are given, or x differs within a unit.
     """
     if draws < 1 or (within is not None and unit is not None):
-        raise ValueError(f"draws={draws}: at least 1; and x is shuffled either `within` something or by `unit`")
+        raise ValueError(f"draws={draws}: must be at least 1; and at most one of `within` and `unit` can be given")
     values = expert.transpose("token", "layer", "k").values
     experts = int(values.max(initial=0)) + 1
     x, given = _numbered(x), _numbered(given)
@@ -72,14 +73,14 @@ def conditional_information(
     result = {name: ("layer", bits, {"units": "bits"}) for name, bits in found.items()}
     return xr.Dataset(result, coords={"layer": expert["layer"].values}).assign_attrs(
         draws=draws,
-        estimator="maximum likelihood; corrected: less the mean of the shuffles",
-        definition="I(e; x | g) = Σ P(e, x, g) log2(P(e, x | g) / (P(e | g) P(x | g))), by which experts are chosen",
+        estimator="maximum likelihood; corrected: minus the mean of the shuffles",
+        definition="I(e; x | g) = Σ P(e, x, g) log2(P(e, x | g) / (P(e | g) P(x | g))), e being the chosen experts",
         source="Cover & Thomas 2006, section 2.5",
     )
 
 
 def _information(expert: Array, x: Array, given: Array, experts: int, alone: Array) -> Array:
-    """Bits by layer; `alone` is what `_cells` gives for `given` alone."""
+    """Bits by layer; `alone` is the result of `_cells` for `given` alone."""
     n = expert.shape[0] * expert.shape[2]
     if not n:
         return np.full(expert.shape[1], np.nan)
@@ -102,7 +103,7 @@ def _cells(expert: Array, given: Array, x: Array, experts: int) -> Array:
 
 
 def _numbered(*values: Any) -> Array:
-    """The combinations of values that tokens have, numbered from 0 without gaps."""
+    """The combinations of values that occur, numbered from 0 without gaps."""
     number = np.zeros(len(values[0]), np.int64)
     for each in values:
         own = np.unique(np.asarray(each), return_inverse=True)[1].astype(np.int64)
@@ -122,7 +123,9 @@ def _of_units(x: Array, unit: Array, random: np.random.Generator) -> Array:
     of_unit = np.zeros(unit.max(initial=-1) + 1, x.dtype)
     of_unit[unit] = x
     if (of_unit[unit] != x).any():
-        raise ValueError("x differs within a unit: whole units can be shuffled only where all their tokens have one x")
+        raise ValueError(
+            "x differs within a unit: whole units can only be shuffled if all their tokens have the same x"
+        )
     shuffled: Array = random.permutation(of_unit)[unit]
     return shuffled
 

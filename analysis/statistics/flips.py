@@ -1,6 +1,6 @@
-"""Sums over units of documents with flipped signs: what chance gives where two captures could be exchanged.
+"""Sums over units of documents with flipped signs: the null distribution if two captures were exchangeable.
 
-If captures of the same documents were alike, each unit's difference could have either sign (sign-flip test; Fisher
+If captures of the same documents did not differ, each unit's difference could have either sign (sign-flip test; Fisher
 1935, The design of experiments, section 21). Does not know what differs.
 """
 
@@ -13,7 +13,7 @@ from analysis.statistics.differences import SAME, studentized
 from analysis.statistics.jackknife import MIN_EFFECTIVE_DOCUMENTS, effective_documents
 
 REPLICATES = 1999  # flips of signs
-MIN_UNITS = 6  # of fewer, the smallest p of flipped signs is above 5 %
+MIN_UNITS = 6  # with fewer, the smallest possible p-value is above 5%
 
 
 def sum_of(residuals: Array, part: Array) -> tuple[Array, Array]:
@@ -37,23 +37,23 @@ def flipped(residuals: Array, part: Array, signs: Array) -> Array:
 
 
 def p_together(residuals: Array, part: Array, replicates: int) -> Array:
-    """Two-sided p of several sums over the same units, each adjusted for all of them.
+    """Two-sided p-values of several sums over the same units, each adjusted for all of them.
 
-    The smallest of their p-values is compared with the smallest that flipped signs give, the same signs for all sums
-    (single-step minP, Westfall & Young 1993). So a sum that few units have, whose statistic has long tails, does not
-    decide for the others. Of one sum it is its own p.
+    The smallest of their p-values is compared with the smallest p-value under flipped signs, with the same signs for
+    all sums (single-step minP, Westfall & Young 1993). So a sum over few units, whose statistic has long tails, does
+    not dominate the others. A single sum has its own p-value.
 
     Parameters
     ----------
     residuals, part : float64 array, shape (unit, sum)
-        What each unit adds to a sum, and its part of what the sum is over.
+        Each unit's contribution to a sum, and its part of the sum's total amount.
     replicates : int
-        Flips of signs.
+        Number of sign flips.
 
     Returns
     -------
     float64 array, shape (sum)
-        Never 0: the signs as they are count as one of the flips (Phipson & Smyth 2010).
+        Never 0: the observed signs count as one of the flips (Phipson & Smyth 2010).
     """
     signs, statistics = np.random.default_rng(0).choice([-1.0, 1.0], (replicates, len(part))), []
     for own, of_own in zip(residuals.T[..., None, None], part.T, strict=True):
@@ -64,20 +64,21 @@ def p_together(residuals: Array, part: Array, replicates: int) -> Array:
 
 
 def _p_of_each(statistic: Array) -> Array:
-    """The share of the statistics that each of them does not exceed."""
+    """The share of the statistics that are at least as large as each of them."""
     below = np.searchsorted(np.sort(statistic), statistic * SAME, "left")
     return np.asarray(1 - below / len(statistic))
 
 
 def why_untested(tokens: Array) -> str:
-    """Why nothing is tested, in words; empty where it is."""
+    """Why nothing is tested, in words; empty if it is tested."""
     units, effective = tokens.shape[1], effective_documents(tokens.sum(0))
     if not tokens.sum(1).all():
-        return "no token is counted in one of the captures"
+        return "one of the captures has no counted token"
     if units < MIN_UNITS:
-        return f"{units} documents: flipped signs of fewer than {MIN_UNITS} cannot be significant"
+        return f"{units} documents: a sign-flip test needs at least {MIN_UNITS} to be significant"
     if effective < MIN_EFFECTIVE_DOCUMENTS:
         return (
-            f"{units} units, as unequal as {effective:.1f} of one length: no test below {MIN_EFFECTIVE_DOCUMENTS:.0f}"
+            f"{units} units of unequal length, worth {effective:.1f} equal ones: a test needs at least"
+            f" {MIN_EFFECTIVE_DOCUMENTS:.0f}"
         )
     return ""

@@ -1,8 +1,7 @@
-"""How many tokens are enough? Any metric of ever larger parts of a capture, from one scan.
+"""How many tokens are enough? Any metric for parts of a capture of increasing size, from one scan.
 
-Parts are nested: each holds about half of the documents of the next larger one, chosen by a hash of their ids, so that
-a part is a sample of the data set and not its beginning. Promises: the same parts in any order. Does not know any
-metric.
+Parts are nested: each holds about half of the documents of the next larger one, selected by a hash of their ids, so a
+part is a sample of the data set and not its beginning. Promises: the same parts in any order. Does not know any metric.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from analysis.statistics.parts import Parts, nested
 
 
 class Tokens(Reducer):
-    """The number of tokens that count, and nothing else."""
+    """The number of counted tokens, and nothing else."""
 
     stacks = True
 
@@ -33,13 +32,13 @@ class Tokens(Reducer):
         state["tokens"] += np.count_nonzero(block["counted"])
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The number."""
+        """The number of tokens."""
         return described(
             xr.Dataset({"tokens": labelled(state["tokens"][..., 0]).assign_attrs(units="tokens")}),
             n=int(state["tokens"].flat[0]),
             estimator="counts",
             null="none: a number of tokens",
-            definition="tokens that count",
+            definition="counted tokens",
             source="-",
         )
 
@@ -52,16 +51,16 @@ def growth(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
-    """What a reducer gives for the whole capture, about half of its documents, a quarter, and so on.
+    """A reducer's result for the whole capture, for about half of its documents, a quarter, and so on.
 
     Parameters
     ----------
     dataset : xr.Dataset
         A capture.
     reducer : Reducer
-        One whose accumulators are sums and small, such as `Load()` or `Choices(joint=False)`.
+        A reducer whose accumulators are small and sums, such as `Load()` or `Choices(joint=False)`.
     halvings : int
-        Parts beside the whole.
+        Number of parts besides the whole.
     threads, progress
         See `analysis.scan`.
 
@@ -69,15 +68,15 @@ def growth(
     -------
     xr.Dataset
         The reducer's result along `part`, 0 the whole, with the coordinate `tokens` int64 (part). Functions of counts,
-        such as `analysis.balance_of`, take it as it is.
+        such as `analysis.balance_of`, accept it directly.
 
     Raises
     ------
     ValueError
-        When `halvings` is below 1, or the reducer's accumulators are no sums.
+        When `halvings` is below 1, or the reducer's accumulators are not sums.
     """
     if halvings < 1:
-        raise ValueError(f"halvings={halvings}: at least 1")
+        raise ValueError(f"halvings={halvings}: must be at least 1")
     found, counted = scan(
         dataset,
         [Parts(each, halvings, partial(nested, halvings=halvings)) for each in (reducer, Tokens())],
@@ -90,27 +89,27 @@ def growth(
         found.assign_coords(tokens=tokens),
         n=int(tokens[0]),
         null="that of the metric",
-        estimator="the metric's, of each part",
+        estimator="that of the metric, for each part",
         definition="part p: documents whose hash, a number in [0, 1), is below 2**-p",
         source="-",
     )
 
 
 def enough(values: Any, tolerance: float) -> Any:
-    """The fewest tokens from which on a metric stays near what the whole capture gives.
+    """The fewest tokens from which a metric stays near its value for the whole capture.
 
     Parameters
     ----------
     values : xr.DataArray
-        A metric along `part`, with the coordinate `tokens`, made of what `growth` gives.
+        A metric along `part`, with the coordinate `tokens`, computed from the result of `growth`.
     tolerance : float
-        How far from the whole's value, in the metric's own units, is near.
+        The largest distance from the whole's value that counts as near, in the metric's units.
 
     Returns
     -------
     xr.DataArray
-        Tokens, float64, with the dims of `values` but `part`: of the smallest part that is near with all larger ones;
-        that of the whole where not even half of the documents are, and NaN where the whole has no value.
+        Tokens, float64, with the dims of `values` except `part`: those of the smallest part that is near together with
+        all larger ones; those of the whole if not even half of the documents are near; NaN if the whole has no value.
     """
     near = (abs(values - values.isel(part=0)) <= tolerance).cumprod("part").astype(bool)
     return values["tokens"].where(near).min("part").assign_attrs(units="tokens", tolerance=tolerance)

@@ -1,10 +1,10 @@
-"""Entropy and association of counts, with what chance gives of so few observations.
+"""Entropy and association of counts, with the values expected by chance for so few observations.
 
-All in bits. The plain estimates are biased: an entropy is found too small and a mutual information too large, by about
-(cells − 1) / (2 n ln 2). Miller (1955) and Madow subtract that with the cells that were seen. It does not suffice where
-cells are many: of 3,000 independent observations in 64 × 64 cells they leave 0.57 bits. There the null is drawn: random
-tables with the sums of rows and columns that the counts have. Works on any counts with named dimensions, so that
-replicates of `Jackknife` and layers go along.
+All in bits. The plain estimates are biased: entropy is too small and mutual information too large, by about (cells − 1)
+/ (2 n ln 2). The Miller–Madow correction (Miller 1955) subtracts that, with the number of observed cells. This is not
+sufficient if there are many cells: for 3,000 independent observations in 64 × 64 cells it leaves 0.57 bits. There, the
+null is drawn: random tables with the row and column sums of the counts. Works on any counts with named dimensions,
+including replicates of `Jackknife` and layers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import xarray as xr
 
 from analysis.scanning import Array
 
-SPARSE = (
-    0.05  # cells an observation above which the null is drawn: Miller and Madow leave 5 to 8 % of the bias (measured)
-)
+SPARSE = 0.05  # cells per observation above which the null is drawn: Miller–Madow leaves 5 to 8% of the bias (measured)
 
 
 def entropy(counts: xr.DataArray, dim: str | Sequence[str]) -> xr.Dataset:
@@ -30,13 +28,13 @@ def entropy(counts: xr.DataArray, dim: str | Sequence[str]) -> xr.Dataset:
     counts : xr.DataArray
         Numbers of observations.
     dim : str or sequence of str
-        Over what.
+        The dimensions to sum over.
 
     Returns
     -------
     xr.Dataset
         Over the other dims of `counts`: `entropy` (maximum likelihood) and `corrected` (Miller 1955), float64 in bits,
-        and `n`, int64; NaN where n is 0.
+        and `n`, int64; NaN if n is 0.
     """
     n = counts.sum(dim)
     share = counts / n.where(n > 0)
@@ -55,35 +53,35 @@ def mutual_information(counts: xr.DataArray, one: str, other: str) -> xr.DataArr
 
 
 def association(counts: xr.DataArray, one: str, other: str, *, bias: float = 1.0, draws: int = 100) -> xr.Dataset:
-    """How much one thing tells of another, from their table, and what chance gives of such a table.
+    """How much one variable says about another, from their table, and the value expected by chance for such a table.
 
-    The null of a table with fewer than 20 observations a cell, of rows and columns that were seen, is
-    drawn: tables of independent things with the same sums of rows and columns (Patefield 1981). That of others is known
-    well enough: Miller and Madow's correction, and the chi-squared distribution.
+    The null of a table with fewer than 20 observations per cell (of observed rows and columns) is drawn: tables of
+    independent variables with the same row and column sums (Patefield 1981). For other tables the Miller–Madow
+    correction and the chi-squared distribution are accurate enough.
 
     Parameters
     ----------
     counts : xr.DataArray
         Numbers of observations, with both dimensions and any others.
     one, other : str
-        The dims of what tells, and of what it tells about.
+        The dims of the two variables; `other` is the one that is predicted in `best_guess`.
     bias : float
-        Share of the null's mean to apply: that is for independent observations. The k choices of a
-        token are different experts, so that a table of all of them has (E − k)/(E − 1) of it, and one of all pairs of
-        choices at two layers the square of that.
+        Share of the null's mean to apply; 1 is for independent observations. The k choices of a token are different
+        experts, so a table of all of them has (E − k)/(E − 1) of the bias, and one of all pairs of choices at two
+        layers the square of that.
     draws : int
-        Tables drawn for each one that is sparse; their seed is fixed.
+        Number of tables drawn for each sparse one; the seed is fixed.
 
     Returns
     -------
     xr.Dataset
-        Over the other dims of `counts`, float64: `mutual_information` and, less what chance gives, `corrected` in
-        bits; `cramers_v` (Cramér 1946, section 21.9), 0 to 1; `null_information` and `null_cramers_v`, their means
-        where one tells nothing of the other, with the 95 % quantiles `null_information_high` and
-        `null_cramers_v_high`; `best_guess`, the share of observations of which the
-        likeliest `other` given `one` is right, and `best_guess_alone`, without knowing `one`; `drawn`, bool, whether
-        the null was. NaN where there is no observation. The null is that of observations that are independent of each
-        other: where tokens of one document resemble each other, more is still chance.
+        Over the other dims of `counts`, float64: `mutual_information` and, minus the value expected by chance,
+        `corrected`, in bits; `cramers_v` (Cramér 1946, section 21.9), 0 to 1; `null_information` and `null_cramers_v`,
+        their means if the variables are independent, with the 95% quantiles `null_information_high` and
+        `null_cramers_v_high`; `best_guess`, the share of observations for which the most likely `other` given `one` is
+        right, and `best_guess_alone`, the same without knowing `one`; `drawn`, bool, whether the null was drawn. NaN if
+        there is no observation. The null assumes independent observations: if tokens of one document resemble each
+        other, larger values still occur by chance.
 
     Raises
     ------
@@ -91,7 +89,7 @@ def association(counts: xr.DataArray, one: str, other: str, *, bias: float = 1.0
         When `draws` is below 1.
     """
     if draws < 1:
-        raise ValueError(f"draws={draws}: at least 1")
+        raise ValueError(f"draws={draws}: must be at least 1")
     both = entropy(counts, (one, other))
     alone = [entropy(counts.sum(away), kept) for kept, away in ((one, other), (other, one))]
     plain, corrected = (alone[0][kind] + alone[1][kind] - both[kind] for kind in ("entropy", "corrected"))
@@ -119,8 +117,8 @@ def association(counts: xr.DataArray, one: str, other: str, *, bias: float = 1.0
         }
     ).assign_attrs(
         definition="MI = H(one) + H(other) - H(one, other); V = sqrt(chi² / n / (min(rows, columns) - 1)), over rows"
-        " and columns that were seen; corrected = MI - null_information",
-        estimator=f"maximum likelihood; null by Miller–Madow and chi-squared, or where drawn by {draws} random tables",
+        " and columns that occur; corrected = MI - null_information",
+        estimator=f"maximum likelihood; null by Miller–Madow and chi-squared or, if drawn, by {draws} random tables",
         source="Miller 1955; Patefield 1981; Cramér 1946",
     )
 
@@ -128,9 +126,10 @@ def association(counts: xr.DataArray, one: str, other: str, *, bias: float = 1.0
 def _null(
     counts: xr.DataArray, madow: xr.DataArray, n: xr.DataArray, seen: Sequence[xr.DataArray], bias: float, draws: int
 ) -> xr.Dataset:
-    """Mean and 95 % quantile of mutual information and of the root of chi² where one thing tells nothing of the other.
+    """Mean and 95% quantile of mutual information and of the root of chi² if the variables are independent.
 
-    `counts` has the table in its last two dims; `madow` is their correction, which is the mean where it suffices.
+    `counts` has the table in its last two dims; `madow` is the Miller–Madow correction, used as the mean where it is
+    sufficient.
     """
     from scipy import special
 
@@ -155,7 +154,7 @@ def _null(
 
 
 def _drawn(table: Array, bias: float, draws: int) -> dict[str, float]:
-    """What `_null` gives, of random tables with the sums of this one; a spread shrinks as the root of its mean."""
+    """The result of `_null` from random tables with the sums of this one; a spread scales with the root of its mean."""
     from scipy.stats import random_table
 
     rows, columns = (sums[sums > 0] for sums in (table.sum(1), table.sum(0)))

@@ -1,11 +1,10 @@
-"""How sure a number is: the whole computed again with a part of the documents left out.
+"""The uncertainty of a number: the result recomputed with a part of the documents left out.
 
-Documents are the unit: tokens of one document resemble each other, so that an interval over tokens would be far too
-narrow. Up to `UNITS` documents are each a unit; more are joined into that many units at random, which a delete-a-group
-jackknife takes as they are (Kott 2001, The delete-a-group jackknife). What is counted is kept by unit, so that memory
-does not grow with the store. An interval is a Student t interval whose degrees of freedom are those of the effective
-number of documents, which is smaller than their number where they differ in length (Kish 1965). Where few documents
-hold most of the tokens there is no interval at all.
+Documents are the units: tokens of one document resemble each other, so an interval over tokens would be far too narrow.
+Up to `UNITS` documents are each a unit; more are joined into that many units at random, as in a delete-a-group
+jackknife (Kott 2001, The delete-a-group jackknife). Counts are kept by unit, so memory does not grow with the store. An
+interval is a Student t interval whose degrees of freedom come from the effective number of documents, which is smaller
+than their number if they differ in length (Kish 1965). If few documents hold most of the tokens, there is no interval.
 
 Promises: the same result in any order and for any numbering of at most `UNITS` documents. Does not know any metric:
 `Jackknife` repeats any reducer whose result is a sum. `docs/design/0010-inference.md` says what simulations show.
@@ -22,44 +21,44 @@ import xarray as xr
 from analysis.scanning import Array, Block, Reducer, State
 from analysis.statistics.hashing import mixed
 
-UNITS = 128  # a standard error of so many is off by 6 %, and its t quantile by 1 % (Kott 2001)
-MIN_EFFECTIVE_DOCUMENTS = 4.0  # of fewer, simulated intervals hold the truth too seldom (tests/benchmarks/inference.py)
+UNITS = 128  # with so many, a standard error is off by 6%, and its t quantile by 1% (Kott 2001)
+MIN_EFFECTIVE_DOCUMENTS = 4.0  # with fewer, simulated coverage is too low (tests/benchmarks/inference.py)
 
-BLOCKS = 2**32  # at most in a document
+BLOCKS = 2**32  # most blocks in a document
 
 Scale = Literal["linear", "share"]
 
 
 class Jackknife(Reducer):
-    """A reducer, and what it gives when each unit of documents is left out.
+    """A reducer, and its results with each unit of documents left out.
 
     Parameters
     ----------
     reducer : Reducer
-        One whose accumulators are sums over rows, and small: `units` times them are held by each thread.
+        A reducer whose accumulators are small and sums over rows: each thread holds `units` copies of them.
     units : int
-        At most so many; a document is a unit of its own where there are no more documents than this.
+        The most units; each document is a separate unit if there are no more documents than this.
     block_tokens : int, optional
-        Take blocks of about so many tokens for documents, each made of whole rows: for texts of one long document. That
-        neighbouring blocks resemble each other is then not seen, so that intervals are somewhat too narrow.
+        Use blocks of about so many tokens, made of whole rows, instead of documents: for texts that are one long
+        document. This ignores that neighbouring blocks resemble each other, so intervals are somewhat too narrow.
     """
 
     def __init__(self, reducer: Reducer, units: int = UNITS, block_tokens: int | None = None) -> None:
         if units < 2:
-            raise ValueError(f"units={units}: at least 2")
+            raise ValueError(f"units={units}: must be at least 2")
         if block_tokens is not None and block_tokens < 1:
-            raise ValueError(f"block_tokens={block_tokens}: at least 1")
+            raise ValueError(f"block_tokens={block_tokens}: must be at least 1")
         if type(reducer).merge is not Reducer.merge:
-            raise ValueError(f"{type(reducer).__name__} is no sum over rows: no part of it can be left out")
+            raise ValueError(f"{type(reducer).__name__} is not a sum over rows: no part of it can be left out")
         self.reducer, self.units, self.block_tokens = reducer, units, block_tokens
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What the reducer needs, and which document a row is of."""
+        """What the reducer needs, and the document of each row."""
         return self.reducer.needs | {"document"} | ({"offset"} if self.block_tokens else set())
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Zeros: what the reducer accumulates, with units before it; and `unit_tokens` (unit)."""
+        """Zeros: the reducer's accumulators with a leading dimension for units; and `unit_tokens` (unit)."""
         one = self.reducer.init(dataset)
         state = {name: np.zeros((self.units, *array.shape), np.int64) for name, array in one.items()}
         return {**state, "unit_tokens": np.zeros(self.units, np.int64)}
@@ -77,10 +76,10 @@ class Jackknife(Reducer):
                 self.reducer.update(sums, {name: array[part] for name, array in block.items()})
 
     def finish(self, state: State, dataset: xr.Dataset) -> xr.Dataset:
-        """The reducer's result along `replicate`: 0 is the whole, and each other one leaves a unit out.
+        """The reducer's result along `replicate`: 0 is the whole, and each other one leaves out a unit.
 
-        The coordinates `left_out` int64 (replicate) and `unit` say how many tokens that is and which unit; attributes
-        `units` and `documents` say how many there are. Units without a token are left away.
+        The coordinates `left_out` int64 (replicate) and `unit` say how many tokens are left out and which unit; the
+        attributes `units` and `documents` say how many there are. Units without a token are skipped.
         """
         tokens = state["unit_tokens"]
         seen = np.flatnonzero(tokens)
@@ -108,13 +107,13 @@ def without_each(by_unit: Array) -> Array:
 
 
 def stacked(reducer: Reducer, states: State, dataset: xr.Dataset) -> xr.Dataset:
-    """A reducer's results of many states, along `replicate`."""
+    """A reducer's results for many states, along `replicate`."""
     replicates = len(next(iter(states.values())))
     if reducer.stacks:
         return reducer.finish(states, dataset).assign_coords(replicate=np.arange(replicates))
     each = [reducer.finish({name: array[n] for name, array in states.items()}, dataset) for n in range(replicates)]
     own, names = each[0], list(each[0].data_vars)
-    values = {name: np.stack([result[name].values for result in each]) for name in names}  # not xarray's: slow
+    values = {name: np.stack([result[name].values for result in each]) for name in names}  # xarray's concat is slow
     return xr.Dataset(
         {name: (("replicate", *own[name].dims), values[name], own[name].attrs) for name in names},
         {**own.coords, "replicate": np.arange(replicates)},
@@ -123,9 +122,10 @@ def stacked(reducer: Reducer, states: State, dataset: xr.Dataset) -> xr.Dataset:
 
 
 def unit_of(document: Array, units: int) -> Array:
-    """Which unit documents are in, by their running numbers: int64 to int64 below `units`.
+    """The unit of each document, by its running number: int64 to int64 below `units`.
 
-    The first `units` documents are each alone in one; of each further `units` documents every unit gets one at random.
+    The first `units` documents each get a separate unit; of each further `units` documents, every unit gets one at
+    random.
     """
     block, place = np.divmod(document.astype(np.int64), units)
     numbers, which = np.unique(block, return_inverse=True)
@@ -137,7 +137,8 @@ def unit_of(document: Array, units: int) -> Array:
 
 
 def effective_documents(unit_tokens: Array) -> float:
-    """How many documents of equal length would tell as much: (Σ T)² / Σ T² of the units' tokens (Kish 1965)."""
+    """How many documents of equal length would carry as much information: (Σ T)² / Σ T² over the units' tokens (Kish
+    1965)."""
     tokens = np.asarray(unit_tokens, float)
     return float(tokens.sum() ** 2 / (tokens**2).sum()) if tokens.any() else 0.0
 
@@ -145,8 +146,8 @@ def effective_documents(unit_tokens: Array) -> float:
 def effective_of(values: xr.DataArray, amount: xr.DataArray | None = None) -> xr.DataArray:
     """Effective documents of each of a jackknife's values: float64, without `replicate`.
 
-    `amount` is what each value is a mean over, by replicate, such as the tokens that reach an expert; where it is not
-    given, it is the tokens of the units.
+    `amount` is what each value is a mean over, by replicate, such as the tokens that choose an expert; by default the
+    tokens of the units.
     """
     if amount is None:
         tokens = left_out(values) if "left_out" in values.coords else np.ones(values.sizes["replicate"] - 1)
@@ -162,12 +163,12 @@ def left_out(found: xr.Dataset | xr.DataArray) -> Array:
 
 
 def enough_documents(found: xr.Dataset) -> bool:
-    """Whether a jackknife's result is of enough effective documents for an interval."""
+    """Whether a jackknife's result has enough effective documents for an interval."""
     return effective_documents(left_out(found)) >= MIN_EFFECTIVE_DOCUMENTS
 
 
 def standard_error(values: xr.DataArray) -> xr.DataArray:
-    """Of a function of a jackknife's result; NaN where a replicate has no value."""
+    """The standard error of a function of a jackknife's result; NaN if a replicate has no value."""
     estimate, left = values.isel(replicate=0, drop=True), values.isel(replicate=slice(1, None))
     units = left.sizes["replicate"]
     squares = ((left - estimate) ** 2).sum("replicate", skipna=False)
@@ -176,8 +177,8 @@ def standard_error(values: xr.DataArray) -> xr.DataArray:
 
 
 def degrees_of(values: xr.DataArray, amount: xr.DataArray | None = None) -> xr.DataArray:
-    """Degrees of freedom of a jackknife's standard errors, one less than the effective documents; NaN below
-    `MIN_EFFECTIVE_DOCUMENTS` of them. See `effective_of`."""
+    """Degrees of freedom of a jackknife's standard errors, one less than the effective documents; NaN with fewer than
+    `MIN_EFFECTIVE_DOCUMENTS`. See `effective_of`."""
     effective = effective_of(values, amount)
     return (effective - 1).where(effective >= MIN_EFFECTIVE_DOCUMENTS)
 
@@ -195,25 +196,25 @@ def interval(
     Parameters
     ----------
     values : xr.DataArray
-        A function of a result of `Jackknife`: with dimension `replicate`, of which 0 is the whole, and its coordinate
-        `left_out`. Without the coordinate all units count as of one size.
+        A function of a result of `Jackknife`: with the dimension `replicate`, whose entry 0 is the whole, and its
+        coordinate `left_out`. Without the coordinate, all units count as equal in size.
     level : float
-        That the interval is to cover.
+        Coverage of the interval.
     scale : {"linear", "share"}
         "share" for values between 0 and 1: the interval is symmetric in the logarithm of the odds, and so within 0 and
         1; a share of exactly 0 or 1 has no interval.
     corrected : bool
-        Take off the bias of what is no mean, such as an entropy, as the jackknife finds it (Quenouille 1956).
+        Subtract the jackknife estimate of bias, for values that are not means, such as an entropy (Quenouille 1956).
     amount : xr.DataArray, optional
-        What each value is a mean over, by replicate, where that differs from value to value: the tokens that reach an
-        expert may be of few documents. Default: all tokens.
+        What each value is a mean over, by replicate, if that differs from value to value: the tokens that choose an
+        expert may come from few documents. Default: all tokens.
 
     Returns
     -------
     xr.Dataset
-        `estimate`, `low`, `high` and `standard_error`, float64, with the dims of `values` but `replicate`. The interval
-        is estimate ± t · standard error, with the quantile of Student's t for one less than the effective documents.
-        NaN where a replicate has no value, and where there are fewer than `MIN_EFFECTIVE_DOCUMENTS`.
+        `estimate`, `low`, `high` and `standard_error`, float64, with the dims of `values` except `replicate`. The
+        interval is estimate ± t · standard error, with the quantile of Student's t for the effective documents minus
+        one degrees of freedom. NaN if a replicate has no value, or if there are fewer than `MIN_EFFECTIVE_DOCUMENTS`.
 
     Raises
     ------
@@ -223,7 +224,7 @@ def interval(
     from scipy.special import stdtrit
 
     if not 0 < level < 1:
-        raise ValueError(f"level={level}: between 0 and 1")
+        raise ValueError(f"level={level}: must be between 0 and 1")
     estimate, left = values.isel(replicate=0, drop=True), values.isel(replicate=slice(1, None))
     units, degrees = left.sizes["replicate"], degrees_of(values, amount)
     error = standard_error(values).where(degrees.notnull())
@@ -237,14 +238,14 @@ def interval(
 
 
 def amount_of(found: xr.Dataset, name: str) -> xr.DataArray | None:
-    """What a variable is a mean over, as its attribute `amount` names it; None: all tokens."""
+    """What a variable is a mean over, named by its attribute `amount`; None: all tokens."""
     amount = found[name].attrs.get("amount")
     return None if amount is None else found[amount]
 
 
 def with_intervals(found: xr.Dataset, *, level: float = 0.95, share: Collection[str] = ()) -> xr.Dataset:
     """The whole of a jackknife's result, and for each variable that names its `amount` the ends `_low` and `_high` of
-    its interval; those that begin as in `share` are between 0 and 1."""
+    its interval; variables whose names start with one in `share` are between 0 and 1."""
     whole = found.isel(replicate=0).drop_vars(["replicate", "left_out", "unit"])
     estimators = {whole.attrs["estimator"]}
     for name in [str(name) for name in found if "amount" in found[name].attrs]:
@@ -256,7 +257,7 @@ def with_intervals(found: xr.Dataset, *, level: float = 0.95, share: Collection[
 
 
 def _ends(estimate: Any, reach: Any, scale: Scale) -> tuple[Any, Any]:
-    """The ends of an interval, given how far it reaches on the scale of the values."""
+    """The ends of an interval, from its half-width on the scale of the values."""
     if scale == "linear":
         return estimate - reach, estimate + reach
     inside = estimate.where((estimate > 0) & (estimate < 1))
@@ -265,5 +266,7 @@ def _ends(estimate: Any, reach: Any, scale: Scale) -> tuple[Any, Any]:
 
 
 def how(units: int, level: float = 0.95) -> str:
-    """Which interval `interval` gives, in words."""
-    return f"{100 * level:g} %, jackknife over {units} units of whole documents, Student's t of the effective documents"
+    """Which interval `interval` returns, in words."""
+    return (
+        f"{100 * level:g}%, jackknife over {units} units of whole documents, Student's t with the effective documents"
+    )

@@ -1,15 +1,16 @@
-"""What chance gives where tokens of one document resemble each other: documents drawn, and statistics made of them.
+"""The null distribution if tokens of one document resemble each other: drawn documents, and statistics computed from
+them.
 
-A document's tokens go to experts by shares of its own, so that counts vary more from document to document than those of
-independent tokens would. The model is the Dirichlet-multinomial one (Mosimann 1962, On the compound multinomial
-distribution): shares of a document are drawn around those of all documents, with one `spread` for a layer and data
-set, which is found from the documents' own counts. Documents have the lengths that they have.
+Each document has its own shares of experts, so counts vary more from document to document than those of independent
+tokens would. The model is the Dirichlet-multinomial one (Mosimann 1962, On the compound multinomial distribution):
+shares of a document are drawn around those of all documents, with one `spread` per layer and data set, which is
+estimated from the documents' counts. Documents keep their lengths.
 
-What is drawn is not trusted for its variance, only for the shape of studentized statistics: a difference over its
-standard error, which is found anew from each drawn set of documents. Such statistics hardly depend on the model
-where there are many documents; where there are few, its skewness and discreteness are what a t table lacks.
+The draws are not used for their variance, only for the shape of studentized statistics: a difference over its standard
+error, which is estimated again from each drawn set of documents. With many documents, such statistics hardly depend on
+the model; with few, they have the skewness and discreteness that a t table lacks.
 
-Promises: the same numbers for the same seed. Does not know data sets, nor what is tested.
+Promises: the same numbers for the same seed. Does not know data sets, or what is tested.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import xarray as xr
 from analysis.scanning import Array, kernel
 from analysis.statistics.jackknife import left_out
 
-NORMAL_FROM = 25.0  # variance of a unit's count from which it is drawn as normal: skewness below 0.2 (arbitrary)
-LEAST_SPREAD = 1e-9  # below which documents are taken to be alike
+NORMAL_FROM = 25.0  # variance of a unit's count above which it is drawn as normal: skewness below 0.2 (arbitrary)
+LEAST_SPREAD = 1e-9  # below it, documents count as identical
 
 
 @dataclass(frozen=True)
 class Units:
-    """Tokens that reach each expert at one layer, by unit of documents."""
+    """Tokens that choose each expert at one layer, by unit of documents."""
 
     count: Array
     """float64 (unit, expert)."""
@@ -37,15 +38,15 @@ class Units:
 
     @property
     def share(self) -> Array:
-        """Share of all tokens that reach each expert: float64 (expert)."""
+        """Share of all tokens that choose each expert: float64 (expert)."""
         share: Array = self.count.sum(0) / self.tokens.sum()
         return share
 
     @property
     def variance(self) -> Array:
-        """Of `share`, from how the units differ: float64 (expert).
+        """Variance of `share`, from the differences between units: float64 (expert).
 
-        Linearized, each unit's residual made larger for its part in the share (Bell & McCaffrey 2002, CR2).
+        Linearized, with each unit's residual inflated for its part in the share (Bell & McCaffrey 2002, CR2).
         """
         part = self.tokens / self.tokens.sum()
         residual = self.count - np.outer(self.tokens, self.share)
@@ -54,16 +55,17 @@ class Units:
 
 
 def units_of(counts: xr.Dataset) -> list[Units]:
-    """Each layer's units, from what `Jackknife(ExpertCounts())` counted."""
+    """Each layer's units, from the counts of `Jackknife(ExpertCounts())`."""
     count = counts["counts"].transpose("replicate", "layer", "expert").values.astype(float)
     tokens = left_out(counts)
     return [Units(count=count[0, layer] - count[1:, layer], tokens=tokens) for layer in range(count.shape[1])]
 
 
 def spread_of(units: Units, choices: int) -> float:
-    """How much units' shares differ beyond what their tokens do: 0 for independent tokens, below 1.
+    """How much the shares of units vary beyond sampling of their tokens: 0 for independent tokens, below 1.
 
-    By moments: E (N − q T)² is T q (1 − q) within a unit, and T² spread q (k − q) between units, summed over experts.
+    By the method of moments: E (N − q T)² is T q (1 − q) within a unit, and T² spread q (k − q) between units, summed
+    over experts.
     """
     share, tokens, total = units.share, units.tokens, units.tokens.sum()
     within, between = float((share * (1 - share)).sum()), float((share * (choices - share)).sum())
@@ -88,24 +90,24 @@ def drawn(
     Parameters
     ----------
     tokens : float64 array, shape (units,)
-        How many each unit has.
+        Tokens of each unit.
     share : float64 array, shape (experts,)
-        Of tokens that reach each expert, which documents are drawn around; sums to `choices`.
+        Share of tokens that choose each expert, around which documents are drawn; sums to `choices`.
     spread : float
-        As `spread_of` gives it.
+        From `spread_of`.
     choices : int
-        Experts of a token.
+        Experts per token.
     draws : int
-        Sets of documents.
+        Number of sets of documents.
     random : numpy.random.Generator
     whole : bool
-        Whether a unit's counts add up to its choices, as they do in truth. That matters for measures over all experts,
-        and hardly for statistics of one expert at a time.
+        Whether a unit's counts add up to its choices, as real ones do. This matters for measures over all experts, and
+        hardly for statistics of one expert at a time.
 
     Returns
     -------
     share, variance : float64 arrays, shape (draws, experts)
-        As `Units` has them.
+        As in `Units`.
     """
     shape = draws, len(share)
     shares, variances = np.empty(shape), np.empty(shape)
@@ -124,7 +126,7 @@ def _draw(
     shares: Array,
     variances: Array,
 ) -> None:
-    """Fill in shares and variances, a drawn set of documents at a time."""
+    """Fill in shares and variances, one drawn set of documents at a time."""
     draws, experts = shares.shape
     total = tokens.sum()
     alike = spread < LEAST_SPREAD
@@ -168,7 +170,8 @@ def _draw(
 
 @kernel
 def _made_whole(number: Array, mean: Array, variance: Array) -> None:
-    """Take what numbers are together above their means from each by its variance, and keep each one's variance."""
+    """Subtract the total excess of the numbers over their means from each in proportion to its variance, keeping each
+    variance."""
     total, excess = variance.sum(), (number - mean).sum()
     if total <= 0:
         return

@@ -1,6 +1,6 @@
-"""Counts of parts of the documents, chosen by a hash of their ids: no list of them is needed, nor an order.
+"""Counts of parts of the documents, selected by a hash of their ids, without a list or an order.
 
-Promises: the same parts in any order, on any chunks and machines. Does not know any metric: `Parts` repeats any
+Promises: the same parts in any order, on any chunks and machines. Does not know any metric: `Parts` works with any
 reducer whose result is a sum.
 """
 
@@ -16,7 +16,7 @@ from analysis.statistics.hashing import uniform
 from analysis.statistics.jackknife import stacked
 
 Belongs = Callable[[Array], Array]
-"""From document ids (rows), which rows are in each part: bool (part, row)."""
+"""From document ids (rows) to the rows in each part: bool (part, row)."""
 
 
 def halves(document: Array, seed: int = 0) -> Array:
@@ -26,7 +26,7 @@ def halves(document: Array, seed: int = 0) -> Array:
 
 
 def nested(document: Array, halvings: int) -> Array:
-    """Parts of the data, each about half of the one before and within it: bool (halvings, row)."""
+    """Parts of the data, each a subset with about half of the previous one: bool (halvings, row)."""
     within: Array = uniform(document, 1) < 0.5 ** np.arange(1, halvings + 1)[:, None]
     return within
 
@@ -37,30 +37,30 @@ class Parts(Reducer):
     Parameters
     ----------
     reducer : Reducer
-        One whose accumulators are sums over rows.
+        A reducer whose accumulators are sums over rows.
     number : int
-        Of parts, beside the whole.
+        Number of parts besides the whole.
     belongs : callable
-        Which rows are in each of them.
+        The rows in each part.
     """
 
     def __init__(self, reducer: Reducer, number: int, belongs: Belongs) -> None:
         if type(reducer).merge is not Reducer.merge:
-            raise ValueError(f"{type(reducer).__name__} is no sum over rows: parts of it cannot be kept apart")
+            raise ValueError(f"{type(reducer).__name__} is not a sum over rows: its parts cannot be separated")
         self.reducer, self.number, self.belongs = reducer, number, belongs
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What the reducer needs, and which document a row is of."""
+        """What the reducer needs, and the document of each row."""
         return self.reducer.needs | {"document_id"}
 
     def init(self, dataset: xr.Dataset) -> State:
-        """Zeros: what the reducer accumulates, with the whole and the parts before it."""
+        """Zeros: the reducer's accumulators with a leading dimension for the whole and the parts."""
         one = self.reducer.init(dataset)
         return {name: np.zeros((self.number + 1, *array.shape), np.int64) for name, array in one.items()}
 
     def update(self, state: State, block: Block) -> None:
-        """Add one shard to the whole, and its rows to the parts that they are in."""
+        """Add one shard to the whole, and its rows to their parts."""
         self.reducer.update({name: array[0] for name, array in state.items()}, block)
         for part, rows in enumerate(self.belongs(block["document_id"]), 1):
             self.reducer.update({name: array[part] for name, array in state.items()}, rows_of(block, rows))

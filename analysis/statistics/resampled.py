@@ -1,17 +1,17 @@
-"""Means over tokens, and differences of them, with intervals and p-values that hold all of them together.
+"""Means over tokens, and their differences, with simultaneous intervals and adjusted p-values.
 
-Means of numbers, such as an entropy or a norm, have no distribution that documents could be drawn from, as counts have
-(`analysis.statistics.overdispersion`). So documents are drawn from those that there are, with replacement, and the
-largest studentized difference of all cells is compared with that of the draws (bootstrap-t: Efron & Tibshirani 1993,
-chapter 12; single-step max-T: Westfall & Young 1993). Student's t alone told equal means apart in up to 24 of 100
-simulations of documents whose means are skewed: the tail of the largest statistic depends on the skewness.
+Unlike counts (`analysis.statistics.overdispersion`), means of numbers such as an entropy or a norm have no model
+distribution to draw documents from. So the observed documents are resampled with replacement, and the largest
+studentized difference of all cells is compared with that of the resamples (bootstrap-t: Efron & Tibshirani 1993,
+chapter 12; single-step max-T: Westfall & Young 1993). With Student's t alone, equal means were reported as different in
+up to 24 of 100 simulations of documents with skewed means: the tail of the largest statistic depends on the skewness.
 
-Cells are means of tokens of few documents, or of many, such as the tokens that reach an expert. Each statistic is
-divided by the quantile of Student's t of its own effective documents, so that no cell decides for all others; a cell
-with fewer than `MIN_DOCUMENTS` of them is not tested.
+A cell, such as the tokens that choose an expert, may cover few documents or many. Each statistic is divided by the
+quantile of Student's t for its own effective documents, so no cell dominates all others; a cell with fewer than
+`MIN_DOCUMENTS` of them is not tested.
 
-Promises: the same numbers for the same seed; whole documents are drawn, so that what cells have in common is kept. Does
-not know data sets, layers or experts. `docs/design/0010-inference.md` says what simulations show.
+Promises: the same numbers for the same seed; whole documents are drawn, so the dependence between cells is kept. Does
+not know data sets, layers or experts. See `docs/design/0010-inference.md` for simulations.
 """
 
 from __future__ import annotations
@@ -26,37 +26,40 @@ from analysis.scanning import Array
 from analysis.statistics.differences import Differences
 from analysis.statistics.jackknife import amount_of
 
-MIN_DOCUMENTS = 10.0  # effective ones: drawn from 8 skewed ones, equal means are told apart in 15 of 100 (simulated)
+MIN_DOCUMENTS = (
+    10.0  # effective documents: with 8 skewed ones, equal means differ significantly in 15 of 100 simulations
+)
 REPLICATES = 999
-CELLS_AT_ONCE = 512  # of the draws' arrays: 4 MB each (arbitrary)
+CELLS_AT_ONCE = 512  # cells in an array of draws: 4 MB each (arbitrary)
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What each unit of documents adds to the means of all cells."""
+    """Each unit's contribution to the means of all cells."""
 
     total: Array
     amount: Array
-    """float64 (unit, cell): sums, and what they are sums over, such as tokens. The mean is the ratio of all of them."""
+    """float64 (unit, cell): sums, and the amounts that they are sums over, such as tokens. The mean is the ratio of the
+    totals."""
 
     @property
     def part(self) -> Array:
-        """Of each cell's amount that each unit has."""
+        """Each unit's part of each cell's amount."""
         with np.errstate(invalid="ignore"):
             part: Array = self.amount / self.amount.sum(0)
         return part
 
     @property
     def degrees(self) -> Array:
-        """One less than the effective documents; NaN where these are fewer than `MIN_DOCUMENTS`."""
+        """The effective documents minus one; NaN if there are fewer than `MIN_DOCUMENTS`."""
         with np.errstate(divide="ignore", invalid="ignore"):
             effective = 1 / (self.part**2).sum(0)
             return np.where(effective >= MIN_DOCUMENTS, effective - 1, np.nan)
 
     def fitted(self, times: Array) -> tuple[Array, Array]:
-        """Means and their variances, where each unit is there so many times: (draw, unit) to (draw, cell) each.
+        """Means and their variances, with each unit repeated so many times: (draw, unit) to (draw, cell) each.
 
-        Linearized, each unit's residual made larger for its part in the mean (Bell & McCaffrey 2002, CR2).
+        Linearized, with each unit's residual inflated for its part in the mean (Bell & McCaffrey 2002, CR2).
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             larger = np.where(self.part < 1, 1 / (1 - self.part), 0.0)
@@ -80,7 +83,7 @@ def totals_of(found: xr.Dataset, variable: str) -> Totals:
 
 @dataclass(frozen=True)
 class Together:
-    """Estimates, float64 (difference, cell), with the ends of intervals and p-values that hold of all together."""
+    """Estimates, float64 (difference, cell), with the ends of simultaneous intervals and adjusted p-values."""
 
     estimate: Array
     low: Array
@@ -98,19 +101,19 @@ def together(
     Parameters
     ----------
     sets : sequence of Totals
-        With the same cells.
+        Totals with the same cells.
     weights : float64 array, shape (differences, sets)
-        What each difference takes of each set.
+        The weight of each set in each difference.
     level : float
-        That all intervals together are to cover.
+        Simultaneous coverage of the intervals.
     replicates : int
-        Draws of documents.
+        Number of resamples of documents.
     seed : int
 
     Returns
     -------
     Together
-        NaN where a set that a difference takes has no value, or, but for the estimates, too few documents.
+        NaN if a set in a difference has no value or, except for the estimates, too few documents.
 
     Raises
     ------
@@ -120,7 +123,7 @@ def together(
     from scipy.special import stdtrit
 
     if not 0 < level < 1:
-        raise ValueError(f"level={level}: between 0 and 1")
+        raise ValueError(f"level={level}: must be between 0 and 1")
     degrees = np.stack([each.degrees for each in sets])
     own = _differences(sets, weights, [np.ones((1, len(each.total))) for each in sets], np.isnan(degrees))
     estimate, error = own.estimate[:, 0], own.error[:, 0]

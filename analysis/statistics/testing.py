@@ -1,4 +1,4 @@
-"""What to make of many tests at once."""
+"""Corrections for many tests."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import numpy as np
 
 
 def false_discovery(p: Any) -> Any:
-    """Adjusted p-values of many tests: below q, a share of at most q of the finds is false (Benjamini & Hochberg 1995).
+    """Adjusted p-values of many tests: among those below q, the expected share of false discoveries is at most q
+    (Benjamini & Hochberg 1995).
 
     Parameters
     ----------
     p : xr.DataArray
-        p-values; NaN where there was no test.
+        p-values; NaN if there was no test.
 
     Returns
     -------
     xr.DataArray
-        q, float64, with the dims of `p`; NaN where there was no test.
+        q, float64, with the dims of `p`; NaN if there was no test.
     """
     flat = np.asarray(p.values, float).ravel()
     tested = np.flatnonzero(~np.isnan(flat))

@@ -103,7 +103,7 @@ def _opened(run: "Run", name: str, source: Source) -> Iterator[Capture]:
         log(f"{name}: {source.note}")
     config = run.config
     # Held before the group is made: two makers would mix layouts.
-    with lease(CaptureGroup(config.store_path, name)) as held:
+    with lease(CaptureGroup(config.store_path, name), waits=log) as held:
         group = run.open_group(prepared)
         before = _healed(group, retry_quarantined=config.retry_quarantined)
         planner = Planner(
@@ -123,9 +123,8 @@ def _healed(group: CaptureGroup, *, retry_quarantined: bool) -> Coverage:
     state = coverage(group.path, group.dataset)
     if state.lost:
         raise ValueError(f"{group.path}: {state}")
-    for shard, reason in state.wrong.items():
+    for shard, reason in (group.take_back_wrong() if state.wrong else {}).items():
         log(f"{group.dataset}: shard {shard} is captured again: {reason}")
-        group.discard(shard)
     group.drop_void()
     for shard in state.quarantined:
         if retry_quarantined:

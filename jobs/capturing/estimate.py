@@ -132,8 +132,9 @@ def _device_memory(run: Run, layout: Layout) -> str:
     """Weights, and on a GPU all that is held beside them, where that is known."""
     config, where = run.config, f"on {run.device}, {run.batch_tokens:,} tokens at a time"
     dtype, recorded = compute_dtype(run.device, config.dtype), run.recorded
+    last = recorded.whole or len(layout.layers) == 1  # whose experts are run
     weights = estimate_bytes(
-        run.model, config.model_revision, run.quantization, run.device, dtype=config.dtype, last_experts=recorded.whole
+        run.model, config.model_revision, run.quantization, run.device, dtype=config.dtype, last_experts=last
     )
     if "logprob" in recorded.record:
         weights += head_bytes(run.model, config.model_revision, dtype)
@@ -144,7 +145,7 @@ def _device_memory(run: Run, layout: Layout) -> str:
         dtype, run.batch_tokens,
     )  # fmt: skip
     if work is None:
-        return f"{weights:,} bytes of weights {where}; what is computed is not counted"
+        return f"more than {weights:,} bytes {where}: what is computed beside the weights is not known for this model"
     work += run.batch_tokens * _token_bytes(layout, recorded.record) + _head_work(dtype, recorded.record)
     work += run.kept_bytes
     total = card_bytes(weights, work)

@@ -69,12 +69,12 @@ class CaptureConfig:
     CPU, where 4 bits are slower."""
     matmul: Literal["bf16", "fp8"] = "bf16"
     """What products with weights in nf4, fp4 or fp8 are computed in. bf16 stands for what --dtype says. fp8 is faster,
-    on GPUs that can (L4, RTX 4090, H100 and newer), for Mixtral so far; docs/models.md says what it changes."""
+    on GPUs that can (L4, RTX 4090, H100 and newer); docs/models.md says for which families, and what it changes."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What the model computes in. Default: bfloat16 on a GPU, float32 on a CPU."""
     quantize_gates: bool = False
     """Round the routers to 4 bits too, as transformers 4 does unless asked otherwise. For comparison: it changes about
-    as many choices as rounding all the rest (docs/design/0005-four-bits.md)."""
+    as many choices as rounding all the rest (docs/models.md)."""
     store: str | None = None
     """Where the captures go: a folder, on a cluster one that all nodes see, or s3://bucket/prefix.
     Default: $EXPERT_ATLAS_STORE, else ~/expert-atlas/routes.zarr."""
@@ -101,7 +101,7 @@ class CaptureConfig:
     """Record more than the choices, once for each. logits: what the router computed before it chose. output_norm: the
     L2 norm of each chosen expert's output before it is weighed. logprob: the log-probability of the next token, at the
     position that predicts it. The last two need the last layer's experts, and the last one the model's head, which are
-    not loaded otherwise. docs/design/0014-recording.md says what each takes, in time and in bytes."""
+    not loaded otherwise. docs/recording.md says what each takes, in time and in bytes."""
     top_logits: int | None = None
     """With --record logits: of each token at each layer, so many of the largest logits, with their experts. Default:
     all of them of up to 64 experts, 32 of more."""
@@ -244,7 +244,7 @@ PRESETS = {
 Of the notebook these are all the settings that are known. Not known, and so not here: the revisions of its model and
 data set; whether it kept empty rows (here they are documents without a token); whether 128 tokens were taken of each
 row, as here, or of all together; how it batched and padded. Nor is its code run: routers are rounded to the values that
-transformers 4 computed with (docs/design/0005-four-bits.md). The forward pass is this project's own, and runs on the
+transformers 4 computed with (docs/models.md). The forward pass is this project's own, and runs on the
 installed versions.
 """
 

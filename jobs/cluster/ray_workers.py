@@ -2,6 +2,9 @@
 
 Here is only what Ray adds to `jobs.capturing.loop`. Ray itself retries and restarts nothing, so that there is one place
 where that is decided.
+
+Whether a worker was lost with its node is read from Ray's table of nodes. A machine that shuts down ends its workers a
+moment before its node, so that a worker's end is reported once its node is seen to be gone, or `NODE_S` later.
 """
 
 import time
@@ -19,9 +22,9 @@ from jobs.capturing.options import CaptureConfig
 from jobs.capturing.progress import Progress
 from jobs.cluster.connection import connection, runtime_env
 from jobs.cluster.gauges import Metrics
+from jobs.cluster.nodes import PlacedReplica, nodes_alive
 from jobs.cluster.planner_thread import Planning
 from jobs.console.terminal import log
-from workers.replica import Replica
 
 if TYPE_CHECKING:
     from jobs.capturing.run import Run
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 ASK_S = 2.0  # between two questions to a worker how many tokens it has routed
 WAIT_S = 0.5
 PLACELESS_S = 60.0  # arbitrary
+NODE_S = 5.0  # arbitrary: a node that shuts down is out of Ray's table within a second of its workers
 
 
 @contextmanager
@@ -95,12 +99,15 @@ class RayWorkers:
         self.most_workers = cluster.most_workers
         self._workers: dict[int, tuple[WorkerState, Any]] = {}  # with its handle
         self._calls: dict[Any, tuple[WorkerState, Call]] = {}  # by Ray's reference to the answer
+        self._nodes: dict[int, set[str]] = {}  # by worker: its node, or those on which it may be placed
+        self._ended: dict[int, tuple[float, Call, RayError]] = {}  # by worker, with when that was seen
         self._asked = 0.0
         self._placeless_since = time.monotonic()
-        self._replica = ray.remote(concurrency_groups={"ask": 1})(Replica)  # type: ignore[call-overload]
+        self._replica = ray.remote(concurrency_groups={"ask": 1})(PlacedReplica)  # type: ignore[call-overload]
 
     def start(self, worker: WorkerState) -> None:
         """Start an actor, and ask it for its place."""
+        self._nodes[worker.number] = nodes_alive()
         self._workers[worker.number] = worker, self._replica.options(**self.cluster.options()).remote()
         self.ask(worker, "place")
 
@@ -112,13 +119,15 @@ class RayWorkers:
         elif call == "load":
             answer = handle.load.remote(self.assignment)
         else:  # answered beside a shard in work
-            answer = getattr(handle, call).options(concurrency_group="ask").remote()
+            method = "placed" if call == "place" else call
+            answer = getattr(handle, method).options(concurrency_group="ask").remote()
         self._calls[answer] = worker, call
 
     def stop(self, worker: WorkerState) -> None:
         """Kill the actor."""
         if worker.number in self._workers:
             _, handle = self._workers.pop(worker.number)
+            self._ended.pop(worker.number, None)
             ray.kill(handle, no_restart=True)
 
     def listen(self, report: Callable[[Event], None]) -> None:
@@ -126,6 +135,7 @@ class RayWorkers:
         now = time.monotonic()
         self._ask_for_tokens(now)
         self._log_placeless(now)
+        self._report_ended(now, report)
         if not self._calls:
             time.sleep(WAIT_S)
             return
@@ -133,20 +143,34 @@ class RayWorkers:
         answers, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0) if answers else ([], [])
         for answer in answers:
             worker, call = self._calls.pop(answer)
-            if worker.number in self._workers:  # else it was stopped
+            if worker.number in self._workers:  # otherwise it was stopped
                 self._report(answer, worker, call, report)
 
     def _report(self, answer: Any, worker: WorkerState, call: Call, report: Callable[[Event], None]) -> None:
         try:
-            event = Event(worker, call, ray.get(answer))
+            value = ray.get(answer)
+            if call == "place":
+                value, node = value
+                self._nodes[worker.number] = {node}
+            event = Event(worker, call, value)
         except RayTaskError as error:
             event = Event(worker, call, error=error.cause if isinstance(error.cause, Exception) else error)
         except ActorUnavailableError:  # lost or only out of reach: the next answer shows it
             self.ask(worker, "place")
             return
         except RayError as error:
-            event = Event(worker, call, error=_gone(error))
+            self._ended.setdefault(worker.number, (time.monotonic(), call, error))
+            return
         report(event)
+
+    def _report_ended(self, now: float, report: Callable[[Event], None]) -> None:
+        """Report the workers that have ended, once it is known whether their nodes have."""
+        there = nodes_alive() if self._ended else set()
+        for number, (since, call, error) in list(self._ended.items()):
+            with_node = not self._nodes[number] <= there or _was_preempted(error)
+            if with_node or now - since >= NODE_S:
+                del self._ended[number]
+                report(Event(self._workers[number][0], call, error=WorkerGone(_reason(error), with_node=with_node)))
 
     def _ask_for_tokens(self, now: float) -> None:
         """Ask every worker now and then how many tokens it has routed."""
@@ -171,17 +195,15 @@ class RayWorkers:
             )
 
 
-def _gone(error: RayError) -> WorkerGone:
+def _reason(error: RayError) -> str:
+    """What Ray says of a worker's end, for people."""
     text = " ".join(str(error).split())
-    reason = text.partition("Worker exit detail: ")[2] or text  # before it stand numbers of Ray's own
-    return WorkerGone(reason, with_node=lost_with_node(error))
+    return text.partition("Worker exit detail: ")[2] or text  # before it stand numbers of Ray's own
 
 
-def lost_with_node(error: RayError) -> bool:
-    """Whether a worker went because its machine did; spot machines shut down in order, with a SIGTERM."""
-    signs = ("its node has died", "receives a SIGTERM")
-    reason = " ".join(str(error).split())  # whatever its line breaks
-    return isinstance(error, RayActorError) and (error.preempted or any(sign in reason for sign in signs))
+def _was_preempted(error: RayError) -> bool:
+    """Whether Ray's autoscaler has taken the machine back."""
+    return isinstance(error, RayActorError) and error.preempted
 
 
 def _resources() -> dict[str, float]:

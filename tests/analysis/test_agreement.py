@@ -103,7 +103,7 @@ def test_captures_of_other_texts_or_shapes_are_refused() -> None:
     one = make_capture(documents=20)
     token = one["token"].compute().copy()
     token[3, 0] = 5 if int(token[3, 0]) != 5 else 6
-    with pytest.raises(ValueError, match=r"other texts: at position 0 of a row stand tokens \d+ and \d+"):
+    with pytest.raises(ValueError, match=r"different texts: at position 0 of a row, the tokens are \d+ and \d+"):
         agreement(one.assign(token=token.chunk({"doc": 4})), one)
     with pytest.raises(ValueError, match="one has 8 of experts, the other 4"):
         agreement(one, make_capture(documents=20, num_experts=4))
@@ -127,6 +127,8 @@ def test_the_command_prints_each_layer_and_what_differs(tmp_path: Path) -> None:
     assert "by chance" in done.stdout
     other = compare("s.zarr/a", "s.zarr/c")
     assert other.returncode == 0, other.stderr
-    assert other.stdout.startswith("contrast of s.zarr/a and s.zarr/c: the captures hold other texts: at position 0")
+    assert other.stdout.startswith(
+        "contrast of s.zarr/a and s.zarr/c: the captures hold different texts: at position 0"
+    )
     assert "no store at a (no such folder)" in compare("a", "s.zarr/b").stderr
     assert "no data set 'x'" in compare("s.zarr/x", "s.zarr/b").stderr

@@ -234,12 +234,12 @@ def test_what_no_cache_can_be_is_refused() -> None:
         cache_hits(capture, [4, 2])
     with pytest.raises(ValueError, match=r"a cache of 9 experts: .* the layer has 8"):
         cache_hits(capture, [9])
-    with pytest.raises(ValueError, match=r"policies \['fifo'\]: there are lru, lfu, belady"):
+    with pytest.raises(ValueError, match=r"unknown policies \['fifo'\]: choose from lru, lfu, belady"):
         cache_hits(capture, [4], ["fifo"])  # type: ignore[list-item]
     for lengths in ((), (4, 0)):
-        with pytest.raises(ValueError, match="one or more of at least 1 token"):
+        with pytest.raises(ValueError, match="one or more lengths of at least 1 token"):
             segment_cache_hits(capture, [4], lengths)
-        with pytest.raises(ValueError, match="one or more of at least 1 token"):
+        with pytest.raises(ValueError, match="one or more lengths of at least 1 token"):
             segment_routing(capture, lengths)
 
 

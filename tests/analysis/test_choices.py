@@ -91,7 +91,7 @@ def test_for_two_choices_all_pairs_are_olmoe_s_and_another_convention_is_refused
     assert one["probability"].equals(other["probability"])
     assert one.attrs["null"] == other.attrs["null"]
     assert not one["counts"].equals(coactivation_of(counts, by="adjacent")["counts"])
-    with pytest.raises(ValueError, match=r"by='rank': choices are joined by 'all', 'adjacent', 'olmoe'"):
+    with pytest.raises(ValueError, match=r"by='rank': choose from 'all', 'adjacent', 'olmoe'"):
         coactivation_of(counts, by="rank")  # type: ignore[arg-type]
 
 
@@ -137,8 +137,8 @@ def test_neighbouring_layers_that_are_named_are_those_of_the_default() -> None:
     ("layers", "message"),
     [
         ([(0, 2)], r"layers \[0, 2\] were not captured; the capture has \[1, 3, 4\]"),
-        ([], r"layers=\[\]: give pairs of layers"),
-        ([(1, 3, 4)], r"layers=\[\(1, 3, 4\)\]: give pairs of layers"),
+        ([], r"layers=\[\]: must be pairs of layers"),
+        ([(1, 3, 4)], r"layers=\[\(1, 3, 4\)\]: must be pairs of layers"),
     ],
 )
 def test_layers_that_are_no_pairs_or_were_not_captured_are_refused(layers: list[Any], message: str) -> None:

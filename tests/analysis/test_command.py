@@ -123,5 +123,5 @@ def test_captures_of_one_command_and_one_environment_are_told_together() -> None
     [old, new] = made({"a": one, "b": one, "c": other, "d": {**other, "environment": {"torch": "3"}}, "e": {}})
     assert [names for names, _ in old.commands] == [["a", "b"], ["c"]]
     assert [names for names, _ in new.commands] == [["d"]]
-    assert old.versions == "code ab with changes that were not committed; torch 2"
+    assert old.versions == "code ab with uncommitted changes; torch 2"
     assert made({"e": {"model": "m"}}) == []

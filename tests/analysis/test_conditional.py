@@ -81,14 +81,16 @@ def test_the_null_is_the_mean_over_all_shuffles(kind: str) -> None:
 
 def test_senseless_shuffles_are_refused() -> None:
     experts = routes([[0], [1]])
-    with pytest.raises(ValueError, match="draws=0: at least 1"):
+    with pytest.raises(ValueError, match="draws=0: must be at least 1"):
         conditional_information(experts, [0, 1], [0, 0], draws=0)
-    with pytest.raises(ValueError, match="either `within` something or by `unit`"):
+    with pytest.raises(ValueError, match="at most one of `within` and `unit`"):
         conditional_information(experts, [0, 1], [0, 0], within=[0, 0], unit=[0, 1])
     with pytest.raises(ValueError, match="x differs within a unit"):
         conditional_information(experts, [0, 1], [0, 0], unit=[0, 0])
     one, other = make_capture(), make_capture(pieces=[f"other{n}" for n in range(40)])
-    with pytest.raises(ValueError, match="one and other have other token ids: one tokenizer must have made both"):
+    with pytest.raises(
+        ValueError, match="one and other have different token ids: both must be made with one tokenizer"
+    ):
         domain_information({"one": one, "other": other})
 
 
@@ -186,5 +188,5 @@ def test_an_excess_is_no_less_likely_than_its_p_says() -> None:
 
 
 def test_senseless_counts_are_refused() -> None:
-    with pytest.raises(ValueError, match="min_count=0: at least 1"):
+    with pytest.raises(ValueError, match="min_count=0: must be at least 1"):
         token_excess_of(scan(make_capture(), [SampledRoutes()])[0], min_count=0)

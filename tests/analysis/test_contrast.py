@@ -136,7 +136,7 @@ def test_a_data_set_against_its_copy_has_an_interval(whole: xr.Dataset) -> None:
 
 
 def test_what_is_not_of_one_model_is_refused(whole: xr.Dataset) -> None:
-    with pytest.raises(ValueError, match="1 captures: a contrast needs two or more"):
+    with pytest.raises(ValueError, match="1 captures: a contrast needs at least two"):
         contrast({"a": whole})
     with pytest.raises(ValueError, match="a and b are not of one model"):
         contrast({"a": whole, "b": make_capture(layers=(0, 4))})
@@ -145,7 +145,7 @@ def test_what_is_not_of_one_model_is_refused(whole: xr.Dataset) -> None:
 def test_a_data_set_with_nothing_captured_has_no_divergence_and_no_p(whole: xr.Dataset) -> None:
     nothing = whole.assign(length=whole["length"] * 0)
     found = contrast({"a": whole, "b": nothing}, replicates=9)
-    assert found.attrs["untested"] == {"b": "no token is counted"}
+    assert found.attrs["untested"] == {"b": "it has no counted token"}
     for name in ("divergence", "divergence_low", "p", "difference_p", "difference_low", "total_variation"):
         cells = found[name] if "data_set" not in found[name].dims else found[name].sel(data_set="b")
         assert bool(cells.isnull().all()), name
@@ -155,7 +155,7 @@ def test_data_sets_of_one_document_are_not_tested_and_say_why(whole: xr.Dataset)
     alone = {name: documents_of(whole, np.array([number])) for number, name in enumerate("cdefghi", 3)}
     found = contrast(alone)
     assert set(found.attrs["untested"].values()) == {
-        "one document: no test possible, unless block_tokens takes blocks of it for documents"
+        "it is one document, which cannot be tested unless block_tokens divides it into blocks"
     }
     assert bool(found["p"].isnull().all()) and bool(found["difference_low"].isnull().all())  # noqa: PT018
     assert bool(found["difference"].notnull().all())

@@ -131,7 +131,7 @@ def test_what_is_not_known_or_damaged_is_an_error_that_says_what_to_do() -> None
     with pytest.raises(ValueError, match=r"needs logit, .* of synthetic came without; .*--record logits makes it"):
         router_distribution(make_capture())
     odd = make_capture(record=LOGIT, scores="unknown")
-    with pytest.raises(ValueError, match=r"become weights is 'unknown', .* one of softmax, renormalized, sigmoid"):
+    with pytest.raises(ValueError, match=r"router_transformation='unknown': .* for softmax, renormalized, sigmoid"):
         router_distribution(odd)
     for scores in ("softmax", "sigmoid"):
         for value in (np.nan, np.inf, -np.inf):

@@ -46,7 +46,7 @@ def test_evidence_names_the_layer_the_rows_and_the_numbers() -> None:
     [found] = examine(capture_of(arrays))
     assert (found.layers, found.rows) == ([2], [5, 9])
     assert "2 choices of" in found.evidence
-    assert "name experts from 32 on; the model has 0 to 31" in found.evidence
+    assert "have an expert id of 32 or more; the model has experts 0 to 31" in found.evidence
     arrays = drawn("sigmoid", 0)
     arrays["expert"][:, :, 0] = 0
     [found] = examine(capture_of(arrays))
@@ -154,9 +154,9 @@ def test_unknown_tokens_are_not_compared_and_other_texts_are_refused() -> None:
     assert (found.verdict, found.tokens) == ("agrees", 10 * len(expert))
     token = reference.token.copy()
     token[3, 4] += 1
-    with pytest.raises(ValueError, match="the two hold other texts: at position 4 of document 3 stand tokens"):
+    with pytest.raises(ValueError, match="the two hold different texts: at position 4 of document 3, the tokens are"):
         align(changed(reference, token=token), reference, 8)
-    with pytest.raises(ValueError, match="1 experts a token cannot be compared with 2"):
+    with pytest.raises(ValueError, match="1 experts per token cannot be compared with 2"):
         align(changed(reference, expert=expert[..., :1]), reference, 8)
 
 

@@ -108,7 +108,7 @@ def test_a_capture_has_no_effect_beside_itself_and_few_documents_no_p() -> None:
     assert (float(same["effect"]), float(same["p"])) == (0.0, 1.0)
     few = predicting(make_capture(documents=4, chunked=False), 1)
     found = effect(few, predicting(few, 2))
-    assert "flipped signs of fewer than 6" in found.attrs["untested"]
+    assert "a sign-flip test needs at least 6" in found.attrs["untested"]
     assert np.isnan([float(found[name]) for name in ("low", "high", "p")]).all()
     assert np.isfinite(float(found["effect"]))
 
@@ -162,8 +162,8 @@ def test_effects_of_data_sets_are_those_of_each_pair_and_differ_as_their_means_d
     few = {name: tuple(each.isel(doc=slice(3)) for each in pair) for name, pair in pairs.items()}
     untested = effect_by_data_set({"one": few["prose"]})
     assert "difference" not in untested
-    assert "flipped signs of fewer than 6" in untested.attrs["untested"]["one"]
-    with pytest.raises(ValueError, match="there is no pair of captures"):
+    assert "a sign-flip test needs at least 6" in untested.attrs["untested"]["one"]
+    with pytest.raises(ValueError, match="no pair of captures"):
         effect_by_data_set({})
     silent = pairs["code"][1].drop_vars("logprob")
     with pytest.raises(ValueError, match=r"^code: .*logprob"):
@@ -175,7 +175,7 @@ def test_other_tokens_and_captures_without_predictions_are_refused() -> None:
     token = one["token"].compute().copy()
     row = int(np.flatnonzero(one["length"].values > 3)[0])
     token[row, 2] = 39 - token[row, 2]
-    with pytest.raises(ValueError, match="the captures hold other texts: at position 2"):
+    with pytest.raises(ValueError, match="the captures hold different texts: at position 2"):
         effect(one, one.assign(token=token.chunk({"doc": 4})))
     with pytest.raises(ValueError, match="needs logprob"):
         effect(one.drop_vars("logprob"), one)

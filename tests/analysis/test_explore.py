@@ -142,25 +142,25 @@ def test_every_link_leads_somewhere_and_every_answer_has_its_policy(address: str
     [
         ("/nothing", 404, "no data set 'nothing': here are fake, some"),
         ("/fake/document/99", 404, "document 99: fake has documents 0 to 7"),
-        ("/fake/document/0?page=99", 404, "page 99 of document 0: it has pages 1 to"),
+        ("/fake/document/0?page=99", 404, "page 99 of document 0: the document has pages 1 to"),
         ("/fake/document/0?page=x", 400, "page=x is no number"),
         ("/fake/document/0?page=-1", 400, "page=-1 is no number"),
         ("/fake/token/1000", 404, "the vocabulary of fake has tokens 0 to 999"),
         ("/fake/token/5?layer=1", 404, "name a layer of 0 to 2 and an expert, or neither"),
         ("/fake/token/5?layer=7&expert=1", 404, "name a layer of 0 to 2"),
         ("/fake/token/5?layer=1&expert=8", 404, "expert 8: fake has experts 0 to 7"),
-        ("/fake/token/5?page=999", 404, "page 999: there are pages 1 to"),
-        ("/fake?page=7", 404, "page 7: there are pages 1 to 1"),
-        ("/fake?page=0", 404, "page 0: there are pages 1 to 1"),
-        ("/fake/token/5?page=0", 404, "page 0: there are pages 1 to"),
-        ("/fake/document/0?page=0", 404, "page 0 of document 0: it has pages 1 to"),
+        ("/fake/token/5?page=999", 404, "page 999: pages are 1 to"),
+        ("/fake?page=7", 404, "page 7: pages are 1 to 1"),
+        ("/fake?page=0", 404, "page 0: pages are 1 to 1"),
+        ("/fake/token/5?page=0", 404, "page 0: pages are 1 to"),
+        ("/fake/document/0?page=0", 404, "page 0 of document 0: the document has pages 1 to"),
         ("/fake/expert?layer=1", 400, "name a layer and an expert"),
         ("/state.json", 404, "no data set 'state.json'"),
         ("/fake/expert/9/1", 404, "fake has experts 0 to 7 at layers 0 to 2"),
         ("/fake/expert/1/8", 404, "fake has experts 0 to 7"),
         ("/fake/place?row=9999&position=0", 404, "fake has no token in row 9999"),
-        ("/fake/search?q=", 400, "the search is for nothing"),
-        ("/-/search?q=%00", 400, "the search is for nothing"),
+        ("/fake/search?q=", 400, "the search is empty"),
+        ("/-/search?q=%00", 400, "the search is empty"),
         ("/fake/../../etc/passwd", 404, ""),
         ("/%2e%2e/%2e%2e/etc/passwd", 404, ""),
         ("/fake%00", 404, "no data set"),
@@ -262,12 +262,12 @@ def test_a_search_finds_tokens_and_documents(address: str) -> None:
     assert "document 3" in page
     assert "Tokens" not in page
     page = text_of(asked(f"{address}/fake/search?q=nothing+has+this")[2])
-    assert "Nothing in the text of fake, no token and no document's name contains it" in page
+    assert "No text, token or document name in fake contains it" in page
     assert "0 places" not in text_of(asked(f"{address}/-/search?q=1:2")[2])
     for scope in ("-", "fake"):
         page = text_of(asked(f"{address}/{scope}/search?q=/([/")[2])
         assert page.count("/([/ is not a regular expression") == 1
-        assert "The class of tokens" not in page
+        assert "Token class" not in page
 
 
 def test_tokens_that_occur_are_listed_and_the_one_that_is_asked_for_comes_first(explorer: Explorer) -> None:
@@ -347,11 +347,11 @@ def test_an_index_that_cannot_be_written_is_said_and_texts_are_shown_all_the_sam
     said: list[str] = []
     explorer = Explorer(str(store), ["fake"], tmp_path / "file", log=said.append)
     assert explorer.refresh("fake") == 0
-    assert [line for line in said if "give another folder for the index with --index" in line] == said
+    assert [line for line in said if "use --index to choose another folder" in line] == said
     with serving(explorer) as address:
-        assert "The index of fake does not go on: " in asked(f"{address}/-/state.json")[2]
+        assert "The index of fake is not updated: " in asked(f"{address}/-/state.json")[2]
         assert data_of(asked(f"{address}/fake/document/0")[2])["documents"][0]["ids"]
-        assert "Nothing of it is indexed yet" in text_of(asked(f"{address}/fake")[2])
+        assert "Indexing has just started" in text_of(asked(f"{address}/fake")[2])
         assert asked(f"{address}/fake/expert/0/0")[0] == 503, "not shown as measured zero"
         assert explorer.refresh("fake") == 0
     assert len(said) == 1, "said once"
@@ -367,9 +367,9 @@ def test_a_damaged_shard_is_said_on_the_page_of_its_text(store: Path, tmp_path: 
     shard.write_bytes(data)
     with serving(explorer) as address:
         found = [asked(f"{address}/fake/place?row={row}&position=0") for row in range(4)]
-        assert any(status == 500 and "--verify marks what is damaged" in text_of(page) for status, _, page in found)
+        assert any(status == 500 and "--verify marks the damaged shards" in text_of(page) for status, _, page in found)
         explorer.refresh("fake")
-        assert "--verify marks what is damaged" in explorer.problems["fake"]
+        assert "--verify marks the damaged shards" in explorer.problems["fake"]
 
 
 # The command

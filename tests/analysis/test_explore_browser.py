@@ -297,7 +297,7 @@ def test_the_keyboard_alone_walks_tokens_layers_and_pages(opened: Any, address: 
         assert said in shown(page)
     go(page, f"{address}/fake")
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.textContent") == "To the page"
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     for _ in range(40):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.pathname") == "/fake/expert/0/1":
@@ -364,7 +364,7 @@ def test_more_that_was_committed_is_offered_and_not_forced(opened: Any, explorer
         page.focus("#state button")
         for _ in range(2):  # when the second answer comes, the first one is shown
             page.wait_for_event("response", lambda answer: answer.url.endswith("/-/state.json"))
-        assert page.evaluate("document.activeElement.textContent") == "There is more now: show it", "kept over a poll"
+        assert page.evaluate("document.activeElement.textContent") == "Show new results", "kept over a poll"
         page.keyboard.press("Enter")
         page.wait_for_selector("#state:has-text('some is incomplete')")
         assert page.locator("#state button").count() == 0

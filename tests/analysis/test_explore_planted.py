@@ -79,18 +79,18 @@ def test_an_expert_s_line_names_its_class_and_its_data_set(address: str, capture
     page = text_of(asked(f"{address}/prose/expert/{layer}/{expert}")[2])
     lift = (digit & here).sum() / here.sum() / digit.mean()
     assert f"Digits ({lift:.1f} × the average)." in page
-    assert f"{(digit & here).sum() / here.sum():.0%} of the tokens that reach it in prose are digits" in page
+    assert f"{(digit & here).sum() / here.sum():.0%} of the tokens that choose it in prose are digits" in page
     assert "strongest in prose." in text_of(asked(f"{address}/prose/expert/7/1")[2])
     assert "strongest" not in text_of(asked(f"{address}/prose/expert/3/3")[2])
 
 
 def test_pages_of_a_masked_capture_and_the_first_page_s_card_say_so(address: str) -> None:
     page = text_of(asked(f"{address}/prose-without/expert/7/1")[2])
-    assert "The choices of prose-without were changed: mask 7:1." in page
-    assert "were changed" not in text_of(asked(f"{address}/prose/expert/7/1")[2])
+    assert "prose-without was captured with changed choices: mask 7:1." in page
+    assert "changed choices" not in text_of(asked(f"{address}/prose/expert/7/1")[2])
     first = text_of(asked(f"{address}/")[2])
     assert first.count("with changed choices: mask 7:1") == 1
-    assert "Differences are not those of the texts" not in text_of(asked(f"{address}/prose/compare/prose-without")[2])
+    assert "differences are therefore" not in text_of(asked(f"{address}/prose/compare/prose-without")[2])
 
 
 def test_the_first_places_are_shaded_by_the_weights_around_them(address: str, captures: Captures) -> None:
@@ -149,10 +149,10 @@ def test_what_was_counted_is_kept_and_a_long_count_is_announced(
         analysis.explorer.compare, "contrast_of", lambda *a, **k: counted.wait() and contrast_of(*a, **k)
     )
     with serving(Explorer(str(store))) as other:
-        assert "Its experts, by lift" in asked(f"{other}/code/class?q=digits")[2]
+        assert "Experts by lift" in asked(f"{other}/code/class?q=digits")[2]
         monkeypatch.setattr(analysis.explorer.counting, "PATIENCE_S", 0.0)
         status, _, page = asked(f"{other}/prose/compare/code")
-        assert (status, "This is being counted" in text_of(page), "data-reload" in page) == (200, True, True)
+        assert (status, "Counting" in text_of(page), "data-reload" in page) == (200, True, True)
         counted.set()
         monkeypatch.setattr(analysis.explorer.counting, "PATIENCE_S", HUNG_S)
         assert "differs most" in asked(f"{other}/prose/compare/code")[2]
@@ -182,7 +182,7 @@ def test_a_page_s_effect_is_the_difference_of_log_probabilities(address: str, ca
         ("prose/compare/prose", 400, "cannot be compared with itself"),
         ("prose/compare/nobody", 404, "no data set"),
         ("-/compare?one=prose", 404, "no data set"),
-        ("code/class?q=nonsense", 404, "no class of tokens is called"),
+        ("code/class?q=nonsense", 404, "unknown token class"),
         ("code/class?q=/(/", 404, "/(/ is not a regular expression"),
         ("code/class?q=digits&layer=9&expert=0", 404, "name a layer of 0 to 7"),
     ):
@@ -203,7 +203,7 @@ def test_a_class_s_page_says_what_the_metric_says(address: str, captures: Captur
     shown = re.findall(r"row=(\d+)&amp;position=(\d+)", asked_for)
     assert shown
     assert {(int(row), int(position)) for row, position in shown} <= there
-    assert "No token of it occurs in code" in text_of(asked(f"{address}/code/class?q=han")[2])
+    assert "No token of this class occurs in code" in text_of(asked(f"{address}/code/class?q=han")[2])
 
 
 # The tasks: each at most three actions from the first page

@@ -109,7 +109,7 @@ def test_a_text_is_coloured_by_what_is_chosen_and_a_link_shows_the_same(opened: 
     page, heard = opened
     go(page, f"{address}/all/document/1?layer=1")
     assert page.locator("#by option").all_inner_texts() == [
-        *("expert", "surprise at the next token", "entropy of the router"),
+        *("expert", "surprise of the next token", "router entropy"),
         *("effect of some", "effect of top"),  # the same tokens
     ]
     [own] = page.evaluate("JSON.parse(document.getElementById('data').textContent)")["documents"]

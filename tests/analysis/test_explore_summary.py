@@ -52,16 +52,19 @@ def test_an_expert_s_line_holds_what_is_known_of_it_and_no_more() -> None:
     said = summary(own, 0.8, [digits], [one], [other])
     assert said["line"] == "Digits (5.0 × the average); strongest in maths"
     text = " ".join(said["evidence"])
-    assert "30% of the tokens that reach it in maths are digits, and 6% of all tokens there; 50% of them" in text
-    assert "“1” (5.0 ×, 80% of them reach it)" in text
+    assert (
+        "30% of the tokens that choose it in maths are digits, compared with 6% of all tokens there; 50% of them"
+        in text
+    )
+    assert "“1” (5.0 ×, 80% of them choose it)" in text
     assert "40.0% of the choices of maths, and 10.0% of those of prose" in text
     assert summary(own, 0.8, [], [one], [])["line"] == "“1” (5.0 × the average)"
     assert summary(own, 0.8, [], [], [])["line"] == "80% of the tokens of maths"
-    unused = {"line": "No token of maths reaches it", "evidence": []}
+    unused = {"line": "No token of maths chooses it", "evidence": []}
     assert summary(Set("maths", 0.0, np.nan, np.nan), 0.0, [], [], [other]) == unused
     nothing = summary(own, 0.2, [], [], [Set("prose", 0.4, 0.3, 0.5)])
-    assert nothing["line"] == "Nothing sets it apart in maths"
-    assert "It gets 20% of the tokens there" in nothing["evidence"][0]
+    assert nothing["line"] == "Nothing distinguishes it in maths"
+    assert "It is chosen by 20% of the tokens there" in nothing["evidence"][0]
     assert "strongest" not in str(nothing)
 
 
@@ -74,15 +77,15 @@ def contrast(low: float, high: float, **changes: Any) -> dict[str, Any]:
 
 def test_a_comparison_names_an_expert_only_beyond_chance() -> None:
     said = verdict(contrast(-0.9, -0.7), ("a", "b"))
-    assert "Expert 1 of layer 7 differs most: 90% of the tokens of b reach it, and 10% of those of a" in said[0]
-    assert "(70.0 to 90.0 points more" in said[0]
+    assert "Expert 1 of layer 7 differs most: it is chosen by 90% of the tokens of b and 10% of those of a" in said[0]
+    assert "(70.0 to 90.0 percentage points more" in said[0]
     assert "3 of 64 experts differ by more than chance" in said[0]
     assert "75% of the 8 documents of a" in said[1]
     assert "differs most" not in str(verdict(contrast(-0.9, 0.1), ("a", "b")))
     untested = verdict(contrast(np.nan, np.nan, untested={"a": "one document"}, told=None, why="too few"), ("a", "b"))
     assert untested == [
-        "Differences cannot be told from chance here. a: one document.",
-        "How well a document can be told is not known: too few.",
+        "Differences cannot be tested here. a: one document.",
+        "How well documents can be classified is not known: too few.",
     ]
 
 
@@ -93,13 +96,13 @@ def test_predictions_are_called_worse_or_better_only_beyond_chance() -> None:
         found = {"shows": "agreement", "any_difference": 0.5, "tokens": 10, "effect": known | effect}
         return verdict(found, ("whole", "without"))[0]
 
-    assert "without predicts one 0.3000 nats worse than whole on average (0.2000 to 0.4000" in said()
+    assert "without predicts a token 0.3000 nats worse than whole on average (0.2000 to 0.4000" in said()
     assert "0.3000 nats better than" in said(effect=0.3, low=0.2, high=0.4)
     for chance in ({"high": 0.1}, {"p": 0.2}):
-        assert "no worse and no better than whole beyond chance" in said(**chance)
+        assert "neither better nor worse than whole beyond chance" in said(**chance)
     assert "not tested: few" in said(known=False, untested="few", low=np.nan, high=np.nan, p=np.nan)
     bare = {"shows": "agreement", "any_difference": 0.5, "tokens": 10, "effect": None}
-    assert "both captures need --record logprob" in verdict(bare, ("whole", "without"))[0]
+    assert "both need --record logprob" in verdict(bare, ("whole", "without"))[0]
 
 
 def test_in_lines_the_token_begins_in_one_column_and_nothing_else_is_lost() -> None:

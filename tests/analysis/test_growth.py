@@ -57,5 +57,5 @@ def test_a_load_needs_fewer_tokens_for_a_wider_tolerance() -> None:
 
 
 def test_no_part_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match="halvings=0: at least 1"):
+    with pytest.raises(ValueError, match="halvings=0: must be at least 1"):
         growth(make_capture(), Load(), halvings=0)

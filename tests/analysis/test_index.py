@@ -39,11 +39,11 @@ def occurrences(capture: xr.Dataset) -> dict[int, list[tuple[int, int]]]:
     """Rows and positions of each token that counts, one by one."""
     found: dict[int, list[tuple[int, int]]] = {}
     token, length = capture["token"].values, capture["length"].values
-    for row in range(len(length)):
+    captured = capture["captured"].values if "captured" in capture else np.ones(len(length), bool)
+    for row in np.flatnonzero(captured).tolist():
         for position in range(length[row]):
             number = int(token[row, position])
-            captured = "captured" not in capture or capture["captured"].values[row]
-            if captured and number not in capture.attrs["special_token_ids"]:
+            if number not in capture.attrs["special_token_ids"]:
                 found.setdefault(number, []).append((row, position))
     return found
 
@@ -249,7 +249,7 @@ def test_an_expert_s_places_are_those_of_its_largest_weights(
     capture = make_capture(seed=seed, num_experts=experts, missing=tuple(missing))
     found = scan(capture, [TopContexts(top, around=2)], threads=2)[0]
     xr.testing.assert_identical(found.drop_vars("around"), top_contexts(capture, top=top, threads=2))
-    expert, weight = capture["expert"].values, capture["weight"].values
+    expert, weight, length = (capture[name].values for name in ("expert", "weight", "length"))
     best: dict[tuple[int, int], list[tuple[float, int, int]]] = {}
     for number, places in occurrences(capture).items():
         assert number not in capture.attrs["special_token_ids"]
@@ -258,6 +258,9 @@ def test_an_expert_s_places_are_those_of_its_largest_weights(
                 for k in range(capture.sizes["k"]):
                     key = at, int(expert[row, position, at, k])
                     best.setdefault(key, []).append((-float(weight[row, position, at, k]), row, position))
+    rows_of, position_of, weight_of, around_of = (
+        found[name].values for name in ("row", "position", "weight", "around")
+    )
     for at in range(capture.sizes["layer"]):
         for e in range(experts):
             wanted, rows = [], set()
@@ -265,14 +268,11 @@ def test_an_expert_s_places_are_those_of_its_largest_weights(
                 if row not in rows:
                     rows.add(row)
                     wanted.append((row, position, -value))
-            own = found.isel(layer=at, expert=e)
-            got = list(zip(*(own[name].values.tolist() for name in ("row", "position", "weight")), strict=True))
+            got = list(zip(*(of[at, e].tolist() for of in (rows_of, position_of, weight_of)), strict=True))
             assert [place for place in got if place[0] >= 0] == wanted[:top]
-            for (row, position, _), around in zip(wanted[:top], own["around"].values, strict=False):
+            for (row, position, _), around in zip(wanted[:top], around_of[at, e], strict=False):
                 for offset, weighed in enumerate(around.tolist(), position - 2):
-                    here = (
-                        0 <= offset < capture["length"].values[row] and expert[row, offset, at].tolist().count(e) == 1
-                    )
+                    here = 0 <= offset < length[row] and expert[row, offset, at].tolist().count(e) == 1
                     rank = expert[row, offset, at].tolist().index(e) if here else 0
                     assert weighed == (weight[row, offset, at, rank] if here else 0)
 

@@ -111,7 +111,7 @@ def test_the_drawn_null_is_the_mean_over_all_tables_with_the_same_sums() -> None
     assert float(found["null_cramers_v"]) == pytest.approx(cramers_v, rel=0.05)
     halved = association(counts, "a", "b", bias=0.5, draws=4000)
     assert float(halved["null_information"]) == pytest.approx(float(found["null_information"]) / 2)
-    with pytest.raises(ValueError, match="draws=0: at least 1"):
+    with pytest.raises(ValueError, match="draws=0: must be at least 1"):
         association(counts, "a", "b", draws=0)
 
 

@@ -133,9 +133,9 @@ def test_repetition_has_intervals_too() -> None:
 
 
 def test_what_cannot_be_left_out_or_makes_no_sense_is_refused() -> None:
-    with pytest.raises(ValueError, match="TokenCounts is no sum over rows"):
+    with pytest.raises(ValueError, match="TokenCounts is not a sum over rows"):
         Jackknife(TokenCounts())
-    with pytest.raises(ValueError, match="units=1: at least 2"):
+    with pytest.raises(ValueError, match="units=1: must be at least 2"):
         Jackknife(ExpertCounts(), 1)
     with pytest.raises(ValueError, match=r"level=1\.5"):
         interval(xr.DataArray([1.0, 1.0], dims="replicate"), level=1.5)

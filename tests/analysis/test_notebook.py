@@ -93,7 +93,7 @@ def test_its_ten_lines_are_the_preset_but_for_the_one_that_is_marked() -> None:
     [cell] = [cell for cell in read().cells if cell.id == "ten-lines"]
     lines = [line for line in cell.source.splitlines() if line and not line.startswith("#")]
     assert len(lines) == 10
-    above, _, marked = cell.source.partition("# For the original leave out the next line")[2].partition("\n")
+    above, _, marked = cell.source.partition("# For the original, remove the next line")[2].partition("\n")
     assert "GPU" in above
     marked = marked.splitlines()[0]
     assert lines.count(marked) == 1
@@ -192,7 +192,7 @@ def test_its_heat_map_and_its_plain_xarray_show_what_numpy_counts(run: Ran, fold
 def test_what_it_says_beside_its_results_is_so_and_nothing_warns(run: Ran) -> None:
     assert "arning" not in run.said
     assert len(re.findall(r"(?m)^\S+: complete, ", run.said)) == 3
-    tops = re.findall(r"expert: (\d); .*?times all tokens: ([\d.]+)", run.shown["lift", "image/svg+xml"])
+    tops = re.findall(r"expert: (\d); .*?lift: ([\d.]+)", run.shown["lift", "image/svg+xml"])
     assert {expert for expert, lift in tops if float(lift) > 3} == set("0123456"), "experts of a layer come apart"
-    apart = re.findall(r"p, of all cells together: ([\d.]+)", run.shown["contrast", "image/svg+xml"])
+    apart = re.findall(r"p, corrected for all cells: ([\d.]+)", run.shown["contrast", "image/svg+xml"])
     assert 32 < sum(float(p) <= 0.05 for p in apart) < 64, "some cells are pale, most are not"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ RESULTS = ROOT / "tests" / "benchmarks" / "results"
 CARD = (ROOT / "workers" / "tiny-mixtral" / "README.md").read_text()
 FOUR_BITS = (ROOT / "docs" / "design" / "0005-four-bits.md").read_text()
 FP8 = (ROOT / "docs" / "design" / "0011-fp8.md").read_text()
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
+UNITS = (1, 100, 1e-6, 1e-9, 2**-20, 2**-30)
+"""What a figure is in, of the number in the file: itself, per cent, millions, GB, MiB, GiB."""
 
 
 def result(name: str) -> Any:
@@ -229,3 +233,161 @@ def test_the_page_of_inference_tells_how_often_equal_means_are_told_apart() -> N
         tested = row["simulations"] * (1 - row["untested"])
         assert row["rejected"] <= 0.05 + 3 * (0.05 * 0.95 / tested) ** 0.5, row
     assert len(told) == len(found) / 2
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """All numbers of a result, those in its texts and names too."""
+    if isinstance(value, dict):
+        yield from (number for pair in value.items() for part in pair for number in numbers(part))
+    elif isinstance(value, list):
+        yield from (number for part in value for number in numbers(part))
+    elif isinstance(value, str):
+        yield from (float(number) for number in re.findall(r"\d+(?:\.\d+)?", value))
+    elif isinstance(value, int | float):
+        yield float(value)
+
+
+def figures(page: str) -> Iterator[tuple[str, str]]:
+    """A result file and a figure, of each table row that names a file, or stands below one that does.
+
+    Only figures with a comma, or with a point from 1.1 on: smaller ones are shares, which other tests compute.
+    """
+    name = ""
+    for line in page.splitlines():
+        name = "" if line.startswith("#") else (re.findall(r"([\w-]+\.json)", line) or [name])[-1]
+        for figure in re.findall(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d+\.\d+)(?![\w.])", line):
+            if line[:1] == "|" and name and float(figure.replace(",", "")) >= 1.1:
+                yield name, figure
+
+
+def held(figure: str, values: list[float]) -> bool:
+    """Whether a value rounds to the figure, in one of the units."""
+    digits = figure.replace(",", "")
+    step = 10.0 ** -len(digits.partition(".")[2]) if "." in digits else 10.0 ** (len(digits) - len(digits.rstrip("0")))
+    return any(abs(value * unit - float(digits)) <= step * 0.5001 for value in values for unit in UNITS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "docs/recording.md"])
+def test_each_figure_of_a_table_is_in_the_file_that_it_names(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    of = {name: list(numbers(result(name))) for name in {name for name, _ in figures(text)}}
+    wrong = [(name, figure) for name, figure in figures(text) if not held(figure, of[name])]
+    assert not wrong
+    assert len(of) >= (1 if page == "docs/recording.md" else 3)
+
+
+def test_a_figure_that_is_in_no_file_is_found() -> None:
+    [one] = figures("| a | 24,235 tokens/s | [x](results/gpu-engine.json) |")
+    assert one == ("gpu-engine.json", "24,235")
+    assert not held("24,235", list(numbers(result("gpu-engine.json"))))
+
+
+def test_the_shares_of_the_products_alone_are_the_results() -> None:
+    for name, product in (("gpu-engine.json", "gemms"), ("gpu-fp8.json", "fp8 gemms")):
+        ratios = {
+            f"{row['tokens_per_s']:,}": row.get(f"ratio_to_{product}")
+            for row in result(name)["rows"]
+            if "tokens_per_s" in row
+        }
+        told = re.findall(r"\| ([\d,]+) \| (0\.\d{3}) \|", PERFORMANCE)
+        assert sum(rate in ratios and abs(ratios[rate] - float(share)) < 5.1e-4 for rate, share in told) == 3
+    families = result("gpu-families.json")["rows"]
+    told = rows(PERFORMANCE, 7)
+    assert len(told) == 7
+    for model, products, tokens, rate, other, share, memory in told:
+        of = {
+            row["system"]: row
+            for row in families
+            if row["model"] == model.partition(",")[0].lower()
+            and row["tokens"] == int(tokens.replace(",", ""))
+            and (row["matmul"] == products or row["system"].startswith("transformers"))
+        }
+        captured, alone, stock = of["captured"], of["products alone"], of["transformers, grouped_mm"]
+        assert (rate, other) == (f"{captured['tokens_per_s']:,}", f"{stock['tokens_per_s']:,}")
+        assert float(share) == round(captured["tokens_per_s"] / alone["tokens_per_s"], 2)
+        assert abs(float(memory) - captured["peak_gib"]) < 0.051
+
+
+NAMES = {"bfloat16": "bfloat16", "int8, bfloat16": "int8", "NF4, routers too, bfloat16": "nf4, gates too"}
+NAMES |= {"FP4, routers as they are, bfloat16": "fp4"}
+NAMES |= dict.fromkeys(("NF4, bfloat16 (the default on a GPU)",), "nf4")
+NAMES |= {"NF4, routers as they are, bfloat16 (the default on a GPU)": "nf4"}
+FP4 = "fp4, gates too, float16"
+NAMES |= {"FP4, routers too, float16 (the preset notebook)": FP4}
+NAMES |= {"FP4 with quantized routers, float16 (the preset notebook)": FP4}
+
+
+@pytest.mark.parametrize(("page", "many"), [("models.md", 6), ("trust.md", 6)])
+def test_the_pages_for_users_tell_what_precision_changes_as_the_results_do(page: str, many: int) -> None:
+    pairs = result("precision.json")["pairs"]
+    pairs |= {
+        f"float32 → {name}": pair
+        for name, pair in (
+            ("fp8, bf16 products", result("fp8-tiny.json")["tiny"]["float32 → fp8"]),
+            ("NF4, fp8 products", result("fp8-tiny.json")["tiny"]["float32 → nf4, fp8 products"]),
+        )
+    }
+    told = 0
+    for line in (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines():
+        name, *cells = [cell.strip(" `").replace("`", "") for cell in line.strip("|").split("|")]
+        pair = pairs.get(f"float32 → {NAMES.get(name, name)}")
+        if pair and cells and cells[0][:1].isdigit():
+            differ = [1 - same for same in pair["same_set"]]
+            mean, some = sum(differ) / 8, pair["differ_somewhere"]
+            wanted = [differ[0], differ[3], differ[7], mean, some] if page == "models.md" else [mean, some]
+            assert cells[: len(wanted)] == [percent(round(value, 7)) for value in wanted], name
+            told += 1
+    assert told == many
+
+
+def test_the_readme_fits_a_screen_and_a_half_and_its_links_lead_somewhere() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.encode()) <= 8192
+    assert "ray job submit -- python jobs/capture.py --dataset wikitext-103" in readme
+    assert not [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if not (ROOT / link).exists()]
+
+
+def test_the_page_about_trust_tells_what_the_simulations_show() -> None:
+    page = " ".join((ROOT / "docs" / "trust.md").read_text(encoding="utf-8").split())
+    simulated = [100 * row["rejected"] for row in result("inference.json")["rejections"]]
+    usual, many = sum(3 <= rejected <= 7 for rejected in simulated), len(simulated)
+    wanted = f"p ≤ 0.05 in {min(simulated):.1f} to {max(simulated):.1f} %; in {usual} of the {many} between 3 and 7 %"
+    assert wanted in page
+    means = [round(100 * row["rejected"], 1) for row in result("means.json")["means"]]
+    assert f"p ≤ 0.05 in {min(means)} to {max(means)} %" in page
+    equal = [
+        100 * row["rejected"]
+        for row in result("inference.json")["rejections"]
+        if row["lengths"] == "200" and min(row["documents"]) >= 8
+    ]
+    assert "in 3 to 6 % of simulated equal data sets" in page
+    assert 2.95 < min(equal) < 3.5
+    assert 5.5 < max(equal) < 6.5
+    proof = result("gpu-fp8-fidelity.json")["proof"]
+    planted = sum(sum(proof[f"{model}, fp8"]["planted"].values()) for model in ("tiny", "full width"))
+    assert f"none of {planted:,} planted faults was missed" in page
+
+
+def test_the_readme_counts_the_families_as_the_survey_did() -> None:
+    families = result("families-survey.json")["families"]
+    captured = sum(any(one["outcome"] == "captured" for one in each.values()) for each in families.values())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Of {len(families)} model types in transformers 5.23, {captured} were captured" in readme
+
+
+def test_the_page_about_reliability_counts_what_chaos_did() -> None:
+    page = " ".join((ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").split())
+    rows_of = {row["what"].partition(":")[0]: row for row in result("chaos.json")["tests"]["rows"]}
+    assert all(row["times"] == row["survived"] for row in rows_of.values())
+    kinds = {"every interleaving": "interleavings", "power lost": "power losses", "bad input": "bad inputs"}
+    kinds |= {"killed at each write": "kills at a write", "workers come, go and break": "failures of workers"}
+    for name, told in kinds.items():
+        assert f"{rows_of[name]['times']:,} {told}" in page
+
+
+def test_the_page_of_metrics_names_every_function_that_computes_one() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    listed = (ROOT / "analysis" / "__init__.pyi").read_text(encoding="utf-8")
+    names = re.findall(r"^from \.(?:metrics|statistics)\.\w+ import ([a-z]\w+)", listed, re.MULTILINE)
+    assert len(names) > 50
+    assert not [name for name in names if f"`{name}" not in page and f"`{name.removesuffix('_of')}" not in page]

@@ -98,9 +98,11 @@ def test_an_even_load_is_as_even_as_the_null_says_and_the_balanced_placement_men
 def test_no_gpu_or_more_than_experts_or_an_unknown_placement_is_refused() -> None:
     load = expert_load(make_capture())
     for gpus in (0, 9):
-        with pytest.raises(ValueError, match=f"{gpus} GPUs for 8 experts: take 1 to 8"):
+        with pytest.raises(ValueError, match=f"{gpus} GPUs for 8 experts: num_gpus must be 1 to 8"):
             gpu_load(load, gpus)
-    with pytest.raises(ValueError, match=r"placements \['random'\]: there are contiguous, round_robin, balanced"):
+    with pytest.raises(
+        ValueError, match=r"unknown placements \['random'\]: choose from contiguous, round_robin, balanced"
+    ):
         gpu_load(load, 2, ["random"])  # type: ignore[list-item]
 
 
@@ -135,9 +137,9 @@ def test_a_file_for_sglang_reads_back_as_counts_by_step_layer_of_the_model_and_e
 
 def test_a_file_for_sglang_needs_its_ending_and_the_models_layers(tmp_path: Path) -> None:
     load = expert_load(make_capture(layers=(3, 4)))
-    with pytest.raises(ValueError, match=r"load\.pt: SGLang knows the format by the ending \.json"):
+    with pytest.raises(ValueError, match=r"load\.pt: the name must end in \.json"):
         write_sglang_load(tmp_path / "load.pt", load, 5)
-    with pytest.raises(ValueError, match=r"layers \[3, 4\] were captured: give num_hidden_layers"):
+    with pytest.raises(ValueError, match=r"layers \[3, 4\] were captured: pass num_hidden_layers"):
         write_sglang_load(tmp_path / "load.json", load)
     with pytest.raises(ValueError, match="num_hidden_layers=4, but layer 4 was captured"):
         write_sglang_load(tmp_path / "load.json", load, 4)

@@ -96,7 +96,7 @@ def test_a_model_that_is_far_from_all_is_not_confirmed_though_it_lies_on_the_rig
 def test_the_distance_of_nothing_is_not_zero() -> None:
     nothing = xr.zeros_like(published_counts()["counts"])
     assert bool(total_variation(nothing, published_counts()["counts"]).isnull().all())
-    with pytest.raises(ValueError, match=r"no counts are published for \['arxiv'\]; they are for \['c4', 'github'\]"):
+    with pytest.raises(ValueError, match=r"no counts are published for \['arxiv'\]; choose from \['c4', 'github'\]"):
         compared({"arxiv": nothing}, published_counts())
 
 
@@ -240,7 +240,7 @@ def test_another_model_is_refused_before_anything_is_done(
     monkeypatch.setattr(DrawingRun, "shape", fake_layout(**changes))
     done = run(command, files["c4"], files["github"])
     assert (done.status, done.out) == (2, "")
-    assert "layers [0, 7, 15], 8 experts and 2 choices, and this model" in done.err
+    assert "layers [0, 7, 15], 8 experts and 2 choices, but this model" in done.err
     assert said in done.err
     assert not (tmp_path / "validate.zarr").exists()
 
@@ -252,7 +252,7 @@ def test_the_tiny_model_goes_through_the_real_loading_code_and_is_refused(
     (tmp_path / "c4.txt").write_text("some text")
     done = command("tiny", "--c4", "c4.txt", "--quantization", "none", main=validate.main)
     assert (done.status, done.out) == (2, "")
-    assert "this model has layers [0, 1, 2, 3, 4, 5, 6, 7], 8 experts and 2 choices: give Mixtral 8x7B" in done.err
+    assert "this model has layers [0, 1, 2, 3, 4, 5, 6, 7], 8 experts and 2 choices: use Mixtral 8x7B" in done.err
 
 
 def test_a_real_checkpoint_is_captured_as_the_published_blocks_were(

@@ -173,9 +173,9 @@ def test_what_is_not_captured_or_not_there_is_refused_by_name(tmp_path: Path) ->
         assert list(tmp_path.iterdir()) == []
     capture = make_capture(seed=3, special_token_ids=())
     document, rows = next(item for item in documents(capture).items() if len(item[1]) == 3)
-    with pytest.raises(ValueError, match=f"document {document} begins at its token 16: rows before it are missing"):
+    with pytest.raises(ValueError, match=f"document {document} starts at token 16: earlier rows are missing"):
         document_replay(capture.drop_isel(doc=rows[0]), document)
-    with pytest.raises(ValueError, match=f"document {document}: rows before row {rows[1]} are missing"):
+    with pytest.raises(ValueError, match=f"document {document}: rows are missing before row {rows[1]}"):
         document_replay(capture.drop_isel(doc=rows[1]), document)
     empty = next(document for document in range(99) if document not in documents(capture))
     with pytest.raises(ValueError, match=f"document {empty} has no row"):
@@ -184,11 +184,11 @@ def test_what_is_not_captured_or_not_there_is_refused_by_name(tmp_path: Path) ->
 
 def test_a_form_that_is_not_known_is_refused() -> None:
     capture = make_capture(layers=(1, 4))
-    with pytest.raises(ValueError, match="framework 'trl': there are vllm, sglang, slime, verl"):
+    with pytest.raises(ValueError, match="framework 'trl': choose from vllm, sglang, slime, verl"):
         row_replay(capture, 0, "trl")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="by='shard': a sequence is a 'document' or a 'row'"):
+    with pytest.raises(ValueError, match="by='shard': must be 'document' or 'row'"):
         write_replay("never", capture, by="shard")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"layers \[1, 4\] were captured: give num_hidden_layers"):
+    with pytest.raises(ValueError, match=r"layers \[1, 4\] were captured: pass num_hidden_layers"):
         row_replay(capture, 0)
     with pytest.raises(ValueError, match="num_hidden_layers=4, but layer 4 was captured"):
         row_replay(capture, 0, num_hidden_layers=4)

@@ -61,7 +61,7 @@ def test_a_sample_is_of_whole_documents_and_the_same_in_both_captures() -> None:
     assert both is not None
     assert both[0].sizes["doc"] == smaller.sizes["doc"] < whole.sizes["doc"]
     assert common_rows(one, scan(captured(seed=1), [SampledPredictions()])[0]) is None
-    with pytest.raises(ValueError, match="size=0: at least 1"):
+    with pytest.raises(ValueError, match="size=0: must be at least 1"):
         SampledPredictions(0)
 
 

@@ -141,7 +141,7 @@ def test_routers_that_are_less_sure_on_a_data_set_are_told_and_those_that_are_no
     shape: dict[str, Any] = {"documents": 40, "record": ("logit",), "chunked": False}
     one, other = make_capture(seed=1, **shape), make_capture(seed=1, **shape)
     unsure = words_of(less_sure(answered(RECORDED[:1], one=one, two=flatter(other, 1, 0.3))))
-    assert unsure.startswith("Routers are less sure on two than on one at 1 of 3 layers, most surely at layer 1")
+    assert unsure.startswith("Routers are less certain on two than on one at 1 of 3 layers, most clearly at layer 1")
     entropy = [float(router_distribution(each)["mean_entropy"][1]) for each in (one, flatter(other, 1, 0.3))]
     assert f"by {entropy[1] - entropy[0]:.2f} bits" in unsure
     assert less_sure(answered(RECORDED[:1], **dict(zip(("one", "two"), halves(one), strict=True)))) is None
@@ -181,7 +181,7 @@ def test_an_expert_that_adds_more_on_a_data_set_is_told_and_halves_of_one_are_no
     said = words_of(
         contributes_more(answered(RECORDED[1:2], one=with_norms(one), two=with_norms(other, at=2, times=2.0)))
     )
-    assert said.startswith("Expert 3 of layer 2 adds more on two than on one: ")
+    assert said.startswith("Expert 3 of layer 2 contributes more on two than on one: ")
     own, usual = (
         float(saliency(each)["mean_saliency"].sel(layer=2, expert=3))
         for each in (with_norms(other, at=2, times=2.0), with_norms(one))
@@ -197,10 +197,10 @@ def test_an_expert_that_goes_with_easier_words_is_told_within_the_same_token_onl
     assert matters(words) is None
     [real] = answered(RECORDED[2:], a=planted(capture, of_token=1.0, of_expert=-0.7))
     said = words_of(matters(real))
-    assert said.startswith("a: where a token reaches expert 2 at layer 1, the next one is less probable")
+    assert said.startswith("a: if a token chooses expert 2 at layer 1, the next one is less probable")
     cell = real["logprob"].sel(layer=1, expert=2)
     low, high = sorted(abs(float(cell[f"within_{end}"])) for end in ("low", "high"))
-    assert f"by {abs(float(cell['within'])):.2f} nats ({low:.2f} to {high:.2f}, 95 %" in said
+    assert f"by {abs(float(cell['within'])):.2f} nats ({low:.2f} to {high:.2f}, simultaneous 95%" in said
     assert "more probable" in words_of(
         matters(answered(RECORDED[2:], a=planted(capture, of_token=0.0, of_expert=0.7))[0])
     )

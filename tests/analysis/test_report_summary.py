@@ -44,9 +44,9 @@ def test_the_summary_names_the_planted_specialist_with_its_picture_and_opens_its
     told = summary(special, drawn.apart, drawn.figures, drawn.again)
     assert len(told.findings) == 3
     assert told.commands == ["python jobs/report.py s.zarr"]
-    assert told.findings[2].said == "No token's expert is beyond what its documents explain."
+    assert told.findings[2].said == "No token goes to an expert more often than its documents explain."
     assert told.findings[0].said.startswith("m (2 of 8 experts at 3 layers) chose experts for ")
-    assert "the specialist is expert 6 at layer 4: " in told.findings[1].said
+    assert "expert 6 at layer 4: " in told.findings[1].said
     assert told.findings[1].page == "expert/4/6"
     assert told.figure is not None
     assert drawn.figures[told.figure].name == "domains-other"
@@ -82,7 +82,7 @@ def test_the_header_says_what_was_looked_at_and_where_the_data_sets_differ() -> 
 
 def test_the_tiny_model_s_findings_are_its_own_and_no_other_s(special: list[Answers]) -> None:
     assert tiny_checkpoint().name == TINY
-    own = "What it shows is its own"
+    own = "The results describe this model only"
     tiny = [replace(each, attrs={**each.attrs, "model": TINY}) for each in special]
     assert own in report.render(report.report_of(tiny, [contrast.SECTION]))
     assert own not in report.render(report.report_of(special, [contrast.SECTION]))
@@ -171,7 +171,7 @@ def test_the_explorer_has_the_pages_that_a_report_names(store: Path, tmp_path: P
 def test_an_explorer_that_cannot_be_linked_is_refused(store: Path, tmp_path: Path, command: Any) -> None:
     ran = command(store, "--explorer", "javascript:alert(1)", main=job.main)
     assert (ran.status, "begins with http:// or https://" in ran.err) == (2, True)
-    with pytest.raises(ValueError, match="the explorer of one store, and here are 2"):
+    with pytest.raises(ValueError, match="the explorer of one store, but 2"):
         report.write_report([store, store], tmp_path / "r.html", explorer="http://localhost:1")
 
 

@@ -116,7 +116,7 @@ def test_where_nothing_can_be_kept_the_answer_is_given_and_a_warning(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path(f"{store}.results").write_text("a file, where the folder would be")
-    with pytest.warns(RuntimeWarning, match="cannot be kept beside the store"):
+    with pytest.warns(RuntimeWarning, match="cannot be kept next to the store"):
         found = measure(store, "fake", [Load()])[0]
     xr.testing.assert_identical(found, scan(open_capture(store, "fake"), [Load()])[0])
 

@@ -116,7 +116,7 @@ def test_the_file_has_each_layer_s_experts_from_the_least_salient_on_with_their_
 
 
 def test_a_file_of_nothing_or_by_no_score_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="by='low': experts can be ordered by mean_saliency, total_saliency"):
+    with pytest.raises(ValueError, match="by='low': choose from mean_saliency, total_saliency"):
         write_saliency(tmp_path / "s.json", {"a": saliency(make_capture(record=NORMS))}, by="low")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no data set"):
         write_saliency(tmp_path / "s.json", {})

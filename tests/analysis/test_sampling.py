@@ -40,7 +40,7 @@ def test_what_is_counted_is_what_the_chosen_rows_hold_in_any_chunks(reducer: Red
 
 
 def test_a_group_of_less_than_a_row_is_refused() -> None:
-    with pytest.raises(ValueError, match="one_in=0: at least 1"):
+    with pytest.raises(ValueError, match="one_in=0: must be at least 1"):
         SampledRows(Load(), 0)
 
 
@@ -68,7 +68,7 @@ def test_one_document_of_more_than_the_sample_is_drawn_and_what_was_sampled_is_s
     assert 0 < found.attrs["n"] < tokens / 4
     assert not found["hit_rate"].isnull().any()
     assert f"a: {sampled} of {rows} rows, as a sample" in subtitle
-    assert f"(a: {sampled} of {rows} rows, chosen by a hash)" in about
+    assert f"(a: {sampled} of {rows} rows, selected by a hash)" in about
 
 
 def test_where_all_rows_are_simulated_no_sample_is_named() -> None:

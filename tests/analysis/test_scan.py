@@ -283,11 +283,11 @@ def test_uniform_routes_give_the_nulls() -> None:
     ("ask", "message"),
     [
         (lambda capture: token_experts(capture, 40), r"layers \[40\] were not captured.*\[0, 1, 2\]"),
-        (lambda capture: expert_tokens(capture, by="luck"), "'luck'.*'count' or by 'lift'"),
+        (lambda capture: expert_tokens(capture, by="luck"), "'luck'.*'count' or 'lift'"),
         (lambda capture: expert_tokens(capture, top=0), "top=0"),
         (
             lambda capture: frequent_windows(capture, by="luck"),
-            "'luck': windows are ordered by 'count' or by 'surprise'",
+            "'luck': must be 'count' or 'surprise'",
         ),
         (lambda capture: frequent_windows(capture, 4), "n=4 layers, but the capture has 3; take 1 to 3"),
         (lambda capture: document_path(capture, 9), "document 9: the capture has documents 0 to 8"),

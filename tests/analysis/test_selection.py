@@ -163,9 +163,9 @@ def test_a_report_says_what_is_left_out_and_counts_only_what_is_selected(without
     assert {"load", "tokens", "repetition", "position"} <= {section.id for section in every.sections}
     page = (tmp_path / "some.html").read_text()
     assert "served: only tokens whose phase is generated are counted." in page
-    assert "served: the routes came without weights, so that shares of weight and" in page
-    assert "does not promise that a token&#39;s first expert has its largest weight" in page
-    with pytest.raises(ValueError, match="served does not say the role of a token"):
+    assert "served: the routes were imported without weights, so shares of weight and" in page
+    assert "does not guarantee that a token&#39;s first expert has the largest weight" in page
+    with pytest.raises(ValueError, match="served does not record the role of tokens"):
         write_report([without], tmp_path / "no.html", only=Selection(roles=("user",)))
 
 
@@ -216,7 +216,7 @@ def test_the_explorer_counts_and_finds_the_selected_tokens_alone(without: Path, 
     for phases, shown in pages.items():
         said = f"only tokens whose phase is {phases and phases[0]} are counted"
         assert [said in page for page in shown] == [phases is not None] * 2
-    with pytest.raises(ValueError, match="served does not say the role of a token"):
+    with pytest.raises(ValueError, match="served does not record the role of tokens"):
         Explorer(str(without), only=Selection(roles=("user",)), folder=tmp_path)
 
 
@@ -228,7 +228,7 @@ def test_the_explorers_options_select_tokens_and_do_not_go_with_whole_texts(
     common = [str(without), "--index", str(tmp_path), "--phase", "generated"]
     assert explore.main(common) == 0
     assert served[0].only == Selection(phases=("generated",))
-    with pytest.raises(ValueError, match="served does not say the role of a token"):
+    with pytest.raises(ValueError, match="served does not record the role of tokens"):
         explore.main([*common, "--role", "user"])
     with pytest.raises(ValueError, match="--export writes whole texts: leave out --phase and --role"):
         explore.main([*common, "--export", str(tmp_path / "x.html"), "--document", "0"])
@@ -240,7 +240,7 @@ def test_the_explorer_shows_routes_without_weights_and_names_phases(without: Pat
     client = TestClient(site(explorer, ("testserver",)))
     page = client.get("/served/expert/1/3")
     assert page.status_code == 200
-    assert "Not known: the routes of served came without weights." in page.text
+    assert "Not available: the routes of served were imported without weights." in page.text
     found = document_page(explorer.shown["served"].view, 0)
     assert found["weighed"] is False
     assert found["roles"] == ["prompt"] * 6 + ["generated"] * 10

@@ -124,7 +124,7 @@ def test_half_of_the_tokens_told_are_the_most_frequent_and_half_go_furthest_from
 
 
 def test_a_token_named_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="named twice"):
+    with pytest.raises(ValueError, match="repeated"):
         TokenPaths([3, 3])
 
 

@@ -206,15 +206,15 @@ def test_senseless_questions_are_refused() -> None:
         vocabulary_specialization_of(table, [shuffled], min_count=0)
     with pytest.raises(ValueError, match="min_count=20, 0 shuffled tables: both must be at least 1"):
         vocabulary_specialization_of(table, [])
-    with pytest.raises(ValueError, match=r"the tables are of other layers: \[0, 1\] and \[0, 1, 2\]"):
+    with pytest.raises(ValueError, match=r"the tables have different layers: \[0, 1\] and \[0, 1, 2\]"):
         vocabulary_specialization_of(table.isel(layer=slice(2)), [shuffled])
-    with pytest.raises(ValueError, match=r"of other tokens or choices: .* by any choice, and .* by first"):
+    with pytest.raises(ValueError, match=r"different tokens or choices: .* by any choice, and .* by first"):
         vocabulary_specialization_of(table, [first])
-    with pytest.raises(ValueError, match="draws=0: at least 1"):
+    with pytest.raises(ValueError, match="draws=0: must be at least 1"):
         vocabulary_specialization(capture, draws=0)
-    with pytest.raises(ValueError, match="choice='second': 'any' counts all choices of a token, 'first' its first one"):
+    with pytest.raises(ValueError, match="choice='second': must be 'any'"):
         TokenCounts(choice="second")
-    with pytest.raises(ValueError, match="size=0: at least 1"):
+    with pytest.raises(ValueError, match="size=0: must be at least 1"):
         SampledRoutes(0)
 
 

@@ -5,7 +5,7 @@ NF4. The choices and weights are compared with what the family's own experts get
 not called with choices, with what the router returns, in transformers' own forward, of each row alone. For NF4 its
 matrices are quantized and dequantized one by one. Each family runs in a process of its own, with a time limit.
 
-The outcome is `results/families-survey.json`, and the table between the two markers of `docs/design/0013-families.md`.
+The outcome is `results/families-survey.json`, and the table between the two markers of `docs/models.md`.
 """
 
 import argparse

@@ -174,7 +174,7 @@ def counted(asked: Counter[str]) -> Iterator[None]:
     """Count the objects that this process asks a store for, by what it asks."""
     methods = {
         name: getattr(objects.LocalObjects, name)
-        for name in ("get", "get_many", "sizes", "put", "put_new", "delete", "list", "folders")
+        for name in ("get", "get_many", "sizes", "put", "put_new", "put_over", "delete", "list", "folders")
     }
 
     def counting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:

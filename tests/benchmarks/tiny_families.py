@@ -151,13 +151,13 @@ def has_experts(model: nn.Module) -> bool:
     return any(re.search(r"(^|\.)(experts|router)$", name) for name, _ in model.named_modules())
 
 
-def make_checkpoint(model_type: str, folder: Path) -> bool:
-    """Write a family's checkpoint, in shapes as published; False where the model has no experts."""
+def tiny_model(model_type: str) -> Any | None:
+    """A family's model with random weights, under the head that it is published with; None where it has no experts."""
     config = tiny_config(model_type)
     head = next(head for head in HEADS if type(config) in head._model_mapping)
     with torch.device("meta"):
         if not has_experts(head.from_config(config)):
-            return False
+            return None
     torch.manual_seed(7)
     model = head.from_config(config, dtype=torch.float32)
     computed = {name for name, buffer in model.named_buffers() if buffer.any()}  # of the configuration, as decays are
@@ -165,8 +165,15 @@ def make_checkpoint(model_type: str, folder: Path) -> bool:
         if tensor.is_floating_point() and name not in computed:
             around = 1.0 if "norm" in name and tensor.ndim == 1 else 0.0
             tensor.normal_(around, 0.15)
-    model.save_pretrained(folder, state_dict=_published(model.state_dict()))
-    return True
+    return model
+
+
+def make_checkpoint(model_type: str, folder: Path) -> bool:
+    """Write a family's checkpoint, in shapes as published; False where the model has no experts."""
+    model = tiny_model(model_type)
+    if model is not None:
+        model.save_pretrained(folder, state_dict=_published(model.state_dict()))
+    return model is not None
 
 
 def _published(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -46,7 +46,7 @@ def test_other_tokens_have_a_contrast_with_experts_and_their_tokens(store: Path,
     found: dict[str, Any] = json.loads(command(*both, "--json", "--top", 5, main=compare.main).out)
     (one, reached, _, n), (other, there, _, m) = (shares(store, name) for name in ("a", "b"))
     assert (found["shows"], found["one"], found["n"]) == ("contrast", str(both[0]), {str(both[0]): n, str(both[1]): m})
-    assert found["why"].startswith("the captures hold other texts")
+    assert found["why"].startswith("the captures hold different texts")
     largest = np.sort(abs(one - other).ravel())[::-1][:5]
     assert [abs(row["difference"]) for row in found["experts"]] == pytest.approx(largest.tolist())
     layers = [row["layer"] for row in found["layers"]]
@@ -67,12 +67,12 @@ def test_other_tokens_have_a_contrast_with_experts_and_their_tokens(store: Path,
 
 def test_the_contrast_is_drawn_and_says_what_it_is(store: Path, command: Callable[..., Ran]) -> None:
     told = command(store / "a", store / "b", "--top", 2, main=compare.main).out
-    assert told.startswith(f"contrast of {store / 'a'} and {store / 'b'}: the captures hold other texts")
+    assert told.startswith(f"contrast of {store / 'a'} and {store / 'b'}: the captures hold different texts")
     assert "tokens that carry it" in told
     assert "experts differ by more than chance; intervals of 95% and p hold for all of them together" in told
     few = command(store / "a", store / "short", main=compare.main)
     assert few.status == 0, few.err
-    assert "the captures hold other rows: one has" in few.out.splitlines()[0]
+    assert "the captures hold different rows: one has" in few.out.splitlines()[0]
     assert f"no intervals and no p: {store / 'short'}: one document" in few.out
     assert "nan" not in few.out
     refused = command(store / "a", store / "b", "--top", 0, main=compare.main)

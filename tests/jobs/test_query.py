@@ -127,7 +127,7 @@ def test_a_class_without_tokens_is_an_answer_and_no_class_an_error(ask: Callable
     assert (none.status, cells(none.out)) == (0, [])
     assert "han (letters of the script Han) in a: 0 occurrences; by chance a share is 0.2500" in none.out
     refused = ask("--tokens", "digit")
-    assert (refused.status, "no class of tokens is called 'digit'; there are digits, " in refused.err) == (2, True)
+    assert (refused.status, "unknown token class 'digit': choose from digits, " in refused.err) == (2, True)
 
 
 def test_an_expert_s_tokens_are_those_of_a_scan(store: Path, ask: Callable[..., Ran]) -> None:
@@ -317,8 +317,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--token", "▁2", "--layer", "9"], "layers [9] were not captured; a has [0, 1, 2]"),
     (["--document", "0", "--layer", "9"], "layers [9] were not captured; a has [0, 1, 2]"),
     (["--document", "4"], "document 4: the capture has documents 0 to 3"),
-    (["--document", "-1"], "no document has the name '-1'; give the id of one, 0 to 3"),
-    (["--document", "none"], "no document has the name 'none'; give the id of one, 0 to 3"),
+    (["--document", "-1"], "no document has the name '-1': use a document's id, 0 to 3"),
+    (["--document", "none"], "no document has the name 'none': use a document's id, 0 to 3"),
     (["--token", "17x"], "no token reads 17x; near it, with their ids: ▁17"),
     (["--token", "\x1b[31m%"], r"no token reads \x1b[31m%; near it, with their ids: "),
     (["--token", "%!%"], "no token reads %!%; near it, with their ids: none"),

@@ -22,10 +22,11 @@ import pytest
 from fake_model import fake_capture, store_files
 from faulty_model import CLOCK, LOAD, TOKENS_A_SHARD, Attempt, Script, numbered_texts
 from patience import HUNG_S, NEVER_S, wait_until
-from ray.exceptions import RayActorError
+from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
+from ray.exceptions import ActorDiedError
 from ray_nodes import Nodes, ray_nodes
 
-from jobs.cluster.ray_workers import lost_with_node
+from jobs.cluster import ray_workers
 from store import coverage
 
 HERE = Path(__file__).parents[1]
@@ -117,19 +118,31 @@ def quiet(folder: Path, shards: int) -> dict[str, Any]:
     return comparable(store)
 
 
-@pytest.mark.parametrize(
-    ("detail", "preempted", "with_its_node"),
-    [
-        ("The actor died because its node has died. Node Id: 1", False, True),
-        ("Worker exits unexpectedly by a signal. Exit code: 1. The process receives a SIGTERM.", False, True),
-        ("The actor is dead because its node is being drained", True, True),
-        ("Worker unexpectedly exits with a connection error code 2. End of file.", False, False),
-    ],
-)
-def test_a_machine_that_is_taken_back_is_told_from_a_process_that_crashed(
-    detail: str, preempted: bool, with_its_node: bool
+def test_a_machine_that_shuts_down_in_order_takes_its_workers_first_and_gives_their_shards_no_strike(
+    nodes: Nodes, tmp_path: Path
 ) -> None:
-    assert lost_with_node(RayActorError(error_msg=detail, preempted=preempted)) == with_its_node
+    script = Script(tmp_path / "script")
+    script.write(1, "raise", "hold")  # what has failed before is given to no second worker
+    with Job(nodes, tmp_path, shards=6, node_s=HUNG_S) as job:
+        job.until(lambda: len(job.attempts(1)) == 2, "it is tried again")
+        worker = job.attempts(1)[1]
+        os.kill(worker.process, signal.SIGKILL)  # at its SIGTERM it would wait for the shard that is held
+        wait_until(lambda: not psutil.pid_exists(worker.process), "the worker is gone")
+        script.write(1, "raise")  # with a strike for the machine it would be given up
+        assert "was lost with its node" not in job.said
+        os.kill(worker.raylet, signal.SIGTERM)
+        job.until(lambda: "was lost with its node" in job.said, "Ray's table says that the node is gone")
+        nodes.add()
+        assert job.status() == 0
+    assert "ended: " not in job.said, "no process is said to have crashed"
+
+
+@pytest.mark.parametrize("preempted", [True, False])
+def test_a_machine_that_the_autoscaler_takes_back_is_known_by_a_field_of_the_error(preempted: bool) -> None:
+    reasons = NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED, NodeDeathInfo.AUTOSCALER_DRAIN_IDLE
+    death = NodeDeathInfo(reason=reasons[not preempted])
+    error = ActorDiedError(ActorDiedErrorContext(actor_id=os.urandom(16), node_death_info=death))
+    assert ray_workers._was_preempted(error) == preempted
 
 
 def test_one_run_through_a_killed_actor_a_lost_node_a_poison_shard_and_a_killed_driver(

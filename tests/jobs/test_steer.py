@@ -142,7 +142,7 @@ def test_what_cannot_be_steered_is_told(captured: Path, command: Command, tmp_pa
     )
     few = ("--name", "few", "--limit_documents", 2, "--record", "logprob")
     assert command("--dataset", texts / "code.jsonl", *options, *few).status == 0
-    assert "what is beyond chance is not known" in refused(f"{tmp_path}/p.zarr/few", legal)
+    assert "differences were not tested" in refused(f"{tmp_path}/p.zarr/few", legal)
 
 
 def test_only_experts_beyond_chance_are_taken_and_a_layer_keeps_what_it_needs(captured: Path) -> None:

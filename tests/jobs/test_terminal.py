@@ -75,16 +75,16 @@ def broken(tmp_path: Path) -> Path:
 
 def unfinished(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Add a data set of which planning was stopped after its first rows."""
-    put = LocalObjects.put
+    put_over = LocalObjects.put_over
 
-    def killed(objects: LocalObjects, key: str, data: bytes) -> None:
+    def killed(objects: LocalObjects, key: str, old: bytes, data: bytes) -> bool:
         if key == "unfinished/offset/zarr.json" and CaptureGroup(store, "unfinished").plan.rows:
             raise KeyboardInterrupt
-        put(objects, key, data)
+        return put_over(objects, key, old, data)
 
     with monkeypatch.context() as patched:
         patched.setattr("jobs.capturing.planner.PUBLISH_POSITIONS", 32)
-        patched.setattr(LocalObjects, "put", killed)
+        patched.setattr(LocalObjects, "put_over", killed)
         with pytest.raises(KeyboardInterrupt):
             fake_capture(store, TEXTS, "unfinished")
 

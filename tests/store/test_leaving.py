@@ -12,7 +12,7 @@ from fake_model import ROLES, fake_capture, fake_layout, words
 
 from store import CaptureGroup, attributes, open_capture, open_tree
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "store.md"
 CHATS = [[{"role": ROLES[number % 3], "content": words(9, number)}] for number in range(11)]
 TEXTS = ("name", "piece")
 """Arrays for which numpy has several types."""
@@ -70,10 +70,10 @@ def test_a_tree_is_written_as_netcdf(store: Path, tmp_path: Path) -> None:
         xr.testing.assert_equal(copy["demo-prose"].to_dataset(), tree["demo-prose"].to_dataset().compute())
 
 
-def test_the_lines_of_the_readme_write_what_plain_xarray_has_opened(
+def test_the_lines_of_the_page_write_what_plain_xarray_has_opened(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     opening, leaving = (next(block for block in blocks if word in block) for word in ("open_zarr(", "drop_encoding("))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

@@ -455,14 +455,14 @@ def test_a_capture_that_is_still_planned_is_verified_as_far_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "PUBLISH_POSITIONS", 32)
-    put = LocalObjects.put
+    put_over = LocalObjects.put_over
 
-    def killed(objects: LocalObjects, key: str, data: bytes) -> None:
+    def killed(objects: LocalObjects, key: str, old: bytes, data: bytes) -> bool:
         if key == "fake/offset/zarr.json" and CaptureGroup(tmp_path / "s.zarr", "fake").plan.rows:
             raise KeyboardInterrupt
-        put(objects, key, data)
+        return put_over(objects, key, old, data)
 
-    monkeypatch.setattr(LocalObjects, "put", killed)
+    monkeypatch.setattr(LocalObjects, "put_over", killed)
     with pytest.raises(KeyboardInterrupt):
         fake_capture(tmp_path / "s.zarr", TEXTS)
     assert verify(CaptureGroup(tmp_path / "s.zarr", "fake")) == Findings(shards={}, plan=[])

@@ -251,6 +251,14 @@ def test_choices_are_found_in_a_tuple_of_any_order_and_sorted_with_ties_by_lower
         assert got_weights[token].tolist() == [-negative for negative, _ in wanted]
 
 
+def test_weights_stand_last_before_the_indices_where_other_parts_have_their_shape_too() -> None:
+    """Logits where every expert is chosen; and what Inkling weighs as many shared experts with."""
+    logits, weights, shared = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(1)).unbind()
+    indices = torch.tensor([[0, 1]]).expand(5, 2)
+    for output in ((logits, weights, indices), (logits, weights, indices, shared), (indices, weights, shared)):
+        assert torch.equal(choices(output, 2)[1], weights)
+
+
 @pytest.mark.parametrize(
     "output",
     [
@@ -510,7 +518,7 @@ def halved(tiny_model: LoadedModel) -> LoadedModel:
 
 def raise_no_alarm(engine: ModelEngine, seed: int) -> None:
     random = np.random.default_rng(seed)
-    for _ in range(60):
+    for _ in range(30):
         count, longest = random.integers(1, 6), random.integers(1, 40)
         rows = random_rows(count, seed=int(random.integers(2**32)), longest=longest)
         engine.route(rows.token, rows.length)

@@ -242,7 +242,7 @@ def _softened(output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 def ids_of_the_token_before(monkeypatch: pytest.MonkeyPatch, engine: ModelEngine) -> None:
     """The experts of the largest logits, not the logits."""
-    [recording] = engine.recorder.recordings
+    recording, _ = engine.recorder.recordings
     original = recording.doubts
 
     def doubts(chosen: Any) -> Any:

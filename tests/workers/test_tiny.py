@@ -16,7 +16,7 @@ from analysis.metrics.contrast import contrast
 from analysis.metrics.load import expert_load
 from analysis.metrics.vocabulary import vocabulary_specialization
 from jobs import train_tiny
-from jobs.sources.demo import DEMO_TEXTS, HELD_OUT, demo_source, held_out
+from jobs.sources.demo import DEMO_TEXTS, HELD_OUT, demo_files, demo_source, held_out
 from workers import capture_texts
 from workers.models.loading import load_model
 from workers.tiny import tiny_checkpoint
@@ -116,8 +116,8 @@ def first_held_out(name: str, documents: int) -> list[list[int]]:
 
 
 def test_a_tenth_of_each_text_is_held_out_and_comes_first() -> None:
-    for name in DEMO_TEXTS:
-        out = [held_out(document.name) for document in demo_source(name).read(0)]
+    for name, demo in DEMO_TEXTS.items():  # documents come in the order of their files, and are named as they are
+        out = [held_out(file) for file in demo_files(name, demo)]
         assert out == sorted(out, reverse=True)
         assert np.mean(out) == pytest.approx(HELD_OUT, abs=0.03)
 

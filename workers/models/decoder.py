@@ -70,6 +70,7 @@ class DecoderForward:
         self.model = model
         self.whole = False
         self.seen: Callable[[Any, torch.Tensor, torch.Tensor], None] | None = None
+        self.used: Callable[[Any, torch.Tensor, torch.Tensor], None] | None = None
         self.attended: Callable[[int, torch.Tensor], None] | None = None
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.head = getattr(config, "head_dim", None) or config.hidden_size // self.heads
@@ -152,6 +153,8 @@ class DecoderForward:
         if (router := router_of(mlp)) is None:
             return (self._dense(mlp, operand),)
         _, weight_TK, expert_TK = router(normed_TH)
+        if self.used is not None:
+            self.used(router, expert_TK, weight_TK)
         shared = list(_dense(mlp))
         rows_SH, slot_TK = self._outputs(self.products, mlp.experts, operand, expert_TK, spare=len(shared))
         if self.seen is not None:

@@ -86,10 +86,12 @@ def describe_model(
 
     Parameters
     ----------
-    model, revision, quantization, dtype, quantize_gates, matmul, expert_backend
+    model, revision, quantization
         As for `load_model`.
     device_type
         "cuda" or "cpu": decides the compute dtype where `dtype` is not given, and what computes the experts.
+    dtype, quantize_gates, matmul, expert_backend
+        As for `load_model`.
 
     Returns
     -------

@@ -149,8 +149,14 @@ def read(config: Any, names: tuple[str, ...]) -> int:
     """The first of several names that families use for one thing."""
     for name in names:
         value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
+        each = {*value} if isinstance(value, list | tuple) else {value}
+        if len(each) > 1:
+            raise ValueError(
+                f"model_type {config.model_type!r} has layers that differ in {name} ({value}): only models with one"
+                " number for all layers can be captured"
+            )
+        if isinstance(number := next(iter(each), None), int):
+            return number
     raise ValueError(
         f"the configuration of model_type {config.model_type!r} has none of {', '.join(names)}; {HOW_TO_ADD}"
     )

@@ -30,10 +30,12 @@ def estimate_bytes(
 
     Parameters
     ----------
-    model, revision, quantization, dtype
+    model, revision, quantization
         As for `load_model`.
     device_type
         "cuda" or "cpu": decides the compute dtype where `dtype` is not given.
+    dtype
+        As for `load_model`.
     last_experts
         Whether the experts of the last layer count, which are read and let go: no router follows them.
 

@@ -50,6 +50,9 @@ class Forward(Protocol):
     seen: Callable[[Any, Any, Any], None] | None
     """Called in each layer with the router, the outputs of its experts before they are weighed, shape (slots, hidden),
     and which slot each choice has, shape (tokens, k). None unless it is set."""
+    used: Callable[[Any, Any, Any], None] | None
+    """Called in each layer with the router, the choices with which its experts are computed, and the weights with which
+    they are mixed, shape (tokens, k). None unless it is set."""
     attended: Callable[[int, Any], None] | None
     """Called behind the attention of each layer, by its place from 0, with the hidden states that have it added, shape
     (tokens, hidden); they are overwritten later. None unless it is set."""

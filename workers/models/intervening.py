@@ -267,23 +267,23 @@ def _try(router: Any, layer: int, asked: Interventions, experts: int, k: int, hi
         raise RoutingError(f"it may keep groups with {fewest} experts left, and {k} are chosen for each token")
     given = torch.randn(PROBES, experts, generator=torch.Generator().manual_seed(2)), torch.zeros(PROBES, hidden)
     with Steering({layer: router}, experts, k, asked).attached():
-        expert_TK, weight_TK = choices(routed_by(router, *given), k)
+        expert_TK, weight_TK = choices(routed_by(router, *given), k, router)
     chosen_TE = torch.zeros(PROBES, experts).scatter(-1, expert_TK, 1).bool()
     right = (chosen_TE.sum(-1) == k).all() and chosen_TE[:, forced].all() and not chosen_TE[:, masked].any()
     if not (right and weight_TK.isfinite().all()):
         raise RoutingError("its rule is none that is known here")
     if forced or (asked.routes_from and not asked.routes_weights):
         with _set(router, "top_k", k):
-            own_TK, weight_TK = choices(routed_by(router, *given), k)
+            own_TK, weight_TK = choices(routed_by(router, *given), k, router)
             with _set(router, "forward", changed(router.forward, Change(given_TK=own_TK), experts, k)):
-                again_TK = choices(routed_by(router, *given), k)[1]
+                again_TK = choices(routed_by(router, *given), k, router)[1]
         if not torch.equal(again_TK, weight_TK):
             raise RoutingError("its own choices, given to it, would not have its own weights")
     if asked.routes_weights:
         expert_TK, weight_TK = (expert_TK + 1) % experts, weight_TK + 1
         forward = changed(router.forward, Change(given_TK=expert_TK, weights_TK=weight_TK), experts, k)
         with _set(router, "forward", forward):
-            found = choices(routed_by(router, *given), k)
+            found = choices(routed_by(router, *given), k, router)
         if not all(map(torch.equal, found, (expert_TK, weight_TK))):
             raise RoutingError("it would not return the choices and weights that are given to it")
 

@@ -15,6 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from workers.shard import RoutingError
 
+READERS: dict[str, Callable[[Any, int], tuple[torch.Tensor, torch.Tensor]]] = {}
+"""How choices and weights are read from what a router returned, by the name of its class: for families whose routers
+return something else than `choices` knows. With the parameters of `choices`, and what it returns."""
+
 PROBES = 64  # tokens with random hidden states on which a router is tried before weights are loaded (arbitrary)
 
 
@@ -89,7 +93,7 @@ def routed_by(router: nn.Module, logits_TE: torch.Tensor, hidden_TH: torch.Tenso
     return output
 
 
-def choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def choices(output: Any, k: int, router: nn.Module | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """A router's choices, in its own order, whatever the order of what it returns.
 
     Parameters
@@ -97,9 +101,13 @@ def choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     output
         What the router module returned: a tuple that holds integer indices (T, k), and weights (T, k), or (T, E) to
         pick from. Logits (T, E) are distinguished from such weights by their place: transformers puts them first.
+        Where more has the shape of the indices (logits where k is E, what shared experts are weighed with), the weights
+        are what stands last before the indices.
         Or weights (T, E) without indices, with k that are not 0 for each token, as Llama 4 has them.
     k
         Choices a token.
+    router
+        What returned it, where that is known: its class may be one of `READERS`.
 
     Returns
     -------
@@ -111,6 +119,8 @@ def choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     RoutingError
         When no such pair is in the output.
     """
+    if (reader := READERS.get(type(router).__name__)) is not None:
+        return reader(output, k)
     tensors = _tensors(output)
     indices = [part for part in tensors if not part.is_floating_point() and part.shape[-1] == k]
     floats = [part for part in tensors if part.is_floating_point()]
@@ -121,9 +131,11 @@ def choices(output: Any, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         shapes = [(tuple(part.shape), str(part.dtype)) for part in tensors]
         raise RoutingError(f"no choices of {k} experts a token in what the router returned: {shapes}")
     experts_TK = indices[0].reshape(-1, k).long()
-    exact = [part for part in floats if part.shape == indices[0].shape]
+    place = next(at for at, part in enumerate(tensors) if part is indices[0])
+    nearest = [*reversed(tensors[:place]), *tensors[place + 1 :]]
+    exact = [part for part in nearest if part.is_floating_point() and part.shape == indices[0].shape]
     dense_TE = floats[-1].reshape(-1, floats[-1].shape[-1])
-    weights_TK = (exact[-1].reshape(-1, k) if exact else dense_TE.gather(-1, experts_TK)).float()
+    weights_TK = (exact[0].reshape(-1, k) if exact else dense_TE.gather(-1, experts_TK)).float()
     return experts_TK, weights_TK
 
 
@@ -199,9 +211,12 @@ def refuse_unknown(router: nn.Module, hidden: int, num_experts: int, k: int) -> 
     except Exception as error:  # code that is not known raises whatever it runs into
         takes = ", ".join([*inspect.signature(type(router).forward).parameters][1:])
         raise RoutingError(f"it takes ({takes}), and does not choose from hidden states alone: {error}") from error
-    experts_TK, _ = choices(output, k)
+    experts_TK, _ = choices(output, k, router)
     if len(experts_TK) != PROBES:
         raise RoutingError(f"it chose for {len(experts_TK)} tokens of {PROBES}")
+    widths = {part.shape[-1] for part in _tensors(output) if part.is_floating_point()} - {k}
+    if widths and num_experts not in widths and type(router).__name__ not in READERS:
+        raise RoutingError(f"it chooses among {max(widths)} experts, and num_experts is {num_experts}")
     if not ((experts_TK >= 0) & (experts_TK < num_experts)).all():
         raise RoutingError(f"it chose experts up to {experts_TK.max()}, and num_experts is {num_experts}")
     ordered_TK = experts_TK.sort(dim=-1).values

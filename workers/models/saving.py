@@ -49,10 +49,12 @@ def quantize_checkpoint(
 
     Parameters
     ----------
-    model, revision, quantization
-        As for `workers.models.loading.load_model`; the checkpoint must not be quantized already.
+    model
+        As for `load_model`; the checkpoint must not be quantized already.
     out
         A folder that does not exist yet.
+    revision, quantization
+        As for `load_model`.
     device
         Where each matrix is quantized.
     progress

@@ -75,7 +75,7 @@ def transformation_of(model: str | Path, revision: str | None = None) -> str:
 @torch.inference_mode()
 def _transformation(router: nn.Module, experts: int, k: int, hidden: int) -> str:
     logits_TE = torch.randn(64, experts, generator=torch.Generator().manual_seed(1))
-    expert_TK, weight_TK = choices(routed_by(router, logits_TE, torch.zeros(64, hidden)), k)
+    expert_TK, weight_TK = choices(routed_by(router, logits_TE, torch.zeros(64, hidden)), k, router)
     for name, weights in TRANSFORMATIONS.items():
         ratio = weight_TK / weights(logits_TE, expert_TK)
         wanted = ratio.mean(-1, keepdim=True) if name == "sigmoid" and k > 1 else ratio.mean()

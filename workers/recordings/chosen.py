@@ -9,6 +9,7 @@ from workers.recordings.logits import RouterLogits
 from workers.recordings.logprobs import NextToken
 from workers.recordings.norms import OutputNorms, experts_of
 from workers.recordings.recording import Recording
+from workers.recordings.used import Used
 
 
 def recordings_of(loaded: LoadedModel, forward: Any, recorded: Recorded, k: int) -> list[Recording]:
@@ -40,6 +41,7 @@ def recordings_of(loaded: LoadedModel, forward: Any, recorded: Recorded, k: int)
         if not hasattr(model, "norm"):
             raise ValueError(f"{type(model).__name__} has no final norm of the name norm: capture without logprob")
         found.append(NextToken(Head(loaded.folder, model), model.norm))
+    found.append(Used(loaded.routers, loaded.num_experts, k, model=loaded.model, forward=forward))
     if own:
         forward.whole = any(recording.whole for recording in found)
     return found

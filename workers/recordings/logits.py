@@ -87,5 +87,5 @@ class RouterLogits(Recording):
     def _chosen_from(
         self, router: nn.Module, rows_SE: torch.Tensor, hidden_SH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        experts_SK, weights_SK = choices(routed_by(router, rows_SE, hidden_SH), self.k)
+        experts_SK, weights_SK = choices(routed_by(router, rows_SE, hidden_SH), self.k, router)
         return experts_SK.to(rows_SE.device), weights_SK.to(rows_SE.device)

@@ -1,11 +1,11 @@
-// The explorer's pages: colours of experts, a text with its tokens' paths, and what has come since the page was drawn.
-// All text reaches the page as text, never as markup.
+// The explorer's pages: expert colours, a text with its tokens' paths, and news since the page was rendered.
+// All text is inserted as text, never as markup.
 "use strict";
 (() => {
   const body = document.body.dataset;
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e6b000", "#56b4e9", "#8a6d5b", "#7b3294"];
-  const strongest = (experts) => (!dark.matches ? 0.6 : experts <= PALETTE.length ? 0.45 : 0.35); // behind text: it stays readable
+  const strongest = (experts) => (!dark.matches ? 0.6 : experts <= PALETTE.length ? 0.45 : 0.35); // keeps the text in front readable
 
   const rgb = (expert, experts) => {
     if (experts <= PALETTE.length) return [1, 3, 5].map((at) => parseInt(PALETTE[expert].slice(at, at + 2), 16));
@@ -30,18 +30,18 @@
     return node;
   };
 
-  // Colours of what the server has written: chips, and the maps of layers and experts.
+  // Colour what the server rendered: chips, and the maps of layers and experts.
   const paint = () => {
     const experts = Number(body.experts);
     for (const node of document.querySelectorAll(".chip")) node.style.backgroundColor = colour(Number(node.dataset.expert), experts, 0.9);
     for (const node of document.querySelectorAll("[data-share]")) node.style.backgroundColor = colour(Number(node.dataset.expert), experts, Number(node.dataset.share));
     for (const node of document.querySelectorAll("[data-load]")) {
-      const off = Math.max(-1, Math.min(1, Number(node.dataset.load) - 1)); // from none to twice the even share
+      const off = Math.max(-1, Math.min(1, Number(node.dataset.load) - 1)); // from 0 to twice the even share
       node.style.backgroundColor = `rgb(${off < 0 ? "31 95 168" : "224 138 53"} / ${Math.abs(off * 0.6).toFixed(3)})`;
     }
   };
 
-  // Keys, where nothing is being typed: what each does is listed in the help.
+  // Keyboard shortcuts, ignored while typing; the help lists them.
   const keys = new Map();
   const key = (name, said, action) => keys.set(name, { said, action });
   const typing = ({ target }) => target.closest("input:not([type=range]):not([type=checkbox]), select, textarea, dialog");
@@ -56,7 +56,7 @@
     for (const [name, { said }] of keys) list.append(element("dt", name), element("dd", said));
     const close = element("form", undefined, { method: "dialog" });
     close.append(element("button", "Close"));
-    dialog.append(element("h2", "Keys", { id: "keys-title" }), list, close);
+    dialog.append(element("h2", "Keyboard shortcuts", { id: "keys-title" }), list, close);
     dialog.addEventListener("close", () => dialog.remove());
     document.body.append(dialog);
     dialog.showModal();
@@ -65,9 +65,9 @@
   // A text with its routes.
   const reader = (data) => {
     const { layers, experts, choices, words, distributions, indented, documents } = data;
-    const measures = { // what a text can be coloured by beside its experts, and where the colour is full
-      surprise: { name: "surprise at the next token", unit: "nats", most: Math.log(words), digits: 2 },
-      entropy: { name: "entropy of the router", unit: "bits", most: Math.log2(experts), digits: 2 },
+    const measures = { // what else a text can be coloured by, and the value at which the colour is full
+      surprise: { name: "surprise of the next token", unit: "nats", most: Math.log(words), digits: 2 },
+      entropy: { name: "router entropy", unit: "bits", most: Math.log2(experts), digits: 2 },
     };
     const by = (id) => document.getElementById(id);
     const text = by("text"), slider = by("layer"), path = by("path");
@@ -93,9 +93,9 @@
         surprise: (token) => known(measured.surprise[token]),
         entropy: (token, layer) => known(measured.entropy[token * layers.length + layer]),
         expert: (token, layer, k) => (wide[at(token, layer, k)] === missing ? null : wide[at(token, layer, k)]),
-        weight: (token, layer, k) => weights[at(token, layer, k)] * scale, // 1 where there are none
+        weight: (token, layer, k) => weights[at(token, layer, k)] * scale, // 1 if there are no weights
         said: (token, layer, k, before, after = "") => (weighed ? before + (weights[at(token, layer, k)] * scale).toFixed(3) + after : ""),
-        most: Math.max(1, scale * 65535), // full strength: 1, so that pages can be compared; more where weights are
+        most: Math.max(1, scale * 65535), // full strength is 1, so that pages are comparable; higher if some weights are
       };
     };
 
@@ -109,19 +109,19 @@
       set("mono", state.mono === indented ? null : Number(state.mono));
       set("blanks", state.blanks ? 1 : null);
       if (documents.length > 1) set("document", state.document);
-      try { history.replaceState(null, "", url); } catch { /* a file's page may not change its address */ }
+      try { history.replaceState(null, "", url); } catch { /* a page opened as a file may not change its address */ }
     };
 
-    const rank = (token) => { // which choice is shown: the first, or the one to be seen alone
+    const rank = (token) => { // which choice is shown: the first, or that of the selected expert
       if (state.alone === null) return 0;
       for (let k = 0; k < choices; k++) if (routes.expert(token, state.layer, k) === state.alone) return k;
       return -1;
     };
 
-    // One hue for numbers, another below 0: nothing at 0, full at what a guess, or a router that likes all experts the
-    // same, would give.
+    // One hue for positive numbers, another for negative ones: no colour at 0, full colour at the value of a uniform guess
+    // or of a router with equal probabilities.
     const toned = (part) => `rgb(${part < 0 ? (dark.matches ? "98 160 222" : "31 95 168") : dark.matches ? "242 161 78" : "213 94 0"} / ${((dark.matches ? 0.4 : 0.6) * Math.min(1, Math.abs(part))).toFixed(3)})`;
-    const number = (value, { digits, unit }) => (value === null ? "not known" : `${value.toFixed(digits)} ${unit}`);
+    const number = (value, { digits, unit }) => (value === null ? "not available" : `${value.toFixed(digits)} ${unit}`);
 
     const colourByNumber = () => {
       const measure = measures[state.by];
@@ -134,10 +134,10 @@
       const scaled = element("span", undefined, { class: "scale" });
       scaled.append("0", ...scale, `${measure.most.toFixed(1)} ${measure.unit}`);
       by("legend").replaceChildren(scaled);
-      by("key").textContent = `Colour: ${measure.name}, full at ${number(measure.most, measure)}, ${state.by === "surprise" ? "that of a guess among all tokens. It is how improbable the token is that follows." : "that of a router that likes all experts the same."}`;
+      by("key").textContent = `Colour: ${measure.name}. Full colour is ${number(measure.most, measure)}, ${state.by === "surprise" ? "the value of a uniform guess among all tokens. Surprise says how improbable the following token is." : "the value of a router that gives all experts the same probability."}`;
     };
 
-    // By how much another capture predicts each token better or worse; the server is asked when that is chosen.
+    // How much better or worse another capture predicts each token; requested from the server when selected.
     const against = () => (state.by.startsWith("effect:") ? state.by.slice("effect:".length) : null);
     const effect = (token) => known(routes.effects[against()]?.values?.[token] ?? NaN);
     const FULL = 2; // nats: exp(2) = 7.4 times as probable
@@ -149,7 +149,7 @@
         const place = new URLSearchParams({ row: own.row, start: own.start, against: name });
         const answer = await (await fetch(`/${encodeURIComponent(body.dataset)}/effect?${place}`)).json();
         effects[name] = { error: answer.error, values: floats(answer.effect) };
-      } catch { effects[name] = { error: "The explorer was stopped." }; }
+      } catch { effects[name] = { error: "The explorer is not running." }; }
       if (routes.effects === effects) change();
     };
     const colourByEffect = () => {
@@ -163,11 +163,11 @@
       const scaled = element("span", undefined, { class: "scale" });
       scaled.append("worse", ...[-1, -0.5, 0, 0.5, 1].map((part) => { const box = element("i"); box.style.backgroundColor = toned(part); return box; }), "better");
       by("legend").replaceChildren(scaled);
-      by("key").textContent = routes.effects[name].error ?? `Colour: by how much better or worse ${name} predicts the token than ${body.dataset} does, full at ${FULL} nats.`;
+      by("key").textContent = routes.effects[name].error ?? `Colour: how much better or worse ${name} predicts the token than ${body.dataset}. Full colour is ${FULL} nats.`;
     };
 
     const colourByExpert = () => {
-      by("key").textContent = "Colour: a token's first expert, or the one that is chosen. Strength: its weight, full at 1.";
+      by("key").textContent = "Colour: the token's first choice, or the selected expert. Strength: its weight; full colour is 1.";
       const counts = new Array(experts).fill(0);
       spans.forEach((span, token) => {
         const first = routes.expert(token, state.layer, 0), k = rank(token);
@@ -192,7 +192,7 @@
       by("layer-number").textContent = layers[state.layer];
     };
 
-    // Layers from left to right, experts from top to bottom, in the picture's own pixels: dots stay round.
+    // Layers from left to right, experts from top to bottom, in pixels of the picture, so that dots stay round.
     const drawPath = (token) => {
       const width = path.clientWidth || 300, height = path.clientHeight || 200, edge = 9, label = 7 * String(experts - 1).length + 6;
       const X = (layer) => label + edge + ((width - label - 2 * edge) * (layer + 0.5)) / layers.length;
@@ -237,23 +237,23 @@
       by("links").replaceChildren();
       drawPath(token);
       if (token === null) {
-        by("token").append(element("span", "Point at a token, or tap it, to see its experts at all layers. The keys k and j change the layer, n goes to a token's next occurrence.", { class: "soft" }));
+        by("token").append(element("span", "Point at a token, or tap it, to see its experts at all layers. Press k or j to change the layer, and n to go to the token's next occurrence.", { class: "soft" }));
         return;
       }
       const chosen = Array.from({ length: choices }, (_, k) => [routes.expert(token, state.layer, k), routes.said(token, state.layer, k, " (", ")")]);
-      const chosenWords = chosen[0][0] === null ? "its experts are not known" : chosen.map(([expert, weight]) => `expert ${expert}${weight}`).join(", ");
+      const chosenWords = chosen[0][0] === null ? "experts not available" : chosen.map(([expert, weight]) => `expert ${expert}${weight}`).join(", ");
       by("token").append(element("span", own.texts[token].replaceAll("\n", "↵") || "(no text)", { class: "word" }), element("br"),
         `token ${own.offset + token}${own.roles?.[token] ? `, ${own.roles[token]}` : ""}; layer ${layers[state.layer]}: ${chosenWords}`,
         ...Object.keys(measures).filter(routes.has).map((name) => `; ${measures[name].name} ${number(routes[name](token, state.layer), measures[name])}`),
         ...(against() === null ? [] : [`; effect of ${against()} ${number(effect(token), { digits: 3, unit: "nats" })}`]));
       if (body.dataset) {
         const base = `/${encodeURIComponent(body.dataset)}`;
-        by("links").append(element("a", "this token everywhere", { href: `${base}/token/${own.ids[token]}` }));
+        by("links").append(element("a", "all places of this token", { href: `${base}/token/${own.ids[token]}` }));
         for (const [expert] of chosen) if (expert !== null) by("links").append(" · ", element("a", `expert ${expert}`, { href: `${base}/expert/${layers[state.layer]}/${expert}` }));
       }
     };
 
-    // The whole distribution of the chosen token at the layer; the server is asked once for all layers.
+    // The full distribution of the selected token at the layer; requested once for all layers.
     let asks = 0, kept = { token: null };
     const showDistribution = async () => {
       const token = state.token, own = documents[state.document], asking = ++asks;
@@ -262,16 +262,16 @@
       if (kept.token !== token) {
         try {
           const answer = await (await fetch(`/${encodeURIComponent(body.dataset)}/distribution?row=${own.row}&position=${own.start + token}`)).json();
-          if (asking !== asks) return; // another token was chosen meanwhile
+          if (asking !== asks) return; // another token was selected meanwhile
           kept = { token, answer };
-        } catch { return; } // the explorer was stopped, which the page's head says
+        } catch { return; } // the explorer is not running, which the header reports
       }
       const { error, probability, chosen, of, experts: ids } = kept.answer;
       if (error) { by("distribution").append(element("p", error, { class: "soft" })); return; }
       const at = state.layer, rows = ids[at].map((expert, index) => ({ expert, share: probability[at][index], taken: chosen[at].includes(expert) }));
       const listed = rows.length <= 16 ? rows : rows.sort((a, b) => b.share - a.share).slice(0, 16);
       const table = element("table");
-      table.append(element("caption", `Layer ${layers[at]}, ${ids[at].length < of ? `the ${ids[at].length} largest of ${of} logits, as if there were no others` : "the router's distribution"}; ${listed.length < rows.length ? `the ${listed.length} largest; ` : ""}chosen ones in colour`));
+      table.append(element("caption", `Layer ${layers[at]}, ${ids[at].length < of ? `the ${ids[at].length} largest of ${of} logits, normalized over these alone` : "the router's distribution"}; ${listed.length < rows.length ? `the ${listed.length} largest shown; ` : ""}chosen experts in colour`));
       table.append(...listed.map(({ expert, share, taken }) => {
         const row = element("tr", undefined, taken ? { class: "chosen" } : {}), cell = element("td", undefined, { class: "wide" });
         const bar = drawn("svg", { class: "bar", viewBox: "0 0 100 8", preserveAspectRatio: "none", "aria-hidden": "true" });
@@ -336,7 +336,7 @@
     set();
     by("mono").addEventListener("change", (event) => { state.mono = event.target.checked; set(); change(); });
     by("blanks").addEventListener("change", (event) => { state.blanks = event.target.checked; open(state.document); });
-    // The chosen token's next occurrence: on this page, else the server knows where.
+    // The selected token's next occurrence: on this page, otherwise found by the server.
     const occurrence = (step) => {
       const own = documents[state.document], { ids } = own;
       if (state.token === null) return;
@@ -351,12 +351,12 @@
       location.assign(`/${encodeURIComponent(body.dataset)}/next?${new URLSearchParams(place)}`);
     };
     const layer = (step) => { state.layer = Math.max(0, Math.min(layers.length - 1, state.layer + step)); change(); };
-    key("n", "next occurrence of the chosen token", () => occurrence(1));
-    key("p", "the occurrence before", () => occurrence(-1));
-    key("k", "a layer up", () => layer(1));
-    key("j", "a layer down", () => layer(-1));
-    key("← →", "the token before, the next token; first click into the text");
-    key("Esc", "choose no token");
+    key("n", "next occurrence of the selected token", () => occurrence(1));
+    key("p", "previous occurrence", () => occurrence(-1));
+    key("k", "one layer up", () => layer(1));
+    key("j", "one layer down", () => layer(-1));
+    key("← →", "previous or next token (click into the text first)");
+    key("Esc", "clear the selection");
     by("by").addEventListener("change", (event) => { state.by = event.target.value; change(); });
     slider.max = layers.length - 1;
     slider.addEventListener("input", () => { state.layer = Number(slider.value); change(); });
@@ -376,7 +376,7 @@
     document.body.dataset.drawn = "";
   };
 
-  // How far a running capture is; the page stays as it is until its reader asks for more.
+  // The progress of a running capture; the page does not change until the reader asks for it.
   const follow = async () => {
     const line = document.getElementById("state");
     let said = "", more = false, wait = 5000;
@@ -387,13 +387,13 @@
       more = own.map(({ digest }) => digest).join(" ") !== body.digests;
       wait = own.some(({ busy }) => busy) ? 2000 : 15000;
     } catch {
-      said = "The explorer was stopped. Start it again with the same command, and this page goes on.";
+      said = "The explorer is not running. Start it again with the same command and this page continues.";
     }
-    if (line.dataset.said !== `${said}${more}`) { // else a focus in it would be lost
+    if (line.dataset.said !== `${said}${more}`) { // otherwise the button would lose the focus
       line.dataset.said = `${said}${more}`;
       line.textContent = said;
       if (more) {
-        const button = element("button", "There is more now: show it", { type: "button" });
+        const button = element("button", "Show new results", { type: "button" });
         button.onclick = () => location.reload();
         line.append(" ", button);
       }

@@ -1,1 +1,1 @@
-"""One file a section of the report: what it asks, how to read it, what it draws."""
+"""One file per section of the report: what it counts, how to read it, what it draws."""

@@ -1,4 +1,4 @@
-"""The sections of the report, in the page's order: one line each."""
+"""The sections of the report, in the page's order, one line each."""
 
 from importlib import import_module
 

@@ -10,8 +10,8 @@ from analysis.report.section import Answers, Asked, Found, Section
 from analysis.scanning import Reducer
 from analysis.statistics.sampling import SampledRows, of_how_many
 
-CACHED_TOKENS = 2**20  # about; simulating caches takes as long as all other counting (arbitrary)
-POLICIES: Mapping[Policy, str] = {"lru": "LRU", "belady": "Belady, which knows the future"}
+CACHED_TOKENS = 2**20  # approximately; simulating caches takes as long as all other counting (arbitrary)
+POLICIES: Mapping[Policy, str] = {"lru": "LRU", "belady": "Belady, the optimum that knows the future"}
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
@@ -29,7 +29,7 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
     """Hit rates by cache size, mean over layers: a panel for each policy, on one scale."""
     parts = {each.label: of_how_many(each["caches"]) for each in answers}
     sampled = [f"{label}: {part}" for label, part in parts.items() if part]
-    of = "; ".join(f"{part}, chosen by a hash" for part in sampled)
+    of = "; ".join(f"{part}, selected by a hash" for part in sampled)
     spread = f"none: whole rows are simulated once{of and f' ({of})'}"
     for policy, title in POLICIES.items():
         rates = {each.label: each["caches"].sel(policy=policy) for each in answers}
@@ -53,9 +53,9 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 SECTION = Section(
     id="caching",
     title="Caching",
-    reading="How often an expert that is needed is already in a cache, mean over layers: LRU evicts the least recently"
-    " used one, and Belady, which knows the future, bounds what any policy can reach. Dashed is what LRU reaches where"
-    " routing is uniform and independent.",
+    reading="How often a chosen expert is already in the cache, mean over layers. LRU evicts the least recently"
+    " used expert; Belady, which knows the future, is the upper bound for any policy. The dashed line is LRU with"
+    " uniform and independent routing.",
     ask=ask,
     answer=answer,
     draw=draw,

@@ -1,4 +1,4 @@
-"""How sure the routers are."""
+"""The confidence of the routers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,18 +12,18 @@ from analysis.statistics.jackknife import Jackknife
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """Mean weights and margins, by units of documents; nothing of routes that came without weights."""
+    """Mean weights and margins, by units of documents; nothing if routes were imported without weights."""
     return {"weights": Jackknife(MeanWeights(), block_tokens=asked.block_tokens)} if asked.weighed else {}
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
-    """Weight of the first choice, and its margin over the second, of the data sets that have weights."""
+    """Weight of the first choice, and its margin over the second, for the data sets that have weights."""
     answers = [each for each in answers if each.get("weights") is not None]
     if not answers:
         return
     for name, variable, title in (
-        ("first-weight", "mean_first", "Weight of the first choice, mean"),
-        ("margin", "mean_margin", "Margin of the first choice over the second, mean"),
+        ("first-weight", "mean_first", "Mean weight of the first choice"),
+        ("margin", "mean_margin", "Mean margin of the first choice over the second"),
     ):
         means = {each.label: each["weights"][variable] for each in answers}
         yield line_figure(
@@ -41,8 +41,9 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 SECTION = Section(
     id="confidence",
     title="Router confidence",
-    reading="How sure the routers are: near 1 the first choice has all the weight, at 1/k all choices have the same;"
-    " the margin is the first weight less the second, and small margins are what rounding turns around.",
+    reading="The weight of the first choice is near 1 if it has all the weight, and 1/k if all choices have the same"
+    " weight. The margin is the first weight minus the second; if it is small, rounding may change the order of the"
+    " choices.",
     ask=ask,
     draw=draw,
 )

@@ -14,12 +14,12 @@ from analysis.scanning import Reducer
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """What the load's section asks: its counts by units of documents."""
+    """The counts of the load's section, by units of documents."""
     return load.ask(asked)
 
 
 def contrast_between(answers: Sequence[Answers]) -> xr.Dataset | None:
-    """How the data sets of the first one's model differ, as far as they are captured; None where it is alone."""
+    """How the captured data sets of the first one's model differ; None if there is only one."""
     captured = [each for each in answers if each["load"].attrs["n"]]
     alike = {each.label: each["counts"] for each in captured if not why_apart(captured[0], each)}
     return contrast_of(alike) if len(alike) > 1 else None
@@ -27,14 +27,14 @@ def contrast_between(answers: Sequence[Answers]) -> xr.Dataset | None:
 
 def means_between(answers: Sequence[Answers], name: str, variable: str) -> xr.Dataset | None:
     """How the data sets of the first one's model differ in a mean that was counted by units of documents as `name`;
-    None where there are not two."""
+    None if there are fewer than two."""
     counted = [each for each in answers if each[name].attrs["n"]]
     alike = {each.label: each[name] for each in counted if not why_apart(counted[0], each)}
     return mean_contrast_of(alike, variable) if len(alike) > 1 else None
 
 
 def the_others(apart: xr.Dataset, data_set: str) -> str:
-    """What a data set is compared with, in words."""
+    """The data sets that one is compared with, in words."""
     others = [name for name in apart["data_set"].values.tolist() if name != data_set]
     return others[0] if len(others) == 1 else "the other data sets"
 
@@ -46,19 +46,19 @@ def of_expert(said: str, each: Answers, cell: xr.Dataset | xr.DataArray) -> Find
 
 
 def why_apart(one: Answers, other: Answers) -> str:
-    """Why two data sets are not contrasted, in words: they are not of one model. Empty where they are."""
+    """Why two data sets are not contrasted, in words: they come from different models. Empty if they are contrasted."""
     shapes = [(each["load"]["layer"].values.tolist(), *each["load"]["counts"].shape[1:]) for each in (one, other)]
     if shapes[0] != shapes[1]:
-        return "other layers, choices or experts"
+        return "different layers, choices or experts"
     return differences_in_words(one.attrs, other.attrs)
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
-    """How the data sets differ; nothing where there is nothing to compare."""
+    """How the data sets differ; nothing if there is nothing to compare."""
     if apart is None:
         return
     spread = max(float(abs(apart["difference"]).max()), 0.05)
-    interval = "95 %, of all cells together, in the numbers of each cell"
+    interval = "95%, simultaneous for all cells, listed with the numbers of each cell"
     definition = about(apart, interval)
     for label in apart["data_set"].values.tolist():
         drawn = contrast_heatmap(apart, label, spread=spread)
@@ -68,8 +68,8 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 SECTION = Section(
     id="domains",
     title="Experts of each data set",
-    reading="By how many points more of a data set's tokens reach an expert than of the others' on average. Pale cells"
-    " may be chance: the interval that holds all cells together holds 0 there.",
+    reading="How many percentage points more of a data set's tokens choose an expert than of the others' on average."
+    " Pale cells may be due to chance: their interval, simultaneous for all cells, contains 0.",
     ask=ask,
     draw=draw,
 )

@@ -1,4 +1,4 @@
-"""What the routers computed for all experts, where it was recorded."""
+"""The routers' distributions over all experts, if they were recorded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,15 +12,15 @@ from analysis.scanning import Reducer
 from analysis.statistics.jackknife import Jackknife, amount_of
 
 TITLES = {
-    "mean_effective_experts": ("Effective experts of the routers, 2 to the entropy, mean", "experts"),
-    "mean_mass": ("Mass of the chosen experts in the router's distribution, mean", "probability"),
-    "mean_margin": ("Margin of the last chosen expert over the next, mean", "logits"),
+    "mean_effective_experts": ("Mean effective experts of the routers (2 to the entropy)", "experts"),
+    "mean_mass": ("Mean mass of the chosen experts in the router's distribution", "probability"),
+    "mean_margin": ("Mean margin of the last chosen expert over the next", "logits"),
 }
 BOUNDS = {"": "", "_at_least": ": at least", "_at_most": ": at most"}
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """The routers' distributions by units of documents; nothing where no logits were recorded."""
+    """The routers' distributions by units of documents; nothing if no logits were recorded."""
     if asked.scores is None:
         return {}
     return {"distribution": Jackknife(RouterDistribution(asked.scores), block_tokens=asked.block_tokens)}
@@ -32,7 +32,7 @@ def findings(answers: Sequence[Answers]) -> Iterator[Finding]:
 
 
 def less_sure(answers: Sequence[Answers]) -> Finding | None:
-    """The data set on which routers are less sure than on the others; None where that may be chance."""
+    """The data set on which routers are less certain than on the others; None if that may be chance."""
     known = [each for each in recorded(answers) if "mean_entropy" in each["distribution"]]
     apart = means_between(known, "distribution", "mean_entropy")
     if apart is None or not bool((apart["difference_low"] > 0).any()):
@@ -43,9 +43,9 @@ def less_sure(answers: Sequence[Answers]) -> Finding | None:
     by, low, high = (float(cell[f"difference{end}"]) for end in ("", "_low", "_high"))
     others = the_others(apart, own["data_set"].item())
     said = (
-        f"Routers are less sure on {own['data_set'].item()} than on {others} at {int(layers.max())} of"
-        f" {apart.sizes['layer']} layers, most surely at layer {int(cell['layer'])}: by {by:.2f} bits of entropy"
-        f" ({low:.2f} to {high:.2f}, 95 % interval over documents of all layers and data sets together)."
+        f"Routers are less certain on {own['data_set'].item()} than on {others} at {int(layers.max())} of"
+        f" {apart.sizes['layer']} layers, most clearly at layer {int(cell['layer'])}: by {by:.2f} bits of entropy"
+        f" ({low:.2f} to {high:.2f}, simultaneous 95% interval over documents for all layers and data sets)."
     )
     of = next(each for each in answers if each.label == own["data_set"].item())
     return Finding(said=said, of=of, layer=int(cell["layer"]))
@@ -57,7 +57,7 @@ def recorded(answers: Sequence[Answers]) -> list[Answers]:
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
-    """Effective experts, mass of the chosen ones and margin by layer, or bounds of them, where there are logits."""
+    """Effective experts, mass of the chosen ones and margin by layer, or bounds on them, if there are logits."""
     for variable, (title, unit) in TITLES.items():
         for end, bound in BOUNDS.items():
             having = [each for each in recorded(answers) if variable + end in each["distribution"]]
@@ -83,8 +83,8 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 SECTION = Section(
     id="distribution",
     title="Routers over all experts",
-    reading="The whole distribution of each router, of the experts that were not chosen too. Dashed is what a router"
-    " gives that likes all experts the same. A small margin is a choice that could as well have been another.",
+    reading="The full distribution of each router, including the experts that were not chosen. The dashed line is a"
+    " router that gives all experts the same probability. A small margin means that another expert was almost chosen.",
     findings=findings,
     ask=ask,
     draw=draw,

@@ -1,4 +1,4 @@
-"""The first screen: what words, data sets, neighbours and load tell, one number a layer."""
+"""The first screen: words, data sets, neighbours and load, one number per layer."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,12 +14,12 @@ from analysis.scanning import Reducer
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """Load, repetition, and the counts of all tokens as they are and shuffled."""
+    """Load, repetition, and the counts of all tokens in order and shuffled."""
     return {**load.ask(asked), **repetition.ask(asked), **tokens.ask(asked)}
 
 
 def answer(found: Found, asked: Asked) -> Found:
-    """`words`: vocabulary specialization; `balance_null`: how even even loads look."""
+    """`words`: vocabulary specialization; `balance_null`: how even a truly even load looks in a sample."""
     counts, shuffled = found["token_counts"], found["shuffled_tokens"]
     return {
         "balance_null": balance_null(found["counts"]),
@@ -33,11 +33,11 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:
         line_figure(
             "words",
             {each.label: each["words"]["specialization"] for each in answers},
-            "Words: share of a token that its main expert gets",
+            "Words: share of a token's occurrences at its main expert",
             "mean over tokens",
             [each["words"] for each in answers],
-            "occurrences of tokens seen 20 times or more",
-            "none: the table of all tokens is too large to resample; dashed are tokens shuffled within documents",
+            "occurrences of tokens that occur at least 20 times",
+            "none: the table of all tokens is too large to resample; dashed lines are tokens shuffled within documents",
             by_chance={each.label: each["words"]["null"] for each in answers},
         )
     ]
@@ -47,11 +47,11 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:
             line_figure(
                 "data-sets",
                 {both: apart["divergence_corrected"]},
-                "Data sets: how far apart their loads are, in bits",
+                "Data sets: divergence of their loads, in bits",
                 "bits",
                 [apart.assign_attrs(n=sum(apart.attrs["documents"].values()))],
                 "documents",
-                "95 %, jackknife over units of whole documents of each data set, without the bias it finds",
+                "95%, jackknife over units of whole documents of each data set, corrected for its bias estimate",
                 nulls=[0.0],
                 interval={both: (apart["divergence_low"], apart["divergence_high"])},
                 each="compared",
@@ -64,10 +64,10 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:
         line_figure(
             "neighbours",
             {label: values.isel(replicate=0) for label, values in neighbours.items()},
-            "Neighbours: share with the same first expert",
+            "Neighbours: share of pairs with the same first expert",
             "share of pairs",
             [repeated(each, "first_repeated") for each in answers],
-            "pairs of neighbours",
+            "pairs of neighbouring tokens",
             spread(answers[0]["repetition"]),
             nulls=[each["repetition"]["first_repeated"].attrs["null"] for each in answers],
             interval={label: band(values, scale="share") for label, values in neighbours.items()},
@@ -75,11 +75,11 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> list[Figure]:
         line_figure(
             "effective-experts",
             {label: values.isel(replicate=0) for label, values in balances.items()},
-            "Load: experts in effective use, of each layer",
+            "Load: effective number of experts per layer",
             "experts",
             [balance_of(each["load"]) for each in answers],
             "tokens",
-            f"{spread(answers[0]['counts'])}, without the bias that it finds",
+            f"{spread(answers[0]['counts'])}, corrected for its bias estimate",
             by_chance={each.label: each["balance_null"]["effective_experts"].sel(of="mean") for each in answers},
             interval={label: band(values, corrected=True) for label, values in balances.items()},
         ),
@@ -95,8 +95,8 @@ def _effective_experts(each: Answers) -> xr.DataArray:
 SECTION = Section(
     id="glance",
     title="At a glance",
-    reading="One number a layer, a line for each data set; dashed is what chance gives, bands are 95 % intervals over"
-    " documents.",
+    reading="One number per layer, one line per data set. Dashed lines show the value expected by chance; bands are"
+    " 95% intervals over documents.",
     ask=ask,
     answer=answer,
     draw=draw,

@@ -1,4 +1,4 @@
-"""How often each expert is one of a token's choices."""
+"""How often each expert is among a token's choices."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -29,7 +29,7 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 SECTION = Section(
     id="load",
     title="Load",
-    reading="How often each expert is one of a token's choices. Blue experts get less than an even share, orange ones"
+    reading="How often each expert is among a token's choices. Blue experts get less than an even share, orange experts"
     " more; the colour scale is the same for all data sets.",
     ask=ask,
     draw=draw,

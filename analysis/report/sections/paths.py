@@ -1,4 +1,4 @@
-"""The picture of paths: all tokens of each data set, and some of its tokens by themselves, to choose from."""
+"""The picture of paths: all tokens of each data set, and a choice of single tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,12 +18,12 @@ from analysis.report.sections import load
 from analysis.scanning import Reducer, sizes
 
 WINDOW_LAYERS, WINDOWS_LISTED = 3, 10
-PATHS_CANDIDATES, PATHS_LISTED = 128, 16  # frequent tokens whose paths are counted, and that are shown (arbitrary)
-PATHS_HELD = 2**24  # numbers held for candidates: 64 MiB a thread, and fewer candidates where there are many experts
+PATHS_CANDIDATES, PATHS_LISTED = 128, 16  # frequent tokens whose paths are counted, and those shown (arbitrary)
+PATHS_HELD = 2**24  # numbers held for candidates: 64 MiB per thread; fewer candidates if there are many experts
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """Choices at neighbouring layers, of all tokens and of some; windows of layers, and a sample for examples."""
+    """Choices at neighbouring layers, for all tokens and for some; windows of layers, and a sample for examples."""
     layers, _, experts = sizes(asked.data)
     candidates = min(PATHS_CANDIDATES, PATHS_HELD // (layers * experts**2))
     size = window_layers(asked.data)
@@ -37,7 +37,7 @@ def ask(asked: Asked) -> Mapping[str, Reducer]:
 
 
 def answer(found: Found, asked: Asked) -> Found:
-    """`choices`; `sample`; `paths` of the tokens that go furthest from where all go; and where there are enough layers,
+    """`choices`; `sample`; `paths` of the tokens that differ most from all tokens; and, if there are enough layers,
     `windows`, the most frequent ones, and `surprising`, those that their transitions predict worst."""
     listed = {name: found[name] for name in ("choices", "sample")}
     listed["paths"] = telling(found["paths"], found["load"], PATHS_LISTED, min_count=TOKEN_MIN_COUNT)
@@ -48,14 +48,14 @@ def answer(found: Found, asked: Asked) -> Found:
 
 
 def window_layers(data: xr.Dataset) -> int:
-    """Layers of a window: three, or as many as can be counted exactly; 0 where no two layers have experts."""
+    """Layers of a window: three, or as many as can be counted exactly; 0 if fewer than two layers have experts."""
     layers, _, experts = sizes(data)
     fitting = (n for n in range(min(WINDOW_LAYERS, layers), 1, -1) if (layers - n + 1) * experts**n <= MAX_WINDOWS)
     return next(fitting, 0)
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
-    """A picture for each model: what has the same layers and experts."""
+    """One picture for each model, that is, for data sets with the same layers and experts."""
     models: dict[tuple[int, ...], list[Answers]] = {}
     for each in answers:
         models.setdefault((each["load"].sizes["expert"], *each["load"]["layer"].values.tolist()), []).append(each)
@@ -68,12 +68,12 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
         ]
         name = "paths" if len(models) == 1 else f"paths-{alike[0].label}"
         result = transitions_of(alike[0]["choices"])
-        spread = "none; a link is drawn where chance alone would be as far above with probability 2**-10 at most"
+        spread = "none; a link is drawn if chance would reach that far above with a probability of at most 2**-10"
         yield figure("paths", name, options[0].caption, drawn, about(result, spread), by="way", options=options)
 
 
 def _ways(each: Answers) -> Iterator[tuple[Way, dict[str, Any]]]:
-    """All tokens of a data set, then some by themselves, each with what names it."""
+    """All tokens of a data set, then single tokens, each with its names."""
     label, every = visible(each.label), "all tokens"
     first, followed = each["load"]["counts"].isel(k=0, drop=True), each["choices"]["followed_first"]
     way = Way(counted="tokens", n=each["load"].attrs["n"], first=first, followed=followed)
@@ -97,11 +97,11 @@ def _ways(each: Answers) -> Iterator[tuple[Way, dict[str, Any]]]:
 SECTION = Section(
     id="paths",
     title="Paths",
-    reading="From each expert to the experts that the same tokens choose first at the next layer. Only links surely"
-    " above chance are drawn, with more ink the further above, and wider the more tokens take them; a circle is as"
-    " large as its share of the first choices. Hover over an expert to see its own links alone. Choose a data set, and"
-    " one of its tokens to see where that goes: half of those listed are the most frequent, the others go furthest from"
-    " where all tokens go (“87% to 5:3” is to expert 3 at layer 5).",
+    reading="Links lead from each expert to the experts that the same tokens choose first at the next layer. Only"
+    " links clearly above chance are drawn: darker the further above, and wider the more tokens take them. The size of"
+    " a circle is the expert's share of the first choices. Hover over an expert to see only its links. Choose a data"
+    " set and one of its tokens to see the token's path. Half of the listed tokens are the most frequent, the others"
+    " differ most from the path of all tokens (“87% to 5:3” means that 87% go to expert 3 at layer 5).",
     ask=ask,
     answer=answer,
     draw=draw,

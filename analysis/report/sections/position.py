@@ -1,4 +1,4 @@
-"""What a token's place in its row tells of its experts."""
+"""How the choices depend on the position in the row."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,21 +13,21 @@ from analysis.scanning import Reducer
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """Load in ranges of positions that double."""
+    """Load in ranges of positions that double in length."""
     return {"position": ExpertCounts("doubling")}
 
 
 def answer(found: Found, asked: Asked) -> Found:
-    """`position`: shares, and what positions tell of experts."""
+    """`position`: shares, and the information of positions about experts."""
     return {"position": position_load_of(found["position"])}
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
-    """What positions tell of experts, and the experts of which they tell most."""
+    """The information of positions about experts, and the most affected experts."""
     yield line_figure(
         "position",
         {each.label: each["position"]["mutual_information"] for each in answers},
-        "Position and expert, mutual information in bits",
+        "Mutual information of position and expert, in bits",
         "bits",
         [each["position"] for each in answers],
         "tokens",
@@ -40,11 +40,11 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
         names = [f"layer {int(one['layer'])}, expert {int(one['expert'])}" for one in ranked]
         drawn = lines(
             {name: one["times"] for name, one in zip(names, ranked, strict=True)},
-            title="Load by position, times the expert's own mean",
-            subtitle=[f"n = {found.attrs['n']:,} tokens; dashed: 1, where the position does not matter"],
+            title="Load by position, relative to the expert's mean",
+            subtitle=[f"n = {found.attrs['n']:,} tokens; dashed: 1, no dependence on position"],
             unit="times its mean share",
             over="start",
-            axis="position in the row, from",
+            axis="position in the row (start of range)",
             each="expert",
             null=1.0,
             counted={name: one["tokens"] for name, one in zip(names, ranked, strict=True)},
@@ -55,8 +55,9 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 SECTION = Section(
     id="position",
     title="Position",
-    reading="What a token's place in its row tells of its experts: 0 where experts do not mind the place. Below, the"
-    " experts that mind it most: 1 is as often as anywhere, and position 0 is a row's first token.",
+    reading="How much a token's position in its row says about its experts; 0 means that experts do not depend on it."
+    " Below: the most affected experts. A value of 1 is the expert's average share; position 0 is the first token of a"
+    " row.",
     ask=ask,
     answer=answer,
     draw=draw,

@@ -1,4 +1,4 @@
-"""Repetition in time: tokens that share experts with those before them."""
+"""Repetition in time: tokens that share experts with earlier tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,7 +11,7 @@ from analysis.report.section import Answers, Asked, Section
 from analysis.scanning import Reducer
 from analysis.statistics.jackknife import Jackknife, interval
 
-LAGS = tuple(2**power for power in range(8))  # distances at which tokens are compared, as far as rows are so long
+LAGS = tuple(2**power for power in range(8))  # distances at which tokens are compared, if rows are long enough
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
@@ -20,12 +20,12 @@ def ask(asked: Asked) -> Mapping[str, Reducer]:
 
 
 def lags(data: xr.Dataset) -> tuple[int, ...]:
-    """Distances at which tokens are compared: the next one, and further ones that a row is long enough for."""
+    """Distances at which tokens are compared: the next token, and longer distances if rows are long enough."""
     return tuple(lag for lag in LAGS if lag == 1 or lag < data.sizes["position"])
 
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
-    """By lag, all data sets together; by lag and layer, each by itself."""
+    """By lag, all data sets together; by lag and layer, one chart per data set."""
     yield from repetition_by_lag(answers)
     yield from repetition_by_layer(answers)
 
@@ -33,8 +33,8 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 def repetition_by_lag(answers: Sequence[Answers]) -> Iterator[Figure]:
     """Repetition at each distance, mean over layers."""
     for name, variable, title in (
-        ("shared-by-lag", "any_shared", "Repetition: pairs that share an expert, mean over layers"),
-        ("first-by-lag", "first_repeated", "Repetition: pairs with the same first expert, mean over layers"),
+        ("shared-by-lag", "any_shared", "Repetition: share of pairs with an expert in common, mean over layers"),
+        ("first-by-lag", "first_repeated", "Repetition: share of pairs with the same first expert, mean over layers"),
     ):
         means = {each.label: each["repetition"][variable].mean("layer") for each in answers}
         by_load = {label: _by_load(each, means[label]) for label, each in zip(means, answers, strict=True)}
@@ -44,10 +44,10 @@ def repetition_by_lag(answers: Sequence[Answers]) -> Iterator[Figure]:
             title,
             "share of pairs",
             [repeated(each, variable) for each in answers],
-            "pairs of neighbours",
+            "pairs of tokens",
             spread(answers[0]["repetition"]),
             over="lag",
-            axis="lag, tokens",
+            axis="lag in tokens",
             nulls=[each["repetition"][variable].attrs["null"] for each in answers],
             by_chance=by_load if variable == "first_repeated" else None,
             interval={label: band(values, scale="share") for label, values in means.items()},
@@ -72,12 +72,12 @@ def repeated(each: Answers, variable: str) -> xr.Dataset:
     """Repetition, with the null of one of its variables."""
     null = f"{each['repetition'][variable].attrs['null']:.4g}, for independent and even choices"
     if variable == "first_repeated":
-        null += "; with the load as it is, the sum of the squared shares of the first choices"
+        null += "; for independent choices with the observed load, the sum of the squared shares of the first choices"
     return each["repetition"].assign_attrs(null=null)
 
 
 def _by_load(each: Answers, like: xr.DataArray) -> xr.DataArray:
-    """What independent first choices with this load give, mean over layers: the same at every lag."""
+    """The value for independent first choices with this load, mean over layers: the same at every lag."""
     by_load = first_repeated_by_load(each["load"]).mean("layer")
     return xr.full_like(like.isel(replicate=0), float(by_load))
 
@@ -90,9 +90,9 @@ def pairs_by_lag(each: Answers) -> xr.DataArray:
 SECTION = Section(
     id="repetition",
     title="Repetition in time",
-    reading="How often a token has an expert in common with the one so many places before it, and the same first"
-    " expert. A line that falls to the dashed one as the lag grows is about neighbours; what stays above it belongs to"
-    " the document, or to an uneven load.",
+    reading="How often a token has an expert in common with an earlier token at a given distance (the lag), and how"
+    " often the same first expert. A line that falls to the dashed one as the lag grows shows an effect of nearby"
+    " tokens; a line that stays above it shows an effect of the document, or of an uneven load.",
     ask=ask,
     draw=draw,
 )

@@ -1,4 +1,4 @@
-"""How much each expert contributes, where the norms of outputs were recorded."""
+"""How much each expert contributes, if the norms of outputs were recorded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,7 +18,7 @@ STANDS_OUT = (
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """Saliency by units of documents, and the largest; nothing without norms or weights."""
+    """Saliency by units of documents, and the largest norms; nothing without norms or weights."""
     if "output_norm" not in asked.data or not asked.weighed:
         return {}
     return {
@@ -28,7 +28,7 @@ def ask(asked: Asked) -> Mapping[str, Reducer]:
 
 
 def answer(found: Found, asked: Asked) -> Found:
-    """`saliency` with intervals, and of what was counted the means, for comparing data sets."""
+    """`saliency` with intervals, and the means of the counts, for comparing data sets."""
     if not found:
         return {}
     counts = found["saliency_counts"]
@@ -45,7 +45,7 @@ def findings(answers: Sequence[Answers]) -> Iterator[Finding]:
 
 
 def stands_out(answers: Sequence[Answers]) -> Finding | None:
-    """The expert whose largest output norm is far above those of its layer; None where none is."""
+    """The expert whose largest output norm is far above those of its layer; None if there is none."""
     best, finding = STANDS_OUT, None
     for each in answers:
         largest = each["saliency"]["largest_norm"]
@@ -55,15 +55,15 @@ def stands_out(answers: Sequence[Answers]) -> Finding | None:
             best, at = float(times.max()), times.argmax(("layer", "expert"))
             cell = largest.isel(at)
             said = (
-                f"On {each.label} the largest output of expert {int(cell['expert'])} at layer {int(cell['layer'])} has"
-                f" a norm of {float(cell):.4g}, {best:.0f} times the median of those of the layer's experts."
+                f"In {each.label}, the largest output of expert {int(cell['expert'])} at layer {int(cell['layer'])} has"
+                f" a norm of {float(cell):.4g}, {best:.0f} times the median over the layer's experts."
             )
             finding = of_expert(said, each, cell)
     return finding
 
 
 def contributes_more(answers: Sequence[Answers]) -> Finding | None:
-    """The expert that contributes more on one data set than on the others; None where that may be chance."""
+    """The expert that contributes more on one data set than on the others; None if that may be chance."""
     apart = means_between(answers, "saliency_counts", "mean_saliency")
     if apart is None or not bool((apart["difference_low"] > 0).any()):
         return None
@@ -71,9 +71,9 @@ def contributes_more(answers: Sequence[Answers]) -> Finding | None:
     others = the_others(apart, cell["data_set"].item())
     own, more, low, high = (float(cell[n]) for n in ("estimate", "difference", "difference_low", "difference_high"))
     said = (
-        f"Expert {int(cell['expert'])} of layer {int(cell['layer'])} adds more on {cell['data_set'].item()} than on"
-        f" {others}: {own:.3g} against {own - more:.3g} ({low:.2g} to {high:.2g} more, 95 % interval over documents of"
-        " all experts, layers and data sets together)."
+        f"Expert {int(cell['expert'])} of layer {int(cell['layer'])} contributes more on {cell['data_set'].item()}"
+        f" than on {others}: {own:.3g} compared with {own - more:.3g} ({low:.2g} to {high:.2g} more, simultaneous 95%"
+        " interval over documents for all experts, layers and data sets)."
     )
     return of_expert(said, next(each for each in answers if each.label == cell["data_set"].item()), cell)
 
@@ -91,9 +91,10 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 
 SECTION = Section(
     id="saliency",
-    title="What experts contribute",
-    reading="What an expert adds to the tokens that reach it: its weight times the L2 norm of its output, on average."
-    " REAP prunes the experts with the least. Orange experts add more than the mean of their layer, blue ones less.",
+    title="Contribution of experts",
+    reading="The mean contribution of an expert to the tokens that choose it: its weight times the L2 norm of its"
+    " output. REAP prunes the experts with the smallest contribution. Orange experts contribute more than the mean of"
+    " their layer, blue ones less.",
     findings=findings,
     ask=ask,
     answer=answer,

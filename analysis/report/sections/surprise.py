@@ -1,4 +1,4 @@
-"""How well the model predicts, along a row, by expert, and where its routers are unsure; where it was recorded."""
+"""How well the model predicts: along a row, by expert, and where its routers are uncertain; if it was recorded."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -14,11 +14,11 @@ from analysis.scanning import Reducer
 from analysis.statistics.jackknife import Jackknife, how, with_intervals
 
 SURE = 0.05
-TOGETHER = "95 %, of all cells together, documents drawn with replacement"
+TOGETHER = "95%, simultaneous for all cells, documents resampled with replacement"
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """Log-probabilities by expert and by position, and beside logits what correlations are made of."""
+    """Log-probabilities by expert and by position and, if there are logits, the sums for correlations."""
     if "logprob" not in asked.data:
         return {}
     asks: dict[str, Reducer] = {"surprise": Surprise(), "logprob": LogProbability()}
@@ -38,12 +38,12 @@ def answer(found: Found, asked: Asked) -> Found:
 
 
 def findings(answers: Sequence[Answers]) -> Iterator[Finding]:
-    """The expert that goes with another log-probability beyond chance, of each data set that has one."""
+    """The expert with the clearest difference in log-probability, for each data set that has one beyond chance."""
     yield from filter(None, (matters(each) for each in answers if each.get("logprob") is not None))
 
 
 def matters(each: Answers) -> Finding | None:
-    """The expert of which the log-probability differs most surely within the same token; None where none does."""
+    """The expert with the clearest difference in log-probability within the same token; None if there is none."""
     found = each["logprob"]
     sure = found["within_p"] <= SURE
     if not bool(sure.any()):
@@ -53,10 +53,10 @@ def matters(each: Answers) -> Finding | None:
     more = "more" if float(cell["within"]) > 0 else "less"
     low, high = sorted(abs(float(cell[f"within_{end}"])) for end in ("low", "high"))
     said = (
-        f"{each.label}: where a token reaches expert {int(cell['expert'])} at layer {int(cell['layer'])}, the next one"
-        f" is {more} probable than where the same token of its row does not, by {abs(float(cell['within'])):.2f} nats"
-        f" ({low:.2f} to {high:.2f}, 95 % interval over documents of all experts and layers together;"
-        f" {int(cell['compared']):,} tokens compared)."
+        f"{each.label}: if a token chooses expert {int(cell['expert'])} at layer {int(cell['layer'])}, the next one"
+        f" is {more} probable than after the same token in the same row that does not, by"
+        f" {abs(float(cell['within'])):.2f} nats ({low:.2f} to {high:.2f}, simultaneous 95% interval over documents"
+        f" for all experts and layers; {int(cell['compared']):,} tokens compared)."
     )
     return of_expert(said, each, cell)
 
@@ -70,13 +70,13 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
     yield line_figure(
         "surprise",
         {label: found["mean_surprise"] for label, found in by_position.items()},
-        "Surprise at the next token, by position in the row",
+        "Surprise of the next token by position in the row",
         "nats",
         list(by_position.values()),
         "tokens",
         how(next(iter(by_position.values())).attrs["units"]),
         over="start",
-        axis="position in the row, from",
+        axis="position in the row (start of range)",
         interval={label: _ends(found, "mean_surprise") for label, found in by_position.items()},
         counted={label: found["tokens"] for label, found in by_position.items()},
     )
@@ -90,8 +90,8 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
         label: each["surprise_entropy"] for label, each in having.items() if each.get("surprise_entropy") is not None
     }
     for variable, title in (
-        ("correlation", "Surprise and router entropy, correlation"),
-        ("within", "Surprise and router entropy, within the same token"),
+        ("correlation", "Correlation of surprise and router entropy"),
+        ("within", "Correlation of surprise and router entropy within the same token"),
     ):
         if both:
             yield line_figure(
@@ -114,10 +114,10 @@ def _ends(found: xr.Dataset, name: str) -> tuple[xr.DataArray, xr.DataArray]:
 SECTION = Section(
     id="surprise",
     title="Surprise",
-    reading="Surprise is the log-probability of the next token with its sign turned. Frequent words are easy and have"
-    " experts of their own. So the map compares a token with the same token in the same row: orange where the next"
-    " token is more probable when it reaches the expert, pale where that may be chance. It compares, and does not"
-    " say what causes what.",
+    reading="Surprise is the negative log-probability of the next token. Frequent words are easy to predict and have"
+    " their own experts. So the map compares a token with the same token in the same row: orange if the next"
+    " token is more probable when the token chooses the expert, pale if that may be chance. This is a comparison and"
+    " does not show a cause.",
     findings=findings,
     ask=ask,
     answer=answer,

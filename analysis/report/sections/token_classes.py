@@ -1,4 +1,4 @@
-"""The experts of classes of tokens: digits, punctuation, words in capitals."""
+"""The experts of token classes: digits, punctuation, words in capitals."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,14 +16,14 @@ from analysis.scanning import Array, Reducer
 from analysis.statistics.jackknife import Jackknife
 from analysis.token_classes import CLASSES, SAID, members_by_class
 
-LEFT_OUT = ("letters",)  # they are most of a text
+LEFT_OUT = ("letters",)  # they make up most of a text
 IDS_LOOKED_AT = 4_096  # the most frequent tokens, among which a class must have one (arbitrary)
-TOLD = 4  # classes of each data set in words (arbitrary)
-SURE = 0.05  # probability that a class is told where documents explain all of them (Bonferroni)
+TOLD = 4  # classes named in words for each data set (arbitrary)
+SURE = 0.05  # probability that a class is named although documents explain all of them (Bonferroni)
 
 
 def ask(asked: Asked) -> Mapping[str, Reducer]:
-    """Counts of the classes that occur, by units of documents, and the sample of documents of the tokens' section."""
+    """Counts of the classes that occur, by units of documents, and the tokens' section's sample of documents."""
     found: dict[str, Reducer] = {"routes": tokens.ask(asked)["routes"]}
     if members := members_in(asked.data):
         found["class_counts"] = Jackknife(ClassCounts(members), block_tokens=asked.block_tokens)
@@ -31,7 +31,7 @@ def ask(asked: Asked) -> Mapping[str, Reducer]:
 
 
 def members_in(data: xr.Dataset) -> dict[str, Array]:
-    """The classes that have a frequent token, and which tokens are in each."""
+    """The classes that have a frequent token, and the tokens in each."""
     pieces = data["piece"].values
     frequent = pieces[frequent_ids(data, IDS_LOOKED_AT)].tolist()
     occur = [name for name, own in members_by_class(CLASSES, frequent).items() if name not in LEFT_OUT and own.any()]
@@ -39,7 +39,7 @@ def members_in(data: xr.Dataset) -> dict[str, Array]:
 
 
 def answer(found: Found, asked: Asked) -> Found:
-    """`classes`: the strongest expert of each; `class_excess`: what is more than their documents explain."""
+    """`classes`: the strongest expert of each; `class_excess`: the excess over what documents explain."""
     if "class_counts" not in found:
         return {}
     counts = found["class_counts"]
@@ -55,13 +55,13 @@ def answer(found: Found, asked: Asked) -> Found:
 
 
 def findings(answers: Sequence[Answers]) -> Iterator[Finding]:
-    """Of each data set the classes that go to an expert beyond what documents explain, where there are any."""
+    """For each data set the classes that go to an expert more often than documents explain, if there are any."""
     yield from filter(None, (tell(each) for each in answers if each.get("class_excess") is not None))
 
 
 def tell(each: Answers) -> Finding | None:
-    """The classes that go to an expert by most points more than documents explain, to most of them, one for each
-    expert; None where none does."""
+    """The classes that go to an expert by the most points more than documents explain, if most of their tokens do, one
+    for each expert; None if there is none."""
     found = each["class_excess"]
     share = found["counts"] / found["tokens"]
     sure = (found["p"] * found["p"].size <= SURE) & (share > 1 / 2)  # Bonferroni
@@ -76,7 +76,7 @@ def tell(each: Answers) -> Finding | None:
     cells, n, of = list(told.values())[:TOLD], found.attrs["n"], found.attrs["of"]
     sampled = f" in {n:,} of its {of:,} tokens, a sample of whole documents," * (n < of)
     said = f"{each.label}:{sampled} {'; '.join(map(_told, cells))}."
-    return of_expert(f"{said} In brackets: tokens shuffled within their documents.", each, cells[0])
+    return of_expert(f"{said} In brackets: the share when tokens are shuffled within their documents.", each, cells[0])
 
 
 def _told(cell: xr.Dataset) -> str:
@@ -88,7 +88,7 @@ def _told(cell: xr.Dataset) -> str:
 
 def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figure]:
     """A chart for each data set in which a class occurs often enough."""
-    interval = "95 %, of each cell by itself, in the numbers of each cell"
+    interval = "95%, for each cell separately, listed with the numbers of each cell"
     for each in answers:
         if (found := each.get("classes")) is not None:
             yield figure("classes", f"classes-{each.label}", each.label, class_heatmap(found), about(found, interval))
@@ -96,10 +96,11 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 
 SECTION = Section(
     id="classes",
-    title="Experts of classes of tokens",
-    reading="For each layer and class of tokens, the number of the expert that gets the class most out of proportion;"
-    " colour: how many times as often as all tokens. Pale cells may be chance. A token is in several classes: “the” is"
-    " lowercase and word-initial, and “for” is a keyword in prose too. An interval is that of a cell by itself.",
+    title="Experts of token classes",
+    reading="For each layer and token class, the number of the expert with the highest lift for the class;"
+    " the colour shows the lift, the share of the class relative to the share of all tokens. Pale cells may be chance."
+    " A token can be in several classes: “the” is lowercase and word-initial, and “for” counts as a keyword in prose"
+    " too. Intervals are for each cell separately.",
     ask=ask,
     answer=answer,
     draw=draw,

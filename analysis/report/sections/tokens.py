@@ -1,4 +1,4 @@
-"""The tokens of each expert, a layer at a time."""
+"""The tokens of each expert, one layer at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -15,7 +15,7 @@ from analysis.report.section import TOKEN_MIN_COUNT, Answers, Asked, Found, Sect
 from analysis.scanning import Reducer, sizes
 
 TOKENS_LISTED = 8
-TOKEN_ROWS = 4_096  # tokens listed for a data set: twice Mixtral's 32 layers of 8 experts (arbitrary)
+TOKEN_ROWS = 4_096  # tokens listed per data set: twice Mixtral's 32 layers of 8 experts (arbitrary)
 ROUTES_SAMPLED = 65_536  # tokens of whole documents, in which tokens and experts are compared (arbitrary)
 
 
@@ -30,14 +30,14 @@ def ask(asked: Asked) -> Mapping[str, Reducer]:
 
 
 def answer(found: Found, asked: Asked) -> Found:
-    """`tokens`: the first ones of each expert; `token_excess`: what is more than their documents explain."""
+    """`tokens`: the first ones of each expert; `token_excess`: the excess over what documents explain."""
     counts, shuffled = found["token_counts"], found["shuffled_tokens"]
     listed = expert_tokens_of(counts, top=TOKENS_LISTED, by="lift", min_count=TOKEN_MIN_COUNT, shuffled=shuffled)
     return {"tokens": listed, "token_excess": token_excess_of(found["routes"], min_count=TOKEN_MIN_COUNT)}
 
 
 def token_layers(data: xr.Dataset) -> list[int]:
-    """The layers whose tokens are listed: all, or as many, evenly spread, as keep the page small."""
+    """The layers whose tokens are listed: all or, to keep the page small, an evenly spaced selection."""
     layers, _, experts = sizes(data)
     room = max(1, TOKEN_ROWS // (experts * TOKENS_LISTED))
     at = np.unique(np.linspace(0, layers - 1, min(room, layers)).round().astype(int))
@@ -45,14 +45,14 @@ def token_layers(data: xr.Dataset) -> list[int]:
 
 
 def reading(answers: Sequence[Answers]) -> str:
-    """Says so where not all layers are listed."""
+    """How to read the section; says so if not all layers are listed."""
     listed = {int(number) for each in answers for number in each["tokens"]["layer"].values}
     many = len({int(number) for each in answers for number in each["load"]["layer"].values})
     some = f" (at {len(listed)} of {many} layers: all would make the page too large)" if len(listed) < many else ""
     return (
-        f"The tokens with the largest lift over all tokens at each expert{some}. A token may be here because of the"
-        " documents it is in. Its colour is the lift within documents: how many times as often as when tokens are"
-        " shuffled within documents; pale means that the documents explain it. ▁ is a space, <0x0A> a line feed."
+        f"The tokens with the largest lift at each expert{some}. A token may be listed because of the"
+        " documents it is in. Its colour is the lift within documents: its count relative to the count when tokens are"
+        " shuffled within documents. Pale means that the documents explain it. ▁ is a space, <0x0A> a line feed."
     )
 
 
@@ -62,14 +62,14 @@ def draw(answers: Sequence[Answers], apart: xr.Dataset | None) -> Iterator[Figur
 
 
 def _listed(each: Answers) -> Figure:
-    """The tokens of each expert, a layer at a time."""
+    """The tokens of each expert, one layer at a time."""
     layers = [int(layer) for layer in each["tokens"]["layer"].values]
     return figure(
         "tokens",
         f"tokens-{each.label}",
         each.label,
         token_chart(each["tokens"]),
-        about(each["tokens"], f"none: a lift is listed where its token occurs {TOKEN_MIN_COUNT} times or more"),
+        about(each["tokens"], f"none: a lift is listed if its token occurs at least {TOKEN_MIN_COUNT} times"),
         by="layer",
         options=[Option(value=layer, name=f"layer-{layer}", row={"layer": layer}) for layer in layers],
     )

@@ -1,0 +1,94 @@
+"""Captures and verifications in one host: reads options as JSON, a line each, and prints the exit status of each.
+
+Each is a fork, made before anything speaks to a server. With `hold`, as "put_new fake/expert/commits/2.json", it makes
+the file `held` in its folder before it does that, and waits for the file `go`; with `until_lost`, it waits after it,
+before anything else is done in that thread, until it has noticed that another job has its lease.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+from fake_model import TEXTS, fake_capture
+from patience import wait_until
+
+from jobs import status
+from jobs.capturing import captures, planner
+from jobs.capturing.captures import exit_status
+from jobs.console.terminal import run_job
+from store import CaptureGroup, lease
+from store.lease import Lease
+from store.objects import LocalObjects
+from store.s3 import S3Objects
+
+held_leases: list[Lease] = []
+
+
+def hold_at(write: str, folder: Path, *, until_lost: bool) -> None:
+    """Hold before this write, the first time."""
+
+    def holding(name: str, method: Any) -> Any:
+        def call(self: object, key: str, *data: bytes) -> Any:
+            if f"{name} {key}" != write or (folder / "held").exists():
+                return method(self, key, *data)
+            (folder / "held").touch()
+            wait_until((folder / "go").exists, "it is let go")
+            done = method(self, key, *data)
+            if until_lost:
+                wait_until(lambda: held_leases[0].lost, "it notices that its lease is another job's")
+            return done
+
+        return call
+
+    for kind in (LocalObjects, S3Objects):
+        for name in ("put", "put_new", "put_over", "delete"):
+            setattr(kind, name, holding(name, getattr(kind, name)))
+
+
+@contextmanager
+def remembered(group: CaptureGroup) -> Iterator[Lease]:
+    """The lease, which `hold_at` looks at."""
+    with lease.lease(group) as held:
+        held_leases.append(held)
+        yield held
+
+
+def work(options: dict[str, Any]) -> int:
+    """Capture, or verify; the exit status."""
+    store, folder = options["store"], Path(options["folder"])
+    if options["verify"]:
+        return status.main([store, "--verify"])
+    lease.RENEW_S, lease.STALE_S, planner.PUBLISH_POSITIONS = options["renew_s"], options["stale_s"], 96
+    captures.lease = remembered
+    if options["hold"] is not None:
+        hold_at(options["hold"], folder, until_lost=options["until_lost"])
+    return exit_status([fake_capture(store, TEXTS)])
+
+
+def run(options: dict[str, Any]) -> int:
+    """Do it in a fork; its exit status, negative for the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            log = os.open(f"{options['folder']}/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 2)
+            os.dup2(log, 1)
+            run_job(lambda _: work(options))
+        except SystemExit as ended:
+            os._exit(int(ended.code or 0))
+        finally:  # whatever else it ended with
+            sys.excepthook(*sys.exc_info())
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(run(json.loads(line)), flush=True)

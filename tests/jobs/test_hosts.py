@@ -1,0 +1,228 @@
+"""Two hosts that capture into one store, each of them a host as `hosts` makes them: who takes over, and who stops.
+
+The partitions of a Ray cluster are in `chaos_hosts.py`, for they take long.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from fake_model import TEXTS, fake_capture, store_files
+from hosts import Host, Network, network_or_skip
+from law import differing
+from more import MORE
+from patience import HUNG_S, NEVER_S, wait_until
+from s3_hosts import Bucket, server_in
+from s3_server import variables
+
+HERE = Path(__file__).parents[1]
+RENEW_S, STALE_S = 0.1, 1.0
+COMMIT = "put_new fake/expert/commits/2.json"
+WRITES = [
+    COMMIT,
+    "put_new fake/expert/c/2/0/0/0",
+    "put fake/token/c/3/0",
+    "put_over fake/token/plan.json",
+    "put_over fake/length/zarr.json",
+    "put_new fake/zarr.json",
+    "put_new fake/expert/environment.json",
+]
+"""In the middle of which a driver is cut off: the first one here, all of them in `make chaos`."""
+COMMITTED = re.compile("fake/(expert|weight)/c/|fake/expert/commits/")
+"""Keys of what is committed, and of what is put before it."""
+SHARDS = 5
+
+
+class Driver:
+    """Captures in a host, one after the other.
+
+    Parameters
+    ----------
+    environment
+        What it says of the store.
+    """
+
+    def __init__(self, host: Host, environment: dict[str, str]) -> None:
+        self.host = host
+        command = [sys.executable, "-W", "error", HERE / "hosts_driver.py"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = host.popen(command, env=environment, text=True, **pipes)
+
+    def start(self, folder: Path, store: object, **options: Any) -> None:
+        """Start a capture, or with `verify` a verification, whose files are in a folder of the host's name."""
+        self.folder = folder / self.host.name
+        self.folder.mkdir(exist_ok=True)
+        default = {"renew_s": RENEW_S, "stale_s": STALE_S, "hold": None, "until_lost": False, "verify": False}
+        assert self.process.stdin is not None
+        line = {**default, "store": str(store), "folder": str(self.folder), **options}
+        self.process.stdin.write(json.dumps(line) + "\n")
+        self.process.stdin.flush()
+
+    def held(self) -> None:
+        """Wait until it holds."""
+        wait_until((self.folder / "held").exists, f"{self.host.name} holds")
+
+    def go(self) -> None:
+        """Let it go."""
+        (self.folder / "go").touch()
+
+    def status(self) -> int:
+        """Its exit status, once it has ended."""
+        assert self.process.stdout is not None
+        return int(self.process.stdout.readline())
+
+    def take_over(self, folder: Path, store: object) -> None:
+        """Capture as soon as it is not rejected any more."""
+        end = 0
+        while True:
+            self.start(folder, store)
+            if (status := self.status()) != 1 or "is being captured by process" not in self.said[end:]:
+                break
+            end = len(self.said)
+        assert status == 0, self.said
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the capture, and to nothing else."""
+        psutil.Process(self.process.pid).children(recursive=True)[-1].send_signal(number)
+
+    @property
+    def said(self) -> str:
+        """What its captures have printed."""
+        return (self.folder / "log").read_text()
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    """Two hosts, and the one of the store."""
+    with network_or_skip("one", "other", "store") as network:
+        yield network
+
+
+@pytest.fixture(scope="module")
+def address(network: Network) -> Iterator[str]:
+    """The S3 server in the host of the store."""
+    with server_in(network["store"]) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def drivers(network: Network, address: str) -> Iterator[list[Driver]]:
+    """One in each of the two hosts."""
+    environment = {**os.environ, **variables(address)}
+    drivers = [Driver(network[name], environment) for name in ("one", "other")]
+    yield drivers
+    for driver in drivers:
+        driver.process.communicate(timeout=HUNG_S)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The store of an undisturbed run."""
+    store = tmp_path_factory.mktemp("clean") / "routes.zarr"
+    assert fake_capture(store, TEXTS).complete
+    return store_files(store)
+
+
+@pytest.fixture
+def bucket(network: Network, address: str) -> Bucket:
+    """An empty bucket."""
+    return Bucket(network["store"], address)
+
+
+def the_law(driver: Driver, store: object, files: dict[str, bytes], clean: dict[str, bytes]) -> None:
+    """The store is the undisturbed run's, nothing is left beside it, and it is read back without a fault."""
+    assert differing(files, clean) == []
+    assert files.keys() == clean.keys(), "a lease, or what is not whole, is left"
+    driver.start(driver.folder.parent, store, verify=True)
+    assert driver.status() == 0, driver.said
+
+
+def put_once(bucket: Bucket) -> None:
+    """No commit, and nothing that a commit names, was ever put again or removed."""
+    puts = {key: number for key, number in bucket.puts().items() if COMMITTED.match(key)}
+    assert {key: number for key, number in puts.items() if number > 1} == {}
+    assert len(puts) == SHARDS * 3
+    assert bucket.uploads() == []
+
+
+@pytest.mark.parametrize("answered", [True, False], ids=["not sent", "not answered"])
+@pytest.mark.parametrize("write", WRITES[: None if MORE > 1 else 1])
+def test_a_driver_that_is_cut_off_in_the_middle_of_a_put_and_comes_back_after_a_takeover_stops_and_changes_nothing(
+    network: Network,
+    drivers: list[Driver],
+    bucket: Bucket,
+    clean: dict[str, bytes],
+    tmp_path: Path,
+    write: str,
+    answered: bool,
+) -> None:
+    one, other = drivers
+    one.start(tmp_path, bucket.url, hold=write, until_lost=True)
+    one.held()
+    if answered:
+        network.unplug("one")
+    else:
+        network.cut("store", "one", both=False)
+    one.go()
+    other.take_over(tmp_path, bucket.url)
+    assert differing(bucket.files(), clean) == [], "complete while the first one is still cut off"
+    network.plug("one")
+    network.mend()
+    assert one.status() == 1, one.said
+    assert "was taken over by another job" in one.said
+    the_law(other, bucket.url, bucket.files(), clean)
+    put_once(bucket)
+
+
+@pytest.mark.parametrize("write", WRITES[: None if MORE > 1 else 1])
+def test_a_driver_that_is_stopped_for_longer_than_its_lease_and_continued_stops_by_itself(
+    network: Network, drivers: list[Driver], clean: dict[str, bytes], tmp_path: Path, write: str
+) -> None:
+    store = tmp_path / "routes.zarr"
+    one, other = drivers
+    one.start(tmp_path, store, hold=write, until_lost=True)
+    one.held()
+    one.signal(signal.SIGSTOP)
+    other.take_over(tmp_path, store)
+    assert differing(store_files(store), clean) == []
+    one.go()
+    one.signal(signal.SIGCONT)
+    assert one.status() == 1, one.said
+    assert "was taken over by another job" in one.said
+    the_law(other, store, store_files(store), clean)
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+@pytest.mark.parametrize("number", range(MORE))
+def test_of_two_jobs_that_start_in_the_same_moment_on_two_hosts_one_captures_and_the_other_says_why_it_does_not(
+    network: Network,
+    drivers: list[Driver],
+    bucket: Bucket,
+    clean: dict[str, bytes],
+    tmp_path: Path,
+    kind: str,
+    number: int,
+) -> None:
+    store = bucket.url if kind == "bucket" else tmp_path / "routes.zarr"
+    for driver in drivers:
+        driver.start(tmp_path, store, hold="put_new fake/token/lease.json", stale_s=NEVER_S)
+    for driver in drivers:
+        driver.held()
+    for driver in drivers:
+        driver.go()
+    statuses = [driver.status() for driver in drivers]
+    assert sorted(statuses) == [0, 1], [driver.said for driver in drivers]
+    loser = drivers[statuses.index(1)]
+    assert "is being captured by process" in loser.said
+    files = bucket.files() if kind == "bucket" else store_files(tmp_path / "routes.zarr")
+    the_law(loser, store, files, clean)
+    if kind == "bucket":
+        put_once(bucket)

@@ -1,0 +1,94 @@
+"""The proof of what is recorded finds four faults, whatever a family's routers return and however they choose.
+
+Every family and every fault: `make families` (`tests/benchmarks/families_faults.py`).
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from router_faults import FAULTS, NO_HARM, batch, outcome, probabilities_for_weights
+
+from workers.engine import ModelEngine
+from workers.models.family import experts_per_token, find_routers, num_experts
+from workers.models.loading import LoadedModel
+from workers.recordings import used
+
+ROOT = Path(__file__).parents[2]
+
+
+class Kind(NamedTuple):
+    model_type: str
+    """A family whose routers are of this kind."""
+    weighed: bool = True
+    """Whether its weights are something else than the probabilities of the chosen experts."""
+
+
+KINDS = {
+    "softmax, renormalized": Kind("mixtral"),
+    "softmax, and a shared expert with a gate": Kind("qwen2_moe", weighed=False),
+    "softmax in groups, scaled": Kind("deepseek_v2", weighed=False),
+    "sigmoid with a correction bias, in groups, behind a dense layer": Kind("deepseek_v3"),
+    "sigmoid with a correction bias, in one group": Kind("glm4_moe"),
+    "top k before the softmax, with a bias": Kind("gpt_oss"),
+    "top k before the softmax, in a module of the router": Kind("granitemoe"),
+    "sparsemixer": Kind("phimoe"),
+    "probabilities first, and a scale an expert": Kind("gemma4_text"),
+    "top 1 without indices, whose experts are given scaled rows": Kind("llama4_text"),
+    "a correction bias of its block": Kind("minimax_m2"),
+    "linear attention between": Kind("qwen3_next"),
+    "Mamba between": Kind("jamba", weighed=False),
+}
+BESIDE = r"its recorded choices are not those of its router for these tokens"
+MESSAGES = {
+    "a layer off by one": BESIDE,
+    "an earlier batch": BESIDE,
+    "an earlier batch, by shape": BESIDE,
+    "swapped routers": r"in its place fired the router recorded as layer \d's|its router fired 0 times",
+    "swapped answers": BESIDE,
+    "probabilities for weights": used.OTHERS,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_model_of() -> Iterator[Callable[[str], Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tests" / "benchmarks")
+        from tiny_families import tiny_model
+
+        yield tiny_model
+
+
+def engine_of(model: Any) -> ModelEngine:
+    """An engine of a model that transformers' own forward applies."""
+    base = model.base_model.eval().requires_grad_(False)
+    config = base.config.get_text_config()
+    return ModelEngine(
+        LoadedModel(
+            folder=Path(),
+            model=base,
+            routers=find_routers(base),
+            num_experts=num_experts(config),
+            experts_per_token=experts_per_token(config),
+            provenance={"quantization": "none", "expert_backend": "eager", "matmul": "bf16"},
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_fault_stops_the_capture_of_every_kind_of_router_and_names_the_layer(
+    kind: str, tiny_model_of: Callable[[str], Any]
+) -> None:
+    engine = engine_of(tiny_model_of(KINDS[kind].model_type))
+    wanted = engine.route(*batch(2))
+    for fault, plant in FAULTS.items():
+        found = outcome(engine, plant, wanted)
+        if plant is probabilities_for_weights and not KINDS[kind].weighed:
+            assert found == NO_HARM, fault
+        else:
+            assert re.match(rf"layer \d: ({MESSAGES[fault]})", found), f"{fault}: {found}"
+    again = engine.route(*batch(2))
+    assert all(np.array_equal(again[name], wanted[name]) for name in wanted), "a fault was left behind"

@@ -1,0 +1,120 @@
+"""What the experts were given, beside what is recorded: a proof, and no array.
+
+T tokens, S of them sampled, L layers, E experts, K choices, H hidden. A router may return logits, probabilities and
+weights, in any order, and a recorder that reads the wrong one reads it wrong again when it asks the router again. So
+the recorded choices and weights of the sample must be those with which the layer's experts are called. The last layer's
+experts are not run, unless it is the only one. Experts that take no choices, as Llama 4's, are given all tokens' hidden
+states once for each expert, scaled by its weight: the scale is compared.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from workers.models.routers import choices
+from workers.recordings.norms import row_norms
+from workers.recordings.recording import Batch, Chosen, Recording
+from workers.shard import RoutingError
+
+OTHERS = "its recorded choices or weights are not those that its experts were given"
+ROUNDED = torch.finfo(torch.bfloat16).eps  # relative; a layer may give its experts the weights in its own dtype
+
+
+class Used(Recording):
+    """Of every layer.
+
+    Parameters
+    ----------
+    routers
+        As for `workers.recorder.RouteRecorder`.
+    num_experts, k
+        E, and choices a token.
+    model
+        The model, where transformers' forward calls its experts.
+    forward
+        Or a forward of ours, which shows them to `used`.
+    """
+
+    def __init__(
+        self, routers: Mapping[int, nn.Module], num_experts: int, k: int, *, model: nn.Module, forward: Any
+    ) -> None:
+        self.index = {router: index for index, router in enumerate(routers.values())}
+        self.whole = len(routers) == 1  # the last layer's experts are run for nothing else
+        self.layers, self.num_experts, self.k = list(routers), num_experts, k
+        self.model, self.forward = model, forward
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """See `Recording`."""
+        with ExitStack() as stack:
+            if self.forward is not self.model:
+                self.forward.used = self._keep
+                stack.callback(setattr, self.forward, "used", None)
+            for router, experts in self._experts():
+                hook = experts.register_forward_pre_hook(self._of(router), with_kwargs=True)
+                stack.callback(hook.remove)
+            yield
+
+    def _experts(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Each router and the module beside it that computes the experts."""
+        blocks = [(block, router) for block in self.model.modules() for router in block.children()]
+        found = [(router, getattr(block, "experts", None)) for block, router in blocks if router in self.index]
+        return [(router, experts) for router, experts in found if isinstance(experts, nn.Module)]
+
+    def _of(self, router: nn.Module) -> Callable[..., None]:
+        def keep(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            try:
+                given = choices(tuple([*args, *kwargs.values()][1:]), self.k)
+            except RoutingError:  # it is not called with choices
+                self._keep_scaled(self.index[router], *args)
+            else:
+                self._keep(router, *given)
+
+        return keep
+
+    def begin(self, batch: Batch) -> None:
+        """See `Recording`."""
+        self._sample, self._tokens = batch.sample, batch.token.numel()
+        self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def routed(self, index: int, hidden_SH: torch.Tensor, output: Any, again: Any) -> None:
+        """See `Recording`."""
+        self._hidden_SH = hidden_SH
+
+    def _keep_scaled(self, index: int, rows: torch.Tensor, *others: Any) -> None:
+        """Of rows (E·T, H)."""
+        if len(rows) != self.num_experts * self._tokens:
+            raise RoutingError(
+                f"layer {self.layers[index]}: its experts are given what is not known, {tuple(rows.shape)}"
+            )
+        rows_ESH = rows.view(self.num_experts, self._tokens, -1)[:, self._sample.to(rows.device)]
+        scale_SE = (row_norms(rows_ESH) / row_norms(self._hidden_SH)).T
+        weight_SK, expert_SK = (part.to(self._sample.device) for part in scale_SE.topk(self.k, dim=-1))
+        self._given[index] = expert_SK, weight_SK
+
+    def _keep(self, router: nn.Module, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> None:
+        if router not in self.index:  # put in another's place: the recorder finds that that one never fired
+            return
+        if len(expert_TK) != self._tokens:
+            layer = self.layers[self.index[router]]
+            raise RoutingError(f"layer {layer}: its experts were given {len(expert_TK)} tokens of {self._tokens}")
+        home, sample = self._sample.device, self._sample.to(expert_TK.device)
+        self._given[self.index[router]] = expert_TK[sample].to(home), weight_TK[sample].float().to(home)
+
+    def arrays(self, chosen: Chosen) -> dict[str, torch.Tensor]:
+        """See `Recording`."""
+        return {}
+
+    def doubts(self, chosen: Chosen) -> dict[str, torch.Tensor]:
+        """See `Recording`."""
+        other_LS = torch.zeros(len(self.index), len(chosen.sample), dtype=torch.bool, device=chosen.sample.device)
+        for index, (expert_SK, weight_SK) in self._given.items():
+            was_SK = chosen.weights_LTK[index, chosen.sample]
+            same_SK = (expert_SK == chosen.experts_LTK[index, chosen.sample]) & (
+                (weight_SK - was_SK).abs() <= ROUNDED * was_SK.abs()
+            )
+            other_LS[index] = ~same_SK.all(dim=-1)
+        return {OTHERS: other_LS}
