@@ -7,8 +7,8 @@ committed once, and nothing left beside it.
 
 import os
 import shutil
+import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +35,12 @@ PORT, SHARDS, NEVER = 6379, 8, 10**6
 DEAD_S = 6
 """Seconds after which a host that does not answer is taken for dead."""
 PORTS = {"node-manager": 7000, "dashboard-agent-grpc": 7001, "runtime-env-agent": 7002, "metrics-export": 7003}
-START = [*(f"--{what}-port={port}" for what, port in PORTS.items()), "--object-store-memory=100000000"]
+START = [
+    *(f"--{what}-port={port}" for what, port in PORTS.items()), "--object-store-memory=100000000",
+    "--include-log-monitor=false", "--no-monitor",
+]  # fmt: skip
+"""Of a node, without what the tests do not use: it gives up where its agent is not there within 15 seconds."""
+HEAD = ["--include-dashboard=false", "--ray-client-server-port=0"]
 ANYWHERE = "8.8.8.8"
 """Whom a process of Ray would reach to learn its own address; it sends nothing."""
 OPTIONS: Mapping[str, Any] = {"shards": SHARDS, "seconds": 0.05, "workers": 2, "node_s": HUNG_S}
@@ -65,7 +70,7 @@ class Cluster:
 
     def start(self) -> None:
         """Start the head."""
-        self._start("head", "--head", f"--port={PORT}", "--num-cpus=1", "--include-dashboard=false")
+        self._start("head", "--head", f"--port={PORT}", "--num-cpus=0", *HEAD)
 
     def begin(self) -> None:
         """Whole again, and with a bucket and a script that are new."""
@@ -82,15 +87,17 @@ class Cluster:
         """Have hosts join the cluster that are not in it."""
         for name in names:
             if not self.has_a_node(name):
-                self._start(name, f"--address={self.environment['RAY_ADDRESS']}", f"--num-gpus={gpus}", "--num-cpus=1")
+                self._start(
+                    name, f"--address={self.environment['RAY_ADDRESS']}", f"--num-gpus={gpus}", f"--num-cpus={gpus}"
+                )
 
     def _start(self, name: str, *options: str) -> None:
-        """Start a node; again where it gives up, since its agent was not there within 15 seconds."""
+        """Start a node; again where it gives up."""
         host = self.network[name]
         command = [*RAY, "start", *options, f"--node-ip-address={host.address}", *START]
 
         def starts() -> bool:
-            self._signal(name, "KILL")  # what is left of the try before
+            host.signal(signal.SIGKILL)  # what is left of the try before
             with (self.folder / f"{name}.log").open("a") as log:
                 return host.popen(command, stdout=log, stderr=log, env=self.environment).wait(HUNG_S) == 0
 
@@ -104,14 +111,10 @@ class Cluster:
             return True
         return False
 
-    def leave(self, name: str, number: str) -> None:
-        """Send everything that runs on a host a signal, as when the machine is shut down or switched off."""
-        self._signal(name, number)
+    def leave(self, name: str, number: signal.Signals) -> None:
+        """Shut a host down, or switch it off."""
+        self.network[name].signal(number)
         wait_until(lambda: not self.has_a_node(name), f"nothing listens on {name}")
-
-    def _signal(self, name: str, number: str) -> None:
-        command = ["sh", "-c", f"kill -{number} -1"]
-        self.network[name].popen(command, stderr=subprocess.DEVNULL).wait(HUNG_S)
 
     @contextmanager
     def job(self, name: str = "head", **options: Any) -> Iterator[Job]:
@@ -174,6 +177,7 @@ def cluster(*names: str, dead_s: float = DEAD_S) -> Iterator[Cluster]:
         "RAY_gcs_server_port_wait_time_s": str(HUNG_S),
         "RAY_gcs_server_request_timeout_seconds": str(HUNG_S),
         "RAY_raylet_start_wait_time_s": "30",
+        "RAY_enable_worker_prestart": "0",
         "RAY_health_check_initial_delay_ms": "0",
         "RAY_health_check_period_ms": "500",
         "RAY_health_check_timeout_ms": str(int(250 * dead_s)),
@@ -262,7 +266,7 @@ def node_that_returns(on: Cluster) -> None:
     """A node is switched off, joins again under its address, is shut down in order, and joins again."""
     with on.job() as job:
         two_at_work(on, job)
-        for times, number in enumerate(("KILL", "TERM"), 1):
+        for times, number in enumerate((signal.SIGKILL, signal.SIGTERM), 1):
             on.leave("b", number)
             job.until(lambda times=times: job.said.count("was lost with its node b") == times, "it is lost")
             on.join("b")
