@@ -203,10 +203,10 @@ def test_captures_that_do_not_fit_are_refused_before_weights_are_read(
     for options, message in (
         (("--routes_weights",), "--routes_weights takes the weights of --routes_from, which is not given"),
         (("--mask", "9:1"), "--mask 9:1: there is no layer 9"),
-        (("--mask", "7:1", "--force", "7:1"), "7:1 is given with --mask and with --force"),
+        (("--mask", "7:1", "--force", "7:1"), "7:1 is given with both --mask and --force"),
         (("--mask", "7:*"), "--mask leaves 0 of 8 experts at layer 7"),
-        (("--top_k", "9"), "--top_k is 9, and must be 1 to 8"),
-        (("--top_k", "0"), "--top_k is 0, and must be 1 to 8"),
+        (("--top_k", "9"), "--top_k is 9, but must be 1 to 8"),
+        (("--top_k", "0"), "--top_k is 0, but must be 1 to 8"),
     ):
         refused = command(*base, "--name", "x", *options)
         assert (refused.status, message in refused.err) == (2, True), refused.err

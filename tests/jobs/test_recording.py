@@ -103,9 +103,9 @@ def test_the_largest_logits_only(command: Command, base: Any, tmp_path: Path) ->
     np.testing.assert_array_equal(ids[..., :2], top["expert"].values[filled])
     assert (top["logit_expert"].values[~filled] == 255).all()
     refused = command(*base, "--top_logits", 3)
-    assert (refused.status, "no logits are recorded: give --record logits too" in refused.err) == (2, True)
+    assert (refused.status, "no logits are recorded: add --record logits" in refused.err) == (2, True)
     refused = command(*base, "--record", "logits", "--top_logits", 9)
-    assert "--top_logits is 9, and must be 1 to 8, the experts of the model" in refused.err
+    assert "--top_logits is 9, but must be 1 to 8, the number of experts" in refused.err
     refused = command(*base, "--record", "logits", "--record", "logits")
     assert "--record is given as logits, logits" in refused.err
 

@@ -50,7 +50,7 @@ MESSAGES = {
     "a layer off by one": BESIDE,
     "an earlier batch": BESIDE,
     "an earlier batch, by shape": BESIDE,
-    "swapped routers": r"in its place fired the router recorded as layer \d's|its router fired 0 times",
+    "swapped routers": r"the router recorded as that of layer \d fired|its router fired 0 times",
     "swapped answers": BESIDE,
     "probabilities for weights": used.OTHERS,
 }

@@ -346,9 +346,9 @@ def test_routers_that_compute_in_float32_in_any_dtype_are_found_without_weights(
 @pytest.mark.parametrize(
     ("names", "options", "said"),
     [
-        (["mood"], {}, "'mood' cannot be recorded; what can: logits, output_norm, logprob"),
-        (["logprob"], {"top_logits": 4}, "no logits are recorded: give --record logits too"),
-        (["logits"], {"top_logits": 9}, "--top_logits is 9, and must be 1 to 8"),
+        (["mood"], {}, "'mood' cannot be recorded; choose from logits, output_norm, logprob"),
+        (["logprob"], {"top_logits": 4}, "no logits are recorded: add --record logits"),
+        (["logits"], {"top_logits": 9}, "--top_logits is 9, but must be 1 to 8"),
         ([], {"weight_precision": "int8"}, "weight_precision 'int8' is none of float16, float32, compact"),
     ],
 )
