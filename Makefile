@@ -2,11 +2,12 @@
 #   make demo   captures real text with a tiny Mixtral on the CPU and draws the report
 #   make test   runs the whole suite
 #   make docs   builds the documentation as a site, docs/_build/index.html
+#   make pictures  makes the pictures of README and docs anew
 #   make chaos  breaks everything that can break, at length, and prints a table of it
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs chaos check bench families lock clean
+.PHONY: demo test docs pictures chaos check bench families lock clean
 
 demo: $(BIN)/expert-atlas
 	$(BIN)/python jobs/demo.py
@@ -37,9 +38,14 @@ families: .venv/ready
 	$(BIN)/python tests/benchmarks/families_faults.py
 	$(BIN)/python tests/benchmarks/families_commands.py
 
+# Makes the pictures of README and docs anew, from the demo's store; needs Chromium.
+pictures: .venv/ready
+	$(BIN)/python tests/pictures.py
+
 # The environment: exactly the locked versions, hashes checked. uv is fetched into the environment itself.
 .venv/ready: requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Expert Atlas needs Python 3.11 to 3.13, and {sys.executable} is {v[0]}.{v[1]}: run make PYTHON=/path/to/python3.11")'
+	@if [ -L .venv ]; then echo "error: .venv is a link to $$(readlink .venv), which making it anew would empty: remove the link, or run make there" >&2; exit 1; fi
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock

@@ -1,19 +1,20 @@
 """A Ray cluster of several hosts between which links break: a part of `make chaos`.
 
-Each partition has a network, a cluster and an S3 server of its own, all of them new. Where the cut hits, a shard is in
-work: it holds until the test lets it go on. What must hold at the end is asked of each: the store of an undisturbed
-run, which `--verify` reads back, each shard committed once, and nothing left beside it.
+Each partition has a bucket of its own. Where the cut hits, a shard is in work: it holds until the test lets it go on.
+What must hold at the end is asked of each: the store of an undisturbed run, which `--verify` reads back, each shard
+committed once, and nothing left beside it.
 """
 
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,19 @@ PORT, SHARDS, NEVER = 6379, 8, 10**6
 DEAD_S = 6
 """Seconds after which a host that does not answer is taken for dead."""
 PORTS = {"node-manager": 7000, "dashboard-agent-grpc": 7001, "runtime-env-agent": 7002, "metrics-export": 7003}
-START = [*(f"--{what}-port={port}" for what, port in PORTS.items()), "--object-store-memory=100000000"]
+START = [
+    *(f"--{what}-port={port}" for what, port in PORTS.items()), "--object-store-memory=100000000",
+    "--include-log-monitor=false", "--no-monitor",
+]  # fmt: skip
+"""Of a node, without what the tests do not use: it gives up where its agent is not there within 15 seconds."""
+HEAD = ["--include-dashboard=false", "--ray-client-server-port=0"]
 ANYWHERE = "8.8.8.8"
 """Whom a process of Ray would reach to learn its own address; it sends nothing."""
 OPTIONS: Mapping[str, Any] = {"shards": SHARDS, "seconds": 0.05, "workers": 2, "node_s": HUNG_S}
 
 
 class Cluster:
-    """A Ray cluster with its head on the host "head", and a bucket on the host "store".
+    """A Ray cluster with its head on the host "head", and an S3 server on the host "store".
 
     Parameters
     ----------
@@ -49,38 +55,49 @@ class Cluster:
         Of the hosts.
     folder
         Of its files, and of the tests'.
-    bucket
-        Of the store.
     environment
         Of everything that runs in it.
     """
 
-    def __init__(self, network: Network, folder: Path, bucket: Bucket, environment: dict[str, str]) -> None:
-        self.network, self.folder, self.bucket = network, folder, bucket
+    def __init__(self, network: Network, folder: Path, environment: dict[str, str]) -> None:
+        self.network, self.folder = network, folder
         for host in network.hosts.values():
             own = folder / host.name
             own.mkdir()
             host.run(["mount", "--bind", own, environment["RAY_TMPDIR"]])
             host.ip("route", "add", ANYWHERE, "dev", "eth0")
-        self.script = Script(folder / "script")
         self.environment = {**environment, "RAY_ADDRESS": f"{network['head'].address}:{PORT}"}
 
     def start(self) -> None:
         """Start the head."""
-        self._start("head", "--head", f"--port={PORT}", "--num-cpus=1", "--include-dashboard=false")
+        self._start("head", "--head", f"--port={PORT}", "--num-cpus=0", *HEAD)
+
+    def begin(self) -> None:
+        """Whole again, and with a bucket and a script that are new."""
+        self.network.mend()
+        for name in self.network.hosts:
+            self.network.plug(name)
+        self.join("b", "c")
+        self.work = Path(tempfile.mkdtemp(dir=self.folder))
+        self.script = Script(self.work / "script")
+        self.bucket = Bucket(self.network["store"], self.environment["AWS_ENDPOINT_URL"])
+        self.hold(*range(SHARDS))
 
     def join(self, *names: str, gpus: int = 1) -> None:
-        """Have hosts join the cluster."""
+        """Have hosts join the cluster that are not in it."""
         for name in names:
-            self._start(name, f"--address={self.environment['RAY_ADDRESS']}", f"--num-gpus={gpus}", "--num-cpus=1")
+            if not self.has_a_node(name):
+                self._start(
+                    name, f"--address={self.environment['RAY_ADDRESS']}", f"--num-gpus={gpus}", f"--num-cpus={gpus}"
+                )
 
     def _start(self, name: str, *options: str) -> None:
-        """Start a node; again where it gives up, since its agent was not there within 15 seconds."""
+        """Start a node; again where it gives up."""
         host = self.network[name]
         command = [*RAY, "start", *options, f"--node-ip-address={host.address}", *START]
 
         def starts() -> bool:
-            self._signal(name, "KILL")  # what is left of the try before
+            host.signal(signal.SIGKILL)  # what is left of the try before
             with (self.folder / f"{name}.log").open("a") as log:
                 return host.popen(command, stdout=log, stderr=log, env=self.environment).wait(HUNG_S) == 0
 
@@ -94,19 +111,16 @@ class Cluster:
             return True
         return False
 
-    def leave(self, name: str, number: str) -> None:
-        """Send everything that runs on a host a signal, as when the machine is shut down or switched off."""
-        self._signal(name, number)
+    def leave(self, name: str, number: signal.Signals) -> None:
+        """Shut a host down, or switch it off."""
+        self.network[name].signal(number)
         wait_until(lambda: not self.has_a_node(name), f"nothing listens on {name}")
-
-    def _signal(self, name: str, number: str) -> None:
-        self.network[name].popen(["sh", "-c", f"kill -{number} -1"]).wait(HUNG_S)
 
     @contextmanager
     def job(self, name: str = "head", **options: Any) -> Iterator[Job]:
         """A driver on a host."""
-        folder = self.folder / f"job on {name}"
-        folder.mkdir(exist_ok=True)
+        folder = self.work / f"job on {name}"
+        folder.mkdir()
         given = {**OPTIONS, "store": self.bucket.url, "script": str(self.script.folder), **options}
         place: Any = _Place(self.network[name], self.environment)
         with Job(place, folder, **given) as job:
@@ -135,7 +149,7 @@ class Cluster:
 
     def law(self) -> dict[str, Any]:
         """What must hold at the end; how many shards were begun again."""
-        clean = self.folder / "clean.zarr"
+        clean = self.work / "clean.zarr"
         assert fake_capture(clean, numbered_texts(SHARDS), batch_tokens=TOKENS_A_SHARD).complete
         expected, files = store_files(clean), self.bucket.files()
         assert differing(files, expected) == []
@@ -155,32 +169,34 @@ class _Place:
 
 
 @contextmanager
-def cluster(*names: str, dead_s: float = DEAD_S, **variables_too: str) -> Iterator[Cluster]:
-    """A cluster of a head, a store and these hosts, which have not joined yet."""
+def cluster(*names: str, dead_s: float = DEAD_S) -> Iterator[Cluster]:
+    """A cluster of a head, a store, and these hosts, which have not joined yet."""
     folder = Path(tempfile.mkdtemp(prefix="ea", dir="/tmp"))  # short: a socket's path has 107 characters
+    (folder / "ray").mkdir()
     settings = {
         "RAY_gcs_server_port_wait_time_s": str(HUNG_S),
         "RAY_gcs_server_request_timeout_seconds": str(HUNG_S),
         "RAY_raylet_start_wait_time_s": "30",
+        "RAY_enable_worker_prestart": "0",
         "RAY_health_check_initial_delay_ms": "0",
         "RAY_health_check_period_ms": "500",
         "RAY_health_check_timeout_ms": str(int(250 * dead_s)),
         "RAY_health_check_failure_threshold": "4",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": os.urandom(32).hex(),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": str(folder / "ray"),
+        "PYTHONPATH": str(HERE),
+        "NO_PROXY": "*",
     }
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     try:
         with Network(["head", "store", *names]) as network, server_in(network["store"]) as address:
-            (folder / "ray").mkdir()
-            inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-            environment = {
-                **inherited, **variables(address), **PATIENT, **settings, **variables_too,
-                "NO_PROXY": "*", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex(),
-                "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(HERE), "RAY_TMPDIR": str(folder / "ray"),
-            }  # fmt: skip
-            found = Cluster(network, folder, Bucket(network["store"], address), environment)
+            found = Cluster(network, folder, {**inherited, **variables(address), **PATIENT, **settings})
             found.start()
             yield found
     finally:
-        shutil.rmtree(folder, ignore_errors=True) if not os.environ.get("KEEP") else None
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def two_at_work(on: Cluster, job: Job) -> tuple[int, int]:
@@ -188,102 +204,83 @@ def two_at_work(on: Cluster, job: Job) -> tuple[int, int]:
     return on.begun(job, "b"), on.begun(job, "c")
 
 
-def driver_lost_for_a_while() -> dict[str, Any]:
+def driver_lost_for_a_while(on: Cluster) -> None:
     """A worker's host loses the driver and keeps the store; the link returns before Ray takes the node for dead."""
-    with cluster("b", "c", dead_s=NEVER) as on:
-        on.join("b", "c")
-        on.hold(*range(SHARDS))
-        with on.job() as job:
-            shard, _ = two_at_work(on, job)
-            on.network.cut("head", "b")
-            on.hold(shard)
-            on.begun(job, "c", shard)  # at the tail, what is late is given to another worker
-            on.hold(shard, on="c")
-            on.committed_by(job, shard, "b")
-            on.network.mend()
-            assert job.status() == 0, job.said
-            assert "was lost" not in job.said
-        return on.law()
+    with on.job() as job:
+        shard, _ = two_at_work(on, job)
+        on.network.cut("head", "b")
+        on.hold(shard)
+        on.begun(job, "c", shard)  # at the tail, what is late is given to another worker
+        on.hold(shard, on="c")
+        on.committed_by(job, shard, "b")
+        on.network.mend()
+        assert job.status() == 0, job.said
+        assert "was lost" not in job.said
 
 
-def driver_lost() -> dict[str, Any]:
+def driver_lost(on: Cluster) -> None:
     """A worker's host loses the driver and keeps the store; the link returns after Ray took the node for dead."""
-    with cluster("b", "c") as on:
-        on.join("b", "c")
-        on.hold(*range(SHARDS))
-        with on.job() as job:
-            shard, _ = two_at_work(on, job)
-            on.network.cut("head", "b")
-            job.until(lambda: "was lost with its node b" in job.said, "the node is taken for dead")
-            on.hold(shard)
-            on.begun(job, "c", shard)
-            on.hold(shard, on="c")
-            on.committed_by(job, shard, "b")
-            on.network.mend()
-            job.until(lambda: not on.has_a_node("b"), "the node is told that it is dead, and ends")
-            on.hold()
-            assert job.status() == 0, job.said
-        return on.law()
+    with on.job() as job:
+        shard, _ = two_at_work(on, job)
+        on.network.cut("head", "b")
+        job.until(lambda: "was lost with its node b" in job.said, "the node is taken for dead")
+        on.hold(shard)
+        on.begun(job, "c", shard)
+        on.hold(shard, on="c")
+        on.committed_by(job, shard, "b")
+        on.network.mend()
+        job.until(lambda: not on.has_a_node("b"), "the node is told that it is dead, and ends")
+        on.hold()
+        assert job.status() == 0, job.said
 
 
-def store_lost() -> dict[str, Any]:
+def store_lost(on: Cluster) -> None:
     """A worker's host keeps the driver and loses the store, in the middle of a shard."""
-    with cluster("b", "c", S3_PATIENCE_S="2") as on:
-        on.join("b", "c")
-        on.hold(*range(SHARDS))
-        with on.job() as job:
-            shard, other = two_at_work(on, job)
-            on.network.cut("store", "b")
-            on.hold(other)
-            job.until(lambda: " on b is replaced: ConnectionError" in job.said, "its storage fails")
-            on.hold()
-            assert job.status() == 0, job.said
-            assert "is given up" not in job.said, "no shard is blamed"
-        assert on.attempts("c", shard)
-        return on.law()
+    with on.job(patience_s=2) as job:
+        shard, other = two_at_work(on, job)
+        on.network.cut("store", "b")
+        on.hold(other)
+        job.until(lambda: " on b is replaced: ConnectionError" in job.said, "its storage fails")
+        on.hold()
+        assert job.status() == 0, job.said
+        assert "is given up" not in job.said, "no shard is blamed"
+    assert on.attempts("c", shard)
 
 
-def driver_taken_over() -> dict[str, Any]:
+def driver_taken_over(on: Cluster) -> None:
     """The driver's host is cut off from everything, another host takes over, and the first one comes back."""
-    with cluster("b", "c", "one", "other") as on:
-        on.join("b", "c")
-        on.join("one", "other", gpus=0)
-        on.hold(*range(SHARDS))
-        with on.job("one") as first:
-            two_at_work(on, first)
-            on.network.unplug("one")
-            with on.job("other", stale_s=3.0) as second:
-                second.until(lambda: f"fake: {SHARDS} documents" in second.said, "it has taken over, and plans")
-                on.hold()  # also what workers of the first one are at, if they live
-                assert second.status() == 0, second.said
-            on.network.plug("one")
-            assert first.status() == 1, first.said
-            assert "was taken over by another job" in first.said
-        return on.law()
+    on.join("one", "other", gpus=0)
+    with on.job("one") as first:
+        two_at_work(on, first)
+        on.network.unplug("one")
+        with on.job("other", stale_s=3.0) as second:
+            second.until(lambda: f"fake: {SHARDS} documents" in second.said, "it has taken over, and plans")
+            on.hold()  # also what workers of the first one are at, if they live
+            assert second.status() == 0, second.said
+        on.network.plug("one")
+        assert first.status() == 1, first.said
+        assert "was taken over by another job" in first.said
 
 
-def node_that_returns() -> dict[str, Any]:
+def node_that_returns(on: Cluster) -> None:
     """A node is switched off, joins again under its address, is shut down in order, and joins again."""
-    with cluster("b", "c") as on:
-        on.join("b", "c")
-        on.hold(*range(SHARDS))
-        with on.job() as job:
-            two_at_work(on, job)
-            for times, number in enumerate(("KILL", "TERM"), 1):
-                on.leave("b", number)
-                job.until(lambda times=times: job.said.count("was lost with its node b") == times, "it is lost")
-                on.join("b")
-                on.begun(job, "b", count=times + 1)
-            on.hold()
-            assert job.status() == 0, job.said
-        assert len({one.process for one in on.attempts("b")}) == 3
-        return on.law()
+    with on.job() as job:
+        two_at_work(on, job)
+        for times, number in enumerate((signal.SIGKILL, signal.SIGTERM), 1):
+            on.leave("b", number)
+            job.until(lambda times=times: job.said.count("was lost with its node b") == times, "it is lost")
+            on.join("b")
+            on.begun(job, "b", count=times + 1)
+        on.hold()
+        assert job.status() == 0, job.said
+    assert len({one.process for one in on.attempts("b")}) == 3
 
 
-PARTITIONS: Mapping[str, Callable[[], dict[str, Any]]] = {
-    part.__doc__ or "": part
-    for part in (driver_lost_for_a_while, driver_lost, store_lost, driver_taken_over, node_that_returns)
-}
+PARTITIONS: Sequence[tuple[float, Sequence[Callable[[Cluster], None]]]] = [
+    (NEVER, [driver_lost_for_a_while]),
+    (DEAD_S, [driver_lost, store_lost, node_that_returns, driver_taken_over]),
+]
+"""With the seconds after which Ray takes a host for dead that does not answer."""
 
 
 def partitions() -> Iterator[dict[str, Any]]:
@@ -295,11 +292,21 @@ def partitions() -> Iterator[dict[str, Any]]:
             raise
         yield {"what": f"left out, because no hosts can be made here: {error}", "times": 0, "survived": 0}
         return
-    for what, part in PARTITIONS.items():
+    for dead_s, parts in PARTITIONS:
+        with cluster("b", "c", "one", "other", dead_s=dead_s) as on:
+            for part in parts:
+                yield tried(part, on)
+
+
+def tried(part: Callable[[Cluster], None], on: Cluster) -> dict[str, Any]:
+    """A partition's row; where it does not end as it must, the others are tried too."""
+    row = {"what": (part.__doc__ or "").rstrip("."), "times": 1, "survived": 0}
+    try:
+        on.begin()
         started = time.monotonic()
-        row = {"what": what.rstrip("."), "times": 1, "survived": 0}
-        try:
-            row |= {**part(), "survived": 1}
-        except Exception:  # the others are tried too
-            traceback.print_exc()
-        yield {**row, "seconds": round(time.monotonic() - started, 1)}
+        part(on)
+        found = on.law()
+    except Exception:
+        traceback.print_exc()
+        return row
+    return {**row, **found, "survived": 1, "seconds": round(time.monotonic() - started, 1)}

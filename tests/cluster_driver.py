@@ -3,7 +3,7 @@
 Its argument is JSON: `store`, `script`, `shards`, `seconds` that a shard takes, `device`, and options of the capture.
 Exit status and messages are those of `jobs/capture.py`. With `stay`, it keeps its connection until its input ends;
 `placeless_s` are the seconds without a GPU after which it says so, `node_s` those that it waits for the end of a node,
-`stale_s` those after which the lease of another host is stale.
+`stale_s` those after which the lease of another host is stale, `patience_s` those after which workers give S3 up.
 """
 
 import json
@@ -60,8 +60,10 @@ def main(arguments: list[str]) -> int:
     clusters.PLACELESS_S = given.pop("placeless_s", clusters.PLACELESS_S)
     clusters.NODE_S = given.pop("node_s", 0.5)
     source, seconds = text_source(numbered_texts(given.pop("shards"))), given.pop("seconds")
+    patience_s = given.pop("patience_s", None)
     config = CaptureConfig(store=store, **given)
-    run: Any = faulty_run(store, script, seconds=seconds, retry_quarantined=config.retry_quarantined)
+    retry = config.retry_quarantined
+    run: Any = faulty_run(store, script, seconds=seconds, patience_s=patience_s, retry_quarantined=retry)
     if config.local:
         return exit_status(capture_datasets(run, [("fake", source)], capture_here))
     with connected(config) as cluster:

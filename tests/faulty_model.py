@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,6 @@ from fake_model import FakeEngine, FakeRun, fake_layout, word_id, words
 from store import s3
 from workers.shard import DeviceLost, Routes, RoutingError
 
-if patience := os.environ.get("S3_PATIENCE_S"):  # of the workers of a test whose store is out of reach
-    s3.REQUEST_S = s3.RETRY_S = int(patience)
 LOAD, CLOCK = "load", "clock"
 TOKENS_A_SHARD = 32  # of the layout of `fake_model`: four rows of eight
 FIRST_ID = 2
@@ -122,14 +120,29 @@ class FaultyEngine(FakeEngine):
         return super().route(token, length)
 
 
+class Impatient:
+    """What makes an engine; a process that it is sent to gives an S3 server up after so many seconds."""
+
+    def __init__(self, make_engine: Callable[[], FaultyEngine], seconds: float) -> None:
+        self.make_engine, self.seconds = make_engine, seconds
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        s3.REQUEST_S = s3.RETRY_S = self.seconds
+
+    def __call__(self) -> FaultyEngine:
+        return self.make_engine()
+
+
 def numbered_texts(shards: int) -> Sequence[str]:
     """Documents of one shard each, the last one smaller; each begins with a word whose id tells its shard."""
     sizes = [TOKENS_A_SHARD] * (shards - 1) + [TOKENS_A_SHARD - 12]
     return [f"{WORDS[FIRST_ID + shard]} {words(size - 1, shard)}" for shard, size in enumerate(sizes)]
 
 
-def faulty_run(store: str, folder: Path, *, seconds: float, **options: Any) -> FakeRun:
-    """A run whose engine is the faulty one."""
+def faulty_run(store: str, folder: Path, *, seconds: float, patience_s: float | None = None, **options: Any) -> FakeRun:
+    """A run whose engine is the faulty one; `patience_s` are those of `Impatient`."""
     run = FakeRun(store, fake_layout(), batch_tokens=TOKENS_A_SHARD, **options)
-    run.make_engine = partial(FaultyEngine, folder, seconds)
+    make = partial(FaultyEngine, folder, seconds)
+    run.make_engine = make if patience_s is None else Impatient(make, patience_s)
     return run

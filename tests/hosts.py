@@ -16,7 +16,6 @@ import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +53,27 @@ class Host:
         assert self._maker.stdout is not None
         if self._maker.stdout.readline() != "made\n":
             raise NoHosts(self._maker.communicate()[1].strip())
+        [first] = psutil.Process(self._maker.pid).children()
+        self._first = first.pid
 
     def end(self) -> None:
         """End it and everything that runs in it."""
         self._maker.communicate(timeout=HUNG_S)
 
-    @cached_property
+    @property
     def first(self) -> int:
-        """Process id of its first process, as this process sees it."""
-        [first] = psutil.Process(self._maker.pid).children()
-        return int(first.pid)
+        """Process id of its first process, as this process sees it; another one's, if it had ended."""
+        assert self._maker.poll() is None, f"the host {self.name} has ended"
+        return self._first
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to all that runs in it, but for its first process: it is shut down, or switched off."""
+        own, here = os.readlink("/proc/self/ns/pid"), os.readlink(f"/proc/{self.first}/ns/pid")
+        assert own != here, f"{self.name} is no host"
+        for process in psutil.pids():
+            with contextlib.suppress(OSError):  # it has ended
+                if process != self.first and os.readlink(f"/proc/{process}/ns/pid") == here:
+                    os.kill(process, number)
 
     def popen(self, command: Sequence[str | Path], *, cwd: Path | str = "/", **options: Any) -> "subprocess.Popen[Any]":
         """Start a command in it; what `signal_to` ends is the command, what `kill` ends is only its starter."""

@@ -56,7 +56,7 @@ def outcome(shift_s: float, holders_shift_s: float, lives_s: float, count: bool)
     tuple
         "taken" or what it is refused with, the seconds that it took, and what it said meanwhile.
     """
-    group, files = CaptureGroup("s3://bucket/simulated.zarr", "fake"), dict[str, bytes]()
+    group, files = CaptureGroup("simulated.zarr", "fake"), dict[str, bytes]()
     group.objects = Bucket("", files)
     holders = Clocks(holders_shift_s)
     record = {**lease._holder(), "token": "theirs", "host": "elsewhere", "processes": ["elsewhere"], "since": "then"}
@@ -103,7 +103,7 @@ def test_a_host_whose_clock_is_wrong_takes_over_and_is_refused_as_others_are(
 
 
 def test_a_host_that_stood_still_while_it_watched_looks_again_before_it_takes_over() -> None:
-    group, files = CaptureGroup("s3://bucket/simulated.zarr", "fake"), dict[str, bytes]()
+    group, files = CaptureGroup("simulated.zarr", "fake"), dict[str, bytes]()
     group.objects = Bucket("", files)
     record = {**lease._holder(), "host": "elsewhere", "processes": ["elsewhere"]}
     files["fake/token/lease.json"] = json.dumps(record).encode()

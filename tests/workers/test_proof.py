@@ -6,12 +6,15 @@ Every family and every fault: `make families` (`tests/benchmarks/families_faults
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from fake_model import store_files
 from router_faults import FAULTS, NO_HARM, batch, outcome, probabilities_for_weights
 
+from store import coverage
 from workers.engine import ModelEngine
 from workers.models.family import experts_per_token, find_routers, num_experts
 from workers.models.loading import LoadedModel
@@ -92,3 +95,19 @@ def test_every_fault_stops_the_capture_of_every_kind_of_router_and_names_the_lay
             assert re.match(rf"layer \d: ({MESSAGES[fault]})", found), f"{fault}: {found}"
     again = engine.route(*batch(2))
     assert all(np.array_equal(again[name], wanted[name]) for name in wanted), "a fault was left behind"
+
+
+def test_a_capture_with_a_fault_writes_no_routes_and_says_which_layer(
+    command: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("The expert that a token meets depends on the token. " * 8)
+    options = ("--local", "--model", "tiny", "--device", "cpu", "--quantization", "none", "--sequence_length", "32")
+    with probabilities_for_weights(SimpleNamespace(num_experts=8)):
+        ran = command(*options, "--dataset", tmp_path / "text.txt", "--store", tmp_path / "s.zarr")
+    state = coverage(tmp_path / "s.zarr", "text")
+    assert (ran.status, state.shards_done) == (3, 0)
+    assert not [name for name in store_files(tmp_path / "s.zarr") if re.match(r"text/(expert|weight)/c/", name)]
+    assert state.quarantined
+    for record in state.quarantined.values():
+        assert all(f"layer 0: {used.OTHERS}, first seen at position" in error for error in record["errors"])
+    assert f"layer 0: {used.OTHERS}" in ran.err

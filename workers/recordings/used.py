@@ -33,9 +33,9 @@ class Used(Recording):
     num_experts, k
         E, and choices a token.
     model
-        The model, where transformers' forward calls its experts.
+        What has the routers.
     forward
-        Or a forward of ours, which shows them to `used`.
+        What applies it: the model itself, or a forward of ours, which shows `used` what it gives to experts.
     """
 
     def __init__(
@@ -44,32 +44,30 @@ class Used(Recording):
         self.index = {router: index for index, router in enumerate(routers.values())}
         self.whole = len(routers) == 1  # the last layer's experts are run for nothing else
         self.layers, self.num_experts, self.k = list(routers), num_experts, k
-        self.model, self.forward = model, forward
+        self.own = None if forward is model else forward
+        blocks = [(block, router) for block in model.modules() for router in block.children() if router in self.index]
+        beside = [(router, getattr(block, "experts", None)) for block, router in blocks if self.own is None]
+        self.experts = [(router, experts) for router, experts in beside if isinstance(experts, nn.Module)]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """See `Recording`."""
         with ExitStack() as stack:
-            if self.forward is not self.model:
-                self.forward.used = self._keep
-                stack.callback(setattr, self.forward, "used", None)
-            for router, experts in self._experts():
+            if self.own is not None:
+                self.own.used = self._keep
+                stack.callback(setattr, self.own, "used", None)
+            for router, experts in self.experts:
                 hook = experts.register_forward_pre_hook(self._of(router), with_kwargs=True)
                 stack.callback(hook.remove)
             yield
 
-    def _experts(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Each router and the module beside it that computes the experts."""
-        blocks = [(block, router) for block in self.model.modules() for router in block.children()]
-        found = [(router, getattr(block, "experts", None)) for block, router in blocks if router in self.index]
-        return [(router, experts) for router, experts in found if isinstance(experts, nn.Module)]
-
     def _of(self, router: nn.Module) -> Callable[..., None]:
         def keep(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rows, *others = *args, *kwargs.values()
             try:
-                given = choices(tuple([*args, *kwargs.values()][1:]), self.k)
+                given = choices(tuple(others), self.k)
             except RoutingError:  # it is not called with choices
-                self._keep_scaled(self.index[router], *args)
+                self._keep_scaled(self.index[router], rows)
             else:
                 self._keep(router, *given)
 
@@ -84,7 +82,7 @@ class Used(Recording):
         """See `Recording`."""
         self._hidden_SH = hidden_SH
 
-    def _keep_scaled(self, index: int, rows: torch.Tensor, *others: Any) -> None:
+    def _keep_scaled(self, index: int, rows: torch.Tensor) -> None:
         """Of rows (E·T, H)."""
         if len(rows) != self.num_experts * self._tokens:
             raise RoutingError(
