@@ -302,7 +302,7 @@ LOOK_ALIKES = [
 
 @pytest.mark.parametrize("name", [*LOOK_ALIKES, "K", "a\r", " a", "a ", "~", "-/../x", "c:"])
 def test_a_name_that_only_looks_like_one_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="cannot name a data set in a store"):
+    with pytest.raises(ValueError, match="is not a valid name of a data set"):
         CaptureGroup(tmp_path, name)
     assert list(tmp_path.iterdir()) == []
 

@@ -175,8 +175,12 @@ def test_what_a_killed_creation_left_of_it_does_not_stay_in_a_capture_without_it
 
 
 def test_a_name_that_no_version_here_can_record_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"record names 'mood', which this version cannot record; it can: .*, margin"):
+    with pytest.raises(
+        ValueError, match=r"record names 'mood', which this version cannot record; known are .*, margin"
+    ):
         fake_layout(record=("mood",))
     monkeypatch.delitem(OPTIONAL, "margin")
-    with pytest.raises(ValueError, match=r"describes no capture: record names 'margin'.*it can: logit, .*effect$"):
+    with pytest.raises(
+        ValueError, match=r"does not describe a capture: record names 'margin'.*known are logit, .*effect$"
+    ):
         open_capture(store, "fake")
