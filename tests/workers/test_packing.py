@@ -58,7 +58,9 @@ def test_experts_with_biases_or_a_gate_of_their_own_compute_what_their_dequantiz
 
 @pytest.mark.parametrize("name", SPECIAL)
 def test_int8_refuses_them_by_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"(?i){name.replace('_', '')}Model has .*one tensor .* int8 does not support"):
+    with pytest.raises(
+        ValueError, match=rf"(?i){name.replace('_', '')}Model has .*one tensor .* int8 does not support"
+    ):
         load_model(checkpoint_of(name, tmp_path), quantization="int8", device="cpu")
 
 
