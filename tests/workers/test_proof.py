@@ -30,7 +30,7 @@ class Kind(NamedTuple):
     weighed: bool = True
     """Whether its weights are something else than the probabilities of the chosen experts."""
     softened: bool = False
-    """Whether its routers return probabilities in the place of logits, as Gemma 4's, whose code takes long to import."""
+    """Whether its routers return probabilities in place of logits, as Gemma 4's, whose code takes long to import."""
 
 
 KINDS = {
