@@ -233,6 +233,18 @@ def checkpoint_of(name: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+@torch.inference_mode()
+def stock_of(family: Family, folder: Path) -> Any:
+    """transformers' own model, each matrix quantized and dequantized, but those of routers."""
+    exact = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+    if family.precision == "none":
+        return exact
+    stock = dequantized_reference(folder, family.precision)
+    for part in unquantized(stock):  # some have a Linear
+        stock.get_submodule(part).load_state_dict(exact.get_submodule(part).state_dict())
+    return stock
+
+
 def wanted_routes(model: Any, family: Family, tensors: dict[str, torch.Tensor], row: np.ndarray) -> tuple[Any, Any]:
     """The rule's weights (T, L, E) for one row alone, from what reaches the model's routers, and their clearness."""
     weights, clear = [], []
@@ -262,10 +274,7 @@ def test_a_family_is_captured_as_its_rule_says(name: str, tmp_path: Path) -> Non
     tensors = load_file(folder / "model.safetensors")
     named = [f"model.layers.{layer}.{leaf}" for layer in family.layers for leaf in (family.gate, *family.names)]
     assert set(named) <= set(tensors), "not the published layout"
-    if family.precision == "none":
-        stock = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
-    else:
-        stock = dequantized_reference(folder, family.precision)
+    loaded, stock = load_model(folder, quantization=family.precision, device="cpu"), stock_of(family, folder)
     fused = [module for module in stock.modules() if hasattr(module, "gate_up_proj")]
     matrices = (
         0
@@ -273,10 +282,7 @@ def test_a_family_is_captured_as_its_rule_says(name: str, tmp_path: Path) -> Non
         else sum(re.search(r"expert.*weight$", key) is not None for key in tensors)
         or sum(EXPERTS * (3 if module.is_concatenated else 2) for module in fused)
     )
-    loaded = load_model(folder, quantization=family.precision, device="cpu")
     assert loaded.provenance["quantized_expert_matrices"] == matrices
-    for part in unquantized(stock):  # some have a Linear
-        stock.get_submodule(part).load_state_dict(loaded.model.get_submodule(part).state_dict())
     engine, k = ModelEngine(loaded), family.settings["num_experts_per_tok"]
     assert (engine.layers, engine.num_experts, engine.experts_per_token) == (family.layers, EXPERTS, k)
     assert loaded.model.config._attn_implementation == ("eager" if name == "gpt_oss" else "sdpa")

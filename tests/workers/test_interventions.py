@@ -11,8 +11,17 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_families import EXPERTS, FAMILIES, FLOAT16_STEP, NEAR_TIE, VOCABULARY, Family, checkpoint_of, softmax
-from test_loading import dequantized_reference
+from test_families import (
+    EXPERTS,
+    FAMILIES,
+    FLOAT16_STEP,
+    NEAR_TIE,
+    VOCABULARY,
+    Family,
+    checkpoint_of,
+    softmax,
+    stock_of,
+)
 
 import workers
 from workers.engine import ModelEngine
@@ -60,7 +69,7 @@ def weighed(family: Family, logits: np.ndarray, bias: np.ndarray, chosen: np.nda
         rule, options = rule.func, rule.keywords
     if rule.__name__ == "top_then_softmax":
         return softmax(np.where(chosen, logits + bias, -np.inf))
-    score = 1 / (1 + np.exp(-logits)) if rule.__name__ == "sigmoid_in_groups" else softmax(logits)
+    score = 1 / (1 + np.exp(-logits)) if rule.__name__.startswith("sigmoid") else softmax(logits)
     weights = np.where(chosen, score, 0)
     renormalized = options.get("renormalized", rule.__name__ == "sigmoid_in_groups")
     return options.get("scale", 1) * weights / (weights.sum(axis=-1, keepdims=True) if renormalized else 1)
@@ -113,13 +122,13 @@ def assert_by_the_rule(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_chooses_by_its_rule_among_what_is_left_and_with_what_is_forced(name: str, tmp_path: Path) -> None:
     family, folder = FAMILIES[name], checkpoint_of(name, tmp_path)
-    tensors, stock = load_file(folder / "model.safetensors"), dequantized_reference(folder, "nf4")
-    loaded = load_model(folder, quantization="nf4", device="cpu")
+    tensors, stock = load_file(folder / "model.safetensors"), stock_of(family, folder)
+    loaded = load_model(folder, quantization=family.precision, device="cpu")
     plain = ModelEngine(loaded).route(TOKEN, LENGTH)["expert"][FILLED]
     often = np.argsort(-np.bincount(plain[:, 0].ravel(), minlength=EXPERTS))
     seldom = np.argsort(np.bincount(plain[:, -1].ravel(), minlength=EXPERTS))
     mask = [(family.layers[0], int(expert)) for expert in often[:3]]
-    force = [(family.layers[-1], int(expert)) for expert in seldom[:2]]
+    force = [(family.layers[-1], int(expert)) for expert in seldom[: min(2, family.settings["num_experts_per_tok"])]]
 
     masked = assert_by_the_rule(loaded, stock, family, tensors, choose_to_change(folder, None, mask=mask))
     assert not np.isin(masked[:, 0], often[:3]).any()

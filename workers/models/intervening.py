@@ -27,7 +27,7 @@ from workers.interventions import Interventions, Named, what_to_change
 from workers.models.checkpoint import find_checkpoint
 from workers.models.description import build_skeleton
 from workers.models.family import experts_per_token, find_routers, num_experts
-from workers.models.routers import choices, logits_part, routed_by, tried
+from workers.models.routers import choices, logits_part, routed_by, spread_part, tried
 from workers.shard import RoutingError
 
 SCORES = (torch.softmax, torch.Tensor.softmax, nn.functional.softmax, torch.sigmoid, torch.Tensor.sigmoid)
@@ -64,7 +64,7 @@ class _Watched(TorchFunctionMode):
         if func is nn.functional.linear:
             self.logits_TE = found
             return self._without_masked(found)
-        if func in SCORES and found.shape[-1] == self.num_experts:
+        if func in SCORES and found.shape[-1] == self.num_experts and not self.choices:
             self.scores_TE = self._without_masked(found)
             return self.scores_TE
         if func in TOP and args[0].shape[1:] == (self.num_experts,) and found[1].shape[-1] == self.k:
@@ -113,14 +113,18 @@ def changed(own: Callable[..., Any], change: Change, num_experts: int, k: int) -
 
 def _with(output: Any, logits_TE: torch.Tensor, change: Change, num_experts: int, k: int) -> Any:
     """What a router returned, with these logits, and with choices and weights where both are given."""
-    returned = logits_part(output, num_experts)
+    returned, spread = logits_part(output, num_experts), spread_part(output)
+    given_TK, weights_TK = change.given_TK, change.weights_TK
     parts = list(output) if isinstance(output, tuple) else [output]
     for place, part in enumerate(parts):
         if part is returned:
             parts[place] = logits_TE.to(part.dtype).view_as(part)
-        elif change.given_TK is not None and change.weights_TK is not None and part.shape[-1] == k:
-            given = change.weights_TK if part.is_floating_point() else change.given_TK
-            parts[place] = given.to(part).view_as(part)
+        elif given_TK is None or weights_TK is None:
+            continue
+        elif part is spread:
+            parts[place] = torch.zeros_like(part).scatter(-1, given_TK.to(part.device), weights_TK.to(part))
+        elif part.shape[-1] == k:
+            parts[place] = (weights_TK if part.is_floating_point() else given_TK).to(part).view_as(part)
     return tuple(parts) if isinstance(output, tuple) else parts[0]
 
 

@@ -124,7 +124,7 @@ def choices(output: Any, k: int, router: nn.Module | None = None) -> tuple[torch
     tensors = _tensors(output)
     indices = [part for part in tensors if not part.is_floating_point() and part.shape[-1] == k]
     floats = [part for part in tensors if part.is_floating_point()]
-    if (spread_TE := _spread(tensors)) is not None and bool((spread_TE != 0).sum(dim=-1).eq(k).all()):
+    if (spread_TE := spread_part(output)) is not None and bool((spread_TE != 0).sum(dim=-1).eq(k).all()):
         weights_TK, experts_TK = spread_TE.reshape(-1, spread_TE.shape[-1]).topk(k, dim=-1)
         return experts_TK, weights_TK.float()
     if len(indices) != 1 or not floats:
@@ -168,7 +168,7 @@ def router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
 def logits_part(output: Any, num_experts: int) -> torch.Tensor | None:
     """The tensor in a router's output that has the logits, as it is there."""
     tensors = _tensors(output)
-    spread = _spread(tensors)
+    spread = spread_part(output)
     found = [
         part for part in tensors if part.is_floating_point() and part.shape[-1] == num_experts and part is not spread
     ]
@@ -179,8 +179,9 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     return [part for part in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(part)]
 
 
-def _spread(tensors: list[torch.Tensor]) -> torch.Tensor | None:
-    """Weights of all experts, 0 where one is not chosen, in an output without indices; logits are not 0."""
+def spread_part(output: Any) -> torch.Tensor | None:
+    """The weights of all experts, 0 where one is not chosen, in an output without indices; logits are not 0."""
+    tensors = _tensors(output)
     if len(tensors) < 2 or not all(part.is_floating_point() for part in tensors):
         return None
     return next((part for part in tensors if bool((part == 0).any(dim=-1).all())), None)
