@@ -465,6 +465,7 @@ def test_what_does_not_fit_one_file_is_refused(command: Any, store: Path, tmp_pa
 
 
 def test_a_store_of_more_shards_than_files_may_be_open_is_explored(store: Path, tmp_path: Path) -> None:
+    # One process: a second one is told up to two seconds later what the first has indexed, and may answer next.
     given = [str(store), "--port", "0", "--processes", "1", "--index", str(tmp_path)]
     code = f"import sys; sys.argv[1:] = {given!r}"
     code += "; from jobs import explore; from jobs.console.terminal import run_job; run_job(explore.main)"
