@@ -40,7 +40,7 @@ START = [
     "--include-log-monitor=false", "--no-monitor",
 ]  # fmt: skip
 """Of a node, without what the tests do not use: it gives up where its agent is not there within 15 seconds."""
-HEAD = ["--include-dashboard=false", "--ray-client-server-port=0"]
+HEAD = ["--include-dashboard=false"]
 ANYWHERE = "8.8.8.8"
 """Whom a process of Ray would reach to learn its own address; it sends nothing."""
 OPTIONS: Mapping[str, Any] = {"shards": SHARDS, "seconds": 0.05, "workers": 2, "node_s": HUNG_S}
