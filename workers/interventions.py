@@ -88,7 +88,7 @@ def what_to_change(
         choose k experts.
     """
     if top_k is not None and not 1 <= top_k <= num_experts:
-        raise ValueError(f"--top_k is {top_k}, but must be from 1 to {num_experts}, the number of experts")
+        raise ValueError(f"--top_k is {top_k}, but must be 1 to {num_experts}, the number of experts")
     k = top_k or experts_per_token
     masked, forced = (
         sorted({pair for each in given for pair in _pairs(option, each, layers, num_experts)})

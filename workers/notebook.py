@@ -128,7 +128,7 @@ def capture_texts(
         for row in document_rows(ids, sequence_length, bos=bos, bos_id=tokenizer.bos_id)
     ]
     if not cut:
-        raise ValueError(f"no text has a token: all {len(texts)} texts are empty")
+        raise ValueError(f"no text has a token: {len(texts)} texts, all empty")
     documents, offsets, tokens, _ = zip(*cut, strict=True)
     positions = max(len(row) for row in tokens)
     rows = Rows(

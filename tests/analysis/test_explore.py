@@ -493,7 +493,7 @@ def test_one_data_set_that_cannot_be_read_leaves_the_others(store: Path, tmp_pat
     with serving(explorer) as address:
         assert "some cannot be shown: " in text_of(asked(f"{address}/")[2])
     shutil.rmtree(copy / "fake")
-    with pytest.raises(ValueError, match="is no capture that this version reads"):
+    with pytest.raises(ValueError, match="is not a capture that this version reads"):
         Explorer(str(copy))
 
 

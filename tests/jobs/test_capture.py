@@ -661,7 +661,7 @@ def test_a_name_that_zarr_needs_is_refused(
 ) -> None:
     refused = command("--dataset", texts, *options, "--name", name)
     assert refused.status == 2
-    assert "cannot name a data set" in refused.err
+    assert "is not a valid name of a data set" in refused.err
     assert not (tmp_path / "s.zarr").exists()
 
 

@@ -186,7 +186,7 @@ def test_captures_that_do_not_fit_are_refused_before_weights_are_read(
         (("--sequence_length", "16"), "sequence_length: the store has 32, this run has 16"),
         (("--rows_per_shard", "8"), "rows_per_shard: the store has 4, this run has 8"),
         (("--limit_documents", "2"), "limit_documents: the store has 4, this run has 2"),
-        (("--mask", "7:1"), "--routes_from gives all choices: leave out --mask"),
+        (("--mask", "7:1"), "--routes_from gives all choices: omit --mask"),
         (("--routes_from", tmp_path / "s.zarr" / "none"), "no data set 'none'"),
     ):
         refused = command(*base, "--name", "x", "--routes_from", own, *options)
@@ -201,7 +201,7 @@ def test_captures_that_do_not_fit_are_refused_before_weights_are_read(
     refused = command(*base, "--name", "x", "--routes_from", own)
     assert (refused.status, "is not complete" in refused.err) == (2, True)
     for options, message in (
-        (("--routes_weights",), "--routes_weights takes the weights of --routes_from, which is not given"),
+        (("--routes_weights",), "--routes_weights uses the weights of --routes_from, which is not given"),
         (("--mask", "9:1"), "--mask 9:1: there is no layer 9"),
         (("--mask", "7:1", "--force", "7:1"), "7:1 is given with both --mask and --force"),
         (("--mask", "7:*"), "--mask leaves 0 of 8 experts at layer 7"),

@@ -226,7 +226,7 @@ def test_a_limit_on_the_size_of_files_ends_the_job_as_a_full_disk_does(
     [
         ("gs://bucket/routes.zarr", "gs:// is not known here; name a folder, or s3://bucket/prefix"),
         ("file:///tmp/routes.zarr", "file:// is not known here"),
-        ("s3:///routes.zarr", "names no store: a bucket has 3 to 63"),
+        ("s3:///routes.zarr", "is not a store: a bucket's name has 3 to 63"),
         ("text.txt", "text.txt"),
         ("text.txt/deeper.zarr", "text.txt"),
     ],
@@ -244,7 +244,7 @@ def test_a_store_that_cannot_be_one_is_refused(
 def test_a_group_name_that_leaves_the_store_or_cannot_be_one_is_refused(
     command: Command, options: tuple[str, ...], text: Path, name: str
 ) -> None:
-    expect_line(command("--dataset", text, *options, f"--name={name}"), 2, "cannot name a data set in a store")
+    expect_line(command("--dataset", text, *options, f"--name={name}"), 2, "is not a valid name of a data set")
     assert sorted(path.name for path in text.parent.iterdir()) == ["text.txt"]
 
 

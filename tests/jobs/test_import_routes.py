@@ -61,7 +61,7 @@ def test_other_files_under_the_same_name_are_refused(tmp_path: Path, command: Ca
         (["--format", "sglang"], "--format sglang reads .jsonl, .json"),
         (["--format", "vllm", "--layers", "a"], "give numbers and ranges"),
         (["--format", "vllm", "--layers", "1,1"], "ascending numbers, each once"),
-        (["--format", "vllm", "--layers", "0-7"], "routes are of 3 layers, and the model has experts at 8"),
+        (["--format", "vllm", "--layers", "0-7"], "routes have 3 layers, but the model has experts at 8"),
         (["--format", "vllm", "--experts_per_token", "4"], "the files have 2 experts a token, and mixtral chooses 4"),
         (["--format", "vllm", "--num_experts", "4"], "it holds expert"),
         (["--format", "plain"], "is unknown, or missing"),
@@ -83,7 +83,7 @@ def test_files_that_are_not_there_and_a_model_that_is_not_known_are_named(
     path = vllm_http(tmp_path, sequences())
     options = ("--format", "vllm", "--store", tmp_path / "s", "--name", "a")
     ran = command(path, "--model", "nothing", *options, main=import_routes.main)
-    assert (ran.status, "no folder here" in ran.err) == (2, True)
+    assert (ran.status, "neither a folder" in ran.err) == (2, True)
 
 
 def test_weights_are_made_of_logits_as_the_family_does_or_as_one_says() -> None:

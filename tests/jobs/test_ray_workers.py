@@ -299,8 +299,8 @@ def test_a_store_that_no_node_sees_ends_the_job_with_the_reason_and_one_that_see
         assert job.status() == 1
     assert job.said.splitlines()[-1].startswith("error: 3 workers in a row could not work, the last one: Misplaced: ")
     assert "Traceback" not in job.said
-    refusal = f"{socket.gethostname()} does not see the store {private} that the driver writes"
-    assert f"{refusal} (it has no such capture): put the store where all nodes see it" in job.said
+    refusal = f"{socket.gethostname()} cannot see the store {private} that the driver writes"
+    assert f"{refusal} (it has no such capture): put the store where all nodes can read" in job.said
     assert job.attempts(LOAD) == [], "refused before a model is loaded"
     seeing = nodes.add(tmp_path)
     try:

@@ -302,7 +302,7 @@ def test_code_that_knows_only_captures_with_weights_refuses_one_without(
         assert metadata["attributes"]["schema_version"] == version
     monkeypatch.setattr("store.planned.WITHOUT_WEIGHTS", 1)  # as older code: 1 is all it knows
     assert PlannedGroup(tmp_path / "with", "own").attrs
-    with pytest.raises(ValueError, match="no capture that this version reads: its schema_version is 2"):
+    with pytest.raises(ValueError, match="not a capture that this version reads: schema_version is 2"):
         open_capture(tmp_path / "without", "own")
 
 

@@ -333,7 +333,7 @@ def test_other_scales_than_one_a_matrix_a_row_or_128_x_128_are_rejected_by_name(
 ) -> None:
     shutil.copytree(tiny_checkpoint(), tmp_path / "m")
     configure(tmp_path / "m", settings)
-    with pytest.raises(ValueError, match=rf"holds weights that are quantized already .*{said}"):
+    with pytest.raises(ValueError, match=rf"holds weights that are already quantized .*{said}"):
         load_model(tmp_path / "m", quantization="fp8", device="cpu")
 
 
@@ -359,7 +359,7 @@ def test_a_published_checkpoint_that_does_not_hold_what_is_asked_for_is_rejected
         load_model(folder, quantization="fp8", device="cpu")
     change(key, lambda tensors: tensors.update({f"{key}_scale": torch.ones(3)}))
     with pytest.raises(
-        ValueError, match=r"k_proj\.weight has scales of shape \(3,\), which is neither one scale nor one a row"
+        ValueError, match=r"k_proj\.weight has scales of shape \(3,\), which is neither one scale nor one for each"
     ):
         load_model(folder, quantization="fp8", device="cpu")
 

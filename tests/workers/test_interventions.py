@@ -308,7 +308,7 @@ def test_given_choices_that_do_not_fit_on_the_device_halve_the_micro_batch(
         ({"force": [(0, 8)]}, "--force 0:8: there is no expert 8; the experts of each layer are 0 to 7"),
         ({"mask": ["7:*"]}, "--mask leaves 0 of 8 experts at layer 7, but 2 are chosen for each token"),
         ({"mask": ["*:0-6"]}, "--mask leaves 1 of 8 experts at layer 0"),
-        ({"mask": ["1:0-4"], "top_k": 4}, "--mask leaves 3 of 8 experts at layer 1, and 4 are chosen"),
+        ({"mask": ["1:0-4"], "top_k": 4}, "--mask leaves 3 of 8 experts at layer 1, but 4 are chosen"),
         ({"force": ["3:0-2"]}, "--force gives 3 experts at layer 3, but 2 are chosen for each token"),
         ({"mask": ["7:1"], "force": ["*:1"]}, "7:1 is given with both --mask and --force"),
         ({"top_k": 9}, "--top_k is 9, but must be 1 to 8, the number of experts"),

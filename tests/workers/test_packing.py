@@ -148,7 +148,7 @@ def test_a_packed_checkpoint_that_is_not_whole_or_not_what_was_asked_for_is_refu
             load_model(folder, device="cpu")
     save_file(tensors, file, metadata={"format": "pt"})
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="cut short or overwritten"):
+    with pytest.raises(ValueError, match="truncated or overwritten"):
         load_model(folder, device="cpu")
 
 

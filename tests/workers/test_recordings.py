@@ -407,11 +407,12 @@ def test_a_checkpoint_without_its_head_or_with_a_quantized_one_is_refused_by_nam
         ModelEngine(loaded, ALL)
     scaled = {"lm_head.weight": head, "lm_head.weight_scale": torch.ones(1)}
     save_file(tensors | scaled, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"has a head that is quantized \(lm_head\.weight_scale\)"):
+    with pytest.raises(ValueError, match=r"has a quantized head \(lm_head\.weight_scale\)"):
         ModelEngine(loaded, ALL)
     save_file(tensors | {"lm_head.weight": head[:-1]}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"has lm_head\.weight of torch\.float32 \(127, 64\), and floats of \(128, 64\)"
+        ValueError,
+        match=r"has lm_head\.weight of torch\.float32 \(127, 64\), but --record logprob needs floats of \(128, 64\)",
     ):
         ModelEngine(loaded, ALL)
 

@@ -248,8 +248,8 @@ def kept_as_bfloat16(folder: Path) -> None:
     [
         (lambda folder: None, "fp4", ["holds nf4 weights", "'fp4' was asked for"]),
         (lambda folder: None, "none", ["holds nf4 weights", "'none' was asked for"]),
-        (configure(quant_method="gptq"), "nf4", ["quantized already (gptq)", "only those of bitsandbytes"]),
-        (configure(load_in_4bit=False, load_in_8bit=True), "nf4", ["quantized already (bitsandbytes, 8 bits)"]),
+        (configure(quant_method="gptq"), "nf4", ["already quantized (gptq)", "supported are those of bitsandbytes"]),
+        (configure(load_in_4bit=False, load_in_8bit=True), "nf4", ["already quantized (bitsandbytes, 8 bits)"]),
         (configure(bnb_4bit_use_double_quant=False), "nf4", ["without double quantization", "jobs/quantize.py"]),
         (quantize_one(f"{MOE}.gate.weight"), "nf4", ["1 matrices that must not be quantized", f"{MOE}.gate.weight"]),
         (leave_in_full, "nf4", ["1 matrices that should be quantized", "layers.0.self_attn.k_proj.weight"]),
@@ -286,7 +286,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
     with pytest.raises(ValueError, match="'int8' is none of nf4, fp4"):
         quantize_checkpoint(tiny, tmp_path / "int8", quantization="int8", device="cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"device cuda was asked for, and torch .* sees no GPU"):
+    with pytest.raises(ValueError, match=r"device cuda was requested, but torch .* sees no GPU"):
         quantize_checkpoint(tiny, tmp_path / "cuda", device="cuda")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(ValueError, match=rf"will take [\d,]+ bytes, and {tmp_path} has 1,000 free"):
