@@ -277,9 +277,9 @@ def test_a_real_checkpoint_is_captured_as_the_published_blocks_were(
     [
         ((), "give the text of a published domain"),
         (("--c4", "nowhere.txt"), "no data set 'nowhere.txt'"),
-        (("--c4", "empty.txt"), "--c4 empty.txt holds no text"),
+        (("--c4", "empty.txt"), "--c4 empty.txt contains no text"),
         (("--c4", "chat.jsonl"), "--c4 chat.jsonl holds conversations"),
-        (("--c4", "https://a/b.txt"), "no data set 'https://a/b.txt': addresses are not read; download"),
+        (("--c4", "https://a/b.txt"), "no data set 'https://a/b.txt': URLs are not supported; download"),
         (("--c4", "c4.txt", "--store", "s3://bucket/x"), "--store s3://bucket/x: a validation runs on this machine"),
     ],
 )

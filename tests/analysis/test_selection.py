@@ -230,7 +230,9 @@ def test_the_explorers_options_select_tokens_and_do_not_go_with_whole_texts(
     assert served[0].only == Selection(phases=("generated",))
     with pytest.raises(ValueError, match="served does not record the role of tokens"):
         explore.main([*common, "--role", "user"])
-    with pytest.raises(ValueError, match="--export writes whole texts: leave out --phase and --role"):
+    with pytest.raises(
+        ValueError, match="--export writes complete texts: it cannot be combined with --phase and --role"
+    ):
         explore.main([*common, "--export", str(tmp_path / "x.html"), "--document", "0"])
 
 
