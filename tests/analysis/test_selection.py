@@ -128,7 +128,7 @@ def test_loads_and_agreements_need_no_weights_and_what_needs_them_says_so() -> N
     xr.testing.assert_equal(with_weights["share"], without["share"])
     for name in ("mass", "mass_share"):
         assert bool(without[name].isnull().all())
-    with pytest.raises(ValueError, match="MeanWeights needs weight, and the routes of synthetic came without"):
+    with pytest.raises(ValueError, match="MeanWeights needs weight, which synthetic does not have"):
         scan(bare, [MeanWeights()])
     same, known = agreement(bare, bare), agreement(capture, capture)
     xr.testing.assert_equal(same["same_set"], known["same_set"])

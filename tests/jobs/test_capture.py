@@ -153,7 +153,7 @@ def test_what_print_config_prints_config_takes_and_the_command_line_goes_before_
     assert over == options | {"dataset": ["z"], "batch_tokens": 7}
     assert parse_capture(["--config", str(file), "--no-local"]).local is False
     for text, said in {
-        "dataset: [a]\nsequence_lenght: 3\nbatchtokens: 2": "unknown batchtokens, sequence_lenght; known are",
+        "dataset: [a]\nsequence_lenght: 3\nbatchtokens: 2": "unknown batchtokens, sequence_lenght; known options are",
         "- a": "contains list, but must contain option: value lines",
         "bos: {a: 1}": "bos holds",
         "a: [": "is not YAML",

@@ -71,7 +71,7 @@ def test_every_speaker_of_sharegpt_has_a_role_and_other_names_are_refused(tmp_pa
     assert [message["role"] for message in found] == roles
     assert [message["content"] for message in found] == list(said)
     path = write(tmp_path / "u.jsonl", {"conversations": [*TURNS, {"from": "narrator", "value": "x"}]})
-    with pytest.raises(ValueError, match=r"u\.jsonl:1: column 'conversations', message 2: the speaker 'narrator' is"):
+    with pytest.raises(ValueError, match=r"u\.jsonl:1: column 'conversations', message 2: unknown speaker 'narrator'"):
         messages(resolve_source(path))
 
 

@@ -193,7 +193,7 @@ def test_what_was_not_recorded_is_one_line_that_says_what_makes_it(
 ) -> None:
     ran = ask(f"--{question}")
     assert ran.status == 2
-    assert f"the routes of a came without; python jobs/capture.py --record {record} makes it" in ran.err
+    assert f"which a does not have; python jobs/capture.py --record {record} makes it" in ran.err
 
 
 def test_a_document_s_path_has_every_token_and_layer(store: Path, ask: Callable[..., Ran]) -> None:

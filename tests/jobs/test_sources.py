@@ -715,7 +715,7 @@ def test_hub_data_sets_are_resolved_to_a_commit_and_read_again_offline(tmp_path:
     assert "HF_HUB_OFFLINE" in unresolved
     assert "HF_TOKEN" in unresolved
     assert cached == alias
-    assert f"at commit {COMMIT}, but {COMMIT[::-1]} was asked for" in other
+    assert f"at commit {COMMIT}, but {COMMIT[::-1]} was requested" in other
 
 
 def test_a_private_data_set_needs_its_token(tmp_path: Path) -> None:
