@@ -140,7 +140,7 @@ def test_every_link_leads_somewhere_and_every_answer_has_its_policy(address: str
 @pytest.mark.parametrize(
     ("place", "status", "said"),
     [
-        ("/nothing", 404, "no data set 'nothing': here are fake, some"),
+        ("/nothing", 404, "no data set 'nothing': available are fake, some"),
         ("/fake/document/99", 404, "document 99: fake has documents 0 to 7"),
         ("/fake/document/0?page=99", 404, "page 99 of document 0: the document has pages 1 to"),
         ("/fake/document/0?page=x", 400, "page=x is no number"),

@@ -212,7 +212,7 @@ def test_ctrl_c_and_sigterm_in_a_real_capture_exit_130_and_143_and_the_same_comm
     for number, status, word in ((signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")):
         ended = interrupted(folder, number, done + 3)
         assert ended.returncode == status, ended.stderr
-        assert ended.stderr.splitlines()[-1].startswith(f"error: {word}: what was finished is kept")
+        assert ended.stderr.splitlines()[-1].startswith(f"error: {word}: finished work is kept")
         assert "Traceback" not in ended.stderr
         state = coverage(folder / "routes.zarr", "texts")
         assert done + 3 <= state.shards_done < state.shards_total
