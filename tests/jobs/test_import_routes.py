@@ -64,7 +64,7 @@ def test_other_files_under_the_same_name_are_refused(tmp_path: Path, command: Ca
         (["--format", "vllm", "--layers", "0-7"], "routes have 3 layers, but the model has experts at 8"),
         (["--format", "vllm", "--experts_per_token", "4"], "the files have 2 experts per token, but mixtral chooses 4"),
         (["--format", "vllm", "--num_experts", "4"], "it holds expert"),
-        (["--format", "plain"], "is unknown, or missing"),
+        (["--format", "plain"], "is unknown or missing"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_status_2(
