@@ -14,7 +14,7 @@ Options:
 
 If the head does not answer, the script waits for it. docs/options.md explains every option.
 Exit status: 0 complete, 1 something is still missing, 2 an error or no head answered, 3 only
-shards in quarantine are missing, 143 someone stopped the job, 130 or 143 interrupted.
+quarantined shards are missing, 143 the job was stopped, 130 or 143 interrupted.
 """
 
 import os

@@ -52,9 +52,7 @@ from jobs.sources.resolve import resolve_source
 if TYPE_CHECKING:
     import xarray as xr
 
-CHARACTERS_PER_TOKEN = (
-    6  # upper limit for reading; Mixtral's tokenizer has 4.7 in the demo's prose, 3.4 in its code (measured)
-)
+CHARACTERS_PER_TOKEN = 6  # upper limit; Mixtral's tokenizer has 4.7 in the demo's prose, 3.4 in its code (measured)
 ROWS_PER_SHARD = 34  # a third of the counted rows, the most that an interrupted validation loses (arbitrary)
 
 

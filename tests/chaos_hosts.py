@@ -41,7 +41,7 @@ START = [
 ]  # fmt: skip
 """Options of a node, without parts that the tests do not use: a node gives up if its agent is not ready within 15
 seconds."""
-HEAD = ["--include-dashboard=false", "--ray-client-server-port=0"]
+HEAD = ["--include-dashboard=false"]
 ANYWHERE = "8.8.8.8"
 """The address that a Ray process would contact to learn its own address; nothing is sent."""
 OPTIONS: Mapping[str, Any] = {"shards": SHARDS, "seconds": 0.05, "workers": 2, "node_s": HUNG_S}

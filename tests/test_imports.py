@@ -294,7 +294,7 @@ print(json.dumps([told, sorted(sys.modules)]))
     for script in COMMANDS:
         arguments, meant = TYPOS[script]
         wrong = next(part for part in arguments if part.startswith("--"))
-        about = f"there is no option {wrong}: did you mean {meant}? python jobs/{script}.py --help lists the options"
+        about = f"unknown option {wrong}: did you mean {meant}? python jobs/{script}.py --help lists the options"
         assert told[script] == about
     assert roots(loaded).isdisjoint({*HEAVY, "numba", "scipy", "xarray", "dask", "pandas", "altair"})
     assert list(tmp_path.iterdir()) == []

@@ -432,7 +432,7 @@ def test_an_address_that_is_no_data_set_is_refused_without_its_secrets(
     assert (refused.status, refused.out) == (2, "")
     assert "no data set '" in refused.err
     assert "…@" in refused.err
-    assert "addresses are not read; download the file, and give its path" in refused.err
+    assert "URLs are not supported; download the file and use its path" in refused.err
     assert SECRET not in refused.err
 
 

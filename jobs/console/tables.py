@@ -24,11 +24,7 @@ from rich.text import Text
 from jobs.console.terminal import shown
 
 GAP = 2  # cells between two columns
-BAR_CELLS, NARROW_BAR_CELLS, NARROW = (
-    12,
-    8,
-    60,
-)  # cells of a bar, and in a terminal with fewer cells than `NARROW` (arbitrary)
+BAR_CELLS, NARROW_BAR_CELLS, NARROW = 12, 8, 60  # cells of a bar, also in a narrower terminal (arbitrary)
 ELASTIC_CELLS = 12  # least cells of an elastic column before others are left out (arbitrary)
 
 Facts = Mapping[str, Any]
@@ -43,7 +39,7 @@ class Column:
     left: bool = False
     """Left-aligned, for words; numbers are right-aligned."""
     elastic: bool = False
-    """Cut with "…" where a terminal is narrow; one column of a table may be."""
+    """Truncated with "…" in a narrow terminal; at most one column of a table."""
     spare: int = 0
     """In a narrow terminal, the column with the highest number is left out first, and one with 0 never."""
     style: Callable[[Facts], str] = lambda row: ""
@@ -84,9 +80,7 @@ def stdout_console() -> Console:
     It also counts as a terminal if FORCE_COLOR is set.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # tokens may be in any script, and the locale may not support it
+        sys.stdout.reconfigure(errors="backslashreplace")  # tokens may be in scripts outside the locale
     return _Stdout(highlight=False, markup=False, emoji=False)
 
 
@@ -121,9 +115,7 @@ def print_table(
     if any(isinstance(column, Bars) for column in kept) and note:
         print_line(console, note, style="dim")
     if left_out := [column.name for column in texts if column not in kept]:
-        print_line(
-            console, f"columns left out for lack of width ({console.width} cells): {', '.join(left_out)}", style="dim"
-        )
+        print_line(console, f"{console.width} cells are too few for: {', '.join(left_out)}", style="dim")
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ def test_the_header_says_what_was_looked_at_and_where_the_data_sets_differ() -> 
     assert told["Quantization"] == "nf4 (a); int8 (b)"
     tokens = sum(int(((c["token"] >= 0) & (c["token"] != 1)).sum()) for c in captures.values())
     assert told["Tokens"] == f"{tokens:,}"
-    assert (told["Data sets"], told["Drawn"]) == ("2: a and b", "7 March 2026")
+    assert (told["Data sets"], told["Generated"]) == ("2: a and b", "7 March 2026")
     shards = sum(each.state.shards_total for each in answers)
     assert told["Coverage"] == f"complete: {shards} of {shards} shards"
 
@@ -170,7 +170,7 @@ def test_the_explorer_has_the_pages_that_a_report_names(store: Path, tmp_path: P
 
 def test_an_explorer_that_cannot_be_linked_is_refused(store: Path, tmp_path: Path, command: Any) -> None:
     ran = command(store, "--explorer", "javascript:alert(1)", main=job.main)
-    assert (ran.status, "begins with http:// or https://" in ran.err) == (2, True)
+    assert (ran.status, "must begin with http:// or https://" in ran.err) == (2, True)
     with pytest.raises(ValueError, match="the explorer of one store, but 2"):
         report.write_report([store, store], tmp_path / "r.html", explorer="http://localhost:1")
 

@@ -99,7 +99,7 @@ def test_one_or_several_data_sets_become_groups_of_one_store(
     np.testing.assert_array_equal(tree["x"]["expert"], tree["second"]["expert"])
     clash = command("--dataset", one, "--dataset", one, *options)
     assert (clash.status, clash.err.count("\n")) == (2, 1)
-    assert "2 data sets would be named 'first-book': tell them apart with --name" in clash.err
+    assert "2 data sets would be named 'first-book': give them different names with --name" in clash.err
     unequal = command("--dataset", one, "--dataset", two, "--name", "x", *options)
     assert unequal.status == 2
     assert "--name is given 1 times and --dataset 2 times" in unequal.err
@@ -153,8 +153,8 @@ def test_what_print_config_prints_config_takes_and_the_command_line_goes_before_
     assert over == options | {"dataset": ["z"], "batch_tokens": 7}
     assert parse_capture(["--config", str(file), "--no-local"]).local is False
     for text, said in {
-        "dataset: [a]\nsequence_lenght: 3\nbatchtokens: 2": "unknown batchtokens, sequence_lenght; known are",
-        "- a": "holds list, and must hold option: value lines",
+        "dataset: [a]\nsequence_lenght: 3\nbatchtokens: 2": "unknown batchtokens, sequence_lenght; known options are",
+        "- a": "contains list, but must contain option: value lines",
         "bos: {a: 1}": "bos holds",
         "a: [": "is not YAML",
     }.items():
@@ -273,7 +273,7 @@ def test_a_dry_run_of_every_document_is_exact_and_warns_of_empty_rows(
     dry = command("--dataset", texts, *options, "--sequence_length", 1024, "--dry_run")
     count = sum(len(ids) for ids in load_tokenizer(tiny_checkpoint()).encode_batch(list(TEXTS.values())))
     assert said(dry.out, "tokens") == f"{count:,} ± 0 (95 %, from 4 documents tokenized)"
-    assert said(dry.out, "time") == "unknown (give --rate TOKENS_PER_SECOND)"
+    assert said(dry.out, "time") == "unknown (use --rate TOKENS_PER_SECOND)"
     assert "rows are mostly empty" in dry.out
 
 
@@ -476,7 +476,7 @@ def test_conversations_have_a_role_for_every_token(command: Command, options: tu
     assert speaker[2].replace("▁", " ").strip() == ("A gate. " * 20).strip()
     refused = command("--dataset", file, *options, "--bos", "row", "--name", "other")
     assert refused.status == 2
-    assert "--bos row: conversations begin as the chat template says" in refused.err
+    assert "--bos row: the chat template determines how conversations begin" in refused.err
 
 
 IDENTITY = {
@@ -670,7 +670,7 @@ def test_a_folder_of_other_things_is_no_place_for_a_store(
 ) -> None:
     refused = command("--dataset", texts, *options[:-2], "--store", texts)
     assert refused.status == 2
-    assert "is no store, and holds" in refused.err
+    assert "is not a store and contains" in refused.err
     empty = command("--dataset", texts, *options[:-2], "--store", "")
     assert empty.status == 2
     assert "--store is empty" in empty.err

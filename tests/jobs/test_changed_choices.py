@@ -119,7 +119,7 @@ def test_the_effect_is_told_where_both_recorded_predictions(command: Command, ba
     assert f"effect on predictions: {difference[known].mean():+.4f} nats a token in the second capture" in told
     assert f"{known.sum():,} tokens)" in told
     assert f"mask: [] and {masked.attrs['mask']}" in told
-    assert "tokens that lose most" in told
+    assert "tokens with the largest losses" in told
     found = json.loads(command(path / "whole", path / "masked", "--json", main=compare.main).out)
     assert found["effect"]["effect"] == pytest.approx(difference[known].mean(), abs=1e-6)
     assert (found["effect"]["n"], found["differ"]["mask"]) == (known.sum(), [[], masked.attrs["mask"]])
@@ -155,7 +155,7 @@ def test_the_effect_is_told_where_both_recorded_predictions(command: Command, ba
     assert f"0.00% below layer 3; {shares['changed']:.2%} at the 2 changed layers; {shares['above']:.2%} at the" in told
     same = command(path / "whole", path / "whole", main=compare.main).out
     assert "effect on predictions: +0.0000 nats" in same
-    assert "tokens that lose most" not in same
+    assert "tokens with the largest losses" not in same
     assert "changed" not in same
 
 
@@ -195,7 +195,7 @@ def test_captures_that_do_not_fit_are_refused_before_weights_are_read(
     refused = command("--dataset", other, *base[2:], "--name", "x", "--routes_from", own)
     assert (refused.status, "holds routes of other tokens, or of another model:\n  text_" in refused.err) == (2, True)
     refused = command("--dataset", other, *base, "--routes_from", own)
-    assert "--routes_from is one capture, and --dataset is given 2 times" in refused.err
+    assert "--routes_from is one capture, but --dataset is given 2 times" in refused.err
     group = store.CaptureGroup(tmp_path / "s.zarr", "own")
     group.discard(0)
     refused = command(*base, "--name", "x", "--routes_from", own)

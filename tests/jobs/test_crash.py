@@ -143,7 +143,7 @@ def test_killed_while_the_group_is_created(driver: Driver, truth: Truth, tmp_pat
 @pytest.mark.slow
 def test_killed_while_the_text_is_planned(driver: Driver, truth: Truth, tmp_path: Path) -> None:
     steps = range(made(truth), planned(truth))
-    assert {"before put fake/token/plan.json", "torn fake/length/c/0", "invisible fake/token/c/4/0"} <= {
+    assert {"before put_over fake/token/plan.json", "torn fake/length/c/0", "invisible fake/token/c/4/0"} <= {
         truth.steps[step] for step in steps
     }
     for step in some(steps):
@@ -212,7 +212,7 @@ def test_ctrl_c_and_sigterm_in_a_real_capture_exit_130_and_143_and_the_same_comm
     for number, status, word in ((signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")):
         ended = interrupted(folder, number, done + 3)
         assert ended.returncode == status, ended.stderr
-        assert ended.stderr.splitlines()[-1].startswith(f"error: {word}: what was finished is kept")
+        assert ended.stderr.splitlines()[-1].startswith(f"error: {word}: finished work is kept")
         assert "Traceback" not in ended.stderr
         state = coverage(folder / "routes.zarr", "texts")
         assert done + 3 <= state.shards_done < state.shards_total

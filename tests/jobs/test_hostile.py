@@ -105,7 +105,7 @@ def test_bytes_that_are_no_text_are_replaced_and_counted_and_markup_stays_text(
     file.write_bytes(b"\n".join([*lines, json.dumps({"text": markup, "id": "<script>"}).encode()]))
     ran = command("--dataset", file, *options)
     assert ran.status == 0, ran.err
-    assert "2 with bytes that are no text replaced" in ran.err
+    assert "2 with invalid bytes replaced" in ran.err
     data = store.open_capture(tmp_path / "s.zarr", "bad").load()
     tokenizer = load_tokenizer(tiny_checkpoint())
     wanted = ["lone \ufffd surrogate", "in\ufffdvalid \ufffd(", markup]

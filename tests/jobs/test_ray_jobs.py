@@ -229,9 +229,10 @@ def test_an_address_where_nobody_listens_is_refused_with_one_line(
 def test_a_store_in_the_copy_that_ray_makes_for_a_job_is_refused(head: Head, copies: tuple[Path, Path]) -> None:
     ran = head.submit("--working-dir", ".", "--", *CAPTURE, "--store", "routes.zarr", cwd=copies[1])
     assert ran.returncode == 1
-    assert "error: --store routes.zarr would lie in " in said(ran)
-    assert "a copy that is removed after the job: give an absolute path on a file system that all nodes see" in said(
-        ran
+    assert "error: --store routes.zarr would be in " in said(ran)
+    assert (
+        "a copy that is removed after the job: use an absolute path on a file system that all nodes can access"
+        in said(ran)
     )
     assert "Traceback" not in said(ran)
 

@@ -172,7 +172,7 @@ def test_where_no_token_follows_another_there_is_no_log_probability(tiny_model: 
 
 def test_no_array_of_tokens_by_vocabulary_is_made(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, rows, sizes = ModelEngine(tiny_model, ALL), random_rows(12), []
-    head = engine.recorder.recordings[-1].head  # type: ignore[attr-defined]
+    head = engine.recorder.recordings[-2].head  # type: ignore[attr-defined]
     whole = engine.route(rows.token, rows.length)["logprob"]
     original = head.logits
     monkeypatch.setattr(head, "rows", 7)
