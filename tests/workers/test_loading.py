@@ -449,7 +449,7 @@ def test_arguments_that_cannot_be_met_are_refused_with_what_would_do(
 ) -> None:
     with pytest.raises(ValueError, match="'q4' is none of nf4, fp4, mxfp4, fp8, int8, none"):
         load_model(tiny, quantization="q4", device="cpu")
-    with pytest.raises(ValueError, match="routers are quantized as nf4 or fp4, and quantization is 'int8'"):
+    with pytest.raises(ValueError, match="routers can be quantized only as nf4 or fp4, but quantization is 'int8'"):
         load_model(tiny, quantization="int8", quantize_gates=True, device="cpu")
     with pytest.raises(ValueError, match="'half' is none of float32, bfloat16, float16"):
         load_model(tiny, dtype="half", device="cpu")
