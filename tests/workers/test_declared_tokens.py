@@ -1,4 +1,4 @@
-"""A vocabulary that the files beside a tokenizer extend gives the same ids in every layout."""
+"""A vocabulary that is extended by the files next to a tokenizer gives the same ids in every layout."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Ids are sentencepiece's own, whatever the text and however it is cut."""
+"""Ids are sentencepiece's own for every text and every way to cut it."""
 
 import hashlib
 import importlib.util
@@ -212,7 +212,7 @@ def test_an_unreachable_hub_says_how_to_give_a_folder(monkeypatch: pytest.Monkey
 
 
 def test_a_model_file_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores turned round stand for a model whose pieces the merges cannot build."""
+    """Reversed scores represent a model whose pieces the merges cannot build."""
     monkeypatch.setattr(SentencePieceProcessor, "get_score", lambda self, i: float(i))
     with pytest.raises(ValueError, match="is no BPE model with byte fallback"):
         sentencepiece_tokenizer(MODEL_FILE)
