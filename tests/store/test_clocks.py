@@ -126,7 +126,8 @@ def test_a_host_that_stood_still_while_it_watched_looks_again_before_it_takes_ov
 
 
 READ = {"store/lease.py": 1, "analysis/explorer/index.py": 1}
-"""Where a date is read, and how often: it is printed, or compared with others of the same file system's clock."""
+"""Where a date is read, and how often: it is printed, or compared with others from the clock of the same file
+system."""
 DATES = {"time", "time_ns", "now", "utcnow", "today", "st_mtime", "st_mtime_ns", "st_ctime", "last_modified"}
 
 
