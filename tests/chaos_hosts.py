@@ -1,8 +1,8 @@
-"""A Ray cluster of several hosts between which links break: a part of `make chaos`.
+"""A Ray cluster of several hosts whose links break: a part of `make chaos`.
 
-Each partition has a bucket of its own. Where the cut hits, a shard is in work: it holds until the test lets it go on.
-What must hold at the end is asked of each: the store of an undisturbed run, which `--verify` reads back, each shard
-committed once, and nothing left beside it.
+Each partition has its own bucket. The cut hits a worker with a shard in progress, which waits until the test lets it
+continue. At the end each must have the store of an undisturbed run, which `--verify` reads back, each shard committed
+once, and nothing else.
 """
 
 import os
@@ -33,16 +33,17 @@ from test_ray_workers import Job
 HERE = Path(__file__).parent
 PORT, SHARDS, NEVER = 6379, 8, 10**6
 DEAD_S = 6
-"""Seconds after which a host that does not answer is taken for dead."""
+"""Seconds after which a host that does not answer is considered dead."""
 PORTS = {"node-manager": 7000, "dashboard-agent-grpc": 7001, "runtime-env-agent": 7002, "metrics-export": 7003}
 START = [
     *(f"--{what}-port={port}" for what, port in PORTS.items()), "--object-store-memory=100000000",
     "--include-log-monitor=false", "--no-monitor",
 ]  # fmt: skip
-"""Of a node, without what the tests do not use: it gives up where its agent is not there within 15 seconds."""
+"""Options of a node, without parts that the tests do not use: a node gives up if its agent is not ready within 15
+seconds."""
 HEAD = ["--include-dashboard=false"]
 ANYWHERE = "8.8.8.8"
-"""Whom a process of Ray would reach to learn its own address; it sends nothing."""
+"""The address that a Ray process would contact to learn its own address; nothing is sent."""
 OPTIONS: Mapping[str, Any] = {"shards": SHARDS, "seconds": 0.05, "workers": 2, "node_s": HUNG_S}
 
 
@@ -52,11 +53,11 @@ class Cluster:
     Parameters
     ----------
     network
-        Of the hosts.
+        The network of the hosts.
     folder
-        Of its files, and of the tests'.
+        For its files and those of the tests.
     environment
-        Of everything that runs in it.
+        The environment of everything that runs in it.
     """
 
     def __init__(self, network: Network, folder: Path, environment: dict[str, str]) -> None:
@@ -73,7 +74,7 @@ class Cluster:
         self._start("head", "--head", f"--port={PORT}", "--num-cpus=0", *HEAD)
 
     def begin(self) -> None:
-        """Whole again, and with a bucket and a script that are new."""
+        """Restore all links, with a new bucket and a new script."""
         self.network.mend()
         for name in self.network.hosts:
             self.network.plug(name)
@@ -84,7 +85,7 @@ class Cluster:
         self.hold(*range(SHARDS))
 
     def join(self, *names: str, gpus: int = 1) -> None:
-        """Have hosts join the cluster that are not in it."""
+        """Let hosts join the cluster that are not part of it."""
         for name in names:
             if not self.has_a_node(name):
                 self._start(
@@ -92,19 +93,19 @@ class Cluster:
                 )
 
     def _start(self, name: str, *options: str) -> None:
-        """Start a node; again where it gives up."""
+        """Start a node; try again if it gives up."""
         host = self.network[name]
         command = [*RAY, "start", *options, f"--node-ip-address={host.address}", *START]
 
         def starts() -> bool:
-            host.signal(signal.SIGKILL)  # what is left of the try before
+            host.signal(signal.SIGKILL)  # remains of the previous try
             with (self.folder / f"{name}.log").open("a") as log:
                 return host.popen(command, stdout=log, stderr=log, env=self.environment).wait(HUNG_S) == 0
 
         wait_until(starts, f"the node on {name} starts")
 
     def has_a_node(self, name: str) -> bool:
-        """Whether a node listens on a host, as it is seen from there."""
+        """Whether a node listens on a host, as seen from that host."""
         host = self.network[name]
         with suppress(OSError), host.network():
             socket.create_connection((host.address, PORTS["node-manager"]), timeout=HUNG_S).close()
@@ -132,23 +133,23 @@ class Cluster:
         return [one for one in found if shard is None or one.what == str(shard)]
 
     def begun(self, job: Job, host: str, shard: int | None = None, count: int = 1) -> int:
-        """The shard that is begun on a host, the last of so many, once there are."""
+        """Wait until a number of shards have started on a host; returns the last one."""
         job.until(lambda: len(self.attempts(host, shard)) >= count, f"{host} has begun {count} shards")
         return int(self.attempts(host, shard)[count - 1].what)
 
     def hold(self, *shards: int, on: str = "") -> None:
-        """From now on these shards hold, on one host or on all, and no others."""
+        """From now on only these shards wait, on one host or on all."""
         for shard in range(SHARDS):
             self.script.write(shard, *[f"hold {on}".strip()] * (shard in shards))
 
     def committed_by(self, job: Job, shard: int, host: str) -> None:
-        """Wait until a shard's commit stands, and see whose it is."""
+        """Wait until a shard is committed, and return who committed it."""
         key = f"fake/expert/commits/{shard}.json"
         job.until(lambda: key in self.bucket.puts(), f"shard {shard} is committed")
         assert f'"worker": "{host}:' in self.bucket.files()[key].decode()
 
     def law(self) -> dict[str, Any]:
-        """What must hold at the end; how many shards were begun again."""
+        """Check what must hold at the end; returns how many shards were started again."""
         clean = self.work / "clean.zarr"
         assert fake_capture(clean, numbered_texts(SHARDS), batch_tokens=TOKENS_A_SHARD).complete
         expected, files = store_files(clean), self.bucket.files()
@@ -200,17 +201,17 @@ def cluster(*names: str, dead_s: float = DEAD_S) -> Iterator[Cluster]:
 
 
 def two_at_work(on: Cluster, job: Job) -> tuple[int, int]:
-    """The shards that hold on the hosts "b" and "c"."""
+    """The shards that wait on the hosts "b" and "c"."""
     return on.begun(job, "b"), on.begun(job, "c")
 
 
 def driver_lost_for_a_while(on: Cluster) -> None:
-    """A worker's host loses the driver and keeps the store; the link returns before Ray takes the node for dead."""
+    """A worker's host loses the driver and keeps the store; the link returns before Ray considers the node dead."""
     with on.job() as job:
         shard, _ = two_at_work(on, job)
         on.network.cut("head", "b")
         on.hold(shard)
-        on.begun(job, "c", shard)  # at the tail, what is late is given to another worker
+        on.begun(job, "c", shard)  # at the end, a late shard is given to another worker
         on.hold(shard, on="c")
         on.committed_by(job, shard, "b")
         on.network.mend()
@@ -219,7 +220,7 @@ def driver_lost_for_a_while(on: Cluster) -> None:
 
 
 def driver_lost(on: Cluster) -> None:
-    """A worker's host loses the driver and keeps the store; the link returns after Ray took the node for dead."""
+    """A worker's host loses the driver and keeps the store; the link returns after Ray considers the node dead."""
     with on.job() as job:
         shard, _ = two_at_work(on, job)
         on.network.cut("head", "b")
@@ -255,7 +256,7 @@ def driver_taken_over(on: Cluster) -> None:
         on.network.unplug("one")
         with on.job("other", stale_s=3.0) as second:
             second.until(lambda: f"fake: {SHARDS} documents" in second.said, "it has taken over, and plans")
-            on.hold()  # also what workers of the first one are at, if they live
+            on.hold()  # also the shards of the first driver's workers, if they are alive
             assert second.status() == 0, second.said
         on.network.plug("one")
         assert first.status() == 1, first.said
@@ -280,7 +281,7 @@ PARTITIONS: Sequence[tuple[float, Sequence[Callable[[Cluster], None]]]] = [
     (NEVER, [driver_lost_for_a_while]),
     (DEAD_S, [driver_lost, store_lost, node_that_returns, driver_taken_over]),
 ]
-"""With the seconds after which Ray takes a host for dead that does not answer."""
+"""The partitions, with the seconds after which Ray considers a host dead that does not answer."""
 
 
 def partitions() -> Iterator[dict[str, Any]]:
@@ -299,7 +300,7 @@ def partitions() -> Iterator[dict[str, Any]]:
 
 
 def tried(part: Callable[[Cluster], None], on: Cluster) -> dict[str, Any]:
-    """A partition's row; where it does not end as it must, the others are tried too."""
+    """A partition's row. If it fails, the others are still tried."""
     row = {"what": (part.__doc__ or "").rstrip("."), "times": 1, "survived": 0}
     try:
         on.begin()

@@ -1,4 +1,4 @@
-"""Debian's Chromium without a screen, which the tests of pages and the pictures of the documentation look through."""
+"""Debian's Chromium in headless mode, for the tests of pages and the pictures of the documentation."""
 
 import shutil
 from collections.abc import Iterator

@@ -1,9 +1,10 @@
-"""A capture of the faulty model on the cluster of $RAY_ADDRESS, or with `local`: a process, which a test may kill.
+"""A capture of the faulty model on the cluster of $RAY_ADDRESS, or with `local`, in a process that a test may kill.
 
 Its argument is JSON: `store`, `script`, `shards`, `seconds` that a shard takes, `device`, and options of the capture.
-Exit status and messages are those of `jobs/capture.py`. With `stay`, it keeps its connection until its input ends;
-`placeless_s` are the seconds without a GPU after which it says so, `node_s` those that it waits for the end of a node,
-`stale_s` those after which the lease of another host is stale, `patience_s` those after which workers give S3 up.
+Exit status and messages are those of `jobs/capture.py`. With `stay`, it keeps its connection until its input ends.
+`placeless_s` are the seconds after which it reports that there is no GPU, `node_s` the seconds for which it waits for
+the end of a node, `stale_s` those after which the lease of another host is stale, and `patience_s` those after which
+workers stop trying to reach S3.
 """
 
 import json
@@ -34,7 +35,7 @@ dispatch.PAUSES_S = (0.0, 2.0)
 
 
 class Clock:
-    """The clock of the loop, which goes ahead as the script says: workers are late or hung when a test wants it.
+    """The clock of the loop, which is moved ahead by the script, so that a test decides when workers are late or hung.
 
     Parameters
     ----------

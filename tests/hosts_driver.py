@@ -1,9 +1,9 @@
-"""Captures and verifications in one host: reads options as JSON, a line each, and prints the exit status of each.
+"""Captures and verifications in one host: reads options as lines of JSON and prints the exit status of each.
 
-Each is a fork, made before anything speaks to a server. Before the first of the writes of `holds`, as
-"put_new fake/expert/commits/2.json", it makes the file `held 0` in its folder and waits for the file `go 0`, before the
-second one `held 1`, and so on. With `until_lost`, it waits after such a write, before anything else is done in that
-thread, until it has noticed that another job has its lease.
+Each runs in a fork that is made before anything connects to a server. Before the first of the writes of `holds`, such
+as "put_new fake/expert/commits/2.json", it creates the file `held 0` in its folder and waits for the file `go 0`;
+before the second one it creates `held 1`, and so on. With `until_lost`, the thread then waits after such a write until
+it has noticed that another job has its lease.
 """
 
 import json
@@ -33,7 +33,7 @@ held_leases: list[Lease] = []
 
 
 def hold_at(writes: list[str], folder: Path, *, until_lost: bool) -> None:
-    """Hold before each of these writes, the first time."""
+    """Wait before each of these writes, the first time."""
 
     def holding(name: str, method: Any) -> Any:
         def call(self: object, key: str, *data: bytes) -> Any:
@@ -56,14 +56,14 @@ def hold_at(writes: list[str], folder: Path, *, until_lost: bool) -> None:
 
 @contextmanager
 def remembered(group: CaptureGroup) -> Iterator[Lease]:
-    """The lease, which `hold_at` looks at."""
+    """The lease, which `hold_at` checks."""
     with lease.lease(group) as held:
         held_leases.append(held)
         yield held
 
 
 def work(options: dict[str, Any]) -> int:
-    """Capture, or verify; the exit status."""
+    """Capture or verify; returns the exit status."""
     store, folder = options["store"], Path(options["folder"])
     if options["verify"]:
         return status.main([store, "--verify"])
@@ -75,7 +75,7 @@ def work(options: dict[str, Any]) -> int:
 
 
 def run(options: dict[str, Any]) -> int:
-    """Do it in a fork; its exit status, negative for the signal that ended it."""
+    """Run it in a fork; returns its exit status, negative for the signal that ended it."""
     child = os.fork()
     if child == 0:
         try:
@@ -85,7 +85,7 @@ def run(options: dict[str, Any]) -> int:
             run_job(lambda _: work(options))
         except SystemExit as ended:
             os._exit(int(ended.code or 0))
-        finally:  # whatever else it ended with
+        finally:  # however it ended
             sys.excepthook(*sys.exc_info())
             os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -745,4 +745,4 @@ def test_fp8_products_are_told_before_and_after_and_two_runs_of_them_are_equal_t
     assert "--matmul fp8" in str(reproducing(group.attrs))
     refused = command("--dataset", texts, *options, "--quantization", "none", "--matmul", "fp8")
     assert refused.status == 2
-    assert "fp8 products are for weights in nf4, fp4 or fp8, and quantization is 'none'" in refused.err
+    assert "fp8 products are for weights in nf4, fp4 or fp8, but quantization is 'none'" in refused.err

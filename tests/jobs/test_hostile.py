@@ -224,8 +224,8 @@ def test_a_limit_on_the_size_of_files_ends_the_job_as_a_full_disk_does(
 @pytest.mark.parametrize(
     ("store_path", "said"),
     [
-        ("gs://bucket/routes.zarr", "gs:// is not known here; name a folder, or s3://bucket/prefix"),
-        ("file:///tmp/routes.zarr", "file:// is not known here"),
+        ("gs://bucket/routes.zarr", "gs:// is not supported; use a folder or s3://bucket/prefix"),
+        ("file:///tmp/routes.zarr", "file:// is not supported"),
         ("s3:///routes.zarr", "is not a store: a bucket's name has 3 to 63"),
         ("text.txt", "text.txt"),
         ("text.txt/deeper.zarr", "text.txt"),

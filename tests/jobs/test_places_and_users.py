@@ -76,7 +76,7 @@ def test_a_folder_that_ray_cannot_write_is_named_with_the_variable_that_sets_ano
     monkeypatch.setattr(connection, "catch_sigterm", lambda: None)
     monkeypatch.setattr(os, "environ", {})
     with (
-        pytest.raises(ValueError, match=r"cannot write its files .*'/tmp/ray'.*: set RAY_TMPDIR to a folder"),
+        pytest.raises(ValueError, match=r"cannot write its files .*'/tmp/ray'.*: set RAY_TMPDIR to a writable folder"),
         connection.connection(),
     ):
         raise AssertionError("connected")

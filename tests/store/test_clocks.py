@@ -99,7 +99,7 @@ def test_a_host_whose_clock_is_wrong_takes_over_and_is_refused_as_others_are(
     else:
         assert "is being captured by process" in result
         assert seconds <= lease.RENEW_S + lease.LOOK_S, "a holder that lives is seen at its next renewal"
-    assert said.endswith("on elsewhere since then: waiting up to 120 s to see whether it lives")
+    assert said.endswith("on elsewhere since then: waiting up to 120 s to see whether it is alive")
 
 
 def test_a_host_that_stood_still_while_it_watched_looks_again_before_it_takes_over() -> None:

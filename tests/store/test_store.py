@@ -495,7 +495,7 @@ def test_who_replaces_an_object_on_a_disk_waits_for_the_one_who_does_so_and_then
     monkeypatch.setattr(objects_module, "LOCK_TRIES", 1)
     with (tmp_path / "a").open("rb") as stopped:
         fcntl.flock(stopped, fcntl.LOCK_EX)
-        with pytest.raises(TimeoutError, match="another process has locked this file and stands still"):
+        with pytest.raises(TimeoutError, match="another process has locked this file and does not continue"):
             objects.put_over("a", b"first's", b"new")
 
 
@@ -685,7 +685,7 @@ def test_a_process_id_of_another_container_says_nothing_though_its_host_has_the_
     def watches(why: str) -> None:
         raise TimeoutError(why)
 
-    with pytest.raises(TimeoutError, match="to see whether it lives"), lease.lease(group, watches):
+    with pytest.raises(TimeoutError, match="to see whether it is alive"), lease.lease(group, watches):
         pytest.fail("the lease of a living job was taken")
 
 
@@ -773,7 +773,7 @@ def test_who_holds_the_lease_is_told_with_how_alive_it_is(tmp_path: Path) -> Non
     assert str(lease.lease_holder(group)).endswith(", which is gone")
     put_holder(group, host="elsewhere", processes=["elsewhere"], process_start="1", renewed=1234)
     told = str(lease.lease_holder(group))
-    assert re.search(r" on elsewhere since .*, renewed 1,234 times \(every 20 s while it lives\)$", told)
+    assert re.search(r" on elsewhere since .*, renewed 1,234 times \(every 20 s while it is alive\)$", told)
 
 
 # --- Notes beside the commits ---------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def test_fused_experts_of_another_number_are_refused(fused: Path, tmp_path: Path
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.experts.down_proj"
     save_file(tensors | {name: tensors[name][:7].contiguous()}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down has 7 matrices .* and 8 in the conf"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down has 7 matrices .* but 8 in the conf"):
         load_model(folder, quantization="nf4", device="cpu")
 
 
@@ -449,7 +449,7 @@ def test_arguments_that_cannot_be_met_are_refused_with_what_would_do(
 ) -> None:
     with pytest.raises(ValueError, match="'q4' is none of nf4, fp4, mxfp4, fp8, int8, none"):
         load_model(tiny, quantization="q4", device="cpu")
-    with pytest.raises(ValueError, match="routers are quantized as nf4 or fp4, and quantization is 'int8'"):
+    with pytest.raises(ValueError, match="routers can be quantized only as nf4 or fp4, but quantization is 'int8'"):
         load_model(tiny, quantization="int8", quantize_gates=True, device="cpu")
     with pytest.raises(ValueError, match="'half' is none of float32, bfloat16, float16"):
         load_model(tiny, dtype="half", device="cpu")

@@ -271,7 +271,7 @@ def test_weights_stand_last_before_the_indices_where_other_parts_have_their_shap
     ],
 )
 def test_an_output_without_one_set_of_choices_is_refused_with_its_shapes(output: Any) -> None:
-    with pytest.raises(RoutingError, match=r"no choices of 2 experts a token in what the router returned: \["):
+    with pytest.raises(RoutingError, match=r"no choices of 2 experts per token in the router's output: \["):
         in_order(*choices(output, 2))
 
 
@@ -378,7 +378,7 @@ FAULTS: dict[str, tuple[Broken, str]] = {
     "one expert twice": (altered(lambda w, e: (w, e[:, :1].expand(-1, 2).contiguous())), "one twice for a token"),
     "a weight that is NaN": (altered(lambda w, e: (last_column(w, float("nan")), e)), "weights are not finite"),
     "a weight that is infinite": (altered(lambda w, e: (last_column(w, float("inf")), e)), "weights are not finite"),
-    "too few rows": (altered(lambda w, e: (w[:-1], e[:-1])), "its router chose for 191 tokens of 192"),
+    "too few rows": (altered(lambda w, e: (w[:-1], e[:-1])), "its router chose for 191 tokens instead of 192"),
     "rows in another order": (altered(lambda w, e: (w.flip(0), e.flip(0))), "of an earlier batch or another layer"),
 }
 
