@@ -37,7 +37,7 @@ WRITES = [
     "put_new fake/expert/environment.json",
 ]
 """In the middle of which a driver is cut off: the first one here, all of them in `make chaos`."""
-OVERTAKEN = re.compile("was taken over by another job|another job that took this one for dead writes it")
+OVERTAKEN = re.compile("was (taken over|made) by another job|another job that took this one for dead writes it")
 COMMITTED = re.compile("fake/(expert|weight)/c/|fake/expert/commits/")
 """Keys of what is committed, and of what is put before it."""
 SHARDS = 5
