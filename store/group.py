@@ -163,13 +163,13 @@ class CaptureGroup(PlannedGroup):
             "tokens": int(rows.length.sum()),
             "token_crc32c": tokens_crc32c(rows.token),
         }
-        doubt = None
+        writer = None
         try:
             for name in self.layout.routes:
                 data = arrays[name].encode(routes[name])
                 key = self._key(f"{name}/{arrays[name].key(shard)}")
                 if not self.objects.put_new(key, data) and (standing := self.objects.get(key)) != data:
-                    doubt = doubt or self._announce(shard)
+                    writer = writer or self._announce(shard)
                     if _is_record(self.objects.get(record_key)):
                         return False
                     if not self._put_where(standing, key, data):
@@ -177,29 +177,37 @@ class CaptureGroup(PlannedGroup):
                 record[name] = object_sums(data)
             return self._put_where(before, record_key, as_json(record))
         finally:
-            if doubt is not None:
-                self._settle_doubt(shard, doubt)
+            if writer is not None:
+                self._settle_doubt(shard, writer)
 
-    def _announce(self, shard: int) -> bytes:
-        """Note that an object is about to be replaced; the note."""
-        reason = "one of its objects was about to be replaced by a writer that did not say that it held"
-        note = as_json({"reason": reason, "writer": uuid.uuid4().hex})
-        self.objects.put_new(self._key(f"{FAULTS}/{shard}.json"), note)
-        return note
+    def _announce(self, shard: int) -> str:
+        """Note that an object is about to be replaced, beside the notes of others; the writer's name in it."""
+        key, writer = self._key(f"{FAULTS}/{shard}.json"), uuid.uuid4().hex
+        while True:
+            note = self.objects.get(key)
+            if self._put_where(note, key, _doubt([*_writers(note), writer])):
+                return writer
 
-    def _settle_doubt(self, shard: int, doubt: bytes) -> None:
-        """Remove the note of a replacement where the commit that stands holds; otherwise note that it does not."""
+    def _settle_doubt(self, shard: int, writer: str) -> None:
+        """Take a writer out of the note where the commit that stands holds; otherwise note that it does not.
+
+        Another writer that is still about to replace an object has looked for the commit before it was put, and so has
+        announced itself before this reads the note.
+        """
         data = self.objects.get(self._key(f"{COMMITS}/{shard}.json"))
         if not _is_record(data):
             return  # whose commit comes next is not trusted
-        record, note = parse_record(data or b""), self._key(f"{FAULTS}/{shard}.json")
+        record, key = parse_record(data or b""), self._key(f"{FAULTS}/{shard}.json")
         for name in self.layout.routes:
-            [key] = self._keys(name, [shard])
-            if (found := self.objects.get(key)) is None or object_sums(found) != record.get(name):
+            [place] = self._keys(name, [shard])
+            if (found := self.objects.get(place)) is None or object_sums(found) != record.get(name):
                 self.note_fault(shard, record, f"its {name} shard was replaced by a writer that came late")
                 return
-        if self.objects.get(note) == doubt:
-            self.objects.delete(note)
+        note = self.objects.get(key)
+        if (writers := _writers(note)) == [writer]:
+            self.objects.delete(key)
+        elif writer in writers:
+            self._put_where(note, key, _doubt([other for other in writers if other != writer]))
 
     def committed(self, shard: int) -> bool:
         """Whether a commit record of this capture stands; what it names is not looked at."""
@@ -408,6 +416,20 @@ def _noted(commit: bytes, note: bytes | None) -> str | None:
         return f"was noted as damaged, in a note that {error}"
     own = google_crc32c.value(commit)
     return str(record.get("reason")) if record.get("commit_crc32c", own) == own else None
+
+
+def _doubt(writers: Sequence[str]) -> bytes:
+    """The note of writers that are about to replace an object of a shard: no commit of it counts."""
+    return as_json({"reason": "an object of it was about to be replaced by a worker that ended", "writers": writers})
+
+
+def _writers(note: bytes | None) -> list[str]:
+    """Those that a note names."""
+    try:
+        writers = parse_record(note or b"").get("writers", [])
+    except ValueError:
+        return []
+    return writers if _are_texts(writers) else []
 
 
 def object_sums(data: bytes) -> dict[str, int | str]:

@@ -8,6 +8,7 @@ a folder of ours anywhere else in a group makes them warn.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -22,6 +23,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
 PLACE_TRIES = 5  # arbitrary: one job in a race clears the scratch folder once
+WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # what file systems say that have no hard links
 LOCK_TRIES, LOCK_PAUSE_S = 200, 0.05  # arbitrary: a lock is held for a look and a change of names
 MOST_NAMED = 1000  # folders remembered (arbitrary): a shard's own are used once, and forgetting costs a sync
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.*)", re.DOTALL | re.IGNORECASE)  # a Path has made one slash of two
@@ -252,6 +254,11 @@ def _link(partial: Path, target: Path) -> None:
     """Give a file its name, where nothing has it; its name in the scratch folder is gone in any case."""
     try:
         os.link(partial, target)
+    except OSError as error:
+        if error.errno in WITHOUT_LINKS:
+            text = "this file system has no hard links, which a store needs: use another one, or s3://bucket/prefix"
+            raise OSError(error.errno, text, str(target)) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -265,7 +272,9 @@ def _replace(unfinished: Path, target: Path, old: bytes) -> None:
     try:
         with open(target, "r+b" if os.access(target, os.W_OK) else "rb") as file:  # over NFS, locks are for writers
             _lock(file.fileno(), target)
-            if file.read() != old or not os.path.samestat(os.fstat(file.fileno()), os.stat(target)):
+            with open(target, "rb") as now:  # over NFS, a server is asked for a name when it is opened
+                same = os.path.samestat(os.fstat(file.fileno()), os.fstat(now.fileno()))
+            if not same or file.read() != old:
                 raise FileExistsError(f"{target} has changed")
             os.replace(unfinished, target)
     except FileNotFoundError:

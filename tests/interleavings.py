@@ -4,7 +4,8 @@ A machine for Hypothesis; after every step the law of `law` holds. At the end wh
 verifications, each with a capture after it, leave the clean run's store.
 
 A zombie is a process that others may take for dead: it stands still between any two of its steps, and goes on after
-they have overtaken it. It never notices, as a real one does within twenty seconds.
+they have overtaken it. It never notices, as a real one does within twenty seconds. It may stand still with a put whose
+answer it has not got, and try that put again when a second driver has its lease.
 """
 
 import json
@@ -80,6 +81,11 @@ class Interleavings(RuleBasedStateMachine):
         """The job ends by itself, and says why."""
         self.run(Process(fails_at=fails_at), capture)
 
+    @rule(loses_at=ACTS, gives_up=st.booleans())
+    def capture_while_an_answer_is_lost(self, loses_at: int, gives_up: bool) -> None:
+        """A put takes effect, and nobody learns it: the client tries again, or gives up and the job ends."""
+        self.run(Process(loses_at=loses_at, gives_up=gives_up), capture)
+
     def run(self, process: Process, work: Callable[[], object]) -> None:
         """A job runs; it ends as it must, if nothing stands in its way."""
         holder = json.loads(self.law.snapshot().get(LEASE, b"{}")).get("process")
@@ -93,7 +99,7 @@ class Interleavings(RuleBasedStateMachine):
             assert "remove the folder" in str(error) or "is not JSON" in str(error), error
         elif process.dead:
             assert isinstance(error, Killed), error
-        elif process.fails_at is not None and process.acts > process.fails_at:
+        elif process.storage_failed:
             left = error is None and LEASE in self.law.snapshot()  # it failed when all was done but that
             assert left or "No space left on device" in str(error), error
         else:
@@ -125,6 +131,18 @@ class Interleavings(RuleBasedStateMachine):
         else:
             expected = (*OVERTAKEN, ValueError) if zombie in self.bereft or self.law.plan_hurt else OVERTAKEN
             assert zombie.error is None or isinstance(zombie.error, expected), zombie.error
+
+    @precondition(lambda self: not self.zombies)
+    @rule(loses_at=ACTS, stops_at=STEPS, shards=st.none() | st.lists(SHARD, unique=True))
+    def lose_the_lease_while_an_answer_is_out(self, loses_at: int, stops_at: int, shards: list[int] | None) -> None:
+        """A driver waits for an answer until a second one has its lease: both stand still, the second one anywhere."""
+        first, second = Process(loses_at=loses_at, late=True), Process(stops_at=stops_at)
+        if first.start(capture):
+            self.zombies.append(first)
+            first.seems_dead = True
+            fill = capture_here if shards is None else _fill_some(shards)
+            if second.start(lambda: capture(fill)):
+                self.zombies.append(second)
 
     # What else happens to a store
 

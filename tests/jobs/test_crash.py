@@ -142,7 +142,7 @@ def test_killed_while_the_group_is_created(driver: Driver, truth: Truth, tmp_pat
 @pytest.mark.slow
 def test_killed_while_the_text_is_planned(driver: Driver, truth: Truth, tmp_path: Path) -> None:
     steps = range(made(truth), planned(truth))
-    assert {"before put fake/token/plan.json", "torn fake/length/c/0", "invisible fake/token/c/4/0"} <= {
+    assert {"before put_over fake/token/plan.json", "torn fake/length/c/0", "invisible fake/token/c/4/0"} <= {
         truth.steps[step] for step in steps
     }
     for step in some(steps):

@@ -159,7 +159,7 @@ DEATHS = (
     "put_new fake/token/lease.json",
     "put_new fake/name/zarr.json",
     "put_new fake/zarr.json",
-    "put fake/token/c/3/0",
+    "put_new fake/token/c/3/0",
     "put_new fake/document_id/c/0",
     "put_over fake/length/zarr.json",
     "put_over fake/zarr.json",

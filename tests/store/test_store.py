@@ -1,5 +1,7 @@
 """The store: its layout on disk, its bytes, what is durable before what, and what a reader is told."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +46,7 @@ from jobs.capturing import planner as planning
 from jobs.capturing.planner import Planner
 from store import CaptureGroup, Layout, coverage, dataset_names, lease, open_capture, open_tree, planned
 from store import layout as layout_module
+from store import objects as objects_module
 from store.group import VOID
 from store.identity import identity_hash
 from store.layout import ROW_CHUNK, SHARD_CHOICES, SHARD_TOKENS, ArraySpec, default_rows_per_shard
@@ -471,6 +475,41 @@ def test_a_write_that_fails_leaves_neither_an_object_nor_a_partial_file(
             getattr(objects, method)(key, *given, b"new")
     monkeypatch.undo()
     assert store_files(tmp_path) == {"old": b"old"}
+
+
+def test_who_replaces_an_object_on_a_disk_waits_for_the_one_who_does_so_and_then_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = LocalObjects(tmp_path, "scratch")
+    objects.put("a", b"old")
+    with (tmp_path / "a").open("rb") as first, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        second = pool.submit(objects.put_over, "a", b"old", b"second's")
+        wait_until(lambda: any((tmp_path / "scratch").iterdir()), "it has written what it puts")
+        objects.put("a", b"first's")
+        fcntl.flock(first, fcntl.LOCK_UN)
+        assert not second.result()
+    assert objects.get("a") == b"first's"
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert not objects.put_over("none", b"old", b"new")
+    monkeypatch.setattr(objects_module, "LOCK_TRIES", 1)
+    with (tmp_path / "a").open("rb") as stopped:
+        fcntl.flock(stopped, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError, match="another process has locked this file and stands still"):
+            objects.put_over("a", b"first's", b"new")
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links_is_named_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def none(source: Path, target: Path) -> None:
+        raise OSError(code, os.strerror(code), str(source))
+
+    monkeypatch.setattr(os, "link", none)
+    with pytest.raises(OSError, match=rf"no hard links, .* use another one, or s3://.*{tmp_path}/a"):
+        LocalObjects(tmp_path, "scratch").put_new("a", b"data")
+    assert store_files(tmp_path) == {}
 
 
 def test_a_partial_file_is_never_visible_under_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
