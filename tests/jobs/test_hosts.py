@@ -1,6 +1,6 @@
 """Two hosts that capture into one store, each of them a host as `hosts` makes them: who takes over, and who stops.
 
-The partitions of a Ray cluster are in `chaos_hosts.py`, for they take long.
+The partitions of a Ray cluster are in `chaos_hosts.py`, because they take long.
 """
 
 import json
