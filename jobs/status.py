@@ -126,7 +126,7 @@ def _verified(group: CaptureGroup) -> Findings:
         log(shown(f"{group.dataset}: verified: {tokens:,} tokens equal what was committed"))
     if found.unnoted:
         for shard, reason in found.shards.items():
-            log(shown(f"{group.dataset}: shard {shard} is damaged: {reason}"))
+            log(shown(f"{group.dataset}: shard {shard} failed verification: {reason}"))
         log(shown(f"error: the store cannot be written, so the next capture will not know about this: {found.unnoted}"))
     return found
 
@@ -210,7 +210,7 @@ def print_status(console: Console, looked: list[Looked]) -> None:
                 console, f"{state.dataset}: {skipped:,} documents were skipped because they cannot be rendered: {names}"
             )
         for shard, reason in state.wrong.items():
-            print_line(console, f"{state.dataset}: shard {shard} is damaged: {reason}")
+            print_line(console, f"{state.dataset}: shard {shard} failed verification: {reason}")
 
 
 def _count(key: str) -> Callable[[Facts], str]:

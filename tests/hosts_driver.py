@@ -55,9 +55,9 @@ def hold_at(writes: list[str], folder: Path, *, until_lost: bool) -> None:
 
 
 @contextmanager
-def remembered(group: CaptureGroup) -> Iterator[Lease]:
+def remembered(group: CaptureGroup, **options: Any) -> Iterator[Lease]:
     """The lease, which `hold_at` checks."""
-    with lease.lease(group) as held:
+    with lease.lease(group, **options) as held:
         held_leases.append(held)
         yield held
 

@@ -78,7 +78,7 @@ def test_the_selected_tokens_are_counted_and_no_others(only: Selection, phases: 
 
 
 def test_what_cannot_be_selected_is_named() -> None:
-    with pytest.raises(ValueError, match="synthetic does not say the phase of a token"):
+    with pytest.raises(ValueError, match="synthetic does not record the phase of tokens"):
         scan(make_capture(), [Load()], only=Selection(phases=("prompt",)))
     with pytest.raises(ValueError, match="role 'narrator': synthetic has system, user, assistant"):
         scan(labelled(), [Load()], only=Selection(roles=("narrator",)))

@@ -220,7 +220,7 @@ def test_what_is_no_capture_is_refused_with_what_to_give(command: Command, texts
     for option in ("--sequence_length", "--rows_per_shard", "--batch_tokens", "--limit_documents", "--limit_tokens"):
         refused = command("--dataset", texts, "--local", option, 0)
         assert refused.status == 2
-        assert f"{option} is 0, and must be more than 0" in refused.err
+        assert f"{option} is 0, but must be more than 0" in refused.err
 
 
 # --- Dry run ----------------------------------------------------------------------------------------------
@@ -634,10 +634,10 @@ def test_another_bos_token_is_another_capture(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("limit_documents: [1, 2]", "limit_documents holds ['1', '2'], and must hold one value"),
+        ("limit_documents: [1, 2]", "limit_documents is ['1', '2'], but must be one value"),
         ("dataset: a\ndataset: b", "gives dataset more than once"),
         ("limit-documents: 1\nlimit_documents: 2", "gives limit_documents more than once"),
-        ('local: "no"', "local is 'no', and must be true or false"),
+        ('local: "no"', "local is 'no', but must be true or false"),
         ("store: {a: b}", "and must hold one value"),
     ],
 )

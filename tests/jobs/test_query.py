@@ -118,7 +118,7 @@ def test_a_class_of_tokens_goes_where_its_tokens_go(store: Path, ask: Callable[.
         assert row["lift"] == pytest.approx(row["share"] * int(counts.notnull().sum()) / of_all[row["expert"]])
     told = ask("--tokens", "/^ 1/", "--layer", 2).out
     assert [line[2] for line in cells(told)] == [str(row["count"]) for row in found["rows"]]
-    assert "documents of equal length, and 4 are needed" in told
+    assert "of equal length, and at least 4 are needed" in told
     every = ask("--tokens", "digits", "--layer", 0).out
     assert {line[4] for line in cells(every)} == {"1.00"}, "all pieces are numbers"
 
@@ -126,7 +126,7 @@ def test_a_class_of_tokens_goes_where_its_tokens_go(store: Path, ask: Callable[.
 def test_a_class_without_tokens_is_an_answer_and_no_class_an_error(ask: Callable[..., Ran]) -> None:
     none = ask("--tokens", "han")
     assert (none.status, cells(none.out)) == (0, [])
-    assert "han (letters of the script Han) in a: 0 occurrences; by chance a share is 0.2500" in none.out
+    assert "han (letters of the script Han) in a: 0 occurrences; expected by chance: share 0.2500" in none.out
     refused = ask("--tokens", "digit")
     assert (refused.status, "unknown token class 'digit': choose from digits, " in refused.err) == (2, True)
 
@@ -351,8 +351,8 @@ def test_what_cannot_be_answered_is_one_line_and_status_2(
         ("none.zarr", "no store at none.zarr (no such folder)"),
         ("s.zarr", "s.zarr has several data sets (a, b): name one, such as s.zarr/a"),
         ("s.zarr/", "s.zarr has several data sets (a, b): name one, such as s.zarr/a"),
-        ("s.zarr/c", "no data set 'c' in s.zarr; it holds: a, b"),
-        ("./s.zarr/c/", "no data set 'c' in ./s.zarr; it holds: a, b"),
+        ("s.zarr/c", "no data set 'c' in s.zarr; it has: a, b"),
+        ("./s.zarr/c/", "no data set 'c' in ./s.zarr; it has: a, b"),
         (".", "no store at . (it has no zarr.json)"),
     ],
 )

@@ -307,8 +307,8 @@ def test_an_interruption_leaves_the_job_and_says_how_to_stop_it(
     [
         ((), [], "give the command after --"),
         (("--address", "localhost:8265"), COMMAND, "'localhost:8265', but must begin with http:// or https://"),
-        (("--attempts", 0), COMMAND, "--attempts is 0, and must be more than 0"),
-        (("--pause", -1), COMMAND, "--pause is -1.0, and must be more than 0"),
+        (("--attempts", 0), COMMAND, "--attempts is 0, but must be more than 0"),
+        (("--pause", -1), COMMAND, "--pause is -1.0, but must be more than 0"),
     ],
 )
 def test_faults_of_the_caller_are_named_before_anything_is_submitted(

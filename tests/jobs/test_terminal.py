@@ -394,7 +394,7 @@ def test_status_in_a_terminal_has_a_bar_for_each_data_set_and_breaks_no_line(bro
         for sentence in (
             "missing shards: 1",
             "in quarantine: 2 (RoutingError: \\x1b[31mlayer 3)",
-            "damaged: shard 1 does not hold: ",
+            "damaged: shard 1 failed verification: ",
         ):
             assert sentence in told
 

@@ -229,7 +229,7 @@ def test_what_cannot_be_noted_is_said(whole_copy: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(LocalObjects, "put", read_only)
     ran = command(whole_copy, "--verify", main=status.main)
     assert ran.status == 1
-    assert "fake: shard 1 does not hold: its weight shard is damaged" in ran.err
+    assert "fake: shard 1 failed verification: its weight shard is damaged" in ran.err
     assert "so that the next capture will not know: [Errno 30] Read-only file system" in ran.err
 
 
@@ -483,8 +483,8 @@ def test_status_verify_names_exactly_the_wrong_shards_and_ends_with_1_until_they
     assert command(store, main=status.main).status == 0  # lengths do not tell
     ran = command(f"{store}/fake", "--verify", main=status.main)
     assert ran.status == 1
-    named = [line.partition(":")[2].strip() for line in ran.out.splitlines() if "does not hold" in line]
-    assert [line.partition(":")[0] for line in named] == ["shard 1 does not hold", "shard 3 does not hold"]
+    named = [line.partition(":")[2].strip() for line in ran.out.splitlines() if "failed verification" in line]
+    assert [line.partition(":")[0] for line in named] == ["shard 1 failed verification", "shard 3 failed verification"]
     assert "missing shards: 1, 3" in ran.out
     assert command(store, main=status.main).status == 1  # it is noted
     fake_capture(store, TEXTS)

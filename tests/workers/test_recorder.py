@@ -473,7 +473,9 @@ def test_hooks_on_the_wrong_routers_stop_the_shard_and_name_the_layer(tiny_model
     with pytest.raises(RoutingError, match=r"^layer 0: its router fired 0 times"):
         ModelEngine(replace(tiny_model, routers=rotated)).route(rows.token, rows.length)
     shifted = routers | {number: routers[number + 1] for number in range(layer, LAYERS - 1)}
-    with pytest.raises(RoutingError, match=rf"^layer {LAYERS - 1}: its router is that of layer {LAYERS - 2} too"):
+    with pytest.raises(
+        RoutingError, match=rf"^layer {LAYERS - 1}: its router is also the router of layer {LAYERS - 2}"
+    ):
         ModelEngine(replace(tiny_model, routers=shifted))
     engine = ModelEngine(tiny_model)
     filed_one_layer_on(engine, layer)

@@ -115,7 +115,7 @@ def _with(output: Any, logits_TE: torch.Tensor, change: Change, num_experts: int
     """The router's output with these logits, and with the given choices and weights if both are given."""
     returned, spread = logits_part(output, num_experts), spread_part(output)
     given_TK, weights_TK = change.given_TK, change.weights_TK
-    parts = list(output) if isinstance(output, tuple) else [output]
+    parts: list[torch.Tensor] = list(output) if isinstance(output, tuple) else [output]
     for place, part in enumerate(parts):
         if part is returned:
             parts[place] = logits_TE.to(part.dtype).view_as(part)

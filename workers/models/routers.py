@@ -58,7 +58,7 @@ def bind(router: nn.Module, block: nn.Module) -> None:
         return
     for name in names:
         router.register_buffer(name, getattr(block, name), persistent=False)
-    router.forward = _Bound(router, names)  # type: ignore[method-assign]
+    router.forward = _Bound(router, names)
 
 
 class _GivenProduct(TorchFunctionMode):
