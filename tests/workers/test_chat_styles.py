@@ -111,7 +111,7 @@ def test_ids_are_those_of_apply_chat_template_or_the_conversation_is_refused_the
     try:
         expected = theirs(style).apply_chat_template(said, return_dict=False, **beside)
     except Exception:
-        with pytest.raises(Unrenderable, match="refuses the messages"):
+        with pytest.raises(Unrenderable, match="rejects the messages"):
             ours(style).chat(messages, **beside)
         return
     ids, roles = ours(style).chat(messages, **beside)
@@ -308,7 +308,7 @@ def test_the_template_for_tools_is_taken_where_there_are_tools() -> None:
         ({"role": "user", "content": [{"type": "image", "url": "x"}]}, {}, "message 0 holds a part of type 'image'"),
         ({"role": "user", "content": "x"}, {"tools": "all"}, "its tools are of type str"),
         ({"role": "user", "content": "x"}, {"documents": ["d"]}, "its documents are of type list"),
-        ({"role": "user", "content": "Shout"}, {}, r"rewrites what messages say \(message 0, 'content'\)"),
+        ({"role": "user", "content": "Shout"}, {}, r"rewrites messages \(message 0, 'content'\)"),
     ],
 )
 def test_a_conversation_that_cannot_be_exact_is_refused_by_name(message: Any, beside: Any, reason: str) -> None:
