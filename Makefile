@@ -2,11 +2,12 @@
 #   make demo   captures real text with a tiny Mixtral on the CPU and draws the report
 #   make test   runs the whole suite
 #   make docs   builds the documentation as a site, docs/_build/index.html
-#   make chaos  breaks everything that can break, at length, and prints a table of it
+#   make pictures  creates the pictures of README and docs again
+#   make chaos  runs the long tests of faults and prints a table of the results
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs chaos check bench families lock clean
+.PHONY: demo test docs pictures chaos check bench families lock clean
 
 demo: $(BIN)/expert-atlas
 	$(BIN)/python jobs/demo.py
@@ -22,7 +23,7 @@ check: .venv/ready docs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Warnings are errors: a link or a reference to what does not exist fails.
+# Warnings are errors: a broken link or reference fails.
 docs: .venv/ready
 	$(BIN)/sphinx-build --jobs auto --nitpicky --fail-on-warning --keep-going --quiet docs docs/_build
 
@@ -30,16 +31,21 @@ bench: .venv/ready
 	$(BIN)/python tests/benchmarks/cpu.py
 	$(BIN)/python tests/benchmarks/inference.py
 
-# Captures a tiny model of every mixture-of-experts family that transformers has, and writes the table of docs/models.md;
+# Captures a tiny model of every mixture-of-experts family in transformers, and writes the table of docs/models.md;
 # then plants faults in each, and runs --dry_run and jobs/quantize.py on it.
 families: .venv/ready
 	$(BIN)/python tests/benchmarks/families_survey.py
 	$(BIN)/python tests/benchmarks/families_faults.py
 	$(BIN)/python tests/benchmarks/families_commands.py
 
+# Creates the pictures of README and docs again, from the demo's store; needs Chromium.
+pictures: .venv/ready
+	$(BIN)/python tests/pictures.py
+
 # The environment: exactly the locked versions, hashes checked. uv is fetched into the environment itself.
 .venv/ready: requirements.lock
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Expert Atlas needs Python 3.11 to 3.13, and {sys.executable} is {v[0]}.{v[1]}: run make PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Expert Atlas needs Python 3.11 to 3.13, but {sys.executable} is {v[0]}.{v[1]}: run make PYTHON=/path/to/python3.11")'
+	@if [ -L .venv ]; then echo "error: .venv is a link to $$(readlink .venv), which creating it again would empty: remove the link, or run make there" >&2; exit 1; fi
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
@@ -50,7 +56,7 @@ $(BIN)/expert-atlas: .venv/ready pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# Writes requirements.lock anew from pyproject.toml: every platform, hashes, no addresses.
+# Writes requirements.lock from pyproject.toml: all platforms, with hashes, without addresses.
 lock:
 	uv pip compile --universal --generate-hashes --no-header --all-extras --python-version 3.11 pyproject.toml -o requirements.lock
 

@@ -1,1 +1,1 @@
-"""The scripts that a user runs; what is behind them lies in the folders beside them."""
+"""The scripts that a user runs; their implementation is in the folders next to them."""

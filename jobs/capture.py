@@ -9,20 +9,20 @@ Examples:
 
 What to capture:
   --dataset DATASET         demo:prose, wikitext-103, a file, folder or glob, a hub id; repeatable
-  --store STORE             where to: a folder, or s3://bucket/prefix (~/expert-atlas/routes.zarr)
+  --store STORE             the output: a folder, or s3://bucket/prefix (~/expert-atlas/routes.zarr)
   --limit_documents N       only the first documents; --limit_tokens N: the first tokens of each
   --record WHAT             also logits, output_norm or logprob; repeat for more
-  --preset notebook         the options of the experiment that this project grew from
+  --preset notebook         the options of the project's original experiment
   also --name --split --text_field --revision --sequence_length --rows_per_shard --bos --top_logits
   --weight_precision --skip_unrenderable --template_date
 
 Model:
   --model MODEL             a hub id, a folder, or tiny (Mixtral-8x7B-Instruct-v0.1)
-  --mask LAYER:EXPERT       an expert that cannot be chosen; --force: one that always is; --top_k N
+  --mask LAYER:EXPERT       an expert that is never chosen; --force: one that always is; --top_k N
   also --model_revision --mask_file --force_file --routes_from --routes_weights
 
 Precision:
-  --quantization KIND       nf4, fp4, mxfp4, fp8, int8 or none (as it is stored, else nf4 on a GPU)
+  --quantization KIND       nf4, fp4, mxfp4, fp8, int8 or none (as stored, otherwise nf4 on a GPU)
   also --dtype --matmul --quantize_gates
 
 Where to run:
@@ -31,13 +31,13 @@ Where to run:
   --workers N               copies of the model on a cluster (one on every GPU)
   also --gpus_per_worker --cpus_per_worker --batch_tokens --stall_minutes
 
-Recovery: the same command resumes what was stopped. Its other options:
-  --dry_run                 estimate tokens, bytes and memory, and write nothing; with --rate: time
+Recovery: run the same command again to resume. Other options:
+  --dry_run                 estimate tokens, bytes and memory without writing; with --rate: time
   --config FILE             options from a YAML file, as --print_config prints them
-  --retry_quarantined       try shards again that failed three times; also --allow_mixed
+  --retry_quarantined       retry shards that failed three times; also --allow_mixed
 
-docs/options.md explains every option. Exit status: 0 complete, 1 something is missing, 2 a mistake,
-3 only shards in quarantine are missing, 130 or 143 interrupted.
+docs/options.md explains every option. Exit status: 0 complete, 1 something is missing, 2 an error,
+3 only quarantined shards are missing, 130 or 143 interrupted.
 """
 
 import sys
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if not config.dataset:
         raise ValueError("give at least one --dataset, such as --dataset demo:prose; --help lists the kinds")
-    model_path(config.model)  # a name with a typo is an error before torch is imported
+    model_path(config.model)  # reports a misspelled name before torch is imported
     take_hub_token()
     if config.dry_run:
         return _estimate(config)
@@ -73,11 +73,11 @@ def main(arguments: list[str]) -> int:
 
 
 def carry_out(config: CaptureConfig) -> int:
-    """Capture, and give the exit status."""
+    """Capture, and return the exit status."""
     return _capture_here(config) if config.local else _capture_on_cluster(config)
 
 
-# Each imports what it needs and no more: torch and transformers take seconds, and --help does not wait for them.
+# Each function imports only what it needs: torch and transformers take seconds, and --help must not wait for them.
 
 
 def _estimate(config: CaptureConfig) -> int:
@@ -104,7 +104,7 @@ def _capture_on_cluster(config: CaptureConfig) -> int:
     from jobs.capturing.run import Run
     from jobs.cluster.ray_workers import connected
 
-    sources = Run(config).sources()  # first: a mistake is reported before a cluster is waited for
+    sources = Run(config).sources()  # first, so that mistakes are reported before waiting for a cluster
     with connected(config) as cluster:
         return exit_status(capture_datasets(Run(config, cluster.device), sources, cluster.capture))
 

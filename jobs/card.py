@@ -1,4 +1,4 @@
-"""Write a data set card, README.md, for a store that is to be shared.
+"""Write a data set card, README.md, for sharing a store.
 
 usage: python jobs/card.py STORE[/DATASET] --license LICENSE [options]
 
@@ -8,9 +8,9 @@ Examples:
   python jobs/card.py demo.zarr --license other --address hf://datasets/ORGANIZATION/NAME
 
 Options:
-  --license LICENSE         of what is shared, as the hub names it; that of the text holds for it
-  --address ADDRESS         where the store will be, as xarray opens it
-  --title TITLE             what it is called (routes of the model)
+  --license LICENSE         licence of the shared data, in the hub's notation
+  --address ADDRESS         where the store will be, in the form that xarray opens
+  --title TITLE             the title (routes of the model)
   --output FILE, -o FILE    the card (README.md in the store)
 
 docs/options.md explains every option. Exit status: 0 written, 2 there is no such store.
@@ -38,24 +38,24 @@ from store.files import whole_file
 
 @dataclass(frozen=True, kw_only=True)
 class CardConfig:
-    """Write README.md for a store that is to be shared, from what its captures say of themselves.
+    """Write README.md for sharing a store, from the metadata of its captures.
 
-    It names the model, its revision and quantization, tokens, arrays, how the routes were made, and how xarray reads
-    them. Then upload the folder with the hub's own command: hf upload ORGANIZATION/NAME STORE . --repo-type dataset.
-    Prints the path of the file. Exit status: 0 written, 2 when there is no such store.
+    It lists the model, its revision and quantization, tokens, arrays, how the routes were made, and how to read them
+    with xarray. Then upload the folder with the hub's own command: hf upload ORGANIZATION/NAME STORE . --repo-type
+    dataset. Prints the path of the file. Exit status: 0 written, 2 when there is no such store.
     """
 
     place: Annotated[str, tyro.conf.Positional]
     """STORE, or STORE/DATASET for one of its data sets; the store is a folder, or s3://bucket/prefix."""
     license: str
-    """The licence of what is shared, as the hub names it: cc-by-4.0, other. The text's own licence holds for it, since
-    tokens can be read back as text."""
+    """The licence of the shared data, in the hub's notation: cc-by-4.0, other. The licence of the text applies, because
+    the text can be read back from the tokens."""
     address: str = "hf://datasets/ORGANIZATION/NAME"
-    """Where the store will be, as xarray opens it."""
+    """Where the store will be, in the form that xarray opens."""
     title: str | None = None
-    """What it is called. Default: routes of the model."""
+    """The title. Default: routes of the model."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """The file to write; one that is there is replaced. Default: README.md in the store."""
+    """The file to write; an existing one is replaced. Default: README.md in the store."""
 
 
 def main(arguments: list[str]) -> int:
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     output = config.output or _in(store)
     refuse_no_file("output", output)
 
-    from analysis.report.card import Shared, card  # xarray takes a second: --help does not wait for it
+    from analysis.report.card import Shared, card  # xarray takes a second: --help must not wait for it
     from store import CaptureGroup, attributes, coverage
     from store.reader import open_covered
 
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
         captures.append(Shared(name=name, state=state, attrs=attrs, arrays=arrays))
         if not state.complete:
             log(shown(f"note: {state}"))
-    models = dict.fromkeys(str(each.attrs.get("model", "a model that is not stated")) for each in captures)
+    models = dict.fromkeys(str(each.attrs.get("model", "an unknown model")) for each in captures)
     beside = "report.html" if (output.parent / "report.html").is_file() else None
     title = config.title or f"Expert routes of {' and '.join(models)}"
     text = card(captures, title=title, licence=config.license, address=config.address, report=beside)
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
 
 def _in(store: str) -> Path:
     if "://" in store:
-        raise ValueError(f"{store} is no folder of this machine: name the file to write with --output")
+        raise ValueError(f"{store} is not a folder on this machine: use --output to name the file to write")
     return Path(store) / "README.md"
 
 

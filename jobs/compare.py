@@ -1,4 +1,4 @@
-"""Tell how two captures of one model differ: agreement and effect of equal tokens, else a contrast.
+"""Compare two captures of one model: agreement and effect for equal tokens, otherwise a contrast.
 
 usage: python jobs/compare.py STORE/DATASET STORE/DATASET [options]
 
@@ -10,14 +10,14 @@ Examples:
 What counts:
   --phase PHASE             only tokens of the prompt, or only generated ones
   --role ROLE               only tokens of this speaker of a conversation; repeat for more
-  --allow_incomplete        as far as both captures go
+  --allow_incomplete        compare the part that both captures have
 
 Output:
-  --top N                   experts or tokens that are listed (10)
+  --top N                   experts or tokens to list (10)
   --json                    one JSON document, for scripts; docs/json.md names its keys
 
-The first line of the output says what is compared, and why. docs/options.md explains every option.
-Exit status: 0 compared, whatever came out, 2 they cannot be.
+The first line of the output says what is compared and why. docs/options.md explains every option.
+Exit status: 0 compared, whatever the result, 2 they cannot be compared.
 """
 
 import sys
@@ -53,42 +53,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Compare what two captures of one model chose. The first line says how.
+    """Compare the choices of two captures of one model. The first line of the output says how.
 
-    Where both hold the same tokens in the same rows, as under another quantization, revision, back-end or machine, or
-    with experts masked: agreement, layer by layer; and where both recorded log-probabilities (--record logprob), the
-    effect of the second one on each predicted token. Else the contrast of the two data sets: the experts whose share of
-    tokens differs most, and the tokens that carry that. Of two stores that hold the same data sets, the effect on each
-    of them. Exit status: 0 compared, whatever came out, 2 when they cannot be.
+    If both hold the same tokens in the same rows, for example with a different quantization, revision, back-end or
+    machine, or with masked experts: agreement by layer and, if both recorded log-probabilities (--record logprob), the
+    effect of the second one on each predicted token. Otherwise the contrast of the two data sets: the experts whose
+    share of tokens differs most, and the tokens that contribute most. For two stores with the same data sets: the
+    effect on each data set. Exit status: 0 compared, whatever the result, 2 when they cannot be compared.
     """
 
     one: Annotated[str, tyro.conf.Positional]
     """A capture, as STORE/DATASET: demo.zarr/demo-prose, or s3://bucket/routes.zarr/wikitext-103; or STORE for all."""
     other: Annotated[str, tyro.conf.Positional]
-    """Another one; or a store that holds the same data sets, captured in another way."""
+    """Another capture; or a store with the same data sets, captured in a different way."""
     allow_incomplete: bool = False
-    """Compare as far as both captures go."""
+    """Compare the part that both captures have."""
     phase: Annotated[tuple[Literal["prompt", "generated"], ...], tyro.conf.UseAppendAction] = ()
-    """Only tokens of this phase, where the captures say it (imported routes do); with equal tokens it is enough that
-    the first one does. May be repeated."""
+    """Only tokens of this phase, if the captures record it (imported routes do); with equal tokens only the first one
+    must record it. May be repeated."""
     role: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Only tokens of this speaker, where the captures are of conversations: assistant; with equal tokens it is enough
-    that the first one is. May be repeated."""
+    """Only tokens of this speaker, if the captures contain conversations: assistant; with equal tokens only the first
+    one must. May be repeated."""
     top: int = 10
-    """Experts or tokens that are listed."""
+    """Experts or tokens to list."""
     json: bool = False
     """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
     def __post_init__(self) -> None:
         if self.top < 1:
-            raise ValueError(f"--top is {self.top}, and must be at least 1")
+            raise ValueError(f"--top is {self.top}, but must be at least 1")
 
 
 def main(arguments: list[str]) -> int:
-    """Print what was found."""
+    """Print the results."""
     config = parse(CompareConfig, "compare", arguments)
 
-    from analysis.scanning import Selection  # numba takes a second: --help does not wait for it
+    from analysis.scanning import Selection  # numba takes a second: --help must not wait for it
 
     only, places = Selection(roles=config.role or None, phases=config.phase or None), (config.one, config.other)
     told: dict[str, Any] = {"one": config.one, "other": config.other}
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _are_stores(one: str, other: str) -> bool:
-    """Whether both name stores, of which one at least holds several data sets."""
+    """Whether both name stores, at least one of them with several data sets."""
     names = [captures_at(place) for place in (one, other)]
     stores = [path == place.rstrip("/") for (path, _), place in zip(names, (one, other), strict=True)]
     return all(stores) and max(len(held) for _, held in names) > 1
@@ -115,7 +115,9 @@ def _of_stores(places: tuple[str, str], only: "Selection", config: CompareConfig
     (one, names), (other, others) = map(captures_at, places)
     common = [name for name in names if name in others]
     if not common:
-        raise ValueError(f"{one} holds {', '.join(names)} and {other} {', '.join(others)}: no data set is in both")
+        raise ValueError(
+            f"{one} has {', '.join(names)} and {other} has {', '.join(others)}: they have no data set in common"
+        )
     opened = partial(open_capture, allow_incomplete=config.allow_incomplete)
     pairs = {name: (opened(one, name), opened(other, name)) for name in common}
     left_out = sorted(set(names) ^ set(others))
@@ -124,7 +126,7 @@ def _of_stores(places: tuple[str, str], only: "Selection", config: CompareConfig
 
 
 def _of_captures(places: tuple[str, str], only: "Selection", config: CompareConfig) -> dict[str, Any]:
-    """Agreement and effect where the captures hold the same tokens, else the contrast of the two data sets."""
+    """Agreement and effect if the captures hold the same tokens, otherwise the contrast of the two data sets."""
     from analysis.metrics.agreement import OtherTokens
     from store import open_capture
 
@@ -139,7 +141,7 @@ def _of_captures(places: tuple[str, str], only: "Selection", config: CompareConf
 
 
 def _differences(captures: "Sequence[xr.Dataset]") -> dict[str, Any]:
-    """In what the models and the environments differ, with both values."""
+    """How the models and the environments differ, with both values."""
     from store import attributes, model_differences
 
     provenance = [attributes(capture) for capture in captures]
@@ -161,10 +163,10 @@ def _first_line(told: Facts) -> str:
     if told["shows"] == "contrast":
         return f"contrast {both}: {told['why']}"
     if told["shows"] == "effects":
-        beside = f"; in one of them only: {', '.join(told['left_out'])}" if told["left_out"] else ""
+        beside = f"; only in one of them: {', '.join(told['left_out'])}" if told["left_out"] else ""
         return f"effect {both}, by data set{beside}"
     if told["effect"] is None:
-        return f"agreement {both}: equal tokens; no effect without --record logprob in both"
+        return f"agreement {both}: equal tokens; the effect needs --record logprob in both"
     return f"agreement and effect {both}: equal tokens"
 
 

@@ -1,9 +1,9 @@
-"""Capture four contrasting texts with a tiny Mixtral on the CPU, and draw a report: three minutes.
+"""Capture four contrasting texts with a tiny Mixtral on the CPU and make a report, in three minutes.
 
 usage: python jobs/demo.py
 
-It has no options, and does nothing that the commands which it prints do not: it captures into
-demo.zarr, and draws demo.html. The texts are those that were held out when the model was trained.
+It has no options and only does what the commands that it prints do: it captures into
+demo.zarr and writes demo.html. The texts were held out when the model was trained.
 """
 
 import sys
@@ -34,28 +34,28 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 STORE, REPORT = ROOT / "demo.zarr", ROOT / "demo.html"
-# Documents of very different length: so many make about 100,000 tokens of each text.
+# Documents differ in length: these numbers give about 100,000 tokens of each text.
 TEXTS = {"demo:prose": 9, "demo:code": 29, "demo:legal": 67, "demo:maths": 35}
 MODEL = "--local --model tiny --quantization none --device cpu --sequence_length 512 --rows_per_shard 64"
 RECORD = "--record logits --record output_norm --record logprob"
 
 
 def main(arguments: list[str]) -> int:
-    """Capture, report, and say what was found; the status of the first capture that fails, else 0.
+    """Capture, report, and print what was found; returns the status of the first capture that fails, otherwise 0.
 
     The last lines name the explorer, then the report's path.
     """
     if arguments:
-        raise ValueError(f"the demo has no options, and {arguments[0]!r} was given: python jobs/capture.py has them")
+        raise ValueError(f"the demo has no options, but got {arguments[0]!r}: use python jobs/capture.py instead")
     for text in TEXTS:
-        demo_source(text)  # a package that is missing is an error before the first capture
+        demo_source(text)  # reports a missing package before the first capture
     started = time.monotonic()
     for text, documents in TEXTS.items():
         options = ["--dataset", text, "--limit_documents", str(documents), "--store", str(STORE)]
         if status := capture.carry_out(parse_capture([*options, *MODEL.split(), *RECORD.split()])):
             return status
 
-    from analysis.report.page import write_report  # takes seconds to load, and a capture needs none of it
+    from analysis.report.page import write_report  # takes seconds to load, and a capture does not need it
 
     report = write_report([STORE], REPORT)
     print_found(stdout_console(), report.answers, report.apart)
@@ -64,20 +64,20 @@ def main(arguments: list[str]) -> int:
 
 
 def tell_next(took_s: float) -> None:
-    """What to type next; the explorer and the report come last, where they are seen."""
+    """Print the next commands; the explorer and the report come last, where they are noticed."""
     commands = (
         command_line("status", STORE),
         command_line("query", STORE / "demo-code", "--token", " return", "--layer", 2),
         command_line("compare", STORE / "demo-prose", STORE / "demo-code"),
         command_line("capture", "--local", "--model", "tiny", "--dataset", "README.md", "--store", STORE),
     )
-    print("\nWhat to type next:", *commands, sep="\n  ")
-    print(f"\nThe demo took {took_s:.0f} s. Walk through it in a browser:\n  {command_line('explore', STORE)}")
-    print(f"Its report:\n{REPORT}")
+    print("\nNext commands to try:", *commands, sep="\n  ")
+    print(f"\nThe demo took {took_s:.0f} s. Explore the results in a browser:\n  {command_line('explore', STORE)}")
+    print(f"The report:\n{REPORT}")
 
 
 def print_found(console: Console, answers: "Sequence[Answers]", apart: "xr.Dataset | None") -> None:
-    """What the report says in words, and each data set's busiest expert, as LAYER:EXPERT."""
+    """Print the report's findings, and each data set's busiest expert, as LAYER:EXPERT."""
     from analysis.report.headline import sentences
 
     print_line(console, "")
@@ -85,7 +85,7 @@ def print_found(console: Console, answers: "Sequence[Answers]", apart: "xr.Datas
         print_line(console, f"- {sentence}")
     print_line(console, "")
     rows = [_busiest(each) for each in answers if each["load"].attrs["n"]]
-    print_table(console, COLUMNS, rows, note="LAYER:EXPERT; a full bar is all choices of the layer")
+    print_table(console, COLUMNS, rows, note="LAYER:EXPERT; a full bar means all choices of the layer")
 
 
 def _busiest(each: "Answers") -> Facts:

@@ -1,4 +1,4 @@
-"""Look for what is wrong with routes, imported or captured, and name it with its evidence.
+"""Check imported or captured routes for known faults, and report them with evidence.
 
 usage: python jobs/doctor.py STORE/DATASET [options]
 
@@ -7,18 +7,18 @@ Examples:
   python jobs/doctor.py served.zarr/chat --against own.zarr/chat
   python jobs/doctor.py served.zarr/chat --recapture 20
 
-Beside something else, since routes of the right form may be another model's:
+Compare with something else, because routes in the right form may belong to another model:
   --against STORE/DATASET   a capture of the same tokens by this project
-  --recapture N             run the model here, on the first so many documents
-  --model MODEL             with --recapture: a folder, a hub id or tiny (as the capture says)
+  --recapture N             run the model here on the first N documents
+  --model MODEL             with --recapture: a folder, a hub id or tiny (the capture's)
   --quantization KIND       with --recapture: nf4, fp4, mxfp4, fp8, int8 or none
-  --batch_tokens N          with --recapture: padded tokens in a micro-batch at most (8192)
+  --batch_tokens N          with --recapture: most padded tokens in a micro-batch (8192)
 
 Output:
   --json                    one JSON document, for scripts; docs/json.md names its keys
 
-docs/importing.md lists the faults, docs/options.md explains every option.
-Exit status: 0 nothing is wrong, 1 something is, 2 it cannot be examined.
+docs/importing.md lists the known faults, docs/options.md explains every option.
+Exit status: 0 no fault found, 1 a fault found, 2 the capture cannot be examined.
 """
 
 import sys
@@ -47,46 +47,46 @@ if TYPE_CHECKING:
     from analysis.doctor.alignment import Alignment, Texts
     from analysis.doctor.faults import Finding
 
-NOTHING = "nothing is wrong that routes show by themselves"
+NOTHING = "no fault found in the routes alone"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """Look for what goes wrong where engines return routes, and name it with layers, rows and evidence.
+    """Check for known faults in routes returned by engines, and report them with layers, rows and evidence.
 
-    It knows layers of zeros, dense layers that are counted, constant, equal and shifted layers, experts out of range or
-    twice in a token, rows that repeat an earlier batch, padding and special tokens, dummy last tokens, another top-k,
-    weights of another sum or order, loads that no trained router has, generated tokens that restart. That nothing is
-    found is no proof: routes of the right form may be another model's, which --against or --recapture shows. Exit
-    status: 0 nothing is wrong, 1 something is, 2 it cannot be examined.
+    Known faults: layers of zeros; counted dense layers; constant, equal and shifted layers; experts out of range or
+    twice in a token; rows that repeat an earlier batch; padding and special tokens; dummy last tokens; a different
+    top-k; weights with a wrong sum or order; loads that no trained router has; generated tokens that restart. Finding
+    no fault is not a proof: routes in the right form may belong to another model, which --against or --recapture shows.
+    Exit status: 0 no fault found, 1 a fault found, 2 the capture cannot be examined.
     """
 
     place: Annotated[str, tyro.conf.Positional]
     """The routes, as STORE/DATASET: demo.zarr/demo-prose, or s3://bucket/routes.zarr/imported."""
     against: str | None = None
-    """A capture of the same tokens by this project, as STORE/DATASET: which shift in position and layer fits best, how
-    much agrees there, and how much of the rest near-ties explain. Documents are compared by their first rows."""
+    """A capture of the same tokens by this project, as STORE/DATASET. Reports the best shift in position and layer, the
+    agreement there, and how much of the rest near-ties explain. Documents are compared by their first rows."""
     recapture: int | None = None
-    """In place of --against: run the model here on the first so many documents (16,384 tokens at most), and compare."""
+    """Instead of --against: run the model here on the first so many documents (at most 16,384 tokens), and compare."""
     model: str | None = None
-    """With --recapture: the checkpoint, a folder, a hub id or "tiny". Default: the one that the capture names."""
+    """With --recapture: the checkpoint, a folder, a hub id or "tiny". Default: the capture's."""
     quantization: Literal["nf4", "fp4", "mxfp4", "fp8", "int8", "none"] | None = None
-    """With --recapture: precision of the weights. Default: what they are stored in; else nf4 on a GPU."""
+    """With --recapture: precision of the weights. Default: as stored, otherwise nf4 on a GPU."""
     batch_tokens: int = 8192
-    """With --recapture: padded tokens in a micro-batch at most."""
+    """With --recapture: the most padded tokens in a micro-batch."""
     json: bool = False
     """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
 
 def main(arguments: list[str]) -> int:
-    """Examine, and print what is wrong."""
+    """Examine the routes, and print the faults."""
     config = parse(DoctorConfig, "doctor", arguments)
     if config.against is not None and config.recapture is not None:
         raise ValueError("give --against or --recapture, not both")
     if config.recapture is not None and config.recapture < 1:
-        raise ValueError(f"--recapture {config.recapture}: 1 or more documents")
+        raise ValueError(f"--recapture {config.recapture}: must be at least 1")
 
-    from analysis.doctor.examination import examine  # numba takes a second: --help does not wait for it
+    from analysis.doctor.examination import examine  # numba takes a second: --help must not wait for it
     from store import coverage
     from store.reader import open_covered
 
@@ -128,32 +128,35 @@ def _headline(finding: "Finding") -> str:
 
 
 def _listed(values: Sequence[int], most: int) -> str:
-    """Numbers, as a range where they are one."""
+    """Numbers, as a range if they are consecutive."""
     if len(values) > 2 and list(values) == list(range(values[0], values[-1] + 1)):
         return f"{values[0]} to {values[-1]}"
     return ", ".join(map(str, values[:most])) + ", ..." * (len(values) > most)
 
 
 def _in_words(found: "Alignment") -> list[str]:
-    """A comparison, a line each."""
+    """A comparison, as lines."""
     at = "without a shift"
     if (found.position, found.layer) != (0, 0):
         at = f"at a shift of {found.position:+d} tokens and {found.layer:+d} layers ({found.unshifted:.1%} without)"
     lines = [
         f"verdict: {found.verdict}",
         f"{found.agreement:.2%} of the choices are the same {at}, of {found.tokens:,} tokens of {found.documents:,}"
-        f" documents; {found.chance:.1%} would be by chance",
+        f" documents; {found.chance:.1%} is expected by chance",
     ]
     if found.differing:
-        why = "its weights, which would tell near-ties, are not known"
+        why = "near-ties cannot be identified, because there are no weights"
         if found.explained is not None:
-            why = f"near-ties explain {found.explained:.1%} of them: only the smallest choice was another one at first"
-        lines.append(f"{found.differing:,} tokens differ at some layer; {why}")
+            why = (
+                f"near-ties explain {found.explained:.1%} of them: at the first difference, only the choice with the"
+                " smallest weight differs"
+            )
+        lines.append(f"{found.differing:,} tokens differ at one layer or more; {why}")
     return lines
 
 
 def _compare(config: DoctorConfig, capture: "xr.Dataset") -> "Alignment | None":
-    """The routes beside a capture, or beside the model itself."""
+    """The routes compared with a capture, or with the model itself."""
     if config.against is None and config.recapture is None:
         return None
 
@@ -169,7 +172,7 @@ def _compare(config: DoctorConfig, capture: "xr.Dataset") -> "Alignment | None":
 
 
 def _recaptured(config: DoctorConfig, own: "Texts", model: str) -> "Texts":
-    """What the model chooses for the same tokens, here and now."""
+    """The model's choices for the same tokens, computed now."""
     import numpy as np
     import torch
 
@@ -214,7 +217,7 @@ def _path(config: DoctorConfig, model: str) -> Path | str:
     try:
         return model_path(config.model or model)
     except ValueError as error:
-        raise ValueError(f"{error}; give the checkpoint with --model") from error
+        raise ValueError(f"{error}; use --model to name the checkpoint") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Walk through a store in a browser: texts coloured by expert, tokens, experts, documents.
+"""Explore a store in a browser: texts coloured by expert, tokens, experts, documents.
 
 usage: python jobs/explore.py STORE[/DATASET] [options]
 
@@ -8,12 +8,12 @@ Examples:
   python jobs/explore.py demo.zarr/demo-prose --export page.html --document 12
 
 Server:
-  --port PORT               where it listens, 0 for any that is free (8177)
-  --host ADDRESS            whoever reaches it can read the store: there is no password (127.0.0.1)
-  --page PAGE               what the printed address opens: demo-code/token/604
-  --index FOLDER            where the index is kept (beside the store)
-  --threads N               shards that are indexed at the same time (one a processor)
-  --processes N             that answer, for several visitors at once (one a processor, 4 at most)
+  --port PORT               the port to listen at, 0 for any free port (8177)
+  --host ADDRESS            anyone who reaches it can read the store: no password (127.0.0.1)
+  --page PAGE               the page of the printed address: demo-code/token/604
+  --index FOLDER            where the index is kept (next to the store)
+  --threads N               shards indexed at the same time (one per processor)
+  --processes N             server processes, for more visitors (one per processor, at most 4)
 
 What counts:
   --phase PHASE             count and find only tokens of the prompt, or only generated ones
@@ -21,10 +21,10 @@ What counts:
 
 One file instead of a server:
   --export FILE             write documents as an HTML file that works offline
-  --document DOCUMENT       one of them, by its id or its name; repeat for more
+  --document DOCUMENT       a document, by its id or its name; repeat for more
 
-It answers until Ctrl-C stops it. docs/options.md explains every option.
-Exit status: 0 stopped or exported, 2 there is no such store, document or address.
+It runs until Ctrl-C stops it. docs/options.md explains every option.
+Exit status: 0 stopped or exported, 2 no such store, document or address.
 """
 
 import contextlib
@@ -56,37 +56,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExploreConfig:
-    """Read a store's texts coloured by expert, look for tokens, walk from expert to expert; every view has a link.
+    """Read a store's texts coloured by expert, search for tokens, and go from expert to expert; every view has a link.
 
-    Prints the address to open, and answers until it is interrupted. What was committed is indexed once, beside the
-    store (73 bytes a token for Mixtral); texts can be read meanwhile, and what a running capture commits is added as it
-    comes. With --export nothing is served: documents are written as one file, for a paper's web page. Exit status: 0
-    stopped, or exported; 2 when there is no such store, document or address.
+    Prints the address to open, and runs until it is interrupted. Committed data is indexed once, next to the store (73
+    bytes per token for Mixtral). Texts can be read during indexing, and what a running capture commits is added
+    continuously. With --export there is no server: documents are written as one file, for a paper's web page. Exit
+    status: 0 stopped or exported, 2 no such store, document or address.
     """
 
     place: Annotated[str, tyro.conf.Positional]
     """STORE, or STORE/DATASET for one of its data sets: demo.zarr, s3://bucket/routes.zarr/wikitext-103."""
     page: str | None = None
-    """The page whose address is printed, without the host, as reports name it: demo-code/expert/2/7."""
+    """The page of the printed address, without the host, as given in reports: demo-code/expert/2/7."""
     host: str = "127.0.0.1"
-    """The address to listen at. Whoever reaches it can read the store: there is no password."""
+    """The address to listen at. Anyone who reaches it can read the store: there is no password."""
     port: int = 8177
-    """The port to listen at; 0 for any that is free."""
+    """The port to listen at; 0 for any free port."""
     index: Path | None = None
-    """A folder for the index. Default: beside the store, or in the user's cache for a store in a bucket."""
+    """A folder for the index. Default: next to the store, or in the user's cache for a store in a bucket."""
     processes: int | None = None
-    """Processes that answer: more visitors at once, and more memory. Default: one a processor, 4 at most."""
+    """Server processes: more visitors at once, but more memory. Default: one per processor, at most 4."""
     threads: int | None = None
-    """Shards that are indexed at the same time. Default: one a processor."""
+    """Shards indexed at the same time. Default: one per processor."""
     phase: Annotated[tuple[Literal["prompt", "generated"], ...], tyro.conf.UseAppendAction] = ()
-    """Count and find only tokens of this phase, where captures say it (imported routes do); texts are shown whole. May
-    be repeated. Each selection has an index of its own."""
+    """Count and find only tokens of this phase, if captures record it (imported routes do); texts are shown in full.
+    May be repeated. Each selection has a separate index."""
     role: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Count and find only tokens of this speaker, where captures are of conversations: assistant. May be repeated."""
+    """Count and find only tokens of this speaker, if captures contain conversations: assistant. May be repeated."""
     export: Path | None = None
-    """Write the documents that --document names here, as one HTML file that works offline, and end."""
+    """Write the documents of --document to this file, as one HTML page that works offline, and exit."""
     document: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """With --export: a document, by its id, or by its name where that is no number. May be repeated."""
+    """With --export: a document, by its id, or by its name if that is not a number. May be repeated."""
 
 
 def main(arguments: list[str]) -> int:
@@ -95,18 +95,18 @@ def main(arguments: list[str]) -> int:
     if bool(config.document) != (config.export is not None):
         raise ValueError("--export FILE and --document ID go together: give both, or neither")
     if not 0 <= config.port < 65_536:
-        raise ValueError(f"--port {config.port}: 0 to 65535")
+        raise ValueError(f"--port {config.port}: must be 0 to 65535")
     if config.threads is not None and config.threads < 1:
-        raise ValueError(f"--threads {config.threads}: 1 or more")
+        raise ValueError(f"--threads {config.threads}: must be at least 1")
     if config.processes is not None and config.processes < 1:
-        raise ValueError(f"--processes {config.processes}: 1 or more")
+        raise ValueError(f"--processes {config.processes}: must be at least 1")
     if config.export is not None and (config.phase or config.role):
-        raise ValueError("--export writes whole texts: leave out --phase and --role")
+        raise ValueError("--export writes complete texts: it cannot be combined with --phase and --role")
     if config.export is not None:
         return _export(*capture_at(config.place), config)
     store, names = captures_at(config.place)
 
-    from analysis.explorer.live import Explorer  # numba takes a second: --help does not wait for it
+    from analysis.explorer.live import Explorer  # numba takes a second: --help must not wait for it
     from analysis.scanning import Selection
 
     _open_more_files()
@@ -137,7 +137,7 @@ def _export(store: str, name: str, config: ExploreConfig) -> int:
 
 
 def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
-    """Answer until interrupted, and index meanwhile."""
+    """Serve until interrupted, and index in the background."""
     from analysis.explorer.serving import MOST, helpers, server_of
 
     stop = threading.Event()
@@ -149,15 +149,15 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
         server = server_of(explorer, here)
         processes = config.processes or min(MOST, os.cpu_count() or 1)
         if not address.is_loopback:
-            log(f"note: whoever reaches {where}, port {port}, can read this store: there is no password")
+            log(f"note: anyone who reaches {where}, port {port}, can read this store: there is no password")
         name = socket.gethostname() if address.is_unspecified else f"[{where}]" if address.version == 6 else where
         print(f"http://{name}:{port}/{(config.page or '').lstrip('/')}", flush=True)
-        log("Ctrl-C stops it")
+        log("press Ctrl-C to stop")
         follower.start()
         try:
             with helpers(explorer, here, listener, processes - 1):
                 server.run(sockets=[listener])
-        except KeyboardInterrupt:  # uvicorn has stopped in order, and hands the signal on
+        except KeyboardInterrupt:  # uvicorn has shut down cleanly and passes the signal on
             pass
         finally:
             stop.set()
@@ -165,7 +165,7 @@ def _serve(explorer: "Explorer", config: ExploreConfig) -> int:
 
 
 def _open_more_files() -> None:
-    """Each part of an index is an open file: a hundred million tokens have 400."""
+    """Each part of an index is an open file: a hundred million tokens need 400."""
     import resource
 
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -179,7 +179,7 @@ def _listener(host: str, port: int) -> socket.socket:
     Raises
     ------
     ValueError
-        When the address is not this machine's, or the port is taken.
+        When the address does not belong to this machine, or the port is in use.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -190,7 +190,7 @@ def _listener(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ValueError(
-            f"cannot listen at {host}, port {port} ({error}): give another --port, or 0 for any"
+            f"cannot listen at {host}, port {port} ({error}): use another --port, or 0 for any free one"
         ) from error
     return listener
 

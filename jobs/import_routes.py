@@ -1,4 +1,4 @@
-"""Write routes that another engine returned as a capture.
+"""Import routes that another engine returned, as a capture.
 
 usage: python jobs/import_routes.py FILES --format FORMAT --model MODEL --store STORE --name DATASET
 
@@ -10,24 +10,25 @@ Examples:
 
 What to import:
   --format FORMAT           plain, vllm, sglang, transformers, olmoe or replay
-  --store STORE             where to: a folder, or s3://bucket/prefix
+  --store STORE             the output: a folder, or s3://bucket/prefix
   --name DATASET            the data set's name in it
   --weights RULE            transformers: how logits become weights (family)
-  --sequence_length N       tokens in a row at most; --rows_per_shard N
+  --sequence_length N       most tokens in a row; --rows_per_shard N
 
 Model:
-  --model MODEL             that chose: a folder, tiny, a hub id, or its name beside --num_experts
-  --num_experts N           experts of a layer; then no configuration is read
-  --experts_per_token N     for formats that do not say it (the model's)
-  --layers LAYERS           the numbers of those that have experts: 1-26, or 0,2,4 (the model's)
+  --model MODEL             that chose: a folder, tiny, a hub id, or its name with --num_experts
+  --num_experts N           experts per layer; then no configuration is read
+  --experts_per_token N     for formats without it (the model's)
+  --layers LAYERS           the layers that have experts: 1-26, or 0,2,4 (the model's)
   --tokenizer TOKENIZER     a folder, a hub id or none (the model's)
-  --engine_version VERSION  to be kept with the routes; --quantization KIND
+  --engine_version VERSION  stored with the routes; --quantization KIND
 
 Output:
   --json                    one JSON document, for scripts; docs/json.md names its keys
 
-The same command resumes. docs/importing.md describes the formats, docs/options.md the options.
-Exit status: 0 all is imported, 1 another job writes the capture, 2 files or options are wrong.
+Run the same command again to resume. docs/importing.md describes the formats, docs/options.md
+the options. Exit status: 0 all imported, 1 another job is writing the capture, 2 files or options
+are wrong.
 """
 
 import hashlib
@@ -64,48 +65,50 @@ if TYPE_CHECKING:
 RULES = {"mixtral": "renormalized", "granitemoe": "renormalized", "gpt_oss": "renormalized"} | dict.fromkeys(
     ("olmoe", "qwen2_moe", "qwen3_moe"), "norm_topk_prob"
 )
-"""How families with a plain softmax make weights of logits: always renormalized, or as their configuration says."""
+"""How families with a plain softmax compute weights from logits: always renormalized, or according to their
+configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Write routes that vLLM, SGLang, transformers or anything else returned as a capture: docs/importing.md.
+    """Import routes from vLLM, SGLang, transformers or another source as a capture: see docs/importing.md.
 
-    The same command resumes what was interrupted, and compares what is there already. Exit status: 0 all is imported,
-    1 another job writes the capture, 2 the files or options are wrong; the error names the file, the line and what to
-    do.
+    Running the same command again resumes an interrupted import and compares what is already there. Exit status: 0 all
+    imported, 1 another job is writing the capture, 2 the files or options are wrong; the error names the file, the line
+    and what to do.
     """
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Files of one format, in their order."""
+    """Files of one format, in order."""
     format: Literal["plain", "vllm", "sglang", "transformers", "olmoe", "replay"]
     """plain: JSON lines, Parquet or npz of token, expert, optional weight, document and phase. vllm: npz of offline
     outputs, or JSON lines of HTTP responses. sglang: JSON lines of responses. transformers: safetensors or npz of
     output_router_logits. olmoe: JSON lines of its analysis scripts. replay: what analysis.write_replay wrote."""
     model: str
-    """The model that chose: a folder, "tiny", a hub id, or just its name where --num_experts is given."""
+    """The model that chose: a folder, "tiny", a hub id, or only its name if --num_experts is given."""
     store: str
-    """The store to write to: a folder, or s3://bucket/prefix. It is made where it is not there."""
+    """The store to write to: a folder, or s3://bucket/prefix. Created if it does not exist."""
     name: str
     """The data set's name in it."""
     engine_version: str = "not stated"
-    """The engine's version, to be kept with the routes: 0.33.0."""
+    """The engine's version, stored with the routes: 0.33.0."""
     quantization: str = "not stated"
-    """What the engine had the weights in, to be kept with the routes: fp8, none."""
+    """The precision of the engine's weights, stored with the routes: fp8, none."""
     tokenizer: str = "model"
     """A folder or hub id, for the pieces of tokens and for texts; "model": the model's, unless --num_experts is given;
-    "none": ids stand for themselves."""
+    "none": only ids are stored."""
     num_experts: int | None = None
-    """Experts of a layer. With it, no configuration of the model is read."""
+    """Experts per layer. If given, the model's configuration is not read."""
     experts_per_token: int | None = None
-    """k, for formats that do not say it. Default: the model's."""
+    """k, for formats that do not contain it. Default: the model's."""
     layers: str | None = None
     """The model's own numbers of the layers that have experts: 1-26, or 0,2,4. Default: the model's, or with
-    --num_experts all that the files have. Where files have all of the model's layers, the others are left out."""
+    --num_experts all layers in the files. If the files have all of the model's layers, the others are left out."""
     weights: Literal["family", "none", "softmax", "renormalized"] = "family"
-    """transformers: how weights are made of logits. family: as the model's does, none where that is not known."""
+    """transformers: how weights are computed from logits. family: as in the model's family, none if that is not
+    known."""
     sequence_length: int | None = None
-    """Tokens in a row at most. Default: the smallest power of two that holds the longest of the first 1,000 sequences;
+    """The most tokens in a row. Default: the smallest power of two that holds the longest of the first 1,000 sequences;
     16 to 2,048."""
     rows_per_shard: int | None = None
     """Default: about 262,144 positions."""
@@ -115,7 +118,7 @@ class ImportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is known of the model."""
+    """What is known about the model."""
 
     name: str
     revision: str | None = None
@@ -123,11 +126,11 @@ class Model:
     num_experts: int
     experts_per_token: int | None
     rule: str = "none"
-    """How weights are made of router logits; "unknown" where the k largest logits may not be the choice."""
+    """How weights are computed from router logits; "unknown" if the k largest logits may not be the choice."""
 
 
 def main(arguments: list[str]) -> int:
-    """Import, and say what was imported."""
+    """Import, and report what was imported."""
     config = parse(ImportConfig, "import_routes", arguments)
 
     from workers.imports.blocks import Grid, ahead, blocks, shape_of, tokenized
@@ -185,7 +188,7 @@ def _facts(config: ImportConfig, state: Coverage, shape: "Shape") -> dict[str, A
 
 
 class _Counts:
-    """What goes through, counted and reported."""
+    """Counts and reports what is imported."""
 
     def __init__(self) -> None:
         self.tokens = self.without_routes = 0
@@ -205,10 +208,10 @@ def _sequences(files: tuple[Path, ...], chosen: "Format", asked: "Asked") -> "It
 
 
 def _check(config: ImportConfig, chosen: "Format") -> None:
-    """An error where an option cannot be, there is no file, or one is none of this format's."""
+    """Raise if an option is invalid, a file is missing, or a file has the wrong type."""
     for option in ("num_experts", "experts_per_token", "sequence_length", "rows_per_shard"):
         if (value := getattr(config, option)) is not None and value < 1:
-            raise ValueError(f"--{option} {value}: 1 or more")
+            raise ValueError(f"--{option} {value}: must be at least 1")
     if not config.files:
         raise ValueError("name at least one file")
     for path in config.files:
@@ -216,7 +219,7 @@ def _check(config: ImportConfig, chosen: "Format") -> None:
             raise FileNotFoundError(f"no file {path}")
         if path.suffix not in chosen.suffixes:
             raise ValueError(
-                f"{path}: --format {config.format} reads {', '.join(chosen.suffixes)}; what is pickled is never read:"
+                f"{path}: --format {config.format} reads {', '.join(chosen.suffixes)}; pickled data is never read:"
                 " save it with numpy.savez or safetensors"
             )
 
@@ -224,13 +227,13 @@ def _check(config: ImportConfig, chosen: "Format") -> None:
 def _refuse_choices(model: Model, shape: "Shape") -> None:
     if model.experts_per_token not in (None, shape.choices):
         raise ValueError(
-            f"the files have {shape.choices} experts a token, and {model.name} chooses {model.experts_per_token}: name"
-            " the model that chose, or give --num_experts and --experts_per_token"
+            f"the files have {shape.choices} experts per token, but {model.name} chooses {model.experts_per_token}:"
+            " name the right model, or use --num_experts and --experts_per_token"
         )
 
 
 def _model(config: ImportConfig) -> Model:
-    """The model, as the options state it or as its configuration says."""
+    """The model, from the options or from its configuration."""
     if config.num_experts is not None:
         return Model(name=config.model, num_experts=config.num_experts, experts_per_token=config.experts_per_token)
 
@@ -244,7 +247,7 @@ def _model(config: ImportConfig) -> Model:
 
         found = describe_model(path, quantization=default_quantization(path, None, "cpu"), device_type="cpu")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{error}\nwithout the model's configuration give --num_experts, and --layers") from error
+        raise ValueError(f"{error}\nwithout the model's configuration, use --num_experts and --layers") from error
     return Model(
         name=found["model"],
         revision=found["model_revision"],
@@ -256,7 +259,7 @@ def _model(config: ImportConfig) -> Model:
 
 
 def _rule(settings: Mapping[str, Any]) -> str:
-    """How a model's family makes weights of logits, from its configuration."""
+    """How a model's family computes weights from logits, from its configuration."""
     rule = RULES.get(settings.get("model_type", ""), "unknown")
     if rule != "norm_topk_prob":
         return rule
@@ -264,28 +267,28 @@ def _rule(settings: Mapping[str, Any]) -> str:
 
 
 def _weights(config: ImportConfig, model: Model) -> str:
-    """How weights are made of router logits."""
+    """How weights are computed from router logits."""
     if config.weights == "family" and model.rule == "unknown" and config.format == "transformers":
         raise ValueError(
-            f"{model.name} is of a family whose k largest logits may not be what it chooses (a correction bias, groups,"
-            " another function than softmax): capture it with jobs/capture.py, or say what holds with --weights none,"
-            " softmax or renormalized"
+            f"{model.name} is of a family in which the k largest logits may not be the choice (a correction bias,"
+            " groups, or a function other than softmax): capture it with jobs/capture.py, or choose with --weights"
+            " none, softmax or renormalized"
         )
     return model.rule if config.weights == "family" else config.weights
 
 
 def _layers(config: ImportConfig) -> tuple[int, ...] | None:
-    """The layers that were named."""
+    """The layers given on the command line."""
     if config.layers is None:
         return None
     numbers: list[int] = []
     for part in config.layers.split(","):
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip(), re.ASCII)
         if found is None:
-            raise ValueError(f"--layers {config.layers!r}: give numbers and ranges, such as 1-26 or 0,2,4")
+            raise ValueError(f"--layers {config.layers!r}: must be numbers and ranges, such as 1-26 or 0,2,4")
         numbers += range(int(found[1]), int(found[2] or found[1]) + 1)
     if not numbers or sorted(set(numbers)) != numbers:
-        raise ValueError(f"--layers {config.layers!r}: give ascending numbers, each once")
+        raise ValueError(f"--layers {config.layers!r}: must be ascending numbers, each once")
     return tuple(numbers)
 
 
@@ -302,7 +305,7 @@ def _tokenizer(config: ImportConfig) -> "TextTokenizer | None":
 def _provenance(
     config: ImportConfig, model: Model, tokenizer: "TextTokenizer | None", *, by_weight: bool
 ) -> dict[str, Any]:
-    """What is kept with the routes: whence they are."""
+    """The provenance that is stored with the routes."""
     engine = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}.get(config.format, config.format)
     return {
         "title": f"routes of {model.name} on {config.name}, imported from {engine}",
@@ -327,7 +330,7 @@ def _sha256(path: Path) -> str:
 
 
 def _tell(config: ImportConfig, facts: dict[str, Any], *, by_weight: bool) -> None:
-    """What was imported, and what to do next."""
+    """Report what was imported, and what to do next."""
     place = f"{config.store.rstrip('/')}/{config.name}"
     lacking = ["no weights"] * (not facts["weights"]) + ["no phases"] * (not facts["phases"])
     log(
@@ -339,7 +342,7 @@ def _tell(config: ImportConfig, facts: dict[str, Any], *, by_weight: bool) -> No
         )
     )
     if not by_weight:
-        log("note: the engine does not promise that a token's first expert has its largest weight")
+        log("note: the engine does not guarantee that a token's first expert has the largest weight")
     print(place)
     say_next(command_line("doctor", place))
 

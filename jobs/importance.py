@@ -1,4 +1,4 @@
-"""Measure what every expert does to predictions: mask it at its layer, and see what is lost.
+"""Measure the effect of every expert on predictions, by masking it at its layer.
 
 usage: python jobs/importance.py --dataset DATASET [options]
 
@@ -8,19 +8,19 @@ Examples:
   ray job submit -- python jobs/importance.py --dataset wikitext-103 --dry_run
 
 What to measure:
-  --dataset DATASET         as jobs/capture.py takes it; repeat for more
-  --layers LAYERS           whose experts: 3, or 3-5; repeat for more (all)
-  --sample_tokens N         documents are drawn at random until they have so many (65536)
+  --dataset DATASET         as for jobs/capture.py; repeat for more
+  --layers LAYERS           layers to measure: 3, or 3-5; repeat for more (all)
+  --sample_tokens N         size of a random sample of documents (65536)
   --limit_tokens N          the first tokens of each document (2048)
   --store STORE             where the effects are kept (~/expert-atlas/routes.zarr)
   also --seed --name --split --text_field --revision --sequence_length --rows_per_shard --bos
   --skip_unrenderable --template_date
 
-What becomes of the effects:
+Output:
   --output FOLDER, -o       a small store that xarray opens (importance.zarr)
-  --figures FOLDER          a chart of each data set as SVG, PDF and PNG
+  --figures FOLDER          one chart per data set, as SVG, PDF and PNG
   --write_mask FILE         the least important experts of each layer, for --mask_file
-  --least N                 with --write_mask: so many of each layer (1)
+  --least N                 with --write_mask: number of experts per layer (1)
   --json                    one JSON document, for scripts; docs/json.md names its keys
 
 Model and precision:
@@ -32,12 +32,12 @@ Where to run:
   --local                   in this process, on one device, without Ray
   also --device --workers --gpus_per_worker --cpus_per_worker --batch_tokens --stall_minutes
 
-Recovery: the same command resumes what was stopped. Its other options:
-  --dry_run                 estimate tokens, bytes and memory, and write nothing; with --rate: time
+Recovery: run the same command again to resume. Other options:
+  --dry_run                 estimate tokens, bytes and memory without writing; with --rate: time
   also --retry_quarantined --allow_mixed
 
-docs/options.md explains every option. Exit status: 0 measured, 1 something is missing, 2 a mistake,
-3 only shards in quarantine are missing, 130 or 143 interrupted.
+docs/options.md explains every option. Exit status: 0 measured, 1 something is missing, 2 an error,
+3 only quarantined shards are missing, 130 or 143 interrupted.
 """
 
 import json
@@ -71,11 +71,11 @@ FORMAT = "expert-atlas importance 1"
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, and tell what was found."""
+    """Measure, and report the results."""
     config = parse_importance(arguments)
     if not config.dataset:
         raise ValueError("give at least one --dataset, such as --dataset demo:prose; --help lists the kinds")
-    model_path(config.model)  # a name with a typo is an error before torch is imported
+    model_path(config.model)  # reports a misspelled name before torch is imported
     take_hub_token()
     if config.dry_run:
         return _estimate(config)
@@ -109,12 +109,12 @@ def _estimate(config: ImportanceConfig) -> int:
 
 
 def _measured(config: ImportanceConfig) -> "Sequence[Coverage]":
-    """Have the effects measured that are missing, in this process or on a cluster."""
+    """Measure the missing effects, in this process or on a cluster."""
     from jobs.capturing.captures import capture_datasets
     from jobs.capturing.importance_run import ImportanceRun
 
     run = ImportanceRun(config)
-    sources = run.sources()  # a data set that is not there is reported before a cluster is waited for
+    sources = run.sources()  # reports a missing data set before waiting for a cluster
     if config.local:
         from jobs.capturing.local import capture_here
 
@@ -122,25 +122,25 @@ def _measured(config: ImportanceConfig) -> "Sequence[Coverage]":
     from jobs.cluster.ray_workers import connected
 
     with connected(config) as cluster:
-        run = ImportanceRun(config, cluster.device)  # whose device may do what this machine's cannot
+        run = ImportanceRun(config, cluster.device)  # its device may support what this machine's does not
         return capture_datasets(run, run.sources(), cluster.capture)
 
 
 def _refuse_output(config: ImportanceConfig) -> None:
-    """Refuse a place that holds anything but an earlier result, or that contains the store or lies in it."""
+    """Raise if the output is not an earlier result, contains the store, or is inside it."""
     output, captures = config.output.resolve(), Path(config.store_path).resolve()
     if output.is_relative_to(captures) or captures.is_relative_to(output):
         raise ValueError(
-            f"--output {config.output} and --store {captures}: neither may lie in the other; name another folder"
+            f"--output {config.output} and --store {captures}: neither may be inside the other; use another folder"
         )
     about = output / "zarr.json"
     earlier = about.is_file() and FORMAT in about.read_text(encoding="utf-8", errors="replace")
     if output.exists() and not earlier:
-        raise ValueError(f"--output {config.output} is there, and no result of this job: name a new folder")
+        raise ValueError(f"--output {config.output} exists and is not a result of this job: use a new folder")
 
 
 def _found(config: ImportanceConfig, states: "Sequence[Coverage]") -> "xr.Dataset":
-    """The importance of every expert on each data set, written as a small store too."""
+    """The importance of every expert on each data set, also written as a small store."""
     from numpy.dtypes import StringDType
 
     from analysis.metrics.importance import importances
@@ -152,7 +152,7 @@ def _found(config: ImportanceConfig, states: "Sequence[Coverage]") -> "xr.Datase
     model = next(iter(captures.values())).attrs["model"]
     together.attrs = flat({**together.attrs, "model": model, "format": FORMAT})
     texts = {name: {"dtype": StringDType()} for name, each in together.variables.items() if each.dtype.kind == "U"}
-    _refuse_output(config)  # again: measuring takes hours
+    _refuse_output(config)  # checked again, because measuring takes hours
     with whole_folder(config.output) as unfinished:
         together.to_zarr(unfinished, mode="w", consolidated=False, encoding=texts)
     log(f"the effects by data set, layer and expert are in {config.output}")
@@ -160,7 +160,7 @@ def _found(config: ImportanceConfig, states: "Sequence[Coverage]") -> "xr.Datase
 
 
 def _write_mask(file: Path, found: "xr.Dataset", least: int) -> None:
-    """The least important experts, as --mask_file of jobs/capture.py takes them."""
+    """Write the least important experts, for --mask_file of jobs/capture.py."""
     from analysis.metrics.importance import least_important
 
     with whole_file(file) as unfinished:
@@ -169,7 +169,7 @@ def _write_mask(file: Path, found: "xr.Dataset", least: int) -> None:
 
 
 def _draw(folder: Path, found: "xr.Dataset") -> None:
-    """A chart of each data set."""
+    """Draw one chart per data set."""
     from analysis.charts.files import write_chart
     from analysis.charts.heatmaps import importance_heatmap
 

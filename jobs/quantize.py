@@ -1,4 +1,4 @@
-"""Write a checkpoint in 4 bits, once, so that later starts read 25 GB and not 93.
+"""Write a 4-bit checkpoint once, so that later starts read 25 GB instead of 93.
 
 usage: python jobs/quantize.py MODEL OUT [options]
 
@@ -12,8 +12,8 @@ Options:
   --model_revision COMMIT   commit, tag or branch of a hub model
   --device DEVICE           auto, cuda or cpu (auto)
 
-A capture with --model OUT chooses what one with --model MODEL chooses, to the bit on the same type
-of device. docs/options.md explains every option. Exit status: 0 written, 2 not to be written.
+A capture with --model OUT makes the same choices as one with --model MODEL, bit for bit on the same
+type of device. docs/options.md explains every option. Exit status: 0 written, 2 cannot be written.
 """
 
 import sys
@@ -39,22 +39,23 @@ MEGABYTE = 10**6
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
-    """Write a checkpoint's matrices in 4 bits, as bitsandbytes and transformers store them, all else as it is.
+    """Write a checkpoint with 4-bit matrices in the format of bitsandbytes and transformers; everything else is
+    unchanged.
 
-    With more than 16 experts a layer, those of a layer lie in common tensors, so that loading is quick; only this
+    With more than 16 experts per layer, the experts of a layer are stored in common tensors for fast loading; only this
     project reads such a checkpoint.
 
-    A capture with --model OUT chooses what one with --model MODEL chooses, to the bit on the same type of device, but
-    is another capture: the store tells them apart. One matrix is on the device at a time. Prints the folder's path.
-    Exit status: 0 written, 2 not to be written.
+    A capture with --model OUT makes the same choices as one with --model MODEL, bit for bit on the same type of device,
+    but the store treats them as different captures. Only one matrix is on the device at a time. Prints the folder's
+    path. Exit status: 0 written, 2 cannot be written.
     """
 
     model: Annotated[str, tyro.conf.Positional]
     """Checkpoint: a hub id, a folder, or "tiny" for the small Mixtral that comes with this package."""
     out: Annotated[Path, tyro.conf.Positional]
-    """Folder to write; it must not exist. It appears when it is whole."""
+    """Folder to write; it must not exist. It appears when it is complete."""
     quantization: Literal["nf4", "fp4"] = "nf4"
-    """Both in blocks of 64, with double quantization. Routers and head are never quantized."""
+    """Both use blocks of 64 and double quantization. Routers and head are never quantized."""
     model_revision: str | None = None
     """Commit, tag or branch of a hub model."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> int:
 
     model = model_path(config.model)
 
-    import torch  # takes seconds, and --help does not wait for it
+    import torch  # takes seconds, and --help must not wait for it
 
     from workers.models.checkpoint import find_checkpoint, weight_files
     from workers.models.saving import quantize_checkpoint, refuse_existing
@@ -101,4 +102,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_job(main, after="nothing is kept, and the same command begins anew")
+    run_job(main, after="nothing is kept: the same command starts from the beginning")

@@ -1,4 +1,4 @@
-"""Ask where a token goes, what an expert gets, or what way a document's tokens take.
+"""Ask where a token goes, what an expert gets, or which path a document's tokens take.
 
 usage: python jobs/query.py STORE/DATASET QUESTION [options]
 
@@ -12,7 +12,7 @@ Questions, one of them:
   --token_id ID             the same, by the id alone
   --tokens CLASS            the experts of digits, keywords, punctuation, or '/regular expression/'
   --expert LAYER:EXPERT     its tokens, by count and by lift
-  --document DOCUMENT       the experts of each of its tokens; an id or a name; repeat for more
+  --document DOCUMENT       the experts of each of its tokens; by id or name; repeat for more
   --entropy                 how spread out the routers are; needs --record logits
   --saliency                what each expert contributes; needs --record output_norm
   --logprob                 the log-probability of the next token, by expert; needs --record logprob
@@ -22,14 +22,14 @@ What counts:
   --layer LAYER             only this layer; repeat for more
   --phase PHASE             only tokens of the prompt, or only generated ones
   --role ROLE               only tokens of this speaker of a conversation; repeat for more
-  --min_count N             with --expert: only tokens that occur so often (1)
+  --min_count N             with --expert: only tokens that occur at least N times (1)
 
 Output:
-  --top N                   with --expert: tokens that are listed (20)
+  --top N                   with --expert: tokens to list (20)
   --json                    one JSON document, for scripts; docs/json.md names its keys
 
-What is counted is kept beside the store: the first question reads all of it, later ones do not.
-docs/options.md explains every option. Exit status: 0 answered, 2 that cannot be answered.
+Counts are kept next to the store: the first question reads all of it, later ones do not.
+docs/options.md explains every option. Exit status: 0 answered, 2 the question cannot be answered.
 """
 
 import re
@@ -67,58 +67,58 @@ if TYPE_CHECKING:
     from store import Coverage
 
 ORDERS: "tuple[TokenOrder, ...]" = ("count", "lift")
-HOW = ("place", "document", "parquet", "json")  # options that change no answer
+HOW = ("place", "document", "parquet", "json")  # options that do not change an answer
 RECORDED = ("entropy", "saliency", "logprob")  # questions that need what --record adds
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueryConfig:
-    """Ask where a token goes, which tokens an expert gets, or what way a document's tokens take.
+    """Ask where a token goes, which tokens an expert gets, or which path a document's tokens take.
 
-    Special tokens, such as <s>, are never counted. An incomplete capture is asked as far as it goes, and a line says
-    so. What is counted is kept beside the store: the first question reads all of it, later ones do not. Exit status: 0
-    answered, 2 when that cannot be.
+    Special tokens, such as <s>, are never counted. For an incomplete capture, the captured part is used, and a line
+    says so. Counts are kept next to the store: the first question reads all of it, later ones do not. Exit status: 0
+    answered, 2 when the question cannot be answered.
     """
 
     place: Annotated[str, tyro.conf.Positional]
-    """STORE/DATASET: demo.zarr/demo-prose, s3://bucket/routes.zarr/wikitext-103. STORE is enough where it holds one
-    data set, and stands for all with --parquet."""
+    """STORE/DATASET: demo.zarr/demo-prose, s3://bucket/routes.zarr/wikitext-103. STORE is sufficient if it has one data
+    set, and means all data sets with --parquet."""
     token: str | None = None
     """A token: as text, "the" or " the" (with the space before it), as the tokenizer's piece, "▁the", "<0x0A>", "\\n",
-    or by its id. Where it goes: its experts by layer. Of several tokens the most frequent is answered, and the others
-    are named with their counts. Write --token=-x where it begins with a dash."""
+    or by its id. Shows its experts by layer. If several tokens match, the answer is about the most frequent one, and
+    the others are listed with their counts. Write --token=-x if it begins with a dash."""
     token_id: int | None = None
-    """The same, by its id."""
+    """The same, by token id."""
     tokens: str | None = None
-    """A class of tokens, such as digits, punctuation, keywords or capitalized (a name that is none lists all), or a
-    regular expression between slashes: '/^ ?[A-Z]/'. Where it goes: its experts by layer, with intervals."""
+    """A token class, such as digits, punctuation, keywords or capitalized (an unknown name lists all), or a regular
+    expression between slashes: '/^ ?[A-Z]/'. Shows its experts by layer, with intervals."""
     expert: str | None = None
-    """An expert, as LAYER:EXPERT: 15:3. Its tokens, by count and by lift."""
+    """An expert, as LAYER:EXPERT: 15:3. Shows its tokens, by count and by lift."""
     document: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A document, by its id, or by its name where that is no number. Its path: each token's experts, layer by layer,
-    the first choice first. May be repeated."""
+    """A document, by its id, or by its name if that is not a number. Shows its path: each token's experts, layer by
+    layer, the first choice first. May be repeated."""
     entropy: bool = False
-    """How spread out each layer's routers are over all experts, and how close the others came. Needs a capture with
+    """How spread out each layer's router is over all experts, and how close the others came. Needs a capture with
     --record logits."""
     saliency: bool = False
     """What each expert contributes: its weight times the norm of its output, least first. Needs --record
     output_norm."""
     logprob: bool = False
-    """The log-probability of the next token, by expert, also within the same token. Needs --record logprob."""
+    """The log-probability of the next token, by expert, also compared within the same token. Needs --record logprob."""
     parquet: str | None = None
-    """A folder: write load, token_experts, transitions and the routes of each --document there, as Parquet, of all
-    data sets of STORE. analysis/examples/queries.sql asks them with DuckDB."""
+    """A folder: write load, token_experts, transitions and the routes of each --document there, as Parquet, for all
+    data sets of STORE. analysis/examples/queries.sql has DuckDB queries for them."""
     layer: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
     """With --token, --tokens, --document, --entropy, --saliency and --logprob: only this layer, by the model's own
     number. May be repeated. Default: all."""
     top: int = 20
-    """With --expert: tokens listed."""
+    """With --expert: tokens to list."""
     min_count: int = 1
-    """With --expert: leave out tokens that occur less often; the lift of a rare token is mostly luck."""
+    """With --expert: leave out tokens that occur less often; the lift of a rare token is mostly chance."""
     phase: Annotated[tuple[Literal["prompt", "generated"], ...], tyro.conf.UseAppendAction] = ()
-    """Only tokens of this phase, where the capture says it (imported routes do). May be repeated."""
+    """Only tokens of this phase, if the capture records it (imported routes do). May be repeated."""
     role: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Only tokens of this speaker, where the capture is of conversations: assistant. May be repeated."""
+    """Only tokens of this speaker, if the capture contains conversations: assistant. May be repeated."""
     json: bool = False
     """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _answer(config: QueryConfig, store: str, name: str, documents: list[int | str]) -> int:
-    """Show the answers; none of them when one of the questions is a mistake."""
+    """Show the answers, or none if one of the questions is invalid."""
     from store import coverage
 
     state = coverage(store, name)
@@ -168,7 +168,7 @@ def _paths(config: QueryConfig, store: str, state: "Coverage", documents: list[i
 
 def _write_tables(config: QueryConfig, store: str, names: list[str], documents: list[int | str]) -> int:
     """Write the files, and print their folder."""
-    from analysis.exports.parquet import write_tables  # numba takes a second: --help does not wait for it
+    from analysis.exports.parquet import write_tables  # numba takes a second: --help must not wait for it
 
     folder = Path(config.parquet or "")
     write = partial(write_tables, datasets=names, documents=documents, roles=config.role, phases=config.phase)
@@ -182,7 +182,7 @@ def _write_tables(config: QueryConfig, store: str, names: list[str], documents: 
 
 
 def _counted(config: QueryConfig, store: str, state: "Coverage") -> list[Listed]:
-    """The answers to what is counted over all tokens; a mistake is reported before."""
+    """The answers that are counted over all tokens; mistakes are reported before counting."""
     from analysis.metrics.tokens import TokenCounts, check_ranking
     from analysis.results import measure
     from analysis.scanning import Selection
@@ -213,7 +213,7 @@ def _counted(config: QueryConfig, store: str, state: "Coverage") -> list[Listed]
 
 
 def _check(config: QueryConfig) -> None:
-    """Refuse what is no one question, and options that do not go with it."""
+    """Raise unless there is exactly one question, and for options that do not apply to it."""
     given = {
         "token": config.token is not None,
         "token_id": config.token_id is not None,
@@ -226,7 +226,7 @@ def _check(config: QueryConfig) -> None:
     asked = [name for name, is_given in given.items() if is_given]
     if len(asked) != 1:
         got = " and ".join(f"--{name}" for name in asked) or "none"
-        raise ValueError(f"ask one of {', '.join(f'--{name}' for name in given)}; got {got}")
+        raise ValueError(f"use exactly one of {', '.join(f'--{name}' for name in given)}; got {got}")
     limits = {
         "layer": ("token", "token_id", "tokens", "document", *RECORDED),
         "top": ("expert",),
@@ -238,11 +238,11 @@ def _check(config: QueryConfig) -> None:
             goes_with = ", ".join(f"--{name}" for name in questions)
             raise ValueError(f"--{option} goes with {goes_with}, not with --{asked[0]}")
     if config.parquet is not None and "://" in config.parquet:
-        raise ValueError(f"--parquet {config.parquet}: give a folder of this machine")
+        raise ValueError(f"--parquet {config.parquet}: must be a folder on this machine")
 
 
 def _layers(capture: "xr.Dataset", wanted: tuple[int, ...]) -> list[int]:
-    """Those that were asked for, or all."""
+    """The requested layers, or all."""
     captured: list[int] = capture["layer"].values.tolist()
     if unknown := sorted(set(wanted) - set(captured)):
         raise ValueError(f"layers {unknown} were not captured; {capture.attrs['dataset']} has {captured}")
@@ -253,7 +253,7 @@ def _expert(capture: "xr.Dataset", place: str) -> tuple[int, int]:
     """The layer and the expert of LAYER:EXPERT."""
     parts = re.fullmatch(r"(\d+):(\d+)", place, re.ASCII)
     if parts is None:
-        raise ValueError(f"--expert {place!r} is no LAYER:EXPERT, such as 15:3")
+        raise ValueError(f"--expert {place!r}: must be LAYER:EXPERT, such as 15:3")
     layer, expert = _layers(capture, (int(parts[1]),))[0], int(parts[2])
     if expert >= (experts := int(capture.attrs["num_experts"])):
         raise ValueError(f"--expert {place}: a layer has experts 0 to {experts - 1}")

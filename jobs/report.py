@@ -1,4 +1,4 @@
-"""Draw what the experts do as one HTML page that works offline.
+"""Write a report on the experts as one HTML page that works offline.
 
 usage: python jobs/report.py STORE[/DATASET] [STORE[/DATASET] ...] [options]
 
@@ -9,19 +9,19 @@ Examples:
 
 Output:
   --output FILE, -o FILE    the page (report.html)
-  --figures FOLDER          every chart as SVG, PDF and PNG too
-  --explorer ADDRESS        link findings to an explorer that answers there: http://127.0.0.1:8177
+  --figures FOLDER          also every chart as SVG, PDF and PNG
+  --explorer ADDRESS        link findings to an explorer at this address: http://127.0.0.1:8177
 
 What counts:
   --phase PHASE             only tokens of the prompt, or only generated ones
   --role ROLE               only tokens of this speaker of a conversation; repeat for more
-  --block_tokens N          take blocks of so many tokens for documents
+  --block_tokens N          use blocks of so many tokens instead of documents
 
 Where to run:
   --cluster                 read the stores on a Ray cluster
 
-An incomplete capture is drawn as far as it goes. docs/options.md explains every option.
-Exit status: 0 drawn, 2 there is no such store, or nothing in it.
+For an incomplete capture, the captured part is used. docs/options.md explains every option.
+Exit status: 0 written, 2 there is no such store, or it is empty.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-# Before numpy is imported: a scan has a thread for each processor, and threads of the linear algebra beside them only
-# wait for them (a seventh of a report's processor time, measured on two cores).
+# Set before numpy is imported: a scan has a thread for each processor, and additional threads of the linear algebra
+# would only wait (a seventh of a report's processor time, measured on two cores).
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from jobs/
@@ -55,31 +55,32 @@ from jobs.console.terminal import LOG_EVERY_S, log, run_job, say_next
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Draw what the experts did, for every data set of one or more stores, as one HTML file that works offline.
+    """Report what the experts did, for every data set of one or more stores, as one HTML file that works offline.
 
-    An incomplete capture is drawn as far as it goes, and the page says so. Prints the path of the file. Exit status:
-    0 drawn, 2 not a store, or nothing in it.
+    For an incomplete capture, the captured part is used, and the page says so. Prints the path of the file. Exit
+    status: 0 written, 2 there is no such store, or it is empty.
     """
 
     places: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """STORE for all of its data sets, STORE/DATASET for one, as many as are to be on the page."""
+    """STORE for all of its data sets, STORE/DATASET for one; any number of them."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """The file to write; one that is there is replaced."""
+    """The file to write; an existing one is replaced."""
     figures: Path | None = None
-    """A folder, made where it is missing: every chart goes there as SVG, PDF and PNG, for papers. The paths of a token
-    by itself are saved in the page."""
+    """A folder, created if missing, for every chart as SVG, PDF and PNG, for papers. The paths of single tokens can be
+    saved from the page."""
     block_tokens: int | None = None
-    """Take blocks of so many tokens for documents in intervals and tests: for texts that are one long document. That
-    neighbouring blocks resemble each other is then not seen, and intervals are somewhat too narrow."""
+    """Use blocks of so many tokens instead of documents in intervals and tests, for texts that are one long document.
+    This ignores that neighbouring blocks resemble each other, so intervals are somewhat too narrow."""
     phase: Annotated[tuple[Literal["prompt", "generated"], ...], tyro.conf.UseAppendAction] = ()
-    """Count only tokens of this phase, where captures say it (imported routes do). May be repeated."""
+    """Count only tokens of this phase, if captures record it (imported routes do). May be repeated."""
     role: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Count only tokens of this speaker, where captures are of conversations: assistant. May be repeated."""
+    """Count only tokens of this speaker, if captures contain conversations: assistant. May be repeated."""
     explorer: str | None = None
-    """Link what is found to an explorer of the store that answers at this address: http://127.0.0.1:8177. Default: the
-    page shows commands that start one."""
+    """Link findings to an explorer of the store at this address: http://127.0.0.1:8177. Default: the page shows
+    commands that start one."""
     cluster: bool = False
-    """Read the stores on the Ray cluster of $RAY_ADDRESS, which must see them, or on one that is started here."""
+    """Read the stores on the Ray cluster at $RAY_ADDRESS, which must have access to them, or on one that is started
+    here."""
 
 
 def main(arguments: list[str]) -> int:
@@ -88,13 +89,13 @@ def main(arguments: list[str]) -> int:
     if not config.places:
         raise ValueError("name at least one STORE or STORE/DATASET, such as demo.zarr")
     if config.block_tokens is not None and config.block_tokens < 1:
-        raise ValueError(f"--block_tokens {config.block_tokens}: at least 1")
+        raise ValueError(f"--block_tokens {config.block_tokens}: must be at least 1")
     if config.explorer is not None and not config.explorer.startswith(("http://", "https://")):
-        raise ValueError(f"--explorer {config.explorer}: an address that begins with http:// or https://")
+        raise ValueError(f"--explorer {config.explorer}: must begin with http:// or https://")
     refuse_no_file("output", config.output)
     datasets = by_store(config.places)
     _give_memory_back()
-    from analysis.report.page import (  # the chart libraries take a second: --help does not wait for them
+    from analysis.report.page import (  # the chart libraries take a second: --help must not wait for them
         write_figures,
         write_report,
     )
@@ -130,7 +131,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _progress() -> Callable[[str, int, int], None]:
-    """Logs every ten seconds how far the scan of a data set is."""
+    """Logs the progress of a data set's scan every ten seconds."""
     logged = time.monotonic()
 
     def progress(label: str, done: int, total: int) -> None:
@@ -143,12 +144,12 @@ def _progress() -> Callable[[str, int, int], None]:
 
 
 def _give_memory_back() -> None:
-    """Have freed arrays returned to the system at once: glibc otherwise learns to keep them, and the peak grows.
+    """Return freed arrays to the system at once: otherwise glibc keeps them, and the memory peak grows.
 
     Measured with two threads and 32 layers, from one to five million tokens: see tests/analysis/test_memory.py.
     """
     m_mmap_threshold = -3  # from malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # no glibc here: the allocator does as it does
+    with contextlib.suppress(OSError, AttributeError):  # no glibc: the allocator is left alone
         ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)
 
 

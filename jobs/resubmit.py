@@ -9,12 +9,12 @@ Examples:
 
 Options:
   --address URL             the head's dashboard (http://127.0.0.1:8265)
-  --attempts N              submissions at most (5)
-  --pause SECONDS           before the second attempt; each later pause is twice as long (60)
+  --attempts N              most submissions (5)
+  --pause SECONDS           pause before the second attempt; doubles after each attempt (60)
 
-A head that does not answer is waited for. docs/options.md explains every option.
-Exit status: 0 complete, 1 something is still missing, 2 a mistake or no head answered, 3 only
-shards in quarantine are missing, 143 someone stopped the job, 130 or 143 interrupted.
+If the head does not answer, the script waits for it. docs/options.md explains every option.
+Exit status: 0 complete, 1 something is still missing, 2 an error or no head answered, 3 only
+quarantined shards are missing, 143 the job was stopped, 130 or 143 interrupted.
 """
 
 import os
@@ -41,41 +41,41 @@ from jobs.console.terminal import log, run_job
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-POLL_S = 5.0  # arbitrary: how far the log shown here is behind
+POLL_S = 5.0  # arbitrary: the delay of the log shown here
 MAX_PAUSE_S = 600.0  # arbitrary
 FUTILE = (2, 3, 126, 127)
-"""Statuses after which trying again changes nothing: the command cannot be carried out, all that is missing is in
-quarantine, or the shell cannot run it."""
+"""Statuses after which a retry is useless: the command is wrong, only quarantined shards are missing, or the shell
+cannot run it."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResubmitConfig:
-    """Submit the command after -- to a Ray cluster, follow it, and submit it again while something is missing.
+    """Submit the command after -- to a Ray cluster, follow it, and resubmit it while something is missing.
 
-    A head that does not answer is waited for. Exit status: 0 complete, 1 something is still missing after the last
-    attempt, 2 the command cannot be carried out or no head answered, 3 only shards in quarantine are missing, 143
-    someone stopped the job, 130 or 143 interrupted.
+    If the head does not answer, the script waits for it. Exit status: 0 complete, 1 something is still missing after
+    the last attempt, 2 the command is wrong or no head answered, 3 only quarantined shards are missing, 143 the job was
+    stopped, 130 or 143 interrupted.
     """
 
     address: str = "http://127.0.0.1:8265"
-    """The head's dashboard. $RAY_API_SERVER_ADDRESS and $RAY_ADDRESS go before it, as for `ray job submit`."""
+    """The head's dashboard. $RAY_API_SERVER_ADDRESS and $RAY_ADDRESS take precedence, as for `ray job submit`."""
     attempts: int = 5
-    """Submissions at most; and how often in a row a head that does not answer is asked."""
+    """The most submissions; also the most consecutive requests to a head that does not answer."""
     pause: float = 60.0
-    """Seconds before the second attempt; each later pause is twice as long, up to ten minutes."""
+    """Seconds before the second attempt; the pause doubles after each attempt, up to ten minutes."""
 
     def __post_init__(self) -> None:
         if not self.address.startswith(("http://", "https://")):
-            raise ValueError(f"--address is {self.address!r}, and must begin with http:// or https://")
+            raise ValueError(f"--address is {self.address!r}, but must begin with http:// or https://")
         for name in ("attempts", "pause"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}, and must be more than 0")
+                raise ValueError(f"--{name} is {getattr(self, name)}, but must be more than 0")
 
 
 def main(arguments: list[str]) -> int:
-    """Submit the command until it is through; its status."""
+    """Submit the command until it is complete; returns its status."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     config = parse(ResubmitConfig, "resubmit", arguments[:end])
     command = shlex.join(arguments[end + 1 :])
@@ -98,33 +98,33 @@ def main(arguments: list[str]) -> int:
 
 def connect(address: str) -> "JobSubmissionClient":
     """A client of the head at an address."""
-    from ray.exceptions import AuthenticationError, RayError  # Ray takes a second: --help does not wait for it
+    from ray.exceptions import AuthenticationError, RayError  # Ray takes a second: --help must not wait for it
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise ValueError(
-            f"{address} refuses this machine's token ({str(error).splitlines()[0]}): set RAY_AUTH_MODE=token, and have"
-            " the cluster's token in ~/.ray/auth_token"
+            f"{address} rejects this machine's token ({str(error).splitlines()[0]}): set RAY_AUTH_MODE=token, and put"
+            " the cluster's token into ~/.ray/auth_token"
         ) from error
-    except RayError as error:  # of an address without http://, such as that of $RAY_ADDRESS
+    except RayError as error:  # raised for an address without http://, such as that of $RAY_ADDRESS
         raise ConnectionError(f"no head at {os.environ.get('RAY_ADDRESS') or address}: {error}") from error
 
 
 def run(config: ResubmitConfig, client: "JobSubmissionClient", job: str, command: str) -> "JobDetails | None":
-    """Run the command as a job, its log on the output, until it has ended; None when it was lost with its head."""
+    """Run the command as a job and print its log until it ends; None if it was lost with its head."""
     try:
         patiently(config, lambda: submit(client, job, command))
         log(f"job {job} is on {client.get_address()}")
         return follow(config, client, job)
     except KeyboardInterrupt:
-        log(f"job {job} goes on without this; to stop it: ray job stop --address {client.get_address()} {job}")
+        log(f"job {job} continues to run; to stop it: ray job stop --address {client.get_address()} {job}")
         raise
 
 
 def submit(client: "JobSubmissionClient", job: str, command: str) -> None:
-    """Submit a job, unless it is there already: the answer to an earlier request may have been lost."""
+    """Submit a job unless it already exists: the answer to an earlier request may have been lost."""
     try:
         client.submit_job(entrypoint=command, submission_id=job)
     except RuntimeError as error:
@@ -133,9 +133,9 @@ def submit(client: "JobSubmissionClient", job: str, command: str) -> None:
 
 
 def follow(config: ResubmitConfig, client: "JobSubmissionClient", job: str) -> "JobDetails | None":
-    """Print a job's log until it has ended.
+    """Print a job's log until it ends.
 
-    Asks again and again, since a log that is streamed stands still for ever when its head vanishes.
+    Polls, because a streamed log hangs forever if the head disappears.
     """
     printed = 0
     while True:
@@ -153,38 +153,38 @@ def follow(config: ResubmitConfig, client: "JobSubmissionClient", job: str) -> "
 
 
 def became_of(job: str, details: "JobDetails | None") -> str:
-    """What became of a job that is not complete, in a line."""
+    """The outcome of a job that is not complete, in one line."""
     if details is None:
-        return f"the head, started again, does not know job {job}"
+        return f"the head was restarted and does not know job {job}"
     if details.driver_exit_code == 1:
-        return f"job {job} says that something is missing"
+        return f"job {job} reports that something is missing"
     reason = details.message or f"exit status {details.driver_exit_code}"
     return f"job {job} is {details.status}: {reason.splitlines()[0]}"
 
 
 def patiently(config: ResubmitConfig, request: Callable[[], T]) -> T:
-    """The answer to a request, asked again while the head cannot be reached or is not ready.
+    """The answer to a request, which is retried while the head cannot be reached or is not ready.
 
     Raises
     ------
     OSError, RuntimeError
-        What the last of `attempts` requests in a row ended with.
+        The error of the last of `attempts` consecutive requests.
     """
     for attempt in range(1, config.attempts):
         try:
             return request()
         except (OSError, RuntimeError) as error:
             if isinstance(error, ValueError) or (isinstance(error, RuntimeError) and "status code 5" not in str(error)):
-                raise  # a malformed address or answer; a request that the head refuses
+                raise  # a malformed address or answer, or a request that the head rejects
             log(f"the head does not answer: {str(error).splitlines()[0]}")
         wait(config, attempt)
     return request()
 
 
 def wait(config: ResubmitConfig, attempt: int) -> None:
-    """Pause after an attempt, the longer the more there were."""
+    """Pause after an attempt; the pause grows with the number of attempts."""
     pause = min(config.pause * 2 ** (attempt - 1), MAX_PAUSE_S)
-    log(f"again in {pause:,.0f} s")
+    log(f"retrying in {pause:,.0f} s")
     time.sleep(pause)
 
 

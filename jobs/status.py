@@ -1,4 +1,4 @@
-"""Tell what is captured and what is missing, and whether it still is what was committed.
+"""Report what is captured and what is missing, and whether it still equals what was committed.
 
 usage: python jobs/status.py STORE[/DATASET] [options]
 
@@ -8,11 +8,11 @@ Examples:
   python jobs/status.py s3://bucket/routes.zarr --json
 
 Options:
-  --verify                  read everything back, and compare it with what was committed
+  --verify                  read everything back and compare it with what was committed
   --json                    one JSON document, for scripts; docs/json.md names its keys
 
 Safe while a capture runs. docs/options.md explains every option.
-Exit status: 0 everything is complete, 1 something is missing or wrong, 2 there is no such store.
+Exit status: 0 everything is complete, 1 something is missing or damaged, 2 no such store.
 """
 
 import sys
@@ -44,47 +44,47 @@ from store.verification import Findings, verify
 
 @dataclass(frozen=True, kw_only=True)
 class StatusConfig:
-    """Tell, for each data set of a store, what is captured and what is missing.
+    """Report, for each data set of a store, what is captured and what is missing.
 
-    Safe while a capture runs. Exit status: 0 when every data set is complete, 1 when something is missing or wrong,
-    2 when there is no store.
+    Safe while a capture runs. Exit status: 0 when every data set is complete, 1 when something is missing or damaged, 2
+    when there is no such store.
     """
 
     place: Annotated[str, tyro.conf.Positional]
     """STORE, or STORE/DATASET for one of its data sets; the store is a folder, or s3://bucket/prefix."""
     verify: bool = False
-    """Read everything back and compare it with the commit records. What is wrong is noted in the store, and captured
-    again by the next capture."""
+    """Read everything back and compare it with the commit records. Damaged shards are marked in the store, and the next
+    capture redoes them."""
     json: bool = False
     """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Looked:
-    """What was found out about one data set."""
+    """The findings about one data set."""
 
     data_set: str
     state: Coverage | None = None
-    """None where it cannot be read."""
+    """None if it cannot be read."""
     found: Findings | None = None
-    """By --verify."""
+    """The findings of --verify."""
     holder: str | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is missing, and nothing was found to be wrong."""
+        """Whether nothing is missing or damaged."""
         return self.state is not None and self.state.complete and self.holds is not False
 
     @property
     def holds(self) -> bool | None:
-        """Whether all that is committed could be read back as it was committed; None where nobody looked."""
+        """Whether everything could be read back as committed; None if it was not verified."""
         return None if self.found is None else not (self.found.shards or self.found.plan)
 
 
 def main(arguments: list[str]) -> int:
-    """Print what was found; 0 when every data set is complete."""
+    """Print the findings; 0 when every data set is complete."""
     config = parse(StatusConfig, "status", arguments)
     store, names = captures_at(config.place)
     looked = [_look(store, name, deep=config.verify) for name in names]
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _look(store: str, name: str, *, deep: bool) -> Looked:
-    """What there is to know of one data set; what is not in its coverage is said at once."""
+    """The findings about one data set; what is not in its coverage is logged immediately."""
     found = None
     try:
         group = CaptureGroup(store, name)
@@ -113,9 +113,9 @@ def _look(store: str, name: str, *, deep: bool) -> Looked:
 
 
 def _verified(group: CaptureGroup) -> Findings:
-    """Read everything back, and say what is wrong with the plan.
+    """Read everything back, and report faults of the plan.
 
-    Shards that are wrong are noted in the store, and reported with what is missing.
+    Damaged shards are marked in the store, and reported with what is missing.
     """
     tokens = coverage(group.path, group.dataset).tokens_done
     with reporting(f"verify {group.dataset}", total=tokens, transient=True) as report:
@@ -123,11 +123,11 @@ def _verified(group: CaptureGroup) -> Findings:
     for fault in found.plan:
         log(shown(f"{group.dataset}: the plan is damaged: {fault}; {group.remedy}"))
     if not (found.plan or found.shards):
-        log(shown(f"{group.dataset}: verified: {tokens:,} tokens are as they were committed"))
+        log(shown(f"{group.dataset}: verified: {tokens:,} tokens equal what was committed"))
     if found.unnoted:
         for shard, reason in found.shards.items():
-            log(shown(f"{group.dataset}: shard {shard} does not hold: {reason}"))
-        log(shown(f"error: the store cannot be written, so that the next capture will not know: {found.unnoted}"))
+            log(shown(f"{group.dataset}: shard {shard} failed verification: {reason}"))
+        log(shown(f"error: the store cannot be written, so the next capture will not know about this: {found.unnoted}"))
     return found
 
 
@@ -180,7 +180,7 @@ KNOWN: dict[str, Callable[[Coverage], Any]] = {
 
 
 def _in_a_word(row: Facts) -> str:
-    """A data set's state: what is worst about it."""
+    """A data set's state: its most serious problem."""
     if row["error"] is not None:
         return "cannot be read"
     if row["lost"] or row["plan_faults"]:
@@ -196,9 +196,9 @@ def _in_a_word(row: Facts) -> str:
 
 
 def print_status(console: Console, looked: list[Looked]) -> None:
-    """A line a data set, and in full what is missing or damaged."""
+    """One line per data set, and details of what is missing or damaged."""
     rows = [facts(one) for one in looked]
-    said = (RECORDED, CHANGED)  # where some data set has something to say
+    said = (RECORDED, CHANGED)  # shown only if some data set has a value
     columns = [column for column in COLUMNS if column not in said or any(column.text(row) != "-" for row in rows)]
     print_table(console, columns, rows)
     for state in (one.state for one in looked if one.state is not None):
@@ -206,9 +206,11 @@ def print_status(console: Console, looked: list[Looked]) -> None:
             print_line(console, str(state))
         if skipped := state.plan.documents_skipped:
             names = ", ".join(map(repr, state.plan.skipped[:3])) + " and others" * (skipped > 3)
-            print_line(console, f"{state.dataset}: {skipped:,} documents that cannot be rendered are skipped: {names}")
+            print_line(
+                console, f"{state.dataset}: {skipped:,} documents were skipped because they cannot be rendered: {names}"
+            )
         for shard, reason in state.wrong.items():
-            print_line(console, f"{state.dataset}: shard {shard} does not hold: {reason}")
+            print_line(console, f"{state.dataset}: shard {shard} failed verification: {reason}")
 
 
 def _count(key: str) -> Callable[[Facts], str]:
@@ -220,7 +222,7 @@ def _ratio(over: str, under: str, form: str) -> Callable[[Facts], str]:
 
 
 def _precision(row: Facts) -> str:
-    """What the weights are stored in, and their products where they are in another precision than usual."""
+    """The precision of the weights, and of their products if it is not the usual one."""
     kept, matmul = row["quantization"] or "-", row["matmul"]
     return kept if matmul in (None, LATER["matmul"]) else f"{kept}, {matmul} products"
 
@@ -237,7 +239,7 @@ def _colour(row: Facts) -> str:
     return "red" if row["error"] is not None or row["wrong"] or row["lost"] or row["plan_faults"] else "yellow"
 
 
-RECORDED = Column(name="recorded too", text=lambda row: ", ".join(row["record"] or "-"), left=True, spare=10)
+RECORDED = Column(name="also recorded", text=lambda row: ", ".join(row["record"] or "-"), left=True, spare=10)
 CHANGED = Column(name="changed", text=lambda row: changes_in_words(row) or "-", left=True, spare=11)
 COLUMNS = (
     Column(name="data set", text=lambda row: row["data_set"], left=True, elastic=True),
@@ -249,7 +251,7 @@ COLUMNS = (
     Bars(part=lambda row: row["tokens_done"] / row["tokens_planned"] if row["tokens_planned"] else None, style=_colour),
     Column(name="bytes", text=_count("bytes_done"), spare=4),
     Column(name="bytes/token", text=_ratio("bytes_done", "tokens_done", ".1f"), spare=7),
-    Column(name="tokens/s a worker", text=_ratio("tokens_done", "seconds", ",.0f"), spare=6),
+    Column(name="tokens/s per worker", text=_ratio("tokens_done", "seconds", ",.0f"), spare=6),
     Column(name="weights", text=_precision, left=True, spare=9),
     RECORDED,
     CHANGED,

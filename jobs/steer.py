@@ -1,4 +1,4 @@
-"""Take away the experts that one data set uses more than another, and see what each loses.
+"""Mask the experts that one data set uses more than another, and measure the effect on both.
 
 usage: python jobs/steer.py STORE/DATASET STORE/DATASET [options]
 
@@ -8,23 +8,23 @@ Examples:
   python jobs/steer.py demo.zarr/demo-code demo.zarr/demo-legal --only_name --write code.json
 
 What to change:
-  --experts N               at most so many, those with the largest difference (8)
-  --force                   they are chosen for every token, instead of never
+  --experts N               the most experts, those with the largest difference (8)
+  --force                   choose them for every token, instead of never
   --write FILE              the experts, for --mask_file or --force_file of a capture
-  --only_name               name them, and stop
+  --only_name               print the experts and stop
 
 The captures under the change:
-  --into STORE              where they go (the store's name with -without-DATASET or -with-DATASET)
+  --into STORE              the output (the store's name with -without-DATASET or -with-DATASET)
   --local                   in this process, on one device, without Ray
   also --device --workers --gpus_per_worker
 
 Output:
   --json                    one JSON document, for scripts; docs/json.md names its keys
 
-Both data sets are captured again as they were, but for the change, and compared with what they
-were: both must have been captured with --record logprob. The same command resumes.
+Both data sets are captured again with the same options except for the change, and compared with
+the originals, which need --record logprob. Run the same command again to resume.
 docs/options.md explains every option. Exit status: 0 done, 1 a capture is not complete,
-2 a mistake, 3 only shards in quarantine are missing, 130 or 143 interrupted.
+2 an error, 3 only quarantined shards are missing, 130 or 143 interrupted.
 """
 
 import json
@@ -59,12 +59,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SteerConfig:
-    """Find the experts that one data set uses more than another by more than chance, and measure what both data sets
-    lose when a model cannot choose them.
+    """Find the experts that one data set uses more than another, beyond chance, and measure the effect on both data
+    sets when the model cannot choose them.
 
-    Both data sets are captured again as they were, but for the change, into a store of their own, and the effect on the
-    log-probability of their tokens is told, with how it differs between the two. Exit status: 0 done, 1 a capture is
-    not complete, 2 the command cannot be carried out, 3 only shards in quarantine are missing, 130 or 143 interrupted.
+    Both data sets are captured again with the same options except for the change, into a separate store, and the effect
+    on the log-probability of their tokens is reported, with its difference between the two. Exit status: 0 done, 1 a
+    capture is not complete, 2 the command is wrong, 3 only quarantined shards are missing, 130 or 143 interrupted.
     """
 
     one: Annotated[str, tyro.conf.Positional]
@@ -72,18 +72,18 @@ class SteerConfig:
     other: Annotated[str, tyro.conf.Positional]
     """The data set that it is compared with."""
     experts: int = 8
-    """At most so many experts: those whose share of tokens differs most, of those that differ by more than chance. Each
+    """The most experts: those whose share of tokens differs most, among those that differ by more than chance. Each
     layer keeps as many as a token chooses."""
     force: bool = False
-    """Force the experts, so that they are among the chosen of every token, instead of masking them; of each layer as
-    many at most as a token chooses."""
+    """Force the experts to be among the choices of every token, instead of masking them; at most as many per layer as a
+    token chooses."""
     write: Path | None = None
-    """Write the experts as a JSON file that --mask_file or --force_file of jobs/capture.py takes."""
+    """Write the experts as a JSON file, for --mask_file or --force_file of jobs/capture.py."""
     only_name: bool = False
-    """Name the experts, and capture nothing."""
+    """Print the experts, without capturing."""
     into: str | None = None
     """Store of the captures under the change. Default: the first store's name with -without-DATASET, or -with-DATASET
-    where experts are forced."""
+    if experts are forced."""
     local: bool = False
     """Capture in this process, on one device, without Ray."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -91,38 +91,38 @@ class SteerConfig:
     workers: int | None = None
     """Copies of the model on a cluster, as for a capture."""
     gpus_per_worker: float = 1.0
-    """GPUs of a worker, as for a capture."""
+    """GPUs per worker, as for a capture."""
     json: bool = False
     """One JSON document on standard output, for scripts: docs/json.md names its keys."""
 
     def __post_init__(self) -> None:
         if self.experts < 1:
-            raise ValueError(f"--experts is {self.experts}, and must be at least 1")
+            raise ValueError(f"--experts is {self.experts}, but must be at least 1")
         if self.write is not None:
             refuse_no_file("write", self.write)
 
     @property
     def names(self) -> tuple[str, str]:
-        """Of the two data sets."""
+        """The names of the two data sets."""
         return capture_at(self.one)[1], capture_at(self.other)[1]
 
     @property
     def store(self) -> str:
-        """Where the captures under the change go."""
+        """The store of the captures under the change."""
         path, name = capture_at(self.one)
         changed = f"{path.removesuffix('.zarr')}-{'with' if self.force else 'without'}-{name}.zarr"
         return CaptureConfig(store=changed if self.into is None else self.into).store_path
 
 
 def main(arguments: list[str]) -> int:
-    """Name the experts, capture without them, and tell what that does."""
+    """Print the experts, capture without them, and report the effect."""
     config = parse(SteerConfig, "steer", arguments)
     take_hub_token()
 
-    from store import open_capture  # takes a second: --help does not wait for it
+    from store import open_capture  # takes a second: --help must not wait for it
 
     if config.names[0] == config.names[1]:
-        raise ValueError(f"{config.one} and {config.other} have one name: give two data sets of other names")
+        raise ValueError(f"{config.one} and {config.other} have the same name: use two data sets with different names")
     captures = {place: open_capture(*capture_at(place)) for place in (config.one, config.other)}
     told: dict[str, Any] = {"one": config.one, "other": config.other, "change": "force" if config.force else "mask"}
     told |= carriers_told(captures, config.experts, forced=config.force)
@@ -174,7 +174,7 @@ def _again(config: SteerConfig, place: str, capture: "xr.Dataset", experts: list
 
 
 def _refuse_other_change(wanted: CaptureConfig) -> None:
-    """Refuse a store that holds a capture of the same name under another change."""
+    """Raise if the store has a capture of the same name under another change."""
     from store import CaptureGroup
     from store.identity import changes_in_words
 
@@ -184,11 +184,11 @@ def _refuse_other_change(wanted: CaptureConfig) -> None:
         return
     if any(set(attrs.get(name) or ()) != set(getattr(wanted, name)) for name in ("mask", "force")):
         change = changes_in_words(attrs) or "no change"
-        raise ValueError(f"{wanted.store_path}/{wanted.name[0]} has {change}: name another store with --into")
+        raise ValueError(f"{wanted.store_path}/{wanted.name[0]} has {change}: use --into to name another store")
 
 
 def _effects(config: SteerConfig, captures: "Iterable[xr.Dataset]") -> Facts:
-    """What the change does to the predictions of both."""
+    """The effect of the change on the predictions of both."""
     from analysis.scanning import EVERYTHING
     from store import open_capture
 

@@ -1,4 +1,4 @@
-"""Train the tiny Mixtral that comes with this package: seven minutes on one GPU.
+"""Train the tiny Mixtral that comes with this package, in seven minutes on one GPU.
 
 usage: python jobs/train_tiny.py OUT [options]
 
@@ -11,10 +11,10 @@ Options:
   --steps N                 batches of 128 rows of 512 tokens (2000)
   --device DEVICE           cuda or cpu (cuda)
 
-Data are the texts of jobs/sources/demo.py. A tenth of the documents is held out, which is what the
-demo captures, and whatever nearly repeats one of them is left out (licences are copied from each
-other). The same packages, versions and GPU give the same bytes. workers/tiny-mixtral/README.md says
-what came of it. Exit status: 0 written, 2 not to be written.
+The data are the texts of jobs/sources/demo.py. A tenth of the documents is held out, which the
+demo captures, and documents that nearly repeat one of them are left out (licences are often
+copied). The same packages, versions and GPU give the same bytes. workers/tiny-mixtral/README.md
+describes the result. Exit status: 0 written, 2 cannot be written.
 """
 
 import importlib.util
@@ -52,11 +52,11 @@ LEARNING_RATE = 4e-3
 WARM_UP = 0.03  # of all steps
 BALANCE = 0.02  # router_aux_loss_coef, as in the published configuration
 WINDOW_TOKENS = 13  # Brown et al. 2020, appendix C
-NEARLY_REPEATS = 0.1  # more of a document's windows in what is held out
-WEIGHT_DECAY = 0.6  # high, for each row is seen fifteen times: with 0.1 the losses end 0.03 to 0.10 nats higher
+NEARLY_REPEATS = 0.1  # the largest share of a document's windows that may occur in held-out documents
+WEIGHT_DECAY = 0.6  # high, because rows are seen fifteen times: with 0.1 the losses are 0.03 to 0.10 nats higher
 
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-# As Mixtral-8x7B-Instruct-v0.1's: turns alternate, and there is no system message.
+# The template of Mixtral-8x7B-Instruct-v0.1: turns alternate, and there is no system message.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -73,23 +73,22 @@ Rows = NDArray[np.int32]
 class TrainConfig:
     """Train the tiny Mixtral on the demo texts and write it as a checkpoint in the layout of the published one.
 
-    Exit status: 0 written, 2 not to be written.
-    """
+    Exit status: 0 written, 2 cannot be written."""
 
     out: Annotated[Path, tyro.conf.Positional]
-    """Folder to write; it must not exist. A run that is stopped leaves it without weights."""
+    """Folder to write; it must not exist. A stopped run leaves it without weights."""
     steps: int = 2_000
     """Batches of 128 rows of 512 tokens."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """Where it is trained. The published weights are those of a GPU."""
+    """The device for training. The published weights were trained on a GPU."""
 
 
 def main(arguments: list[str]) -> int:
-    """Train, write, and tell the losses on what was held out."""
+    """Train, write, and report the losses on the held-out documents."""
     config = parse(TrainConfig, "train_tiny", arguments)
     if config.out.exists():
         raise ValueError(f"{config.out} exists already")
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS's results are the same each time with it alone
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required for deterministic results of cuBLAS
 
     import torch
     import transformers
@@ -117,7 +116,7 @@ def main(arguments: list[str]) -> int:
             rope_theta=1e6,
             tie_word_embeddings=True,
             router_aux_loss_coef=BALANCE,
-            attn_implementation="eager",  # whose gradients are the same each time
+            attn_implementation="eager",  # with deterministic gradients
         )
     ).to(config.device)
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
@@ -137,7 +136,7 @@ def main(arguments: list[str]) -> int:
             optimizer.zero_grad()
             report.to(step + 1)
             if step % 500 == 0:
-                log(f"step {step}: {loss.item():.3f} nats a token, balance {balance.item():.3f}")
+                log(f"step {step}: {loss.item():.3f} nats per token, balance {balance.item():.3f}")
     seconds = time.monotonic() - started
     model.to(torch.bfloat16)
     model.save_pretrained(config.out, max_shard_size="6MB")
@@ -170,7 +169,7 @@ def main(arguments: list[str]) -> int:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Make the folder, with Mixtral's own tokenizer from the package mistral-common."""
+    """Create the folder, with Mixtral's tokenizer from the package mistral-common."""
     from workers.text.tokenizer import sentencepiece_tokenizer
 
     package = importlib.util.find_spec("mistral_common")
@@ -192,12 +191,12 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON that reads well."""
+    """Write readable JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def text_rows(name: str, tokenizer: Any) -> tuple[Rows, Rows]:
-    """Rows of a demo text to train on, and rows that are held out; -1 fills up."""
+    """Rows of a demo text for training, and held-out rows; padded with -1."""
     from workers.text.rows import document_rows, padded
 
     documents = list(demo_source(name).read(0))
@@ -214,13 +213,14 @@ def text_rows(name: str, tokenizer: Any) -> tuple[Rows, Rows]:
     train, rest = rows(~held & ~repeats), rows(held)
     log(
         f"{name}: {len(documents)} documents; {(train >= 0).sum():,} tokens to train on, {(rest >= 0).sum():,} of"
-        f" {held.sum()} documents held out, {repeats.sum()} documents left out that nearly repeat those"
+        f" {held.sum()} documents held out, {repeats.sum()} documents left out because they nearly repeat those"
     )
     return train, rest
 
 
 def shared_windows(documents: Sequence[Rows], held: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Of each document's windows of 13 tokens the share that a held-out one has; a shorter document is one window."""
+    """The share of each document's windows of 13 tokens that a held-out one contains; a shorter document is one
+    window."""
     hashes = []
     for ids in documents:
         width = min(WINDOW_TOKENS, len(ids))
@@ -236,7 +236,7 @@ def shared_windows(documents: Sequence[Rows], held: NDArray[np.bool_]) -> NDArra
 
 
 def batches(rows: Rows, steps: int) -> Iterator[NDArray[np.int64]]:
-    """Draw rows, each of them once before any of them again."""
+    """Draw rows in random order, each once per pass."""
     draws = np.random.default_rng(SEED)
     order = np.concatenate([draws.permutation(len(rows)) for _ in range(-(-steps * BATCH_ROWS // len(rows)))])
     for step in range(steps):
@@ -244,17 +244,17 @@ def batches(rows: Rows, steps: int) -> Iterator[NDArray[np.int64]]:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to nothing."""
+    """Linear warm-up, then half a cosine down to zero."""
     warm = max(1, int(WARM_UP * steps))
     done = (step - warm) / max(1, steps - warm)
     return LEARNING_RATE * min((step + 1) / warm, (1 + math.cos(math.pi * max(0.0, done))) / 2)
 
 
 def losses(model: Any, ids: Any) -> tuple[Any, Any]:
-    """Mean loss of the next token in nats, and the sum over layers of the load-balancing loss (1 where balanced).
+    """Mean loss of the next token in nats, and the sum over layers of the load-balancing loss (1 if balanced).
 
-    transformers' own function, for each layer alone: over all layers together, as its model calls it, two
-    layers that lean to opposite sides count as balanced.
+    Uses transformers' function for each layer separately: over all layers together, as its model calls it, two layers
+    with opposite imbalances count as balanced.
     """
     import torch
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -291,4 +291,4 @@ def mean_loss(model: Any, rows: Rows, device: str) -> float:
 
 
 if __name__ == "__main__":
-    run_job(main, after="nothing is kept, and the same command begins anew")
+    run_job(main, after="nothing is kept: the same command starts from the beginning")

@@ -1,4 +1,4 @@
-"""Compare what a Mixtral 8x7B chooses with the counts that the makers of OLMoE published.
+"""Compare the choices of a Mixtral 8x7B with the counts published by the authors of OLMoE.
 
 usage: python jobs/validate.py MODEL --c4 TEXT --github TEXT [options]
 
@@ -8,8 +8,8 @@ Examples:
   python jobs/validate.py mistralai/Mixtral-8x7B-v0.1 --github code/ --quantization none
 
 What to capture, one text or both:
-  --c4 TEXT                 text of the domain C4, as --dataset of jobs/capture.py takes it
-  --github TEXT             text of the domain GitHub, likewise
+  --c4 TEXT                 text of the domain C4, as for --dataset of jobs/capture.py
+  --github TEXT             text of the domain GitHub, in the same form
   --store STORE             where the captures go (validate.zarr)
 
 Model and precision:
@@ -18,11 +18,11 @@ Model and precision:
 
 Where to run:
   --device DEVICE           auto, cuda or cpu (auto)
-  --batch_tokens N          padded tokens in a micro-batch at most
+  --batch_tokens N          most padded tokens in a micro-batch
 
-It was run with a made-up model only, for want of the weights and texts. The same command resumes.
-docs/options.md says which texts, and explains every option.
-Exit status: 0 each domain is nearest to its own published shares, 1 one is not, 2 undecided.
+So far it was only run with an artificial model, because the weights and texts were not available.
+Run the same command again to resume. docs/options.md lists the texts and explains every option.
+Exit status: 0 each domain is nearest to its own published shares, 1 not so, 2 undecided.
 """
 
 import hashlib
@@ -52,41 +52,42 @@ from jobs.sources.resolve import resolve_source
 if TYPE_CHECKING:
     import xarray as xr
 
-CHARACTERS_PER_TOKEN = 6  # read at most; Mixtral's tokenizer has 4.7 in the demo's prose, 3.4 in its code (measured)
-ROWS_PER_SHARD = 34  # a third of what is counted: an interrupted validation loses no more (arbitrary)
+CHARACTERS_PER_TOKEN = 6  # upper limit; Mixtral's tokenizer has 4.7 in the demo's prose, 3.4 in its code (measured)
+ROWS_PER_SHARD = 34  # a third of the counted rows, the most that an interrupted validation loses (arbitrary)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidateConfig:
-    """Compare what a Mixtral 8x7B chooses with the counts that the makers of OLMoE published.
+    """Compare the choices of a Mixtral 8x7B with the counts published by the authors of OLMoE.
 
-    Each text is read as theirs were: one text, cut into blocks of 2,048 tokens after one beginning-of-sequence token;
-    the first 102 blocks count. Per domain and layer (0, 7 and 15) it prints the total variation between the captured
-    and the published shares, how far apart the published domains are, and what two samples would differ by.
+    Each text is read as in their experiment: as one text, cut into blocks of 2,048 tokens after one
+    beginning-of-sequence token; the first 102 blocks are counted. For each domain and layer (0, 7 and 15), it prints
+    the total variation between the captured and the published shares, the distance between the published domains, and
+    the expected difference between two samples.
 
     The published counts are of mistralai/Mixtral-8x7B-v0.1, the base model, unquantized. So far this was only run with
-    a made-up model that draws the published shares; you must have the weights, and give the texts. Theirs are in the
+    an artificial model that draws the published shares; you need the weights and the texts. The texts are in the
     repository github.com/allenai/OLMoE, in scripts/routing_output/text: c4_texts.txt and
-    github_oss_with_stack_texts.txt. Another text of the kind serves, but differs by what sampling makes it differ.
+    github_oss_with_stack_texts.txt. Another text of the same kind also works, but differs by sampling.
 
-    Exit status: 0 every domain is at each layer nearer to its own published shares than to the other's, and nearer than
-    the two are to each other; 1 one is not; 2 that cannot be decided.
+    Exit status: 0 every domain is, at each layer, nearer to its own published shares than to the other's, and nearer
+    than the two are to each other; 1 one is not; 2 undecided.
     """
 
     model: Annotated[str, tyro.conf.Positional]
     """Checkpoint: a hub id or a folder."""
     c4: str | None = None
-    """Text of the domain C4: a path, as --dataset of jobs/capture.py takes it. One of the two domains is enough."""
+    """Text of the domain C4: a path, as for --dataset of jobs/capture.py. One of the two domains is sufficient."""
     github: str | None = None
-    """Text of the domain GitHub, likewise."""
+    """Text of the domain GitHub, in the same form."""
     store: str = "validate.zarr"
-    """Folder for the captures. The same command resumes where it stopped."""
+    """Folder for the captures. Running the same command again resumes where it stopped."""
     model_revision: str | None = None
     """Commit, tag or branch of a hub model."""
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
     """Precision of the weights."""
     batch_tokens: int | None = None
-    """Padded tokens in a micro-batch at most. Default: 32768 on a GPU, 8192 on a CPU."""
+    """The most padded tokens in a micro-batch. Default: 32768 on a GPU, 8192 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device of the model. auto: a GPU if this machine has one."""
 
@@ -96,12 +97,12 @@ def main(arguments: list[str]) -> int:
     config = parse(ValidateConfig, "validate", arguments)
     given = {name: spec for name in ("c4", "github") if (spec := getattr(config, name)) is not None}
     if not given:
-        raise ValueError("give the text of a published domain, as --c4 PATH or --github PATH")
+        raise ValueError("give the text of a published domain with --c4 PATH or --github PATH")
     if "://" in config.store:
-        raise ValueError(f"--store {config.store}: a validation runs on this machine, so name a folder")
+        raise ValueError(f"--store {config.store}: a validation runs on this machine, so it must be a folder")
 
     from analysis.metrics.published import BLOCK_TOKENS, published_counts, refuse_other_model, validation
-    from jobs.capturing.captures import capture_datasets  # torch takes seconds: --help does not wait for it
+    from jobs.capturing.captures import capture_datasets  # torch takes seconds: --help must not wait for it
     from jobs.capturing.local import capture_here
     from jobs.capturing.run import Run
     from store import open_capture
@@ -122,14 +123,14 @@ def main(arguments: list[str]) -> int:
     )
     run = Run(asked)
     model = run.described
-    refuse_other_model(model["layers"], model["num_experts"], model["experts_per_token"])  # before it takes any time
+    refuse_other_model(model["layers"], model["num_experts"], model["experts_per_token"])  # before any slow step
     characters = published_counts().attrs["n"] * CHARACTERS_PER_TOKEN
     sources = [(name, one_text(name, spec, characters)) for name, spec in given.items()]
     try:
         capture_datasets(run, sources, capture_here)
     except RuntimeError as error:
         log(f"error: {error}")
-        return 2  # and not 1, which is a verdict
+        return 2  # not 1, which is a verdict
     captures = {name: open_capture(asked.store_path, name) for name in given}
     with reporting("compare", unit="shards") as report:
         found = validation(captures, progress=lambda done, total: report.to(done))
@@ -141,7 +142,7 @@ def main(arguments: list[str]) -> int:
 
 
 def one_text(domain: str, spec: str, characters: int) -> Source:
-    """A data set as one document of at most so many characters: its documents one after the other, a line each.
+    """A data set as one document of at most so many characters: its documents joined, one per line.
 
     Raises
     ------
@@ -150,24 +151,24 @@ def one_text(domain: str, spec: str, characters: int) -> Source:
     """
     source = resolve_source(spec)
     if source.conversations:
-        raise ValueError(f"--{domain} {spec} holds conversations, and must hold texts")
+        raise ValueError(f"--{domain} {spec} contains conversations, but must contain texts")
     parts, size = [], 0
     for document in source.documents():
-        # As Python reads a text file, and as the published texts were read.
+        # In Python's text mode, as the published texts were read.
         parts.append(document.text.replace("\r\n", "\n").replace("\r", "\n"))
         size += len(parts[-1]) + 1
         if size > characters:
             break
     text = "\n".join(parts)[:characters]
     if not text.strip():
-        raise ValueError(f"--{domain} {spec} holds no text")
+        raise ValueError(f"--{domain} {spec} contains no text")
     known = {"data": "text", "sha256": hashlib.sha256(text.encode()).hexdigest()}
     documents = [Document(name=domain, text=text)]
     return Source(name=domain, read=lambda start: islice(documents, start, None), identify=lambda: known)
 
 
 def print_result(found: "xr.Dataset") -> None:
-    """Print the table, and how many tokens it is made of."""
+    """Print the table, and the number of tokens behind it."""
     table = Table(
         "domain", "layer", "choice", "to its own", "to the nearest other", "the two apart", "sampling", "nearest"
     )
@@ -185,7 +186,7 @@ def print_result(found: "xr.Dataset") -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     for name in found["domain"].values.tolist():
         tokens, published_tokens = int(found["tokens"].sel(domain=name)), found.attrs["published_tokens"]
-        print(f"{name}: {tokens:,} tokens, and {published_tokens:,} were published")
+        print(f"{name}: {tokens:,} tokens; {published_tokens:,} were published")
     cells = found["confirmed"]
     print(
         f"{int(cells.sum())} of {cells.size} shares are nearer to their own domain's than the domains are to each other"

@@ -1,14 +1,14 @@
-"""The store: one Zarr group a data set, filled shard by shard, opened with xarray.
+"""The store: one Zarr group for each data set, filled shard by shard, opened with xarray.
 
-What it promises: a shard is whole or absent, a commit record is written only after the data that it names are
-durable, and a reader knows what is missing. It imports nothing of the other packages.
+Promises: a shard is complete or absent, a commit record is written only after the data that it names are durable, and a
+reader knows what is missing. It imports nothing from the other packages.
 
 - To read: `open_capture`, `open_tree`, `dataset_names`, `attributes`.
-- To know what is there, whether it holds, and of which model it is: `coverage`, `verify`, `model_differences`.
-- To write routes that are at hand: `write_capture`. To plan and capture: `CaptureGroup` with its `Layout`, `Plan` and
-  `Rows`.
+- To learn what is there, whether it is undamaged, and which model it came from: `coverage`, `verify`,
+  `model_differences`.
+- To write existing routes: `write_capture`. To plan and capture: `CaptureGroup` with its `Layout`, `Plan` and `Rows`.
 
-xarray and dask, which take two seconds, are imported only by whoever reads: drivers and workers write.
+xarray and dask, which take two seconds to import, are imported only by readers: drivers and workers write.
 """
 
 from typing import TYPE_CHECKING, Any

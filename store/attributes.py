@@ -1,8 +1,7 @@
-"""A capture's attributes as netCDF holds them, and back.
+"""Convert a capture's attributes to values that netCDF can hold, and back.
 
-In a group's `zarr.json` some attributes are mappings (`identity`, `environment`, `configuration`). netCDF knows
-numbers, texts and lists of them. The attributes of a Dataset hold a mapping as JSON text and true as 1, and leave out
-what is None.
+In a group's `zarr.json` some attributes are mappings (`identity`, `environment`, `configuration`). netCDF supports
+numbers, texts and lists of these. The attributes of a Dataset hold a mapping as JSON text and true as 1, and omit None.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def flat(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes with mappings as JSON texts, bools as numbers and tuples as lists, without those that are None."""
+    """Attributes with mappings as JSON texts, bools as numbers and tuples as lists, without None."""
     return {name: _held(value) for name, value in attrs.items() if value is not None}
 
 
@@ -31,24 +30,24 @@ def _held(value: Any) -> Any:
 
 
 def attributes(capture: xr.Dataset) -> dict[str, Any]:
-    """Read the attributes of a capture, with mappings where the Dataset holds JSON text.
+    """Read the attributes of a capture, with JSON text converted back to mappings.
 
     Parameters
     ----------
     capture : xarray.Dataset
-        From `open_capture`, from plain `xarray.open_zarr`, or from a netCDF file written from either; its dims and
-        values are not looked at.
+        From `open_capture`, from plain `xarray.open_zarr`, or from a netCDF file written from either. Its dims and
+        values are not read.
 
     Returns
     -------
     dict
-        The attributes by name; `identity`, `environment` and `configuration` are dicts where the capture has them.
+        The attributes by name. `identity`, `environment` and `configuration` are dicts if the capture has them.
     """
     return {str(name): _mapping(value) for name, value in capture.attrs.items()}
 
 
 def _mapping(value: Any) -> Any:
-    """The mapping that a JSON text holds; every other value as it is."""
+    """The mapping that a JSON text holds; any other value unchanged."""
     if not isinstance(value, str) or not value.startswith("{"):
         return value
     try:

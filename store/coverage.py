@@ -1,4 +1,4 @@
-"""How much of a capture is there: what `status` prints, and what a reader is warned of."""
+"""How much of a capture exists: what `status` prints and readers are warned about."""
 
 import hashlib
 import json
@@ -22,20 +22,21 @@ class Coverage:
     missing: list[int]
     """Planned shards without a valid commit."""
     wrong: dict[int, str]
-    """Shards whose commit record does not hold, and why; they are among `missing`."""
+    """Shards whose commit record is not valid, and why; they are included in `missing`."""
     quarantined: dict[int, dict[str, Any]]
-    """Shards that were set aside after they failed again and again, with their records; they are among `missing`."""
+    """Shards that were quarantined after repeated failures, with their records; they are included in `missing`."""
     lost: list[str]
-    """Objects of the plan that are gone: the capture cannot be trusted, nor healed without planning again."""
+    """Objects of the plan that are missing: the capture cannot be trusted, and cannot be repaired without planning
+    again."""
     tokens_done: int
     bytes_done: int
     """Bytes of the routes' committed shards."""
     seconds: float
     """Sum of the seconds that workers spent on the committed shards."""
     sums: dict[int, str]
-    """Of each committed shard, SHA-256 of what its record says of its tokens and objects: equal for equal bytes."""
+    """For each committed shard, the SHA-256 of its record's entries for tokens and objects: equal for equal bytes."""
     digest: str
-    """SHA-256 of what is planned and committed, to the checksums of the shards' objects: equal for equal bytes."""
+    """SHA-256 of the plan and the commits, including the checksums of the shards' objects: equal for equal bytes."""
 
     @property
     def shards_done(self) -> int:
@@ -55,7 +56,7 @@ class Coverage:
                 f"{self.dataset}: {len(self.lost)} objects of the plan are lost, first {self.lost[0]}; remove the"
                 f" folder {self.dataset} and capture it again"
             )
-        planned = "" if self.plan.complete else ", and its text is not planned to the end"
+        planned = "" if self.plan.complete else ", and its text is not completely planned"
         return (
             f"{self.dataset}: {self.shards_done} of {self.shards_total} shards are committed{planned};"
             f" missing shards: {_ranges(self.missing) or 'none'}{_set_aside(self.quarantined)}"
@@ -75,7 +76,7 @@ def coverage(path: Path | str, dataset: str) -> Coverage:
     Returns
     -------
     Coverage
-        From the plan and the commit records; what was committed is not read back, which `verify` does.
+        Counted from the plan and the commit records. The committed data are not read back; `verify` does that.
 
     Raises
     ------
@@ -112,7 +113,7 @@ def _hash(about: object) -> str:
 
 
 def _set_aside(quarantined: Mapping[int, Mapping[str, Any]]) -> str:
-    """'; in quarantine: 3 (RoutingError: ...)', with the first line of the first error of each; at most three."""
+    """'; in quarantine: 3 (RoutingError: ...)', with the first line of the first error of each, at most three."""
     if not quarantined:
         return ""
     names = []

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent."""
+"""Files and folders that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
-    """Where to write what appears as `path` when the block ends, and not at all if something is raised in it.
+    """A place to write a file that appears as `path` when the block ends, or not at all if the block raises an error.
 
-    A file that is there is replaced. A killed process leaves a hidden one that ends in ".partial".
+    An existing file is replaced. A killed process leaves a hidden file that ends in ".partial".
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
@@ -29,9 +29,10 @@ def whole_file(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path | str) -> Iterator[Path]:
-    """Where to make what becomes the folder `path` when the block ends, and not at all if something is raised in it.
+    """A place to create the folder that appears as `path` when the block ends, or not at all if the block raises an
+    error.
 
-    A folder that is there is removed then. A killed process leaves a hidden one that ends in ".partial".
+    An existing folder is removed then. A killed process leaves a hidden folder that ends in ".partial".
     """
     path = Path(path).resolve()
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")

@@ -1,12 +1,12 @@
-"""One data set's group as its writers see it: create, commit, take back, set aside.
+"""One data set's group for its writers: create it, commit, take back and quarantine shards.
 
-The one invariant: a task fills exactly one shard of the routes (`expert`, `weight`, and what `Layout.record` names),
-whole and idempotently; its commit record is written last, after the data are durable; a restart is all shards minus the
-valid commits. Nothing else carries state. What is noted beside the commits only says which shards not to trust
-(`faults`), or not to try (`quarantine`).
+The invariant: a task fills exactly one shard of the routes (`expert`, `weight`, and the arrays that `Layout.record`
+names), completely and idempotently. Its commit record is written last, after the data are durable. A restart does all
+shards without a valid commit. Nothing else carries state: the notes next to the commits only say which shards not to
+trust (`faults`) or not to try (`quarantine`).
 
-Readers use `store.open_capture`. What keeps two jobs apart is `store.lease`; a writer that lost its lease and does not
-know it changes no committed shard: see `docs/design/0020-what-stores-promise.md`.
+Readers use `store.open_capture`. `store.lease` keeps two jobs apart. A writer that has lost its lease without knowing
+it changes no committed shard; see `docs/design/0020-what-stores-promise.md`.
 """
 
 import hashlib
@@ -33,20 +33,20 @@ __all__ = ["CaptureGroup", "valid_name"]
 COMMITS, FAULTS, QUARANTINE = "expert/commits", "expert/faults", "expert/quarantine"
 ENVIRONMENT = "expert/environment.json"
 VOID = b"null"
-"""What stands in the place of a commit record that was taken back: compared and put, as a removal cannot be."""
-TEXTS = ("errors", "documents")  # fields of a record of quarantine that are lists of texts
+"""Replaces a commit record that is taken back: a put can be conditional, a removal cannot."""
+TEXTS = ("errors", "documents")  # fields of a quarantine record that are lists of texts
 _RECORD = re.compile(r"[0-9]+\.json")
 
 
 class CaptureGroup(PlannedGroup):
-    """A data set's group in a store; opened by its name, or made by `create`.
+    """A data set's group in a store, opened by its name or made by `create`.
 
     Parameters
     ----------
     path
-        The store: a folder, or s3://bucket/prefix. Nothing is looked at yet.
+        The store: a folder, or s3://bucket/prefix. Nothing is read yet.
     dataset
-        The group's name in it: 1 to 128 of a-z, 0-9, '.', '_' and '-'.
+        The group's name: 1 to 128 of a-z, 0-9, '.', '_' and '-'.
     """
 
     @classmethod
@@ -60,16 +60,16 @@ class CaptureGroup(PlannedGroup):
         attrs: Mapping[str, Any],
         pieces: Sequence[str],
     ) -> "CaptureGroup":
-        """Make the group, or open the one that is there if it is the same capture; call it under the group's lease.
+        """Make the group, or open an existing one if it is the same capture. Call it while holding the group's lease.
 
         Parameters
         ----------
         path, dataset
             As for the class.
         layout
-            The grid of its arrays; of a group that is there, its own holds.
+            The grid of its arrays; an existing group keeps its own.
         identity
-            What makes two captures the same; kept in the group, its hash in every commit.
+            The identity of the capture; stored in the group, and its hash in every commit.
         attrs
             Further attributes of the group: the whole provenance.
         pieces
@@ -88,7 +88,7 @@ class CaptureGroup(PlannedGroup):
         group.objects.put_new("zarr.json", group_metadata({}))
         if exists:
             return group
-        for name in ("weight", *LABELS, *OPTIONAL):  # of a creation that was killed, of a capture with other arrays
+        for name in ("weight", *LABELS, *OPTIONAL):  # left by a killed creation of a capture with other arrays
             if name not in layout.arrays() and group.objects.get(group._key("zarr.json")) is None:
                 group.objects.clear(group._key(name))
         contents = {"piece": np.array(pieces, dtype=object), "layer": np.array(layout.layers, dtype="int32")}
@@ -99,7 +99,7 @@ class CaptureGroup(PlannedGroup):
         group._change(changes, still=lambda: group.objects.get(group._key("zarr.json")) is None)
         facts = layout.attrs() | {"schema_version": layout.schema_version, "identity": identity}
         metadata = group_metadata({**attrs, **facts})
-        # A put whose answer was lost is tried again by the store's client, and then finds its own object.
+        # A put whose answer was lost is retried by the store's client, and then finds its own object.
         if not group.objects.put_new(group._key("zarr.json"), metadata) and (
             group.objects.get(group._key("zarr.json")) != metadata
         ):
@@ -107,9 +107,10 @@ class CaptureGroup(PlannedGroup):
         return group
 
     def settle_pieces(self, pieces: Sequence[str]) -> None:
-        """Give the group another vocabulary, while its plan is not complete: where it is known only from the tokens.
+        """Give the group another vocabulary while its plan is incomplete, if the vocabulary is known only from the
+        tokens.
 
-        What was opened of the group before still has the former one.
+        Data that were opened before still have the previous vocabulary.
         """
         before = self.plan
         assert not before.complete, "the plan is complete: the group never changes again"
@@ -122,13 +123,13 @@ class CaptureGroup(PlannedGroup):
     def commit(self, shard: int, routes: Mapping[str, np.ndarray], *, rows: Rows, facts: Mapping[str, Any]) -> bool:
         """Make one shard's routes durable, then its commit record.
 
-        An object that is there without a commit is kept when its bytes are the same and replaced when they are not:
-        it is what a killed writer left, which computed otherwise. A shard that is committed is left as it is, and a
-        record that is damaged so that it is none is replaced.
+        An existing object without a commit is kept if its bytes are the same, and replaced otherwise: a killed writer
+        left it and computed something else. A committed shard is left unchanged, and a record that is too damaged to be
+        read is replaced.
 
-        Another writer may commit the shard between the last look for its record and a replacement. So a replacement is
-        announced before, by a note with which no commit of the shard counts, and the note is removed when the objects
-        were found to be those that the record names.
+        Another writer may commit the shard between the last check for its record and a replacement. So a replacement is
+        announced first by a note that makes all commits of the shard invalid. The note is removed after checking that
+        the objects are those that the record names.
 
         Parameters
         ----------
@@ -140,12 +141,12 @@ class CaptureGroup(PlannedGroup):
         rows
             The planned rows that were routed.
         facts
-            What the worker knows: seconds, worker, halvings, versions.
+            Facts from the worker: seconds, worker, halvings, versions.
 
         Returns
         -------
         bool
-            False when the shard had a commit already: this one's is not written.
+            False if the shard already had a commit; then this one is not written.
 
         Raises
         ------
@@ -163,13 +164,13 @@ class CaptureGroup(PlannedGroup):
             "tokens": int(rows.length.sum()),
             "token_crc32c": tokens_crc32c(rows.token),
         }
-        doubt = None
+        writer = None
         try:
             for name in self.layout.routes:
                 data = arrays[name].encode(routes[name])
                 key = self._key(f"{name}/{arrays[name].key(shard)}")
                 if not self.objects.put_new(key, data) and (standing := self.objects.get(key)) != data:
-                    doubt = doubt or self._announce(shard)
+                    writer = writer or self._announce(shard)
                     if _is_record(self.objects.get(record_key)):
                         return False
                     if not self._put_where(standing, key, data):
@@ -177,46 +178,55 @@ class CaptureGroup(PlannedGroup):
                 record[name] = object_sums(data)
             return self._put_where(before, record_key, as_json(record))
         finally:
-            if doubt is not None:
-                self._settle_doubt(shard, doubt)
+            if writer is not None:
+                self._settle_doubt(shard, writer)
 
-    def _announce(self, shard: int) -> bytes:
-        """Note that an object is about to be replaced; the note."""
-        reason = "one of its objects was about to be replaced by a writer that did not say that it held"
-        note = as_json({"reason": reason, "writer": uuid.uuid4().hex})
-        self.objects.put_new(self._key(f"{FAULTS}/{shard}.json"), note)
-        return note
+    def _announce(self, shard: int) -> str:
+        """Note that an object is about to be replaced, in addition to the notes of other writers; returns the writer's
+        name in it."""
+        key, writer = self._key(f"{FAULTS}/{shard}.json"), uuid.uuid4().hex
+        while True:
+            note = self.objects.get(key)
+            if self._put_where(note, key, _doubt([*_writers(note), writer])):
+                return writer
 
-    def _settle_doubt(self, shard: int, doubt: bytes) -> None:
-        """Remove the note of a replacement where the commit that stands holds; otherwise note that it does not."""
+    def _settle_doubt(self, shard: int, writer: str) -> None:
+        """Remove a writer from the note if the current commit is valid; otherwise note that it is not.
+
+        Another writer that is still about to replace an object checked for the commit before it was put, so it
+        announced itself before this reads the note.
+        """
         data = self.objects.get(self._key(f"{COMMITS}/{shard}.json"))
         if not _is_record(data):
-            return  # whose commit comes next is not trusted
-        record, note = parse_record(data or b""), self._key(f"{FAULTS}/{shard}.json")
+            return  # the next commit is not trusted
+        record, key = parse_record(data or b""), self._key(f"{FAULTS}/{shard}.json")
         for name in self.layout.routes:
-            [key] = self._keys(name, [shard])
-            if (found := self.objects.get(key)) is None or object_sums(found) != record.get(name):
-                self.note_fault(shard, record, f"its {name} shard was replaced by a writer that came late")
+            [place] = self._keys(name, [shard])
+            if (found := self.objects.get(place)) is None or object_sums(found) != record.get(name):
+                self.note_fault(shard, record, f"its {name} shard was replaced by a late writer")
                 return
-        if self.objects.get(note) == doubt:
-            self.objects.delete(note)
+        note = self.objects.get(key)
+        if (writers := _writers(note)) == [writer]:
+            self.objects.delete(key)
+        elif writer in writers:
+            self._put_where(note, key, _doubt([other for other in writers if other != writer]))
 
     def committed(self, shard: int) -> bool:
-        """Whether a commit record of this capture stands; what it names is not looked at."""
+        """Whether there is a commit record of this capture; its objects are not checked."""
         data = self.objects.get(self._key(f"{COMMITS}/{shard}.json"))
         return data is not None and self._commit(shard, data)[1] is None
 
     def commits(self) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
-        """The valid commit records by shard, and for the others what is wrong with them.
+        """The valid commit records by shard, and the faults of the others.
 
-        Valid is a record of this capture's identity whose objects have the lengths that it names, and of which
-        nothing else was found to be wrong by reading it back (`store.verification`).
+        A record is valid if it has this capture's identity, its objects have the lengths that it names, and no fault
+        was found by reading it back (`store.verification`).
         """
         valid, wrong = self._judged()
         return valid, {shard: reason for shard, (_, reason) in wrong.items()}
 
     def _judged(self) -> tuple[dict[int, dict[str, Any]], dict[int, tuple[bytes, str]]]:
-        """As `commits`, with the bytes of the records that do not hold."""
+        """Like `commits`, with the bytes of the invalid records."""
         found, noted = self._numbered(COMMITS), self._numbered(FAULTS)
         found = {shard: data for shard, data in found.items() if data != VOID}
         routes = self.layout.routes
@@ -233,24 +243,25 @@ class CaptureGroup(PlannedGroup):
         return valid, wrong
 
     def take_back_wrong(self) -> dict[int, str]:
-        """Take back the shards whose commit does not hold, and say why; not those that were committed again since."""
+        """Take back the shards with an invalid commit and return why, except those that have been committed again
+        since."""
         _, wrong = self._judged()
         return {shard: reason for shard, (data, reason) in wrong.items() if self.discard(shard, data)}
 
     def discard(self, shard: int, record: bytes | None = None) -> bool:
-        """Take back a shard: its commit first, then its objects, so that no commit ever names what is gone.
+        """Take back a shard: first its commit, then its objects, so that no commit ever names missing objects.
 
         Parameters
         ----------
         shard
             Its number.
         record
-            The bytes of the commit record that is to be taken back; default those that stand.
+            The bytes of the commit record to take back; by default the current ones.
 
         Returns
         -------
         bool
-            False when another record stands by now: nothing was removed.
+            False if there is another record by now; then nothing is removed.
         """
         key = self._key(f"{COMMITS}/{shard}.json")
         record = self.objects.get(key) if record is None else record
@@ -262,7 +273,7 @@ class CaptureGroup(PlannedGroup):
         return True
 
     def _commit(self, shard: int, data: bytes) -> tuple[dict[str, Any], str | None]:
-        """A commit record, and what is wrong with it by itself."""
+        """A commit record, and its own faults."""
         record: dict[str, Any] = {}
         try:
             record = parse_record(data)
@@ -271,7 +282,7 @@ class CaptureGroup(PlannedGroup):
             if record["shard"] != shard or not record["tokens"] > 0:
                 return record, f"is of shard {record['shard']!r:.40}, with {record['tokens']!r:.40} tokens"
             if odd := _odd(record, self.layout.routes):
-                return record, f"says {odd}, which it cannot be"
+                return record, f"says {odd}, which is not possible"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return record, f"cannot be read ({error!r})"
         return record, None
@@ -284,24 +295,24 @@ class CaptureGroup(PlannedGroup):
 
     @property
     def environment(self) -> dict[str, Any] | None:
-        """Package versions and device that this capture's bytes come from; None before the first worker is ready."""
+        """Package versions and device that computed this capture's bytes; None before the first worker is ready."""
         return self._record(ENVIRONMENT)
 
     def settle_environment(self, environment: Mapping[str, Any]) -> dict[str, Any]:
-        """The capture's environment: the one given, unless another worker has settled it before."""
+        """The capture's environment: the given one, unless another worker has set it before."""
         self.objects.put_new(self._key(ENVIRONMENT), as_json(environment))
         settled = self.environment
         assert settled is not None
         return settled
 
     def quarantine(self, shard: int, record: Mapping[str, Any]) -> None:
-        """Set a shard aside that fails again and again: no capture tries it until it is released."""
+        """Quarantine a shard that fails repeatedly: no capture tries it until it is released."""
         self.objects.put(self._key(f"{QUARANTINE}/{shard}.json"), as_json(record))
 
     def quarantined(self) -> dict[int, dict[str, Any]]:
-        """Records of the shards that were set aside; without what cannot be read.
+        """Records of the quarantined shards, without those that cannot be read.
 
-        `errors` and `documents` are lists of texts where they are there.
+        `errors` and `documents`, if present, are lists of texts.
         """
         records: dict[int, dict[str, Any]] = {}
         for shard, data in self._numbered(QUARANTINE).items():
@@ -312,29 +323,29 @@ class CaptureGroup(PlannedGroup):
         return records
 
     def release(self, shard: int) -> None:
-        """Let a shard be tried again."""
+        """Release a shard so that it is tried again."""
         self.objects.delete(self._key(f"{QUARANTINE}/{shard}.json"))
 
     def note_fault(self, shard: int, record: Mapping[str, Any], reason: str) -> None:
-        """Note that what a commit record names is damaged, although its lengths agree.
+        """Note that an object of a commit record is damaged although its length is right.
 
-        The note is about the bytes of this record: another commit of the shard makes it void.
+        The note is about the bytes of this record: another commit of the shard invalidates the note.
         """
         data = self.objects.get(self._key(f"{COMMITS}/{shard}.json"))
-        with suppress(ValueError):  # the record itself was damaged meanwhile, and says so
-            if data is not None and parse_record(data) == record:  # else it is healed already
+        with suppress(ValueError):  # the record itself was damaged meanwhile, which is reported
+            if data is not None and parse_record(data) == record:  # otherwise it is already repaired
                 note = {"reason": reason, "commit_crc32c": google_crc32c.value(data)}
                 self.objects.put(self._key(f"{FAULTS}/{shard}.json"), as_json(note))
 
     def settle(self) -> None:
-        """Make what stands durable: who wrote the last record of it may have died just before that."""
+        """Make the current state durable: the writer of the last record may have died just before that."""
         for folder in (COMMITS, "token", ""):
             self.objects.settle(self._key(folder))
 
     def drop_void(self) -> None:
-        """Remove the notes of faults, and the records of quarantine, that say nothing about what stands now.
+        """Remove the notes of faults and the quarantine records that do not concern the current state.
 
-        What a healing leaves that was killed, and a writer who was taken for dead; only for who holds the lease.
+        They are left by a killed repair, or by a writer that was considered dead. Only for the holder of the lease.
         """
         for shard, note in self._numbered(FAULTS).items():
             commit = self.objects.get(self._key(f"{COMMITS}/{shard}.json"))
@@ -346,7 +357,7 @@ class CaptureGroup(PlannedGroup):
 
     def _numbered(self, folder: str) -> dict[int, bytes]:
         """The records of a folder by shard."""
-        # A network file system leaves other names of removed files.
+        # A network file system leaves removed files under other names.
         names = [name for name in self.objects.list(self._key(folder)) if _RECORD.fullmatch(name)]
         found = self.objects.get_many([self._key(f"{folder}/{name}") for name in names])
         shards = {int(Path(key).stem): data for key, data in found.items()}
@@ -354,7 +365,7 @@ class CaptureGroup(PlannedGroup):
 
 
 def _whole(name: str, spec: ArraySpec, values: np.ndarray) -> dict[str, bytes]:
-    """The objects of an array that is written at once, by their keys."""
+    """The objects, by key, of an array that is written at once."""
     objects = {f"{name}/zarr.json": spec.metadata(len(values))}
     for start in range(0, len(values), spec.step):
         objects[f"{name}/{spec.key(start // spec.step)}"] = spec.encode(values[start : start + spec.step])
@@ -366,7 +377,7 @@ def _are_texts(value: object) -> bool:
 
 
 def _odd(record: Mapping[str, Any], routes: Sequence[str]) -> str | None:
-    """A fact of a commit record that no writer writes."""
+    """A fact in a commit record that no writer can have written."""
     counts = {"tokens": record["tokens"], **{f"bytes of {name}": record[name]["bytes"] for name in routes}}
     texts = {f"sha256 of {name}": record[name].get("sha256", "") for name in routes}
     odd = [f"{name} {value!r:.40}" for name, value in counts.items() if type(value) is not int or value < 0]
@@ -378,7 +389,7 @@ def _odd(record: Mapping[str, Any], routes: Sequence[str]) -> str | None:
 
 
 def _is_record(data: bytes | None) -> bool:
-    """Whether something says that a shard is committed, rightly or not."""
+    """Whether something says that a shard is committed, true or not."""
     try:
         parse_record(data or b"")
     except ValueError:
@@ -387,18 +398,18 @@ def _is_record(data: bytes | None) -> bool:
 
 
 def _misfit(record: Mapping[str, Any], have: Mapping[str, int | None]) -> str | None:
-    """Which object has not the length that a commit record names."""
+    """The object whose length differs from that in a commit record."""
     for name, size in have.items():
         if size != record[name]["bytes"]:
             what = "is gone" if size is None else f"has {size} bytes"
-            return f"its {name} shard {what}, {record[name]['bytes']} were committed"
+            return f"its {name} shard {what}, but {record[name]['bytes']} were committed"
     return None
 
 
 def _noted(commit: bytes, note: bytes | None) -> str | None:
-    """Why a commit is not to be trusted, from the note beside it; None where there is none about this very record.
+    """Why a commit must not be trusted, from the note next to it; None if there is no note about this record.
 
-    A note that names no record is about any: see `CaptureGroup.commit`.
+    A note that names no record is about any record; see `CaptureGroup.commit`.
     """
     if note is None:
         return None
@@ -410,14 +421,28 @@ def _noted(commit: bytes, note: bytes | None) -> str | None:
     return str(record.get("reason")) if record.get("commit_crc32c", own) == own else None
 
 
-def object_sums(data: bytes) -> dict[str, int | str]:
-    """What a commit record says of an object.
+def _doubt(writers: Sequence[str]) -> bytes:
+    """The note of writers that are about to replace an object of a shard: no commit of the shard is valid."""
+    return as_json({"reason": "a worker that ended was about to replace one of its objects", "writers": writers})
 
-    Not its crc32c: parts that end with their own crc32c, as Zarr's do, have the same one whatever they hold.
+
+def _writers(note: bytes | None) -> list[str]:
+    """The writers that a note names."""
+    try:
+        writers = parse_record(note or b"").get("writers", [])
+    except ValueError:
+        return []
+    return writers if _are_texts(writers) else []
+
+
+def object_sums(data: bytes) -> dict[str, int | str]:
+    """The entry of an object in a commit record.
+
+    It does not use crc32c: parts that end with their own crc32c, as in Zarr, always have the same crc32c.
     """
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def tokens_crc32c(token: np.ndarray) -> int:
-    """Checksum of a shard's planned tokens, in whose rows -1 is what lies beyond their length."""
+    """Checksum of a shard's planned tokens, in which rows have -1 beyond their length."""
     return int(google_crc32c.value(np.ascontiguousarray(token).tobytes()))

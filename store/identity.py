@@ -1,4 +1,4 @@
-"""What makes two captures the same: a flat mapping, hashed before any text is tokenized.
+"""The identity of a capture: a flat mapping that is hashed before any text is tokenized.
 
 Byte-identity is promised for equal identity, halvings, device type and package versions.
 """
@@ -28,8 +28,8 @@ LATER: dict[str, Any] = {
     "routes_weights": False,
     "effect_layers": [],
 }
-"""Fields that came after the first captures, with the value that stands for what was done before they existed. A field
-with that value is left out of an identity, so that captures begun before it resume and compare as before."""
+"""Fields that were added after the first captures, with the value that describes the behavior before they existed. A
+field with that value is left out of an identity, so that older captures resume and compare as before."""
 
 
 MODEL = (
@@ -46,43 +46,43 @@ MODEL = (
     *("attention", "routing_version", "tokenizer", "layers", "num_experts", "experts_per_token"),
     *("mask", "force", "top_k", "routes_from", "routes_weights"),
 )
-"""Fields that decide which experts a token gets, whatever the text is."""
+"""Fields that decide which experts a token gets, independent of the text."""
 
 TEXT = (
     *("bos", "bos_id", "chat_template", "template_date", "sequence_length", "skip_unrenderable"),
     *("limit_documents", "limit_tokens", "rows_per_shard", "batch_tokens", "schema_version"),
     *("record", "top_logits", "weight_bits", "effect_layers"),
 )
-"""Fields that decide which tokens are routed, in which rows and batches, what is recorded of them beside their experts,
-and how that is stored; so do `text_...`."""
+"""Fields that decide which tokens are routed, in which rows and batches, what is recorded besides their experts, and
+how it is stored; the fields `text_...` do so too."""
 
 
 def model_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """In what the models of two captures differ; what differs in their texts alone is left out.
+    """Differences between the models of two captures, without those that concern only their texts.
 
-    Where this is empty, differences between their routes are differences between their texts.
+    If this is empty, differences between their routes are due to their texts.
 
     Parameters
     ----------
     one, other
-        Attributes of the captures, as `store.attributes` gives them. Of a capture without `identity` the attributes
-        of the same names are compared.
+        Attributes of the captures, from `store.attributes`. For a capture without `identity` the attributes of the same
+        names are compared.
 
     Returns
     -------
     dict
-        The fields of `MODEL` that differ, in that order, with both values; None where a capture does not say.
+        The fields of `MODEL` that differ, in that order, with both values; None if a capture does not have the field.
     """
     here, there = ({**LATER, **side.get("identity", side)} for side in (one, other))
     values = {name: json.loads(json.dumps([here.get(name), there.get(name)])) for name in MODEL}  # tuples equal lists
     return {name: (first, second) for name, (first, second) in values.items() if first != second}
 
 
-TOLD = 6  # experts that are named in a line of words (arbitrary)
+TOLD = 6  # number of experts that are named (arbitrary)
 
 
 def changes_in_words(fields: Mapping[str, Any]) -> str:
-    """What was changed about a model's choices; empty where nothing was.
+    """What was changed about a model's choices; empty if nothing was changed.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def _named(name: str, experts: str | Sequence[str]) -> str:
 
 
 def identity_of(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity from all its fields: those of `LATER` that have their first value are left out."""
+    """An identity from all its fields, without those of `LATER` that have their first value."""
     return {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
 
 
@@ -120,7 +120,7 @@ def identity_hash(identity: Identity) -> str:
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """One line for every field in which two mappings differ, with both values; a field of `LATER` may be left out."""
+    """One line for every field in which two mappings differ, with both values; a field of `LATER` may be missing."""
     stored, wanted = (LATER | json.loads(json.dumps(side)) for side in (stored, wanted))  # tuples equal lists
     fields = sorted(stored.keys() | wanted.keys())
     return [
@@ -131,11 +131,11 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
 
 
 def refuse_other_identity(where: str, stored: Identity, wanted: Identity) -> None:
-    """Raise a ValueError that names every field in which the capture in the store differs from the one wanted."""
+    """Raise a ValueError that names every field in which the capture in the store differs from the requested one."""
     lines = differences(stored, wanted)
     if not lines:
         return
-    advice = "give this run a name of its own with --name, or another --store"
+    advice = "give this run another name with --name, or use another --store"
     if any(line.startswith("limit_documents:") for line in lines):
         advice += " (a capture cannot grow: another --limit_documents is another capture)"
     raise ValueError(f"{where} holds another capture:\n  " + "\n  ".join(lines) + f"\n{advice}")

@@ -1,10 +1,10 @@
-"""What the arrays of a capture look like on disk, and how one shard of one becomes bytes.
+"""The arrays of a capture on disk, and how one shard of an array becomes bytes.
 
-Dimensions: doc (a row: a window of a document), position, layer, k (0 is the largest weight), document (what the
-data set holds), token_id. Zarr v3 with core codecs only, so that any Zarr reader opens it without this package.
+Dimensions: doc (a row: a window of a document), position, layer, k (0 is the largest weight), document (an entry of the
+data set), token_id. Zarr v3 with core codecs only, so that any Zarr reader opens it without this package.
 
-Bytes are made by writing into an in-memory Zarr array of one shard through Zarr's public interface; they equal what
-Zarr would have written into the large array, the clipped last shard included (a test holds this).
+Bytes are made by writing into an in-memory Zarr array of one shard through Zarr's public interface; they equal the
+bytes that Zarr would have written into the large array, including the clipped last shard (tested).
 """
 
 import math
@@ -21,18 +21,18 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 SCHEMA_VERSION = 1
-WITHOUT_WEIGHTS = 2  # the schema version of a group without `weight`: code that knows only the first would look for it
+WITHOUT_WEIGHTS = 2  # the schema version of a group without `weight`: code of the first version would look for it
 SHARD_TOKENS = 262_144  # positions in a shard: 12 s of an H200, 26-90 s of smaller GPUs (measured)
 ROW_CHUNK = 65_536  # entries in a chunk of the one-dimensional arrays
-CHUNK_ROWS, CHUNK_POSITIONS = 64, 512  # inner chunk; all layers in it: full scans ran 5 times faster (measured)
-SHARD_CHOICES = 2**31  # in a shard at most: 4.3 GB of weights; S3 takes 5 GB in a put, and a worker holds two shards
-SHARD_BYTES = 2**32  # of an array that has more than a weight for each choice
-CHUNK_CHOICES = 2**21  # choices, or logits, in an inner chunk at most: 2 MB of experts, 4 MB of weights, 8 MB of logits
+CHUNK_ROWS, CHUNK_POSITIONS = 64, 512  # inner chunk with all layers: full scans ran 5 times faster (measured)
+SHARD_CHOICES = 2**31  # maximum per shard: 4.3 GB of weights; S3 accepts 5 GB in a put, and a worker holds two shards
+SHARD_BYTES = 2**32  # maximum per shard of an array with more than a weight for each choice
+CHUNK_CHOICES = 2**21  # maximum choices or logits per inner chunk: 2 MB of experts, 4 MB of weights, 8 MB of logits
 
-FLOAT16_BITS, FLOAT32_BITS = 10, 23  # of a mantissa, without the leading one that is not stored
+FLOAT16_BITS, FLOAT32_BITS = 10, 23  # bits of a mantissa, without the implicit leading one
 
 MISSING_TOKEN = -1
-MISSING_ROLE = 255  # and of a phase
+MISSING_ROLE = 255  # also the missing phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class ArraySpec:
     compressors: tuple[Any, ...]
     attrs: Mapping[str, Any] = field(default_factory=dict)
     captured: bool = False
-    """Whether workers fill it, a shard at a time; all other arrays are of the plan."""
+    """Whether workers fill it, one shard at a time; all other arrays belong to the plan."""
 
     @property
     def grows(self) -> bool:
@@ -58,12 +58,12 @@ class ArraySpec:
 
     @property
     def step(self) -> int:
-        """Entries of the first dimension in one object."""
+        """Number of entries of the first dimension in one object."""
         return (self.shard or self.chunk)[0]
 
     @property
     def shard_bytes(self) -> int:
-        """Bytes of a whole shard, before they are compressed."""
+        """Bytes of a full shard before compression."""
         return math.prod(self.shard or self.chunk) * np.dtype(self.dtype).itemsize
 
     def key(self, index: int) -> str:
@@ -76,39 +76,39 @@ class ArraySpec:
         return objects["zarr.json"].to_bytes()
 
     def encode(self, values: np.ndarray) -> bytes:
-        """The bytes of one shard (or chunk, where there are no shards) that holds `values` from its start.
+        """The bytes of one shard (or chunk, if there are no shards) that begins with `values`.
 
         Parameters
         ----------
         values : array, shape (rows, \\*trailing)
-            At most one shard of rows; fewer only in the last shard.
+            At most one shard of rows; fewer only for the last shard.
         """
         assert 0 < len(values) <= self.step, (len(values), self.shard, self.chunk)
         assert values.shape[1:] == self.trailing, (values.shape, self.trailing)
         objects, array = self._in_memory(len(values), empty_chunks=self._is_begun(values))
         array[...] = values
-        if self.key(0) not in objects:  # all fill: Zarr leaves out a shard of which every inner chunk is left out
+        if self.key(0) not in objects:  # all fill: Zarr omits a shard if all its inner chunks are omitted
             objects, array = self._in_memory(len(values), empty_chunks=True)
             array[...] = values
         return objects[self.key(0)].to_bytes()
 
     def decode(self, data: bytes, size: int) -> np.ndarray:
-        """The first `size` entries that one object's bytes hold.
+        """The first `size` entries of one object, from its bytes.
 
         Raises
         ------
         ValueError
-            When the bytes are not such an object's, or a checksum in them does not hold.
+            When the bytes are not those of such an object, or a checksum in them does not match.
         """
         objects, array = self._in_memory(size)
         objects[self.key(0)] = cpu.Buffer.from_bytes(data)
         try:
             return np.asarray(array[...])
-        except Exception as error:  # codecs raise whatever they run into
+        except Exception as error:  # codecs raise errors of many kinds
             raise ValueError(str(error) or repr(error)) from error
 
     def _is_begun(self, values: np.ndarray) -> bool:
-        """Whether every inner chunk has a row that does not begin with fill: Zarr need not compare every value then."""
+        """Whether every inner chunk has a row that does not start with fill; Zarr then need not compare every value."""
         if self.shard is None:
             return True
         first = values[(slice(None), *(slice(None, None, size) for size in self.chunk[1:]))]
@@ -127,8 +127,8 @@ class ArraySpec:
             compressors=self.compressors,
             dimension_names=self.dims,
             attributes=dict(self.attrs),
-            # Inside a shard an inner chunk of fill is left out; a one-dimensional chunk is always written, so that
-            # "no object" never means "all fill".
+            # Inside a shard, an inner chunk of fill is omitted. A one-dimensional chunk is always written, so "no
+            # object" never means "all fill".
             config={"write_empty_chunks": empty_chunks},
         )
         return objects, array
@@ -148,66 +148,66 @@ class Layout:
     sequence_length: int
     """P: positions in a row."""
     rows_per_shard: int
-    """S: rows in a shard; rounded down to whole inner chunks, which sharding demands."""
+    """S: rows in a shard, rounded down to whole inner chunks as sharding requires."""
     layers: tuple[int, ...]
     """The model's own numbers of the layers that have experts."""
     num_experts: int
     experts_per_token: int
     vocab_size: int
     roles: tuple[str, ...] = ()
-    """Names of the speakers where the data set is made of conversations."""
+    """Names of the speakers, if the data set consists of conversations."""
     phases: tuple[str, ...] = ()
-    """Names of what made each token, prompt and generated, where routes that came from elsewhere say so."""
+    """Names of the phases, prompt and generated, if imported routes have them."""
     record: tuple[str, ...] = ()
-    """Names of the arrays of `OPTIONAL` that the capture has. They belong into the capture's identity too."""
+    """Names of the arrays of `OPTIONAL` that the capture has. They are also part of the capture's identity."""
     top_logits: int = 0
-    """Of a token at a layer, so many of the largest logits are in `logit`, with their experts; 0: those of all."""
+    """Number of largest logits of a token at a layer in `logit`, with their experts; 0: the logits of all experts."""
     weights: bool = True
-    """Whether there is `weight`; False where routes came from elsewhere without it."""
+    """Whether there is `weight`; False if imported routes have no weights."""
     weight_bits: int = FLOAT16_BITS
-    """Bits of a weight's mantissa: 10 of float16, 23 of float32, fewer where weights are rounded to what their
-    router's precision means, and kept in float16."""
+    """Bits of a weight's mantissa: 10 for float16, 23 for float32, fewer if weights are rounded to the precision of
+    their router and kept in float16."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "rows_per_shard", "num_experts", "experts_per_token", "vocab_size"):
             if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, and must be 1 or more, and an int32")
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, but must be at least 1 and fit an int32")
         if not self.layers:
             raise ValueError("the model has no layer with experts")
         if not all(type(layer) is int and 0 <= layer < 2**31 for layer in self.layers):
-            raise ValueError(f"layers is {self.layers!r:.80}, and must hold numbers from 0 on")
+            raise ValueError(f"layers is {self.layers!r:.80}, but must hold numbers from 0 on")
         for name in ("roles", "phases"):
             if not all(isinstance(label, str) for label in getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, and must hold names")
+                raise ValueError(f"{name} is {getattr(self, name)!r:.80}, but must hold names")
         if type(self.weights) is not bool:
-            raise ValueError(f"weights is {self.weights!r:.80}, and must be true or false")
+            raise ValueError(f"weights is {self.weights!r:.80}, but must be true or false")
         if unknown := [name for name in self.record if name not in OPTIONAL]:
             known = ", ".join(OPTIONAL) or "none"
-            raise ValueError(f"record names {unknown[0]!r:.80}, which this version cannot record; it can: {known}")
+            raise ValueError(f"record names {unknown[0]!r:.80}, which this version cannot record; known are {known}")
         if self.num_experts >= 65_535:
-            raise ValueError(f"num_experts is {self.num_experts}; the store can name 65,534 at most")
+            raise ValueError(f"num_experts is {self.num_experts}, but the store supports at most 65,534")
         if type(self.top_logits) is not int or not 0 <= self.top_logits <= self.num_experts:
-            raise ValueError(f"top_logits is {self.top_logits!r:.80}, and must be 0 to {self.num_experts}, the experts")
+            raise ValueError(f"top_logits is {self.top_logits!r:.80}, but must be 0 to {self.num_experts}, the experts")
         with_ids = {"logit", "logit_expert"} if self.top_logits else set()
         if {"logit", "logit_expert"} & {*self.record} not in (with_ids, {"logit"} - with_ids):
             raise ValueError(
-                f"record is {self.record!r:.80} and top_logits {self.top_logits}: logit_expert stands beside logit"
-                " where top_logits is 1 or more, and nowhere else"
+                f"record is {self.record!r:.80} and top_logits {self.top_logits}: logit_expert must be recorded"
+                " with logit if top_logits is 1 or more, and only then"
             )
         if type(self.weight_bits) is not int or self.weight_bits not in (FLOAT32_BITS, *range(1, FLOAT16_BITS + 1)):
-            raise ValueError(f"weight_bits is {self.weight_bits!r:.80}, and must be 23, or 1 to 10")
+            raise ValueError(f"weight_bits is {self.weight_bits!r:.80}, but must be 23, or 1 to 10")
         choices = self.rows_per_shard * self.sequence_length * len(self.layers) * self.experts_per_token
         if choices > SHARD_CHOICES:
             raise ValueError(
-                f"a shard of {self.rows_per_shard} rows would hold {choices:,} choices, and {SHARD_CHOICES:,} are the"
-                " most: give fewer --rows_per_shard"
+                f"a shard of {self.rows_per_shard} rows would hold {choices:,} choices, but the maximum is"
+                f" {SHARD_CHOICES:,}: give fewer --rows_per_shard"
             )
         arrays, wide = self.arrays(), ["weight"] if self.weight_bits > FLOAT16_BITS else []
         for name in (*self.record, *wide):
             if (size := arrays[name].shard_bytes) > SHARD_BYTES:
                 raise ValueError(
-                    f"a shard of {self.rows_per_shard} rows would hold {size:,} bytes of {name}, and {SHARD_BYTES:,}"
-                    " are the most: give fewer --rows_per_shard"
+                    f"a shard of {self.rows_per_shard} rows would hold {size:,} bytes of {name}, but the maximum is"
+                    f" {SHARD_BYTES:,}: give fewer --rows_per_shard"
                 )
         rows = self.inner_chunk[0]
         object.__setattr__(self, "rows_per_shard", self.rows_per_shard // rows * rows)
@@ -219,7 +219,7 @@ class Layout:
         Raises
         ------
         KeyError, TypeError, ValueError
-            When they describe none.
+            When they do not describe a layout.
         """
         fields = {name: value for name, value in attrs.items() if name in cls.__dataclass_fields__}
         lists = {"layers": fields["layers"], "roles": fields["roles"]}
@@ -227,25 +227,25 @@ class Layout:
         return cls(**{**fields, **{name: tuple(values) for name, values in lists.items()}})
 
     def attrs(self) -> dict[str, Any]:
-        """The group's attributes that describe this layout, without those that older stores do not have, where they
-        say nothing: an empty `record` or `phases`, `top_logits`, `weights`, and the `weight_bits` of float16."""
+        """The group's attributes that describe this layout. Attributes that older stores lack are omitted if they have
+        their default: an empty `record` or `phases`, `top_logits`, `weights`, and the `weight_bits` of float16."""
         said = {"record": bool(self.record), "phases": bool(self.phases), "weights": not self.weights}
         said |= {"top_logits": self.top_logits > 0, "weight_bits": self.weight_bits != FLOAT16_BITS}
         return {name: value for name, value in asdict(self).items() if said.get(name, True)}
 
     @property
     def schema_version(self) -> int:
-        """The oldest version of the schema that has all these arrays."""
+        """The oldest schema version that has all these arrays."""
         return SCHEMA_VERSION if self.weights else WITHOUT_WEIGHTS
 
     @property
     def missing_expert(self) -> int:
-        """The expert id that means "not captured": no legal expert has it."""
+        """The expert id that means "not captured", which is never a legal expert."""
         return missing_expert(self.num_experts)
 
     @property
     def expert_dtype(self) -> str:
-        """Of what holds experts' ids."""
+        """The dtype of arrays of expert ids."""
         return "uint8" if self.num_experts <= 255 else "uint16"
 
     @property
@@ -257,22 +257,22 @@ class Layout:
 
     @cached_property
     def routes(self) -> tuple[str, ...]:
-        """Names of the arrays that workers fill, in the order of `arrays`: a shard's routes."""
+        """Names of the arrays that workers fill, a shard's routes, in the order of `arrays`."""
         return tuple(name for name, spec in self.arrays().items() if spec.captured)
 
     @property
     def labels(self) -> dict[str, tuple[str, ...]]:
-        """The labels that the plan gives tokens, by array: speakers as `role`, prompt and generated as `phase`."""
+        """The labels of tokens in the plan, by array: speakers in `role`, prompt and generated in `phase`."""
         given = {"role": self.roles, "phase": self.phases}
         return {name: labels for name, labels in given.items() if labels}
 
     def grid(self, *more: str) -> dict[str, Any]:
-        """Dimensions, chunks and shards of an array that has a value for each position.
+        """Dimensions, chunks and shards of an array with a value for each position.
 
         Parameters
         ----------
         more
-            Dimensions after doc and position: any of "layer", "k", "expert_id" and "candidate".
+            Dimensions after doc and position; any of "layer", "k", "expert_id" and "candidate".
 
         Returns
         -------
@@ -383,44 +383,44 @@ OPTIONAL: dict[str, Callable[[Layout], ArraySpec]] = {
     "logprob": _logprob,
     "effect": _effect,
 }
-"""Arrays that a capture has where `Layout.record` names them.
+"""Arrays that a capture has if `Layout.record` names them.
 
-An entry makes the array's spec from the layout, with `captured=True`, on a grid of `Layout.grid`. What an engine gives
-under the same name is stored in it, and its fill value at and beyond each row's length.
+An entry makes the array's spec from the layout, with `captured=True`, on a grid of `Layout.grid`. The array stores what
+an engine returns under the same name, with the fill value at and beyond each row's length.
 
 logit
-    What the router computed before it chose, (doc, position, layer, expert_id) of every expert, or with `top_logits`
-    (doc, position, layer, candidate) of the largest, in falling order, with their experts in `logit_expert`. The
-    group's attribute `router_transformation` says how weights come from them: "softmax" over all experts,
+    What the router computed before it chose: (doc, position, layer, expert_id) for every expert, or with `top_logits`
+    (doc, position, layer, candidate) for the largest, in descending order, with their experts in `logit_expert`. The
+    group's attribute `router_transformation` says how weights are computed from them: "softmax" over all experts,
     "renormalized" (softmax over the chosen ones), "sigmoid", or "unknown".
 output_norm
-    Of each choice, in the order of `expert`.
+    One value for each choice, in the order of `expert`.
 logprob
-    At the position that predicts; NaN at the last one of a row. The attribute `pairs_cut`, of the plan, counts the
+    At the position that predicts; NaN at the last position of a row. The attribute `pairs_cut` of the plan counts the
     predictions that are lost because a document was cut into rows.
 effect
-    (doc, position, layer, expert_id), where `logprob` is: what predicting the next token gains, below 0 where it loses,
-    when the expert cannot be chosen at the layer. NaN of layers that were not measured.
+    (doc, position, layer, expert_id), at the positions of `logprob`: the change in the log-probability of the next
+    token when the expert cannot be chosen at the layer, negative for a loss. NaN for layers that were not measured.
 """
 
 
 def missing_expert(num_experts: int) -> int:
-    """The expert id that means "not captured", where there are so many experts."""
+    """The expert id that means "not captured", for a number of experts."""
     return 255 if num_experts <= 255 else 65_535
 
 
 def default_rows_per_shard(sequence_length: int, shard_tokens: int = SHARD_TOKENS) -> int:
-    """S for a row of P positions: a shard of about so many positions, one row at least."""
+    """S for rows of P positions: a shard of about the given number of positions, at least one row."""
     return max(1, shard_tokens // sequence_length)
 
 
 def _power_of_two(most: int) -> int:
-    """The largest one that is not more, and at least 1."""
+    """The largest power of two that is not larger, at least 1."""
     return 1 << max(0, most.bit_length() - 1)
 
 
 def _is_count(value: object) -> bool:
-    """Whether it is a whole number from 1 on that an int32 holds."""
+    """Whether a value is a positive integer that fits an int32."""
     return type(value) is int and 1 <= value < 2**31
 
 
@@ -443,5 +443,5 @@ def _text(dim: str, long_name: str) -> ArraySpec:
 
 
 def _blosc(cname: str, clevel: int, shuffle: str) -> tuple[Any, ...]:
-    # Without the checksum a flipped bit reads as data.
+    # Without the checksum, a flipped bit would be read as data.
     return (BloscCodec(cname=cname, clevel=clevel, shuffle=shuffle), Crc32cCodec())  # type: ignore[arg-type]

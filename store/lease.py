@@ -1,11 +1,11 @@
 """Who may write a group: one job at a time, identified by host and process.
 
-Byte-identity does not need it (every put is whole and the same for the same shard); it saves the second job from
-doing the first one's work again, and gives exactly one of them the right to remove what killed writers left. What a job
-may still write that lost it is in `docs/design/0020-what-stores-promise.md`.
+Identical bytes do not need it (every put is complete, and the same for the same shard). It saves a second job from
+repeating the first one's work, and gives exactly one of them the right to remove what killed writers left.
+`docs/design/0020-what-stores-promise.md` says what a job may still write after losing it.
 
-No clock of another host is read. A record counts its renewals, and a host that wants to know whether the holder on
-another one lives watches that count, for a time that it measures with its own monotonic clock.
+No clock of another host is read. A record counts its renewals. To find out whether the holder on another host is alive,
+a host watches that count for a time that it measures with its own monotonic clock.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ from store.group import CaptureGroup
 from store.records import as_json, parse_json
 
 RENEW_S = 20.0
-STALE_S = 120.0  # arbitrary: six renewals missed; a holder on this host that is gone is stale at once
-LOOK_S = 2.0  # arbitrary: between two looks at the record of a holder on another host
+STALE_S = 120.0  # arbitrary: six missed renewals; a dead holder on this host is stale at once
+LOOK_S = 2.0  # arbitrary: between two reads of the record of a holder on another host
 
 
 @dataclass(kw_only=True)
 class Lease:
-    """A lease that this job holds, or held."""
+    """A lease that this job holds or held."""
 
     token: str
-    """Its unique name: whoever reads it in the store sees the same store."""
+    """Its unique name: a process that reads it in its store uses the same store."""
     lost: bool = False
-    """Whether another job has taken it over, or its record is gone; noticed when it should be renewed."""
+    """Whether another job has taken it over or its record is missing; noticed at the next renewal."""
 
 
 @contextlib.contextmanager
@@ -48,12 +48,12 @@ def lease(group: CaptureGroup, waits: Callable[[str], None] = lambda why: None) 
     group
         The data set.
     waits
-        Called with the reason when this is about to watch the lease of another host, for `STALE_S` at most.
+        Called with the reason before watching the lease of another host, for at most `STALE_S`.
 
     Raises
     ------
     RuntimeError
-        When another job holds it; the message says who, where and since when.
+        When another job holds it; the message says which user, where and since when.
     """
     key, mine = _key(group), _holder()
     if not group.objects.put_new(key, as_json(mine)):
@@ -69,29 +69,29 @@ def lease(group: CaptureGroup, waits: Callable[[str], None] = lambda why: None) 
         renewer.join()
         with contextlib.suppress(
             OSError
-        ):  # who comes next sees that this process is gone; what failed is reported already
+        ):  # the next job sees that this process is gone; the failure is already reported
             if _is(_read(group), mine):
                 group.objects.delete(key)
 
 
 def lease_token(group: CaptureGroup) -> str | None:
-    """Token of the lease that stands in the store now; None where there is none."""
+    """Token of the current lease in the store; None if there is none."""
     holder = _read(group)
     return None if holder is None else str(holder["token"])
 
 
 def lease_holder(group: CaptureGroup) -> str | None:
-    """Who holds the lease now, where, and since when by its own clock; None where there is no lease.
+    """Who holds the lease now, where, and since when by the holder's clock; None if there is no lease.
 
-    Of a holder on this host also whether it is gone, of one elsewhere how often it has renewed the lease: where this
-    number grows, it lives.
+    For a holder on this host also whether it is gone; for one on another host how often it has renewed the lease: if
+    this number grows, the holder is alive.
     """
     holder = _read(group)
     if holder is None:
         return None
     if holder["processes"] == _processes():
         return _who(holder) + (", which is gone" if _is_gone(holder) else "")
-    return f"{_who(holder)}, renewed {holder['renewed']:,.0f} times (every {RENEW_S:.0f} s while it lives)"
+    return f"{_who(holder)}, renewed {holder['renewed']:,.0f} times (every {RENEW_S:.0f} s while it is alive)"
 
 
 def _take_over(group: CaptureGroup, mine: dict[str, Any], waits: Callable[[str], None]) -> None:
@@ -101,14 +101,14 @@ def _take_over(group: CaptureGroup, mine: dict[str, Any], waits: Callable[[str],
         return
     if other is not None and not _is_stale(group, other, waits):
         raise RuntimeError(
-            f"{group.path}/{group.dataset} is being captured by {_who(other)}: wait for it or end it, then run this"
+            f"{group.path}/{group.dataset} is being captured by {_who(other)}: wait for it or stop it, then run this"
             " command again"
         )
     if group.objects.get(_key(group)) is None:
         group.objects.put_new(_key(group), as_json(mine))
     elif standing is not None:
         group.objects.put_over(_key(group), standing, as_json(mine))
-    time.sleep(0.05)  # of two that take over at once, the one whose record stands has it
+    time.sleep(0.05)  # if two take over at once, the one whose record remains has the lease
     if not _is(_read(group), mine):
         raise RuntimeError(f"{group.path}/{group.dataset}: another job took over the stale lease; run this again")
 
@@ -116,10 +116,10 @@ def _take_over(group: CaptureGroup, mine: dict[str, Any], waits: Callable[[str],
 def _renew(group: CaptureGroup, mine: dict[str, Any], held: Lease, done: threading.Event) -> None:
     renewed = 0
     while not done.wait(RENEW_S):
-        with contextlib.suppress(OSError):  # a full disk, a storage out of reach: the capture itself reports it
+        with contextlib.suppress(OSError):  # a full disk or an unreachable storage: the capture itself reports it
             standing = group.objects.get(_key(group))
             if standing is None or not _is(_parse(standing), mine):
-                held.lost = True  # it was taken over while this process stood still
+                held.lost = True  # it was taken over while this process was stopped
                 return
             renewed += 1
             group.objects.put_over(_key(group), standing, as_json({**mine, "renewed": renewed}))
@@ -164,15 +164,15 @@ def _is(holder: dict[str, Any] | None, mine: dict[str, Any]) -> bool:
 
 
 def _is_stale(group: CaptureGroup, holder: dict[str, Any], waits: Callable[[str], None]) -> bool:
-    """Whether the holder is gone: by its process where that can be seen, otherwise by a record that does not change.
+    """Whether the holder is gone: by its process if that can be seen, otherwise by a record that has stopped changing.
 
-    Each look comes after the clock was read: a record that was unchanged before this process stood still says nothing
+    Each read comes after reading the clock: a record that was unchanged before this process was stopped says nothing
     about the time since.
     """
     if holder["processes"] == _processes():
         return _is_gone(holder)
     where = f"{group.path}/{group.dataset}"
-    waits(f"{where} is leased by {_who(holder)}: waiting up to {STALE_S:.0f} s to see whether it lives")
+    waits(f"{where} is leased by {_who(holder)}: waiting up to {STALE_S:.0f} s to see whether it is alive")
     began = time.monotonic()
     while True:
         watched_s = time.monotonic() - began
@@ -190,9 +190,9 @@ def _is_gone(holder: dict[str, Any]) -> bool:
 
 
 def _processes() -> list[str]:
-    """Tells whose process ids mean the same: this run of this machine's kernel, and this container's.
+    """Identifies the scope of process ids: this boot of this machine's kernel, and this container.
 
-    Not the host's name: containers, and machines that nobody named, share theirs.
+    The host's name is not enough: containers and unnamed machines share theirs.
     """
     try:
         return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
@@ -201,9 +201,10 @@ def _processes() -> list[str]:
 
 
 def _process_start(process: int) -> str | None:
-    """When a process of this host began, in the kernel's ticks: tells a process from a later one of the same id.
+    """When a process of this host started, in the kernel's ticks: distinguishes a process from a later one with the
+    same id.
 
-    None for one that is gone, or dead and waiting for its parent.
+    None for a process that is gone, or dead and waiting for its parent.
     """
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()

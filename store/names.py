@@ -1,4 +1,4 @@
-"""Which data sets a store holds, and where what is made of it is kept; loads nothing that only readers need."""
+"""The data sets of a store, and the place of what is derived from it. Imports nothing that only readers need."""
 
 from pathlib import Path
 
@@ -36,9 +36,9 @@ def _is_array(metadata: bytes) -> bool:
     try:
         return bool(parse_json(metadata)["node_type"] == "array")
     except (ValueError, KeyError, TypeError):
-        return False  # whoever opens it says what is wrong with it
+        return False  # opening it reports what is wrong
 
 
 def beside(path: Path | str) -> str:
-    """Where what is derived from a store is kept: next to it, for a folder as for a bucket."""
+    """The place of what is derived from a store: next to the store, in a folder or a bucket."""
     return f"{str(path).rstrip('/')}.results"

@@ -1,13 +1,14 @@
-"""Whole objects by key in one place: the only modules that write, this one to disk and `store.s3` to a bucket.
+"""Whole objects by key. Only two modules write: this one to disk, and `store.s3` to a bucket.
 
-A put is durable when it returns (file and folder are synced) and visible only whole: a reader sees the old object,
-the new one or none, also when the writer is killed at any instruction. Keys are relative paths with `/`.
+A put is durable when it returns (file and folder are synced), and only complete objects are visible: a reader sees the
+old object, the new one or none, even if the writer is killed at any instruction. Keys are relative paths with `/`.
 
-Files are written into a scratch folder first. It lies inside an array's own folder, where Zarr readers do not look:
-a folder of ours anywhere else in a group makes them warn.
+Files are first written into a scratch folder. It is inside an array's own folder, where Zarr readers do not look; an
+additional folder elsewhere in a group makes them warn.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -21,99 +22,102 @@ from typing import Protocol
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
-PLACE_TRIES = 5  # arbitrary: one job in a race clears the scratch folder once
-LOCK_TRIES, LOCK_PAUSE_S = 200, 0.05  # arbitrary: a lock is held for a look and a change of names
-MOST_NAMED = 1000  # folders remembered (arbitrary): a shard's own are used once, and forgetting costs a sync
-_URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.*)", re.DOTALL | re.IGNORECASE)  # a Path has made one slash of two
+PLACE_TRIES = 5  # arbitrary: in a race, one job clears the scratch folder once
+WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # what file systems say that have no hard links
+LOCK_TRIES, LOCK_PAUSE_S = 200, 0.05  # arbitrary: a lock is held for a read and a rename
+MOST_NAMED = 1000  # remembered folders (arbitrary): those of a shard are used once, and forgetting one costs a sync
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(.*)", re.DOTALL | re.IGNORECASE)  # a Path turns two slashes into one
 
 
 class Objects(Protocol):
-    """What a store is kept in."""
+    """The objects of a store."""
 
     scratch: str
-    """Key of the folder for what is not whole yet."""
+    """Key of the folder for incomplete files."""
 
     @property
     def root(self) -> Path | str:
-        """Where the objects are, as `open_objects` takes it."""
+        """The place of the objects, as accepted by `open_objects`."""
 
     def get(self, key: str) -> bytes | None:
-        """The object's bytes, or None where there is none."""
+        """The object's bytes, or None if there is no object."""
 
     def get_many(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """The bytes of those objects that are there: small ones, all held at once."""
+        """The bytes of the existing objects; these are small, and all in memory at once."""
 
     def size_bytes(self, key: str) -> int | None:
-        """The object's length, or None where there is none."""
+        """The object's length, or None if there is no object."""
 
     def sizes(self, prefix: str, keys: Sequence[str]) -> Sequence[int | None]:
-        """The length of each object, None where there is none; all of them lie under `prefix`."""
+        """The length of each object, or None if there is none; all are under `prefix`."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Write an object, in place of the one that is there, if any."""
+        """Write an object and replace an existing one."""
 
     def put_new(self, key: str, data: bytes) -> bool:
-        """Write an object unless there is one: False, and nothing is changed, where there is.
+        """Write an object unless it exists; if it does, return False and change nothing.
 
-        Over a network, False may also mean that the object is this call's own: the answer to a first try was lost.
+        Over a network, False may also mean that this call itself wrote the object, but the answer to its first try was
+        lost.
         """
 
     def put_over(self, key: str, old: bytes, data: bytes) -> bool:
-        """Write an object in place of one with exactly the bytes `old`: False where it has others; see `put_new`."""
+        """Replace an object that has exactly the bytes `old`; False if it has other bytes. See `put_new`."""
 
     def delete(self, key: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Remove an object. A missing one is not an error."""
 
     def list(self, prefix: str) -> list[str]:
-        """Names (not keys) of the objects directly under `prefix`, sorted; empty where there is no such folder."""
+        """Names (not keys) of the objects directly under `prefix`, sorted; empty if there is no such folder."""
 
     def folders(self, prefix: str) -> Sequence[str]:
-        """Names of the folders directly under `prefix`, sorted; empty where there is no such folder."""
+        """Names of the folders directly under `prefix`, sorted; empty if there is no such folder."""
 
     def clear(self, prefix: str) -> None:
-        """Remove everything under `prefix`; only for the one who holds the lease."""
+        """Remove everything under `prefix`; only for the holder of the lease."""
 
     def settle(self, prefix: str) -> None:
-        """Make durable what was put or removed directly under `prefix` by others, who may have died before it was."""
+        """Make durable what others have put or removed directly under `prefix`; they may have died before it was
+        durable."""
 
     def zarr_store(self) -> Store:
-        """The same objects for Zarr, to be read only."""
+        """The same objects as a read-only store for Zarr."""
 
 
 def open_objects(path: Path | str, scratch: str) -> Objects:
-    """The objects of a store; nothing is read or written yet.
+    """The objects of a store. Nothing is read or written yet.
 
     Parameters
     ----------
     path
         A folder, or s3://bucket/prefix.
     scratch
-        Key of the folder for what is not whole yet.
+        Key of the folder for incomplete files.
 
     Raises
     ------
     ValueError
-        For a URL of another kind, or without a bucket, and for what cannot be a path.
+        For a URL of another kind or without a bucket, and for an invalid path.
     """
     _refuse_no_path(str(path))
     url = _URL.fullmatch(str(path))
     if url is None:
         return LocalObjects(Path(path), scratch)
     if url[1].lower() != "s3":
-        raise ValueError(f"the store {path}: {url[1]}:// is not known here; name a folder, or s3://bucket/prefix")
-    from store.s3 import S3Objects  # who reads a folder need not have its packages
+        raise ValueError(f"the store {path}: {url[1]}:// is not supported; use a folder or s3://bucket/prefix")
+    from store.s3 import S3Objects  # reading a folder does not need its packages
 
     return S3Objects(url[2], scratch)
 
 
 def _refuse_no_path(path: str) -> None:
-    """What Python says of such a path names neither it nor what is wrong with it."""
+    """Reject an invalid path: Python's own error names neither the path nor what is wrong with it."""
     try:
         named = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
         named = False
     if not named:
-        raise ValueError(f"the store {path!r} cannot be one: no path holds a NUL, or half of a character")
+        raise ValueError(f"the store {path!r} is not a valid path: a path holds no NUL and no lone surrogate")
 
 
 class LocalObjects:
@@ -124,7 +128,7 @@ class LocalObjects:
     root : Path
         The folder. It is made by the first put.
     scratch : str
-        Key of the folder for files that are not whole yet; on the same file system as `root`.
+        Key of the folder for incomplete files, on the same file system as `root`.
     """
 
     def __init__(self, root: Path, scratch: str) -> None:
@@ -134,7 +138,7 @@ class LocalObjects:
         """Folders whose names, and those of all above them in the store, are known to be durable."""
 
     def get(self, key: str) -> bytes | None:
-        """See `Objects`; so for the others."""
+        """See `Objects`, also for the other methods."""
         try:
             return (self.root / key).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -151,7 +155,7 @@ class LocalObjects:
             return None
 
     def sizes(self, prefix: str, keys: Sequence[str]) -> Sequence[int | None]:
-        """One look each: a shard has a folder of its own, so that listing would be slower."""
+        """One call for each object: a shard has its own folder, so listing would be slower."""
         return [self.size_bytes(key) for key in keys]
 
     def put(self, key: str, data: bytes) -> None:
@@ -161,12 +165,13 @@ class LocalObjects:
         try:
             self._place(key, data, _link)
         except FileExistsError:
-            _sync_folder((self.root / key).parent)  # who put it may have died before this
+            _sync_folder((self.root / key).parent)  # the writer may have died before this
             return False
         return True
 
     def put_over(self, key: str, old: bytes, data: bytes) -> bool:
-        """Atomic where the file system has locks; otherwise two at once may both say True, and one object stands."""
+        """Atomic if the file system has locks; otherwise two concurrent calls may both return True, and one object
+        remains."""
         try:
             self._place(key, data, lambda unfinished, target: _replace(unfinished, target, old))
         except FileExistsError:
@@ -200,10 +205,10 @@ class LocalObjects:
             return []
 
     def _place(self, key: str, data: bytes, place: Callable[[Path, Path], None]) -> None:
-        """Write a file that is not whole yet, and put it in its place.
+        """Write a file in the scratch folder and move it to its place.
 
-        Again, where it is gone before that: of two jobs that start at once, the one that gets the lease clears the
-        folder in which the other one is writing its own.
+        Try again if it is gone before that: of two jobs that start at once, the one that gets the lease clears the
+        folder in which the other one writes its own.
         """
         for tries_left in reversed(range(PLACE_TRIES)):
             try:
@@ -223,20 +228,20 @@ class LocalObjects:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:  # a full disk, a signal: leave nothing behind
+        except BaseException:  # a full disk or a signal: leave nothing behind
             partial.unlink(missing_ok=True)
             raise
         return partial
 
     def _parent_made(self, key: str) -> Path:
-        """Where an object belongs, in a folder that is there and whose name is durable."""
+        """The place of an object, in an existing folder whose name is durable."""
         target = self.root / key
         folder, unknown = target.parent, []
         while not folder.is_dir() or (folder not in self._named and self._is_ours(folder)):
             unknown.append(folder)
             folder = folder.parent
         target.parent.mkdir(parents=True, exist_ok=True)
-        for each in unknown:  # a name is durable once its folder is synced, and who made it may have died before
+        for each in unknown:  # a name is durable once its folder is synced, and its creator may have died before that
             _sync_folder(each.parent)
         if len(self._named) > MOST_NAMED:
             self._named.clear()
@@ -244,28 +249,36 @@ class LocalObjects:
         return target
 
     def _is_ours(self, folder: Path) -> bool:
-        """Whether it is the store or lies in it; what holds the store cannot be synced where it may not be read."""
+        """Whether a folder is the store or lies in it. A folder that contains the store cannot be synced without read
+        permission."""
         return folder.is_relative_to(self.root) and os.access(folder.parent, os.R_OK)
 
 
 def _link(partial: Path, target: Path) -> None:
-    """Give a file its name, where nothing has it; its name in the scratch folder is gone in any case."""
+    """Give a file its name, if the name is free. Its name in the scratch folder is removed in any case."""
     try:
         os.link(partial, target)
+    except OSError as error:
+        if error.errno in WITHOUT_LINKS:
+            text = "this file system has no hard links, which a store needs: use another one, or s3://bucket/prefix"
+            raise OSError(error.errno, text, str(target)) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _replace(unfinished: Path, target: Path, old: bytes) -> None:
-    """Give a file the name of another one that holds `old`; FileExistsError where that is another file by now.
+    """Give a file the name of another one that holds `old`; FileExistsError if that is another file by now.
 
-    The file that is replaced is locked from the look until the change of names, so that who wants to replace it too
-    waits, and then finds another one. Nothing is left of a lock whose process has died.
+    The replaced file is locked from the read until the rename, so that another process that wants to replace it waits
+    and then finds another file. A lock disappears when its process dies.
     """
     try:
-        with open(target, "r+b" if os.access(target, os.W_OK) else "rb") as file:  # over NFS, locks are for writers
+        with open(target, "r+b" if os.access(target, os.W_OK) else "rb") as file:  # over NFS, a lock needs write access
             _lock(file.fileno(), target)
-            if file.read() != old or not os.path.samestat(os.fstat(file.fileno()), os.stat(target)):
+            with open(target, "rb") as now:  # over NFS, a server is asked for a name when it is opened
+                same = os.path.samestat(os.fstat(file.fileno()), os.fstat(now.fileno()))
+            if not same or file.read() != old:
                 raise FileExistsError(f"{target} has changed")
             os.replace(unfinished, target)
     except FileNotFoundError:
@@ -277,17 +290,19 @@ def _replace(unfinished: Path, target: Path, old: bytes) -> None:
 
 
 def _lock(handle: int, path: Path) -> None:
-    """Lock an open file until it is closed, where its file system has locks."""
+    """Lock an open file until it is closed, if its file system has locks."""
     for _ in range(LOCK_TRIES):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(LOCK_PAUSE_S)
-        except OSError:  # this file system has none
+        except OSError:  # this file system has no locks
             return
         else:
             return
-    raise TimeoutError(f"{path}: another process has locked this file and stands still: end it, then run this again")
+    raise TimeoutError(
+        f"{path}: another process has locked this file and does not continue: stop it, then run this again"
+    )
 
 
 def _sync_folder(folder: Path) -> None:
@@ -301,7 +316,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """What the kernel says of an open file does not name it."""
+    """Add the name of the file: the kernel's errors for an open file do not name it."""
     try:
         yield
     except OSError as error:

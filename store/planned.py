@@ -1,8 +1,8 @@
-"""One data set's group as its planner, and those who read the plan, see it: what it is, and how its rows came to be.
+"""One data set's group for its planner and for readers of the plan: its facts and its planned rows.
 
-The plan has one record of its own, replaced as whole shards of tokens become durable; after it says "complete" the
-group never grows. Arrays are read object by object, without asking for their metadata: a worker does so for every
-shard, perhaps over a network. Making a group and committing shards is `store.group`.
+The plan has its own record, which is replaced as whole shards of tokens become durable. After it says "complete", the
+group never grows. Arrays are read object by object without reading their metadata, because a worker does this for every
+shard, perhaps over a network. `store.group` creates groups and commits shards.
 """
 
 import re
@@ -21,7 +21,7 @@ from store.objects import open_objects
 from store.plan import LATER, Plan, Rows
 from store.records import as_json, parse_record
 
-MOST_SHARDS = 2**22  # of the default size, a million million tokens (arbitrary)
+MOST_SHARDS = 2**22  # of the default size, a trillion tokens (arbitrary)
 _NAME = re.compile(r"[a-z0-9_-][a-z0-9._-]{0,127}")
 
 
@@ -31,7 +31,7 @@ class PlannedGroup:
     Parameters
     ----------
     path
-        The store: a folder, or s3://bucket/prefix. Nothing is looked at yet.
+        The store: a folder, or s3://bucket/prefix. Nothing is read yet.
     dataset
         The group's name in it.
     """
@@ -42,14 +42,14 @@ class PlannedGroup:
 
     @property
     def path(self) -> Path | str:
-        """The store as it is printed, and opened again: a path, or a URL."""
+        """The store as printed and as opened again: a path or a URL."""
         return self.objects.root
 
     # What the group is
 
     @property
     def attrs(self) -> dict[str, Any]:
-        """The group's attributes, read anew.
+        """The group's attributes, read again at each call.
 
         Raises
         ------
@@ -68,23 +68,23 @@ class PlannedGroup:
         version = attrs.get("schema_version") if isinstance(attrs, dict) else None
         if type(version) is not int or version not in (SCHEMA_VERSION, WITHOUT_WEIGHTS):
             raise ValueError(
-                f"{self.path}/{self.dataset} is no capture that this version reads: its schema_version is {version!r},"
-                f" and {SCHEMA_VERSION} and {WITHOUT_WEIGHTS} are known here"
+                f"{self.path}/{self.dataset} is not a capture that this version reads: schema_version is {version!r},"
+                f" but only {SCHEMA_VERSION} and {WITHOUT_WEIGHTS} are supported"
             )
         return dict(attrs)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What was hashed before tokenizing began.
+        """The mapping that was hashed before tokenizing.
 
         Raises
         ------
         ValueError
-            When the group's attributes hold none.
+            When the group's attributes have no identity.
         """
         identity = self.attrs.get("identity")
         if not isinstance(identity, dict):
-            raise ValueError(f"{self.path}/{self._key('zarr.json')} holds no identity, but {identity!r:.80}")
+            raise ValueError(f"{self.path}/{self._key('zarr.json')} holds {identity!r:.80} instead of an identity")
         return identity
 
     @cached_property
@@ -94,13 +94,13 @@ class PlannedGroup:
         Raises
         ------
         ValueError
-            When the group's attributes describe none.
+            When the group's attributes do not describe a grid.
         """
         attrs = self.attrs
         try:
             return Layout.from_attrs(attrs)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path}/{self._key('zarr.json')} describes no capture: {error}") from error
+            raise ValueError(f"{self.path}/{self._key('zarr.json')} does not describe a capture: {error}") from error
 
     @property
     def plan(self) -> Plan:
@@ -110,9 +110,9 @@ class PlannedGroup:
             return Plan()
         try:
             if unknown := record.keys() - Plan.__dataclass_fields__.keys():
-                raise ValueError(f"holds what no plan has: {sorted(unknown)}")
+                raise ValueError(f"holds unknown fields: {sorted(unknown)}")
             if missing := Plan.__dataclass_fields__.keys() - record.keys() - set(LATER):
-                raise ValueError(f"lacks what a plan has: {sorted(missing)}")
+                raise ValueError(f"lacks fields: {sorted(missing)}")
             return Plan(**record | {"skipped": tuple(record.get("skipped", ()))})
         except ValueError as error:
             raise ValueError(f"{self.path}/{self._key('token/plan.json')} {error}; {self.remedy}") from error
@@ -124,13 +124,13 @@ class PlannedGroup:
         Raises
         ------
         ValueError
-            When they are more than a store has: each has files of its own.
+            When there are more than a store can have: each shard has its own files.
         """
         shards = -(-self.plan.rows // self.layout.rows_per_shard)
         if shards > MOST_SHARDS:
             raise ValueError(
                 f"{self.path}/{self._key('token/plan.json')} says {self.plan.rows} rows, which are {shards:,} shards of"
-                f" {self.layout.rows_per_shard}: a capture has {MOST_SHARDS:,} at most; {self.remedy}"
+                f" {self.layout.rows_per_shard}: a capture can have at most {MOST_SHARDS:,}; {self.remedy}"
             )
         return shards
 
@@ -160,7 +160,7 @@ class PlannedGroup:
                 shard = (before.rows + start) // layout.rows_per_shard
                 data = arrays[name].encode(values[start : start + layout.rows_per_shard])
                 key = f"{name}/{arrays[name].key(shard)}"
-                if not self.objects.put_new(self._key(key), data):  # a planner was killed behind it, or was faster
+                if not self.objects.put_new(self._key(key), data):  # a planner was killed after this put, or was faster
                     self._change({key: data}, still=lambda: self.plan == before)
         changes: dict[str, bytes] = {}
         for name in ("length", "document_id", "offset"):
@@ -175,7 +175,7 @@ class PlannedGroup:
         self._change(changes | {"token/plan.json": as_json(plan.record())}, still=lambda: self.plan == before)
 
     def _appended(self, name: str, spec: ArraySpec, size: int, values: np.ndarray) -> dict[str, bytes]:
-        """The objects of an array of `size` entries that change when these values follow."""
+        """The objects of an array of `size` entries that change when these values are appended."""
         if not len(values):
             return {}
         start = size // ROW_CHUNK * ROW_CHUNK
@@ -184,7 +184,7 @@ class PlannedGroup:
                 values = np.concatenate([self.values(name, start, size), values])
             except ValueError as error:
                 raise ValueError(
-                    f"{self.path}/{self.dataset}: what was planned before is gone or damaged: {error}; {self.remedy}"
+                    f"{self.path}/{self.dataset}: what was planned before is missing or damaged: {error}; {self.remedy}"
                 ) from error
         steps = range(0, len(values), ROW_CHUNK)
         return {
@@ -193,14 +193,14 @@ class PlannedGroup:
         }
 
     def _change(self, changes: Mapping[str, bytes], still: Callable[[], bool]) -> None:
-        """Put objects that also other jobs put, one after the other, where nobody has changed them meanwhile.
+        """Put objects that other jobs may put too, one by one, unless they have changed meanwhile.
 
-        A job that stood still and was taken for dead thus undoes nothing of the one that followed it.
+        Thus a job that was stopped for a while and assumed dead undoes no work of the job that followed it.
 
         Parameters
         ----------
         still
-            Whether there is still to do what these changes do; asked after a look at what they are to replace.
+            Whether the changes are still needed; called after reading the objects that they replace.
         """
         standing = self.objects.get_many([self._key(name) for name in changes])
         if not still():
@@ -210,7 +210,8 @@ class PlannedGroup:
                 raise self.overtaken()
 
     def _put_where(self, seen: bytes | None, key: str, data: bytes) -> bool:
-        """Put an object where there is still what was seen, perhaps nothing; whether it stands, whoever put it."""
+        """Put an object if the one there (or none) is still the one that was read; return whether this content is there
+        now, whoever put it."""
         if seen is None or seen == data:
             put = self.objects.put_new(key, data)
         else:
@@ -218,52 +219,53 @@ class PlannedGroup:
         return put or self.objects.get(key) == data
 
     def overtaken(self) -> RuntimeError:
-        """What ends a job that finds another one's work where it was about to put its own."""
+        """The error that ends a job which finds another job's work in the place of its own."""
         return RuntimeError(
-            f"{self.path}/{self.dataset} is not as this job left it: another job that took this one for dead writes it,"
-            " or its folder was removed; when nobody else works on it, run this command again"
+            f"{self.path}/{self.dataset} was changed meanwhile: another job that assumed this one dead writes it,"
+            " or its folder was removed; run this command again when no other job works on it"
         )
 
     # What is planned
 
     def read_rows(self, shard: int) -> Rows:
-        """Tokens and lengths of one shard's planned rows: what a worker needs.
+        """The parts of one shard's planned rows that a worker needs: tokens and lengths.
 
         Raises
         ------
         ValueError
-            When they are gone or damaged; no capture can heal them.
+            When they are missing or damaged; a capture cannot repair them.
         """
         span = self.span(shard, self.plan)
         if span[0] >= span[1]:
             raise ValueError(
-                f"{self.path}/{self.dataset}: shard {shard} is not planned: its plan was removed meanwhile, or is"
-                " another one; run this command again"
+                f"{self.path}/{self.dataset}: shard {shard} is not planned: its plan was removed or replaced"
+                " meanwhile; run this command again"
             )
         try:
             rows = Rows(token=self.values("token", *span), length=self.values("length", *span))
         except ValueError as error:
             raise ValueError(
-                f"{self.path}/{self.dataset}: planned rows of shard {shard} are gone or damaged: {error}; {self.remedy}"
+                f"{self.path}/{self.dataset}: rows of shard {shard} are missing or damaged: {error}; {self.remedy}"
             ) from error
         filled = np.arange(self.layout.sequence_length) < rows.length[:, None]
         if (rows.length < 1).any() or ((rows.token >= 0) != filled).any():
             raise ValueError(
-                f"{self.path}/{self.dataset}: tokens and lengths of shard {shard} do not fit together; {self.remedy}"
+                f"{self.path}/{self.dataset}: tokens and lengths of shard {shard} do not match; {self.remedy}"
             )
         return rows
 
     def document_names(self, shard: int) -> list[str]:
-        """Names of the documents that one shard's rows are windows of, in order."""
+        """Names of the documents of one shard's rows, in order."""
         document = self.values("document_id", *self.span(shard, self.plan))
         first = int(document[0])
         names = self.values("name", first, int(document[-1]) + 1)
         return [str(names[number - first]) for number in dict.fromkeys(document.tolist())]
 
     def lost(self) -> list[str]:
-        """Keys of objects that the plan counts and that are gone or empty: what they held would read as fill.
+        """Keys of objects that the plan counts but that are missing or empty; their content would be read as fill
+        values.
 
-        Also of the arrays' own descriptions, without which nothing can be read.
+        This includes the arrays' own descriptions, without which nothing can be read.
         """
         lost = []
         for name, size in self.plan_sizes().items():
@@ -276,7 +278,7 @@ class PlannedGroup:
         return [key.removeprefix(f"{self.dataset}/") for key in lost]
 
     def plan_sizes(self) -> dict[str, int]:
-        """Entries along the first dimension of each array that planning fills."""
+        """Number of entries along the first dimension of each array that planning fills."""
         plan, layout = self.plan, self.layout
         others = {"name": plan.documents, "piece": layout.vocab_size, "layer": len(layout.layers)}
         return {name: others.get(name, plan.rows) for name, spec in layout.arrays().items() if not spec.captured}
@@ -287,7 +289,7 @@ class PlannedGroup:
         Raises
         ------
         ValueError
-            When an object is gone or damaged; the message begins with its key.
+            When an object is missing or damaged; the message starts with its key.
         """
         spec, parts = self.layout.arrays()[name], []
         for index in range(start // spec.step, -(-stop // spec.step)):
@@ -303,13 +305,13 @@ class PlannedGroup:
         return np.concatenate(parts)
 
     def span(self, shard: int, plan: Plan) -> tuple[int, int]:
-        """The planned rows of a shard: its first, and the one after its last."""
+        """The planned rows of a shard: the first row and the row after the last."""
         rows = self.layout.rows_per_shard
         return shard * rows, min((shard + 1) * rows, plan.rows)
 
     @property
     def remedy(self) -> str:
-        """What to do about a plan that is damaged."""
+        """What to do about a damaged plan."""
         return f"remove the folder {self.dataset} and capture it again"
 
     # Records and keys
@@ -331,17 +333,17 @@ class PlannedGroup:
 
 
 def valid_name(dataset: str) -> str:
-    """The name, if it can name a group.
+    """Return the name if it is valid for a group.
 
     Raises
     ------
     ValueError
-        When it has other characters than a-z, 0-9, '.', '_' and '-', begins with a dot, or is empty or too long.
+        When it has other characters than a-z, 0-9, '.', '_' and '-', starts with a dot, or is empty or too long.
     """
     if not _NAME.fullmatch(dataset) or dataset == "zarr.json" or dataset.startswith("__"):
         raise ValueError(
-            f"{dataset!r} cannot name a data set in a store: use 1 to 128 of a-z, 0-9, '.', '_' and '-',"
-            " not beginning with a dot or two underscores, and not zarr.json"
+            f"{dataset!r} is not a valid name of a data set: use 1 to 128 of a-z, 0-9, '.', '_' and '-',"
+            " not starting with a dot or two underscores, and not zarr.json"
         )
     return dataset
 

@@ -1,7 +1,7 @@
-"""Opening captures with xarray: lazy, labelled, and never mistaking missing for measured.
+"""Open captures with xarray: lazy, labelled, and with missing data marked as missing.
 
-The same store opens without this package: `xarray.open_zarr(path, group=name, consolidated=False)`. What is added
-here is the check that nothing is missing, and dask chunks of one shard.
+The same store opens without this package: `xarray.open_zarr(path, group=name, consolidated=False)`. This module adds a
+check that nothing is missing, and dask chunks of one shard.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from store.verification import metadata_faults
 
 
 def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = False) -> xr.Dataset:
-    """One data set's routes.
+    """Open one data set's routes.
 
     Parameters
     ----------
@@ -30,23 +30,23 @@ def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = Fal
     dataset
         Its group in the store.
     allow_incomplete
-        Also open a capture with shards missing: their `expert` is the fill value (255, or 65535 where there are more
-        than 255 experts), their `weight` 0, and `captured` is False on their rows.
+        Also open a capture with missing shards: their `expert` is the fill value (255, or 65535 if there are more than
+        255 experts), their `weight` 0, and `captured` is False on their rows.
 
     Returns
     -------
     xarray.Dataset
-        Lazy; a dask chunk is a shard. Variables `expert` (uint8 or uint16) and `weight` (float16, or float32 where it
-        was captured so) over (doc, position, layer, k), `token` int32 (doc, position), `length`, `document_id`,
-        `offset` and `captured` over (doc), `name` (document), `piece` (token_id); for conversations also `role` uint8
-        (doc, position). What was recorded too: `logit` float32 (doc, position, layer, expert_id), or with the dim
-        candidate in its place and `logit_expert` beside it; `output_norm` float32, with the dims of `expert`; `logprob`
-        float32 (doc, position), in nats; `effect` float32 (doc, position, layer, expert_id), in nats. Routes that came
-        from elsewhere may have no `weight`, and may have `phase` uint8 (doc, position), 0 for tokens of the prompt and
-        1 for generated ones. A `doc` is a row: a window of a document. Positions at or beyond `length` hold fill
-        values: `expert` and `logit_expert` 255 or 65535, `weight` 0, `token` -1, `role` and `phase` 255, the others
-        NaN; `logprob` and `effect` are NaN at the last position of a row too. Attributes are such that netCDF holds
-        them; `attributes` gives them with mappings.
+        Lazy; a dask chunk is a shard. Variables `expert` (uint8 or uint16) and `weight` (float16, or float32 if
+        captured so) over (doc, position, layer, k), `token` int32 (doc, position), `length`, `document_id`, `offset`
+        and `captured` over (doc), `name` (document), `piece` (token_id); for conversations also `role` uint8 (doc,
+        position). Optional recordings: `logit` float32 (doc, position, layer, expert_id), or with the dim candidate
+        instead of expert_id and with `logit_expert`; `output_norm` float32, with the dims of `expert`; `logprob`
+        float32 (doc, position), in nats; `effect` float32 (doc, position, layer, expert_id), in nats. Imported routes
+        may have no `weight`, and may have `phase` uint8 (doc, position), 0 for tokens of the prompt and 1 for generated
+        ones. A `doc` is a row: a window of a document. Positions at or beyond `length` hold fill values: `expert` and
+        `logit_expert` 255 or 65535, `weight` 0, `token` -1, `role` and `phase` 255, the others NaN; `logprob` and
+        `effect` are also NaN at the last position of a row. Attributes have types that netCDF supports; `attributes`
+        returns them with mappings.
 
     Raises
     ------
@@ -66,14 +66,15 @@ def open_capture(path: Path | str, dataset: str, *, allow_incomplete: bool = Fal
 
 
 def open_covered(path: Path | str, state: Coverage) -> xr.Dataset:
-    """One data set's routes as far as was counted, complete or not: see `open_capture`.
+    """One data set's routes up to a count, complete or not; see `open_capture`.
 
-    What is committed after the count is not marked as captured, so that a count and what is read agree.
+    Shards that are committed after the count are not marked as captured, so that the count and the data agree.
 
     Raises
     ------
     ValueError
-        When objects of the plan are lost, or an array's description is not the layout's: it would be read otherwise.
+        When objects of the plan are lost, or an array's description differs from the layout's, so that it would be read
+        wrongly.
     """
     if state.lost:
         raise ValueError(f"{path}: {state}")
@@ -85,16 +86,16 @@ def open_covered(path: Path | str, state: Coverage) -> xr.Dataset:
         variables = {
             name: _variable(arrays[name], state.plan, group.layout.rows_per_shard) for name in group.layout.arrays()
         }
-    except OSError:  # a storage out of reach is no damage
+    except OSError:  # a storage that cannot be reached is not damaged
         raise
-    except Exception as error:  # Zarr raises whatever it runs into
+    except Exception as error:  # Zarr raises errors of many kinds
         raise ValueError(f"{path}/{state.dataset} cannot be opened: {error}; {group.remedy}") from error
     captured = ~np.isin(np.arange(state.plan.rows) // group.layout.rows_per_shard, state.missing)
     variables["captured"] = xr.Variable("doc", captured, {"long_name": "whether the row's shard is committed"})
     attrs = group.attrs
     if not _are_numbers(special := attrs.get("special_token_ids", [])):
         raise ValueError(f"{path}/{state.dataset}/zarr.json holds {special!r:.80} for special_token_ids, not numbers")
-    attrs["environment"] = group.environment or attrs.get("environment")  # of the workers; as planned before the first
+    attrs["environment"] = group.environment or attrs.get("environment")  # of the workers, or as planned
     return xr.Dataset(variables, attrs=flat({**attrs, "dataset": state.dataset}))
 
 
@@ -103,10 +104,10 @@ def _are_numbers(value: object) -> bool:
 
 
 def _variable(array: Any, plan: Plan, rows: int) -> xr.Variable:
-    """An array as far as the plan goes, in dask chunks of a shard.
+    """An array up to the end of the plan, in dask chunks of a shard.
 
-    The arrays grow one after the other while a data set is planned, so that for a moment they differ in size; the
-    plan's record counts what all of them hold.
+    The arrays grow one after the other while a data set is planned, so their sizes differ for a moment. The plan's
+    record counts the entries that all of them hold.
     """
     dims = array.metadata.dimension_names
     size = {"doc": plan.rows, "document": plan.documents}.get(dims[0], array.shape[0])
@@ -123,12 +124,12 @@ def open_tree(path: Path | str, *, allow_incomplete: bool = False) -> xr.DataTre
     path
         The store: a folder, or s3://bucket/prefix.
     allow_incomplete
-        Also open captures with shards missing, as `open_capture` does.
+        Also open captures with missing shards, as in `open_capture`.
 
     Returns
     -------
     xarray.DataTree
-        Lazy; each child is a data set as `open_capture` gives it.
+        Lazy; each child is a data set as returned by `open_capture`.
 
     Raises
     ------

@@ -1,6 +1,6 @@
-"""What is kept as JSON, to an object's bytes and back.
+"""Convert JSON records to an object's bytes and back.
 
-Whoever reads JSON that somebody else may have written, or damaged, reads it here: whatever is wrong is a ValueError.
+JSON that someone else may have written or damaged is always read here: any fault is a ValueError.
 """
 
 import json
@@ -19,7 +19,7 @@ def parse_json(data: bytes | str) -> Any:
     Raises
     ------
     ValueError
-        When it is none, or one list in another for so long that Python cannot follow.
+        When it is not JSON, or is nested too deeply for Python.
     """
     try:
         return json.loads(data)
@@ -33,7 +33,7 @@ def parse_record(data: bytes) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        When they hold none; the message is to follow the object's name.
+        When they do not hold a record; the message is meant to follow the object's name.
     """
     try:
         record = parse_json(data)

@@ -1,13 +1,14 @@
-"""Whole objects by key in an S3 bucket, or in another storage that speaks its protocol.
+"""Whole objects by key in an S3 bucket, or in another storage with the same protocol.
 
-A put is one request, durable when it returns; what must not be there yet is put with If-None-Match, what must not have
-changed with If-Match. A failure that may pass is tried again for three quarters of a minute, and what takes more than a
-minute three times, then reported in one sentence.
+A put is one request, durable when it returns; an object that must not exist yet is put with If-None-Match, one that
+must not have changed with If-Match. A temporary failure is retried for 45 seconds, and a request that takes more than a
+minute is tried three times; then the failure is reported in one sentence.
 
-Address and credentials come from the standard variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...), else
-from the machine's role. Not known here: versions of objects, encryption, storage classes; the bucket's defaults hold.
+Address and credentials come from the standard variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...),
+otherwise from the machine's role. Versions of objects, encryption and storage classes are not handled here; the
+bucket's defaults apply.
 
-The client is obstore: it takes an eighth of s3fs's CPU time for a small object, and half for a shard (measured,
+The client is obstore. It takes an eighth of the CPU time of s3fs for a small object, and half for a shard (measured,
 tests/benchmarks/s3.py).
 """
 
@@ -28,10 +29,10 @@ from zarr.storage import ObjectStore
 from store.secrets import without_secrets
 
 CONNECT_S, REQUEST_S = 5, 60  # arbitrary; a shard of 20 MB in a minute is 0.3 MB/s
-RETRIES, RETRY_S = 100, 45  # as many as there is time for
-BACK_OFF_S, LONGEST_BACK_OFF_S, BACK_OFF_BASE = 0.1, 5, 3  # a pause is random, up to so many times the one before
-PAUSES_S = (1.0, 4.0)  # arbitrary: before what the client does not try again by itself is
-AT_ONCE = 32  # arbitrary: requests for small objects in flight
+RETRIES, RETRY_S = 100, 45  # as many as fit into the time
+BACK_OFF_S, LONGEST_BACK_OFF_S, BACK_OFF_BASE = 0.1, 5, 3  # a pause is random, up to so many times the previous one
+PAUSES_S = (1.0, 4.0)  # arbitrary: pauses before retries that the client does not make itself
+AT_ONCE = 32  # arbitrary: concurrent requests for small objects
 T = TypeVar("T")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
@@ -44,24 +45,24 @@ class S3Objects:
     place : str
         "bucket/prefix".
     scratch : str
-        Nothing is ever written there: puts are whole.
+        Not used: every put is atomic.
 
     Raises
     ------
     ValueError
-        When no bucket can have that name, or there is no prefix.
+        When the bucket's name is not valid, or there is no prefix.
     """
 
     def __init__(self, place: str, scratch: str) -> None:
         self.bucket, _, prefix = place.rstrip("/").partition("/")
         if not _BUCKET.fullmatch(self.bucket):
             raise ValueError(
-                f"s3://{place} names no store: a bucket has 3 to 63 of a-z, 0-9, '.' and '-', as in"
+                f"s3://{place} is not a store: a bucket's name has 3 to 63 of a-z, 0-9, '.' and '-', as in"
                 " s3://my-bucket/routes.zarr"
             )
         if not prefix.strip("/"):
             raise ValueError(
-                f"s3://{self.bucket} is a bucket's root, and what is kept beside a store would go to another bucket:"
+                f"s3://{self.bucket} is a bucket's root, but what is kept next to a store needs a place in the bucket:"
                 f" use s3://{self.bucket}/prefix, such as s3://{self.bucket}/routes.zarr"
             )
         self.root = f"s3://{self.bucket}/{prefix}".rstrip("/")
@@ -144,7 +145,7 @@ class S3Objects:
             self._answer(lambda: obstore.delete(self._store, keys))
 
     def settle(self, prefix: str) -> None:
-        """A put was durable before anybody saw it."""
+        """A put is durable before anyone can see it."""
 
     def zarr_store(self) -> Store:
         return ObjectStore(self._store, read_only=True)
@@ -157,7 +158,7 @@ class S3Objects:
         return self._answer(everything)
 
     def _found(self, request: Callable[[], T]) -> T | None:
-        """What a request gives; None where its object is not there."""
+        """The result of a request; None if its object does not exist."""
 
         def found() -> T | None:
             try:
@@ -169,9 +170,9 @@ class S3Objects:
         return self._answer(found)
 
     def _answer(self, request: Callable[[], T]) -> T:
-        """What a request gives; a failure, in one sentence that names the store and what to do.
+        """The result of a request. A failure is reported in one sentence that names the store and what to do.
 
-        Whatever is asked for here may be done twice.
+        Every request made here can safely be made twice.
         """
         pauses_s = iter(PAUSES_S)
         while True:
@@ -198,8 +199,8 @@ class S3Objects:
             )
         if re.search(r"status code: 40[13]", text):
             return PermissionError(
-                f"{self.root}: {where} refuses these credentials ({reason}): they must be valid, and may list, get, put"
-                " and delete in the bucket"
+                f"{self.root}: {where} rejects these credentials ({reason}): they must be valid and allowed to list,"
+                " get, put and delete in the bucket"
             )
         if "without LOCATION" in text:
             return OSError(f"{self.root}: the bucket is in another region: set AWS_REGION")
@@ -211,16 +212,16 @@ class S3Objects:
 
 
 def _refuse_no_bucket(error: FileNotFoundError) -> None:
-    """Raise the error again where it is not the object that is not there, but the bucket."""
+    """Raise the error again if the bucket is missing and not the object."""
     if "NoSuchBucket" in str(error):
         raise error
 
 
 def _was_tried_once(error: Exception) -> bool:
-    """Whether the client has not tried again by itself, though it may pass.
+    """Whether a failure may be temporary but was not retried by the client.
 
-    It does not when a conditional put or a removal takes too long, or anything longer than `RETRY_S`, and when the
-    answer to a listing breaks off.
+    The client does not retry a conditional put or a removal that takes too long, anything that takes longer than
+    `RETRY_S`, and a listing whose answer breaks off.
     """
     text = str(error)
     return "HTTP error" in text and "retries, max_retries" not in text

@@ -1,20 +1,21 @@
-"""Secrets kept out of what is written, logged and shown.
+"""Keep secrets out of everything that is written, logged and shown.
 
-An address can hold a password, or a signature that lets whoever has it read (of S3, of a hub's servers); errors of
-libraries quote addresses. Not known here: a secret that stands in a text that was captured, or in a file's name.
+An address can hold a password, or a signature that grants access to anyone who has it (S3, a hub's servers), and errors
+of libraries quote addresses. Secrets in captured texts or in file names are not found.
 """
 
 import os
 import re
 
 VARIABLES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-SHORTEST = 8  # characters of a secret; a shorter value would be found in ordinary words (arbitrary)
+SHORTEST = 8  # characters of a secret; a shorter value could occur in ordinary words (arbitrary)
 _USER = re.compile(r"(?<=://)[^\s/@'\"]*(?::[^\s@'\"]*)?@")
 _QUERY = re.compile(r"(\b(?!s3:)[a-z][a-z0-9+.-]*://[^\s?#'\"<>]*)[?#][^\s'\"<>]*", re.IGNORECASE)  # S3's have none
 
 
 def without_secrets(text: str) -> str:
-    """A text without what its addresses hold before their host and after their path, nor the values of `VARIABLES`."""
+    """A text without the values of `VARIABLES` and without the parts of its addresses before the host and after the
+    path."""
     text = _QUERY.sub(r"\1?…", _USER.sub("…@", text))
     for value in filter(None, map(os.environ.get, VARIABLES)):
         if len(value) >= SHORTEST:

@@ -1,18 +1,18 @@
-"""Reading a capture back: every object that its plan counts, and every one that a commit record names.
+"""Read a capture back: every object that its plan counts and every object that a commit record names.
 
-Of a committed shard, found is what is gone, cut, emptied, put in the place of another, or has a bit flipped, and a
-record that cannot be read or is of another capture. Such a shard is noted in the store, so that the next capture heals
-it; a damaged plan is beyond healing.
+For a committed shard, this finds objects that are missing, truncated, emptied, swapped with others, or have a flipped
+bit, and records that cannot be read or belong to another capture. Such a shard is noted in the store, so that the next
+capture repairs it. A damaged plan cannot be repaired.
 
-The plan has checksums inside its objects, and no record of what each object holds. Its objects are decoded, and held
-against what planning makes true: the tokens of a committed shard are those that it was captured from; lengths fit the
-tokens, documents follow one another, offsets follow documents and lengths, no speaker is named where no token is, and
-`layer` is the layout's. Not found is one object of the plan in the place of another where all this stays true: tokens
-that are not committed, of rows with the same lengths, or speakers of rows that are not longer. `name` and `piece` are
-decoded only: nothing else in the store says what they should hold.
+The plan has checksums inside its objects, but no record of what each object holds. Its objects are decoded and compared
+with what must be true of a plan: the tokens of a committed shard are those from which it was captured; lengths match
+the tokens; documents are consecutive; offsets match documents and lengths; no speaker is named without a token; and
+`layer` is the layout's. An object of the plan in the place of another is not found if all this remains true:
+uncommitted tokens of rows with the same lengths, or speakers of rows that are not longer. `name` and `piece` are only
+decoded: nothing else in the store says what they should hold.
 
-Of each array's `zarr.json` compared is what decides how it is read, not its attributes. Nothing is known here of what
-is not committed, nor whether the routes are right: only that they are those that were committed.
+Of each array's `zarr.json` the parts that decide how it is read are compared, but not its attributes. Nothing is said
+about uncommitted data, nor about whether the routes are right: only that they are those that were committed.
 """
 
 import json
@@ -30,16 +30,16 @@ from store.layout import MISSING_ROLE
 from store.plan import Plan
 from store.records import parse_record
 
-THREADS = 8  # arbitrary: so many objects are held in memory at once
+THREADS = 8  # arbitrary: number of objects in memory at once
 DESCRIBED = ("data_type", "chunk_grid", "chunk_key_encoding", "codecs", "dimension_names", "fill_value")
 ROWS = ("length", "document_id", "offset")
-# What is meant where a description leaves it out: versions of Zarr differ in what they write.
+# Defaults of fields that a description omits: versions of Zarr differ in what they write.
 DEFAULTS: dict[str, dict[str, str]] = {
     "bytes": {"endian": "little"},
     "default": {"separator": "/"},
     "sharding_indexed": {"index_location": "end"},
 }
-SELF_DESCRIBED = ("blosc",)  # its bytes say how they were compressed
+SELF_DESCRIBED = ("blosc",)  # their bytes say how they were compressed
 
 Records = Mapping[int, Mapping[str, Any]]
 
@@ -49,27 +49,27 @@ class Findings:
     """What is wrong with a capture."""
 
     shards: dict[int, str]
-    """Committed shards that do not hold, and why: the next capture heals them."""
+    """Committed shards that are damaged, and why; the next capture repairs them."""
     plan: list[str]
-    """What is wrong with the plan, each beginning with a key: no capture heals it."""
+    """Faults of the plan, each starting with a key; a capture cannot repair them."""
     unnoted: str | None = None
-    """Why a damaged shard could not be noted: the next capture will not know of it."""
+    """Why a damaged shard could not be noted; the next capture will not know about it."""
 
 
 def verify(group: CaptureGroup, progress: Callable[[int], None] = lambda tokens: None) -> Findings:
-    """Read everything back, and note what is damaged; safe while a capture runs.
+    """Read everything back and note what is damaged; safe while a capture runs.
 
     Parameters
     ----------
     group
         The data set: `CaptureGroup(path, name)`.
     progress
-        Called with the number of tokens of each committed shard when it was read.
+        Called with the number of tokens of each committed shard after it is read.
 
     Returns
     -------
     Findings
-        Empty where all is well.
+        Empty if nothing is wrong.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def verify(group: CaptureGroup, progress: Callable[[int], None] = lambda tokens:
 
 
 def verify_shard(group: CaptureGroup, shard: int) -> str | None:
-    """What is wrong with one committed shard, which is noted in the store; None where it holds, or is not committed."""
+    """The fault of one committed shard, which is noted in the store; None if it is undamaged or not committed."""
     data = group.objects.get(f"{group.dataset}/{COMMITS}/{shard}.json")
     if data is None or data == VOID:
         return None
@@ -127,7 +127,7 @@ def _fault(group: CaptureGroup, shard: int, records: Records) -> str | None:
 
 
 def _miscount(group: CaptureGroup, shard: int, record: Mapping[str, Any]) -> str | None:
-    """What is wrong with the counts of a commit record, which nothing else in it guards."""
+    """What is wrong with the counts of a commit record, which nothing else in the record protects."""
     start, stop = group.span(shard, group.plan)
     try:
         token = group.values("token", start, stop)
@@ -137,7 +137,7 @@ def _miscount(group: CaptureGroup, shard: int, record: Mapping[str, Any]) -> str
     if counts == (len(token), (token >= 0).sum()) or record.get("token_crc32c") != tokens_crc32c(token):
         return None
     planned = f"{len(token)} and {(token >= 0).sum()} are planned"
-    return f"its record counts {counts[0]} rows and {counts[1]} tokens, and {planned}"
+    return f"its record counts {counts[0]} rows and {counts[1]} tokens, but {planned}"
 
 
 def _difference(name: str, found: Mapping[str, Any] | None, committed: Mapping[str, Any], records: Records) -> str:
@@ -146,17 +146,17 @@ def _difference(name: str, found: Mapping[str, Any] | None, committed: Mapping[s
     if others := [str(shard) for shard, record in records.items() if record[name] == found]:
         return f"holds the bytes of shard {others[0]}"
     if found["bytes"] != committed["bytes"]:
-        return f"has {found['bytes']} bytes, {committed['bytes']} were committed"
+        return f"has {found['bytes']} bytes, but {committed['bytes']} were committed"
     if "sha256" not in committed:
-        return "was committed without its sha256, by an earlier version: its bytes cannot be compared"
-    return f"is damaged: its sha256 is {found['sha256'][:12]}..., {committed['sha256'][:12]}... was committed"
+        return "was committed without its sha256 by an earlier version: its bytes cannot be compared"
+    return f"is damaged: its sha256 is {found['sha256'][:12]}..., but {committed['sha256'][:12]}... was committed"
 
 
 # The plan: its arrays' descriptions
 
 
 def metadata_faults(group: CaptureGroup, plan: Plan) -> list[str]:
-    """What is wrong with the arrays' own descriptions, by which others read them."""
+    """What is wrong with the arrays' own descriptions, which other readers use."""
     faults, sizes = [], group.plan_sizes()
     for name, spec in group.layout.arrays().items():
         key, size = f"{name}/zarr.json", sizes.get(name, sizes["token"])
@@ -167,26 +167,26 @@ def metadata_faults(group: CaptureGroup, plan: Plan) -> list[str]:
             grown = not plan.complete and spec.grows and found["shape"][0] >= size
             fits = found["shape"] == wanted["shape"] or (grown and found["shape"][1:] == wanted["shape"][1:])
             if not fits:
-                faults.append(f"{key} says {found['shape']}, {wanted['shape']} are planned")
+                faults.append(f"{key} says {found['shape']}, but {wanted['shape']} are planned")
             faults += [
-                f"{key} says {field} {found[field]}, and the layout {wanted[field]}"
+                f"{key} says {field} {found[field]}, but the layout says {wanted[field]}"
                 for field in DESCRIBED
                 if _as_read(found[field]) != _as_read(wanted[field])
             ]
             if not isinstance(attributes := found.get("attributes", {}), dict):
-                faults.append(f"{key} has attributes that are none: {attributes!r:.80}")
+                faults.append(f"{key} has attributes that are not a mapping: {attributes!r:.80}")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             faults.append(f"{key} {'is gone' if data is None else f'cannot be read ({error!r})'}")
     return faults
 
 
 def _as_read(described: Any) -> Any:
-    """A field of a description with its defaults filled in, without what only decides how bytes are written."""
+    """A field of a description with its defaults filled in, without parts that only affect how bytes are written."""
     if isinstance(described, list):
         return [_as_read(part) for part in described]
     if not isinstance(described, dict | str):
         return described
-    # Zarr allows the name alone.
+    # Zarr allows just the name.
     named: dict[str, Any] = {"name": described} if isinstance(described, str) else described
     name = named["name"]
     if name in SELF_DESCRIBED:
@@ -199,7 +199,7 @@ def _as_read(described: Any) -> Any:
 
 
 def _plan_parts(group: CaptureGroup) -> Iterator[tuple[str, int, int]]:
-    """Array, first entry and the one after the last, of every object of the plan that has no rows."""
+    """The array, the first entry and the entry after the last, for every object of the plan that has no rows."""
     sizes = group.plan_sizes()
     for name in ("name", "piece", "layer"):
         step = group.layout.arrays()[name].step
@@ -212,7 +212,7 @@ def _plan_fault(group: CaptureGroup, name: str, start: int, stop: int) -> str | 
     except ValueError as error:
         return str(error)
     if name == "layer" and tuple(values.tolist()) != group.layout.layers:
-        return f"{_key(group, name, start)} says {values.tolist()}, and the layout {list(group.layout.layers)}"
+        return f"{_key(group, name, start)} says {values.tolist()}, but the layout says {list(group.layout.layers)}"
     return None
 
 
@@ -235,35 +235,35 @@ def _document_fault(group: CaptureGroup, first: int, document_id: np.ndarray, pl
     documents = plan.documents + (plan.rows_of_next_document > 0)
     if (index := _first(document_id != document_id.clip(0, documents - 1))) is not None:
         key = _key(group, "document_id", first + index)
-        return f"{key} says document {document_id[index]} for row {first + index}, and {documents} are planned"
+        return f"{key} says document {document_id[index]} for row {first + index}, but {documents} are planned"
     if (index := _first(np.diff(document_id) < 0)) is not None:
         key, (before, after) = _key(group, "document_id", first + index + 1), document_id[index : index + 2]
-        return f"{key} says document {after} for row {first + index + 1}, and the row before is of document {before}"
+        return f"{key} says document {after} for row {first + index + 1}, but the previous row is of document {before}"
     return None
 
 
 def _offset_fault(
     group: CaptureGroup, first: int, length: np.ndarray, document_id: np.ndarray, offset: np.ndarray
 ) -> str | None:
-    """Offsets count a document's tokens before the row, and a BOS is none: see `workers.text.rows.document_rows`."""
+    """Offsets count a document's tokens before the row, without any BOS: see `workers.text.rows.document_rows`."""
     rule = group.identity.get("bos")
     has_bos = (rule == "row") | ((rule == "document") & (offset == 0))
     wanted = np.where(np.diff(document_id) > 0, 0, (offset + length - has_bos)[:-1])
-    wanted = np.concatenate([offset[:1] if first else [0], wanted])  # a row before the chunk was looked at in its own
+    wanted = np.concatenate([offset[:1] if first else [0], wanted])  # the row before the chunk belongs to another check
     if (index := _first(offset != wanted)) is None:
         return None
     row = first + index
     return (
-        f"{_key(group, 'offset', row)} does not fit {_key(group, 'document_id', row)} and {_key(group, 'length', row)}:"
-        f" it says {offset[index]} for row {row}, and {wanted[index]} follows from them"
+        f"{_key(group, 'offset', row)} does not match {_key(group, 'document_id', row)}, {_key(group, 'length', row)}:"
+        f" it says {offset[index]} for row {row}, but {wanted[index]} follows from them"
     )
 
 
 def _place_faults(group: CaptureGroup, shard: int, plan: Plan, records: Records) -> list[str]:
     """What is wrong with a shard's tokens, lengths and speakers.
 
-    If tokens are not those of the commit, or lengths do not fit tokens that are not committed, which of the two is
-    wrong cannot be known: the tokens are named first.
+    If tokens are not those of the commit, or lengths do not match uncommitted tokens, it is not known which of the two
+    is wrong; the tokens are named first.
     """
     start, stop = group.span(shard, plan)
     try:
@@ -271,7 +271,7 @@ def _place_faults(group: CaptureGroup, shard: int, plan: Plan, records: Records)
     except ValueError as error:
         return [str(error)]
     if shard in records and records[shard].get("token_crc32c") != tokens_crc32c(token):
-        return [f"{_key(group, 'token', start)} holds other tokens than shard {shard} was captured from"]
+        return [f"{_key(group, 'token', start)} holds other tokens than those from which shard {shard} was captured"]
     faults = [_length_fault(group, start, token, shard in records)]
     faults += [_label_fault(group, name, start, token) for name in group.layout.labels]
     return [fault for fault in faults if fault is not None]
@@ -289,7 +289,7 @@ def _length_fault(group: CaptureGroup, start: int, token: np.ndarray, committed:
     keys = [_key(group, "token", start + index), _key(group, "length", start + index)]
     one, other = reversed(keys) if committed else keys
     tokens = (token[index] >= 0).sum()
-    return f"{one} does not fit {other}: row {start + index} has {tokens} tokens, and its length is {length[index]}"
+    return f"{one} does not match {other}: row {start + index} has {tokens} tokens, but its length is {length[index]}"
 
 
 def _label_fault(group: CaptureGroup, name: str, start: int, token: np.ndarray) -> str | None:
@@ -301,7 +301,7 @@ def _label_fault(group: CaptureGroup, name: str, start: int, token: np.ndarray) 
         return None
     own_key, token_key = (_key(group, each, start + index) for each in (name, "token"))
     what = "a speaker" if name == "role" else "a phase"
-    return f"{own_key} does not fit {token_key}: it names {what} in row {start + index} where no token is"
+    return f"{own_key} does not match {token_key}: it names {what} in row {start + index} where there is no token"
 
 
 def _first(wrong: np.ndarray) -> int | None:
@@ -315,7 +315,7 @@ def _key(group: CaptureGroup, name: str, entry: int) -> str:
 
 
 def _one_an_object(faults: Iterable[str]) -> list[str]:
-    """The first fault of each object: what one chunk of rows gets wrong, each of its shards finds again."""
+    """The first fault of each object: a fault of one chunk of rows is found again by each of its shards."""
     first: dict[str, str] = {}
     for fault in faults:
         first.setdefault(fault.partition(" ")[0], fault)
@@ -328,4 +328,4 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)  # when interrupted, only what has begun is read to its end
+        pool.shutdown(cancel_futures=True)  # when interrupted, only reads that have started are finished

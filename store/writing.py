@@ -1,8 +1,8 @@
-"""Routes that are at hand, written as a capture: one call, a shard at a time.
+"""Write existing routes as a capture: one call, a shard at a time.
 
-What it writes is a capture like any other, in the same grid and through the same plan and commits: `verify` reads it
-back, and whoever opens it sees no difference. The call may be killed and made again: what is there already is compared
-with what it gives, and the rest is added. In memory are three shards and one block.
+The result is a capture like any other, with the same grid, plan and commits: `verify` reads it back, and readers see no
+difference. The call may be killed and repeated: existing shards are compared with the given routes, and the rest is
+added. Three shards and one block are in memory.
 """
 
 import hashlib
@@ -38,47 +38,47 @@ def write_capture(
     attrs: Mapping[str, Any] | None = None,
     rows_per_shard: int | None = None,
 ) -> Coverage:
-    """Write routes as a capture in a store, streaming; the same call again adds what is missing.
+    """Write routes as a capture in a store, streaming. The same call again adds missing shards.
 
     Parameters
     ----------
     path
-        The store: a folder, or s3://bucket/prefix. It is made where it is not there.
+        The store: a folder, or s3://bucket/prefix. It is created if it does not exist.
     name
-        The capture's name in it: 1 to 128 of a-z, 0-9, '.', '_' and '-'.
+        The capture's name: 1 to 128 of a-z, 0-9, '.', '_' and '-'.
     blocks : iterable of mapping of str to array
-        Rows in their order, some at a time, as many as one likes. `token`, integers (rows, P): ids; `expert`, integers
-        (rows, P, layers, k): choices, largest weight first, the fill value (255, or 65535 where there are more than 255
-        experts) in all layers where a token's choices are not known. Optional, in all blocks or in none: `weight`,
-        floats like `expert`, kept in 16 bits; `length`, integers (rows): tokens in the row, 1 to P, default those
-        before the first id below 0; `document_id`, integers (rows), ascending from 0 on: the document that the row is
-        a window of, default one for each row; `phase`, integers (rows, P): 0 for a token of the prompt, 1 for a
-        generated one, 255 where that is not known; `name`, texts (rows): the name of the row's document, of which its
-        first row's counts, default "document" and its number. What lies at and beyond a row's length is not looked at.
+        Rows in order, any number at a time. `token`, integers (rows, P): ids; `expert`, integers (rows, P, layers, k):
+        choices, largest weight first, with the fill value (255, or 65535 if there are more than 255 experts) in all
+        layers if a token's choices are not known. Optional, in all blocks or in none: `weight`, floats like `expert`,
+        stored in 16 bits; `length`, integers (rows): tokens in the row, 1 to P, by default those before the first id
+        below 0; `document_id`, integers (rows), ascending from 0: the document of which the row is a window, by default
+        one for each row; `phase`, integers (rows, P): 0 for a token of the prompt, 1 for a generated one, 255 if not
+        known; `name`, texts (rows): the name of the row's document, taken from its first row, by default "document" and
+        its number. Values at and beyond a row's length are ignored.
     num_experts : int
         E of each layer.
     layers : sequence of int
         The model's own numbers of the layers that have experts, in the order of `expert`.
     pieces : sequence of str, optional
-        The tokenizer's piece for each token id; default the ids themselves, up to the largest.
+        The tokenizer's piece for each token id; by default the ids themselves, up to the largest.
     attrs : mapping, optional
-        Facts of the capture, as JSON values: `special_token_ids` (default none: every token counts), what is known of
-        `store.identity.MODEL`, such as `model`, `model_revision` and `quantization`, and whence the routes are. They
-        are its identity: with others it is another capture.
+        Facts about the capture, as JSON values: `special_token_ids` (none by default: every token counts), the known
+        fields of `store.identity.MODEL`, such as `model`, `model_revision` and `quantization`, and the origin of the
+        routes. They are its identity: with other facts it is another capture.
     rows_per_shard : int, optional
-        Default as many as a capture has: about 262,144 positions.
+        By default the same as in a capture: about 262,144 positions.
 
     Returns
     -------
     Coverage
-        What is there; complete.
+        The coverage of the complete capture.
 
     Raises
     ------
     ValueError
-        When a block has not these arrays, shapes or types, an expert or token is out of range, documents do not
-        ascend, there is no row, or the store holds another capture, or other routes, under that name. The message says
-        which block and row. What was written before stays, and is not complete.
+        When a block has other arrays, shapes or types, an expert or token is out of range, documents do not ascend,
+        there are no rows, or the store holds another capture or other routes under that name. The message names the
+        block and the row. Shards that were written before remain; the capture is incomplete.
     RuntimeError
         When another job writes the same capture.
     """
@@ -115,12 +115,12 @@ def _layout(
     token, expert = np.asarray(block["token"]), np.asarray(block["expert"])
     if token.ndim != 2 or expert.ndim != 4 or 0 in token.shape[1:] or 0 in expert.shape[1:]:
         raise ValueError(
-            f"block 0: token has the shape {token.shape} and expert {expert.shape}; give (rows, P) and"
+            f"block 0: token has the shape {token.shape} and expert {expert.shape}, but they must be (rows, P) and"
             " (rows, P, layers, k), with P and k 1 or more"
         )
     positions, choices = token.shape[1], expert.shape[3]
     if choices > num_experts:
-        raise ValueError(f"block 0: a token has {choices} choices, and there are {num_experts} experts")
+        raise ValueError(f"block 0: a token has {choices} choices, but there are {num_experts} experts")
     most = max(1, SHARD_CHOICES // (positions * max(1, len(layers)) * choices))
     return Layout(
         sequence_length=positions,
@@ -135,24 +135,24 @@ def _layout(
 
 
 def _refuse_names(block: Block, wanted: set[str], number: int) -> None:
-    """A ValueError where a block has other arrays than it should."""
+    """Raise a ValueError if a block has other arrays than it should."""
     if block.keys() != wanted:
         raise ValueError(
-            f"block {number} has the arrays {sorted(block)}, and {sorted(wanted)} are wanted: token and expert, and of"
+            f"block {number} has the arrays {sorted(block)}, but must have {sorted(wanted)}: token and expert, and of"
             " weight, length, document_id, phase and name the same in all blocks"
         )
 
 
 @dataclass(kw_only=True)
 class _Checked:
-    """Rows as the store has them."""
+    """Rows in the form of the store."""
 
     token: np.ndarray
     length: np.ndarray
     document_id: np.ndarray
     routes: dict[str, np.ndarray]
     beside: dict[str, np.ndarray]
-    """`phase` and `name`, where the blocks have them."""
+    """`phase` and `name`, if the blocks have them."""
 
     def __len__(self) -> int:
         return len(self.length)
@@ -171,7 +171,7 @@ class _Checked:
 
 
 def _joined(parts: Sequence[_Checked]) -> _Checked:
-    """Rows one after the other."""
+    """Concatenated rows."""
     if len(parts) == 1:
         return parts[0]
     token, length, document_id = (
@@ -185,7 +185,7 @@ def _joined(parts: Sequence[_Checked]) -> _Checked:
 
 
 class _Checker:
-    """Looks at blocks one after the other, and gives their rows as the store has them."""
+    """Checks blocks one after the other and converts their rows to the form of the store."""
 
     def __init__(self, layout: Layout, *, known: bool) -> None:
         self.layout, self.known = layout, known
@@ -193,7 +193,7 @@ class _Checker:
         self.number, self.rows, self.document, self.largest_token = -1, 0, -1, 0
 
     def check(self, block: Block) -> _Checked:
-        """One block; a ValueError says what is wrong with it."""
+        """Convert one block; a ValueError says what is wrong with it."""
         self.number += 1
         self.names = self.names or set(block)
         _refuse_names(block, self.names, self.number)
@@ -222,7 +222,7 @@ class _Checker:
         if values.shape != shape or values.dtype.kind not in kinds:
             kind = "floats" if kinds == "f" else "integers"
             raise ValueError(
-                f"block {self.number}: {name} is {values.dtype} {values.shape}, and {kind} {shape} are wanted"
+                f"block {self.number}: {name} is {values.dtype} {values.shape}, but must be {kind} {shape}"
             )
         return values
 
@@ -232,15 +232,13 @@ class _Checker:
             length = self._array(block, "length", (len(token),), "iu").astype(np.int64)
         else:
             length = np.where((token < 0).any(axis=1), (token < 0).argmax(axis=1), positions)
-        self._refuse(
-            (length < 1) | (length > positions), f"its length is {{}}, and 1 to {positions} are possible", length
-        )
+        self._refuse((length < 1) | (length > positions), f"its length is {{}}, but must be 1 to {positions}", length)
         return length.astype(np.int32)
 
     def _token(self, token: np.ndarray, filled: np.ndarray) -> np.ndarray:
         most = self.layout.vocab_size if self.known else 2**31 - 1
         wrong = filled & ((token < 0) | (token >= most))
-        self._refuse(wrong, f"it holds token {{}}, and 0 to {most - 1} are possible", token)
+        self._refuse(wrong, f"it holds token {{}}, but ids must be 0 to {most - 1}", token)
         token = np.where(filled, token.astype(np.int32), np.int32(MISSING_TOKEN))
         self.largest_token = max(self.largest_token, int(token.max(initial=0)))
         return token
@@ -253,8 +251,8 @@ class _Checker:
             some, rows = expert[odd], np.nonzero(odd)[0]
             unknown = some == fill
             wrong = ((some < 0) | (some >= experts)) & ~unknown
-            possible = f"0 to {experts - 1} are possible, or {fill} for unknown"
-            self._refuse(wrong, f"it holds expert {{}}, and {possible}", some, rows)
+            possible = f"ids must be 0 to {experts - 1}, or {fill} for unknown"
+            self._refuse(wrong, f"it holds expert {{}}, but {possible}", some, rows)
             torn = (unknown != unknown[:, :1, :1]).any(axis=(1, 2))
             what = f"a token has {fill}, for unknown, among its choices: give it for all of them or none"
             self._refuse(torn, what, rows=rows)
@@ -273,7 +271,9 @@ class _Checker:
         if "phase" in block:
             phase = self._array(block, "phase", filled.shape, "iu")
             wrong = filled & (phase != MISSING_ROLE) & ((phase < 0) | (phase >= len(PHASES)))
-            self._refuse(wrong, "it holds the phase {}, and 0 (prompt), 1 (generated) and 255 are possible", phase)
+            self._refuse(
+                wrong, "it holds the phase {}, but must hold 0 (prompt), 1 (generated) or 255 (unknown)", phase
+            )
             found["phase"] = np.where(filled, phase, MISSING_ROLE).astype(np.uint8)
         if "name" in block:
             found["name"] = np.array([str(name) for name in block["name"]], dtype=object)
@@ -286,16 +286,16 @@ class _Checker:
             return np.arange(self.rows, self.rows + rows, dtype=np.int64)
         document: np.ndarray = self._array(block, "document_id", (rows,), "iu").astype(np.int64)
         before = np.concatenate([[max(self.document, 0)], document[:-1]])
-        self._refuse(document < before, "it is of document {}, and documents ascend from 0 on", document)
+        self._refuse(document < before, "it is of document {}, but documents must ascend from 0", document)
         self.document = int(document[-1]) if rows else self.document
         return document
 
     def _refuse(
         self, wrong: np.ndarray, what: str, values: np.ndarray | None = None, rows: np.ndarray | None = None
     ) -> None:
-        """A ValueError that names the first row, counted from the capture's, in which something is wrong.
+        """Raise a ValueError that names the first wrong row, counted from the first row of the capture.
 
-        `rows` are those of the block that `wrong` is of; by default all of them.
+        `rows` are the rows of the block to which `wrong` refers; by default all.
         """
         if wrong.any():
             place = tuple(np.argwhere(wrong)[0])
@@ -310,9 +310,9 @@ class _Counts:
     rows: int = 0
     tokens: int = 0
     document: int = -1
-    """The last one so far, which may go on."""
+    """The last document so far, which may continue."""
     of_document: int = 0
-    """Its rows."""
+    """The rows of the last document."""
     documents_seen: int = 0
     cut: int = 0
 
@@ -326,7 +326,7 @@ class _Counts:
         self.document = int(document[-1])
 
     def plan(self, *, complete: bool) -> Plan:
-        """The plan's record: the last document is counted when all is there."""
+        """The plan's record. The last document is counted at the end."""
         documents = self.document + complete
         return Plan(
             complete=complete,
@@ -341,7 +341,7 @@ class _Counts:
 
 @dataclass
 class _Writer:
-    """Makes shards of rows, and each durable before the next."""
+    """Makes shards from rows, each durable before the next one."""
 
     group: CaptureGroup
     layout: Layout
@@ -350,9 +350,9 @@ class _Writer:
     offset: int = 0
     """Tokens of the last document so far."""
     names: dict[int, str] = field(default_factory=dict)
-    """Of documents that are not counted yet."""
+    """Names of documents that are not counted yet."""
     named: int = 0
-    """Documents that are counted."""
+    """Number of counted documents."""
     committing: Future[None] | None = None
 
     def write(self, blocks: Iterable[Block]) -> None:
@@ -360,7 +360,8 @@ class _Writer:
         if wrong:
             self.group.take_back_wrong()
         checker, waiting, step = _Checker(self.layout, known=self.known), list[_Checked](), self.layout.rows_per_shard
-        # While a shard is read, the one before it is planned and the one before that committed: much of it is waiting.
+        # While a shard is read, the previous one is planned and the one before that is committed: much of this is
+        # waiting.
         with ThreadPoolExecutor(2) as pool:
             planning = pool.submit(lambda: None)
             try:
@@ -371,7 +372,7 @@ class _Writer:
                         rows = _joined(waiting)
                         planning = pool.submit(self._shard, rows.part(slice(step)), pool, complete=False)
                         waiting = [rows.part(slice(step, None))]
-            finally:  # what was read before a wrong block is kept
+            finally:  # rows that were read before a wrong block are kept
                 wait([planning])
                 wait([self.committing or planning])
             planning.result()
@@ -386,7 +387,7 @@ class _Writer:
             self._committed()
 
     def _shard(self, rows: _Checked, pool: Executor, *, complete: bool) -> None:
-        """Plan one shard, or see that it is planned, and have it committed."""
+        """Plan one shard, or check that it is planned, and start its commit."""
         start, shard = self.counts.rows, self.counts.rows // self.layout.rows_per_shard
         planned = Rows(
             token=rows.token,
@@ -411,14 +412,14 @@ class _Writer:
             self.committing.result()
 
     def _commit(self, shard: int, rows: _Checked, planned: Rows) -> None:
-        """Commit one shard, or see that it is committed with these routes."""
+        """Commit one shard, or check that it is committed with these routes."""
         if not self.group.commit(shard, rows.routes, rows=planned, facts={}):
             arrays, record = self.layout.arrays(), self.valid[shard]
             if any(object_sums(arrays[name].encode(values)) != record[name] for name, values in rows.routes.items()):
                 raise self._other(shard, "choices or weights")
 
     def _offsets(self, rows: _Checked) -> np.ndarray:
-        """Tokens of its document before each row."""
+        """The number of tokens of its document before each row."""
         ends = np.cumsum(rows.length, dtype=np.int64)
         starts = np.diff(rows.document_id, prepend=self.counts.document) > 0
         begun = np.maximum.accumulate(np.where(starts, np.arange(len(rows)), -1))
@@ -428,7 +429,7 @@ class _Writer:
         return offset
 
     def _names(self, rows: _Checked, documents: int) -> list[str]:
-        """The names of the documents that are counted with these rows, and were not before."""
+        """The names of the documents that are newly counted with these rows."""
         for document, name in zip(rows.document_id.tolist(), rows.beside.get("name", ()), strict=False):
             self.names.setdefault(document, name)
         names = [self.names.pop(number, f"document {number}") for number in range(self.named, documents)]
@@ -436,7 +437,7 @@ class _Writer:
         return names
 
     def _planned(self, shard: int, rows: Rows, names: list[str]) -> bool:
-        """Whether a shard is planned with these rows, and its documents have these names."""
+        """Whether a shard is planned with these rows and its documents have these names."""
         start, stop = self.group.span(shard, self.group.plan)
         arrays = ("token", "length", "document_id", "offset", *self.layout.labels)
         return (
@@ -447,6 +448,6 @@ class _Writer:
 
     def _other(self, shard: int, what: str) -> ValueError:
         return ValueError(
-            f"{self.group.path}/{self.group.dataset} holds other {what} in shard {shard} than the blocks: give another"
+            f"{self.group.path}/{self.group.dataset} holds other {what} in shard {shard} than the blocks: use another"
             " name, or remove that folder"
         )

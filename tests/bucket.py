@@ -1,4 +1,4 @@
-"""A bucket in memory: objects as S3 has them, without folders, never partial, with conditional puts that are atomic."""
+"""A bucket in memory: objects as in S3, without folders, never partial, with atomic conditional puts."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from zarr.storage import MemoryStore
 
 
 class Bucket:
-    """See `store.objects.Objects`; so for its methods.
+    """See `store.objects.Objects`, also for its methods.
 
     Parameters
     ----------
     scratch : str
-        Nothing is ever written there.
+        Not used.
     files : dict
-        What the bucket holds.
+        The content of the bucket.
     """
 
     root = "s3://bucket/simulated.zarr"

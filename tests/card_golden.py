@@ -1,6 +1,6 @@
-"""What the kernels give on a card, on fixed inputs: `python tests/card_golden.py -o tests/stores/card.npz`, by hand.
+"""The kernels' results on a GPU for fixed inputs: `python tests/card_golden.py -o tests/stores/card.npz`, run by hand.
 
-To be made anew, on an H200, when `ROUTING_VERSION` is raised. `tests/workers/test_gpu.py` compares with it.
+Run it again on an H200 when `ROUTING_VERSION` is raised. `tests/workers/test_gpu.py` compares with the file.
 """
 
 import argparse
@@ -26,14 +26,14 @@ POSITIONS = 64
 
 
 def made_with() -> dict[str, np.ndarray]:
-    """What equal bytes need."""
+    """The versions and the device that equal bytes need."""
     packages = {name: version(name) for name in ("torch", "triton", "bitsandbytes", "transformers")}
     facts = {"routing_version": str(ROUTING_VERSION), "device": torch.cuda.get_device_name(), **packages}
     return {f"with/{name}": np.array(value) for name, value in facts.items()}
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
-    """The same numbers everywhere, in bfloat16 on the card."""
+    """The same numbers on every machine, in bfloat16 on the GPU."""
     values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     return torch.from_numpy(values).to("cuda", torch.bfloat16)
 
@@ -84,7 +84,7 @@ def of_engines() -> dict[str, np.ndarray]:
 
 
 def golden() -> dict[str, np.ndarray]:
-    """All of it."""
+    """All results."""
     with torch.inference_mode():
         return made_with() | of_kernels() | of_engines()
 

@@ -1,7 +1,8 @@
-"""Everything that may break, at its length: `make chaos`, 25 minutes on two cores; `make test` has a short form.
+"""The long tests of faults: `make chaos`, 25 minutes on two cores; `make test` has a short form.
 
-The tests of faults with many more examples, other ones each time, a capture through all that a cluster does, and tens
-of thousands of shards. One table of it all is printed last and kept; the exit status is 1 if anything did not survive.
+It runs the tests of faults with many more examples, which differ each time, a capture through all faults of a cluster,
+and tens of thousands of shards. A table of all results is printed last and kept. The exit status is 1 if anything
+failed.
 """
 
 import argparse
@@ -33,6 +34,7 @@ TESTS: Mapping[str, Sequence[str]] = {
     "disks full, read-only, forbidden, removed": ["store/test_storage_faults.py"],
     "S3, and a network that breaks": ["store/test_s3.py", "store/test_s3_faults.py"],
     "workers come, go and break": ["jobs/test_ray_workers.py", "jobs/test_dispatch.py"],
+    "two hosts, one store, and a link that breaks": ["jobs/test_hosts.py"],
     "stores of older versions": ["store/test_schema.py"],
     "nobody gets in": ["test_security.py"],
     "bad input": ["test_fuzz.py", "jobs/test_hostile.py"],
@@ -43,7 +45,7 @@ Row = dict[str, Any]
 
 
 class Cases:
-    """Counts what tests try: the examples that one draws, or itself."""
+    """Counts the cases of tests: the examples that a test draws, or the test itself."""
 
     def __init__(self) -> None:
         self.tried: dict[str, int] = {}
@@ -51,7 +53,7 @@ class Cases:
         self.failed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Called by pytest, for the beginning, the middle and the end of each test."""
+        """Called by pytest at the start, in the middle and at the end of each test."""
         name = report.nodeid
         self.seconds[name] = self.seconds.get(name, 0) + report.duration
         if report.failed:
@@ -64,13 +66,13 @@ class Cases:
 
 
 def tests(options: argparse.Namespace) -> Iterator[Row]:
-    """The tests of faults; of one that draws examples, each is a time."""
+    """The tests of faults; each drawn example counts once."""
     os.environ["EXAMPLES"] = str(options.examples)
     cases = Cases()
     files = [str(HERE / file) for part in TESTS.values() for file in part]
     how = ["-n", str(os.cpu_count()), "--dist", "worksteal", "-o", f"timeout={TIMEOUT_S}", "-p", "no:cacheprovider"]
     ended = pytest.main([*how, "-q", "--rootdir", str(HERE.parent), *files], plugins=[cases])
-    if ended != pytest.ExitCode.OK and not cases.failed:  # a file that cannot be imported fails no test
+    if ended != pytest.ExitCode.OK and not cases.failed:  # a file that cannot be imported does not fail a test
         raise RuntimeError(f"pytest ended with {ended!r}, and no test failed")
     for what, part in TESTS.items():
         names = [name for name in cases.seconds if name.partition("::")[0].removeprefix("tests/") in part]
@@ -85,15 +87,23 @@ def tests(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def cluster(options: argparse.Namespace) -> Iterator[Row]:
-    """One capture of 240 shards through all that a cluster does; seconds are those until a shard is begun again."""
+    """One capture of 240 shards through all faults of a cluster; the seconds are those until a shard is started
+    again."""
     from chaos_cluster import chaos
 
     with tempfile.TemporaryDirectory() as folder:
         yield from chaos(Path(folder))
 
 
+def hosts(options: argparse.Namespace) -> Iterator[Row]:
+    """Ray clusters of hosts in namespaces, without network hardware; seconds are a cluster's and its partition's."""
+    from chaos_hosts import partitions
+
+    yield from partitions()
+
+
 def scale(options: argparse.Namespace) -> Iterator[Row]:
-    """So many shards, and the driver's speed; seconds are those that it takes."""
+    """Many shards, and the speed of the driver; the seconds are its duration."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scale.json"
         sizes = ["--sizes", str(options.shards), "--actors", "1", "8"]
@@ -117,16 +127,17 @@ def scale(options: argparse.Namespace) -> Iterator[Row]:
         }
 
 
-# The tests come first: pytest wants to be the first to import them, and what they use.
+# The tests come first: pytest must be the first to import them and their modules.
 PARTS: Mapping[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "tests": tests,
     "cluster": cluster,
+    "hosts": hosts,
     "scale": scale,
 }
 
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """A part: its rows, and when and where; where it ends in an error, a row says so, and the others go on."""
+    """A part: its rows, the time and the machine. If it fails, a row says so and the other parts continue."""
     rows: list[Row] = []
     started = time.monotonic()
     try:
@@ -166,7 +177,7 @@ def _shown(value: Any) -> str:
 
 
 def main() -> int:
-    """Run the parts, keep what each tells, and print it."""
+    """Run the parts, keep their results, and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--parts", nargs="*", choices=list(PARTS), default=list(PARTS), help="the file keeps the others"

@@ -1,9 +1,9 @@
-"""One capture through everything that a cluster does, at its length: a part of `make chaos`.
+"""One long capture through all faults of a cluster: a part of `make chaos`.
 
 240 shards on three nodes. A model that fails to load twice, workers ten times slower, a shard that raises once, one
 that always raises and one that always kills its process, workers killed in the middle of a shard, one that hangs, a
-node that is lost and one that is added, and the driver killed and started again. Then it is held against a quiet run,
-byte for byte. `tests/jobs/test_ray_workers.py` is the short form.
+node that is lost and one that is added, and the driver killed and started again. The result is compared with an
+undisturbed run, byte for byte. `tests/jobs/test_ray_workers.py` is the short form.
 """
 
 import json
@@ -28,7 +28,7 @@ ONCE, KILLER, RAISER, KILLED, HUNG, LOST, LAST = 10, 30, 50, (70, 100), 130, 160
 
 
 def chaos(folder: Path) -> list[dict[str, Any]]:
-    """Run it, and tell of each fault how often it was injected and survived, and what it cost."""
+    """Run it, and report for each fault how often it was injected and survived, and what it cost."""
     script = Script(folder / "script")
     script.write(LOAD, "raise", "raise", "slow")
     script.write(ONCE, "raise")
@@ -52,14 +52,14 @@ def chaos(folder: Path) -> list[dict[str, Any]]:
             job.process.kill()
             first = job.said
         script.write(LAST)
-        script.write(LOAD, "slow")  # at the tail too
+        script.write(LOAD, "slow")  # also at the end
         with Job(nodes, folder, **options) as job:
             status, second = job.status(), job.said
     return told(folder, script, status, [first, second])
 
 
 def told(folder: Path, script: Script, status: int, said: Sequence[str]) -> list[dict[str, Any]]:
-    """What is left after it, held against a quiet run; the rows of its table."""
+    """Compare the result with an undisturbed run; returns the rows of the table."""
     store = folder / "routes.zarr"
     state, poison = coverage(store, "fake"), {KILLER, RAISER}
     assert status == 3, "only what is in quarantine is missing"
@@ -76,7 +76,8 @@ def told(folder: Path, script: Script, status: int, said: Sequence[str]) -> list
     again = {shard: times(script, shard) for shard in range(SHARDS) if len(times(script, shard)) > 1}
     twice = sum(int(number) for number in re.findall(r"(\d+) given twice$", "\n".join(said), re.MULTILINE))
     rest = sum(len(attempts) - 1 for shard, attempts in again.items() if shard not in poison)
-    # Two shards are in flight on a worker: of two killed, one hung, one lost, two beside the poison, three of a driver.
+    # Two shards are in flight on a worker: of two killed, one hung, one lost, two next to the poison, three of a
+    # driver.
     bound = 2 * (len(KILLED) + 1 + 1 + 2 + 3) + 1 + 2
     assert rest - twice <= bound, f"{rest} shards were computed again, {twice} of them at the tail; {bound} in flight"
     script.write(KILLER)
@@ -100,7 +101,7 @@ def told(folder: Path, script: Script, status: int, said: Sequence[str]) -> list
 
 
 def same_bytes(folder: Path, store: Path) -> None:
-    """What was committed has the bytes of a quiet run; what is in quarantine is not there."""
+    """Committed shards have the bytes of an undisturbed run; quarantined ones are missing."""
     quarantined = (f"/{shard}.json" for shard in (KILLER, RAISER))
     left_out = [f"/c/{shard}/" for shard in (KILLER, RAISER)], tuple(quarantined)
     both = []
@@ -118,14 +119,15 @@ def same_bytes(folder: Path, store: Path) -> None:
 
 
 def times(script: Script, shard: int) -> list[float]:
-    """When a shard was begun, each time."""
+    """All times at which a shard was started."""
     return [one.at for one in script.attempts() if one.what == str(shard)]
 
 
 def row(
     what: str, number: int, again: dict[int, list[float]], shards: Sequence[int], ended: set[int]
 ) -> dict[str, Any]:
-    """A fault's line: whether what it hit ended as it must, and seconds until a shard that it hit was begun again."""
+    """A fault's row: whether the affected shards ended as they must, and the seconds until one of them was started
+    again."""
     lost = [attempts[1] - attempts[0] for shard in shards if (attempts := again.get(shard))]
     return {
         "what": what,

@@ -1,8 +1,10 @@
-"""A capture of the faulty model on the cluster of $RAY_ADDRESS, or with `local`: a process, which a test may kill.
+"""A capture of the faulty model on the cluster of $RAY_ADDRESS, or with `local`, in a process that a test may kill.
 
 Its argument is JSON: `store`, `script`, `shards`, `seconds` that a shard takes, `device`, and options of the capture.
-Exit status and messages are those of `jobs/capture.py`. With `stay`, it keeps its connection until its input ends;
-`placeless_s` are the seconds without a GPU after which it says so, `node_s` those that it waits for the end of a node.
+Exit status and messages are those of `jobs/capture.py`. With `stay`, it keeps its connection until its input ends.
+`placeless_s` are the seconds after which it reports that there is no GPU, `node_s` the seconds for which it waits for
+the end of a node, `stale_s` those after which the lease of another host is stale, and `patience_s` those after which
+workers stop trying to reach S3.
 """
 
 import json
@@ -33,7 +35,7 @@ dispatch.PAUSES_S = (0.0, 2.0)
 
 
 class Clock:
-    """The clock of the loop, which goes ahead as the script says: workers are late or hung when a test wants it.
+    """The clock of the loop, which is moved ahead by the script, so that a test decides when workers are late or hung.
 
     Parameters
     ----------
@@ -55,11 +57,14 @@ def main(arguments: list[str]) -> int:
     given: dict[str, Any] = json.loads(arguments[0])
     store, script, stay = given.pop("store"), Path(given.pop("script")), given.pop("stay", False)
     loop.time = Clock(Script(script))  # type: ignore[assignment]
+    lease.STALE_S = given.pop("stale_s", lease.STALE_S)
     clusters.PLACELESS_S = given.pop("placeless_s", clusters.PLACELESS_S)
     clusters.NODE_S = given.pop("node_s", 0.5)
     source, seconds = text_source(numbered_texts(given.pop("shards"))), given.pop("seconds")
+    patience_s = given.pop("patience_s", None)
     config = CaptureConfig(store=store, **given)
-    run: Any = faulty_run(store, script, seconds=seconds, retry_quarantined=config.retry_quarantined)
+    retry = config.retry_quarantined
+    run: Any = faulty_run(store, script, seconds=seconds, patience_s=patience_s, retry_quarantined=retry)
     if config.local:
         return exit_status(capture_datasets(run, [("fake", source)], capture_here))
     with connected(config) as cluster:

@@ -1,4 +1,4 @@
-"""What several tests share: the tiny model, loaded, and the command line."""
+"""Fixtures of several tests: the loaded tiny model and the command line."""
 
 import gc
 import os
@@ -7,44 +7,55 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-# A busy machine makes no test fail; the same examples every time when a change is judged.
+if TYPE_CHECKING:
+    from workers.text.tokenizer import TextTokenizer
+
+# A busy machine must not make a test fail, and every change is tested with the same examples.
 settings.register_profile(
     "suite", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=os.environ.get("CI") == "true"
 )
 settings.load_profile("suite")
 # Two processes that compute with two threads each on two cores wait for each other; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Where no bytecode is written beside the code, hundreds of processes would compile torch anew, 8 seconds each.
+# If no bytecode is written next to the code, hundreds of processes would compile torch again, 8 seconds each.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
     sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
     sys.dont_write_bytecode = False
-# No power fails here, and a capture waits for the disk a hundred times; `power.py` has a disk that can lose its power.
+# There are no power failures here, and a capture waits for the disk a hundred times; `power.py` simulates a disk that
+# loses power.
 os.fsync = lambda fd: None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: `make test` gives files to its processes in this order, and what is long and
-    comes last runs alone."""
+    """Files with slow tests come first: `make test` distributes files in this order, and a long file at the end would
+    run alone."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (-slow[item.path], -tests[item.path]))
 
 
 def pytest_collection_finish() -> None:
-    """The garbage collector need not look through the libraries: it takes a third of a capture's time."""
+    """Keep the garbage collector from scanning the libraries, which takes a third of a capture's time."""
     gc.collect()
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Some libraries count their objects when Python ends and must not find them."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", params=["none", "nf4"])
 def tiny_model(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
-    """The tiny Mixtral as `load_model` gives it, unquantized and in NF4; leave it as you find it."""
+    """The tiny Mixtral from `load_model`, unquantized and in NF4. Tests must not change it."""
     from workers.models.loading import load_model
     from workers.tiny import tiny_checkpoint
 
@@ -63,18 +74,38 @@ def gpu() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Ran:
-    """A command that has ended."""
+    """A finished command."""
 
     status: int
     out: str
     err: str
 
 
+def _tokenizer(model: str | Path, revision: str | None = None, **options: Any) -> "TextTokenizer":
+    """`load_tokenizer` that reads the tiny Mixtral's tokenizer only once, which takes a third of a small capture's
+    time."""
+    from workers.text.tokenizer import load_tokenizer
+    from workers.tiny import tiny_checkpoint
+
+    return _tiny_tokenizer(**options) if model == tiny_checkpoint() else load_tokenizer(model, revision, **options)
+
+
+@cache
+def _tiny_tokenizer(**options: Any) -> "TextTokenizer":
+    from workers.text.tokenizer import load_tokenizer
+    from workers.tiny import tiny_checkpoint
+
+    return load_tokenizer(tiny_checkpoint(), **options)
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Runs `jobs/capture.py`, or another job, as its script does, but in this process."""
+    """Runs `jobs/capture.py`, or another job, like its script, but in this process."""
     from jobs import capture
+    from jobs.capturing import run as capturing
     from jobs.console.terminal import run_job
+
+    monkeypatch.setattr(capturing, "load_tokenizer", _tokenizer)
 
     def run(*arguments: object, main: Callable[[list[str]], int] = capture.main) -> Ran:
         monkeypatch.setattr(sys, "argv", ["job", *map(str, arguments)])

@@ -1,9 +1,9 @@
-"""Runs captures that die: a process of its own, told on its input what to capture and where to be killed.
+"""Runs captures that die: a separate process that reads from its input what to capture and where to be killed.
 
-Each run is a fork that has imported everything already, so that a kill and a resume take a fraction of a second. The
-steps at which a run can die are those of every object that it writes: before it, with half of it in the scratch
-folder, with all of it there and nothing visible, and before a removal. Death is SIGKILL. The lease is not renewed here:
-when that is done depends on the machine's speed, and it would take a number.
+Each run is a fork with everything already imported, so that a kill and a resume take a fraction of a second. A run can
+die at several steps for each object that it writes: before the write, with half of the object in the scratch folder,
+with all of it there but nothing visible; and before a removal. It is killed with SIGKILL. The lease is not renewed
+here, because the time of a renewal depends on the machine's speed and it would count as a step.
 """
 
 import gc
@@ -70,9 +70,9 @@ def run(store: str, step: int | None) -> int:
             log = os.open(f"{store}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 2)
             os.dup2(log, 1)
-            plan.PUBLISH_POSITIONS = 96  # twelve rows, then five: the sixth document is begun in the first publication
+            plan.PUBLISH_POSITIONS = 96  # twelve rows, then five: the sixth document starts in the first publication
             lease.RENEW_S = NEVER_S
-            os.fsync = lambda handle: None  # what is lost with the power is asked in test_power_loss.py
+            os.fsync = lambda handle: None  # losses at power failures are tested in test_power_loss.py
             die_at(step, Path(f"{store}.trace"))
             status = 0 if fake_capture(Path(store), TEXTS).complete else 1
         finally:
@@ -82,6 +82,6 @@ def run(store: str, step: int | None) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # a fork that looks through all of it copies all of it
+    gc.freeze()  # a fork that scans all of it copies all of it
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), flush=True)

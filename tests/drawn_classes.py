@@ -4,14 +4,14 @@ import numpy as np
 import xarray as xr
 from drawn_means import counted
 
-LIFT = 0.5 / (0.2 * 0.5 + 0.8 * 0.2)  # of what `documents` draws
+LIFT = 0.5 / (0.2 * 0.5 + 0.8 * 0.2)  # of the documents that `documents` draws
 
 
 def documents(random: np.random.Generator, number: int, lengths: str, spread: float) -> xr.Dataset:
-    """What `Jackknife(ClassCounts())` gives of documents of which a fifth is of the class, on average.
+    """The result of `Jackknife(ClassCounts())` for documents of which on average a fifth belongs to the class.
 
     An expert gets half of the class and a fifth of the other tokens, on average over documents; these shares, and that
-    of the class, are beta with a concentration of `spread`: the smaller, the more unlike are documents. Lengths are
+    of the class, are beta with a concentration of `spread`: the smaller it is, the more documents differ. Lengths are
     "equal", 200 tokens, or "unequal", lognormal around 200 with a deviation of 1, 20 at least.
     """
     size = {"equal": np.full(number, 200), "unequal": np.maximum(random.lognormal(np.log(200), 1, number), 20)}[lengths]

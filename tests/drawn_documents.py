@@ -1,4 +1,4 @@
-"""Documents drawn for simulations of tests and intervals: their choices, counted by unit as a jackknife counts them."""
+"""Documents drawn for simulations of tests and intervals: their choices, counted by unit as in a jackknife."""
 
 from functools import cache
 
@@ -21,9 +21,9 @@ def lengths(random: np.random.Generator, kind: str, number: int) -> np.ndarray:
 class Documents:
     """Documents of one data set, at any number of layers.
 
-    `spread` is the sum of the parameters of the Dirichlet distribution that each document's shares of first choices are
-    drawn from; None where all documents have the same shares. `planted` moves that part of expert 1's share to expert
-    0.
+    `spread` is the sum of the parameters of the Dirichlet distribution from which each document's shares of first
+    choices are drawn; None if all documents have the same shares. `planted` moves that part of expert 1's share to
+    expert 0.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Documents:
 
 @cache
 def _reach(spread: float | None, first: tuple[float, ...]) -> np.ndarray:
-    """The true share of tokens that reach each expert: exact where documents are alike, else of 400,000 of them."""
+    """The true share of tokens that reach each expert: exact if documents are alike, otherwise from 400,000 of them."""
     shares = np.array(first)[None]
     if spread is not None:
         drawn = np.maximum(np.random.default_rng(0).dirichlet(spread * shares[0], 400_000), 1e-12)
@@ -74,7 +74,7 @@ def _reach(spread: float | None, first: tuple[float, ...]) -> np.ndarray:
 
 
 def without(shares: np.ndarray, expert: int) -> np.ndarray:
-    """Shares of the second choice where the first is this expert."""
+    """Shares of the second choice if the first is this expert."""
     left = shares.copy()
     left[..., expert] = 0
     left /= left.sum(-1, keepdims=True)
@@ -82,7 +82,7 @@ def without(shares: np.ndarray, expert: int) -> np.ndarray:
 
 
 def counted(count: np.ndarray, tokens: np.ndarray) -> xr.Dataset:
-    """What `Jackknife(ExpertCounts())` gives of such documents."""
+    """The result of `Jackknife(ExpertCounts())` for such documents."""
     unit = unit_of(np.arange(len(tokens)), UNITS)
     by_unit = np.zeros((min(UNITS, len(tokens)), *count.shape[1:]), np.int64)
     unit_tokens = np.zeros(len(by_unit), np.int64)

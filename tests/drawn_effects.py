@@ -1,4 +1,4 @@
-"""Documents drawn for simulations of the effect: differences of tokens by class, as a jackknife counts them."""
+"""Documents drawn for simulations of the effect: differences of tokens by class, as counted by a jackknife."""
 
 import numpy as np
 import xarray as xr
@@ -9,11 +9,11 @@ LENGTHS = ("equal", "unequal")
 
 
 def documents(random: np.random.Generator, number: int, lengths: str, shape: str, classes: int) -> xr.Dataset:
-    """What `Jackknife(Effects())` gives of documents whose effects are 0 on average over tokens.
+    """The result of `Jackknife(Effects())` for documents whose effects average 0 over tokens.
 
     Lengths are "equal", 200 tokens, or "unequal", lognormal around 200 with a deviation of 1, 5 at least. A document's
     effect is normal, lognormal with a deviation of 1 less its mean, Student's t of 3 degrees, or normal and larger in
-    longer documents. A class of a document differs from it, and single tokens from that.
+    longer documents. A class of a document deviates from the document, and single tokens deviate from the class.
     """
     size = {"equal": np.full(number, 200.0), "unequal": np.maximum(random.lognormal(np.log(200), 1, number), 5)}[
         lengths

@@ -1,4 +1,4 @@
-"""Documents drawn for simulations of tests of means: numbers of tokens, as a jackknife counts them."""
+"""Documents drawn for simulations of tests of means: numbers of tokens, as counted by a jackknife."""
 
 import numpy as np
 import xarray as xr
@@ -7,7 +7,7 @@ from analysis.statistics.jackknife import UNITS, unit_of, without_each
 
 
 def counted(value: np.ndarray, tokens: np.ndarray) -> xr.Dataset:
-    """What a jackknife gives of documents with these means (document, cell) and tokens (document, cell)."""
+    """The result of a jackknife for documents with these means (document, cell) and tokens (document, cell)."""
     unit = unit_of(np.arange(len(tokens)), UNITS)
     totals, counts = (np.zeros((min(UNITS, len(tokens)), tokens.shape[1])) for _ in range(2))
     np.add.at(totals, unit, value * tokens)
@@ -28,7 +28,7 @@ def counted(value: np.ndarray, tokens: np.ndarray) -> xr.Dataset:
 
 
 def documents(random: np.random.Generator, number: int, lengths: str, spread: float, cells: int) -> xr.Dataset:
-    """Documents whose means are lognormal around 1, and whose tokens reach each cell in parts of their own.
+    """Documents whose means are lognormal around 1, each with its own shares of tokens for the cells.
 
     `spread` is the deviation of a mean's logarithm; lengths are "equal", 200 tokens, or "unequal", lognormal around 200
     with a deviation of 1, 5 at least.

@@ -1,4 +1,4 @@
-"""Routes in the form of each engine, written as the engine writes them: for tests of imports."""
+"""Routes in each engine's format, written as by the engine, for tests of imports."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ def sequences(number: int = 5, *, layers: int = LAYERS, last: bool = False, seed
 
 
 def npy(array: np.ndarray) -> str:
-    """As vLLM 0.33 has it: vllm/utils/serial_utils.py, numpy2base64."""
+    """The format of vLLM 0.33: vllm/utils/serial_utils.py, numpy2base64."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return base64.b64encode(buffer.getvalue()).decode()
@@ -55,7 +55,7 @@ def vllm_http(folder: Path, made: list[dict[str, Any]]) -> Path:
 
 
 def vllm_completions(folder: Path, made: list[dict[str, Any]]) -> Path:
-    """Completions have the prompt's ids in the choice; requests that left out a part of the prompt."""
+    """Completions with the prompt's ids in the choice, and requests that omitted a part of the prompt."""
     records = []
     for number, one in enumerate(made):
         start = len(one["prompt"]) // 2
@@ -71,7 +71,7 @@ def vllm_completions(folder: Path, made: list[dict[str, Any]]) -> Path:
 
 
 def vllm_previous(folder: Path, made: list[dict[str, Any]]) -> Path:
-    """0.21: nested lists, the prompt's routes apart."""
+    """0.21: nested lists, with separate routes of the prompt."""
     records = []
     for number, one in enumerate(made):
         cut = len(one["prompt"])
@@ -125,7 +125,7 @@ def sglang_tagged(folder: Path, made: list[dict[str, Any]]) -> Path:
 
 
 def sglang_openai(folder: Path, made: list[dict[str, Any]]) -> Path:
-    """With `sgl_ext`, and routes from a start on, which only the request says."""
+    """With `sgl_ext`, and routes that begin at a start that only the request contains."""
     records = []
     for number, one in enumerate(made):
         start = len(one["prompt"]) // 2

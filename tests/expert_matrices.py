@@ -1,4 +1,5 @@
-"""The values of a loaded model's matrices without our kernels: by bitsandbytes where in 4 bits, else scale by scale."""
+"""The values of a loaded model's matrices without this project's kernels: by bitsandbytes for 4 bits, otherwise scale
+by scale."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from workers.models.stored import BLOCK
 def by_bitsandbytes(matrices: FourBits, number: int, rows: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """One of several matrices in 4 bits, by bitsandbytes' own function, shape (rows, columns).
 
-    It is given as rows of one block: on CPUs with AVX-512 bitsandbytes begins a block anew in each row.
+    It is passed as rows of one block: on CPUs with AVX-512, bitsandbytes starts a new block in each row.
     """
     packed, scale, step = (part[number] for part in (matrices.packed, matrices.scale, matrices.step))
     steps = QuantState(step, code=matrices.scale_code, blocksize=STEP_BLOCK, dtype=torch.float32)
@@ -30,7 +31,7 @@ def by_bitsandbytes(matrices: FourBits, number: int, rows: int, dtype: torch.dty
 
 
 def kind_of(matrices: FourBits) -> str:
-    """nf4 or fp4, by the values that codes stand for."""
+    """nf4 or fp4, from the values of the codes."""
     code = matrices.code
     [kind] = [name for name in ("nf4", "fp4") if torch.equal(get_4bit_type(name, device=code.device), code)]
     return kind

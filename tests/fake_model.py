@@ -1,7 +1,7 @@
-"""A model made of a formula, and captures made with it: for tests that need many of them, quickly.
+"""A model given by a formula, and captures with it, for tests that need many of them quickly.
 
-Its choices are a hash of (token, position, layer). It never imports torch, so that a process can be started, killed
-and started again in a fraction of a second. At and beyond a row's length it returns what must not be kept: a legal
+Its choices are a hash of (token, position, layer). It never imports torch, so that a process can be started, killed and
+started again in a fraction of a second. At and beyond a row's length it returns values that must not be kept: a legal
 expert, and weights that are not finite.
 """
 
@@ -29,7 +29,7 @@ TOKEN, POSITION, LAYER = 2654435761, 40503, 97  # odd multipliers of the hash
 
 
 def fake_choice(token: int, position: int, layer: int, k: int, num_experts: int) -> tuple[int, float]:
-    """Choice number `k` of a token, one at a time: what `FakeEngine` must have said."""
+    """Choice number `k` of a token, one at a time: what `FakeEngine` must have returned."""
     mixed = (token * TOKEN + position * POSITION + layer * LAYER) % 2**32
     mixed ^= mixed >> 15
     return (mixed + k * (1 + mixed % 3)) % num_experts, 2.0**-k * (1 + mixed % 64 / 64)
@@ -41,7 +41,7 @@ class FakeEngine:
     Parameters
     ----------
     fits
-        Padded tokens of a micro-batch that fit; more raise `OutOfMemory`.
+        Maximum number of padded tokens in a micro-batch; more raise `OutOfMemory`.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class FakeEngine:
         """Rows and positions of each micro-batch that was routed."""
 
     def start(self, token: np.ndarray, length: np.ndarray) -> Callable[[], Routes]:
-        """See `workers.shard.Engine.start`; all is done at once."""
+        """See `workers.shard.Engine.start`. Everything is done at once."""
         routes = self.route(token, length)
         return lambda: routes
 
@@ -80,7 +80,8 @@ class FakeEngine:
 
 
 class FakeTokenizer:
-    """Each word is a token; its id is a hash of it. With `roles`, a message's words have its speaker's number."""
+    """Each word is a token whose id is a hash of the word. With `roles`, a message's words have its speaker's
+    number."""
 
     bos_id: int | None = BOS_ID
     vocab_size = VOCAB_SIZE
@@ -136,12 +137,12 @@ def text_source(texts: Sequence[str | list[dict[str, str]]]) -> Source:
 
 
 class FakeRun:
-    """What `capture_datasets` needs of a `jobs.capturing.run.Run`, with the fake model behind it.
+    """The parts of `jobs.capturing.run.Run` that `capture_datasets` needs, with the fake model.
 
     Parameters
     ----------
     store
-        Where the capture goes.
+        The store of the capture.
     identity
         Further fields of the identity.
     """
@@ -177,7 +178,7 @@ class FakeRun:
         return name
 
     def open_group(self, prepared: str) -> CaptureGroup:
-        """Create the group or go on with it."""
+        """Create the group or resume it."""
         return CaptureGroup.create(
             self.store,
             prepared,
@@ -188,7 +189,7 @@ class FakeRun:
         )
 
     def assignment(self, leases: Mapping[str, str]) -> Assignment:
-        """What a replica is to do."""
+        """The work of a replica."""
         return Assignment(
             store=str(self.store),
             leases=leases,
@@ -201,18 +202,18 @@ class FakeRun:
 def fake_capture(
     store: Path | str, texts: Sequence[str | list[dict[str, str]]], name: str = "fake", **options: Any
 ) -> Coverage:
-    """Capture texts, by the code that `jobs/capture.py` runs."""
+    """Capture texts with the code that `jobs/capture.py` runs."""
     run: Any = FakeRun(store, **options)
     return capture_datasets(run, [(name, text_source(texts))], capture_here)[0]
 
 
 def words(count: int, seed: int = 0) -> str:
-    """A text of so many tokens."""
+    """A text with a number of tokens."""
     return " ".join(f"w{number}" for number in np.random.default_rng(seed).integers(0, 5000, count))
 
 
 TEXTS = [words(5, 1), "", words(70, 2), words(8, 3), " \n ", words(9, 4), words(30, 5)]
-"""17 rows of 8 positions, five shards of four rows; the third document goes through three shards."""
+"""17 rows of 8 positions, five shards of four rows; the third document spans three shards."""
 
 
 def store_files(store: Path) -> dict[str, bytes]:

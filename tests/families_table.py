@@ -1,4 +1,4 @@
-"""Writes the table of families in docs/models.md from what `make families` found."""
+"""Writes the table of families in docs/models.md from the results of `make families`."""
 
 import json
 from pathlib import Path

@@ -1,14 +1,15 @@
-"""The fake model with faults, and texts whose shards tell their numbers: for captures on a cluster that breaks.
+"""The fake model with faults, and texts whose shards reveal their numbers: for captures on a failing cluster.
 
-What is to happen lies in a folder that all processes see, the script: for a shard, or for the load of a model, a file
-with one act a line. Whoever begins it notes that, takes the first line away and acts.
+The planned faults are in a folder that all processes can read, the script: for a shard, or for loading a model, a file
+with one act per line. A process that starts it records the attempt, removes the first line and acts.
 """
 
 import errno
 import os
 import signal
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from fake_model import FakeEngine, FakeRun, fake_layout, word_id, words
 
+from store import s3
 from workers.shard import DeviceLost, Routes, RoutingError
 
 LOAD, CLOCK = "load", "clock"
@@ -28,21 +30,22 @@ WORDS = {word_id(word): word for word in (f"w{number}" for number in range(20_00
 
 @dataclass(frozen=True)
 class Attempt:
-    """A shard that was begun, or a load, by a process under the raylet of its node, at a time in seconds."""
+    """The start of a shard or of a load, by a process of a node's raylet, at a time in seconds, on a host."""
 
     what: str
     process: int
     raylet: int
     at: float
+    host: str
 
 
 class Script:
     """The folder.
 
-    Acts are "raise" (as a router that cannot be believed), "storage" (a disk that is full), "device" (a GPU that is
-    gone), "die" (SIGKILL), "slow" (for a load: its shards take ten times as long), and "hold", which stays the first
-    line: it lasts until the script is another. Those of `CLOCK` are seconds by which the driver's clock goes ahead, one
-    each time that it is looked at.
+    Acts are "raise" (like a router whose output is wrong), "storage" (a full disk), "device" (a lost GPU), "die"
+    (SIGKILL), "slow" (for a load: its shards take ten times as long), "hold", which stays the first line and lasts
+    until the script changes, and "hold HOST", which has no effect on other hosts. Those of `CLOCK` are seconds by which
+    the driver's clock is moved ahead, one each time that it is read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,24 +53,24 @@ class Script:
         folder.mkdir(exist_ok=True)
 
     def write(self, what: object, *acts: str) -> None:
-        """From now on these acts; none, and all goes well."""
+        """Set the acts from now on; without acts, nothing fails."""
         new = self.folder / f"{what}.new"
         new.write_text("\n".join(acts))
         new.rename(self.folder / str(what))
 
     def attempts(self) -> list[Attempt]:
-        """What was begun, in order."""
+        """All starts, in order."""
         notes = self.folder / "attempts"
         lines = notes.read_text().splitlines() if notes.exists() else []
         parts = (line.split() for line in lines)
-        return [Attempt(what, int(process), int(raylet), float(at)) for what, process, raylet, at in parts]
+        return [Attempt(what, int(process), int(raylet), float(at), host) for what, process, raylet, at, host in parts]
 
     def begin(self, what: object) -> str:
-        """Note an attempt and do what stands first, which is told."""
+        """Record an attempt and do the first act, which is returned."""
         with (self.folder / "attempts").open("a") as notes:
-            notes.write(f"{what} {os.getpid()} {os.getppid()} {time.time():.3f}\n")
-        if self._acts(what)[:1] == ["hold"]:
-            while self._acts(what)[:1] == ["hold"]:
+            notes.write(f"{what} {os.getpid()} {os.getppid()} {time.time():.3f} {socket.gethostname()}\n")
+        if self._acts(what)[:1] and self._acts(what)[0].startswith("hold"):
+            while self._acts(what)[:1] in (["hold"], [f"hold {socket.gethostname()}"]):
                 time.sleep(0.02)
             return "hold"
         match act := self.next(what):
@@ -82,7 +85,7 @@ class Script:
         return act
 
     def next(self, what: object) -> str:
-        """Take the first act away, and tell it; empty where there is none."""
+        """Remove the first act and return it; empty if there is none."""
         acts = self._acts(what)
         if acts:
             self.write(what, *acts[1:])
@@ -94,14 +97,14 @@ class Script:
 
 
 class FaultyEngine(FakeEngine):
-    """An engine that does what the script says.
+    """An engine that follows the script.
 
     Parameters
     ----------
     folder
         Of the script.
     seconds
-        That each shard takes on average: half as long to one and a half times, by its number.
+        Average duration of a shard: 0.5 to 1.5 times as long, depending on its number.
     """
 
     def __init__(self, folder: Path, seconds: float) -> None:
@@ -117,14 +120,29 @@ class FaultyEngine(FakeEngine):
         return super().route(token, length)
 
 
+class Impatient:
+    """Makes an engine. A process that receives it stops trying to reach an S3 server after a number of seconds."""
+
+    def __init__(self, make_engine: Callable[[], FaultyEngine], seconds: float) -> None:
+        self.make_engine, self.seconds = make_engine, seconds
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        s3.REQUEST_S = s3.RETRY_S = self.seconds
+
+    def __call__(self) -> FaultyEngine:
+        return self.make_engine()
+
+
 def numbered_texts(shards: int) -> Sequence[str]:
-    """Documents of one shard each, the last one smaller; each begins with a word whose id tells its shard."""
+    """Documents of one shard each, the last one smaller; each starts with a word whose id identifies its shard."""
     sizes = [TOKENS_A_SHARD] * (shards - 1) + [TOKENS_A_SHARD - 12]
     return [f"{WORDS[FIRST_ID + shard]} {words(size - 1, shard)}" for shard, size in enumerate(sizes)]
 
 
-def faulty_run(store: str, folder: Path, *, seconds: float, **options: Any) -> FakeRun:
-    """A run whose engine is the faulty one."""
+def faulty_run(store: str, folder: Path, *, seconds: float, patience_s: float | None = None, **options: Any) -> FakeRun:
+    """A run with the faulty engine; for `patience_s` see `Impatient`."""
     run = FakeRun(store, fake_layout(), batch_tokens=TOKENS_A_SHARD, **options)
-    run.make_engine = partial(FaultyEngine, folder, seconds)
+    make = partial(FaultyEngine, folder, seconds)
+    run.make_engine = make if patience_s is None else Impatient(make, patience_s)
     return run

@@ -1,4 +1,4 @@
-"""A capture of the tiny model through Ray whose first worker's GPU is lost in the middle, really.
+"""A capture of the tiny model through Ray in which the first worker's GPU really fails in the middle.
 
 Arguments: the store, a file that is written when it happens, and bf16 or fp8 for the products. Exit status and messages
 are those of `jobs/capture.py`.
@@ -21,11 +21,11 @@ from jobs.cluster.ray_workers import connected
 from jobs.console.terminal import run_job
 from workers.replica import Assignment
 
-MICRO_BATCHES = 3  # that go well
+MICRO_BATCHES = 3  # that succeed
 
 
 def engine_of_a_gpu_that_breaks(make_engine: Callable[[], Any], happened: Path) -> Any:
-    """The engine; in the first process, an assertion on the GPU fails after some micro-batches."""
+    """The engine. In the first process, an assertion on the GPU fails after some micro-batches."""
     import torch
 
     engine, original = make_engine(), None
@@ -59,7 +59,7 @@ class BreakingRun(Run):
 
 
 def options(store: str, matmul: str) -> dict[str, Any]:
-    """Eight shards or so of real text."""
+    """About eight shards of real text."""
     small = {"sequence_length": 256, "rows_per_shard": 16, "batch_tokens": 4096, "limit_documents": 4}
     return {"model": "tiny", "dataset": ("demo:prose",), "store": store, "device": "cuda", "matmul": matmul, **small}
 

@@ -1,12 +1,12 @@
-"""Several hosts on this machine: each with an address, a name and processes of its own, all on one switch.
+"""Several hosts on this machine, each with its own address, name and processes, all on one switch.
 
 A host is a set of Linux namespaces (network, processes, name, mounts) around a first process that ends when its input
-does. So a host and all that runs in it is gone when the tests are, however they end. The switch is a bridge in a
-namespace of its own: nothing outside is touched, and tests that run at once may use the same addresses.
+does. So a host and everything that runs in it end with the tests, however these end. The switch is a bridge in its own
+namespace: nothing outside is changed, and concurrent tests may use the same addresses.
 
-What is simulated is that packets do not arrive: silently, for one pair of hosts, in one direction or both, or because
-a cable is pulled. There is no real network hardware, no delay and no loss of single packets. Hosts share the machine's
-files, as over a shared folder, and its clock.
+The simulation drops packets: silently, for one pair of hosts, in one direction or both, or because a cable is pulled.
+There is no real network hardware, no delay and no loss of single packets. Hosts share the machine's files, as through a
+shared folder, and its clock.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +25,25 @@ from patience import HUNG_S
 
 NEW = ["unshare", "--net", "--pid", "--uts", "--mount", "--fork", "--mount-proc", "--kill-child"]
 SOON = "{ echo 1000 >/proc/sys/net/ipv4/tcp_rto_max_ms; } 2>/dev/null || true"
-"""What was lost is sent again every second, where the kernel can: Linux waits twice as long each time."""
+"""Lost packets are sent again every second, if the kernel supports it: Linux doubles the pause each time."""
 FIRST = f'hostname "$0" && ip link set dev lo up && {SOON} && echo made && exec cat'
 NOBODY = "02:00:00:00:00:01"  # a hardware address that no host has
 CLONE_NEWNET = 0x40000000
 
 
 class NoHosts(OSError):
-    """Hosts cannot be made here; the message says why."""
+    """Hosts cannot be created here; the message says why."""
 
 
 class Host:
-    """A host without a cable.
+    """A host that is not connected yet.
 
     Parameters
     ----------
     name
-        What it calls itself.
+        Its own name.
     address
-        What others call it.
+        Its address for other hosts.
     """
 
     def __init__(self, name: str, address: str) -> None:
@@ -54,24 +53,37 @@ class Host:
         assert self._maker.stdout is not None
         if self._maker.stdout.readline() != "made\n":
             raise NoHosts(self._maker.communicate()[1].strip())
+        [first] = psutil.Process(self._maker.pid).children()
+        self._first = first.pid
 
     def end(self) -> None:
         """End it and everything that runs in it."""
         self._maker.communicate(timeout=HUNG_S)
 
-    @cached_property
+    @property
     def first(self) -> int:
-        """Process id of its first process, as this process sees it."""
-        [first] = psutil.Process(self._maker.pid).children()
-        return int(first.pid)
+        """Process id of its first process, as seen by this process; or of another process, if the first one had
+        ended."""
+        assert self._maker.poll() is None, f"the host {self.name} has ended"
+        return self._first
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to everything that runs in it except its first process, as when it is shut down or switched
+        off."""
+        own, here = os.readlink("/proc/self/ns/pid"), os.readlink(f"/proc/{self.first}/ns/pid")
+        assert own != here, f"{self.name} is no host"
+        for process in psutil.pids():
+            with contextlib.suppress(OSError):  # it has ended
+                if process != self.first and os.readlink(f"/proc/{process}/ns/pid") == here:
+                    os.kill(process, number)
 
     def popen(self, command: Sequence[str | Path], *, cwd: Path | str = "/", **options: Any) -> "subprocess.Popen[Any]":
-        """Start a command in it; what `signal_to` ends is the command, what `kill` ends is only its starter."""
+        """Start a command in it. `signal_to` ends the command; `kill` ends only the process that started it."""
         enter = ["nsenter", "--target", str(self.first), "--all", "env", "--chdir", str(cwd)]
         return subprocess.Popen([*enter, *map(str, command)], **options)
 
     def run(self, command: Sequence[str | Path], **options: Any) -> str:
-        """What a command that is run in it prints.
+        """Run a command in it and return its output.
 
         Raises
         ------
@@ -89,7 +101,7 @@ class Host:
         Raises
         ------
         NoHosts
-            When the kernel has not what it takes.
+            When the kernel lacks the needed features.
         """
         command = ["nsenter", "--target", str(self.first), "--net", "ip", *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=HUNG_S, check=False)
@@ -98,7 +110,7 @@ class Host:
 
     @contextmanager
     def network(self) -> Iterator[None]:
-        """What this thread opens or starts while the block runs is in the host's network."""
+        """Everything that this thread opens or starts while the block runs is in the host's network."""
         with open("/proc/thread-self/ns/net") as own, open(f"/proc/{self.first}/ns/net") as other:
             _enter(other.fileno())
             try:
@@ -148,30 +160,30 @@ class Network:
         self._switch.ip("link", "set", "dev", name, "up")
 
     def cut(self, sender: str, receiver: str, *, both: bool = True) -> None:
-        """Whatever the one sends to the other is lost on the way; what the other sends too, where it is `both`."""
+        """Drop everything that one host sends to the other, and with `both` also the opposite direction."""
         for one, other in [(sender, receiver), (receiver, sender)][: 1 + both]:
             self._cut.add((one, other))
             self[one].ip("neigh", "replace", self[other].address, "lladdr", NOBODY, "nud", "permanent", "dev", "eth0")
 
     def mend(self) -> None:
-        """Whatever is sent arrives again."""
+        """Deliver everything again."""
         while self._cut:
             one, other = self._cut.pop()
             self[one].ip("neigh", "del", self[other].address, "dev", "eth0")
 
 
 def signal_to(process: "subprocess.Popen[Any]", number: signal.Signals) -> None:
-    """Send a signal to what `Host.popen` started."""
+    """Send a signal to a process that `Host.popen` started."""
     [command] = psutil.Process(process.pid).children()
     command.send_signal(number)
 
 
 @contextmanager
 def network_or_skip(*names: str) -> Iterator[Network]:
-    """A network of hosts with these names; without it the tests are skipped with the reason."""
+    """A network of hosts with these names. If it cannot be created, the tests are skipped with the reason."""
     try:
         network = Network(names)
-    except OSError as error:  # also where the programs are not there
+    except OSError as error:  # also if the programs are missing
         reason = f"no hosts can be made here: {error}"
         assert os.environ.get("REQUIRE_HOSTS") != "1", f"REQUIRE_HOSTS=1, and {reason}"
         pytest.skip(reason)
@@ -188,7 +200,7 @@ def _ended(host: Host) -> Iterator[Host]:
 
 
 def _enter(namespace: int) -> None:
-    """Move this thread into a network; `os.setns` comes with Python 3.12."""
+    """Move this thread into a network; `os.setns` is new in Python 3.12."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(namespace, CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")

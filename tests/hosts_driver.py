@@ -1,8 +1,9 @@
-"""Captures and verifications in one host: reads options as JSON, a line each, and prints the exit status of each.
+"""Captures and verifications in one host: reads options as lines of JSON and prints the exit status of each.
 
-Each is a fork, made before anything speaks to a server. With `hold`, as "put_new fake/expert/commits/2.json", it makes
-the file `held` in its folder before it does that, and waits for the file `go`; with `until_lost`, it waits after it,
-before anything else is done in that thread, until it has noticed that another job has its lease.
+Each runs in a fork that is made before anything connects to a server. Before the first of the writes of `holds`, such
+as "put_new fake/expert/commits/2.json", it creates the file `held 0` in its folder and waits for the file `go 0`;
+before the second one it creates `held 1`, and so on. With `until_lost`, the thread then waits after such a write until
+it has noticed that another job has its lease.
 """
 
 import json
@@ -31,15 +32,16 @@ from store.s3 import S3Objects
 held_leases: list[Lease] = []
 
 
-def hold_at(write: str, folder: Path, *, until_lost: bool) -> None:
-    """Hold before this write, the first time."""
+def hold_at(writes: list[str], folder: Path, *, until_lost: bool) -> None:
+    """Wait before each of these writes, the first time."""
 
     def holding(name: str, method: Any) -> Any:
         def call(self: object, key: str, *data: bytes) -> Any:
-            if f"{name} {key}" != write or (folder / "held").exists():
+            number = writes.index(write) if (write := f"{name} {key}") in writes else None
+            if number is None or (folder / f"held {number}").exists():
                 return method(self, key, *data)
-            (folder / "held").touch()
-            wait_until((folder / "go").exists, "it is let go")
+            (folder / f"held {number}").touch()
+            wait_until((folder / f"go {number}").exists, "it is let go")
             done = method(self, key, *data)
             if until_lost:
                 wait_until(lambda: held_leases[0].lost, "it notices that its lease is another job's")
@@ -53,27 +55,27 @@ def hold_at(write: str, folder: Path, *, until_lost: bool) -> None:
 
 
 @contextmanager
-def remembered(group: CaptureGroup) -> Iterator[Lease]:
-    """The lease, which `hold_at` looks at."""
-    with lease.lease(group) as held:
+def remembered(group: CaptureGroup, **options: Any) -> Iterator[Lease]:
+    """The lease, which `hold_at` checks."""
+    with lease.lease(group, **options) as held:
         held_leases.append(held)
         yield held
 
 
 def work(options: dict[str, Any]) -> int:
-    """Capture, or verify; the exit status."""
+    """Capture or verify; returns the exit status."""
     store, folder = options["store"], Path(options["folder"])
     if options["verify"]:
         return status.main([store, "--verify"])
-    lease.RENEW_S, lease.STALE_S, planner.PUBLISH_POSITIONS = options["renew_s"], options["stale_s"], 96
+    lease.RENEW_S = lease.LOOK_S = options["renew_s"]
+    lease.STALE_S, planner.PUBLISH_POSITIONS = options["stale_s"], 96
     captures.lease = remembered
-    if options["hold"] is not None:
-        hold_at(options["hold"], folder, until_lost=options["until_lost"])
+    hold_at(options["holds"], folder, until_lost=options["until_lost"])
     return exit_status([fake_capture(store, TEXTS)])
 
 
 def run(options: dict[str, Any]) -> int:
-    """Do it in a fork; its exit status, negative for the signal that ended it."""
+    """Run it in a fork; returns its exit status, negative for the signal that ended it."""
     child = os.fork()
     if child == 0:
         try:
@@ -83,7 +85,7 @@ def run(options: dict[str, Any]) -> int:
             run_job(lambda _: work(options))
         except SystemExit as ended:
             os._exit(int(ended.code or 0))
-        finally:  # whatever else it ended with
+        finally:  # however it ended
             sys.excepthook(*sys.exc_info())
             os._exit(99)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,10 +1,11 @@
 """Every interleaving of capture, crash, resume, damage, verify, heal, a second writer and a zombie's late writes.
 
-A machine for Hypothesis; after every step the law of `law` holds. At the end whoever stands still goes on, and then two
-verifications, each with a capture after it, leave the clean run's store.
+A state machine for Hypothesis. After every step the law of `law` must hold. At the end all stopped processes continue,
+and then two verifications, each followed by a capture, must leave the clean run's store.
 
-A zombie is a process that others may take for dead: it stands still between any two of its steps, and goes on after
-they have overtaken it. It never notices, as a real one does within twenty seconds.
+A zombie is a process that others may consider dead: it stops between any two of its steps and continues after they have
+taken over. Unlike a real process, which notices within twenty seconds, it never notices. It may stop during a put
+before it gets the answer, and retry that put when a second driver has its lease.
 """
 
 import json
@@ -34,16 +35,16 @@ DAMAGE: dict[str, Callable[[bytes, int], bytes | None]] = {
     "a bit flipped": lambda data, at: _flipped(data, at),
 }
 OVERTAKEN = (Killed, RuntimeError, OSError, Misplaced, AssertionError)
-"""How a zombie may end; an assertion of ours fails where the plan moved between two looks at it."""
+"""How a zombie may end. One of this project's own assertions fails if the plan changed between two reads."""
 
 
 class Interleavings(RuleBasedStateMachine):
-    """The machine, over any objects.
+    """The state machine, over any objects.
 
     Parameters
     ----------
     make
-        The store's objects from a scratch key; the store is empty.
+        Makes the store's objects from a scratch key; the store is empty.
     snapshot, clean
         See `law.Law`.
     """
@@ -53,21 +54,23 @@ class Interleavings(RuleBasedStateMachine):
         self.objects, self.law = make(PARTIAL), Law(snapshot, clean)
         self.zombies: list[Process] = []
         self.bereft: list[Process] = []
-        """Zombies whose folder was removed while they stood still."""
+        """Zombies whose folder was removed while they were stopped."""
         self.simulation = simulation(make)
         self.simulation.__enter__()
 
     @invariant()
     def the_store_equals_the_clean_run_or_says_what_is_missing(self) -> None:
         state = self.law.state()
-        self.law.plan_hurt |= bool(state and state.lost and self.bereft)  # who made a group has lost a part of it
+        self.law.plan_hurt |= bool(
+            state and state.lost and self.bereft
+        )  # the process that created a group has lost a part of it
         self.law.holds()
 
     # One process at a time
 
     @rule(dies_at=st.none() | ACTS, retry=st.booleans())
     def capture(self, dies_at: int | None, retry: bool) -> None:
-        """Capture, or resume, or heal; killed or not."""
+        """Capture, resume or repair; killed or not."""
         self.run(Process(dies_at=dies_at), lambda: capture(retry_quarantined=retry))
 
     @rule(shards=st.lists(SHARD, unique=True), dies_at=st.none() | ACTS)
@@ -77,11 +80,16 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(fails_at=ACTS)
     def capture_while_the_storage_fails_once(self, fails_at: int) -> None:
-        """The job ends by itself, and says why."""
+        """The job ends by itself and says why."""
         self.run(Process(fails_at=fails_at), capture)
 
+    @rule(loses_at=ACTS, gives_up=st.booleans())
+    def capture_while_an_answer_is_lost(self, loses_at: int, gives_up: bool) -> None:
+        """A put takes effect but its answer is lost: the client retries, or gives up and the job ends."""
+        self.run(Process(loses_at=loses_at, gives_up=gives_up), capture)
+
     def run(self, process: Process, work: Callable[[], object]) -> None:
-        """A job runs; it ends as it must, if nothing stands in its way."""
+        """Run a job; it must succeed if nothing prevents it."""
         holder = json.loads(self.law.snapshot().get(LEASE, b"{}")).get("process")
         held = any(zombie.number == holder and not zombie.seems_dead for zombie in self.zombies)
         before = self.law.snapshot()
@@ -93,8 +101,8 @@ class Interleavings(RuleBasedStateMachine):
             assert "remove the folder" in str(error) or "is not JSON" in str(error), error
         elif process.dead:
             assert isinstance(error, Killed), error
-        elif process.fails_at is not None and process.acts > process.fails_at:
-            left = error is None and LEASE in self.law.snapshot()  # it failed when all was done but that
+        elif process.storage_failed:
+            left = error is None and LEASE in self.law.snapshot()  # it failed when only that was left to do
             assert left or "No space left on device" in str(error), error
         else:
             assert error is None, error
@@ -104,7 +112,7 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: len(self.zombies) < 2)
     @rule(stops_at=STEPS, shards=st.none() | st.lists(SHARD, unique=True), verifies=st.booleans())
     def stand_still(self, stops_at: int, shards: list[int] | None, verifies: bool) -> None:
-        """A process begins, and stands still before one of its steps."""
+        """Start a process that stops before one of its steps."""
         zombie, fill = Process(stops_at=stops_at), capture_here if shards is None else _fill_some(shards)
         if zombie.start((lambda: verify(CaptureGroup(STORE, NAME))) if verifies else (lambda: capture(fill))):
             self.zombies.append(zombie)
@@ -118,7 +126,7 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: self.zombies)
     @rule(which=st.integers(0, 1), steps=st.none() | STEPS, acts=st.none() | ACTS)
     def go_on(self, which: int, steps: int | None, acts: int | None) -> None:
-        """It goes on: to its end, for some steps, or until it dies."""
+        """Let a zombie continue: to its end, for some steps, or until it dies."""
         zombie = self.zombies.pop(which % len(self.zombies))
         if zombie.go_on(steps=steps, acts=acts):
             self.zombies.append(zombie)
@@ -126,11 +134,24 @@ class Interleavings(RuleBasedStateMachine):
             expected = (*OVERTAKEN, ValueError) if zombie in self.bereft or self.law.plan_hurt else OVERTAKEN
             assert zombie.error is None or isinstance(zombie.error, expected), zombie.error
 
-    # What else happens to a store
+    @precondition(lambda self: not self.zombies)
+    @rule(loses_at=ACTS, stops_at=STEPS, shards=st.none() | st.lists(SHARD, unique=True))
+    def lose_the_lease_while_an_answer_is_out(self, loses_at: int, stops_at: int, shards: list[int] | None) -> None:
+        """A driver waits for an answer until a second one has its lease: both are stopped, the second one at any
+        step."""
+        first, second = Process(loses_at=loses_at, late=True), Process(stops_at=stops_at)
+        if first.start(capture):
+            self.zombies.append(first)
+            first.seems_dead = True
+            fill = capture_here if shards is None else _fill_some(shards)
+            if second.start(lambda: capture(fill)):
+                self.zombies.append(second)
+
+    # Other events
 
     @rule(shard=SHARD, of=st.sampled_from([*ROUTES, "commit"]), how=st.sampled_from(sorted(DAMAGE)), at=st.integers(0))
     def damage_a_shard(self, shard: int, of: str, how: str, at: int) -> None:
-        """What a shard consists of loses, or changes, some of its bytes."""
+        """Truncate or change an object of a shard."""
         key = f"{NAME}/expert/commits/{shard}.json" if of == "commit" else f"{NAME}/{of}/c/{shard}/0/0/0"
         if how == "a bit flipped":
             self.law.silent.add(key)
@@ -139,7 +160,7 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: not self.law.plan_hurt and self.is_planned())
     @rule(which=st.integers(0), how=st.sampled_from(sorted(DAMAGE)), at=st.integers(0))
     def damage_the_plan(self, which: int, how: str, at: int) -> None:
-        """What planning left is damaged; descriptions and records so that it shows that they are none."""
+        """Damage the plan; descriptions and records visibly."""
         keys = [key for key in sorted(self.law.snapshot()) if _is_of_the_plan(key)]
         key = keys[which % len(keys)]
         if how == "a bit flipped" and key.endswith(".json"):
@@ -151,7 +172,7 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: self.law.plan_hurt)
     @rule()
     def begin_anew(self) -> None:
-        """Somebody does what is said of a damaged plan, perhaps while zombies are there."""
+        """Follow the advice for a damaged plan, perhaps while there are zombies."""
         self.objects.clear(NAME)
         self.bereft += self.zombies
         self.law.plan_hurt = False
@@ -167,7 +188,7 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: self.is_planned())
     @rule(dies_at=st.none() | ACTS)
     def verify(self, dies_at: int | None) -> None:
-        """Everything is read back; what was damaged without a sign is found."""
+        """Read everything back; silent damage is found."""
         process, found = Process(dies_at=dies_at), []
         error = process.run(lambda: found.append(verify(CaptureGroup(STORE, NAME))))
         if not process.dead and not (self.law.plan_hurt and isinstance(error, ValueError)):
@@ -175,7 +196,7 @@ class Interleavings(RuleBasedStateMachine):
             self.assert_found(found[0])
 
     def assert_found(self, found: Findings) -> None:
-        """A verification that came to its end found all that was damaged, and no more."""
+        """A verification that finished has found all damage, and nothing else."""
         assert bool(found.plan) == self.law.plan_hurt, found
         files, clean, state = self.law.snapshot(), self.law.clean, coverage(STORE, NAME)
         assert set(found.shards) == set(state.wrong), (found, state)
@@ -186,16 +207,16 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule()
     def read(self) -> None:
-        """Somebody opens it with xarray."""
+        """Open the store with xarray."""
         self.law.reads()
 
     def is_planned(self) -> bool:
-        """Whether the text is planned to its end."""
+        """Whether the text is completely planned."""
         state = self.law.state()
         return state is not None and state.plan.complete
 
     def damage(self, key: str, how: str, at: int) -> None:
-        """Damage an object, if there is one, behind everybody's back."""
+        """Damage an object, if there is one, without anyone noticing."""
         if not (data := self.law.snapshot().get(key)):
             return
         after = DAMAGE[how](data, at)
@@ -205,7 +226,7 @@ class Interleavings(RuleBasedStateMachine):
             self.objects.put(key, after)
 
     def teardown(self) -> None:
-        """Whoever stands still goes on, then all is healed."""
+        """All stopped processes continue, then everything is repaired."""
         try:
             while self.zombies:
                 self.go_on(0, None, None)
@@ -225,7 +246,7 @@ class Interleavings(RuleBasedStateMachine):
 
 
 def _fill_some(shards: Sequence[int]) -> Fill:
-    """As workers of a cluster do that are lost: plans to the end, and commits some shards in any order."""
+    """Like lost workers of a cluster: complete the plan and commit some shards in any order."""
 
     def fill(run: Any, captures: Sequence[Capture]) -> None:
         [capture] = captures
@@ -247,7 +268,7 @@ def _flipped(data: bytes, bit: int) -> bytes:
 
 
 def _blames_the_tokens(before: bytes, after: bytes) -> bool:
-    """Whether a commit record names another checksum of the tokens: which of the two is wrong, nobody can tell."""
+    """Whether a commit record names another checksum of the tokens: it is unknown which of the two is wrong."""
     one, other = held_record(before), held_record(after)
     return isinstance(other, dict) and one["token_crc32c"] != other["token_crc32c"]
 

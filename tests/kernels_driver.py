@@ -1,8 +1,8 @@
 """Triton kernels against their plain forms, on a GPU or, with TRITON_INTERPRET=1, interpreted on a CPU.
 
-Prints as JSON for each case the largest difference, relative to the largest value, of a result and of what was changed
-in place. Numbers in e4m3 count as equal where the kernel and the plain form, which add up in another order, rounded a
-few of them to neighbours. A process of its own: Triton reads the variable when it is imported.
+Prints as JSON, for each case, the largest difference, relative to the largest value, of the result and of data changed
+in place. Numbers in e4m3 count as equal if the kernel and the plain form, which sum in different orders, rounded a few
+of them to adjacent values. It runs in its own process because Triton reads the variable on import.
 """
 
 import json
@@ -37,14 +37,15 @@ def three_of(matrices: torch.Tensor, kind: str) -> FourBits:
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value; infinite where shapes or dtypes differ."""
+    """The largest difference, relative to the largest value; infinite if shapes or dtypes differ."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return float("inf")
     return float((one.double() - other.double()).abs().max() / other.double().abs().max())
 
 
 def rounded_apart(one: fp8.RowScaled, other: fp8.RowScaled) -> list[float]:
-    """Of scales as above; of values 0, or infinite where more than one in 200 differ, or one by more than a step."""
+    """For scales as above. For values 0, or infinite if more than one in 200 differ, or one differs by more than a
+    step."""
     bits = torch.stack([part.values.view(torch.uint8).int() for part in (one, other)])
     ours, theirs = torch.where(bits < 128, bits, 128 - bits)  # as steps from 0, which has two signs
     step = (ours - theirs).abs()
@@ -53,14 +54,14 @@ def rounded_apart(one: fp8.RowScaled, other: fp8.RowScaled) -> list[float]:
 
 
 def both(kernel: Callable[..., Any], plain: Callable[..., Any], changed: torch.Tensor, *rest: Any) -> list[float]:
-    """Differences of results, where there are any, and of the first argument, which may be changed in place."""
+    """Differences of results, if any, and of the first argument, which may be changed in place."""
     ours, theirs = changed.clone(), changed.clone()
     found, wanted = kernel(ours, *rest), plain(theirs, *rest)
     return [*([] if wanted is None else [apart(found, wanted)]), apart(ours, theirs)]
 
 
 def cases(dtype: torch.dtype) -> dict[str, list[float]]:
-    """Every kernel, at widths that are no powers of two too."""
+    """Every kernel, also at widths that are not powers of two."""
     torch.manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -71,7 +72,7 @@ def cases(dtype: torch.dtype) -> dict[str, list[float]]:
         found[f"swiglu {inner}"] = both(kernels.swiglu, kernels.plain_swiglu, random(5, 2 * inner))
     cos, sin = random(7, 32), random(7, 32)
     found["rotate"] = both(kernels.rotate, kernels.plain_rotate, random(3 * 7, 8 * 32), cos, sin, 6)
-    for head in (32, 24):  # as of six heads, no power of two
+    for head in (32, 24):  # as for six heads, not a power of two
         for name, whole in {"each head": False, "all heads": True}.items():
             norm = kernels.HeadNorm(random(6, head), 1e-5, 5, whole)
             arguments = (random(3 * 7, 8 * head), random(7, head), random(7, head), 6, norm)
@@ -88,7 +89,7 @@ def cases(dtype: torch.dtype) -> dict[str, list[float]]:
         arguments = (3 * random(5, 2 * width), 1.702, 2.0)
         found[f"clamped_swiglu {width}"] = both(biased.clamped_swiglu, biased.plain_clamped_swiglu, *arguments)
     rows = random(5, 2 * 96)
-    rows[1, 0] = rows[2, 3] = rows[3, 4] = float("nan")  # two gates, and what one is multiplied with
+    rows[1, 0] = rows[2, 3] = rows[3, 4] = float("nan")  # two gates, and a factor of one
     lost = [form(rows, 1.702, 2.0).isnan() for form in (biased.clamped_swiglu, biased.plain_clamped_swiglu)]
     same = bool((lost[0] == lost[1]).all()) and int(lost[0].sum()) == 3
     found["clamped_swiglu of what is not a number"] = [0.0 if same else float("inf")]
@@ -118,7 +119,7 @@ def cases(dtype: torch.dtype) -> dict[str, list[float]]:
         wanted = torch.stack([by_bitsandbytes(matrices, number, 96, dtype) for number in range(3)])
         found[f"dequantize {kind}, three matrices"] = [apart(ours, wanted)]
         if INTERPRETED:
-            continue  # what follows has a card's own instructions in it
+            continue  # the following cases use instructions of the GPU
         matrices = three_of(random(3, 96, 320), kind)
         scale = fp8.row_scales(matrices, 3 * 96)
         ours, theirs = (torch.empty((3, 96, 320), dtype=fp8.E4M3, device=DEVICE) for _ in range(2))
@@ -126,7 +127,7 @@ def cases(dtype: torch.dtype) -> dict[str, list[float]]:
         fp8.plain_dequantize_rounded(matrices, scale, theirs)
         numbers = [fp8.RowScaled(one.view(-1, 320), scale) for one in (ours, theirs)]
         found[f"dequantize {kind} to e4m3, three matrices"] = rounded_apart(*numbers)
-        matrix = random(96, 320)  # 480 blocks, five a row
+        matrix = random(96, 320)  # 480 blocks, five per row
         weight = bitsandbytes.nn.Params4bit(
             matrix, requires_grad=False, quant_type=kind, compress_statistics=True
         ).to(DEVICE)  # fmt: skip
@@ -180,7 +181,7 @@ def cases(dtype: torch.dtype) -> dict[str, list[float]]:
 
 
 def round_as_torch_does() -> None:
-    """Have Triton's interpreter round to e4m3 rightly: it drops the carry into the next power of two (3.9)."""
+    """Make Triton's interpreter round to e4m3 correctly: it drops the carry into the next power of two (3.9)."""
     from triton import language
     from triton.runtime import interpreter
 

@@ -1,8 +1,8 @@
-"""The one law of a store, whatever happened to it: it equals a clean serial run, or says what is missing.
+"""The law for every store, whatever happened to it: it equals a clean serial run, or says what is missing.
 
-To equal is byte for byte, and of a commit record what it says of its shard. Where an object was damaged so that its
-length does not tell, and nobody has verified yet, decoding it is an error or gives what was captured. It is asked
-within `simulated.simulation`, of any kind of store.
+Equality is byte for byte; for a commit record, it concerns what the record says about its shard. If an object was
+damaged without a change of length, and not verified yet, decoding it must fail or return the captured values. The law
+is checked within `simulated.simulation`, for any kind of store.
 """
 
 import json
@@ -22,17 +22,17 @@ Files = Mapping[str, bytes]
 LEASE, PARTIAL = f"{NAME}/token/lease.json", f"{NAME}/token/partial"
 ROUTES = fake_layout().routes
 HELD = ("identity", "shard", "rows", "tokens", "token_crc32c", *ROUTES)
-"""What a commit record says of its shard; the rest is about who captured it and how quickly."""
+"""Fields of a commit record about its shard; the rest is about the worker and its speed."""
 
 
 def held(files: Files) -> dict[str, Any]:
-    """Every object as it must equal the clean run's, without what only says that somebody writes now."""
+    """All objects that must equal those of the clean run, without marks of a current writer."""
     kept = {key: data for key, data in files.items() if key != LEASE and not key.startswith(PARTIAL)}
     return kept | {key: held_record(data) for key, data in kept.items() if "/commits/" in key}
 
 
 def held_record(data: bytes) -> Any:
-    """What a commit record says of its shard; its bytes where it says nothing."""
+    """What a commit record says about its shard, or its bytes if it says nothing."""
     try:
         return {name: parse_record(data).get(name) for name in HELD}
     except ValueError:
@@ -40,7 +40,7 @@ def held_record(data: bytes) -> Any:
 
 
 def differing(files: Files, clean: Files) -> list[str]:
-    """Keys under which two stores differ."""
+    """Keys at which two stores differ."""
     one, other = held(files), held(clean)
     return sorted(key for key in one | other if one.get(key) != other.get(key))
 
@@ -51,20 +51,20 @@ class Law:
     Parameters
     ----------
     snapshot
-        Every object of the store by its key, as it is now.
+        Returns every current object of the store by its key.
     clean
-        Those of a clean serial run.
+        The objects of a clean serial run.
     """
 
     def __init__(self, snapshot: Callable[[], Files], clean: Files) -> None:
         self.snapshot, self.clean = snapshot, clean
         self.silent: set[str] = set()
-        """Keys of objects that were damaged so that their lengths do not tell, since the last verification."""
+        """Keys of objects that were damaged without a change of length since the last verification."""
         self.plan_hurt = False
-        """Whether the plan was damaged: by what is said of it, the folder must be removed."""
+        """Whether the plan was damaged: the error then says to remove the folder."""
 
     def state(self) -> Coverage | None:
-        """What is said of the capture; None where it is said that there is none, or that its plan is damaged."""
+        """The reported coverage; None if the report is that there is no capture, or that its plan is damaged."""
         if "zarr.json" not in self.snapshot() or NAME not in dataset_names(STORE):
             return None
         try:
@@ -75,7 +75,7 @@ class Law:
         return None
 
     def holds(self) -> None:
-        """Nothing that is said to be there differs from the clean run."""
+        """Nothing that is reported as present differs from the clean run."""
         state, files = self.state(), self.snapshot()
         if state is None:
             return
@@ -93,7 +93,7 @@ class Law:
         assert differing(files, self.clean) == []
 
     def reads(self) -> None:
-        """What xarray gives of it is the clean run's where it says that it was captured."""
+        """Data that xarray marks as captured are those of the clean run."""
         state = self.state()
         if state is None or self.plan_hurt or not state.plan.rows:
             return
@@ -110,7 +110,7 @@ class Law:
             np.testing.assert_array_equal(found[name].values, self._values(name, rows)[captured])
 
     def _is_measured(self, name: str, shard: int, files: Files) -> None:
-        """An object of a committed shard is the clean run's, or cannot be decoded."""
+        """An object of a committed shard equals the clean run's, or cannot be decoded."""
         key = f"{NAME}/{name}/c/{shard}/0/0/0"
         if files.get(key) == self.clean[key]:
             return
@@ -123,7 +123,7 @@ class Law:
         np.testing.assert_array_equal(found, spec.decode(self.clean[key], rows))
 
     def _is_planned(self, plan: Plan, files: Files) -> None:
-        """Every row that the plan counts is the clean run's, in arrays that hold it."""
+        """Every row that the plan counts equals the clean run's, in the arrays that hold it."""
         group = CaptureGroup(STORE, NAME)
         for name, size in group.plan_sizes().items():
             described = json.loads(files[f"{NAME}/{name}/zarr.json"])["shape"][0]
@@ -142,10 +142,10 @@ class Law:
 
 
 def committed(state: Coverage) -> list[int]:
-    """The shards that are said to be captured."""
+    """The shards that are reported as captured."""
     return [shard for shard in range(state.shards_total) if shard not in state.missing]
 
 
 def _says_nothing_of_a_commit(key: str) -> bool:
-    """What a zombie left beside commits is removed by the next one who opens the capture."""
+    """Remains of a zombie next to commits are removed by the next process that opens the capture."""
     return "/faults/" in key or "/quarantine/" in key

@@ -24,10 +24,11 @@ CONFIGS = {"capture": "jobs.capturing.options", "importance": "jobs.capturing.im
 METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
 BEGINNING = """# Options
 
-What `python jobs/NAME.py --help` leaves out. An option is written with underscores or with dashes; one that may be
-repeated is given once for each value. A place is `STORE/DATASET`, or `STORE` for all data sets of a store.
+All options of the scripts, including those that `--help` does not explain. An option is written with underscores or
+with dashes; one that may be repeated is given once for each value. A place is `STORE/DATASET`, or `STORE` for all data
+sets of a store.
 
-This page is made of the code: `python tests/options_page.py`.
+This page is generated from the code by `python tests/options_page.py`.
 """
 
 

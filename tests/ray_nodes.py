@@ -38,6 +38,9 @@ class Nodes:
         Of a driver; RAY_ADDRESS is set.
     """
 
+    popen = staticmethod(subprocess.Popen)
+    """How a driver is started."""
+
     def __init__(self, process: "subprocess.Popen[str]", environment: dict[str, str]) -> None:
         self._process = process
         address = self._ask("start")

@@ -4,6 +4,9 @@ A process here is the code that `jobs/capture.py --local` runs, in this interpre
 through objects that count its steps: an act changes the store, a look reads it. Death is before an act, and whatever
 the dead one's `finally` blocks still try is refused; on a disk half an object is left in the scratch folder. Who stands
 still does so in a thread that waits, and goes on when it is told to, however long it has been taken for dead.
+
+The answer to a put may be lost although the put took effect. Then the storage's client tries again, at once or after
+the process has stood still, or it gives up.
 """
 
 import queue
@@ -34,6 +37,7 @@ from store.planned import PlannedGroup
 
 STORE, NAME = "simulated.zarr", "fake"
 ACTS = ("put", "put_new", "put_over", "delete", "clear", "settle")
+PUTS = ("put", "put_new", "put_over")
 LOOKS = ("get", "get_many", "size_bytes", "sizes", "list", "folders")
 _here = threading.local()
 
@@ -51,12 +55,30 @@ class Process:
         Before which of its acts, counted from 0, it dies, or storage fails once.
     stops_at
         Before which of its steps, acts and looks, it stands still.
+    loses_at
+        Of which of its acts it loses the answer, if that is a put. The put has taken effect, and is tried again.
+    late
+        Whether it stands still before it tries that again.
+    gives_up
+        Whether it does not try again: storage seems to fail.
     """
 
     numbers = count()
 
-    def __init__(self, *, dies_at: int | None = None, fails_at: int | None = None, stops_at: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        dies_at: int | None = None,
+        fails_at: int | None = None,
+        stops_at: int | None = None,
+        loses_at: int | None = None,
+        late: bool = False,
+        gives_up: bool = False,
+    ) -> None:
         self.dies_at, self.fails_at, self.stops_at = dies_at, fails_at, stops_at
+        self.loses_at, self.late, self.gives_up = loses_at, late, gives_up
+        self.storage_failed = False
+        """Whether it was told so."""
         self.number = next(Process.numbers)
         self.acts = self.steps = 0
         self.dead = False
@@ -69,9 +91,7 @@ class Process:
     def look(self) -> None:
         """Whatever reads the store comes here first."""
         if self.steps == self.stops_at:
-            self._reports.put("stands still")
-            self.dead |= not self._go_on.wait(HUNG_S)
-            self._go_on.clear()
+            self._stand_still()
         self.steps += 1
         if self.dead:
             raise Killed
@@ -85,7 +105,20 @@ class Process:
             last_act()
             raise Killed
         if number == self.fails_at:
-            raise OSError(28, "No space left on device")
+            self._fail()
+
+    def answered(self, put: Callable[[], Any]) -> Any:
+        """Put something, and learn what became of it: from the answer, or from that to a second try."""
+        answer = put()
+        if self.acts - 1 != self.loses_at:
+            return answer
+        if self.gives_up:
+            self._fail()
+        if self.late:
+            self._stand_still()
+        if self.dead:
+            raise Killed
+        return put()
 
     def run(self, work: Callable[[], object]) -> BaseException | None:
         """Do the work to its end, or to the process's; what ended it."""
@@ -121,6 +154,15 @@ class Process:
         self.dead = True
         self.go_on()
 
+    def _fail(self) -> None:
+        self.storage_failed = True
+        raise OSError(28, "No space left on device")
+
+    def _stand_still(self) -> None:
+        self._reports.put("stands still")
+        self.dead |= not self._go_on.wait(HUNG_S)
+        self._go_on.clear()
+
     def _stands_still(self) -> bool:
         return self._reports.get(timeout=HUNG_S) == "stands still"
 
@@ -140,7 +182,7 @@ class Watched:
 
         def act(*arguments: Any) -> Any:
             process.act(lambda: _tear(self._objects, arguments[-1]))
-            return found(*arguments)
+            return process.answered(lambda: found(*arguments)) if name in PUTS else found(*arguments)
 
         return act if name in ACTS else look if name in LOOKS else found
 
@@ -220,11 +262,11 @@ def simulation(make: Callable[[str], Objects]) -> Iterator[None]:
             patch.setattr(module, "ThreadPoolExecutor", _AtOnce)
         for module in (captures, local, loop, progress):
             patch.setattr(module, "log", lambda line: None)
-        _small_and_quick(patch)
+        small_and_quick(patch)
         yield
 
 
-def _small_and_quick(patch: pytest.MonkeyPatch) -> None:
+def small_and_quick(patch: pytest.MonkeyPatch) -> None:
     """Several publications and chunks in a small capture; what is a function of its arguments is computed once."""
     patch.setattr(planning, "PUBLISH_POSITIONS", 96)
     for module in (layout, planned):

@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import options_page
 import pages
 import pytest
+import yaml
 from pages import PAGES, REASONS, ROOT, Block
 
 import analysis
@@ -58,6 +60,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         options = ["--dataset", text, "--limit_documents", str(documents), "--store", str(folder / "demo.zarr"), *FEW]
         assert capture.carry_out(parse_capture([*options, *demo.MODEL.split(), *demo.RECORD.split()])) == 0
     shutil.copy(ROOT / "README.md", folder)
+    (folder / "demo.zarr.results").mkdir()
     return folder
 
 
@@ -155,3 +158,25 @@ def api_names(page: str) -> Iterator[str]:
             module = value
         else:
             yield f"{module}.{value}"
+
+
+# --- Files that a code host reads -------------------------------------------------------------------------------------
+
+
+def test_the_changelog_and_the_citation_are_of_the_project_s_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest, date = re.findall(r"^## \[([\d.]+)\] - (\d{4}-\d\d-\d\d)$", changes, re.MULTILINE)[0]
+    assert (cited["version"], cited["date-released"].isoformat()) == (newest, date)
+    assert (newest, cited["license"]) == (project["version"], project["license"])
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys(), "what the format asks for"
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_an_issue_s_form_asks_for_versions_and_the_status_of_the_store(name: str) -> None:
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text(encoding="utf-8"))
+    assert {"name", "description", "body"} <= form.keys(), "what the format asks for"
+    asked = {field["id"]: field["attributes"] for field in form["body"] if field["type"] != "markdown"}
+    assert "`expert-atlas --version`" in asked["versions"]["description"]
+    assert "`expert-atlas status STORE --json`" in asked["status"]["description"]

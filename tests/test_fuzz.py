@@ -801,4 +801,4 @@ def test_a_store_that_no_path_can_name_is_refused_by_its_name(place: Path, store
     (place / "any.yaml").write_text(f"store: {store}\ndataset: t.txt\nmodel: tiny\nlocal: true\n")
     code, _, err = ran(capture.main, "--config", "any.yaml", "--device=cpu", "--quantization=none")
     assert code == 2
-    assert "cannot be one: no path holds a NUL, or half of a character" in err
+    assert "is not a valid path: a path holds no NUL and no lone surrogate" in err

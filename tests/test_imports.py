@@ -205,9 +205,9 @@ def test_the_stores_side_of_a_worker_and_the_planner_load_no_torch_and_nothing_t
 
 
 def test_nothing_is_imported_from_a_folder_that_is_no_package_of_ours() -> None:
-    """Beside the top-level packages the checkout has no importable code."""
+    """Beside the top-level packages, the tests and the settings of Sphinx, the checkout has no importable code."""
     folders = {path.parent.relative_to(ROOT).parts[0] for path in ROOT.glob("*/*.py")}
-    assert folders == {*PACKAGES, "tests"}
+    assert folders == {*PACKAGES, "tests", "docs"}
 
 
 # --- Scripts --------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ print(json.dumps([told, sorted(sys.modules)]))
     for script in COMMANDS:
         arguments, meant = TYPOS[script]
         wrong = next(part for part in arguments if part.startswith("--"))
-        about = f"there is no option {wrong}: did you mean {meant}? python jobs/{script}.py --help lists the options"
+        about = f"unknown option {wrong}: did you mean {meant}? python jobs/{script}.py --help lists the options"
         assert told[script] == about
     assert roots(loaded).isdisjoint({*HEAVY, "numba", "scipy", "xarray", "dask", "pandas", "altair"})
     assert list(tmp_path.iterdir()) == []

@@ -199,7 +199,7 @@ def test_an_index_names_files_beside_it_only(model: Path, name: Any) -> None:
     (model.parent / "elsewhere.safetensors").write_bytes(b"")
     index = model / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ValueError, match="must name files that lie beside it"):
+    with pytest.raises(ValueError, match="must name files in its own folder"):
         weight_files(model)
 
 
@@ -302,7 +302,7 @@ LOOK_ALIKES = [
 
 @pytest.mark.parametrize("name", [*LOOK_ALIKES, "K", "a\r", " a", "a ", "~", "-/../x", "c:"])
 def test_a_name_that_only_looks_like_one_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="cannot name a data set in a store"):
+    with pytest.raises(ValueError, match="is not a valid name of a data set"):
         CaptureGroup(tmp_path, name)
     assert list(tmp_path.iterdir()) == []
 
@@ -432,7 +432,7 @@ def test_an_address_that_is_no_data_set_is_refused_without_its_secrets(
     assert (refused.status, refused.out) == (2, "")
     assert "no data set '" in refused.err
     assert "…@" in refused.err
-    assert "addresses are not read; download the file, and give its path" in refused.err
+    assert "URLs are not supported; download the file and use its path" in refused.err
     assert SECRET not in refused.err
 
 

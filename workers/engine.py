@@ -1,7 +1,7 @@
 """A loaded model as an engine: rows in, choices out, as host arrays.
 
-On a CPU one thread computes: with other numbers of threads matrix products round differently (measured with three of
-them), and the same shard must have the same bytes on every machine.
+On a CPU one thread computes. With other numbers of threads matrix products round differently (measured with three
+threads), and the same shard must have the same bytes on every machine.
 """
 
 import gc
@@ -42,7 +42,7 @@ class ModelEngine:
     Raises
     ------
     ValueError, RoutingError
-        When the model cannot be recorded so.
+        When the model cannot be recorded in this way.
     """
 
     def __init__(
@@ -102,13 +102,13 @@ class ModelEngine:
         return finish
 
     def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
-        """`start`, and wait."""
+        """Call `start` and wait for the result."""
         return self.start(token, length)()
 
     def _give(self, given: Routes | None, length: np.ndarray) -> None:
-        """Give the routers their choices, legal ones where there is no token."""
+        """Give the routers their choices, with legal choices where there is no token."""
         asked = self.steering.asked
-        assert (given is None) == (asked.routes_from is None), "routes are given to an engine that takes them, only"
+        assert (given is None) == (asked.routes_from is None), "routes are given only to an engine that takes them"
         if given is None:
             return
         empty = np.arange(given["expert"].shape[1]) >= length[:, None]
@@ -127,14 +127,14 @@ class ModelEngine:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            clear_frames(error.__traceback__)  # they hold what was allocated, and may be in a cycle (seen: 4 GiB)
+            clear_frames(error.__traceback__)  # they hold the allocated memory and may be in a cycle (seen: 4 GiB)
             torch.cuda.empty_cache()
             raise OutOfMemory(str(error).split(". ")[0]) from error
         except torch.AcceleratorError as error:
             raise DeviceLost(str(error).split("\n")[0]) from error
 
     def _routes(self, positions: int, micro: Micro) -> Routes:
-        """What the recorder gave, as arrays; refused where it shows a fault."""
+        """What the recorder returned, as arrays; an error is raised if it shows a fault."""
         layers = zip(*(firsts.tolist() for firsts in micro.faults.values()), strict=True)
         for layer, firsts in zip(self.layers, layers, strict=True):
             for fault, first in zip(micro.faults, firsts, strict=True):
@@ -149,7 +149,8 @@ class ModelEngine:
 
 
 def _to_host(part: torch.Tensor) -> torch.Tensor:
-    """A copy in pinned memory, perhaps not there yet; a tensor in pieces would be copied once more on the host."""
+    """A copy in pinned memory that may not be finished yet. A non-contiguous tensor would be copied again on the
+    host."""
     return part.contiguous().to("cpu", non_blocking=True)
 
 
@@ -162,13 +163,13 @@ def load_engine(
     kind: Callable[..., ModelEngine] = ModelEngine,
     **options: Any,
 ) -> ModelEngine:
-    """Load a model as an engine of a kind; the arguments are those of `load_model`, or the model is "tiny".
+    """Load a model as an engine. The arguments are those of `load_model`; the model may also be "tiny".
 
-    What nothing that is recorded needs is not kept: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
+    Parts that no recording needs are dropped: the experts of the last layer, 0.7 GiB of Mixtral 8x7B in NF4.
     """
     if device != "cpu" and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
         # An H200 showed 31.1 GiB instead of 47.4 for Mixtral 8x7B with fp8 products. An environment variable would be
-        # too late: torch reads it when it is first asked what the card can do.
+        # set too late: torch reads it when it is first asked about the GPU's capabilities.
         _set_allocator("expandable_segments:True")
     loaded = load_model(model_path(model), device=device, **options)
     if not recorded.whole and len(loaded.routers) > 1:
@@ -179,13 +180,13 @@ def load_engine(
 
 
 def _set_allocator(settings: str) -> None:
-    """Under the name that it has in this version of torch: 2.11 warns of the older one."""
+    """The setting under its name in this version of torch: 2.11 warns about the older name."""
     named = getattr(torch._C, "_accelerator_setAllocatorSettings", torch.cuda.memory._set_allocator_settings)
     named(settings)
 
 
 def drop_last_experts(loaded: LoadedModel) -> None:
-    """Let the experts of the last layer go: no router follows them."""
+    """Drop the experts of the last layer: no router follows them."""
     last = list(loaded.routers.values())[-1]
     for block in [module for module in loaded.model.modules() if last in module.children()]:
         if hasattr(block, "experts"):
@@ -195,7 +196,7 @@ def drop_last_experts(loaded: LoadedModel) -> None:
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU, one thread computes while the block runs."""
+    """Compute with one thread while the block runs, if the device is a CPU."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)

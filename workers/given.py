@@ -1,4 +1,4 @@
-"""Routes that are given: those of another capture, shard by shard, for the same tokens."""
+"""Routes that are given to a model: those of another capture for the same tokens, shard by shard."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from workers.shard import Routes, RoutingError
 SAME = {*TEXT, "tokenizer", "model", "layers", "num_experts", "experts_per_token"} - {
     *("record", "top_logits", "weight_bits", "effect_layers", "batch_tokens", "schema_version"),
 }
-"""Fields of the identity that two captures must share, beside those of the text: which rows there are, of what tokens,
-and which choices a model can make. Its weights and what they are computed in may differ."""
+"""Fields of the identity that two captures must share, besides those of the text: the rows, their tokens, and the
+choices that a model can make. The weights and the precision of the computation may differ."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class GivenRoutes:
     Parameters
     ----------
     path, dataset
-        Where it is; it travels to other machines, which must see it too.
+        Where the capture is. Other machines receive this path and must be able to read it too.
     weights
-        Whether the weights of its choices are given too.
+        Whether the weights of its choices are given as well.
     """
 
     path: str
@@ -41,7 +41,7 @@ class GivenRoutes:
         return identity_hash(self._group.identity)
 
     def refuse_unfit(self, identity: Mapping[str, Any]) -> None:
-        """Refuse a capture that is not whole, or is not of these tokens and this model, before any row is read.
+        """Reject a capture that is incomplete, or of other tokens or another model, before any row is read.
 
         Raises
         ------
@@ -57,15 +57,15 @@ class GivenRoutes:
             raise ValueError(
                 f"{place} holds routes of other tokens, or of another model:\n  "
                 + "\n  ".join(lines)
-                + "\ngive a capture of the same text by the same model, or leave --routes_from out"
+                + "\nuse a capture of the same text by the same model, or omit --routes_from"
             )
         if self.weights and not group.layout.weights:
-            raise ValueError(f"{place} holds no weights: leave --routes_weights out")
+            raise ValueError(f"{place} holds no weights: omit --routes_weights")
         if not (state := coverage(self.path, self.dataset)).complete:
             raise ValueError(f"{place} is not complete: {state}. Finish that capture first")
 
     def of(self, shard: int, rows: Rows) -> Routes:
-        """The choices of a shard's rows, and their weights where they are given.
+        """The choices of a shard's rows, and their weights if these are given too.
 
         Raises
         ------
@@ -76,14 +76,14 @@ class GivenRoutes:
         there = group.read_rows(shard)
         if there.token.shape != rows.token.shape:
             raise RoutingError(
-                f"{place} has {len(there.token)} rows in shard {shard}, and {len(rows.token)} are wanted"
+                f"{place} has {len(there.token)} rows in shard {shard}, but {len(rows.token)} are needed"
             )
         if (other := np.argwhere(there.token != rows.token)).size:
             row, position = other[0].tolist()
             found, wanted = there.token[row, position], rows.token[row, position]
             raise RoutingError(
-                f"{place} has other tokens: in row {row} of shard {shard}, {found} at position {position}, and {wanted}"
-                " is wanted"
+                f"{place} has other tokens: row {row} of shard {shard} has {found} at position {position}, but {wanted}"
+                " is needed"
             )
         span = group.span(shard, group.plan)
         routes = {name: group.values(name, *span) for name in ("expert", *["weight"] * self.weights)}

@@ -1,12 +1,12 @@
 """The effect of every expert: how a token's prediction changes when an expert cannot be chosen at a layer.
 
 T tokens in B rows of P positions, N of them followed by another, L layers that have experts, E experts, K choices, H
-hidden. A micro-batch is run once, and what reached each layer stays on the device. Then, for each expert of each layer
-in turn, the layers from there to the end are run without it: the layers below do not depend on it. A run ends at the
-router of that layer where its choices and weights are what they were: the effect is 0.
+hidden. A micro-batch is run once, and the input of each layer stays on the device. Then, for each expert of each layer
+in turn, the layers from that one to the end are run without the expert; the layers below do not depend on it. If the
+router of that layer gives the same choices and weights as before, the run ends there: the effect is 0.
 
-Promises: choices are changed where every other change of them is made (`workers.models.intervening`). A run that
-resumes at a layer without a change must give the predictions of the whole run.
+Promises: choices are changed by the same code as for every other intervention (`workers.models.intervening`). A run
+that resumes at a layer without a change must give the predictions of the whole run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,25 +30,25 @@ from workers.recordings.recording import doubted, near
 from workers.shard import Routes, RoutingError
 
 EFFECTS = Recorded(record=("output_norm", "logprob", "effect"))
-"""What is recorded: the effects, and what may predict them."""
+"""What is recorded: the effects and what may predict them."""
 STEP = (
     2.0**-16
-)  # nats; effects are rounded to it, far below what bf16 does to them, and take half the bytes (arbitrary)
+)  # nats; effects are rounded to it, which is far below the error of bf16 and halves the bytes (arbitrary)
 
 
 class _Unchanged(Exception):
-    """Ends a run: a router chooses as it did without the change."""
+    """Ends a run: a router chooses the same experts as without the change."""
 
 
 class ImportanceEngine(ModelEngine):
-    """Routes rows, and gives the effect of every expert of some layers.
+    """Routes rows and computes the effect of every expert of some layers.
 
     Parameters
     ----------
     loaded, recorded, interventions
-        As of `ModelEngine`; log-probabilities must be recorded. The effects are those beside the interventions.
+        See `ModelEngine`. Log-probabilities must be recorded. Effects are computed with the interventions in place.
     layers
-        By the model's own numbers; default all that have experts.
+        The model's own layer numbers; by default all layers that have experts.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ImportanceEngine(ModelEngine):
 
     @torch.inference_mode()
     def start(self, token: np.ndarray, length: np.ndarray, given: Routes | None = None) -> Callable[[], Routes]:
-        """See `ModelEngine`; all runs are done when it returns."""
+        """See `ModelEngine`. All runs have finished when it returns."""
         try:
             with self._choices_kept(), self.kept.keeping():
                 begun = super().start(token, length, given)
@@ -82,7 +82,7 @@ class ImportanceEngine(ModelEngine):
 
     @contextmanager
     def _choices_kept(self) -> Iterator[None]:
-        """Keep what the routers of the measured layers choose, while the block runs."""
+        """Keep the choices of the routers of the measured layers while the block runs."""
         self._chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         with ExitStack() as stack:
             for layer in self.measured:
@@ -126,14 +126,15 @@ class ImportanceEngine(ModelEngine):
         return effect_TLE
 
     def _logprobs(self, layer: int, place_N: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
-        """The log-probabilities of the tokens that follow, of the layers from one of them on; float32."""
+        """The log-probabilities of the next tokens, computed by the layers from a given one on; float32."""
         head = self.predicted.head
         place_N, target_N = (part.to(head.device) for part in (place_N, target_N))
         return head.logprobs(self.kept.resumed(layer).to(head.device), place_N, target_N).to(self.device)
 
     @contextmanager
     def _masked(self, layer: int, expert: int, filled_F: torch.Tensor) -> Iterator[None]:
-        """One expert cannot be chosen at a layer, while the block runs; it ends there where that changes no token."""
+        """Keep one expert from being chosen at a layer while the block runs; the run ends there if that changes no
+        token."""
         asked = self.steering.asked
         one_more = replace(asked, mask=(*asked.mask, f"{layer}:{expert}"))
         routers = self.steering.routers
@@ -152,7 +153,7 @@ class ImportanceEngine(ModelEngine):
             handle.remove()
 
     def _reports(self, layers: Sequence[int], tokens: int) -> list[int]:
-        """How many of the tokens count as done with each run: the more, the more layers it has."""
+        """How many tokens count as done after each run: in proportion to the number of layers that it runs."""
         model: Any = self.model
         layers_run = np.array([len(model.layers) - layer for layer in layers])
         done = tokens * layers_run.cumsum() // layers_run.sum()
@@ -162,6 +163,6 @@ class ImportanceEngine(ModelEngine):
     def _refuse_other(self, found_N: torch.Tensor, recorded_N: torch.Tensor) -> None:
         if doubted(near(found_N, recorded_N, self.predicted.head.dtype, recorded_N.abs())[None]).any():
             raise RoutingError(
-                f"layer {self.measured[0]}: the layers from there on, run again, do not predict what the whole model"
-                " did: the effects of this family's experts cannot be measured"
+                f"layer {self.measured[0]}: if the layers from this one on are run again, the predictions differ from"
+                " those of the whole model. The effects of this family's experts cannot be measured"
             )

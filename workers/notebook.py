@@ -1,4 +1,4 @@
-"""Routes of a few texts without a store, for a notebook."""
+"""Routes of a few texts in a notebook, without a store."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -48,37 +48,39 @@ def capture_texts(
     Parameters
     ----------
     model
-        A checkpoint folder, a hub id, "tiny", or a model that `load_model` gave: load once, capture often.
+        A checkpoint folder, a hub id, "tiny", or a model that `load_model` returned, which is loaded once for many
+        captures.
     texts
-        One document each.
+        Each text is one document.
     quantization
-        "nf4", "fp4", "mxfp4", "fp8", "int8" or "none"; ignored for a model that is loaded. Default: what the checkpoint
-        is stored in, else nf4 on a GPU and none on a CPU.
+        "nf4", "fp4", "mxfp4", "fp8", "int8" or "none"; ignored for a loaded model. Default: the format in which the
+        checkpoint is stored; otherwise nf4 on a GPU and none on a CPU.
     matmul
-        "bf16" or "fp8", as for `load_model`; ignored for a model that is loaded.
+        "bf16" or "fp8", as for `load_model`; ignored for a loaded model.
     sequence_length
-        Tokens in a row at most; longer texts are cut into several rows.
+        Maximum number of tokens in a row. Longer texts are cut into several rows.
     batch_tokens
-        Padded tokens in a micro-batch at most.
+        Maximum number of tokens in a micro-batch, padding included.
     bos
-        Where a beginning-of-sequence token is put: "none", "document" or "row".
+        Where a beginning-of-sequence token is added: "none", "document" or "row".
     record
-        What is recorded beside the choices, any of: "logits", which the router computed before it chose (variable
+        What is recorded besides the choices; any of: "logits", which the router computed before it chose (variable
         `logit`, float32 (doc, position, layer, expert_id), NaN where there is no token); "output_norm", the L2 norm of
-        each chosen expert's output before it is weighed (float32, dims of `expert`); "logprob", the log-probability of
-        the next token at the position that predicts it (float32 (doc, position), in nats, NaN at the last of a row).
+        each chosen expert's output before it is weighted (float32, dims of `expert`); "logprob", the log-probability of
+        the next token at the position that predicts it (float32 (doc, position), in nats, NaN at the last position of a
+        row).
     top_logits
-        Only so many of the largest logits are kept, in falling order: `logit` then has the dim candidate in the place
-        of expert_id, and `logit_expert` beside it. Default: all of up to 64 experts, 32 of more.
+        Number of largest logits to keep, in descending order: `logit` then has the dim candidate in place of expert_id,
+        and `logit_expert` names the experts. Default: all logits of up to 64 experts, 32 of more experts.
     weight_precision
-        "float16", "float32", or "compact": rounded to what the routers' own precision means.
+        "float16", "float32", or "compact": rounded to the bits that are meaningful in the routers' own precision.
     mask
         Experts that cannot be chosen, each as (layer, expert) or by name, such as `7:1`, `3-5:0-2` or `*:1`: the
         router's own rule chooses among the others. `logit` is what the router computed before.
     force
         Experts that are always among the chosen, named as those of `mask`, with the weight that their logits give.
     top_k
-        Experts a token. Default: the model's own number.
+        Experts per token. Default: the model's own number.
 
     Returns
     -------
@@ -90,7 +92,7 @@ def capture_texts(
     ------
     ValueError
         When no text has a token, the rows would be longer than the model's positions, or the model cannot be captured,
-        recorded or changed so.
+        recorded or changed in this way.
     """
     if isinstance(texts, str):
         raise ValueError("give a list of texts, not one text: each of its characters would be a document")
@@ -99,17 +101,17 @@ def capture_texts(
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"text {number} holds half of a surrogate pair, which is no text: replace it first"
+                f"text {number} holds a lone surrogate, which is not valid text: replace it first"
             ) from error
     path = model.folder if isinstance(model, LoadedModel) else model_path(model)
-    interventions = choose_to_change(path, None, mask=mask, force=force, top_k=top_k)  # before weights are read
+    interventions = choose_to_change(path, None, mask=mask, force=force, top_k=top_k)  # before weights are loaded
     if not isinstance(model, LoadedModel):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         quantization = quantization or default_quantization(path, None, device)
         model = load_model(path, quantization=quantization, matmul=matmul, device=device)
     most = model.provenance["max_position_embeddings"]
     if not 1 <= sequence_length <= most:
-        raise ValueError(f"sequence_length is {sequence_length}, and must be 1 to {most}, the positions of the model")
+        raise ValueError(f"sequence_length is {sequence_length}, but must be 1 to {most}, the model's positions")
     tokenizer = load_tokenizer(model.folder)
     computed_in = getattr(torch, model.provenance["compute_dtype"])
     recorded = what_to_record(

@@ -1,4 +1,4 @@
-"""What a capture records beside its choices, from what was asked for. Imports nothing heavy."""
+"""What a capture records besides its choices, built from the options. Imports nothing heavy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from store.layout import FLOAT16_BITS, FLOAT32_BITS
 Recordable = Literal["logits", "output_norm", "logprob"]
 WeightPrecision = Literal["float16", "float32", "compact"]
 
-ALL_LOGITS = 64  # experts at most, of which all logits are kept
-TOP_LOGITS = 32  # so many are kept where there are more experts
+ALL_LOGITS = 64  # largest number of experts of which all logits are kept
+TOP_LOGITS = 32  # number of logits kept if there are more experts
 MANTISSA_BITS = {"bfloat16": 7, "float16": 10, "float32": 23}
-LOGIT_BITS = 2  # a logit of 4 to 8 has a step of so many bits more than its mantissa's last, and so has its weight
+LOGIT_BITS = 2  # a logit of 4 to 8 has a step this many bits above its last mantissa bit, and so has its weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Recorded:
 
     @property
     def whole(self) -> bool:
-        """Whether the last layer's experts are needed."""
+        """Whether the experts of the last layer are needed."""
         return not {"output_norm", "logprob"}.isdisjoint(self.record)
 
 
@@ -41,7 +41,7 @@ def what_to_record(
     top_logits: int | None = None,
     weight_precision: str = "float16",
 ) -> Recorded:
-    """The arrays and precisions that are asked for.
+    """The requested arrays and precisions.
 
     Parameters
     ----------
@@ -50,9 +50,10 @@ def what_to_record(
     num_experts
         E.
     router_dtype
-        float32, bfloat16 or float16: what routers compute in. Only "compact" needs it; else it may be None.
+        float32, bfloat16 or float16: the dtype in which routers compute. Only "compact" needs it; otherwise it may be
+        None.
     top_logits
-        So many of the largest logits are kept; None: all of `ALL_LOGITS` experts or fewer, else `TOP_LOGITS`.
+        Number of largest logits to keep. None: all if there are at most `ALL_LOGITS` experts, otherwise `TOP_LOGITS`.
     weight_precision
         One of `WeightPrecision`. A weight is the exponential of a logit: its relative error is the logit's absolute
         one. So "compact" keeps `LOGIT_BITS` fewer bits than the routers' dtype has, and at most those of float16.
@@ -60,17 +61,17 @@ def what_to_record(
     Raises
     ------
     ValueError
-        When a name or a number is none that can be recorded.
+        When a name is unknown, or a number is out of range.
     """
     for name in names:
         if name not in get_args(Recordable):
-            raise ValueError(f"{name!r:.80} cannot be recorded; what can: {', '.join(get_args(Recordable))}")
+            raise ValueError(f"{name!r:.80} cannot be recorded; choose from {', '.join(get_args(Recordable))}")
     if weight_precision not in get_args(WeightPrecision):
         raise ValueError(f"weight_precision {weight_precision!r:.80} is none of {', '.join(get_args(WeightPrecision))}")
     if top_logits is not None and "logits" not in names:
-        raise ValueError(f"--top_logits is {top_logits}, and no logits are recorded: give --record logits too")
+        raise ValueError(f"--top_logits is {top_logits}, but no logits are recorded: add --record logits")
     if top_logits is not None and not 1 <= top_logits <= num_experts:
-        raise ValueError(f"--top_logits is {top_logits}, and must be 1 to {num_experts}, the experts of the model")
+        raise ValueError(f"--top_logits is {top_logits}, but must be 1 to {num_experts}, the number of experts")
     kept = top_logits or (num_experts if num_experts <= ALL_LOGITS else TOP_LOGITS)
     some = "logits" in names and kept < num_experts
     of_logits = ("logit", "logit_expert") if some else ("logit",)

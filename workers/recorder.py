@@ -1,16 +1,16 @@
-"""Record what each router chose while a model runs, and prove that it was for these tokens.
+"""Record what each router chose while a model runs, and prove that the choices belong to these tokens.
 
-T tokens, H hidden size, E experts, k choices, L layers with experts. A forward hook on each router keeps its choices
-on the device; when the last one has fired the forward is stopped, unless what follows it is recorded too: the last
-layer's experts and the final norm route nothing. What else is recorded is `workers.recordings`.
+T tokens, H hidden size, E experts, k choices, L layers with experts. A forward hook on each router keeps its choices on
+the device; when the last hook has fired, the forward pass is stopped, because the last layer's experts and the final
+norm route nothing. It continues if something after the last router is recorded too (`workers.recordings`).
 
-The proof. A hook that never fires, fires twice, or returns an earlier batch is what other recorders have been fooled
-by; 0 is a legal expert. So every layer must fire exactly once, after the layer below it, with one choice set for
-each token, every index must be legal, every weight finite, and on a sample of tokens the layer's own router, given
-the hidden states that reached it, must choose and weigh as was recorded. The sample is asked about in another order
-each time, so that a router which repeats an earlier answer for as many tokens is found too. What was recorded must also
-be what the experts were given (`workers.recordings.used`): a probability that is taken for a weight is taken for it
-again when the router is asked again.
+The proof. Other recorders have been fooled by hooks that never fire, fire twice, or return an earlier batch; 0 is a
+legal expert. So every layer must fire exactly once, after the layer below it, with one set of choices for each token.
+Every index must be legal and every weight finite. On a sample of tokens, the layer's own router is called again with
+the hidden states that reached it and must return the recorded choices and weights. The order of the sample differs each
+time, so that a router which repeats an earlier answer for as many tokens is found too. What was recorded must also be
+what the experts were given (`workers.recordings.used`): calling the router again does not show that a probability was
+mistaken for a weight, because the same mistake is made twice.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,29 +26,30 @@ from workers.models.routers import choices, in_order
 from workers.recordings.recording import Batch, Chosen, Recording, doubted, same_choices
 from workers.shard import RoutingError
 
-SAMPLE = 64  # tokens of a micro-batch on which each router is asked again (arbitrary; cost within noise)
+SAMPLE = 64  # tokens of a micro-batch for which each router is called again (arbitrary; cost within noise)
 
 ILLEGAL = "its router returned an expert that does not exist, or one twice for a token (num_experts = {experts})"
 NOT_FINITE = "its router's logits or weights are not finite"
-OTHERS = "its recorded choices are not those of its router for these tokens: an earlier batch's, or another layer's"
+OTHERS = "its recorded choices are not those of its router for these tokens, but of an earlier batch or another layer"
 
 
 class _LastRouterDone(Exception):
-    """Ends a forward: nothing after the last router matters."""
+    """Ends a forward pass: nothing after the last router is needed."""
 
 
 class Micro(NamedTuple):
     """What was recorded of a micro-batch, on the device."""
 
     arrays: dict[str, torch.Tensor]
-    """By the name of the array of the store, shape (T, \\*trailing): `expert`, `weight`, and what else is recorded;
-    experts in uint8, or int32 where E > 255."""
+    """Tensors by the name of the array in the store, shape (T, \\*trailing): `expert`, `weight` and the other
+    recordings. Experts are uint8, or int32 if E > 255."""
     faults: dict[str, torch.Tensor]
-    """What may be wrong, to the first token of rows · positions that shows it in a layer, or -1; int64, shape (L,)."""
+    """Maps each possible fault to the first token (of rows · positions) that shows it in each layer, or -1; int64,
+    shape (L,)."""
 
 
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array as a tensor there; a GPU is not waited for."""
+    """An array as a tensor on the device, without waiting for a GPU."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -59,20 +60,20 @@ class RouteRecorder:
     Parameters
     ----------
     routers
-        Layer number to router module, as the model orders them.
+        Maps layer numbers to router modules, in the model's order.
     num_experts, experts_per_token
         E and k.
     recordings
-        What is recorded beside the choices.
+        What is recorded besides the choices.
     weight_bits
         See `store.Layout`.
     asked_about
-        Within what it gives for some tokens of a micro-batch, routers are asked about those alone.
+        Returns a context for some tokens of a micro-batch, in which routers are called with these tokens only.
 
     Raises
     ------
     RoutingError
-        When there is no router, or one stands for two layers.
+        When there is no router, or one router belongs to two layers.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class RouteRecorder:
         owner: dict[nn.Module, int] = {}
         for layer, router in self.routers.items():
             if owner.setdefault(router, layer) != layer:
-                raise RoutingError(f"layer {layer}: its router is that of layer {owner[router]} too")
+                raise RoutingError(f"layer {layer}: its router is also the router of layer {owner[router]}")
         self.num_experts, self.k = num_experts, experts_per_token
         self.recordings, self.weight_bits = tuple(recordings), weight_bits
         self._asked_about = asked_about
@@ -98,13 +99,13 @@ class RouteRecorder:
         self._choices: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._finite: dict[int, torch.Tensor] = {}
         self._again: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._sample = torch.zeros(0, dtype=torch.long)  # on the device where the model begins, as all that is kept
+        self._sample = torch.zeros(0, dtype=torch.long)  # on the model's first device, like everything that is kept
         self._fired: list[int] = []
         self._batches = self._tokens = 0
 
     @contextmanager
     def attached(self) -> Iterator["RouteRecorder"]:
-        """Hooks on every router while the block runs."""
+        """Attach hooks to every router while the block runs."""
         with ExitStack() as stack:
             for layer, router in self.routers.items():
                 stack.callback(router.register_forward_hook(self._after(layer)).remove)
@@ -113,21 +114,21 @@ class RouteRecorder:
             yield self
 
     def record(self, model: Callable[..., Any], token: torch.Tensor, length: np.ndarray) -> Micro:
-        """Run one micro-batch; what is recorded stays on the device.
+        """Run one micro-batch; the recordings stay on the device.
 
         Parameters
         ----------
         model
-            The model to which the recorder is attached, or what applies its layers.
+            The model to which the recorder is attached, or a callable that applies its layers.
         token : int64 tensor, shape (rows, positions)
-            Right-padded; any legal id in the padding: attention is causal, so it reaches no token before it.
+            Right-padded, with any legal id in the padding: attention is causal, so padding affects no token before it.
         length : int array, shape (rows,)
-            Filled positions; samples are taken among them.
+            Number of filled positions; samples are taken from these.
 
         Raises
         ------
         RoutingError
-            When a layer did not fire, fired more than once, out of its place, or for another number of tokens.
+            When a layer did not fire, fired more than once or out of order, or fired for another number of tokens.
         """
         position = np.arange(token.shape[1])
         filled, followed = (np.flatnonzero(position < ends[:, None]) for ends in (length, length - 1))
@@ -145,7 +146,7 @@ class RouteRecorder:
                 output = model(input_ids=token, attention_mask=None, use_cache=False)
                 for recording in self.recordings:
                     recording.ended(output)
-        except (IndexError, RuntimeError):  # experts fail in their own words on a choice that does not exist
+        except (IndexError, RuntimeError):  # experts raise various errors for a choice that does not exist
             if token.device.type == "cpu":
                 self._name_illegal_layer()
             raise
@@ -158,8 +159,10 @@ class RouteRecorder:
         def keep_choices(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
             self._fired.append(layer)
             experts_TK, weights_TK = self._of_layer(layer, output)
-            if len(experts_TK) != self._tokens:  # raised at once: the layer's experts would fail on it
-                raise RoutingError(f"layer {layer}: its router chose for {len(experts_TK)} tokens of {self._tokens}")
+            if len(experts_TK) != self._tokens:  # raised at once, because the layer's experts would fail on it
+                raise RoutingError(
+                    f"layer {layer}: its router chose for {len(experts_TK)} tokens instead of {self._tokens}"
+                )
             home, hidden_TH = self._sample.device, args[0].reshape(-1, args[0].shape[-1])
             self._choices[layer].append((experts_TK.to(home), weights_TK.to(home)))
             self._finite[layer] = _finite(output).to(home)
@@ -188,10 +191,14 @@ class RouteRecorder:
     def _checked(self, filled: torch.Tensor) -> Micro:
         for layer, fired in self._choices.items():
             if len(fired) != 1:
-                raise RoutingError(f"layer {layer}: its router fired {len(fired)} times in one forward, once is right")
+                raise RoutingError(
+                    f"layer {layer}: its router fired {len(fired)} times in one forward pass instead of once"
+                )
         for layer, fired_layer in zip(self._choices, self._fired, strict=True):
             if layer != fired_layer:
-                raise RoutingError(f"layer {layer}: in its place fired the router recorded as layer {fired_layer}'s")
+                raise RoutingError(
+                    f"layer {layer}: the router recorded as that of layer {fired_layer} fired in its place"
+                )
         chosen = Chosen(*stacked([fired[0] for fired in self._choices.values()]), self._sample)
         experts_LTK, weights_LTK = in_order(chosen.experts_LTK, chosen.weights_LTK)
         experts_LFK = experts_LTK[:, filled]
@@ -218,11 +225,11 @@ class RouteRecorder:
         return Micro(arrays, faults)
 
     def _of_sample(self, layer: int, again: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer's router said of the sampled tokens when it was asked about them alone."""
+        """What the layer's router returned for the sampled tokens when it was called with these tokens only."""
         found = self._of_layer(layer, again)
         if len(found[0]) != len(self._sample):
             raise RoutingError(
-                f"layer {layer}: asked about {len(self._sample)} tokens, its router chose for {len(found[0])}"
+                f"layer {layer}: called with {len(self._sample)} tokens, its router chose for {len(found[0])}"
             )
         return found
 
@@ -234,7 +241,8 @@ class RouteRecorder:
 
 
 def rounded(weights: torch.Tensor, bits: int) -> torch.Tensor:
-    """Weights in float32 with so many bits of mantissa, ties to even: float16 with 10 or fewer, float32 with 23."""
+    """Weights (float32) rounded to so many mantissa bits, ties to even: float16 for 10 bits or fewer, float32 for
+    23."""
     if bits == FLOAT32_BITS:
         return weights
     if bits == FLOAT16_BITS:
@@ -246,18 +254,18 @@ def rounded(weights: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def stacked(layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choices and weights of all layers, in their routers' own order; shape (L, T, k)."""
+    """Choices and weights of all layers in the order that the routers return; shape (L, T, k)."""
     experts, weights = zip(*layers, strict=True)
     return torch.stack(experts), torch.stack(weights)
 
 
 def _finite(output: Any) -> torch.Tensor:
-    """Whether all that a router tells of each token, weights and logits, is finite; bool, shape (T,)."""
+    """Whether the weights and logits that a router returns for each token are all finite; bool, shape (T,)."""
     parts = output if isinstance(output, tuple) else (output,)
     floats = [part for part in parts if torch.is_tensor(part) and part.is_floating_point()]
     return torch.stack([part.flatten(0, -2).isfinite().all(dim=-1) for part in floats]).all(dim=0)
 
 
 def _first(found_LF: torch.Tensor, token_F: torch.Tensor) -> torch.Tensor:
-    """Of each layer the first token that was found, or -1; int64, shape (L,)."""
+    """The first token found in each layer, or -1; int64, shape (L,)."""
     return torch.where(found_LF.any(dim=1), token_F[found_LF.int().argmax(dim=1)], -1)

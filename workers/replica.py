@@ -1,8 +1,8 @@
-"""One copy of the model, and the shards that it fills: what every worker is, in this process or on another machine.
+"""One copy of the model and the shards that it fills. Every worker is one, in this process or on another machine.
 
-It promises not to compute a single shard before it has proved that it sees the driver's store, that its packages and
-device are those that the captures were begun with, and that its model is the one that their identities name. It does
-not know who calls it: `jobs.capturing.local` does in this process, `jobs.cluster.ray_workers` over Ray.
+It computes no shard before it has proved that it can read the driver's store, that its packages and device are those
+with which the captures were started, and that its model is the one that their identities name. It does not know its
+caller: `jobs.capturing.local` calls it in this process, `jobs.cluster.ray_workers` through Ray.
 """
 
 import os
@@ -21,27 +21,28 @@ from workers.shard import ROUTING_VERSION, Engine, capture_shard
 
 
 class Misplaced(ValueError):
-    """This machine cannot do the work as it is: another store, another environment, another model."""
+    """This machine cannot do the work in its present state: its store, environment or model differs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """What a replica is to do; it travels to other machines."""
+    """The work of a replica; it is sent to other machines."""
 
     store: str
     leases: Mapping[str, str]
-    """Data set to the token of the driver's lease on it: who reads the same token sees the same store."""
+    """Maps each data set to the token of the driver's lease on it. A worker that reads the same token uses the same
+    store."""
     make_engine: Callable[[], Engine]
     device: str
     """"cuda" or "cpu"."""
     batch_tokens: int
-    """Padded tokens in a micro-batch at most."""
+    """Maximum number of tokens in a micro-batch, padding included."""
     given: GivenRoutes | None = None
-    """Where routers take their choices from, instead of choosing."""
+    """The routes that routers use instead of choosing."""
     allow_mixed: bool = False
-    """Take part also with other package versions, or another device, than the capture was begun with."""
+    """Accept package versions and a device other than those with which the capture was started."""
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Environment variables that no log shows, such as HF_TOKEN."""
+    """Environment variables that are never logged, such as HF_TOKEN."""
 
 
 class Replica:
@@ -50,7 +51,7 @@ class Replica:
     Parameters
     ----------
     progress
-        Called with the number of tokens of each micro-batch that was begun.
+        Called with the number of tokens of each micro-batch when it starts.
     """
 
     def __init__(self, progress: Callable[[int], None] = lambda tokens: None) -> None:
@@ -59,16 +60,16 @@ class Replica:
         self._computing, self._writing = threading.Lock(), threading.Lock()
 
     def place(self) -> str:
-        """The host that this runs on."""
+        """The name of this host."""
         return socket.gethostname()
 
     def load(self, assignment: Assignment) -> dict[str, str]:
-        """Prove that the work can be done here, and load the model; returns the environment.
+        """Prove that the work can be done here and load the model; returns the environment.
 
         Raises
         ------
         Misplaced
-            When the store, the environment or the model is not the one that is meant; it says what to do.
+            When the store, the environment or the model is not the expected one; the message says what to do.
         """
         os.environ.update(assignment.secrets)
         self._assignment = assignment
@@ -92,17 +93,17 @@ class Replica:
         return here
 
     def compute(self, dataset: str, shard: int) -> Callable[[], dict[str, Any]]:
-        """Route one shard; what is returned commits it, and gives its tokens, seconds and halvings.
+        """Route one shard; the returned function commits it and returns its tokens, seconds and halvings.
 
-        What is returned must be called, in any thread; it may be while the next shard is computed. Two shards are in
-        memory at most: no third one is computed before the first is written.
+        The returned function must be called, in any thread, possibly while the next shard is computed. At most two
+        shards are in memory: a third one is not computed before the first is written.
 
         Raises
         ------
         RoutingError, OutOfMemory, DeviceLost
             See `workers.shard.capture_shard`.
         OSError
-            When the store cannot be read; from what is returned, when it cannot be written.
+            When the store cannot be read; from the returned function, when it cannot be written.
         """
         group = self._groups[dataset]
         with self._computing:
@@ -130,11 +131,12 @@ class Replica:
         return commit
 
     def capture(self, dataset: str, shard: int) -> dict[str, Any]:
-        """`compute` and commit; two threads may call this: one shard is written while the next one is computed."""
+        """Call `compute` and commit. Two threads may call this, so that one shard is written while the next one is
+        computed."""
         return self.compute(dataset, shard)()
 
     def routed(self) -> int:
-        """Tokens routed so far, of shards in work too: it grows as long as this lives."""
+        """Number of tokens routed so far, including those of unfinished shards. It only grows."""
         return self._routed_tokens
 
     def _count(self, tokens: int) -> None:
@@ -148,17 +150,17 @@ class Replica:
         except OSError as error:
             raise Misplaced(f"{host} cannot read the store {path}: {error}") from error
         if found != token:
-            what = "it has no such capture" if found is None else "another job's lease lies there"
+            what = "it has no such capture" if found is None else "it holds the lease of another job"
             raise Misplaced(
-                f"{host} does not see the store {path} that the driver writes ({what}): put the store where all"
-                " nodes see it, such as a shared file system or s3://"
+                f"{host} cannot see the store {path} that the driver writes ({what}): put the store where all"
+                " nodes can read and write it, such as a shared file system or s3://"
             )
         return CaptureGroup(path, name)
 
     def _refuse_other_routes(self, given: GivenRoutes) -> None:
-        """Another capture may lie at the same path here, of the same tokens."""
+        """Check that the same path holds the same capture here; it may hold another capture of the same tokens."""
         host, place = socket.gethostname(), f"{given.path}/{given.dataset}"
-        advice = "put the store of --routes_from where all nodes see it, such as a shared file system or s3://"
+        advice = "put the store of --routes_from where all nodes can read it, such as a shared file system or s3://"
         try:
             found = given.identity
         except OSError as error:
@@ -166,16 +168,16 @@ class Replica:
         for group in self._groups.values():
             if (wanted := group.identity.get("routes_from")) != found:
                 raise Misplaced(
-                    f"{place} is another capture on {host} than the one that gives the choices of {group.dataset}: its"
-                    f" identity is {found}, and {wanted} is wanted: {advice}"
+                    f"{place} on {host} is not the capture that gives the choices of {group.dataset}: its"
+                    f" identity is {found}, but {wanted} is needed: {advice}"
                 )
 
     def _refuse_other(self, group: CaptureGroup, begun: Mapping[str, str], here: Mapping[str, str]) -> None:
         begun, here = ({name: side.get(name, "") for name in SAME_BYTES_NEEDS} for side in (begun, here))
         if (lines := differences(begun, here)) and not self._assignment.allow_mixed:
             raise Misplaced(
-                f"{group.path}/{group.dataset} was begun in another environment than that of {socket.gethostname()},"
-                " so that its shards would not be comparable to the bit:\n  "
+                f"{group.path}/{group.dataset} was started in another environment than that of {socket.gethostname()},"
+                " so its shards would not be bit-identical:\n  "
                 + "\n  ".join(lines)
-                + "\nrestore it, or accept this with --allow_mixed"
+                + "\nrestore that environment, or accept the difference with --allow_mixed"
             )

@@ -1,9 +1,9 @@
-"""Fill one shard: its rows through the model in micro-batches, sorted by length, and back into their order.
+"""Fill one shard: run its rows through the model in micro-batches sorted by length, and restore their order.
 
-What a micro-batch is made of depends on the shard and on `batch_tokens` alone, never on the worker or on what ran
-before: with equal identity, halvings, device type and versions the bytes are equal. Nothing here imports torch; an
-engine is whatever routes rows. A device never waits for what follows it: its results are fetched by another thread
-while it computes the next micro-batch, of this shard or of the next one.
+The rows of a micro-batch depend only on the shard and on `batch_tokens`, never on the worker or on earlier work: with
+equal identity, halvings, device type and versions the bytes are equal. Nothing here imports torch; an engine is
+anything that routes rows. A device never waits for the steps after it: another thread fetches its results while it
+computes the next micro-batch, of this shard or of the next one.
 """
 
 import time
@@ -19,31 +19,32 @@ from store.layout import Layout
 from store.plan import Rows
 
 ROUTING_VERSION = 1
-"""Of what decides a shard's bytes in this project's own code: the forwards and kernels of `workers.models`, the order
-of choices, the make-up of micro-batches. Raise it with any change to them that changes what is captured: it is part of
-the identity. `tests/workers/test_routing_version.py` fails where that was forgotten."""
-BATCH_COST_TOKENS = 1400  # as long as so many tokens takes what each micro-batch costs (measured: gpu-engine.json)
+"""Version of the parts of this project's own code that decide a shard's bytes: the forward passes and kernels of
+`workers.models`, the order of choices, and the composition of micro-batches. Raise it with any change to them that
+changes captured values: it is part of the identity. `tests/workers/test_routing_version.py` fails if this was
+forgotten."""
+BATCH_COST_TOKENS = 1400  # what each micro-batch costs, in tokens that take as long (measured: gpu-engine.json)
 
 
 Routes = Mapping[str, np.ndarray]
-"""What was captured of rows, by the name of the array of the store: `expert`, `weight`, and what else is recorded."""
+"""The captured arrays of some rows, by their names in the store: `expert`, `weight` and the other recordings."""
 
 
 class OutOfMemory(RuntimeError):
-    """A micro-batch did not fit; the shard is rerun with half the tokens in each."""
+    """A micro-batch did not fit. The shard is run again with half as many tokens in each."""
 
 
 class DeviceLost(RuntimeError):
-    """The device failed in a way that no process recovers from: this one must end."""
+    """The device failed in a way from which a process cannot recover: this process must end."""
 
 
 class RoutingError(RuntimeError):
-    """What the routers gave cannot be what the model did with these rows; the message names layer and row.
+    """The routers' output cannot be what the model did with these rows; the message names the layer and the row.
 
     Parameters
     ----------
     row
-        The first row of the micro-batch that shows it, where it shows in one.
+        The first row of the micro-batch that shows it, if a row does.
     """
 
     def __init__(self, message: str, row: int | None = None) -> None:
@@ -52,54 +53,57 @@ class RoutingError(RuntimeError):
 
 
 class Engine(Protocol):
-    """Routes rows: a model with its hooks, or in tests a formula."""
+    """Routes rows: a model with its hooks, or a formula in tests."""
 
     layers: tuple[int, ...]
     num_experts: int
     experts_per_token: int
     description: Mapping[str, Any]
-    """What it is, in the terms of a capture's identity; fields that an identity does not have mean nothing there."""
+    """Describes the engine with the fields of a capture's identity; fields that an identity does not have are
+    ignored."""
 
     def start(self, token: np.ndarray, length: np.ndarray, given: Routes | None = None) -> Callable[[], Routes]:
-        """Begin to route right-padded rows.
+        """Start routing right-padded rows.
 
         Parameters
         ----------
         token : int32 array, shape (rows, positions)
-            At and beyond a row's length the values mean nothing.
+            Values at and beyond a row's length have no meaning.
         length : int32 array, shape (rows,)
         given
-            `expert`, and perhaps `weight`, which its routers take instead of their own.
+            `expert`, and optionally `weight`, which the routers use instead of their own.
 
         Returns
         -------
         finish
-            Waits for the routes, in any thread, and gives each array by its name in `Layout.routes`, with anything at
-            and beyond a row's length:
+            Waits for the routes, in any thread, and returns each array by its name in `Layout.routes`, with arbitrary
+            values at and beyond a row's length:
 
             expert : uint8 or uint16 array, shape (rows, positions, layers, k)
-                In order of falling weight.
-            weight : float16 array, or float32 where the layout has it so, same shape
-            others : array, shape (rows, positions, \\*trailing[1:]) of their `ArraySpec`
-                What the layout's `record` names.
+                In order of descending weight.
+            weight : float16 array, or float32 if the layout says so, same shape others : array, shape (rows, positions,
+            \\*trailing[1:]) of their `ArraySpec`
+                The arrays that the layout's `record` names.
         """
         ...
 
 
 @runtime_checkable
 class Reporting(Protocol):
-    """An engine that takes minutes for a micro-batch, and tells meanwhile how much of it is done."""
+    """An engine that takes minutes for a micro-batch and reports its progress meanwhile."""
 
     report: Callable[[int], None]
-    """Called now and then with a number of tokens, in `start`: together those of the micro-batch."""
+    """Called repeatedly in `start` with a number of tokens; their sum is that of the micro-batch."""
 
 
 def micro_batches(length: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Row indices of each micro-batch, of rows alike in length: padded size at most `batch_tokens`, one row at least.
+    """Row indices of each micro-batch: rows of similar length, with at most `batch_tokens` padded tokens or a single
+    row.
 
-    A micro-batch also ends where its padding would cost more than another one does: real text then takes 8 % more than
-    its tokens alone would, 10 % without (speeches; simulated with that cost). The largest padded size comes first: what
-    does not fit fails at once. The second largest comes last: the device computes it while the next shard is read.
+    A micro-batch also ends where its padding would cost more than another micro-batch. Real text then takes 8 % longer
+    than its tokens alone would, and 10 % without this rule (speeches; simulated with that cost). The largest padded
+    size comes first, so that a batch that does not fit fails at once. The second largest comes last: the device
+    computes it while the next shard is read.
     """
     order = np.argsort(-length.astype(np.int64), kind="stable")
     batches = []
@@ -110,7 +114,7 @@ def micro_batches(length: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
         padding = np.cumsum(longest - length[rows].astype(np.int64))
         batches.append(rows[: int(np.searchsorted(padding, BATCH_COST_TOKENS, side="right"))])
         start += len(batches[-1])
-    batches.sort(key=lambda batch: -len(batch) * int(length[batch[0]]))  # of equals, longer rows first
+    batches.sort(key=lambda batch: -len(batch) * int(length[batch[0]]))  # for equal sizes, longer rows first
     return [*batches[:1], *batches[2:], *batches[1:2]]
 
 
@@ -122,21 +126,21 @@ def route_rows(
     progress: Callable[[int], None] = lambda tokens: None,
     given: Routes | None = None,
 ) -> Callable[[], Routes]:
-    """The routes of a shard's rows, in the rows' own order, fill values at and beyond each length.
+    """The routes of a shard's rows in the order of the rows, with fill values at and beyond each length.
 
     Parameters
     ----------
     batch_tokens
-        Padded tokens in a micro-batch at most.
+        Maximum number of tokens in a micro-batch, padding included.
     progress
-        Called with the number of tokens of each micro-batch that was begun.
+        Called with the number of tokens of each micro-batch when it starts.
     given
-        Routes of the rows, with which the engine's routers are given theirs.
+        Routes of the rows, which the engine's routers use instead of their own.
 
     Returns
     -------
     finish
-        All micro-batches are begun, the last one perhaps not done: this waits for it, in any thread, and gives
+        All micro-batches have started, but the last one may not be done. This waits for it, in any thread, and returns
         each array of `Layout.routes` by name, with the shape (rows, \\*trailing) of its `ArraySpec`.
 
     Raises
@@ -161,13 +165,15 @@ def route_rows(
         filled = np.arange(width) < length[:, None]
         _check(found, shapes, filled, layout)
         for name, values in routes.result().items():
-            for row, its, size in zip(batch, found[name], length, strict=True):  # slices: other threads run meanwhile
+            for row, its, size in zip(
+                batch, found[name], length, strict=True
+            ):  # slices: other threads can run meanwhile
                 values[row, :size] = its[:size]
 
-    putter = ThreadPoolExecutor(1, thread_name_prefix="put")  # beside the next micro-batch
+    putter = ThreadPoolExecutor(1, thread_name_prefix="put")  # while the next micro-batch runs
     if reporting := isinstance(engine, Reporting):
         engine.report = progress
-    routes = putter.submit(unfilled)  # a shard of 48 layers and 8 choices has 300 MB, which take a tenth of a second
+    routes = putter.submit(unfilled)  # a shard of 48 layers and 8 choices has 300 MB, which takes a tenth of a second
     pending: Future[None] | None = None
     try:
         for batch in micro_batches(rows.length, batch_tokens):
@@ -181,7 +187,7 @@ def route_rows(
             if not reporting:
                 progress(int(length.sum()))
     finally:
-        putter.shutdown(wait=False)  # ends with what was submitted
+        putter.shutdown(wait=False)  # ends when the submitted work is done
 
     def finish() -> Routes:
         if pending is not None:
@@ -192,15 +198,17 @@ def route_rows(
 
 
 def _check(found: Routes, shapes: Mapping[str, tuple[int, ...]], filled: np.ndarray, layout: Layout) -> None:
-    """Refuse a micro-batch without an array, with one of another shape, or with an expert that does not exist."""
+    """Reject a micro-batch that lacks an array, has one of another shape, or has an expert that does not exist."""
     if missing := [name for name in shapes if name not in found]:
         raise RoutingError(
-            f"the engine gave {', '.join(found)} and no {missing[0]}, which this capture records: use an engine that"
-            f" gives it, or capture without {missing[0]}"
+            f"the engine returned {', '.join(found)} and no {missing[0]}, which this capture records: use an engine"
+            f" that returns it, or capture without {missing[0]}"
         )
     for name, shape in shapes.items():
         if found[name].shape != shape:
-            raise RoutingError(f"the engine gave {name} of shape {found[name].shape}, and {shape} is right in {layout}")
+            raise RoutingError(
+                f"the engine returned {name} of shape {found[name].shape} instead of {shape} for {layout}"
+            )
     legal = found["expert"][filled] < layout.num_experts
     if not legal.all():
         layer = layout.layers[int(np.nonzero(~legal)[1][0])]
@@ -209,7 +217,7 @@ def _check(found: Routes, shapes: Mapping[str, tuple[int, ...]], filled: np.ndar
 
 @contextmanager
 def _of_the_shard(batch: np.ndarray) -> Iterator[None]:
-    """Name the shard's row in an error that names a row of the micro-batch."""
+    """Replace the micro-batch's row by the shard's row in an error."""
     try:
         yield
     except RoutingError as error:
@@ -239,7 +247,7 @@ def capture_shard(
     Returns
     -------
     finish
-        Waits for the last micro-batch, in any thread, and gives
+        Waits for the last micro-batch, in any thread, and returns
 
         routes : dict of arrays
             What `commit` takes.

@@ -7,12 +7,13 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def tiny_checkpoint() -> Path:
-    """Folder of the tiny Mixtral, a checkpoint in the layout of the published one: 8 layers, 8 experts, 2 a token.
+    """Folder of the tiny Mixtral, a checkpoint in the layout of the published one: 8 layers, 8 experts, 2 experts per
+    token.
 
     Returns
     -------
     Path
-        Within the installed package; read it only.
+        A folder of the installed package; do not write to it.
     """
     return Path(__file__).with_name("tiny-mixtral")
 
@@ -23,7 +24,7 @@ def model_path(model: str | Path) -> str | Path:
     Raises
     ------
     ValueError
-        When it can be none of them.
+        When it is none of them.
     """
     if str(model) == "tiny":
         return tiny_checkpoint()
@@ -32,7 +33,7 @@ def model_path(model: str | Path) -> str | Path:
         return folder
     if HUB_ID.fullmatch(str(model)) is None:
         raise ValueError(
-            f'there is no model {str(model)!r}: it is no folder here, and no hub id (organization/name); "tiny" is the'
+            f'there is no model {str(model)!r}: it is neither a folder nor a hub id (organization/name). "tiny" is the'
             " small Mixtral of this package"
         )
     return model

@@ -18,13 +18,8 @@ from analysis.charts.theme import LINKS, Drawing, expert_axis, layer_step, layer
 from analysis.scanning import Array
 
 CIRCLES = "circles"
-MAX_LINKS, MAX_TOKEN_LINKS = (
-    2_000,
-    150,
-)  # most links drawn for all tokens and for one, to keep the page small; arbitrary
-SURE_BITS = (
-    10.0  # of evidence that a link is above chance; by chance at most one in 2**10 reaches it (a Chernoff bound)
-)
+MAX_LINKS, MAX_TOKEN_LINKS = 2_000, 150  # most links drawn, to keep the page small; arbitrary
+SURE_BITS = 10.0  # of evidence for a link; by chance at most one in 2**10 reaches it (Chernoff bound)
 STRONG_LINK = 0.5  # share of an expert's tokens at which a link is drawn in full strength; arbitrary
 
 

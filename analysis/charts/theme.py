@@ -134,9 +134,7 @@ class Drawing:
 def layered(*layers: alt.Chart | alt.LayerChart, **properties: Any) -> alt.LayerChart:
     """Layers with these properties."""
     chart = alt.layer(*layers).properties(**properties)
-    assert isinstance(
-        chart, alt.LayerChart
-    )  # altair's annotation allows a facet, which these properties cannot produce
+    assert isinstance(chart, alt.LayerChart)  # altair's annotation allows a facet, which cannot happen here
     return chart
 
 

@@ -19,9 +19,7 @@ from analysis.scanning import Array
 NEARLY_ALL = 0.99  # of tokens: a fault of a whole layer (arbitrary)
 FEW_TOKENS = 64  # with fewer, a layer is not judged (arbitrary)
 EXPECTED = 50  # choices per expert under an even load; with fewer, loads are not judged (arbitrary)
-TOO_EVEN = (
-    4.0  # standard deviations above the value of random ids: the load of a trained router lies beyond (arbitrary)
-)
+TOO_EVEN = 4.0  # standard deviations above random ids; trained routers lie beyond (arbitrary)
 TOO_FEW_EXPERTS = 1.35  # effective number of experts, over k
 DOCUMENTS = 5  # the least number of documents for judging last tokens (arbitrary)
 MOST = 0.9  # of documents or tokens (arbitrary)
@@ -141,9 +139,7 @@ def repeated_rows(looked: Looked) -> Iterator[Finding]:
     stretches = np.concatenate(looked.stretches) if looked.stretches else np.zeros((0, 5), np.uint64)
     order = np.lexsort((stretches[:, 3], stretches[:, 0]))
     own, before = stretches[order][1:], stretches[order][:-1]
-    others = (own[:, 1] != before[:, 1]) & (
-        own[:, 2] != before[:, 2]
-    )  # a single different token may have the same experts
+    others = (own[:, 1] != before[:, 1]) & (own[:, 2] != before[:, 2])  # one different token may have the same experts
     repeats = (own[:, 0] == before[:, 0]) & others
     if not repeats.any():
         return

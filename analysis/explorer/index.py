@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import re
-import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -264,12 +263,17 @@ class CaptureIndex:
         return parts
 
     def _tidy(self, names: Mapping[int, str]) -> None:
-        """Remove the parts of shards that were captured again, and unfinished files of killed processes."""
-        for found in self.folder.iterdir() if self.folder.is_dir() else ():
+        """Remove the parts of shards that were captured again, and unfinished files of killed processes.
+
+        A file counts as unfinished when it is a day older than the newest file here. Dates are compared with each other
+        only, because a shared folder's dates do not come from this host's clock.
+        """
+        files = {found: _written_s(found) for found in (self.folder.iterdir() if self.folder.is_dir() else ())}
+        for found, written_s in files.items():
             shard = re.match(r"\d+(?=-)", found.name)
             replaced = shard is not None and names.get(int(shard[0]), found.name) != found.name
             with contextlib.suppress(OSError):  # another process was faster
-                old = found.name.endswith(".partial") and time.time() - found.stat().st_mtime > ABANDONED_S
+                old = found.name.endswith(".partial") and max(files.values()) - written_s > ABANDONED_S
                 if replaced or old:
                     found.unlink()
 
@@ -321,3 +325,11 @@ def _part_name(shard: int, checksum: str) -> str:
 
 def _hash(about: object) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _written_s(file: Path) -> float:
+    """When a file was written, by the clock of its file system; 0 where another process has removed it meanwhile."""
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

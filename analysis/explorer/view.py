@@ -271,9 +271,7 @@ class View:
         """Compute what the first visitors would wait for, and drop the earlier view."""
         _ = self.document_tokens, self.token_counts
         self.now.occurrences(0, 0, 0)  # compiled
-        self.phrases.find(
-            "the", self.now.parts.values(), self.token_counts, skip=0, limit=1
-        )  # likewise, and the bytes are computed
+        self.phrases.find("the", self.now.parts.values(), self.token_counts, skip=0, limit=1)  # likewise
         if self.has_room:
             for at, layer in enumerate(self.layers):
                 self.table(at)

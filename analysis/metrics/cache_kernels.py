@@ -14,7 +14,7 @@ from analysis.scanning import Array, kernel
 
 LRU, LFU, BELADY, SEGMENT = range(
     4
-)  # rules, as numbered in the kernel; the first three in the order of `analysis.metrics.caching.POLICIES`
+)  # rules, numbered as in the kernel; the first three as in `analysis.metrics.caching.POLICIES`
 FEW = 8  # experts whose order fits in 64 bits
 ONES = np.array([number.bit_count() for number in range(256)])
 

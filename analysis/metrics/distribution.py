@@ -17,9 +17,7 @@ from analysis.metrics.scores import NO_IDS, Scores, bits_of, log_score, scores_o
 from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, scan
 from analysis.statistics.jackknife import Jackknife, with_intervals
 
-UNIT = (
-    2.0**-20
-)  # entropies, effective experts, masses and margins are rounded to multiples of it, so that sums are exact
+UNIT = 2.0**-20  # values are rounded to multiples of it, so that sums are exact
 UNITS = {"entropy": "bits", "effective_experts": "experts", "mass": "1"}
 AMOUNTS = ("tokens", "margin_tokens")
 

@@ -29,9 +29,7 @@ from analysis.statistics.jackknife import Jackknife, interval, with_intervals
 from analysis.statistics.resampled import totals_of
 from analysis.statistics.testing import false_discovery
 
-UNIT = (
-    2.0**-20
-)  # nats; effects are rounded to multiples of it, so that sums are exact; stored ones are multiples of 2**-16
+UNIT = 2.0**-20  # nats; effects are rounded to multiples of it (stored: 2**-16), so that sums are exact
 REPLICATES = 9999  # sign flips: many, because p-values of single experts are adjusted for all of them
 DEFINITION = (
     "mean over predicted tokens of log P(token | previous tokens) if the expert cannot be chosen at the layer - the"

@@ -19,9 +19,7 @@ from analysis.attributes import described
 from analysis.scanning import Array, Block, Reducer, State, kernel, labelled, scan, sizes
 from analysis.statistics.jackknife import Jackknife, with_intervals
 
-UNIT = (
-    2.0**-20
-)  # norms and their products are rounded to multiples of it, so that sums are exact up to 8.8e12 tokens × norm
+UNIT = 2.0**-20  # norms and products are multiples of it, so that sums are exact up to 8.8e12
 SOURCE = "REAP: Lasby et al. 2025, arXiv 2510.13999; Super Experts: Su et al. 2025, arXiv 2507.23279"
 DEFINITION = (
     "saliency of an expert at a token = its weight × L2 norm of its output before weighting; over the tokens that"

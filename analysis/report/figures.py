@@ -137,7 +137,7 @@ def line_figure(
     if null is None and by_chance is None and nulls:
         by_chance = {label: xr.full_like(values[label], each) for label, each in zip(values, nulls, strict=True)}
     told = [f"n = {sum(result.attrs['n'] for result in results):,} {counted_in}"]
-    dashed = [] if null is None else [f"{null:.3g}, expected for even and random choices"]
+    dashed = [] if null is None else [f"{null:.3g}, expected by chance or with an even load"]
     if by_chance is not None:
         dashed.append("in colour, expected by chance with the data set's own load" if dashed else "expected by chance")
     told += [f"dashed: {'; '.join(dashed)}"] if dashed else []

@@ -56,7 +56,7 @@ def _passage(each: Answers, apart: xr.Dataset | None) -> Passage:
     return Passage(
         label=each.label,
         finding=finding,
-        why="its specialist" if found else "its busiest expert",
+        why="the data set's specialist" if found else "the data set's busiest expert",
         chosen=int((choices > 0).sum()),
         tokens=int(choices.size),
         shaded=_runs([_readable(piece) for piece in row["piece"].values], choices.tolist()),

@@ -60,7 +60,7 @@ def main_finding(captured: Sequence[Answers], apart: xr.Dataset | None) -> Findi
         return busiest(compared or captured[:1])
     best, _ = max(found, key=lambda one: one[1])
     assert best.of is not None  # set by `specialist`
-    said = f"The clearest specialist is that of {best.of.label} ({best.of['load'].attrs['n']:,} tokens): {best.said}"
+    said = f"The clearest specialist, for {best.of.label} ({best.of['load'].attrs['n']:,} tokens), is {best.said}"
     return Finding(said=said, of=best.of, page=best.page, layer=best.layer)
 
 
@@ -77,7 +77,7 @@ def header(answers: Sequence[Answers], drawn_on: date) -> dict[str, str]:
         "Tokens": f"{sum(each['load'].attrs['n'] for each in answers):,}",
         "Data sets": f"{len(answers)}: {_listed([each.label for each in answers])}",
         "Coverage": f"{'complete' if complete else 'incomplete'}: {done:,} of {total:,} shards",
-        "Drawn": f"{drawn_on.day} {drawn_on:%B %Y}",
+        "Generated": f"{drawn_on.day} {drawn_on:%B %Y}",
     }
 
 

@@ -26,9 +26,7 @@ from analysis.scanning import Array
 from analysis.statistics.differences import Differences
 from analysis.statistics.jackknife import amount_of
 
-MIN_DOCUMENTS = (
-    10.0  # effective documents: with 8 skewed ones, equal means differ significantly in 15 of 100 simulations
-)
+MIN_DOCUMENTS = 10.0  # effective; with 8 skewed ones, equal means differ in 15 of 100 simulations
 REPLICATES = 999
 CELLS_AT_ONCE = 512  # cells in an array of draws: 4 MB each (arbitrary)
 

@@ -1,1 +1,1 @@
-"""A capture: from options to identity and layout, from text to planned rows, in this process."""
+"""Captures: from options to identity and layout, and from text to planned rows."""

@@ -1,6 +1,6 @@
-"""Data sets opened for writing: group, lease and planner; what is there, what is left, and what was reached.
+"""Data sets opened for writing: group, lease and planner; the state before, the missing shards, and the result.
 
-What `--local` and a cluster share. Neither who plans nor who fills the shards is known here.
+Shared by `--local` and a cluster. Does not know who plans and who fills the shards.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,60 +29,61 @@ class Capture:
     lease: Lease
     planner: Planner
     before: Coverage
-    """What was there when it was opened, with what did not hold taken back."""
+    """The state when it was opened, after damaged shards were reset."""
 
     @property
     def planned_shards(self) -> int:
-        """Shards whose rows are durable; a last one that is not whole counts once the plan is complete."""
+        """Shards whose rows are durable; an incomplete last one counts once the plan is complete."""
         return -(-self.planner.plan.rows // self.group.layout.rows_per_shard)
 
     def missing(self, start: int, stop: int) -> list[int]:
-        """Shards to fill, of those that are planned from `start` to `stop`: not committed before, nor in quarantine."""
+        """Shards to fill among the planned ones from `start` to `stop`: neither committed before nor in quarantine."""
         known = self.before.shards_total
         old = [shard for shard in self.before.missing if shard not in self.before.quarantined]
         return [shard for shard in [*old, *range(known, stop)] if start <= shard < stop]
 
     def log_planned(self) -> None:
-        """Say what the complete plan holds."""
+        """Log the content of the complete plan."""
         log(f"{self.name}: {planned(self.planner.plan, self.source.published_documents)}")
 
     def check_lease(self) -> None:
         """Raise a RuntimeError when another job has taken the group over."""
         if self.lease.lost:
             raise RuntimeError(
-                f"{self.group.path}/{self.name} was taken over by another job while this one stood still: this one ends"
+                f"{self.group.path}/{self.name} was taken over by another job while this one was suspended: this one"
+                " ends"
             )
 
 
 Fill = Callable[["Run", Sequence[Capture]], None]
-"""Plans captures to their end and commits their missing shards, as far as that is possible."""
+"""Completes the plans of captures and commits their missing shards, as far as possible."""
 
 
 def capture_datasets(run: "Run", sources: Sequence[tuple[str, Source]], fill: Fill) -> list[Coverage]:
-    """Plan data sets and fill their shards, as far as that is not done yet; says what was reached.
+    """Plan data sets and fill their missing shards; returns the resulting coverage.
 
     Raises
     ------
     ValueError
-        When a data set or its group cannot be captured as asked; nothing is captured then.
+        When a data set or its group cannot be captured as requested; then nothing is captured.
     RuntimeError
-        When another job holds a group, or the capture itself failed, also for want of storage.
+        When another job holds a group, or the capture itself failed, for example because storage failed.
     """
     with ExitStack() as stack:
         captures = [stack.enter_context(_opened(run, name, source)) for name, source in sources]
         try:
             fill(run, captures)
         except BaseException as error:
-            with suppress(OSError):  # storage that fails again must not hide what happened
+            with suppress(OSError):  # a second storage failure must not hide the first error
                 _reached(captures)
             if isinstance(error, OSError):
-                raise RuntimeError(f"the capture ended early, and can go on when this is put right: {error}") from error
+                raise RuntimeError(f"the capture ended early and can be resumed when this is fixed: {error}") from error
             raise
         return _reached(captures)
 
 
 def exit_status(states: Sequence[Coverage]) -> int:
-    """0 when all is complete, 3 when all that is missing is in quarantine, else 1."""
+    """0 if everything is complete, 3 if only quarantined shards are missing, otherwise 1."""
     if all(state.complete for state in states):
         return 0
     given_up = [set(state.missing) == set(state.quarantined) and not state.lost for state in states]
@@ -102,7 +103,7 @@ def _opened(run: "Run", name: str, source: Source) -> Iterator[Capture]:
     if source.note:
         log(f"{name}: {source.note}")
     config = run.config
-    # Held before the group is made: two makers would mix layouts.
+    # Acquired before the group is created: two creators would mix layouts.
     with lease(CaptureGroup(config.store_path, name), waits=log) as held:
         group = run.open_group(prepared)
         before = _healed(group, retry_quarantined=config.retry_quarantined)
@@ -118,7 +119,7 @@ def _opened(run: "Run", name: str, source: Source) -> Iterator[Capture]:
 
 
 def _healed(group: CaptureGroup, *, retry_quarantined: bool) -> Coverage:
-    """What is there, after what does not hold was taken back."""
+    """The state after damaged shards were reset."""
     group.settle()
     state = coverage(group.path, group.dataset)
     if state.lost:

@@ -1,20 +1,20 @@
-"""Which worker does which shard, and what happens when something breaks: the rules of a capture, on one worker or many.
+"""Which worker does which shard, and what happens on failures: the rules of a capture, on one worker or many.
 
-It knows no Ray and no clock: `jobs.capturing.loop` reports what happened and when, and asks what to do. Its promises:
+Knows neither Ray nor the clock: `jobs.capturing.loop` reports what happened and when, and asks what to do. Promises:
 
-- a worker gets shards only once it has reported that it is ready, and at most two: one to compute, one to follow;
-- a shard is asked for again only after its commit was looked for in the store;
-- whoever may have broken a worker, or raised an error, is a suspect: it runs alone, so that nobody else pays for it
-  and the blame is certain. Three strikes put it into quarantine;
-- a worker that is lost with its node, or whose storage fails, or that fails with everything, gives what it has in
-  flight no strike; only a shard that was in flight on many nodes that were lost is a suspect too;
-- workers that break again and again without a shard between them, and shards of which one after the other fails for
-  good, end the job with the reason;
-- a place where a worker was refused is not asked for again for ten minutes, and time in which the driver itself stood
-  still makes no worker hung;
-- at the tail, what waits behind another shard, or takes twice as long as shards do, is given to an idle worker too: the
-  first commit wins, and one slow worker holds nobody up;
-- a worker for which there is nothing left to do is let go.
+- a worker gets shards only after it has reported that it is ready, and at most two: the current and the next one;
+- a shard is requested again only after checking for its commit in the store;
+- a shard that may have broken a worker, or raised an error, is a suspect: it runs alone, so that it cannot affect
+  others and the cause is certain. After three strikes it is quarantined;
+- if a worker is lost with its node, or its storage fails, or it fails with every shard, the shards in flight get no
+  strike; only a shard that was in flight on many lost nodes becomes a suspect;
+- if workers keep breaking without finishing a shard, or shards keep failing for good one after the other, the job ends
+  and reports the reason;
+- a host that rejected a worker is not used again for ten minutes, and time in which the driver itself was suspended
+  does not make a worker count as hung;
+- near the end, a shard that waits behind another one, or takes twice as long as usual, is also given to an idle worker:
+  the first commit wins, so one slow worker does not delay the job;
+- a worker with nothing left to do is released.
 """
 
 import math
@@ -25,15 +25,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 STRIKES = 3
-LOSSES = 8  # with their nodes: by chance none has so many, whatever spot machines do (arbitrary)
+LOSSES = 8  # with their nodes; no shard has so many by chance, even on spot machines (arbitrary)
 UNITS_A_WORKER = 2
-BROKEN_IN_A_ROW = 3  # workers broken, each started after the one before, with no shard finished between them
-ERRORS_IN_A_ROW = (STRIKES - 1) * UNITS_A_WORKER  # a worker is taken for sick before its two shards have three strikes
-QUARANTINED_IN_A_ROW = 8  # shards given up with none finished between them: not the shards are at fault
-REFUSED_S = 600.0  # for which a place where a worker was refused is not asked for again (arbitrary)
-LATE = 2.0  # times the median seconds of a shard, after which one is given to another worker too (arbitrary)
-RECENT = 65  # finished shards whose seconds make the median (arbitrary)
-PAUSES_S = (0.0, 15.0)  # before a broken worker is replaced, by how many broke in a row (arbitrary)
+BROKEN_IN_A_ROW = 3  # consecutive broken workers without a finished shard in between
+ERRORS_IN_A_ROW = (STRIKES - 1) * UNITS_A_WORKER  # a worker counts as faulty before its two shards have three strikes
+QUARANTINED_IN_A_ROW = 8  # consecutive quarantined shards without a finished one: the shards are not the cause
+REFUSED_S = 600.0  # a host that rejected a worker is not used again for so long (arbitrary)
+LATE = 2.0  # times the median seconds of a shard, after which it is also given to another worker (arbitrary)
+RECENT = 65  # number of finished shards for the median (arbitrary)
+PAUSES_S = (0.0, 15.0)  # before a broken worker is replaced, by the number of consecutive failures (arbitrary)
 
 Stage = Literal["waiting", "loading", "ready"]
 
@@ -51,24 +51,24 @@ class Unit:
 
 @dataclass
 class WorkerState:
-    """What is known of one worker."""
+    """The state of one worker."""
 
     number: int
     stage: Stage = "waiting"
     """Waiting for a place in the cluster, loading its model, or ready."""
     host: str = ""
     units: list[Unit] = field(default_factory=list)
-    """In flight, in the order given."""
+    """Units in flight, in the given order."""
     alone: bool = False
-    """Whether it runs a suspect, and gets nothing beside it."""
+    """Whether it runs a suspect, and gets nothing else."""
     moved: float = 0.0
-    """When it last got on: changed its stage, got its first unit, routed a token or finished a shard."""
+    """The time of its last progress: it changed its stage, got its first unit, routed a token or finished a shard."""
     tokens: int = 0
-    """Tokens that it has routed, of shards in work too."""
+    """Tokens that it has routed, including those of unfinished shards."""
     errors: int = 0
     """Shards that raised an error on it since it last finished one."""
     after: int = 0
-    """Workers that had broken in a row when it was started."""
+    """Consecutive failures of workers when it was started."""
 
 
 class Dispatcher:
@@ -77,14 +77,14 @@ class Dispatcher:
     Parameters
     ----------
     most_workers
-        Workers wanted at a time, given the units left.
+        The number of workers to run, given the units left.
     committed
-        Whether a unit's commit stands in the store.
+        Whether a unit is committed in the store.
     quarantine
-        Called with a unit that is given up, and the error of each strike.
+        Called with a unit that is quarantined, and the error of each strike.
     stall_s, load_stall_s
-        Seconds after which a worker that routes no token, or does not finish loading, is taken for hung. Without end
-        where a worker cannot be replaced: then none is taken for hung or sick.
+        Seconds after which a worker that routes no token, or does not finish loading, counts as hung. Infinite if a
+        worker cannot be replaced: then none counts as hung or faulty.
     """
 
     def __init__(
@@ -100,35 +100,35 @@ class Dispatcher:
         self.stall_s, self._load_stall_s = stall_s, load_stall_s
         self.workers: dict[int, WorkerState] = {}
         self.done: set[Unit] = set()
-        """Finished by this job."""
+        """Units finished by this job."""
         self.quarantined: list[Unit] = []
-        """Given up by this job."""
+        """Units quarantined by this job."""
         self.copied: set[Unit] = set()
-        """Given to a second worker at the tail."""
+        """Units given to a second worker near the end."""
         self.retries = 0
         self.lost_workers = 0
         self.all_added = False
         """Whether no more units will come."""
         self.failures: list[str] = []
-        """Why workers broke, since a shard was last finished."""
+        """Why workers broke, since the last finished shard."""
         self._queue: deque[Unit] = deque()
         self._suspects: deque[Unit] = deque()
         self._strikes: dict[Unit, list[str]] = {}
-        self._quarantined_in_a_row = 0  # units, since one was last finished
+        self._quarantined_in_a_row = 0  # units, since the last finished one
         self._last_error = ""
         self._losses: Counter[Unit] = Counter()  # with nodes
         self._last_suspect: dict[Unit, int] = {}  # the worker on which it last failed
         self._resume_at = 0.0
-        self._refused: list[float] = []  # when workers were refused where they were placed
+        self._refused: list[float] = []  # when workers were rejected on their hosts
         self._numbers = 0
-        self._seconds: deque[float] = deque(maxlen=RECENT)  # of the last finished units
-        self._begun: dict[tuple[int, Unit], float] = {}  # when a worker came to a unit
+        self._seconds: deque[float] = deque(maxlen=RECENT)  # durations of the last finished units
+        self._begun: dict[tuple[int, Unit], float] = {}  # when a worker started a unit
 
-    # What there is
+    # State
 
     @property
     def outstanding(self) -> int:
-        """Units that are known and neither finished nor given up."""
+        """Units that are neither finished nor quarantined."""
         in_flight = {unit for worker in self.workers.values() for unit in worker.units}
         return len(self._queue) + len(self._suspects) + len(in_flight)
 
@@ -139,35 +139,36 @@ class Dispatcher:
 
     @property
     def should_abort(self) -> bool:
-        """Whether going on makes no sense: workers only break, and none is left, or shards only fail."""
+        """Whether to stop: workers keep breaking and none is left, or shards keep failing."""
         broken = len(self.failures) >= BROKEN_IN_A_ROW and not self.workers
         return broken or self._quarantined_in_a_row >= QUARANTINED_IN_A_ROW
 
     @property
     def abort_reason(self) -> Exception:
-        """Why going on makes no sense: a ValueError where someone must put something right first."""
+        """Why to stop: a ValueError if something must be fixed first."""
         if self._quarantined_in_a_row >= QUARANTINED_IN_A_ROW:
             return ValueError(
-                f"{self._quarantined_in_a_row} shards in a row failed {STRIKES} times each, so that not they are at"
-                f" fault; the last error: {self._last_error}. Put it right and run this again with --retry_quarantined"
+                f"{self._quarantined_in_a_row} consecutive shards failed {STRIKES} times each, so the shards are"
+                f" probably not the cause; the last error: {self._last_error}. Fix it and run this again with"
+                " --retry_quarantined"
             )
-        return RuntimeError(f"{len(self.failures)} workers in a row could not work, the last one: {self.failures[-1]}")
+        return RuntimeError(f"{len(self.failures)} consecutive workers failed, the last one: {self.failures[-1]}")
 
     # What to do
 
     def add(self, units: Iterable[Unit]) -> None:
-        """More units to do."""
+        """Add units to do."""
         self._queue.extend(units)
 
     def start(self, now: float) -> list[WorkerState]:
         """New workers to start."""
-        wanted = self._most_workers(max(1, self.outstanding))  # one loads while the first shard is planned
-        if self.all_added:  # a worker for each unit that waits, and none for the second unit of a busy one
+        wanted = self._most_workers(max(1, self.outstanding))  # one worker loads while the first shard is planned
+        if self.all_added:  # one worker for each waiting unit, none for the second unit of a busy one
             busy = sum(bool(worker.units) for worker in self.workers.values())
             wanted = min(wanted, busy + len(self._queue) + len(self._suspects))
         refused = sum(now - when < REFUSED_S for when in self._refused)
         wanted = min(wanted, max(1, wanted - refused))
-        too_many = len(self.failures) >= BROKEN_IN_A_ROW  # none more until one of those that are there finishes a shard
+        too_many = len(self.failures) >= BROKEN_IN_A_ROW  # no more until an existing one finishes a shard
         if too_many or self.should_abort or (self.failures and now < self._resume_at):
             return []
         new = []
@@ -186,7 +187,7 @@ class Dispatcher:
                 self._suspects.remove(unit)
                 idle[0].alone = True
                 given.append((idle[0], self._give(idle[0], unit, now)))
-        # While a suspect waits, one worker that may run it gets nothing new until it is idle.
+        # While a suspect waits, one worker that may run it gets no new units until it is idle.
         fit = self._fit(self._suspects[0], ready) if self._suspects else []
         drained = [worker for worker in fit if not worker.alone][:1]
         open_to = [worker for worker in ready if not worker.alone and worker not in drained]
@@ -197,7 +198,7 @@ class Dispatcher:
         return given + self._copies(ready, now)
 
     def _copies(self, ready: list[WorkerState], now: float) -> list[tuple[WorkerState, Unit]]:
-        """What idle workers are to do again, at the tail."""
+        """The units that idle workers repeat near the end."""
         if not self._at_the_tail:
             return []
         idle = [worker for worker in ready if not worker.units]
@@ -208,11 +209,11 @@ class Dispatcher:
 
     @property
     def _at_the_tail(self) -> bool:
-        """Whether all that is left is in flight."""
+        """Whether all remaining units are in flight."""
         return self.all_added and not self._queue and not self._suspects
 
     def _single(self) -> list[tuple[WorkerState, Unit]]:
-        """What is in flight on one worker and may be given to another; not what has failed: that runs alone."""
+        """Units in flight on one worker that may be given to another, without failed ones, which run alone."""
         return [
             (worker, unit)
             for worker in self.workers.values()
@@ -221,19 +222,19 @@ class Dispatcher:
         ]
 
     def _is_late(self, worker: WorkerState, now: float) -> bool:
-        """Whether a worker takes much longer for its first unit than units do."""
+        """Whether a worker's first unit takes much longer than usual."""
         begun = self._begun[worker.number, worker.units[0]]
         return bool(self._seconds) and now - begun > LATE * statistics.median(self._seconds)
 
     def stalled(self, now: float) -> list[tuple[WorkerState, str]]:
-        """Workers that are taken for hung or sick, and why; they are to be killed, and reported as `died`."""
+        """Workers that count as hung or faulty, and why; the caller kills them and reports them as `died`."""
         if math.isinf(self.stall_s):
             return []
         hung = []
         for worker in self.workers.values():
             idle_s = now - worker.moved
             if worker.errors >= ERRORS_IN_A_ROW:
-                hung.append((worker, f"{worker.errors} shards in a row failed on it"))
+                hung.append((worker, f"{worker.errors} consecutive shards failed on it"))
             elif worker.stage == "loading" and idle_s > self._load_stall_s:
                 hung.append((worker, f"its model was not loaded within {self._load_stall_s:,.0f} s"))
             elif worker.units and idle_s > self.stall_s:
@@ -241,19 +242,19 @@ class Dispatcher:
         return hung
 
     def surplus(self) -> list[WorkerState]:
-        """Workers for which nothing is left to do, forgotten here; they are to be killed."""
+        """Workers with nothing left to do, removed here; the caller kills them."""
         if not self._at_the_tail:
             return []
         idle = [worker for worker in self.workers.values() if not worker.units]
-        standby = len(self._single()) if self._seconds else 0  # for what may turn out to be late
+        standby = len(self._single()) if self._seconds else 0  # for units that may turn out to be late
         for worker in idle[standby:]:
             del self.workers[worker.number]
         return idle[standby:]
 
-    # What happened
+    # Reports
 
     def stood_still(self, now: float) -> None:
-        """The driver itself did not run for a while: what the workers did meanwhile it cannot know."""
+        """The driver itself was suspended: it cannot know what the workers did meanwhile."""
         for worker in self.workers.values():
             worker.moved = now
 
@@ -262,16 +263,16 @@ class Dispatcher:
         worker.stage, worker.host, worker.moved = "loading", host, now
 
     def ready(self, worker: WorkerState, now: float) -> None:
-        """The worker's model is loaded, and it sees the store."""
+        """The worker has loaded its model and can access the store."""
         worker.stage, worker.moved = "ready", now
 
     def routed(self, worker: WorkerState, tokens: int, now: float) -> None:
-        """The worker has routed so many tokens in all."""
+        """The worker has routed so many tokens in total."""
         if tokens != worker.tokens:
             worker.tokens, worker.moved = tokens, now
 
     def finish(self, worker: WorkerState, unit: Unit, now: float) -> bool:
-        """The unit's commit stands; whether that is news, and not that of a copy that was slower."""
+        """The unit is committed; returns False for the slower of two copies."""
         worker.errors = 0
         if unit not in worker.units:
             return False
@@ -282,39 +283,40 @@ class Dispatcher:
         return True
 
     def fail(self, worker: WorkerState, unit: Unit, reason: str, now: float) -> None:
-        """The unit raised an error that is its own; the worker goes on."""
-        if unit not in worker.units:  # a copy of what is committed
+        """The unit raised its own error; the worker continues."""
+        if unit not in worker.units:  # a copy of a committed unit
             return
         self._take(worker, unit, now)
         worker.errors += 1
         self._strike(worker, unit, reason)
 
     def refused(self, worker: WorkerState, reason: str, now: float) -> None:
-        """The worker does not see the store, or has other packages or another GPU: so would the next one there."""
+        """The worker cannot access the store, or has different packages or a different GPU; the next one there would
+        too."""
         self._refused.append(now)
         self.broke(worker, reason, now)
 
     def broke(self, worker: WorkerState, reason: str, now: float) -> None:
-        """The worker cannot go on, through no fault of its units: it did not start, or its storage fails."""
-        if len(self.failures) <= worker.after:  # else others that were started with it broke too: that is one time
+        """The worker cannot continue, but not because of its units: it did not start, or its storage fails."""
+        if len(self.failures) <= worker.after:  # otherwise others started with it broke too, which counts once
             self.failures.append(reason)
         self._resume_at = now + PAUSES_S[min(len(self.failures), len(PAUSES_S)) - 1]
         self._forget(worker)
 
     def lost(self, worker: WorkerState) -> None:
-        """The worker is gone with its node, or was out of reach: its units are done again, and nobody is blamed.
+        """The worker was lost with its node, or was unreachable: its units are redone without strikes.
 
-        A unit that this happens to `LOSSES` times is done alone, and each time more is a strike.
+        After `LOSSES` losses a unit is run alone, and each further loss is a strike.
         """
         self._losses.update(worker.units)
         if worker.alone and self._losses[worker.units[0]] > LOSSES:
-            self._blame(worker, f"its node was lost while it ran alone, as {LOSSES} or more were before")
+            self._blame(worker, f"its node was lost while it ran alone, after {LOSSES} or more earlier losses")
         else:
             self._forget(worker)
 
     def died(self, worker: WorkerState, reason: str, now: float) -> None:
-        """The worker's process ended or hung on a node that lives: whatever it had in flight may have done it."""
-        if worker.errors >= ERRORS_IN_A_ROW:  # it is sick, and not what it has in flight
+        """The worker's process ended or hung on a live node: the units in flight may be the cause."""
+        if worker.errors >= ERRORS_IN_A_ROW:  # the worker is faulty, not its units
             self._forget(worker)
         elif worker.units:
             self._blame(worker, reason)
@@ -322,7 +324,7 @@ class Dispatcher:
             self.broke(worker, reason, now)
 
     def _forget(self, worker: WorkerState) -> None:
-        """The worker is no more, and what it had in flight is done again."""
+        """Remove the worker and redo its units in flight."""
         del self.workers[worker.number]
         self.lost_workers += 1
         for unit in reversed(worker.units):
@@ -334,14 +336,14 @@ class Dispatcher:
                 again.appendleft(unit)
 
     def _blame(self, worker: WorkerState, reason: str) -> None:
-        """The worker is no more, and what it had in flight may be why."""
+        """Remove the worker and treat its units in flight as suspects."""
         del self.workers[worker.number]
         self.lost_workers += 1
         for unit in worker.units:
             self._strike(worker, unit, reason)
 
     def _fit(self, unit: Unit, ready: list[WorkerState]) -> list[WorkerState]:
-        """Those that a suspect may run on: not the worker that it last failed on, unless that is the only one."""
+        """The workers that a suspect may run on: not the one on which it last failed, unless that is the only one."""
         return [worker for worker in ready if worker.number != self._last_suspect.get(unit)] or ready
 
     def _give(self, worker: WorkerState, unit: Unit, now: float) -> Unit:
@@ -359,12 +361,12 @@ class Dispatcher:
             self._begun.setdefault((worker.number, worker.units[0]), now)
 
     def _is_held(self, unit: Unit) -> bool:
-        """Whether another worker has it in flight still."""
+        """Whether another worker still has it in flight."""
         return any(unit in worker.units for worker in self.workers.values())
 
     def _settle(self, unit: Unit) -> None:
         for worker in self.workers.values():
-            if unit in worker.units:  # a copy, which loses
+            if unit in worker.units:  # the slower copy
                 self._take(worker, unit, worker.moved)
         self.done.add(unit)
         self._strikes.pop(unit, None)

@@ -1,4 +1,4 @@
-"""What a capture will cost, from a sample: `--dry_run`. Every text is read, a sample of them is tokenized."""
+"""The cost of a capture, estimated from a sample: `--dry_run`. All texts are read, and a sample is tokenized."""
 
 import math
 import random
@@ -26,9 +26,9 @@ from workers.text.tokenizer import load_tokenizer
 
 SAMPLE_DOCUMENTS = 500
 BYTES_A_VALUE = {"expert": 25 / 64, "weight": 82 / 64, "logit": 1.5, "logit_expert": 1.0, "effect": 2.2}
-"""Of each value, compressed: of real Mixtral routes (measured: 32 layers × 2), of logits in bfloat16 and of effects (of
-the tiny model)."""
-BYTES_A_FLOAT32 = 3.3  # of a value of which all bits mean something (measured: norms 3.2, log-probabilities 3.4)
+"""Compressed bytes per value: for real Mixtral routes (measured: 32 layers × 2), for logits in bfloat16 and for effects
+(with the tiny model)."""
+BYTES_A_FLOAT32 = 3.3  # per value whose bits are all significant (measured: norms 3.2, log-probabilities 3.4)
 BYTES_A_TOKEN = 2.0  # the token itself, compressed (measured)
 FILLED_WARNING = 0.5
 
@@ -41,7 +41,7 @@ class TokenEstimate:
     sampled: int
     tokens: float
     spread: float
-    """Half of a 95 % interval of `tokens`; 0 where every document was tokenized."""
+    """Half of a 95% interval of `tokens`; 0 if every document was tokenized."""
     rows: int
 
     def filled_share(self, sequence_length: int) -> float:
@@ -54,9 +54,9 @@ def estimate_tokens(run: Run, source: Source, sequence_length: int) -> TokenEsti
 
     Notes
     -----
-    The ratio estimator of a total under simple random sampling without replacement (Cochran, Sampling Techniques,
-    3rd ed., section 6.4): tokens = characters × Σt/Σc, with the variance of the residuals t - (Σt/Σc)·c. Under
-    --limit_tokens t is at most that, and c as many characters as hold so many tokens on average.
+    The ratio estimator of a total under simple random sampling without replacement (Cochran, Sampling Techniques, 3rd
+    ed., section 6.4): tokens = characters × Σt/Σc, with the variance of the residuals t - (Σt/Σc)·c. With
+    --limit_tokens, t is at most that, and c the number of characters that hold so many tokens on average.
     """
     characters, sample = [], []
     chooser = random.Random(0)  # the same sample every time
@@ -69,7 +69,7 @@ def estimate_tokens(run: Run, source: Source, sequence_length: int) -> TokenEsti
         elif slot < SAMPLE_DOCUMENTS:
             sample[slot] = (document, size)
     day, skip = date.fromisoformat(run.config.template_date), run.config.skip_unrenderable
-    tokenizer = load_tokenizer(run.model, run.model_commit, template_date=day)  # which has no limit
+    tokenizer = load_tokenizer(run.model, run.model_commit, template_date=day)  # without a limit
     encoded = encode([document for document, _ in sample], tokenizer, skip_unrenderable=skip)
     tokens = np.array([len(ids) for _, ids, _ in encoded], float)
     sizes = np.array([size for _, size in sample], float)
@@ -86,13 +86,13 @@ def estimate_tokens(run: Run, source: Source, sequence_length: int) -> TokenEsti
 
 
 def print_estimate(run: Run, name: str, source: Source) -> None:
-    """Print what capturing one data set would take; nothing is written and no weights are loaded."""
+    """Print the cost of capturing one data set; nothing is written and no weights are loaded."""
     prepared = run.prepare(name, source)
     layout, config = prepared.layout, run.config
     text = estimate_tokens(run, source, layout.sequence_length)
     filled = text.filled_share(layout.sequence_length)
     published = "" if source.published_documents is None else f" ({source.published_documents:,} published)"
-    time = "unknown (give --rate TOKENS_PER_SECOND)" if config.rate is None else duration(text.tokens / config.rate)
+    time = "unknown (use --rate TOKENS_PER_SECOND)" if config.rate is None else duration(text.tokens / config.rate)
     lines = {
         "documents": f"{text.documents:,}{published}",
         "tokens": f"{text.tokens:,.0f} ± {text.spread:,.0f} (95 %, from {text.sampled:,} documents tokenized)",
@@ -113,11 +113,11 @@ def print_estimate(run: Run, name: str, source: Source) -> None:
     Console(width=None if console.is_terminal else 160).print(table)
     if text.rows and filled < FILLED_WARNING:
         longest = layout.sequence_length
-        print(f"note: rows are mostly empty; a --sequence_length under {longest} makes scans of the store faster")
+        print(f"note: rows are mostly empty; a --sequence_length below {longest} makes scans of the store faster")
 
 
 def stored_bytes(layout: Layout, router_dtype: str) -> float:
-    """About how many bytes a token takes in the store."""
+    """The approximate number of bytes per token in the store."""
     bytes_a_value = dict(BYTES_A_VALUE)
     bytes_a_value["weight"] *= 0.6 if layout.weight_bits < FLOAT16_BITS else 1  # with 5 bits (measured)
     if layout.weight_bits > FLOAT16_BITS:
@@ -129,7 +129,7 @@ def stored_bytes(layout: Layout, router_dtype: str) -> float:
 
 
 def _device_memory(run: Run, layout: Layout) -> str:
-    """Weights, and on a GPU all that is held beside them, where that is known."""
+    """The memory for weights and, on a GPU, everything else that is held, if known."""
     config, where = run.config, f"on {run.device}, {run.batch_tokens:,} tokens at a time"
     dtype, recorded = compute_dtype(run.device, config.dtype), run.recorded
     last = recorded.whole or len(layout.layers) == 1  # whose experts are run
@@ -150,7 +150,7 @@ def _device_memory(run: Run, layout: Layout) -> str:
     work += run.kept_bytes
     total = card_bytes(weights, work)
     rest = total - weights - work
-    return f"about {total:,} bytes {where}: {weights:,} of weights, {work:,} to compute, {rest:,} of torch and CUDA"
+    return f"about {total:,} bytes {where}: {weights:,} of weights, {work:,} for computing, {rest:,} for torch and CUDA"
 
 
 def _head_work(dtype: torch.dtype, record: Sequence[str]) -> int:
@@ -166,6 +166,6 @@ def _host_bytes(prepared: Prepared) -> int:
 
 
 def _token_bytes(layout: Layout, names: Sequence[str]) -> int:
-    """Bytes of a token in some of the arrays, as they are in memory."""
+    """Bytes per token of some of the arrays in memory."""
     arrays = [layout.arrays()[name] for name in names]
     return sum(math.prod(spec.trailing[1:]) * np.dtype(spec.dtype).itemsize for spec in arrays)

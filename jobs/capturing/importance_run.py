@@ -1,6 +1,6 @@
-"""From options to captures of experts' effects: in what they differ from other captures.
+"""From options to captures of experts' effects: the differences from other captures.
 
-Everything else is a capture's: planning, leases, shards, commits, workers, and what happens when something breaks.
+Everything else is the same as for a capture: planning, leases, shards, commits, workers, and the handling of failures.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,24 +38,24 @@ class ImportanceRun(Run):
         Raises
         ------
         ValueError
-            When one does not exist, or its router cannot do without an expert.
+            When one does not exist, or its router needs all its experts.
         """
         layers = tuple(layers_named(self.config.layers, self.described["layers"]))
         choose_to_change(self.model, self.config.model_revision, mask=[(layer, 0) for layer in layers])
         return layers
 
     def _refuse_mask(self) -> None:
-        """Refuse to write a mask that no capture could take."""
+        """Raise if the mask would be impossible for a capture."""
         left = self.described["num_experts"] - self.config.least
         if self.config.write_mask is not None and left < (chosen := self.described["experts_per_token"]):
             raise ValueError(
                 f"--least {self.config.least} would leave {left} of {self.described['num_experts']} experts of each"
-                f" layer in --write_mask, and {chosen} are chosen for each token: give fewer"
+                f" layer in --write_mask, but {chosen} are chosen for each token: use fewer"
             )
 
     @property
     def engine(self) -> Callable[..., ModelEngine]:
-        """See `Run`; so for the others."""
+        """See `Run`, also for the following methods."""
         return partial(ImportanceEngine, layers=self.measured)
 
     @cached_property
@@ -64,12 +64,12 @@ class ImportanceRun(Run):
 
     @cached_property
     def interventions(self) -> Interventions:
-        """None beside the experts that are masked one by one."""
+        """None, apart from the experts that are masked one by one."""
         return Interventions()
 
     @property
     def kept_bytes(self) -> int:
-        """The hidden states that reach each measured layer."""
+        """The hidden states at the input of each measured layer."""
         config = self.config
         dtype = compute_dtype(self.device, config.dtype)
         skeleton = build_skeleton(find_checkpoint(self.model, config.model_revision, weights=False), dtype)
@@ -98,9 +98,9 @@ class ImportanceRun(Run):
         return {"script": "jobs/importance.py"}
 
     def _rows(self, sequence_length: int) -> int:
-        """As many as a micro-batch has; on a CPU fewer, by the operations of all runs."""
+        """As many as a micro-batch has; fewer on a CPU, by the operations of all runs."""
         if self.device != "cpu":
             return default_rows_per_shard(sequence_length, self.batch_tokens)
-        runs = len(self.measured) * self.described["num_experts"] / 2  # of all layers: half of them are run
+        runs = len(self.measured) * self.described["num_experts"] / 2  # runs of all layers: half of them on average
         operations = operations_per_token(self.model, self.config.model_revision) * max(1, runs)
         return default_rows_per_shard(sequence_length, int(CPU_SHARD_OPERATIONS // operations))

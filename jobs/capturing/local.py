@@ -1,7 +1,7 @@
 """Capture in this process: one worker, on one device, under the rules of `jobs.capturing.dispatch`.
 
-It computes in the calling thread, so that Ctrl-C ends it at once, and writes in another: while one shard is encoded and
-written, the next one is computed. At most one waits to be written, so that memory is bounded.
+Computes in the calling thread, so that Ctrl-C ends it at once, and writes in another: while one shard is encoded and
+written, the next one is computed. At most one shard waits to be written, so memory is bounded.
 """
 
 import math
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def capture_here(run: "Run", captures: Sequence[Capture]) -> None:
     """Plan the captures, then fill their missing shards: a `jobs.capturing.captures.Fill`."""
     for capture in captures:
-        if not capture.planner.plan.complete:  # no bar where there is nothing to show
+        if not capture.planner.plan.complete:  # no bar if there is nothing to show
             with reporting(f"plan {capture.name}", done=capture.planner.plan.tokens) as report:
                 capture.planner.run(lambda plan: report.to(plan.tokens, f"{plan.documents:,} documents"))
         capture.log_planned()
@@ -36,8 +36,8 @@ def capture_here(run: "Run", captures: Sequence[Capture]) -> None:
 class ThisProcess:
     """A pool of one worker, which is this process: a `jobs.capturing.loop.Pool`.
 
-    It cannot be replaced. What no worker survives ends the capture: a model that does not load, storage that fails, a
-    device that is lost.
+    It cannot be replaced, so fatal errors end the capture: a model that does not load, storage that fails, a lost
+    device.
     """
 
     stall_s = math.inf
@@ -53,20 +53,20 @@ class ThisProcess:
         return 1
 
     def start(self, worker: WorkerState) -> None:
-        """Begin; nothing is loaded yet."""
+        """Start; nothing is loaded yet."""
         self._replica = Replica(lambda tokens: self._routed(worker))
         self.ask(worker, "place")
 
     def ask(self, worker: WorkerState, call: Call) -> None:
-        """Ask something of the worker; `listen` does it."""
+        """Ask the worker to do something; `listen` does it."""
         self._calls.append((worker, call))
 
     def stop(self, worker: WorkerState) -> None:
-        """Wait for what is being written."""
+        """Wait for pending writes."""
         self._writer.shutdown()
 
     def listen(self, report: Callable[[Event], None]) -> None:
-        """Do one thing that was asked for, and report it; a shard is reported once it is written.
+        """Do one requested thing and report it; a shard is reported once it is written.
 
         Raises
         ------
@@ -97,7 +97,7 @@ class ThisProcess:
         except Exception as error:
             self._report(_failed(worker, unit, error))
             return
-        self._writing.append((worker, unit, self._writer.submit(commit)))  # first: what is computed is written
+        self._writing.append((worker, unit, self._writer.submit(commit)))  # first in line: computed shards are written
         if len(self._writing) > 1:
             self._report_written()
 
@@ -111,11 +111,11 @@ class ThisProcess:
 
 
 def _failed(worker: WorkerState, unit: Unit, error: Exception) -> Event:
-    """A shard's own error; any other one is raised."""
+    """The event for a shard's own error; other errors are raised."""
     if isinstance(error, DeviceLost):
         raise RuntimeError(
-            f"the device failed, and this process cannot use it any more: {error}. Start the same command again: it"
-            " resumes with the shards that are missing"
+            f"the device failed and this process can no longer use it: {error}. Run the same command again to"
+            " resume with the missing shards"
         ) from error
     if isinstance(error, OSError):
         raise error

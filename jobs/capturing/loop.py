@@ -1,4 +1,4 @@
-"""The loop of a capture: gives shards to workers, and reports to the dispatcher what became of them.
+"""The loop of a capture: assigns shards to workers, and reports the results to the dispatcher.
 
 The rules are in `jobs.capturing.dispatch`, the work in `workers.replica`. Where workers run is a `Pool`: this process
 (`jobs.capturing.local`) or a Ray cluster (`jobs.cluster.ray_workers`).
@@ -18,7 +18,7 @@ from workers.replica import Misplaced
 from workers.shard import DeviceLost
 
 Call = Unit | str
-"""What a worker was asked: a unit, or "place", "load" or "routed", which are methods of `workers.replica.Replica`."""
+"""A request to a worker: a unit, or "place", "load" or "routed", which are methods of `workers.replica.Replica`."""
 
 
 class WorkerGone(Exception):
@@ -27,9 +27,9 @@ class WorkerGone(Exception):
     Parameters
     ----------
     reason
-        As far as it is known.
+        The reason, as far as known.
     with_node
-        Whether its machine is gone too.
+        Whether its machine was lost too.
     """
 
     def __init__(self, reason: str, *, with_node: bool) -> None:
@@ -39,14 +39,14 @@ class WorkerGone(Exception):
 
 @dataclass(frozen=True)
 class Event:
-    """What became of a call."""
+    """The result of a call."""
 
     worker: WorkerState
     call: Call
     value: Any = None
-    """The host of "place", the tokens of "routed", the facts of a unit that is committed."""
+    """The host for "place", the tokens for "routed", the facts of a committed unit."""
     error: Exception | None = None
-    """What the call ended with instead."""
+    """The error, if the call failed."""
 
 
 class Pool(Protocol):
@@ -56,7 +56,7 @@ class Pool(Protocol):
     """See `jobs.capturing.dispatch.Dispatcher`."""
 
     def most_workers(self, units: int) -> int:
-        """Workers wanted while so many units are left."""
+        """The number of workers to run while so many units are left."""
         ...
 
     def start(self, worker: WorkerState) -> None:
@@ -64,11 +64,11 @@ class Pool(Protocol):
         ...
 
     def ask(self, worker: WorkerState, call: Call) -> None:
-        """Ask something of a worker; the answer is an event."""
+        """Send a request to a worker; the answer is an event."""
         ...
 
     def listen(self, report: Callable[[Event], None]) -> None:
-        """Report what has happened; where nothing has, wait a little."""
+        """Report what has happened; if nothing has, wait a little."""
         ...
 
     def stop(self, worker: WorkerState) -> None:
@@ -77,14 +77,14 @@ class Pool(Protocol):
 
 
 class Watcher(Protocol):
-    """Shows how a capture goes."""
+    """Shows the progress of a capture."""
 
     def finished(self, worker: WorkerState, unit: Unit, facts: Mapping[str, Any]) -> None:
         """A worker has committed a shard."""
         ...
 
     def show(self, dispatcher: Dispatcher) -> None:
-        """Show how far the capture is."""
+        """Show the progress of the capture."""
         ...
 
 
@@ -100,7 +100,7 @@ class CaptureLoop:
     all_planned
         Whether every plan is complete.
     watchers
-        Who shows how it goes.
+        Objects that show the progress.
     """
 
     def __init__(
@@ -117,12 +117,12 @@ class CaptureLoop:
         self._added = dict.fromkeys(self.captures, 0)
 
     def run(self) -> None:
-        """Until nothing is left to do.
+        """Run until nothing is left to do.
 
         Raises
         ------
         RuntimeError, ValueError
-            When going on makes no sense, or another job has taken a capture over.
+            When continuing is useless, or another job has taken over a capture.
         """
         dispatcher = self.dispatcher
         try:
@@ -140,12 +140,17 @@ class CaptureLoop:
         finally:
             for worker in list(dispatcher.workers.values()):
                 self.pool.stop(worker)
-        for unit in sorted(dispatcher.copied):  # two that computed otherwise, one with less memory, may have met
+        for unit in sorted(
+            dispatcher.copied
+        ):  # two workers may have computed differently, for example one with less memory
             if reason := verify_shard(self.captures[unit.dataset].group, unit.shard):
-                log(f"{unit} was written by two workers, and does not hold: {reason}; the same command does it again")
+                log(
+                    f"{unit} was written by two workers and is damaged: {reason}; running the same command again"
+                    " redoes it"
+                )
 
     def _add_planned(self) -> None:
-        complete = self.all_planned()  # asked first: what is planned after it is taken the next time
+        complete = self.all_planned()  # asked first: what is planned later is handled the next time
         for name, capture in self.captures.items():
             planned = capture.planned_shards  # asked once: it grows
             self.dispatcher.add(Unit(name, shard) for shard in capture.missing(self._added[name], planned))
@@ -177,7 +182,7 @@ class CaptureLoop:
 
     def _report(self, event: Event) -> None:
         now, worker = time.monotonic(), event.worker
-        if worker.number not in self.dispatcher.workers:  # stopped: its answers are of no use any more
+        if worker.number not in self.dispatcher.workers:  # stopped: its answers are no longer needed
             return
         if isinstance(event.error, WorkerGone):
             self._gone(worker, event.error, now)
@@ -199,7 +204,7 @@ class CaptureLoop:
         elif worker.stage == "waiting":
             self.dispatcher.placed(worker, value, now)
             self.pool.ask(worker, "load")
-        else:  # it was out of reach, and what it was asked before is lost
+        else:  # it was unreachable, and earlier requests are lost
             self.pool.stop(worker)
             self.dispatcher.lost(worker)
 
@@ -234,7 +239,7 @@ class CaptureLoop:
         group = self.captures[unit.dataset].group
         names = group.document_names(unit.shard)
         group.quarantine(unit.shard, {"errors": list(map(without_secrets, errors)), "documents": names})
-        log(f"{unit} is given up after {len(errors)} failures, the last one: {errors[-1]}; documents: {_few(names)}")
+        log(f"{unit} is quarantined after {len(errors)} failures, the last one: {errors[-1]}; documents: {_few(names)}")
 
 
 def _few(names: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""Plan a data set: text to token ids to rows, whole shards at a time, in bounded memory, done once.
+"""Plan a data set: from text to token ids to rows, in complete shards, in bounded memory, only once.
 
-Deterministic: a killed planner goes on after the last whole shards that it published and arrives at equal bytes; a
-complete plan is never made again.
+Deterministic: a killed planner resumes after the last complete shards that it published and produces equal bytes; a
+complete plan is never repeated.
 """
 
 from collections import deque
@@ -23,7 +23,7 @@ from workers.text.tokenizer import TextTokenizer
 
 PUBLISH_POSITIONS = 2**20  # positions made durable at a time: four shards of the default size (arbitrary)
 BATCH_DOCUMENTS = 256
-BATCH_CHARACTERS = 2**22  # of text in memory at a time, unless one document is longer (arbitrary)
+BATCH_CHARACTERS = 2**22  # characters of text in memory at a time, unless one document is longer (arbitrary)
 SEQUENCE_LENGTHS = tuple(1 << power for power in range(4, 12))  # 16 to 2,048
 
 
@@ -34,7 +34,7 @@ class _PlannedRow:
     tokens: np.ndarray
     roles: np.ndarray | None
     cut: bool
-    """Whether the document goes on in the next row."""
+    """Whether the document continues in the next row."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def encode(
     Raises
     ------
     Unrenderable
-        A document has a fault, or the chat template cannot take it; the message names it. Where such documents are
-        skipped, one has no tokens, and its `fault` says why.
+        When a document has a fault, or the chat template rejects it; the message names it. If such documents are
+        skipped, the document has no tokens, and its `fault` says why.
     """
     nothing = np.empty(0, np.int32), np.empty(0, np.uint8)
     texts = iter(tokenizer.encode_batch([d.text for d in documents if d.messages is None]))
@@ -72,7 +72,7 @@ def encode(
                 raise ValueError(f"document {document.name!r}: {error}") from error
         if document.fault is not None and not skip_unrenderable:
             where = "" if document.fault.startswith(document.name) else f"document {document.name!r}: "
-            raise Unrenderable(f"{where}{document.fault}; --skip_unrenderable leaves such documents out")
+            raise Unrenderable(f"{where}{document.fault}; use --skip_unrenderable to skip such documents")
         yield document, *encoded
 
 
@@ -81,7 +81,7 @@ def default_sequence_length(
 ) -> int:
     """P: the smallest power of two that holds the longest of the first 1,000 documents; 16 to 2,048.
 
-    Known before the data set is tokenized, and the same every time.
+    Known before the data set is tokenized, and deterministic.
     """
     longest = 0
     documents = source.documents(faulty=True)
@@ -99,9 +99,9 @@ class Planner:
     Parameters
     ----------
     group
-        Where the rows go; its plan says where to begin.
+        The output group; its plan says where to start.
     source, tokenizer
-        Those that the group's identity names.
+        The source and tokenizer of the group's identity.
     bos, limit_documents, skip_unrenderable
         As configured.
     """
@@ -129,7 +129,7 @@ class Planner:
         Raises
         ------
         ValueError
-            When a document cannot be tokenized as asked, the message names it; or the text changed meanwhile.
+            When a document cannot be tokenized as requested (the message names it), or the text changed meanwhile.
         """
         if self.plan.complete:
             return self.plan
@@ -178,10 +178,10 @@ class Planner:
     def _publish(self, count: int, complete: bool = False) -> None:
         rows = [self._rows.popleft() for _ in range(count)]
         last = self.plan.documents + len(self._seen)
-        following = self._rows[0].document if self._rows else last  # the document that goes on, or comes next
+        following = self._rows[0].document if self._rows else last  # the document that continues or comes next
         seen = [self._seen.popleft() for _ in range(following - self.plan.documents)]
         begun = sum(row.document == following for row in rows)
-        if following == self.plan.documents:  # a document of many shards
+        if following == self.plan.documents:  # a document that spans many shards
             begun += self.plan.rows_of_next_document
         plan = replace(
             self.plan,

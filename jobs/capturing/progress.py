@@ -1,4 +1,4 @@
-"""What a capture shows while it runs: a bar and its workers in a terminal, a line now and then in a log."""
+"""The progress display of a capture: a bar and its workers in a terminal, occasional lines in a log."""
 
 import time
 from collections import Counter
@@ -33,7 +33,7 @@ class Progress:
         self._before_tokens = sum(capture.before.tokens_done for capture in captures)
         self._before_shards = sum(capture.before.shards_done for capture in captures)
         self._finished: Counter[int] = Counter()  # tokens committed, by worker
-        self._first: float | None = None  # when the first worker was ready: loading is not in the rate
+        self._first: float | None = None  # when the first worker was ready, so that loading is not in the rate
         self._logged = time.monotonic()
         self._console = Console(stderr=True)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
@@ -57,7 +57,7 @@ class Progress:
         self._finished[worker.number] += facts["tokens"]
 
     def show(self, dispatcher: Dispatcher) -> None:
-        """Show how far the job is."""
+        """Show the progress of the job."""
         now = time.monotonic()
         if self._first is None and any(worker.stage == "ready" for worker in dispatcher.workers.values()):
             self._first = now
@@ -71,11 +71,11 @@ class Progress:
             log("capture: " + self.line(dispatcher))
 
     def line(self, dispatcher: Dispatcher) -> str:
-        """How far the job is, in one line."""
+        """The progress of the job, in one line."""
         planned = sum(capture.planner.plan.tokens for capture in self._captures)
         shards = sum(capture.planned_shards for capture in self._captures)
         run_s = time.monotonic() - (self._first or time.monotonic())
-        done = min(planned, self._before_tokens + self._routed(dispatcher))  # a shard may be in work twice
+        done = min(planned, self._before_tokens + self._routed(dispatcher))  # a shard may be computed twice
         rate = self._routed(dispatcher) / run_s if run_s > 0 else 0.0
         parts = [
             f"{self._before_shards + len(dispatcher.done):,} of {shards:,} shards",
@@ -91,7 +91,7 @@ class Progress:
         return "; ".join([*parts, *_troubles(dispatcher)])
 
     def _routed(self, dispatcher: Dispatcher) -> int:
-        """Tokens committed by this job, and those of shards in work."""
+        """Tokens committed by this job, plus those of unfinished shards."""
         in_work = sum(max(0, w.tokens - self._finished[w.number]) for w in dispatcher.workers.values())
         return self._finished.total() + in_work
 
@@ -111,7 +111,7 @@ class Progress:
 
 
 def _troubles(dispatcher: Dispatcher) -> list[str]:
-    """What had to be done again, or was given up."""
+    """Retries and failures."""
     counts = {
         "workers lost": dispatcher.lost_workers,
         "retries": dispatcher.retries,

@@ -1,7 +1,7 @@
 """From options to a group that can be planned and captured: sources, tokenizer, model facts, identity.
 
-What makes two captures the same is complete here before a single document is tokenized, except that the default
-sequence length is taken from the first 1,000 documents.
+A capture's identity is complete here before any document is tokenized, except that the default sequence length depends
+on the first 1,000 documents.
 """
 
 import os
@@ -39,7 +39,7 @@ from workers.text.tokenizer import ROLES, TextTokenizer, load_tokenizer
 from workers.tiny import model_path
 
 BATCH_TOKENS = {"cuda": 32_768, "cpu": 8_192}
-CPU_SHARD_OPERATIONS = 2**36  # of a shard on a CPU: three seconds with the tiny Mixtral (from cpu.json)
+CPU_SHARD_OPERATIONS = 2**36  # operations per shard on a CPU: three seconds with the tiny Mixtral (from cpu.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,13 @@ class Run:
     config
         The options.
     device
-        "cuda" or "cpu": that of the workers. Default: as configured, this machine's where that is "auto".
+        "cuda" or "cpu": the workers' device. Default: as configured, or this machine's if that is "auto".
     """
 
     batch_tokens_on: ClassVar[Mapping[str, int]] = BATCH_TOKENS
     """Default tokens in a micro-batch, by device."""
     named: ClassVar[str] = ""
-    """What follows a data set's name in the default name of its group."""
+    """The suffix after a data set's name in the default name of its group."""
 
     def __init__(self, config: CaptureConfig, device: str | None = None) -> None:
         self.config = config
@@ -77,42 +77,45 @@ class Run:
         self.batch_tokens = config.batch_tokens or self.batch_tokens_on[self.device]
 
     def _refuse_foreign_folder(self) -> None:
-        """A folder that holds other things is no place for a store."""
+        """Raise if the folder contains anything other than a store."""
         path = Path(self.config.store_path)
         if "://" in self.config.store_path or not path.is_dir() or (path / "zarr.json").exists():
             return
-        foreign = [entry.name for entry in path.iterdir() if not (entry / "token").is_dir()]  # a creation cut short
+        foreign = [
+            entry.name for entry in path.iterdir() if not (entry / "token").is_dir()
+        ]  # not an interrupted creation
         if foreign:
-            raise ValueError(f"--store {path} is no store, and holds {foreign[0]!r}: name a new or an empty folder")
+            raise ValueError(f"--store {path} is not a store and contains {foreign[0]!r}: use a new or empty folder")
 
     @cached_property
     def quantization(self) -> str:
-        """Precision of the weights: as asked, else that of the captures that are resumed, else the model's default.
+        """Precision of the weights: as requested, otherwise that of the resumed captures, otherwise the model's
+        default.
 
         Raises
         ------
         ValueError
-            When it is not asked for, and captures of this command were begun with different ones.
+            When it is not given, and captures of this command were started with different ones.
         """
         if self.config.quantization is not None:
             return self.config.quantization
         begun = {name: group.identity.get("quantization") for name, group in self._begun().items()}
         if len(set(begun.values())) > 1:
             listed = ", ".join(f"{name} with {kind}" for name, kind in begun.items())
-            raise ValueError(f"the captures were begun with different precisions ({listed}): give --quantization")
+            raise ValueError(f"the captures were started with different precisions ({listed}): use --quantization")
         if begun:
             return str(next(iter(begun.values())))
         return default_quantization(self.model, self.config.model_revision, self.device)
 
     def _begun(self) -> dict[str, CaptureGroup]:
-        """The groups of this command's data sets that are in the store already."""
+        """The groups of this command's data sets that already exist in the store."""
         names = self.config.name or [group_name(spec) + self.named for spec in self.config.dataset]
         groups = {name: CaptureGroup(self.config.store_path, name) for name in names}
         return {name: group for name, group in groups.items() if _exists(group)}
 
     @cached_property
     def expert_backend(self) -> str | None:
-        """Of captures that are resumed and that earlier versions may have begun; else None, the model's own."""
+        """The back-end of resumed captures that earlier versions may have started; otherwise None, the model's own."""
         begun = {group.identity.get("expert_backend") for group in self._begun().values()}
         return next((each for each in EARLIER if begun == {each}), None)
 
@@ -133,41 +136,41 @@ class Run:
 
     @cached_property
     def router_dtype(self) -> str:
-        """What the routers compute logits in."""
+        """The precision in which routers compute logits."""
         dtype = getattr(torch, self.described["compute_dtype"])
         return router_dtype(self.model, self.config.model_revision, dtype)
 
     @cached_property
     def recorded(self) -> Recorded:
-        """What is recorded beside the choices, and in what precision weights are."""
+        """What is recorded in addition to the choices, and the precision of weights."""
         config, model = self.config, self.described
         return what_to_record(
             config.record,
             model["num_experts"],
-            self.router_dtype if config.weight_precision == "compact" else None,  # a model is built for it
+            self.router_dtype if config.weight_precision == "compact" else None,  # the model is built to find it
             top_logits=config.top_logits,
             weight_precision=config.weight_precision,
         )
 
     @property
     def engine(self) -> Callable[..., ModelEngine]:
-        """What is made of the loaded model: see `workers.engine.load_engine`."""
+        """The engine for the loaded model: see `workers.engine.load_engine`."""
         return ModelEngine
 
     @property
     def kept_bytes(self) -> int:
-        """What a worker keeps on its device beside what a capture needs."""
+        """The bytes that a worker keeps on its device in addition to those of a capture."""
         return 0
 
     @cached_property
     def given(self) -> GivenRoutes | None:
-        """Where routers take their choices from."""
+        """The capture from which choices are taken."""
         place = self.config.routes_from
         if place is None:
             return None
         if (many := len(self.config.dataset)) > 1:
             raise ValueError(
-                f"--routes_from is one capture, and --dataset is given {many} times: capture them one by one"
+                f"--routes_from is one capture, but --dataset is given {many} times: capture them one by one"
             )
         path, name = capture_at(place if "://" in place else str(Path(place).expanduser().absolute()))
         return GivenRoutes(path, name, self.config.routes_weights)
@@ -195,27 +198,27 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
-        """The model's tokenizer, which gives as much of a text as is asked for."""
+        """The model's tokenizer, limited to the requested tokens of a text."""
         day = date.fromisoformat(self.config.template_date)
         return load_tokenizer(self.model, self.model_commit, limit_tokens=self.config.limit_tokens, template_date=day)
 
     @property
     def _anywhere(self) -> str:
-        """The model, for a process in another folder."""
+        """The model's name or path, valid for a process in another folder."""
         return os.path.abspath(self.model) if Path(self.model).is_dir() else str(self.model)
 
     @property
     def model_commit(self) -> str | None:
-        """The commit that a hub model's revision stands for now; None for a folder, which has none."""
+        """The current commit of a hub model's revision; None for a folder."""
         return None if Path(self.model).is_dir() else self.described["model_revision"]
 
     def assignment(self, leases: Mapping[str, str]) -> Assignment:
-        """What a replica is to do, wherever it runs.
+        """The assignment of a replica, independent of where it runs.
 
         Parameters
         ----------
         leases
-            Data set to the token of this job's lease on it.
+            From data set to the token of this job's lease on it.
         """
         config = self.config
         token = os.environ.get("HF_TOKEN")
@@ -245,7 +248,7 @@ class Run:
         )
 
     def sources(self) -> list[tuple[str, Source]]:
-        """Group names and data sets, in the order given.
+        """Group names and data sets, in the given order.
 
         Raises
         ------
@@ -258,11 +261,13 @@ class Run:
         names = [valid_name(name) for name in config.name] or [source.name + self.named for source in found]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"{names.count(name)} data sets would be named {name!r}: tell them apart with --name")
+                raise ValueError(
+                    f"{names.count(name)} data sets would be named {name!r}: give them different names with --name"
+                )
         return list(zip(names, found, strict=True))
 
     def prepare(self, name: str, source: Source) -> Prepared:
-        """Settle the layout and the identity of one data set.
+        """Determine the layout and the identity of one data set.
 
         Raises
         ------
@@ -272,22 +277,24 @@ class Run:
         config, model = self.config, self.described
         choices = self.interventions.top_k or model["experts_per_token"]
         if next(source.documents(faulty=True), None) is None:
-            raise ValueError(f"{name}: the data set holds no document")
+            raise ValueError(f"{name}: the data set has no document")
         length = config.sequence_length or self._settled(name, "sequence_length")
         length = length or default_sequence_length(
             source, self.tokenizer, config.limit_documents, skip_unrenderable=config.skip_unrenderable
         )
         if length > model["max_position_embeddings"]:
             raise ValueError(
-                f"--sequence_length is {length}, and {model['model']} has {model['max_position_embeddings']} positions"
+                f"--sequence_length is {length}, but {model['model']} has {model['max_position_embeddings']} positions"
             )
         if self.tokenizer.vocab_size > model["vocab_size"]:
             raise ValueError(
-                f"the tokenizer of {self.model} has {self.tokenizer.vocab_size} ids, and its model embeds"
-                f" {model['vocab_size']}: they do not belong together"
+                f"the tokenizer of {self.model} has {self.tokenizer.vocab_size} ids, but the model has"
+                f" {model['vocab_size']} embeddings: they do not belong together"
             )
         if source.conversations and config.bos != "none":
-            raise ValueError(f"--bos {config.bos}: conversations begin as the chat template says; use --bos none")
+            raise ValueError(
+                f"--bos {config.bos}: the chat template determines how conversations begin; use --bos none"
+            )
         layout = Layout(
             sequence_length=length,
             rows_per_shard=config.rows_per_shard or self._settled(name, "rows_per_shard") or self._rows(length),
@@ -326,14 +333,14 @@ class Run:
         return Prepared(name=name, source=source, layout=layout, identity=identity_of(fields))
 
     def _rows(self, sequence_length: int) -> int:
-        """Rows of a shard, where nothing was asked for."""
+        """Rows per shard, if not given."""
         if self.device != "cpu":
             return default_rows_per_shard(sequence_length)
         tokens = CPU_SHARD_OPERATIONS // operations_per_token(self.model, self.config.model_revision)
         return default_rows_per_shard(sequence_length, min(SHARD_TOKENS, tokens))
 
     def _settled(self, name: str, option: str) -> int | None:
-        """What an option is in a capture that is resumed, if it was left to the default then too."""
+        """The value of an option in a resumed capture, if it was also left to the default then."""
         group = CaptureGroup(self.config.store_path, name)
         if not _exists(group) or group.attrs.get("configuration", {}).get(option) is not None:
             return None
@@ -341,12 +348,12 @@ class Run:
         return settled
 
     def open_group(self, prepared: Prepared) -> CaptureGroup:
-        """Create the data set's group, or go on with the one that is there.
+        """Create the data set's group, or resume the existing one.
 
         Raises
         ------
         ValueError
-            When the group holds another capture.
+            When the group holds a different capture.
         """
         config = self.config
         limit = "" if config.limit_tokens is None else f"; of each document its first {config.limit_tokens} tokens only"
@@ -375,7 +382,7 @@ class Run:
         )
 
     def _more_attributes(self) -> dict[str, Any]:
-        """Attributes that say what recorded values mean."""
+        """Attributes that describe recorded values."""
         if "logit" not in self.recorded.record:
             return {}
         return self.interventions.told(transformation_of(self.model, self.model_commit))
@@ -389,7 +396,7 @@ def _exists(group: CaptureGroup) -> bool:
 
 
 def _git_commit() -> str | None:
-    """The commit of this code, with '+' where files were changed; None outside a repository."""
+    """The commit of this code, with '+' if files were changed; None outside a repository."""
     root = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(root)]
     try:

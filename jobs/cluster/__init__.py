@@ -1,1 +1,1 @@
-"""A capture, or a scan, on many workers: the rules, and Ray at the edge."""
+"""Captures and scans on a Ray cluster."""

@@ -1,4 +1,4 @@
-"""The job's numbers as Ray metrics: Prometheus finds them where it finds those of Ray, with the prefix `ray_`.
+"""The job's numbers as Ray metrics. Prometheus finds them next to Ray's own, with the prefix `ray_`.
 
 `expert_atlas_tokens_total` and `expert_atlas_shards_total` (by data set), `expert_atlas_shard_seconds` (of compute),
 `expert_atlas_workers` (by stage), `expert_atlas_shards_outstanding`, `_retries`, `_quarantined`, `_workers_lost`.
@@ -14,7 +14,7 @@ from jobs.capturing.dispatch import Dispatcher, Stage, Unit, WorkerState
 
 
 class Metrics:
-    """Reports to Ray what happens: a `jobs.capturing.loop.Watcher`."""
+    """Reports events to Ray: a `jobs.capturing.loop.Watcher`."""
 
     def __init__(self) -> None:
         by_dataset = {"tag_keys": ("dataset",)}
@@ -27,22 +27,22 @@ class Metrics:
         self._gauges = {
             name: metrics.Gauge(f"expert_atlas_{name}", text)
             for name, text in {
-                "shards_outstanding": "shards planned and neither committed nor given up",
-                "retries": "shards given out again",
+                "shards_outstanding": "planned shards that are neither committed nor given up",
+                "retries": "shards assigned again",
                 "quarantined": "shards given up",
-                "workers_lost": "workers that ended before their time",
+                "workers_lost": "workers that ended unexpectedly",
             }.items()
         }
 
     def finished(self, worker: WorkerState, unit: Unit, facts: Mapping[str, Any]) -> None:
-        """A shard was committed."""
+        """Count a committed shard."""
         tags = {"dataset": unit.dataset}
         self._tokens.inc(facts["tokens"], tags=tags)
         self._shards.inc(1, tags=tags)
         self._seconds.observe(facts["seconds"])
 
     def show(self, dispatcher: Dispatcher) -> None:
-        """How far the job is."""
+        """Report the job's progress."""
         stages = Counter(worker.stage for worker in dispatcher.workers.values())
         for stage in get_args(Stage):
             self._workers.set(stages[stage], tags={"stage": stage})

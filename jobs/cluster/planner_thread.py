@@ -1,4 +1,4 @@
-"""Planning beside capturing: a thread that turns text into rows while workers fill the shards that are planned."""
+"""Plan while capturing: a thread that turns text into rows while workers fill the planned shards."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,11 @@ from store.plan import Plan
 
 
 class _Stopped(Exception):
-    """The job ends before its plans are complete."""
+    """The job ended before its plans were complete."""
 
 
 class Planning:
-    """Plans captures one after the other in a thread of its own."""
+    """Plans captures one after the other in its own thread."""
 
     def __init__(self, captures: Sequence[Capture]) -> None:
         self._captures = captures
@@ -28,7 +28,7 @@ class Planning:
         Raises
         ------
         ValueError, OSError
-            Those of the planner.
+            Errors of the planner.
         """
         if self._error is not None:
             raise self._error
@@ -42,7 +42,7 @@ class Planning:
         except _Stopped:
             pass
         except BaseException as error:
-            self._error = error  # raised where the job looks
+            self._error = error  # raised when the job checks
 
     def _published(self, plan: Plan) -> None:
         if self._stop.is_set():
@@ -50,7 +50,7 @@ class Planning:
 
     @contextmanager
     def running(self) -> Iterator["Planning"]:
-        """Plan while the block runs; what is published when it ends is kept."""
+        """Plan while the block runs. Everything that is published by its end is kept."""
         self._thread.start()
         try:
             yield self

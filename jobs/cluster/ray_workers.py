@@ -1,10 +1,10 @@
-"""Workers on a Ray cluster: places them, asks them, and reports what they answer, or that they are gone.
+"""Workers on a Ray cluster: place them, call them, and report their answers or their loss.
 
-Here is only what Ray adds to `jobs.capturing.loop`. Ray itself retries and restarts nothing, so that there is one place
-where that is decided.
+This module contains only what Ray adds to `jobs.capturing.loop`. Ray itself retries and restarts nothing, so that this
+is decided in one place.
 
-Whether a worker was lost with its node is read from Ray's table of nodes. A machine that shuts down ends its workers a
-moment before its node, so that a worker's end is reported once its node is seen to be gone, or `NODE_S` later.
+Ray's table of nodes shows whether a worker was lost with its node. A machine that shuts down ends its workers shortly
+before its node, so a worker's end is reported when its node is gone, or after `NODE_S`.
 """
 
 import time
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from jobs.capturing.run import Run
     from workers.replica import Assignment
 
-ASK_S = 2.0  # between two questions to a worker how many tokens it has routed
+ASK_S = 2.0  # between two calls that ask a worker how many tokens it has routed
 WAIT_S = 0.5
 PLACELESS_S = 60.0  # arbitrary
-NODE_S = 5.0  # arbitrary: a node that shuts down is out of Ray's table within a second of its workers
+NODE_S = 5.0  # arbitrary: a node that shuts down leaves Ray's table within a second of its workers
 
 
 @contextmanager
@@ -64,7 +64,7 @@ class Cluster:
         Raises
         ------
         RuntimeError
-            When going on makes no sense, or another job has taken a capture over.
+            When continuing makes no sense, or another job has taken over a capture.
         """
         assignment = run.assignment({capture.name: capture.lease.token for capture in captures})
         with Planning(captures).running() as planning, Progress(captures) as progress:
@@ -72,14 +72,14 @@ class Cluster:
             CaptureLoop(pool, captures, lambda: planning.complete, [progress, Metrics()]).run()
 
     def most_workers(self, units: int) -> int:
-        """Workers wanted while so many units are left."""
+        """Number of workers needed for the remaining units."""
         if self.config.workers or self.device == "cpu":
             return min(units, self.config.workers or 1)
         fit = int(_resources()["GPU"] / self.config.gpus_per_worker) if self.config.gpus_per_worker else 1
-        return min(units, max(1, fit))  # one also where there is no GPU: it asks for a node to come
+        return min(units, max(1, fit))  # at least one even without a GPU: it requests a node
 
     def options(self) -> dict[str, Any]:
-        """How a worker is placed."""
+        """Options for placing a worker."""
         return {
             "num_gpus": self.config.gpus_per_worker if self.device == "cuda" else 0,
             "num_cpus": self.config.cpus_per_worker,
@@ -100,13 +100,13 @@ class RayWorkers:
         self._workers: dict[int, tuple[WorkerState, Any]] = {}  # with its handle
         self._calls: dict[Any, tuple[WorkerState, Call]] = {}  # by Ray's reference to the answer
         self._nodes: dict[int, set[str]] = {}  # by worker: its node, or those on which it may be placed
-        self._ended: dict[int, tuple[float, Call, RayError]] = {}  # by worker, with when that was seen
+        self._ended: dict[int, tuple[float, Call, RayError]] = {}  # by worker, with the time when this was seen
         self._asked = 0.0
         self._placeless_since = time.monotonic()
         self._replica = ray.remote(concurrency_groups={"ask": 1})(PlacedReplica)  # type: ignore[call-overload]
 
     def start(self, worker: WorkerState) -> None:
-        """Start an actor, and ask it for its place."""
+        """Start an actor and ask where it runs."""
         self._nodes[worker.number] = nodes_alive()
         self._workers[worker.number] = worker, self._replica.options(**self.cluster.options()).remote()
         self.ask(worker, "place")
@@ -118,7 +118,7 @@ class RayWorkers:
             answer = handle.capture.remote(call.dataset, call.shard)
         elif call == "load":
             answer = handle.load.remote(self.assignment)
-        else:  # answered beside a shard in work
+        else:  # answered while a shard is computed
             method = "placed" if call == "place" else call
             answer = getattr(handle, method).options(concurrency_group="ask").remote()
         self._calls[answer] = worker, call
@@ -131,7 +131,7 @@ class RayWorkers:
             ray.kill(handle, no_restart=True)
 
     def listen(self, report: Callable[[Event], None]) -> None:
-        """Report the answers that have come, within `WAIT_S`."""
+        """Report the answers that arrive within `WAIT_S`."""
         now = time.monotonic()
         self._ask_for_tokens(now)
         self._log_placeless(now)
@@ -143,7 +143,7 @@ class RayWorkers:
         answers, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0) if answers else ([], [])
         for answer in answers:
             worker, call = self._calls.pop(answer)
-            if worker.number in self._workers:  # otherwise it was stopped
+            if worker.number in self._workers:  # otherwise it has been stopped
                 self._report(answer, worker, call, report)
 
     def _report(self, answer: Any, worker: WorkerState, call: Call, report: Callable[[Event], None]) -> None:
@@ -155,7 +155,7 @@ class RayWorkers:
             event = Event(worker, call, value)
         except RayTaskError as error:
             event = Event(worker, call, error=error.cause if isinstance(error.cause, Exception) else error)
-        except ActorUnavailableError:  # lost or only out of reach: the next answer shows it
+        except ActorUnavailableError:  # lost or only unreachable; the next answer shows which
             self.ask(worker, "place")
             return
         except RayError as error:
@@ -164,7 +164,7 @@ class RayWorkers:
         report(event)
 
     def _report_ended(self, now: float, report: Callable[[Event], None]) -> None:
-        """Report the workers that have ended, once it is known whether their nodes have."""
+        """Report the workers that have ended, once it is known whether their nodes have ended too."""
         there = nodes_alive() if self._ended else set()
         for number, (since, call, error) in list(self._ended.items()):
             with_node = not self._nodes[number] <= there or _was_preempted(error)
@@ -173,7 +173,7 @@ class RayWorkers:
                 report(Event(self._workers[number][0], call, error=WorkerGone(_reason(error), with_node=with_node)))
 
     def _ask_for_tokens(self, now: float) -> None:
-        """Ask every worker now and then how many tokens it has routed."""
+        """Periodically ask every worker how many tokens it has routed."""
         if now - self._asked < ASK_S:
             return
         self._asked = now
@@ -182,7 +182,7 @@ class RayWorkers:
                 self.ask(worker, "routed")
 
     def _log_placeless(self, now: float) -> None:
-        """Log now and then that no worker has a place."""
+        """Periodically log that no worker has a place."""
         workers = [worker for worker, _ in self._workers.values()]
         if not workers or any(worker.stage != "waiting" for worker in workers):
             self._placeless_since = now
@@ -191,22 +191,22 @@ class RayWorkers:
             options, there = self.cluster.options(), _resources()
             log(
                 f"no worker has a place: each needs {options['num_gpus']:g} GPUs and {options['num_cpus']:g} CPUs;"
-                f" the cluster has {there['GPU']:g} GPUs and {there['CPU']:g} CPUs in all, some perhaps in use"
+                f" the cluster has {there['GPU']:g} GPUs and {there['CPU']:g} CPUs in total, some maybe in use"
             )
 
 
 def _reason(error: RayError) -> str:
-    """What Ray says of a worker's end, for people."""
+    """Ray's description of a worker's end, for people."""
     text = " ".join(str(error).split())
-    return text.partition("Worker exit detail: ")[2] or text  # before it stand numbers of Ray's own
+    return text.partition("Worker exit detail: ")[2] or text  # internal numbers of Ray come before it
 
 
 def _was_preempted(error: RayError) -> bool:
-    """Whether Ray's autoscaler has taken the machine back."""
+    """Whether Ray's autoscaler has removed the machine."""
     return isinstance(error, RayActorError) and error.preempted
 
 
 def _resources() -> dict[str, float]:
-    """What all nodes have that are there now, in use or not."""
+    """The resources of all current nodes, in use or not."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return {"GPU": 0.0, "CPU": 0.0, **resources}

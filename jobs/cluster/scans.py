@@ -1,7 +1,7 @@
-"""Scans of a store on a Ray cluster: each task accumulates some shards, and what they counted is added up here.
+"""Scan a store on a Ray cluster: each task accumulates some shards, and their counts are summed here.
 
-Equal to a scan in this process to the bit, since accumulators hold integers. A task that is lost is run again by Ray:
-it writes nothing. Which shards there are to read was decided before, by who asked.
+The result is bit-identical to a scan in this process, because accumulators hold integers. Ray runs a lost task again,
+which is safe because tasks write nothing. The caller has already decided which shards to read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from store.coverage import Coverage
 
-TASKS_A_CORE = 4  # so that a slow one does not hold up the end for long (arbitrary)
+TASKS_A_CORE = 4  # so that a slow task does not delay the end for long (arbitrary)
 
 
 class ClusterRunner:
@@ -30,7 +30,7 @@ class ClusterRunner:
     Parameters
     ----------
     path, state
-        The store, which all nodes see, and what of the capture is looked at.
+        The store, which all nodes can read, and the part of the capture to scan.
     """
 
     def __init__(self, path: Path | str, state: Coverage) -> None:
@@ -46,7 +46,7 @@ class ClusterRunner:
         threads: int | None,
         progress: Callable[[int, int], None] | None,
     ) -> list[State]:
-        """See `analysis.scanning.accumulate`; `threads` is the number of tasks at a time, default one a core."""
+        """See `analysis.scanning.accumulate`; `threads` is the number of tasks at a time, by default one per core."""
         cores = threads or int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
         number = max(1, min(len(shards), TASKS_A_CORE * cores))
         layers = dataset["layer"].values.tolist()
@@ -70,6 +70,6 @@ class ClusterRunner:
 def _part(
     path: str, state: Coverage, layers: list[int], reducers: Sequence[Reducer], shards: list[slice], only: Selection
 ) -> list[State]:
-    """Runs on a worker: some shards, in one thread."""
+    """Accumulate some shards in one thread; runs on a worker."""
     dataset = open_covered(path, state).sel(layer=layers)
     return accumulate(dataset, reducers, shards, only=only, threads=1)

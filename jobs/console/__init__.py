@@ -1,1 +1,1 @@
-"""What scripts share at the terminal: errors, signals, progress, tables, names of stores."""
+"""What all scripts share at the terminal: errors, signals, progress, tables, names of stores."""

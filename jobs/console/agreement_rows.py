@@ -1,6 +1,6 @@
-"""What `jobs/compare.py` tells of two captures of the same tokens: how far they agree.
+"""What `jobs/compare.py` reports about two captures of the same tokens: how far they agree.
 
-Promises: what is drawn and what a script gets are the same rows. Does not know how a question was put.
+Promises: the table and the JSON output have the same rows. Does not know about the command line.
 """
 
 import math
@@ -27,14 +27,14 @@ CHANGED = Column(name="changed", text=lambda row: row["changed"], left=True)
 
 
 def agreement_told(captures: "Sequence[xr.Dataset]", only: "Selection", top: int) -> Facts:
-    """How far two captures agree, layer by layer, and the effect where both recorded log-probabilities.
+    """How far two captures agree, layer by layer, and the effect if both recorded log-probabilities.
 
     Raises
     ------
     OtherTokens
         When they do not hold the same tokens; see `analysis.metrics.agreement`.
     """
-    from analysis.metrics.agreement import Agreement, paired  # numba takes a second: --help does not wait for it
+    from analysis.metrics.agreement import Agreement, paired  # numba takes a second: --help must not wait for it
     from analysis.scanning import scan
 
     with reporting("compare", unit="shards", transient=True) as report:
@@ -73,8 +73,8 @@ def _changed(captures: "Sequence[xr.Dataset]") -> dict[int, dict[str, list[str]]
 
 
 def _moved(same_set: "xr.DataArray", changed: list[int]) -> Facts | None:
-    """The share of tokens with another set of experts, on average over the layers below those that were changed, over
-    these, and over those above their lowest that were not changed; None where none was changed."""
+    """The share of tokens with a different set of experts, on average over the layers below the changed ones, over the
+    changed ones, and over the unchanged layers above the lowest changed one; None if no layer was changed."""
     if not changed:
         return None
     layer = same_set["layer"]
@@ -84,21 +84,23 @@ def _moved(same_set: "xr.DataArray", changed: list[int]) -> Facts | None:
 
 
 def print_agreement(console: Console, told: Facts) -> None:
-    """The table of layers, and what predictions lose."""
+    """Print the table of layers, and the effect on predictions."""
     moved = told["moved"]
     print_table(console, COLUMNS if moved is None else (*COLUMNS, CHANGED), told["layers"])
     if moved is not None:
         print_line(console, _moved_in_words(moved))
     different = told["any_difference"]
-    print_line(console, f"{told['n']:,} tokens in both; {different:.2%} of them differ in some layer's experts")
+    print_line(
+        console, f"{told['n']:,} tokens in both; {different:.2%} of them differ in the experts of one layer or more"
+    )
     if told["effect"] is not None:
         print_effect(console, told["effect"])
 
 
 def _moved_in_words(moved: Facts) -> str:
-    """How routes below, in and above the changed layers moved."""
+    """How routes changed below, in and above the changed layers."""
     layers = moved["layers"]
     which = f"layer {layers[0]}" if len(layers) == 1 else f"the {len(layers)} changed layers"
-    shares = {"below": f"below layer {layers[0]}", "changed": f"at {which}", "above": "at the others above"}
+    shares = {"below": f"below layer {layers[0]}", "changed": f"at {which}", "above": "at the unchanged layers above"}
     known = [f"{moved[name]:.2%} {words}" for name, words in shares.items() if not math.isnan(moved[name])]
-    return f"tokens with another set of experts, on average over layers: {'; '.join(known)}"
+    return f"tokens with a different set of experts, on average over layers: {'; '.join(known)}"

@@ -1,4 +1,4 @@
-"""Command lines: from a typed dataclass to its options, with a mistake told in a line."""
+"""Command lines: from a typed dataclass to its options, with one-line errors."""
 
 import difflib
 import types
@@ -17,7 +17,7 @@ REGISTRY = ConstructorRegistry()
 
 @REGISTRY.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """`int | None` is an option that takes a whole number or is left out, and nobody types None."""
+    """`int | None` is an option that takes an integer or is left out; None is not typed."""
     given = [kind for kind in get_args(info.type) if kind is not types.NoneType]
     if get_origin(info.type) not in (Union, types.UnionType) or len(given) != 1:
         return None
@@ -37,25 +37,25 @@ def parse(config: type[Config], script: str, arguments: Sequence[str], *, defaul
     Parameters
     ----------
     config
-        A dataclass: a field is an option.
+        A dataclass; each field is an option.
     script
         The script's name: "report".
     default
-        What holds for the options that are not given; default the dataclass's own values.
+        Values of the options that are not given; default those of the dataclass.
 
     Raises
     ------
     ValueError
-        When there is no such option; it names the nearest. When a value is too many.
+        When there is no such option (the message suggests the nearest), or there are too many values.
     SystemExit
-        When a value is not the option's, or one is missing that must be given.
+        When a value is invalid, or a required one is missing.
     """
     names = [field.name for field in fields(config)]  # type: ignore[arg-type]
     options = {f"--{name}" for name in names} | {f"--no_{name}" for name in names} | {"--help"}
-    for word in arguments:  # before tyro says what else is missing
+    for word in arguments:  # before tyro reports missing options
         name = word.partition("=")[0]
         if name.startswith("--") and name != "--" and _with_underscores(name) not in options:
-            raise ValueError(f"there is no option {name}: {_meant(name, options)}{_all_options(script)}")
+            raise ValueError(f"unknown option {name}: {_meant(name, options)}{_all_options(script)}")
     parsed: Config
     parsed, unknown = tyro.cli(
         config,
@@ -67,9 +67,7 @@ def parse(config: type[Config], script: str, arguments: Sequence[str], *, defaul
         default=tyro.MISSING_NONPROP if default is None else default,
     )
     if unknown:
-        what = (
-            f"there is no option {unknown[0]}" if unknown[0].startswith("-") else f"{unknown[0]!r} is a value too many"
-        )
+        what = f"unknown option {unknown[0]}" if unknown[0].startswith("-") else f"unexpected value {unknown[0]!r}"
         raise ValueError(f"{what}: {_all_options(script)}")
     return parsed
 

@@ -1,7 +1,7 @@
-"""Which token a person means, who types a text, a piece of the tokenizer or an id, and what else it could have been.
+"""Which token a user means by a text, a piece of the tokenizer or an id, and what else could be meant.
 
-Promises: what is typed exactly is preferred to what only looks like it, the frequent to the rare, and the answer names
-the others with their counts. Knows how the store spells pieces: ▁ is a space, <0x0A> a byte.
+Promises: exact matches are preferred to similar ones, and frequent tokens to rare ones; the answer lists the others
+with their counts. Knows the notation of pieces: ▁ is a space, <0x0A> a byte.
 """
 
 import difflib
@@ -16,23 +16,23 @@ from jobs.console.terminal import shown
 if TYPE_CHECKING:
     import xarray as xr
 
-LISTED = 5  # other tokens that are named (arbitrary)
+LISTED = 5  # other tokens to list (arbitrary)
 ESCAPE = re.compile(r"\\(?:[\\nrt]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskedToken:
-    """The tokens that were possibly meant."""
+    """The tokens that may be meant."""
 
     word: str
-    """As it was typed."""
+    """The text that was typed."""
     meant: Sequence[int]
-    """Ids, one of which is answered."""
+    """Candidate ids; the answer is about one of them."""
     near: Sequence[int] = ()
-    """Ids of tokens that differ from those in case or in the space before, and that number where the word is one."""
+    """Ids of tokens that differ from those in case or in a leading space, and the id itself if the word is a number."""
 
     def answer(self, capture: "xr.Dataset", layers: list[int], counts: "xr.Dataset") -> Listed:
-        """Where the most frequent of them goes, and which others occur."""
+        """The experts of the most frequent candidate, and the others that occur."""
         tokens = counts["tokens"].values.tolist()
         first, *rest = sorted(self.meant, key=lambda token: -tokens[token])
         others = sorted((token for token in (*rest, *self.near) if tokens[token]), key=lambda token: -tokens[token])
@@ -41,8 +41,8 @@ class AskedToken:
         answer = token_answer(capture, first, layers, counts)
         listed = ", ".join(f"{shown(row['piece'])} (id {row['token_id']}) {row['tokens']:,}" for row in rows[:LISTED])
         more = f" and {len(rows) - LISTED} more" * (len(rows) > LISTED)
-        taken = f'"{shown(self.word)}" is taken for {shown(pieces[first])} (id {first})'
-        note = f"{taken}; near it, with their occurrences: {listed}{more}; --token_id asks for one of them"
+        taken = f'"{shown(self.word)}" is read as {shown(pieces[first])} (id {first})'
+        note = f"{taken}; similar tokens, with their occurrences: {listed}{more}; use --token_id to select one of them"
         return replace(answer, facts={**answer.facts, "others": rows}, note=note if rows else "")
 
 
@@ -52,7 +52,7 @@ def asked_token(capture: "xr.Dataset", word: str | None, token_id: int | None) -
     Raises
     ------
     ValueError
-        When there is none, or only a special one: these are not counted.
+        When there is none, or only a special token, which is not counted.
     """
     from analysis.scanning import special_tokens
 
@@ -64,21 +64,21 @@ def asked_token(capture: "xr.Dataset", word: str | None, token_id: int | None) -
     counted = [token for token in asked.meant if token not in special]
     if not counted:
         token = asked.meant[0]
-        raise ValueError(f"token {token}, {shown(pieces[token])}, is a special one: they are not counted")
+        raise ValueError(f"token {token}, {shown(pieces[token])}, is a special token, which is not counted")
     return replace(asked, meant=counted, near=[token for token in asked.near if token not in special])
 
 
 def _by_word(word: str, pieces: list[str]) -> AskedToken:
-    """The tokens whose piece or text a word is, or whose id where there is none."""
+    """The tokens whose piece or text equals a word or, if there are none, whose id does."""
     if not word:
-        raise ValueError('--token is empty: a space is " ", and a line feed "\\n"')
+        raise ValueError('--token is empty: write " " for a space and "\\n" for a line feed')
     forms = {form: None for text in (word, ESCAPE.sub(_unescaped, word)) for form in _forms(text)}
     order = {form: number for number, form in enumerate(forms)}
     found = [number for number, piece in enumerate(pieces) if piece in forms]
     found.sort(key=lambda number: order[pieces[number]])
     plain = {_plain(form) for form in forms} - {""}
     near = [number for number, piece in enumerate(pieces) if _plain(piece) in plain]
-    if word.isascii() and word.isdecimal() and len(word) < 19 and int(word) < len(pieces):  # a number of 64 bits
+    if word.isascii() and word.isdecimal() and len(word) < 19 and int(word) < len(pieces):  # fits in 64 bits
         if not found:
             return AskedToken(word=word, meant=[int(word)], near=near)
         near.append(int(word))
@@ -88,7 +88,7 @@ def _by_word(word: str, pieces: list[str]) -> AskedToken:
 
 
 def _forms(text: str) -> list[str]:
-    """Pieces that a text may have: its own, that of a byte, and that of a word which begins with a space."""
+    """Pieces that may represent a text: its own, that of a byte, and that of a word with a leading space."""
     if not text or "▁" in text:
         return [text]
     piece = text.replace(" ", "▁")
@@ -101,16 +101,16 @@ def _unescaped(found: re.Match[str]) -> str:
 
 
 def _none(word: str, pieces: list[str], near: list[int]) -> str:
-    """What to say when no token has a text, and which ones are near it."""
+    """The error if no token has a text, with similar tokens."""
     plain: dict[str, list[int]] = {}
     for number, other in enumerate(pieces):
         plain.setdefault(_plain(other), []).append(number)
     words = difflib.get_close_matches(_plain(word), plain, n=LISTED)
     numbers = [*near, *(number for other in words for number in plain[other])]
     named = ", ".join(f"{shown(pieces[number])} ({number})" for number in list(dict.fromkeys(numbers))[:LISTED])
-    return f"no token reads {shown(word)}; near it, with their ids: {named or 'none'}"
+    return f"no token reads {shown(word)}; similar tokens, with their ids: {named or 'none'}"
 
 
 def _plain(piece: str) -> str:
-    """A piece without the ▁ that stands for a space, and in lower case."""
+    """A piece in lower case and without the ▁ that stands for a space."""
     return piece.replace("▁", " ").strip().casefold()

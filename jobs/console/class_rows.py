@@ -1,6 +1,6 @@
-"""The question of `jobs/query.py` where a class of tokens goes: digits, words in capitals, a regular expression.
+"""The question of `jobs/query.py` about the experts of a token class: digits, words in capitals, a regular expression.
 
-Promises: what is drawn and what a script gets are the same rows. Does not know how a question was put.
+Promises: the table and the JSON output have the same rows. Does not know about the command line.
 """
 
 from functools import partial
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
 
-FREQUENT = 10  # tokens of the class that are named (arbitrary)
+FREQUENT = 10  # tokens of the class to list (arbitrary)
 OF_EXPERT = ("share", "share_low", "share_high", "lift", "lift_low", "lift_high")
 
 
 def class_question(which: str, capture: "xr.Dataset") -> Recorded:
-    """What to count for a class of tokens, and what makes an answer of it.
+    """What to count for a token class, and the function that makes the answer.
 
     Raises
     ------
     ValueError
-        When there is no such class, or a regular expression is none.
+        When there is no such class, or a regular expression is invalid.
     """
     from analysis.metrics.class_experts import ClassCounts
     from analysis.metrics.tokens import TokenCounts
@@ -44,7 +44,7 @@ def class_answer(
     tokens: "xr.Dataset",
     classes: "xr.Dataset",
 ) -> Listed:
-    """The experts of a class, layer by layer, the most frequent first; those that got none of it are left out."""
+    """The experts of a class, layer by layer, the most frequent first; experts without any are left out."""
     from analysis.metrics.class_experts import class_experts_of
     from analysis.token_classes import CLASSES
 
@@ -82,15 +82,15 @@ def _frequent(capture: "xr.Dataset", tokens: "NDArray[np.int64]", belongs: "NDAr
 
 
 def _in_words(facts: Facts) -> str:
-    """How often the class occurs, what chance gives, and what the intervals are, or why there are none."""
+    """How often the class occurs, the values expected by chance, and the intervals, or why there are none."""
     from analysis.statistics.jackknife import MIN_EFFECTIVE_DOCUMENTS
 
     often = " ".join(each["piece"] for each in facts["most_frequent"])
-    said = f"{facts['tokens']:,} occurrences" + (f", most often {often}" if often else "")
-    said += f"; by chance a share is {facts['null']:.4f}, a lift 1"
+    said = f"{facts['tokens']:,} occurrences" + (f", most frequent: {often}" if often else "")
+    said += f"; expected by chance: share {facts['null']:.4f}, lift 1"
     if not facts["tokens"]:
         return said
     if (effective := facts["effective_documents"]) >= MIN_EFFECTIVE_DOCUMENTS:
-        return f"{said}; from and to: of the lift, {facts['level']:.0%}"
-    least = f"{MIN_EFFECTIVE_DOCUMENTS:g} are needed"
-    return f"{said}; no intervals: they tell as much as {effective:.1f} documents of equal length, and {least}"
+        return f"{said}; from and to: {facts['level']:.0%} interval of the lift"
+    least = f"at least {MIN_EFFECTIVE_DOCUMENTS:g} are needed"
+    return f"{said}; no intervals: the documents are worth {effective:.1f} of equal length, and {least}"

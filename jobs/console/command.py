@@ -1,21 +1,21 @@
 """The command `expert-atlas`: `expert-atlas capture ...` is `python jobs/capture.py ...`.
 
-Every script in `jobs/` is a sub-command, and the first line of its docstring says what it does: no other list is kept.
+Every script in `jobs/` is a sub-command, described by the first line of its docstring; there is no other list.
 """
 
 import difflib
 import runpy
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
 from jobs.console.interrupts import end_on_interrupt
 from jobs.console.starting import Typed, give_help
+from jobs.console.versions import versions
 
 JOBS = Path(__file__).resolve().parents[1]
 FIRST = ("demo", "capture", "status", "report", "explore", "query")
-"""What most people need, in the order in which they need it; the others follow by name."""
+"""The most used commands, in the order of use; the others follow by name."""
 PAGE = """Which experts does a mixture-of-experts language model choose, for every token of a data set?
 
 usage: expert-atlas COMMAND [options]
@@ -26,18 +26,18 @@ Most used:
 Also:
 {others}
 
-expert-atlas COMMAND --help says what a command takes; expert-atlas --version prints the version.
-expert-atlas COMMAND is python jobs/COMMAND.py, which is what ray job submit takes.
+expert-atlas COMMAND --help shows the options of a command; expert-atlas --version prints versions.
+expert-atlas COMMAND is the same as python jobs/COMMAND.py, which is the form for ray job submit.
 """
 
 
 def main() -> NoReturn:
-    """Run the script that a command line names, with the rest of the line."""
+    """Run the script named on the command line, with the remaining arguments."""
     end_on_interrupt()
     arguments = sys.argv[1:]
     name = arguments[0].replace("-", "_") if arguments else "__help"
     if name == "__version":
-        print(f"expert-atlas {version('expert-atlas')}")
+        print(versions())
         sys.exit(0)
     if name in ("_h", "__help", "help"):
         give_help(page(), ["--help"])
@@ -50,7 +50,7 @@ def main() -> NoReturn:
 
 
 def commands() -> dict[str, str]:
-    """Each sub-command, and what it does in a line."""
+    """Each sub-command, with a one-line description."""
     scripts = {path.stem: path for path in sorted(JOBS.glob("*.py")) if path.stem != "__init__"}
     names = [*FIRST, *(name for name in scripts if name not in FIRST)]
     return {name: scripts[name].read_text(encoding="utf-8").split('"""')[1].partition("\n")[0] for name in names}
@@ -67,5 +67,5 @@ def page() -> str:
 def _refuse(word: str, known: list[str]) -> NoReturn:
     near = difflib.get_close_matches(word.replace("-", "_"), known, n=1)
     meant = f"did you mean {near[0]}? " if near else ""
-    print(f"error: there is no command {word!r}: {meant}expert-atlas --help lists them", file=sys.stderr)
+    print(f"error: unknown command {word!r}: {meant}expert-atlas --help lists them", file=sys.stderr)
     sys.exit(2)

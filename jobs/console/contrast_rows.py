@@ -1,6 +1,6 @@
-"""What `jobs/compare.py` tells of two data sets: which experts they use differently, and which tokens carry that.
+"""What `jobs/compare.py` reports about two data sets: which experts they use differently, and which tokens contribute.
 
-Promises: what is drawn and what a script gets are the same rows. Does not know how a question was put.
+Promises: the table and the JSON output have the same rows. Does not know about the command line.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from analysis.scanning import Selection
 
-TOKENS_TOLD = 3  # of an expert, in the table (arbitrary)
+TOKENS_TOLD = 3  # per expert, in the table (arbitrary)
 OF_LAYER = ("divergence", "divergence_low", "divergence_high", "divergence_by_chance", "p")
 SAID = ("n", "documents", "effective_documents", "untested", "level", "estimator", "definition", "source")
 LAYERS = (
     count("layer", "layer"),
     number("divergence in bits", "divergence", ".4f"),
-    number("by chance", "divergence_by_chance", ".4f"),
+    number("expected by chance", "divergence_by_chance", ".4f"),
     number("p", "p", ".4f"),
 )
 SHARES = (
@@ -37,7 +37,7 @@ SHARES = (
 )
 EXPERTS = (
     *SHARES,
-    Column(name="tokens that carry it", text=lambda row: _carriers(row["tokens"]), left=True, elastic=True),
+    Column(name="main tokens", text=lambda row: _carriers(row["tokens"]), left=True, elastic=True),
 )
 
 
@@ -47,9 +47,9 @@ def contrast_told(captures: "Mapping[str, xr.Dataset]", only: "Selection", top: 
     Raises
     ------
     ValueError
-        When they are not of one model and tokenizer, or one holds no token that counts.
+        When they are not of one model and tokenizer, or one has no counted token.
     """
-    from analysis.metrics.contrast import contrast  # numba takes a second: --help does not wait for it
+    from analysis.metrics.contrast import contrast  # numba takes a second: --help must not wait for it
     from analysis.metrics.differing import beyond_chance, expert_row, largest_cells
     from analysis.metrics.token_contributions import token_contributions
 
@@ -75,18 +75,18 @@ def contrast_told(captures: "Mapping[str, xr.Dataset]", only: "Selection", top: 
 
 
 def _carriers(tokens: list[dict[str, Any]]) -> str:
-    """The first of them, each with its part of the difference."""
+    """The first tokens, each with its part of the difference."""
     return ", ".join(f"{token['piece']} {token['contribution']:+.4f}" for token in tokens[:TOKENS_TOLD])
 
 
 def print_contrast(console: Console, told: Facts) -> None:
-    """The tables of layers and of experts, and what they rest on."""
+    """Print the tables of layers and of experts, and their basis."""
     print_table(console, LAYERS, told["layers"])
     print_table(console, EXPERTS, told["experts"])
     tokens = " and ".join(f"{n:,} tokens of {told['documents'][name]:,} documents" for name, n in told["n"].items())
-    print_line(console, f"{tokens}; difference: the first data set's share of tokens less the second's")
+    print_line(console, f"{tokens}; difference: the first data set's share of tokens minus the second's")
     for name, reason in told["untested"].items():
-        print_line(console, f"no intervals and no p: {name}: {reason}")
+        print_line(console, f"no intervals and no p-values: {name}: {reason}")
     if not told["untested"]:
         beyond = f"{told['beyond_chance']:,} of {told['cells']:,} experts differ by more than chance"
-        print_line(console, f"{beyond}; intervals of {told['level']:.0%} and p hold for all of them together")
+        print_line(console, f"{beyond}; {told['level']:.0%} intervals and p-values are simultaneous for all of them")

@@ -1,6 +1,7 @@
-"""What `jobs/compare.py` tells of predictions: the effect of a second capture, by class, token, place and data set.
+"""What `jobs/compare.py` reports about predictions: the effect of a second capture, by class, token, place and data
+set.
 
-Promises: what is drawn and what a script gets are the same rows. Does not know how a question was put.
+Promises: the table and the JSON output have the same rows. Does not know about the command line.
 """
 
 import math
@@ -33,7 +34,7 @@ DATA_SETS = (
     Column(name="data set", text=lambda row: row["data_set"], left=True),
     count("predicted", "tokens"),
     *SURE,
-    number("more than the others", "difference", "+.4f", spare=3),
+    number("difference from the others", "difference", "+.4f", spare=3),
     number("from", "difference_low", "+.4f", spare=4),
     number("to", "difference_high", "+.4f", spare=4),
     number("p", "difference_p", ".4f", spare=3),
@@ -45,19 +46,20 @@ OF_PLACES = (
     Column(name="position", text=lambda row: str(row["position"]), spare=1),
     Column(name="token", text=lambda row: row["token"], left=True),
     Column(
-        name="in its text", text=lambda row: f"{row['before']}⟦{row['token']}⟧{row['after']}", left=True, elastic=True
+        name="in context", text=lambda row: f"{row['before']}⟦{row['token']}⟧{row['after']}", left=True, elastic=True
     ),
 )
 OF_TOKENS = (
-    Column(name="tokens that lose most", text=lambda row: row["piece"], left=True),
+    Column(name="tokens with the largest losses", text=lambda row: row["piece"], left=True),
     count("predicted", "tokens"),
     number("effect", "effect", "+.4f"),
-    Column(name="in all", text=lambda row: f"{row['effect'] * row['tokens']:+.3f}"),
+    Column(name="total", text=lambda row: f"{row['effect'] * row['tokens']:+.3f}"),
 )
 
 
 def effect_told(captures: "Sequence[xr.Dataset]", only: "Selection", top: int) -> Facts:
-    """How the second capture predicts the tokens, beside the first, and which tokens lose most in all."""
+    """How the second capture predicts the tokens relative to the first, and the tokens with the largest total
+    losses."""
     from analysis.metrics.effect import effect
 
     one, other = captures
@@ -93,7 +95,7 @@ def effects_told(pairs: "Mapping[str, tuple[xr.Dataset, xr.Dataset]]", only: "Se
 
 
 def _classes(found: "xr.Dataset") -> list[dict[str, Any]]:
-    """The classes that occur, the largest loss a token first."""
+    """The classes that occur, the largest loss per token first."""
     columns = {key: found[name].values.tolist() for key, name in OF_CLASS.items()}
     names = found["token_class"].values.tolist()
     rows = [{"class": name, **{key: values[at] for key, values in columns.items()}} for at, name in enumerate(names)]
@@ -101,7 +103,7 @@ def _classes(found: "xr.Dataset") -> list[dict[str, Any]]:
 
 
 def _losing_tokens(capture: "xr.Dataset", found: "xr.Dataset", top: int) -> list[dict[str, Any]]:
-    """The tokens that lose most over all their occurrences."""
+    """The tokens with the largest losses over all their occurrences."""
     from analysis.metrics.effect import losing_tokens
 
     return [
@@ -116,7 +118,7 @@ def _losing_tokens(capture: "xr.Dataset", found: "xr.Dataset", top: int) -> list
 
 
 def _losing_places(capture: "xr.Dataset", found: "xr.Dataset") -> list[dict[str, Any]]:
-    """The places that lose most, with the text around them."""
+    """The places with the largest losses, with the text around them."""
     from analysis.explorer.pieces import readable
 
     rows, reads = [], readable([str(piece) for piece in capture["piece"].values])
@@ -133,32 +135,34 @@ def _losing_places(capture: "xr.Dataset", found: "xr.Dataset") -> list[dict[str,
 
 
 def print_effect(console: Console, effect: Facts) -> None:
-    """The effect, and what loses most."""
-    sure = f"{effect['level']:.0%} interval {effect['low']:+.4f} to {effect['high']:+.4f}, p {effect['p']:.4f}"
+    """Print the effect and the largest losses."""
+    sure = f"{effect['level']:.0%} interval {effect['low']:+.4f} to {effect['high']:+.4f}, p = {effect['p']:.4f}"
     print_line(
         console,
-        f"effect on predictions: {effect['effect']:+.4f} nats a token in the second capture, below 0 where it predicts"
+        f"effect on predictions: {effect['effect']:+.4f} nats per token in the second capture, negative if it predicts"
         f" worse ({effect['untested'] or sure}; {effect['n']:,} tokens)",
     )
     print_table(console, CLASSES, effect["classes"])
-    print_line(console, "by class of the predicted token; p holds for all classes together")
+    print_line(console, "by class of the predicted token; p-values are corrected for all classes")
     if effect["lose_most"]:
         print_table(console, OF_TOKENS, effect["lose_most"])
     if effect["places"]:
-        print_line(console, "the places that lose most, one a row of the capture at most:")
+        print_line(console, "the largest losses, at most one per row of the capture:")
         print_table(console, OF_PLACES, effect["places"])
 
 
 def print_effects(console: Console, told: Facts) -> None:
-    """The effect on each data set, and on each class of each."""
+    """Print the effect on each data set, and on each class of each."""
     print_table(console, DATA_SETS, told["data_sets"])
     print_line(
         console,
-        "nats a token in the second capture, below 0 where it predicts worse; more than the others: than the mean of"
-        f" the other data sets' effects; intervals of {told['level']:.0%}",
+        "nats per token in the second capture, negative if it predicts worse; difference from the others: from the mean"
+        f" of the other data sets' effects; {told['level']:.0%} intervals",
     )
     for name, reason in {**told["untested_difference"], **told["untested"]}.items():
         print_line(console, f"not tested: {name}: {reason}")
     for row in told["data_sets"]:
-        print_line(console, f"{row['data_set']}, by class of the predicted token; p holds for all classes together:")
+        print_line(
+            console, f"{row['data_set']}, by class of the predicted token; p-values are corrected for all classes:"
+        )
         print_table(console, CLASSES, row["classes"])

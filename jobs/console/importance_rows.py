@@ -1,6 +1,6 @@
-"""What `jobs/importance.py` tells: the effect of every expert, which ones matter, and what would have told so.
+"""What `jobs/importance.py` reports: the effect of every expert, which ones matter, and what predicts the effects.
 
-Promises: what is drawn and what a script gets are the same rows. Does not know how effects are measured.
+Promises: the table and the JSON output have the same rows. Does not know how effects are measured.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,8 @@ from jobs.console.tables import Bars, Column, Facts, count, number, print_line, 
 if TYPE_CHECKING:
     import xarray as xr
 
-TOP = 10  # experts that are listed (arbitrary)
-CHANCE = 0.05  # q below which an effect counts as one
+TOP = 10  # experts to list (arbitrary)
+CHANCE = 0.05  # effects with a smaller q are beyond chance
 EXPERT = {
     "effect": "effect", "low": "effect_low", "high": "effect_high", "p": "p", "q": "q", "share": "share",
     "weight_share": "weight_share", "mean_saliency": "mean_saliency", "total_saliency": "total_saliency",
@@ -33,11 +33,11 @@ OF_EXPERTS = (
 )
 OF_LAYERS = (
     count("layer", "layer"),
-    count("matters most", "most"),
+    count("most important", "most"),
     number("effect", "most_effect", "+.4f"),
     count("least", "least"),
     number("effect", "least_effect", "+.4f"),
-    count("not by chance", "beyond_chance", spare=1),
+    count("beyond chance", "beyond_chance", spare=1),
 )
 OF_PREDICTORS = (
     Column(name="rank correlation with the loss", text=lambda row: row["predictor"].replace("_", " "), left=True),
@@ -51,7 +51,7 @@ OF_PREDICTORS = (
 
 
 def importance_told(found: "xr.Dataset") -> Facts:
-    """What there is to tell of what `analysis.importances` gave."""
+    """The report of the results of `analysis.importances`."""
     names = found["data_set"].values.tolist()
     sets = {name: _of_data_set(found.sel(data_set=name)) for name in names}
     return {"data_sets": sets, "layers": found["layer"].values.tolist(), "level": found.attrs["level"]}
@@ -75,29 +75,30 @@ def _of_data_set(found: "xr.Dataset") -> Facts:
 
 
 def print_importance(console: Console, told: Facts) -> None:
-    """The experts that matter most, each layer's ends, and what predicts effects."""
+    """Print the most important experts, those of each layer, and what predicts effects."""
     for name, each in told["data_sets"].items():
         untested = f"; {each['untested']}" if each["untested"] else ""
         print_line(
             console,
-            f"{name}: effect of masking an expert, in nats a predicted token, below 0 where the expert helps;"
-            f" {each['n']:,} tokens of {each['documents']:,} documents; from and to: {told['level']:.0%}{untested}",
+            f"{name}: effect of masking an expert, in nats per predicted token, negative if the expert helps;"
+            f" {each['n']:,} tokens of {each['documents']:,} documents; from and to: {told['level']:.0%}"
+            f" interval{untested}",
             style="bold",
         )
-        print_table(console, OF_EXPERTS, _largest(each["experts"]), note="a full bar is the largest loss")
+        print_table(console, OF_EXPERTS, _largest(each["experts"]), note="a full bar means the largest loss")
         print_table(console, OF_LAYERS, _by_layer(each["experts"]))
         print_table(console, OF_PREDICTORS, each["correlations"])
 
 
 def _largest(experts: list[Facts]) -> list[Facts]:
-    """The experts without which predictions lose most."""
+    """The experts whose removal costs predictions most."""
     found = sorted(experts, key=lambda row: row["effect"])[:TOP]
     largest = min(-1e-12, found[0]["effect"])
     return [{**row, "of_largest": max(0.0, row["effect"] / largest)} for row in found]
 
 
 def _by_layer(experts: list[Facts]) -> list[Facts]:
-    """Of each layer the expert that matters most, the one that matters least, and how many effects are not chance."""
+    """For each layer the most and the least important expert, and how many effects are beyond chance."""
     rows: list[Facts] = []
     for layer in dict.fromkeys(row["layer"] for row in experts):
         own = [row for row in experts if row["layer"] == layer]

@@ -1,6 +1,6 @@
-"""Ctrl-C while a script is still importing what it needs: one line and status 130, and no traceback.
+"""Ctrl-C during a script's imports: one line and status 130, without a traceback.
 
-Imports nothing of ours and nothing that is slow: each script calls this first.
+Imports nothing from this project and nothing slow, because each script calls this first.
 """
 
 import os
@@ -9,11 +9,11 @@ import sys
 
 
 def end_on_interrupt() -> None:
-    """End the process at Ctrl-C, until `jobs.console.terminal.run_job` takes over: nothing is begun before that."""
+    """End the process at Ctrl-C, until `jobs.console.terminal.run_job` takes over; no work has started before that."""
 
     def end(*_: object) -> None:
-        print("error: interrupted: nothing was begun", file=sys.stderr, flush=True)
+        print("error: interrupted before any work was started", file=sys.stderr, flush=True)
         os._exit(130)
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the shell has it ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # unless the shell ignores it
         signal.signal(signal.SIGINT, end)

@@ -1,8 +1,7 @@
-"""Answers of `jobs/query.py` kept beside the store: a question that was asked before loads nothing that counts.
+"""Answers of `jobs/query.py` kept next to the store, so that a repeated question needs no counting code.
 
-The key is made of the capture's identity, of what of it is committed, of the question, and of the code and the
-libraries that answer it: whatever could change an answer makes another key. Old answers are never wrong and may be
-deleted at any time.
+The key covers the capture's identity, its committed shards, the question, and the code and the libraries that answer
+it: anything that could change an answer changes the key. Old answers are never wrong and may be deleted at any time.
 """
 
 import hashlib
@@ -31,16 +30,16 @@ LIBRARIES = ("numpy", "scipy", "numba", "xarray")
 def kept_answers(
     store: str, state: "Coverage", question: Mapping[str, Any], answer: Callable[[], Sequence[Listed]]
 ) -> Sequence[Listed]:
-    """What is kept of a question, else what answers it, which is kept then.
+    """The kept answers to a question, otherwise computed ones, which are then kept.
 
     Parameters
     ----------
     store, state
-        The store, and what there is of the capture that is asked.
+        The store, and the state of the capture.
     question
-        Plain values, of which JSON can be made.
+        Plain values that can be written as JSON.
     answer
-        Answers it.
+        Computes the answers.
     """
     identity = identity_hash(CaptureGroup(store, state.dataset).identity)
     asked = json.dumps([identity, state.digest, question, _code()], sort_keys=True)
@@ -49,13 +48,13 @@ def kept_answers(
     if (found := _read(kept.get(key))) is not None:
         return found
     made = answer()
-    with suppress(OSError):  # where nothing can be written the answer is given all the same
+    with suppress(OSError):  # if nothing can be written, the answer is returned anyway
         kept.put(key, json.dumps([asdict(each) for each in made], default=_plain).encode())
     return made
 
 
 def _read(data: bytes | None) -> list[Listed] | None:
-    """Answers, or None where they are not kept or not whole."""
+    """Answers, or None if they are not kept or incomplete."""
     try:
         return None if data is None else [Listed(**each) for each in json.loads(data)]
     except (ValueError, TypeError):
@@ -63,7 +62,7 @@ def _read(data: bytes | None) -> list[Listed] | None:
 
 
 def _code() -> str:
-    """What answers questions, as a hash."""
+    """A hash of the code that answers questions."""
     about = hashlib.sha256(" ".join(version(name) for name in LIBRARIES).encode())
     for folder in CODE:
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -72,5 +71,5 @@ def _code() -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A number or an array of numpy's as JSON has it."""
+    """A numpy number or array as a plain value for JSON."""
     return value.tolist()

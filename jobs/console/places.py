@@ -1,7 +1,7 @@
-"""How a command line names captures, and files to write.
+"""How captures, and files to write, are named on the command line.
 
-A place is STORE/DATASET, or STORE for all data sets of a store; where one capture is meant, STORE is enough if it holds
-only one. Does not open captures, and does not load xarray.
+A place is STORE/DATASET, or STORE for all data sets of a store; if one capture is needed, STORE is sufficient if it has
+only one. Does not open captures or load xarray.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ import store
 
 
 def captures_at(place: str) -> tuple[str, list[str]]:
-    """The store that a place names, without a slash at its end, and all its data sets, or the one that is named.
+    """The store of a place, without a trailing slash, and all its data sets or the named one.
 
     Raises
     ------
@@ -25,9 +25,9 @@ def captures_at(place: str) -> tuple[str, list[str]]:
     path = path.rstrip("/") or path
     around = _names(path)
     if around is None:
-        return place, _all(place, f", and {path} is no store" * bool(slash))
+        return place, _all(place, f", and {path} is not a store" * bool(slash))
     if name not in around:
-        raise FileNotFoundError(f"no data set {name!r} in {path}; it holds: {', '.join(around) or 'none'}")
+        raise FileNotFoundError(f"no data set {name!r} in {path}; it has: {', '.join(around) or 'none'}")
     return path, [name]
 
 
@@ -37,18 +37,18 @@ def capture_at(place: str) -> tuple[str, str]:
     Raises
     ------
     FileNotFoundError
-        As `captures_at`.
+        Like `captures_at`.
     ValueError
-        When there are several, which are listed, or none.
+        When there are several (the message lists them) or none.
     """
     path, names = captures_at(place)
     if len(names) > 1:
-        raise ValueError(f"{path} holds {', '.join(names)}: say which, as {path}/{names[0]}")
+        raise ValueError(f"{path} has several data sets ({', '.join(names)}): name one, such as {path}/{names[0]}")
     return path, names[0]
 
 
 def by_store(places: Iterable[str]) -> dict[str, list[str]]:
-    """The data sets that some places name, by store, each once and in the order given; errors as `captures_at`."""
+    """The data sets that some places name, by store, each once and in the given order; raises like `captures_at`."""
     found: dict[str, list[str]] = {}
     for path, names in map(captures_at, places):
         known = found.setdefault(path, [])
@@ -57,25 +57,25 @@ def by_store(places: Iterable[str]) -> dict[str, list[str]]:
 
 
 def refuse_no_file(option: str, output: Path) -> None:
-    """Refuse a path where no file can be written."""
+    """Raise for a path where no file can be written."""
     if not output.absolute().parent.is_dir() or output.is_dir():
         raise ValueError(f"--{option} {output}: its folder must exist, and it must not be a folder itself")
 
 
 def _all(path: str, beside: str) -> list[str]:
-    """The data sets of a store, of which there must be one."""
+    """The data sets of a store, which must have at least one."""
     try:
         names = store.dataset_names(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}{beside}") from error
     if not names:
-        raise ValueError(f"{path} holds no data set yet")
+        raise ValueError(f"{path} has no data set yet")
     return names
 
 
 def _names(path: str) -> list[str] | None:
-    """The data sets of what may be a store."""
+    """The data sets at a path that may be a store."""
     try:
         return store.dataset_names(path) if path else None
-    except (FileNotFoundError, ValueError):  # no store, or what can be none, such as a bucket's root
+    except (FileNotFoundError, ValueError):  # not a store, or a path that cannot be one, such as a bucket's root
         return None

@@ -1,4 +1,4 @@
-"""The columns of what `jobs/query.py` answers, by the kind of the answer. Does not load what computes answers."""
+"""The columns of the answers of `jobs/query.py`, by kind of answer. Does not load the code that computes answers."""
 
 from collections.abc import Sequence
 
@@ -64,7 +64,7 @@ KINDS: dict[str, Sequence[Column | Bars]] = {
 
 
 def columns_of(kind: str, facts: Facts) -> Sequence[Column | Bars]:
-    """The columns of a kind of answer; of router entropy those of the measures that there are."""
+    """The columns of a kind of answer; for router entropy, those of the available measures."""
     if kind != "entropy":
         return KINDS[kind]
     columns = [count("layer", "layer")]

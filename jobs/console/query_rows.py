@@ -1,6 +1,6 @@
-"""The questions that `jobs/query.py` asks: where a token goes, which tokens an expert gets, a document's path.
+"""The questions of `jobs/query.py`: where a token goes, which tokens an expert gets, a document's path.
 
-Promises: what is drawn and what a script gets are the same rows. Does not know how a question was put.
+Promises: the table and the JSON output have the same rows. Does not know about the command line.
 """
 
 import colorsys
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from analysis.metrics.tokens import TokenOrder
 
-PIECE_CELLS = 16  # of a terminal's line, for the piece beside a path; arbitrary
+PIECE_CELLS = 16  # of a terminal's line, for the piece next to a path; arbitrary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +30,17 @@ class Listed:
 
     title: str
     kind: str
-    """Decides on the columns: see `columns_of`."""
+    """Determines the columns: see `columns_of`."""
     facts: Facts
-    """What was asked, and the attributes of the answer."""
+    """The question, and the attributes of the answer."""
     rows: Sequence[Facts]
     section: str = ""
     """See `print_table`."""
     note: str = ""
-    """What is said last, to a person."""
+    """A note at the end of the terminal output."""
 
     def draw(self, console: Console) -> None:
-        """Print the title, and the rows where there are any."""
+        """Print the title, and the rows if there are any."""
         print_line(console, self.title)
         if self.rows:
             print_table(
@@ -48,13 +48,13 @@ class Listed:
                 columns_of(self.kind, self.facts),
                 self.rows,
                 section=self.section,
-                note="a full bar is a share of 1",
+                note="a full bar means a share of 1",
             )
         if self.note:
             print_line(console, self.note)
 
     def as_json(self) -> dict[str, Any]:
-        """The same for a script."""
+        """The same for JSON output."""
         return {**self.facts, "rows": self.rows}
 
 
@@ -67,9 +67,10 @@ class DocumentPath:
     num_experts: int
 
     def draw(self, console: Console) -> None:
-        """Tokens as rows, layers as columns, each number on its expert's colour; layers in turns if narrow."""
+        """Tokens as rows, layers as columns, each number on its expert's colour; in several blocks of layers if the
+        terminal is narrow."""
         path = self.path
-        left_out = f", {path.attrs['tokens_missing']:,} not captured yet" if path.attrs["tokens_missing"] else ""
+        left_out = f", {path.attrs['tokens_missing']:,} not yet captured" if path.attrs["tokens_missing"] else ""
         about = f"document {path.attrs['document']}, {path.attrs['name']}, in {self.data_set}"
         print_line(console, f"{about}: {path.attrs['n']:,} tokens{left_out}; a token's experts, the first choice first")
         if path.sizes["position"]:
@@ -98,7 +99,8 @@ class DocumentPath:
                 console.print(line, soft_wrap=True)
 
     def as_json(self) -> dict[str, Any]:
-        """The same for a script, with weights if there are any: a row a token, `expert` and `weight` as [layer][k]."""
+        """The same for JSON output, with weights if there are any: one row per token, `expert` and `weight` as
+        [layer][k]."""
         names = {"position": "position", "token": "token_id", "piece": "piece", "role": "role", "phase": "phase"}
         names |= {"expert": "expert", "weight": "weight"}
         ordered = self.path.transpose("position", "layer", "k")
@@ -118,7 +120,7 @@ def document_answer(
     roles: Sequence[str] = (),
     phases: Sequence[str] = (),
 ) -> DocumentPath:
-    """A document's path, by its id or its name, of the tokens that have one of these roles and phases."""
+    """A document's path, by its id or its name, for the tokens with one of these roles and phases."""
     from analysis.metrics.paths import document_path
 
     path = document_path(capture, document, roles=roles, phases=phases).sel(layer=layers)
@@ -130,7 +132,7 @@ def document_answer(
 
 
 def token_answer(capture: "xr.Dataset", token: int, layers: list[int], counts: "xr.Dataset") -> Listed:
-    """The experts of a token, layer by layer, the most frequent first; those that got none of it are left out."""
+    """The experts of a token, layer by layer, the most frequent first; experts without any are left out."""
     from analysis.metrics.tokens import token_experts_of
 
     occurrences, piece = int(counts["tokens"][token]), str(capture["piece"][token].values)
@@ -168,7 +170,7 @@ def expert_answer(
     found = found.rename(counts="count", place="rank")
     values = {name: found[name].values.tolist() for name in ("rank", *found.data_vars)}
     rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-    least = f"; tokens that occur less than {min_count} times are left out" * (min_count > 1)
+    least = f"; tokens with fewer than {min_count} occurrences are left out" * (min_count > 1)
     about = f"expert {expert} of layer {layer} in {capture.attrs['dataset']}, by {by}"
     return Listed(
         title=f"{about}; {_chance(found)}{least}",
@@ -179,10 +181,10 @@ def expert_answer(
 
 
 def _chance(found: "xr.Dataset") -> str:
-    return f"by chance a share is {found.attrs['null']:.4f}, a lift 1"
+    return f"expected by chance: share {found.attrs['null']:.4f}, lift 1"
 
 
 def expert_color(expert: int, experts: int) -> str:
-    """Black on a light colour of an expert's own."""
+    """Black on a light colour specific to the expert."""
     red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(expert / experts, 0.72, 0.75))
     return f"black on rgb({red},{green},{blue})"

@@ -1,6 +1,6 @@
 """The questions of `jobs/query.py` that need what `--record` adds: router entropy, saliency and log-probability.
 
-Promises: what is drawn and what a script gets are the same rows. Does not know how a question was put.
+Promises: the table and the JSON output have the same rows. Does not know about the command line.
 """
 
 import itertools
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from analysis.scanning import Reducer
 
 Recorded = tuple[Sequence["Reducer"], Callable[..., Listed]]
-"""What to count, and what makes an answer of the layers and of the counts."""
+"""What to count, and the function that makes the answer from the layers and the counts."""
 
 
 ENTROPY = {
@@ -26,11 +26,11 @@ ENTROPY = {
     "mass": "mean_mass",
     "margin": "mean_margin",
 }
-"""Keys of a row, and variables; of the largest logits alone, bounds are in place of all but the margin."""
+"""Keys of a row, and variables; with only the largest logits, all but the margin are replaced by bounds."""
 
 
 def recorded_question(name: str, capture: "xr.Dataset") -> Recorded:
-    """What to count for "entropy", "saliency" or "logprob", and what makes an answer of it.
+    """What to count for "entropy", "saliency" or "logprob", and the function that makes the answer.
 
     Raises
     ------
@@ -51,7 +51,7 @@ def recorded_question(name: str, capture: "xr.Dataset") -> Recorded:
 
 
 def entropy_answer(capture: "xr.Dataset", layers: list[int], counts: "xr.Dataset") -> Listed:
-    """How spread out the routers are, layer by layer."""
+    """How spread out the router distributions are, layer by layer."""
     from analysis.statistics.jackknife import with_intervals
 
     found = with_intervals(counts, share=("mean_mass",)).sel(layer=layers)
@@ -65,7 +65,7 @@ def entropy_answer(capture: "xr.Dataset", layers: list[int], counts: "xr.Dataset
     facts = {**found.attrs, "null_by_key": {key: found[name].attrs["null"] for key, name in known.items()}}
     title = (
         f"routers of {capture.attrs['dataset']}, {found.attrs['n']:,} tokens: entropy in bits, effective experts, mass"
-        " of the chosen ones, margin in logits; from and to: 95 %"
+        " of the chosen ones, margin in logits; from and to: 95% interval"
     )
     return Listed(title=title, kind="entropy", facts=facts, rows=_rows(found, keys, ["layer"]))
 
@@ -80,7 +80,7 @@ def saliency_answer(capture: "xr.Dataset", layers: list[int], sums: "xr.Dataset"
     rows.sort(key=lambda row: (least[row["layer"]], -math.inf if row["tokens"] == 0 else row["mean_saliency"]))
     title = (
         f"saliency in {capture.attrs['dataset']}, {found.attrs['n']:,} tokens: mean of weight × output norm, least"
-        f" first; from and to: 95 %; an even share is {1 / found.sizes['expert']:.4f}"
+        f" first; from and to: 95% interval; an even share is {1 / found.sizes['expert']:.4f}"
     )
     return Listed(title=title, kind="saliency", facts=dict(found.attrs), rows=rows, section="layer")
 
@@ -93,13 +93,14 @@ def logprob_answer(capture: "xr.Dataset", layers: list[int], counts: "xr.Dataset
     rows = _rows(found, {str(name): str(name) for name in found.data_vars}, ["layer", "expert"])
     title = (
         f"log-probability of the next token in {capture.attrs['dataset']}, {found.attrs['n']:,} tokens, in nats;"
-        " within: against the same token of the row that does not reach the expert, from and to of all cells together"
+        " within: compared with the same token in the row that does not choose the expert; from and to: simultaneous"
+        " interval"
     )
     return Listed(title=title, kind="logprob", facts=dict(found.attrs), rows=rows, section="layer")
 
 
 def _rows(found: "xr.Dataset", keys: Mapping[str, str], dims: Sequence[str]) -> list[Facts]:
-    """A row for each cell, with the coordinates first."""
+    """One row for each cell, with the coordinates first."""
     ordered = found.transpose(*dims)
     flat = {key: ordered[name].values.ravel().tolist() for key, name in keys.items()}
     places = itertools.product(*(found[dim].values.tolist() for dim in dims))

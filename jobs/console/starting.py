@@ -1,7 +1,6 @@
-"""What a script does first: it gives its help, and lets Ctrl-C end it, before it imports what takes time.
+"""The first steps of a script: print its help, and let Ctrl-C end it, before slow imports.
 
-The docstring of a script is its help page; the first line is what `expert-atlas --help` says of the script. Imports
-nothing of ours that is slow.
+The docstring of a script is its help page; `expert-atlas --help` shows the first line. Imports nothing slow.
 """
 
 import os
@@ -14,18 +13,18 @@ from pathlib import Path
 from jobs.console.interrupts import end_on_interrupt
 
 COMMAND = re.compile(r"(?<!-- )python jobs/(\w+)\.py")
-"""A command of ours in a text. What `ray job submit` and resubmit get behind -- stays a script: nothing is installed in
-the folder in which they run it."""
+"""A command of this project in a text. The command after -- of `ray job submit` and resubmit stays a script, because
+nothing is installed in the folder in which it runs."""
 
 
 class Typed:
-    """How the user starts scripts."""
+    """The form in which the user starts scripts."""
 
     form = r"python jobs/\1.py"
 
 
 def start(name: str, page: str | None) -> None:
-    """Begin a script: a module that is imported begins nothing.
+    """Start a script; does nothing for an imported module.
 
     Parameters
     ----------
@@ -38,7 +37,7 @@ def start(name: str, page: str | None) -> None:
 
 
 def give_help(page: str | None, arguments: Sequence[str]) -> None:
-    """Print a help page and exit with status 0, where a command line asks for it."""
+    """Print a help page and exit with status 0, if requested on the command line."""
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if not {"-h", "--help"}.isdisjoint(own):
         assert page
@@ -47,19 +46,19 @@ def give_help(page: str | None, arguments: Sequence[str]) -> None:
 
 
 def as_typed(text: str) -> str:
-    """A text in which commands of ours stand as the user types them: with `expert-atlas`, or as scripts."""
+    """A text with this project's commands in the form that the user types: with `expert-atlas`, or as scripts."""
     return COMMAND.sub(Typed.form, text)
 
 
 def command_line(script: str, *arguments: object) -> str:
-    """A command of ours that can be copied to a shell, with the Python of this folder where that is the one that runs.
+    """A command of this project for copying to a shell, with this folder's Python if that is the running one.
 
     Parameters
     ----------
     script
-        Its name: "report".
+        The script's name: "report".
     arguments
-        Paths within the folder are shortened.
+        Its arguments; paths inside the folder are shortened.
     """
     words = [f"python jobs/{script}.py", *(shlex.quote(_from_here(str(argument))) for argument in arguments)]
     typed, python = as_typed(" ".join(words)), _from_here(sys.executable)
@@ -71,7 +70,7 @@ def _from_here(path: str) -> str:
 
 
 def _with_bold_headings(page: str) -> str:
-    """A page for a terminal: lines at the margin that end in a colon are headings."""
+    """A page for a terminal; lines at the margin that end in a colon are headings."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return page
     return re.sub(r"^(\S.*:)$", "\x1b[1m\\1\x1b[0m", page, flags=re.MULTILINE)

@@ -1,6 +1,6 @@
-"""What `jobs/steer.py` tells: the experts that carry what sets a data set apart, and what it loses beside another.
+"""What `jobs/steer.py` reports: the experts that distinguish a data set, and the effect on it and on another one.
 
-Promises: what is drawn and what a script gets are the same rows. Does not know how a question was put.
+Promises: the table and the JSON output have the same rows. Does not know about the command line.
 """
 
 import math
@@ -19,31 +19,33 @@ if TYPE_CHECKING:
 
 
 def carriers_told(captures: "Mapping[str, xr.Dataset]", most: int, *, forced: bool) -> dict[str, Any]:
-    """The experts that the first of two captures uses more, by more than chance.
+    """The experts that the first of two captures uses more than the other, beyond chance.
 
     Raises
     ------
     ValueError
-        When there is none, it is not known, or the captures are not of one model.
+        When there are none, the difference cannot be tested, or the captures are not of one model.
     """
-    from analysis.metrics.carriers import carriers  # numba takes a second: --help does not wait for it
+    from analysis.metrics.carriers import carriers  # numba takes a second: --help must not wait for it
     from analysis.metrics.contrast import contrast
     from analysis.metrics.differing import shares_row
 
     with reporting("contrast", unit="shards", transient=True) as report:
         found = contrast(captures, progress=lambda done, total: report.add(1))
     if found.attrs["models_differ"]:
-        raise ValueError(f"the captures are not of one model: {'; '.join(found.attrs['models_differ'].values())}")
+        raise ValueError(f"the captures are from different models: {'; '.join(found.attrs['models_differ'].values())}")
     one, other = captures
     taken = carriers(found, one, most=most, left=_left(captures[one], forced=forced))
     if not taken:
-        raise ValueError(f"no expert is used more by {one} than by {other} beyond chance: there is nothing to change")
+        raise ValueError(
+            f"no expert is used more by {one} than by {other} beyond chance, so there is nothing to change"
+        )
     rows = [shares_row(found, layer, expert) for layer, expert in taken]
     return {"experts": rows, "level": found.attrs["level"]}
 
 
 def _left(capture: "xr.Dataset", *, forced: bool) -> dict[int, int]:
-    """How many experts of each layer cannot be masked, or forced, beside those that are already."""
+    """How many experts of each layer must not be masked or forced, in addition to those that already are."""
     from store import attributes
 
     attrs, k = attributes(capture), capture.sizes["k"]
@@ -54,14 +56,16 @@ def _left(capture: "xr.Dataset", *, forced: bool) -> dict[int, int]:
 
 
 def print_carriers(console: Console, told: Facts) -> None:
-    """The table of experts."""
+    """Print the table of experts."""
     print_line(console, f"experts that {told['one']} uses more than {told['other']}:")
     print_table(console, SHARES, told["experts"])
-    print_line(console, f"shares of tokens; intervals of {told['level']:.0%} and p hold for all experts together")
+    print_line(
+        console, f"shares of tokens; {told['level']:.0%} intervals and p-values are simultaneous for all experts"
+    )
 
 
 def print_steered(console: Console, told: Facts) -> None:
-    """What both lose, in a sentence."""
+    """Print the effect on both, in one sentence."""
     first, second = told["data_sets"]
     if math.isnan(first["difference"]):
         return
@@ -70,7 +74,7 @@ def print_steered(console: Console, told: Facts) -> None:
     by = " and ".join(f"by {each['effect']:+.4f} nats in {each['data_set']}" for each in (first, second))
     sure = f"{told['level']:.0%} interval {first['difference_low']:+.4f} to {first['difference_high']:+.4f}"
     untested = "; ".join(f"{name}: {reason}" for name, reason in told["untested_difference"].items())
-    known = untested or f"{sure}, p {first['difference_p']:.4f}"
+    known = untested or f"{sure}, p = {first['difference_p']:.4f}"
     print_line(
         console,
         f"{changed}, the log-probability of a token changes {by}: a difference of {first['difference']:+.4f} ({known})",

@@ -1,8 +1,8 @@
 """How a result is shown: a table with bars in a terminal, aligned columns in a pipe, one JSON document for scripts.
 
-Promises: a terminal gets no line of a table that is wider than it is, and names the columns that this costs; a pipe, a
-file, TERM=dumb and a terminal that knows no Unicode get every column, whole, one line a row, and no escape code; what a
-text holds commands no terminal. Does not know what is shown.
+Promises: no line of a table is wider than the terminal, and left-out columns are listed; a pipe, a file, TERM=dumb and
+a terminal without Unicode get every column in full, one line per row, without escape codes; control characters in texts
+are escaped. Does not know what is shown.
 """
 
 import io
@@ -24,8 +24,8 @@ from rich.text import Text
 from jobs.console.terminal import shown
 
 GAP = 2  # cells between two columns
-BAR_CELLS, NARROW_BAR_CELLS, NARROW = 12, 8, 60  # of a bar, and in a terminal of fewer cells than the last (arbitrary)
-ELASTIC_CELLS = 12  # that are left to an elastic column before others are left out (arbitrary)
+BAR_CELLS, NARROW_BAR_CELLS, NARROW = 12, 8, 60  # cells of a bar, also in a narrower terminal (arbitrary)
+ELASTIC_CELLS = 12  # least cells of an elastic column before others are left out (arbitrary)
 
 Facts = Mapping[str, Any]
 
@@ -37,74 +37,74 @@ class Column:
     name: str
     text: Callable[[Facts], str]
     left: bool = False
-    """To the left, as words; numbers stand to the right."""
+    """Left-aligned, for words; numbers are right-aligned."""
     elastic: bool = False
-    """Cut with "…" where a terminal is narrow; one column of a table may be."""
+    """Truncated with "…" in a narrow terminal; at most one column of a table."""
     spare: int = 0
-    """A terminal that is too narrow leaves out the column with the highest number first, and never one with 0."""
+    """In a narrow terminal, the column with the highest number is left out first, and one with 0 never."""
     style: Callable[[Facts], str] = lambda row: ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bars:
-    """A column of bars, which only a terminal gets."""
+    """A column of bars, only shown in a terminal."""
 
     part: Callable[[Facts], float | None]
-    """Of a full bar, 0 to 1; None draws nothing."""
+    """The length as a fraction of a full bar, 0 to 1; None draws nothing."""
     spare: int = 1
     style: Callable[[Facts], str] = lambda row: "cyan"
 
 
 def number(name: str, key: str, form: str = ".3f", spare: int = 0) -> Column:
-    """A column of numbers, in Python's notation of a format; empty where there is none."""
+    """A column of numbers, in Python's format notation; empty if there is no number."""
     text = lambda row: "" if row[key] is None or math.isnan(row[key]) else format(row[key], form)
     return Column(name=name, text=text, spare=spare)
 
 
 def count(name: str, key: str, spare: int = 0) -> Column:
-    """A column of whole numbers."""
+    """A column of integers."""
     return number(name, key, ",", spare)
 
 
 class _Stdout(Console):
-    """A console whose reader may go away, as `head` does: that ends the command as any other."""
+    """A console whose reader may exit, like `head`: the command then ends like any other."""
 
     def on_broken_pipe(self) -> None:
-        """Not rich's own exit, with status 1."""
+        """Override rich's exit with status 1."""
         raise BrokenPipeError
 
 
 def stdout_console() -> Console:
-    """Standard output, on which nothing is coloured or replaced that the caller did not ask for.
+    """Standard output, without colours or replacements that the caller did not request.
 
-    It is a terminal also where FORCE_COLOR says so.
+    It also counts as a terminal if FORCE_COLOR is set.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # tokens are in every script, and this locale may not be
+        sys.stdout.reconfigure(errors="backslashreplace")  # tokens may be in scripts outside the locale
     return _Stdout(highlight=False, markup=False, emoji=False)
 
 
 def is_drawn(console: Console) -> bool:
-    """Whether tables and bars can be drawn there."""
+    """Whether tables and bars can be drawn on it."""
     return console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
 
 
 def print_line(console: Console, line: str, style: str = "") -> None:
-    """One line; a terminal gets it broken between words."""
+    """Print one line; wrapped between words in a terminal."""
     console.print(Text(shown(line), style=style), soft_wrap=not is_drawn(console))
 
 
 def print_table(
     console: Console, columns: Sequence[Column | Bars], rows: Sequence[Facts], *, section: str = "", note: str = ""
 ) -> None:
-    """Rows under the names of their columns.
+    """Print rows under the names of their columns.
 
     Parameters
     ----------
     section
-        A key of the rows: in a terminal an empty line stands where its value changes.
+        A key of the rows: a terminal shows an empty line where its value changes.
     note
-        Said below what is drawn: what a full bar is.
+        A note below the table, such as the meaning of a full bar.
     """
     texts = [column for column in columns if isinstance(column, Column)]
     kept = _fitting(columns, rows, console.width) if is_drawn(console) else None
@@ -119,12 +119,12 @@ def print_table(
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """One JSON document on a line, in ASCII; a number that is not finite is null."""
+    """Print one JSON document on a line, in ASCII; a number that is not finite is null."""
     print(json.dumps(_finite(document), allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
-    """What JSON can say of it."""
+    """The value with non-finite numbers as None."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -135,7 +135,7 @@ def _finite(value: Any) -> Any:
 
 
 def _align(console: Console, columns: Sequence[Column], rows: Sequence[Facts]) -> None:
-    """The names, and a line a row; columns are two spaces apart."""
+    """Print the names and one line per row; columns are two spaces apart."""
     widths = [_cells(column, rows) for column in columns]
     for texts in ([column.name for column in columns], *([shown(c.text(row)) for c in columns] for row in rows)):
         padding = [" " * (width - cell_len(text)) for text, width in zip(texts, widths, strict=True)]
@@ -150,7 +150,7 @@ def _cells(column: Column, rows: Sequence[Facts]) -> int:
 
 
 def _fitting(columns: Sequence[Column | Bars], rows: Sequence[Facts], width: int) -> list[Column | Bars] | None:
-    """The columns that a terminal has room for; None where it has none even for those that are never left out."""
+    """The columns that fit into a terminal; None if not even those fit that are never left out."""
     kept = list(columns)
     while _least(kept, rows, width) > width:
         most = max(column.spare for column in kept)
@@ -161,7 +161,7 @@ def _fitting(columns: Sequence[Column | Bars], rows: Sequence[Facts], width: int
 
 
 def _least(columns: Sequence[Column | Bars], rows: Sequence[Facts], width: int) -> int:
-    """Cells that a line takes at least."""
+    """The least width of a line in cells."""
     cells = [_bar_cells(width) if isinstance(column, Bars) else _cells(column, rows) for column in columns]
     elastic = [isinstance(column, Column) and column.elastic for column in columns]
     least = [min(size, ELASTIC_CELLS) if may else size for size, may in zip(cells, elastic, strict=True)]

@@ -1,4 +1,4 @@
-"""How a job speaks to a person: one line for an error, a bar in a terminal, plain lines in a log."""
+"""The output of jobs for people: one line per error, a progress bar in a terminal, plain lines in a log."""
 
 import io
 import os
@@ -17,12 +17,12 @@ from store.plan import Plan
 from store.secrets import without_secrets
 
 LOG_EVERY_S = 10.0
-NO_HOME = "/nonexistent"  # Debian's own sign of a user without a home
-AFTER = "what was finished is kept, and the same command resumes"
+NO_HOME = "/nonexistent"  # Debian's convention for a user without a home
+AFTER = "finished work is kept, and the same command resumes"
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came. Ray's calls know nothing but a KeyboardInterrupt, and raise that in its place."""
+    """SIGTERM was received. Ray's calls only handle a KeyboardInterrupt, and raise that instead."""
 
     came = False
 
@@ -32,7 +32,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C came."""
+    """Ctrl-C was received."""
 
     came = False
 
@@ -44,15 +44,15 @@ class Interrupted(KeyboardInterrupt):
 def run_job(main: Callable[[list[str]], int], after: str = AFTER) -> NoReturn:
     """Run a script's main function with the command line, and exit with its status.
 
-    A user's mistake becomes one line and status 2; a capture that failed, status 1; Ctrl-C 130 and SIGTERM 143, and
-    `after` says what then becomes of the work.
+    A user's mistake gives one line and status 2; a failed capture, status 1; Ctrl-C 130 and SIGTERM 143, and `after`
+    says what happens to the work.
     """
 
     Terminated.came = Interrupted.came = False
     catch_signals()
     _name_a_home()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what is no character
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may contain bytes that are not characters
     try:
         status = main(sys.argv[1:])
     except (Exception, KeyboardInterrupt) as error:
@@ -61,10 +61,12 @@ def run_job(main: Callable[[list[str]], int], after: str = AFTER) -> NoReturn:
 
 
 def _status(error: BaseException, after: str) -> int:
-    """The exit status for what ended a job, which is reported in a line."""
+    """The exit status for the error that ended a job, which is reported in one line."""
     if Terminated.came:
         return _fail(143, f"terminated: {after}")
-    if Interrupted.came or isinstance(error, KeyboardInterrupt):  # a module in the middle of its import raises its own
+    if Interrupted.came or isinstance(
+        error, KeyboardInterrupt
+    ):  # a module interrupted during its import raises its own error
         return _fail(130, f"interrupted: {after}")
     if isinstance(error, BrokenPipeError):
         return 141
@@ -76,7 +78,8 @@ def _status(error: BaseException, after: str) -> int:
 
 
 def _name_a_home() -> None:
-    """Where a user has no home, as an arbitrary user id in a container, libraries fail to import without its name."""
+    """Set HOME if a user has none, as for an arbitrary user id in a container: some libraries fail to import without
+    it."""
     try:
         Path.home()
     except RuntimeError:
@@ -84,14 +87,14 @@ def _name_a_home() -> None:
 
 
 def catch_signals() -> None:
-    """Have Ctrl-C and SIGTERM end the job in order."""
+    """Make Ctrl-C and SIGTERM end the job cleanly."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _raise(Interrupted))
     catch_sigterm()
 
 
 def catch_sigterm() -> None:
-    """Have SIGTERM end the job in order; again after a library has set a handler of its own."""
+    """Make SIGTERM end the job cleanly; call it again after a library has installed its own handler."""
     signal.signal(signal.SIGTERM, _raise(Terminated))
 
 
@@ -108,31 +111,31 @@ def _fail(status: int, message: str) -> int:
 
 
 def log(line: str) -> None:
-    """Print a line to the error stream, where it does not mix with a command's result.
+    """Print a line to the error stream, separate from a command's result.
 
-    What an error quotes, of a file, a library or a server, commands no terminal and gives no secret away.
+    Control characters and secrets in quotes from files, libraries or servers are removed.
     """
     print("\n".join(map(shown, without_secrets(line).split("\n"))), file=sys.stderr, flush=True)
 
 
 def say_next(*commands: str) -> None:
-    """Name the commands that are useful next, a line each, at the end of a command."""
+    """Print the commands that are useful next, one per line, at the end of a command."""
     log("\n".join(f"{'next:' if not number else '     '} {command}" for number, command in enumerate(commands)))
 
 
 def shown(text: str) -> str:
-    """A text as one line without control characters, which could command a terminal: as Python escapes."""
+    """A text as one line, with control characters as Python escapes, because they could control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def planned(plan: Plan, published: int | None) -> str:
-    """What a plan holds, in one line, with the published count of documents where there is one."""
+    """A plan in one line, with the published number of documents if there is one."""
     parts = [f"{plan.documents:,} documents"]
     if published is not None:
         parts[0] += f" ({published:,} published)"
     parts += [f"{plan.documents_empty:,} of them empty"] * bool(plan.documents_empty)
-    parts += [f"{plan.documents_repaired:,} with bytes that are no text replaced"] * bool(plan.documents_repaired)
-    parts += [f"{plan.documents_skipped:,} skipped, which cannot be rendered"] * bool(plan.documents_skipped)
+    parts += [f"{plan.documents_repaired:,} with invalid bytes replaced"] * bool(plan.documents_repaired)
+    parts += [f"{plan.documents_skipped:,} skipped because they cannot be rendered"] * bool(plan.documents_skipped)
     return ", ".join([*parts, f"{plan.rows:,} rows, {plan.tokens:,} tokens"])
 
 
@@ -145,7 +148,7 @@ def duration(seconds: float) -> str:
 
 
 class Reporter:
-    """Progress of one stage, counted in tokens or in another unit."""
+    """The progress of one stage, in tokens or another unit."""
 
     def __init__(self, label: str, total: int | None, done: int, unit: str, transient: bool) -> None:
         self.console = Console(stderr=True)
@@ -167,7 +170,7 @@ class Reporter:
         self.task = self.bar.add_task(label, total=total, completed=done, rate="")
 
     def to(self, done: int, note: str = "") -> None:
-        """The stage has come to `done`."""
+        """Set the progress to `done`."""
         self.done = max(self.done, done)
         rate = self.rate()
         self.bar.update(self.task, completed=self.done, rate=f"{rate:,.0f} {self.unit}/s {note}")
@@ -179,11 +182,11 @@ class Reporter:
             self.console.print(so_far.rstrip())
 
     def add(self, number: int) -> None:
-        """The stage has come so much further."""
+        """Advance the progress by a number."""
         self.to(self.done + number)
 
     def rate(self) -> float:
-        """So many a second, in this run."""
+        """Units per second in this run."""
         return (self.done - self.start_done) / max(1e-9, time.monotonic() - self.started)
 
 
@@ -191,7 +194,7 @@ class Reporter:
 def reporting(
     label: str, total: int | None = None, done: int = 0, unit: str = "tokens", *, transient: bool = False
 ) -> Iterator[Reporter]:
-    """Show the progress of a stage while the block runs; a transient bar is gone when it has ended."""
+    """Show the progress of a stage while the block runs; a transient bar disappears at the end."""
     reporter = Reporter(label, total, done, unit, transient)
     with reporter.bar:
         yield reporter

@@ -1,1 +1,1 @@
-"""What `--dataset` names: text files, tables, hubs, installed demo texts, as documents in order."""
+"""The data sets of `--dataset`: text files, tables, hubs and installed demo texts, as documents in order."""

@@ -1,4 +1,4 @@
-"""Arrow record batches as rows: of parquet files, saved data sets and the hub's. Memory is bounded by one batch."""
+"""Arrow record batches as rows, from parquet files, saved data sets and the hub. Memory is bounded by one batch."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ def arrow_columns(schema: pa.Schema) -> dict[str, str]:
 
 
 def refuse_repeated(schema: pa.Schema, columns: Sequence[str], path: Path) -> None:
-    """Refuse a file that has several columns of one of these names."""
+    """Raise if a file has several columns of one of these names."""
     for column in columns:
         if schema.names.count(column) > 1:
             raise ValueError(f"{path} has several columns named {column!r}; rename or remove all but one of them")
@@ -52,7 +52,7 @@ def batch_rows(batch: pa.RecordBatch | pa.Table, name: str, first: int) -> Itera
     columns = {}
     for column in batch.schema.names:
         values = batch.column(column)
-        # Parquet readers do not check that strings are UTF-8; as bytes they can be repaired here.
+        # Parquet readers do not check that strings are UTF-8; reading them as bytes allows repairing them here.
         plain = values.cast(pa.large_binary()) if is_text(values.type) else values
         columns[column] = without_nulls(plain.to_pylist())
     for index in range(batch.num_rows):
@@ -66,14 +66,14 @@ def batch_rows(batch: pa.RecordBatch | pa.Table, name: str, first: int) -> Itera
 
 
 def without_nulls(value: Any) -> Any:
-    """Leave the nulls out of arrow's objects: there each object of a column has all fields that one of them has."""
+    """Remove the nulls from arrow's objects: in arrow, each object of a column has all fields that any of them has."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def dataset_table(data: Any, name: str) -> Table:
-    """Return the rows of a `datasets.Dataset`; `name` stands before the row's number in names and errors."""
+    """Return the rows of a `datasets.Dataset`; `name` precedes the row's number in names and errors."""
     return Table(columns=arrow_columns(data.features.arrow_schema), rows=partial(dataset_rows, data, name))
 
 

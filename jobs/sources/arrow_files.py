@@ -1,4 +1,4 @@
-"""Arrow files, of both kinds that there are, as rows. Memory is bounded by one of the file's batches."""
+"""Arrow files of both kinds (file and stream) as rows. Memory is bounded by one of the file's batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from jobs.sources.arrow import BATCH_ROWS, arrow_columns, batch_rows, refuse_rep
 from jobs.sources.columns import Table, TableRow
 
 FILE_MARK = b"ARROW1"
-"""What an arrow file begins with; a stream does not."""
+"""The first bytes of an arrow file, but not of a stream."""
 
 
 def arrow_table(files: Mapping[str, Path]) -> Table:

@@ -1,6 +1,6 @@
 """Rows with columns, and the documents in one of their columns, or in the two of a prompt and its completion.
 
-Only the columns of the text and the one that names documents are read. It does not know in which format rows are kept.
+Only the columns of the text and the one that names documents are read. Does not know the format of the rows.
 """
 
 import re
@@ -25,18 +25,18 @@ NAMING_WORDS = {
 }
 """A column whose name ends in one of these words names, links, numbers or sorts rows; it is not their text."""
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
-"""Columns of messages that are what one would capture, whatever else there is."""
+"""Columns of messages that take precedence over all others."""
 BESIDE_MESSAGES = ("tools", "documents")
-"""Columns that a chat template takes beside the messages."""
+"""Columns that a chat template uses in addition to the messages."""
 SYSTEM_COLUMNS = ("system", "system_prompt")
-"""Columns beside messages whose text is the system message, which comes first."""
+"""Columns next to messages whose text is the system message, which comes first."""
 REPEATED = "several of this name"
-"""The kind of a column whose name others have too."""
+"""The kind of a column whose name is not unique."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
-    """One row: its values by column, where it stands (for names and errors), whether bytes were replaced."""
+    """One row: its values by column, its place (for names and errors), and whether bytes were replaced."""
 
     place: str
     values: Mapping[str, Any]
@@ -62,17 +62,18 @@ class TextField:
 
     @property
     def name(self) -> str:
-        """As in the identity and in --text_field: `text`, `prompt+completion`."""
+        """The name in the identity and in --text_field: `text`, `prompt+completion`."""
         return "+".join(self.columns)
 
 
 def text_field(table: Table, asked: str | None, where: str) -> TextField:
-    """Return what holds the documents: `asked`, else `text`, else the only plausible column or pair of columns.
+    """Return the columns of the documents: `asked`, otherwise `text`, otherwise the only plausible column or pair of
+    columns.
 
     Raises
     ------
     ValueError
-        When `asked` is no column, or none or several columns could be meant; it lists them.
+        When `asked` is not a column, or no column or several could be meant; the message lists them.
     """
     columns = asked_columns(table, asked, where) if asked is not None else plausible_columns(table, where)
     kinds = {table.columns[column] for column in columns}
@@ -84,7 +85,7 @@ def text_field(table: Table, asked: str | None, where: str) -> TextField:
 
 
 def asked_columns(table: Table, asked: str, where: str) -> tuple[str, ...]:
-    """Return the column of this name, or the two whose names stand on both sides of a `+`."""
+    """Return the column of this name, or the two columns joined by a `+`."""
     before, _, after = asked.partition("+")
     columns = (asked,) if asked in table.columns else (before, after)
     if not set(columns) <= set(table.columns):
@@ -93,7 +94,7 @@ def asked_columns(table: Table, asked: str, where: str) -> tuple[str, ...]:
 
 
 def plausible_columns(table: Table, where: str) -> tuple[str, ...]:
-    """Return the column, or pair of columns, that can be the only one meant."""
+    """Return the only plausible column or pair of columns."""
     if "text" in table.columns:
         return ("text",)
     chats = [name for name in CHAT_COLUMNS if table.columns.get(name) in (MESSAGES, TURNS)]
@@ -106,7 +107,7 @@ def plausible_columns(table: Table, where: str) -> tuple[str, ...]:
     if len(found) != 1:
         raise ValueError(
             f"{where} has {len(found) or 'no'} columns that could be the text; choose one with --text_field, or two "
-            "as --text_field PROMPT+COMPLETION. One that names or sorts rows is not taken unasked. "
+            "as --text_field PROMPT+COMPLETION. A column that names or sorts rows is only used if named. "
             f"Its columns: {listed(table)}"
         )
     return (found[0],)
@@ -124,7 +125,8 @@ def listed(table: Table) -> str:
 
 
 def table_documents(table: Table, field: TextField, start: int) -> Iterator[Document]:
-    """Yield one document a row, from row `start` on; a null is an empty document, a row of another form a fault."""
+    """Yield one document per row, from row `start` on; a null is an empty document, and a row of a different form has a
+    fault."""
     single = {name for name, kind in table.columns.items() if kind != REPEATED}
     name_column = next((name for name in NAME_COLUMNS if name in single and name not in field.columns), None)
     beside = (*BESIDE_MESSAGES, *SYSTEM_COLUMNS) if field.conversations else ()
@@ -140,7 +142,7 @@ def table_documents(table: Table, field: TextField, start: int) -> Iterator[Docu
 
 
 def row_document(row: TableRow, field: TextField, table: Table, name: str) -> Document:
-    """Make a document of a row; a ValueError says where the row has not the form of the others."""
+    """Make a document from a row; a ValueError says where the row differs in form from the others."""
     check_values(row, field, table)
     if field.conversations:
         extra = {column: row.values.get(column) for column in BESIDE_MESSAGES if column not in field.columns}
@@ -152,11 +154,11 @@ def row_document(row: TableRow, field: TextField, table: Table, name: str) -> Do
 
 
 def check_values(row: TableRow, field: TextField, table: Table) -> None:
-    """Refuse a row without the field's columns, and values of another kind than their column's."""
+    """Raise for a row without the field's columns, and for values of a different kind than their column."""
     for column in field.columns:
         if column not in row.values:
             raise ValueError(
-                f"{row.place}: has no {column!r}, which is read as the text; its keys: {', '.join(row.values)}. Give "
+                f"{row.place}: has no {column!r}, which holds the text; its keys: {', '.join(row.values)}. Give "
                 "the row that key (null for an empty document), remove the row, or choose another --text_field"
             )
         value, kind = row.values[column], table.columns[column]
@@ -185,12 +187,12 @@ def row_messages(row: TableRow, field: TextField, table: Table) -> list[Any]:
 
 
 def with_system(messages: list[Any], row: TableRow, field: TextField) -> list[Any]:
-    """Put the text of a column for the system message before the messages, where there are any.
+    """Put the text of a system message's column before the messages, if there are any.
 
     Raises
     ------
     ValueError
-        When it is no text, or another system message is there.
+        When it is not text, or there is another system message.
     """
     given = {name: row.values.get(name) for name in SYSTEM_COLUMNS if name not in field.columns}
     given = {name: text for name, text in given.items() if text not in (None, "")}

@@ -1,4 +1,4 @@
-"""Files that may be compressed, by the ending of their name: read as the bytes that were compressed."""
+"""Files that may be compressed, by the ending of their name; they are read decompressed."""
 
 import bz2
 import gzip
@@ -21,7 +21,7 @@ def open_plain(path: Path) -> IO[bytes]:
 
 
 def open_zstd(path: Path) -> IO[bytes]:
-    """Open a file that Zstandard compressed; Python's own library has it from 3.14 on."""
+    """Open a file compressed with Zstandard; Python's standard library supports it from 3.14 on."""
     return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
 
 
@@ -31,7 +31,7 @@ OPENERS: Mapping[str, Callable[[Path], Any]] = {
     ".xz": lzma.LZMAFile,
     ".zst": open_zstd,
 }
-"""What opens a file whose name has this ending, in lower case."""
+"""The function that opens a file, by the ending of its name in lower case."""
 
 
 def suffixes(path: Path) -> tuple[str, str]:
@@ -42,7 +42,7 @@ def suffixes(path: Path) -> tuple[str, str]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file, decompressed; whatever goes wrong while it is read is a ValueError that names it."""
+    """Open a file, decompressed; any error while reading becomes a ValueError that names the file."""
     try:
         with OPENERS.get(suffixes(path)[1], open_plain)(path) as stream:
             yield stream

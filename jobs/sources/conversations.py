@@ -1,4 +1,4 @@
-"""Conversations as people keep them: messages, ShareGPT's turns, and pairs of a prompt and its completion."""
+"""Conversations in common forms: messages, ShareGPT's turns, and pairs of a prompt and its completion."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,20 +9,20 @@ from store.records import parse_json
 MESSAGES, TURNS = "messages", "turns"
 """Kinds of columns: lists of objects with `role` and `content`, and with ShareGPT's `from` and `value`."""
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
-"""Columns that together are a conversation: what a user says, and what the assistant answers."""
+"""Columns that form a conversation together: the user's text and the assistant's answer."""
 SPEAKERS = {
     "human": "user",
     "gpt": "assistant",
     **dict.fromkeys(("observation", "function_response", "function-response", "tool_response"), "tool"),
     **{role: role for role in ("user", "assistant", "system", "tool")},
 }
-"""Who speaks in ShareGPT's turns → the role that a chat template knows."""
+"""Speaker in ShareGPT's turns → role in a chat template."""
 CALLERS = ("function_call", "function-call", "tool_call")
 """Speakers whose turns are calls of the assistant, as JSON text."""
 
 
 def kind_of_list(keys: Iterable[Iterable[str]]) -> str | None:
-    """Return the kind of a list of objects with these keys, None where they are no messages."""
+    """Return the kind of a list of objects with these keys, None if they are not messages."""
     objects = [set(names) for names in keys]
     if objects and all("role" in names for names in objects):
         return MESSAGES
@@ -30,12 +30,12 @@ def kind_of_list(keys: Iterable[Iterable[str]]) -> str | None:
 
 
 def as_message(turn: Any, where: str) -> dict[str, Any]:
-    """Return one of ShareGPT's turns as a message; fields beside `from` and `value` stay.
+    """Return one of ShareGPT's turns as a message; fields other than `from` and `value` are kept.
 
     Raises
     ------
     ValueError
-        When it is no turn, or its speaker is unknown; it names the speaker.
+        When it is not a turn, or its speaker is unknown; the message names the speaker.
     """
     if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
         raise ValueError(f"{where}: not an object with from and value: {turn!r:.80}")
@@ -44,17 +44,18 @@ def as_message(turn: Any, where: str) -> dict[str, Any]:
         return {"role": "assistant", "tool_calls": tool_calls(turn.get("value"), where), **others}
     if turn["from"] not in SPEAKERS:
         known = ", ".join((*SPEAKERS, *CALLERS))
-        raise ValueError(f"{where}: the speaker {turn['from']!r} is none of {known}; give it one of these names")
+        raise ValueError(f"{where}: unknown speaker {turn['from']!r}; use one of {known}")
     return {"role": SPEAKERS[turn["from"]], "content": turn.get("value"), **others}
 
 
 def tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return the calls in one of ShareGPT's turns, an object or a list of them in JSON, as chat templates take them.
+    """Return the calls in one of ShareGPT's turns, an object or a list of them in JSON, in the form that chat templates
+    expect.
 
     Raises
     ------
     ValueError
-        When it holds anything else than names and arguments.
+        When it holds anything other than names and arguments.
     """
     found = from_json(value)
     calls = found if isinstance(found, list) else [found]
@@ -67,7 +68,7 @@ def tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def conversation(value: list[Any], beside: Mapping[str, Any], *, name: str, where: str, repaired: bool) -> Document:
-    """Make a document of a list of messages, all that they hold, and what stands in the columns beside them."""
+    """Make a document from a list of messages with all their fields, and from the columns next to them."""
     messages = []
     for number, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -89,8 +90,8 @@ def conversation(value: list[Any], beside: Mapping[str, Any], *, name: str, wher
 
 
 def from_json(value: Any) -> Any:
-    """Read a list that a column holds as JSON text, as columns of one type must; all else stays."""
+    """Parse a list that a column holds as JSON text, as columns of a single type must; other values are unchanged."""
     try:
         return parse_json(value) if isinstance(value, str) else value
-    except ValueError:  # told as no list of objects, where the conversation is rendered
+    except ValueError:  # reported as not a list of objects when the conversation is rendered
         return value

@@ -1,8 +1,8 @@
-"""Four contrasting texts that come with installed packages, read offline: one document a file.
+"""Four contrasting texts that come with installed packages, read offline: one document per file.
 
-Documents come in the order of a hash of their names: fixed, and any number of first ones is a fair sample
-(by name, prose would begin with fifty years of one century). The identity is that of the installed bytes, so
-another version of a package is another data set. No package is imported; its files are read.
+Documents come in the fixed order of a hash of their names, so that any number of first ones is a fair sample (sorted by
+name, prose would begin with fifty years of one century). The identity is that of the installed bytes, so a different
+version of a package is a different data set. No package is imported; only its files are read.
 """
 
 import ast
@@ -21,26 +21,26 @@ from jobs.sources.documents import Document, Source
 from jobs.sources.files import identity, read_text
 
 METADATA = re.compile(r"\A---\n.*?^---[ \t]*(\n\s*|\Z)", re.DOTALL | re.MULTILINE)
-"""The block before a licence's text."""
+"""The metadata block before a licence's text."""
 NOT_PROGRAMS = {
     *("site-packages", "dist-packages", "test", "tests", "idle_test", "benchmarks"),
     *("idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings", "__phello__", "__pycache__"),
 }
-"""Folders left out: tests, tables of characters, and what some systems package apart."""
+"""Excluded folders: tests, tables of characters, and parts that some systems package separately."""
 HELD_OUT = 0.1
-"""Share of a text's documents, its first ones, that the tiny Mixtral has not seen in training."""
+"""Share of a text's documents, the first ones, that were held out when the tiny Mixtral was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoText:
-    """Where a demo's files are, and what is taken from each."""
+    """The location of a demo's files, and what is extracted from each."""
 
     package: str | None
-    """The package that ships them, as it is imported, or None for the standard library."""
+    """The import name of the package that ships them, or None for the standard library."""
     distribution: str | None
-    """The same package, as it is installed."""
+    """The name of the same package for installation."""
     folder: str
-    """Below the package."""
+    """The folder inside the package."""
     pattern: str
     extract: Callable[[str], str]
     """File's text → document."""
@@ -49,10 +49,10 @@ class DemoText:
 
 
 def docstrings(program: str) -> str:
-    """Return all docstrings of a Python file, in order, with an empty line between two."""
+    """Return all docstrings of a Python file, in order, separated by empty lines."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer Pythons warn of old escapes in the code that is read
+        warnings.simplefilter("ignore")  # newer Python versions warn about old escapes in the code
         tree = ast.parse(program)
     nodes = sorted(
         (node for node in ast.walk(tree) if isinstance(node, documented)),
@@ -124,19 +124,19 @@ def demo_files(spec: str, demo: DemoText) -> dict[str, Path]:
     if demo.package is None:
         folder = Path(sysconfig.get_path("stdlib"))
     else:
-        found = importlib.util.find_spec(demo.package)  # of a top-level package: nothing is imported
+        found = importlib.util.find_spec(demo.package)  # of a top-level package, so nothing is imported
         if found is None or not found.submodule_search_locations:
             raise ValueError(f"{spec} needs the package {demo.distribution}: pip install {demo.distribution}")
         folder = Path(found.submodule_search_locations[0], demo.folder)
     paths = {path.relative_to(folder).as_posix(): path for path in folder.glob(demo.pattern)}
     kept = {name: path for name, path in paths.items() if not NOT_PROGRAMS & set(Path(name).parts)}
     if not kept:
-        raise ValueError(f"{spec}: no {demo.pattern} in {folder}; install the package it comes with again")
+        raise ValueError(f"{spec}: no {demo.pattern} in {folder}; reinstall the package that contains it")
     return dict(sorted(kept.items(), key=lambda item: _digest(item[0])))
 
 
 def held_out(name: str) -> bool:
-    """Whether the document of this name was kept from the tiny Mixtral's training: it is among the first tenth."""
+    """Whether the document of this name was held out from the tiny Mixtral's training: it is in the first tenth."""
     return int.from_bytes(_digest(name)) < HELD_OUT * 2**256
 
 
@@ -145,7 +145,7 @@ def _digest(name: str) -> bytes:
 
 
 def demo_documents(files: Mapping[str, Path], extract: Callable[[str], str], start: int) -> Iterator[Document]:
-    """Yield one document for each file that has any text in it."""
+    """Yield one document for each file that contains text."""
     read = ((name, *read_text(path)) for name, path in files.items())
     documents = (
         Document(name=name, text=text, repaired=repaired)

@@ -1,7 +1,7 @@
-"""What a data set is to the rest of the project: a name, an identity and documents in a fixed order.
+"""Data sets as the rest of the project sees them: a name, an identity and documents in a fixed order.
 
-It promises that every text handed on is valid Unicode, and says of each document whether something had to be
-replaced for that. It does not know where documents come from; `jobs/sources/resolve.py` finds that out.
+Promises: every text is valid Unicode, and each document says whether something was replaced for that. Does not know
+where documents come from: see `jobs/sources/resolve.py`.
 """
 
 import re
@@ -11,56 +11,56 @@ from functools import cached_property
 from typing import Any
 
 TextIdentity = Mapping[str, str | int | None]
-"""What makes two texts the same: a content hash or a resolved revision, and how documents are cut."""
+"""The identity of a text: a content hash or a resolved revision, and how documents are split."""
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One document of a data set. An empty one is a document too: it has a name and no tokens."""
+    """One document of a data set. An empty one is also a document: it has a name and no tokens."""
 
     name: str
     """Title, path or id; valid Unicode."""
     text: str = ""
-    """Valid Unicode: what was not has become U+FFFD."""
+    """Valid Unicode: invalid parts are replaced by U+FFFD."""
     messages: list[dict[str, Any]] | None = None
-    """Instead of `text`, a conversation: of each message `role` and all other fields that are not null."""
+    """Instead of `text`, a conversation: for each message, `role` and all other fields that are not null."""
     tools: Any = None
-    """The tools that a conversation may use; None where it has none."""
+    """The tools that a conversation may use; None if there are none."""
     documents: Any = None
-    """The documents that a conversation refers to; None where it has none."""
+    """The documents that a conversation refers to; None if there are none."""
     repaired: bool = False
     """Whether something in the text or the messages was replaced by U+FFFD."""
     fault: str | None = None
-    """Why it has no text, or cannot be rendered: it stops a capture, or is skipped."""
+    """Why it has no text, or cannot be rendered: such a document stops a capture, or is skipped."""
 
     @property
     def characters(self) -> int:
-        """Length of the text, or of what the messages say."""
+        """Length of the text, or of the messages."""
         return len(self.text) + sum(map(_characters, (self.messages, self.tools, self.documents)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A data set that was found and can be read, as often as needed, always in the same order."""
+    """A data set that can be read repeatedly, always in the same order."""
 
     name: str
     """The default name of its group in the store, of `[a-z0-9._-]`."""
     read: Callable[[int], Iterator[Document]]
-    """Documents from the given one on, those with a fault too."""
+    """Documents from the given one on, including those with a fault."""
     identify: Callable[[], TextIdentity]
-    """Computes the identity; for local files that reads all their bytes."""
+    """Computes the identity; for local files this reads all bytes."""
     conversations: bool = False
-    """Whether its documents are conversations; never some of them."""
+    """Whether its documents are conversations: all of them or none."""
     note: str | None = None
     """What is logged before planning, such as files left out."""
     published_documents: int | None = None
-    """How many documents its makers say it has; None if they do not say."""
+    """The published number of documents; None if there is none."""
 
     @cached_property
     def identity(self) -> TextIdentity:
-        """The identity, computed when first asked for."""
+        """The identity, computed at the first access."""
         return self.identify()
 
     def documents(self, start: int = 0, *, faulty: bool = False) -> Iterator[Document]:
@@ -69,7 +69,7 @@ class Source:
         Raises
         ------
         ValueError
-            At a document with a fault, unless `faulty` ones are wanted too.
+            At a document with a fault, unless `faulty` is set.
         """
         for document in self.read(start):
             if document.fault is not None and not faulty:

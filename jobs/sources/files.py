@@ -1,8 +1,8 @@
-"""Data sets that are files here: a file of one of the `jobs.sources.formats`, a folder of them, a glob, or a folder
-that the library `datasets` saved.
+"""Data sets from local files: a file in one of the `jobs.sources.formats`, a folder of them, a glob, or a folder that
+the library `datasets` saved.
 
-It promises an order that depends on names alone (sorted by path), an identity that depends on names and
-bytes alone, and that nothing is left out without a note. Files of different formats are not mixed.
+Promises: an order that depends only on names (sorted by path), an identity that depends only on names and bytes, and
+that nothing is left out without a note. Files of different formats are not mixed.
 """
 
 import glob
@@ -24,13 +24,13 @@ from jobs.sources.formats import check_format, format_of
 from jobs.sources.splits import DEFAULT_SPLIT, of_split
 
 BLOCK_BYTES = 1 << 20
-"""Read at once while hashing (arbitrary)."""
+"""Bytes read at a time while hashing (arbitrary)."""
 SAVED_MARKS = ("state.json", "dataset_dict.json")
-"""What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave in a folder."""
+"""The files that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write to a folder."""
 
 
 def is_glob(spec: str) -> bool:
-    """Whether a specification is a pattern and not a path of its own."""
+    """Whether a specification is a pattern and not an existing path."""
     return glob.has_magic(spec) and not os.path.lexists(spec)
 
 
@@ -40,7 +40,7 @@ def local_source(spec: str, *, name: str, split: str | None, field: str | None) 
     Raises
     ------
     ValueError
-        When nothing can be read there, kinds are mixed, or an option does not apply; it names the path.
+        When nothing can be read there, kinds are mixed, or an option does not apply; the message names the path.
     """
     path = Path(spec)
     if any((path / mark).is_file() for mark in SAVED_MARKS):
@@ -49,7 +49,7 @@ def local_source(spec: str, *, name: str, split: str | None, field: str | None) 
     if not path.is_file():
         files = of_split(files, split, spec, asked_for=is_glob(spec))
     elif split not in (None, DEFAULT_SPLIT):
-        raise ValueError(f"{spec} has no splits, so --split {split} does not apply; it is read as it is")
+        raise ValueError(f"{spec} has no splits, so --split {split} does not apply; leave it out")
     for file in files.values():
         check_readable(file)
     formats = Counter(map(format_of, files.values()))
@@ -73,7 +73,7 @@ def local_source(spec: str, *, name: str, split: str | None, field: str | None) 
 
 
 def found(spec: str) -> tuple[dict[str, Path], str | None]:
-    """Return the files a path or glob stands for, name → path in order, and a note of what was left out."""
+    """Return the files of a path or glob, name → path in order, and a note about what was left out."""
     if is_glob(spec):
         return matched(spec), None
     path = Path(spec)
@@ -81,7 +81,7 @@ def found(spec: str) -> tuple[dict[str, Path], str | None]:
 
 
 def check_readable(path: Path) -> None:
-    """Refuse what is no regular file, may not be read, or is of no format that is read."""
+    """Raise for anything that is not a regular file, is not readable, or has an unsupported format."""
     if not path.is_file():
         raise ValueError(f"{path} is neither a regular file nor a folder, nor a link to one")
     try:
@@ -92,7 +92,7 @@ def check_readable(path: Path) -> None:
 
 
 def matched(pattern: str) -> dict[str, Path]:
-    """Return the files that a glob names, name → path sorted; links are followed, for they were asked for."""
+    """Return the files that a glob names, name → path sorted; links are followed, because the glob names them."""
     paths = [path for path in sorted(set(glob.glob(pattern, recursive=True))) if os.path.isfile(path)]
     if not paths:
         raise ValueError(
@@ -104,7 +104,7 @@ def matched(pattern: str) -> dict[str, Path]:
 
 
 def identity(files: Mapping[str, Path], **also: str | int | None) -> TextIdentity:
-    """Return what makes these texts the same: one SHA-256 over every name and all bytes, in order."""
+    """Return the identity of these texts: one SHA-256 over all names and bytes, in order."""
     digest = hashlib.sha256()
     for name, path in files.items():
         digest.update(os.fsencode(name) + b"\0" + path.stat().st_size.to_bytes(8, "little"))
@@ -118,7 +118,7 @@ def identity(files: Mapping[str, Path], **also: str | int | None) -> TextIdentit
 
 
 def text_documents(files: Mapping[str, Path], start: int) -> Iterator[Document]:
-    """Yield one document a file; files before `start` are not opened."""
+    """Yield one document per file; files before `start` are not opened."""
     for name, path in islice(files.items(), start, None):
         text, repaired = read_text(path)
         yield Document(name=without_surrogates(name)[0], text=text, repaired=repaired)
@@ -133,11 +133,11 @@ def read_text(path: Path) -> tuple[str, bool]:
 
 def saved_source(folder: Path, *, name: str, split: str | None, field: str | None) -> Source:
     """Return the source for a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
-    import datasets  # takes a second, and only this needs it
+    import datasets  # takes a second, and only needed here
 
     try:
         data: Any = datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever a damaged folder makes the library raise
+    except Exception as error:  # the library raises many types for a damaged folder
         raise ValueError(f"cannot read {folder} as a saved data set: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         split = split or DEFAULT_SPLIT

@@ -1,7 +1,7 @@
 """The files of a folder that are its data.
 
-It promises that nothing is left out without a note: hidden files, what tools leave beside data, stores, and links,
-except for those of a hub's cache, which is made of links.
+Promises: nothing is left out without a note. Left out are hidden files, files of tools, stores, and links except for
+those in a hub's cache, which consists of links.
 """
 
 import os
@@ -13,22 +13,22 @@ LEFT_BY_TOOLS = (
     *("_SUCCESS", "_committed_*", "_started_*", "_temporary", "_metadata", "_common_metadata", "_delta_log", "*.crc"),
     *("__MACOSX", "Thumbs.db", "desktop.ini", "__pycache__"),
 )
-"""Names of what Spark, Hadoop, archivers and desktops leave beside data."""
+"""Names of files that Spark, Hadoop, archivers and desktops leave next to data."""
 STORE_MARKS = ("zarr.json", ".zgroup", ".zarray")
-"""What a Zarr store has in its folder."""
+"""The files in the folder of a Zarr store."""
 LINKED = "hidden or linked"
-"""What a note says of entries that are left out for their name or for being a link."""
+"""The reason in a note for entries that are left out because of their name or because they are links."""
 RESULTS_SUFFIX = ".results"
-"""The ending of a folder with what was computed of the store whose name comes before it."""
+"""The suffix of a folder with results of the store of that name."""
 
 
 def walked(folder: Path) -> tuple[dict[str, Path], str | None]:
-    """Return the data files below a folder, name → path by name, and a note of what was left out.
+    """Return the data files below a folder, name → path by name, and a note about what was left out.
 
     Raises
     ------
     ValueError
-        When a folder cannot be read, is itself a store, or has no such files; it says what it has.
+        When a folder cannot be read, is itself a store, or has no such files; the message says what it has.
     """
     files, left_out = dict[str, Path](), Counter[str]()
 
@@ -36,7 +36,7 @@ def walked(folder: Path) -> tuple[dict[str, Path], str | None]:
         raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     if is_store(folder):
-        raise ValueError(f"{folder} is a Zarr store or its results, not a folder of texts; give the texts' own folder")
+        raise ValueError(f"{folder} is a Zarr store or its results, not a folder of texts; use the folder of the texts")
     for root, folders, names in os.walk(folder, onerror=refuse):
         reasons = {entry: why_left_out(Path(root, entry)) for entry in folders + names}
         left_out.update(filter(None, reasons.values()))
@@ -47,12 +47,12 @@ def walked(folder: Path) -> tuple[dict[str, Path], str | None]:
     note = f"{listed} entries of {folder} left out" if listed else None
     if not files:
         links = "; links are followed in a glob such as 'folder/*'" if left_out[LINKED] else ""
-        raise ValueError(f"the folder {folder} holds no files to read" + (f" ({note}{links})" if note else ""))
+        raise ValueError(f"the folder {folder} contains no files to read" + (f" ({note}{links})" if note else ""))
     return dict(sorted(files.items())), note
 
 
 def why_left_out(path: Path) -> str | None:
-    """Return what an entry of a folder is that keeps it out of the data, or None."""
+    """Return the reason for leaving out an entry of a folder, or None."""
     if path.name.startswith(".") or (path.is_symlink() and not is_cached(path)):
         return LINKED
     if any(fnmatch(path.name, pattern) for pattern in LEFT_BY_TOOLS):
@@ -61,15 +61,15 @@ def why_left_out(path: Path) -> str | None:
 
 
 def is_store(folder: Path) -> bool:
-    """Whether a folder is a Zarr store, or holds what was computed of one."""
+    """Whether a folder is a Zarr store, or holds its results."""
     store = folder.name.removesuffix(RESULTS_SUFFIX)
     beside = [folder, *([folder.with_name(store)] if store not in ("", folder.name) else [])]
     return any(os.path.isfile(place / mark) for place in beside for mark in STORE_MARKS)
 
 
 def is_cached(link: Path) -> bool:
-    """Whether a link leads from a snapshot in a hub's cache to a file of the same repository, as all there do."""
-    target = Path(os.path.realpath(link))  # of a link that leads to itself, Path.resolve raises a RuntimeError
+    """Whether a link leads from a snapshot in a hub's cache to a file of the same repository, like all links there."""
+    target = Path(os.path.realpath(link))  # Path.resolve raises a RuntimeError for a link to itself
     repository = target.parent.parent
     return (
         os.path.isfile(target)

@@ -1,4 +1,4 @@
-"""The file formats that data sets are read from. A new one is a file beside this one, and a line in `FORMATS`."""
+"""The file formats of data sets. A new format is a file next to this one, and a line in `FORMATS`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,23 +20,23 @@ class Format:
     name: str
     suffixes: tuple[str, ...]
     about: str
-    """What is a document, for --help and errors."""
+    """What a document is, for --help and errors."""
     table: Callable[[Mapping[str, Path]], Table] | None = None
-    """Reads files (name → path, in order) as rows with columns; None for plain text, where a file is a document."""
+    """Reads files (name → path, in order) as rows with columns; None for plain text, where each file is a document."""
     binary: bool = False
-    """Whether files are no text, and never compressed as a whole."""
+    """Whether files are binary, and never compressed as a whole."""
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(self.suffixes)}: {self.about})"
 
 
 FORMATS = [
-    Format("JSON lines", (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl"), "an object a line", json_table),
-    Format("CSV", (".csv", ".tsv"), "a row a document, below the columns' names", separated_table),
-    Format("parquet", (".parquet",), "a row a document", parquet_table, binary=True),
-    Format("arrow", (".arrow", ".feather"), "a row a document", arrow_table, binary=True),
+    Format("JSON lines", (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl"), "one object per line", json_table),
+    Format("CSV", (".csv", ".tsv"), "one row per document, below the column names", separated_table),
+    Format("parquet", (".parquet",), "one row per document", parquet_table, binary=True),
+    Format("arrow", (".arrow", ".feather"), "one row per document", arrow_table, binary=True),
 ]
-TEXT = Format("text", (".txt", ".md", ".py"), "and every other file of text, as one document")
+TEXT = Format("text", (".txt", ".md", ".py"), "and any other text file, as one document")
 
 
 def format_of(path: Path) -> Format:
@@ -45,17 +45,18 @@ def format_of(path: Path) -> Format:
 
 
 def check_format(path: Path) -> None:
-    """Refuse what is known not to be what its name says, before anything is captured; it says what to do.
+    """Raise for a file that is known not to be what its name says, before anything is captured; the message says what
+    to do.
 
     Raises
     ------
     ValueError
-        When the file is of a kind that is not read, or is named as another kind is.
+        When the file is of an unsupported kind, or its name is that of another kind.
     """
     form, compressed = format_of(path), suffixes(path)[1]
     if form.binary and compressed:
-        raise ValueError(f"{path} is {form.name} inside {compressed}, which is not read; decompress it")
-    if compressed:  # a pointer, or a page, in its place
+        raise ValueError(f"{path} is {form.name} inside {compressed}, which is not supported; decompress it")
+    if compressed:  # it may be a pointer or a page instead
         with path.open("rb") as packed:
             refuse_kinds(path, packed.read(HEAD_BYTES), named=False, binary=True)
     with opened(path) as stream:
@@ -66,11 +67,11 @@ def check_format(path: Path) -> None:
 
 
 def is_file_name(spec: str) -> bool:
-    """Whether a specification is meant as a path by its ending, also where it could be a hub id."""
+    """Whether a specification is a path because of its ending, even if it could be a hub id."""
     known = {suffix for form in (*FORMATS, TEXT) for suffix in form.suffixes}
     return Path(spec).suffix.lower() in known | set(OPENERS)
 
 
 def described() -> str:
     """The formats in one line."""
-    return ", ".join(map(str, (*FORMATS, TEXT))) + f"; those of text also compressed ({', '.join(OPENERS)})"
+    return ", ".join(map(str, (*FORMATS, TEXT))) + f"; text formats may be compressed ({', '.join(OPENERS)})"

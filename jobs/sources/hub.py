@@ -1,8 +1,8 @@
-"""Data sets from a hub: resolved to a commit first, then downloaded whole and read from the arrow cache.
+"""Data sets from a hub: first resolved to a commit, then downloaded completely and read from the arrow cache.
 
-It promises that the text is that of the commit it names, also where the library would fall back to another
-copy in its cache. Token and address come from the environment (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`).
-Nothing that a repository holds is executed.
+Promises: the text is that of the named commit, even if the library would fall back to another copy in its cache. Token
+and address come from the environment (`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`). Nothing that a repository holds is
+executed.
 """
 
 import re
@@ -21,7 +21,7 @@ from jobs.sources.wikitext import CONFIGS, PUBLISHED_ARTICLES, REPOSITORY, artic
 
 COMMIT = re.compile("[0-9a-f]{40}")
 TIMEOUT_S = 30.0
-"""For the one small request that resolves a revision (arbitrary)."""
+"""Timeout for the one small request that resolves a revision (arbitrary)."""
 
 
 def hub_source(
@@ -33,7 +33,7 @@ def hub_source(
     text_field: str | None,
     revision: str | None,
 ) -> Source:
-    """Return the source for a hub data set, one document a row."""
+    """Return the source for a hub data set, one document per row."""
     split = split or DEFAULT_SPLIT
     table, commit = hub_table(repository, config, split, revision)
     field = chosen_field(table, text_field, repository)
@@ -54,7 +54,7 @@ def hub_source(
 
 
 def wikitext_source(alias: str, *, split: str | None, text_field: str | None, revision: str | None) -> Source:
-    """Return the source for one of WikiText's aliases, one document an article."""
+    """Return the source for one of WikiText's aliases, one document per article."""
     split = split or DEFAULT_SPLIT
     if (alias, split) not in PUBLISHED_ARTICLES:
         raise ValueError(f"{alias} has no split {split!r}; its splits: train, validation, test")
@@ -79,14 +79,14 @@ def wikitext_source(alias: str, *, split: str | None, text_field: str | None, re
 
 
 def hub_table(repository: str, config: str | None, split: str, revision: str | None) -> tuple[Table, str]:
-    """Download one split and return its rows and the commit they are of.
+    """Download one split and return its rows and their commit.
 
     Raises
     ------
     ValueError
-        When the hub does not answer or does not have it; it says what was looked for and what to do instead.
+        When the hub does not answer or does not have it; the message says what was requested and what to do instead.
     """
-    import datasets  # takes a second, and only hub data sets need it
+    import datasets  # takes a second, and only needed for hub data sets
     from huggingface_hub import HfApi
 
     try:
@@ -94,14 +94,14 @@ def hub_table(repository: str, config: str | None, split: str, revision: str | N
         if commit is None:
             commit = HfApi().dataset_info(repository, revision=revision, timeout=TIMEOUT_S).sha
         data: Any = datasets.load_dataset(repository, config, split=split, revision=commit)
-    except Exception as error:  # connection, permission, names: the libraries raise some twenty classes
+    except Exception as error:  # connection, permission, names: the libraries raise about twenty classes
         raise ValueError(
             f"cannot get the data set {repository} (config {config or 'default'}, split {split}, revision "
             f"{revision or 'main'}) from the hub: {type(error).__name__}: {error}\n"
-            "Nor is there a local path of that name. Without a network, give the path of a local text, "
+            "There is no local path of that name either. Without a network, use the path of a local text, "
             "JSON-lines or parquet file instead; or, for a data set that is already in the cache, set "
-            "HF_HUB_OFFLINE=1 and give its commit as --revision. A private or gated data set needs a token "
-            "that may read it in HF_TOKEN."
+            "HF_HUB_OFFLINE=1 and pass its commit as --revision. A private or gated data set needs a token "
+            "with read access in HF_TOKEN."
         ) from error
     assert commit is not None
     check_commit(data, repository, commit)
@@ -109,11 +109,11 @@ def hub_table(repository: str, config: str | None, split: str, revision: str | N
 
 
 def check_commit(data: Any, repository: str, commit: str) -> None:
-    """Refuse data of another commit: offline, the library takes the newest copy in its cache."""
+    """Raise for data of another commit: offline, the library uses the newest copy in its cache."""
     for file in data.cache_files:
         folder = Path(file["filename"]).parent.name
         if folder != commit:
             raise ValueError(
-                f"the cache holds {repository} at commit {folder}, but {commit} was asked for; "
-                f"give --revision {folder}, or fetch the other one with a network"
+                f"the cache holds {repository} at commit {folder}, but {commit} was requested; "
+                f"use --revision {folder}, or download the other one with a network"
             )

@@ -1,4 +1,4 @@
-"""JSON lines: an object a line, its keys the columns. Memory is bounded by one line."""
+"""JSON lines: one object per line, whose keys are the columns. Memory is bounded by one line."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from jobs.sources.documents import decode
 from store.records import parse_json
 
 SAMPLED_ROWS = 100
-"""JSON lines have no schema: their columns are those of this many first rows (arbitrary)."""
+"""JSON lines have no schema: the columns are those of this many first rows (arbitrary)."""
 
 
 def json_table(files: Mapping[str, Path]) -> Table:
@@ -23,7 +23,7 @@ def json_table(files: Mapping[str, Path]) -> Table:
         for name, value in row.values.items():
             kind = json_kind(value)
             known = columns.get(name, "null")
-            if {known, kind} in ({MESSAGES, "list"}, {TURNS, "list"}):  # reported as a broken message, where it is read
+            if {known, kind} in ({MESSAGES, "list"}, {TURNS, "list"}):  # reported as a broken message when it is read
                 kind = known = known if kind == "list" else kind
             columns[name] = kind if known == "null" else known if kind in (known, "null") else "mixed"
     return Table(columns=columns, rows=partial(json_rows, files))
@@ -60,18 +60,18 @@ def json_object(text: str, path: Path, number: int) -> dict[str, Any]:
         values = parse_json(text)
     except ValueError as error:
         raise ValueError(
-            f"{path}, line {number}: not JSON ({error}); one object a line is expected{remedy(text)}"
+            f"{path}, line {number}: not JSON ({error}); one object per line is expected{remedy(text)}"
         ) from error
     if not isinstance(values, dict):
         kind = type(values).__name__
-        raise ValueError(f"{path}, line {number}: holds a {kind}; one JSON object a line is expected{remedy(text)}")
+        raise ValueError(f"{path}, line {number}: holds a {kind}; one JSON object per line is expected{remedy(text)}")
     return values
 
 
 def remedy(text: str) -> str:
-    """Say how to make JSON lines of a file in which this line is part of one array, or of one object."""
+    """Explain how to convert a file to JSON lines if this line is part of one array, or of one object."""
     if text.lstrip().startswith("["):
-        return ". Of a file that is one array, make JSON lines: jq -c '.[]' FILE > FILE.jsonl"
+        return ". Convert a file that is one array to JSON lines: jq -c '.[]' FILE > FILE.jsonl"
     if text.strip() == "{":
-        return ". Of an object over many lines, make JSON lines: jq -c . FILE > FILE.jsonl"
+        return ". Convert objects that span several lines to JSON lines: jq -c . FILE > FILE.jsonl"
     return ""

@@ -18,7 +18,7 @@ def parquet_table(files: Mapping[str, Path]) -> Table:
 
 
 def parquet_file(path: Path) -> pq.ParquetFile:
-    """Open a parquet file, the names of whose columns can be read."""
+    """Open a parquet file and check that its column names can be read."""
     try:
         file = pq.ParquetFile(path)
         _ = file.schema_arrow.names

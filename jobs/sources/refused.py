@@ -1,4 +1,4 @@
-"""Files that are recognised and refused, by the ending of their name or their first bytes, with what to do instead."""
+"""Files that are recognized and rejected by the ending of their name or their first bytes, with what to do instead."""
 
 import codecs
 import re
@@ -12,7 +12,7 @@ from store.records import parse_json
 HEAD_BYTES = 8192
 """A NUL byte among this many first bytes marks a file as binary (git's rule, with git's number)."""
 EXTRACT = "extract its text into a .txt file"
-UNPACK = "unpack it, and give the folder or the file in it"
+UNPACK = "unpack it, and use the folder or the file in it"
 CONVERT = "write the text into a .jsonl, .csv or .parquet file"
 
 
@@ -24,7 +24,7 @@ class Refused:
     remedy: str
     suffixes: tuple[str, ...] = ()
     starts: tuple[bytes, ...] = ()
-    """What such a file begins with, and a text does not."""
+    """The first bytes of such a file, with which no text begins."""
 
 
 REFUSED = [
@@ -46,7 +46,7 @@ REFUSED = [
         "a numpy or tensor file", CONVERT, (".npy", ".npz", ".safetensors", ".gguf", ".h5", ".hdf5"), (b"\x93NUMPY",)
     ),
     Refused(
-        "a pickle, which may run programs when it is read",
+        "a pickle, which may execute code when it is read",
         CONVERT,
         (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib"),
         tuple(b"\x80" + bytes([protocol]) for protocol in (2, 3, 4, 5)),
@@ -72,12 +72,12 @@ REFUSED = [
         (".sqlite", ".sqlite3", ".db", ".duckdb", ".mdb"),
         (b"SQLite format 3\0",),
     ),
-    Refused("a table in a format that is not read", CONVERT, (".orc", ".avro", ".tfrecord", ".mds"), (b"Obj\x01",)),
-    Refused("compressed in a way that is not read", "decompress it", (".z", ".lz4", ".lzma", ".br", ".snappy", ".lz")),
+    Refused("a table in an unsupported format", CONVERT, (".orc", ".avro", ".tfrecord", ".mds"), (b"Obj\x01",)),
+    Refused("compressed in an unsupported way", "decompress it", (".z", ".lz4", ".lzma", ".br", ".snappy", ".lz")),
 ]
 COMPRESSED = {".gz": b"\x1f\x8b", ".bz2": b"BZh91AY&SY", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}
 TABLES = {".parquet": b"PAR1\x15", ".arrow": b"ARROW1\0\0"}
-"""Formats that are read under the right ending, and what they begin with."""
+"""Supported formats, by the right ending, and their first bytes."""
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32LE",
     codecs.BOM_UTF32_BE: "UTF-32BE",
@@ -87,39 +87,40 @@ MARKS = {
 
 
 def refuse_kinds(path: Path, head: bytes, *, named: bool, binary: bool) -> None:
-    """Refuse a file by its first bytes, those that are left when it is decompressed, or by its name.
+    """Raise for a file by its first (decompressed) bytes, or by its name.
 
     Parameters
     ----------
     named
-        Whether the ending of its name counts too: where it is none of a format that is read.
+        Whether to check the ending of its name too, if that is not one of a supported format.
     binary
-        Whether its format is a binary one, which has a reader that knows the format's own faults.
+        Whether its format is binary, with a reader that reports the format's own faults.
     """
     for kind in REFUSED:
         if head.startswith(kind.starts) or (named and suffixes(path)[0] in kind.suffixes):
             raise ValueError(f"{path} is {kind.name}; {kind.remedy}")
     if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")) and suffixes(path)[0] in PROMISED:
-        raise ValueError(f"{path} holds an HTML page, perhaps of a download that failed; fetch the file again")
+        raise ValueError(f"{path} contains an HTML page, perhaps from a failed download; download the file again")
     if binary:
         return
     for suffix, start in (COMPRESSED | TABLES).items():
         if head.startswith(start):
-            raise ValueError(f"{path} holds {suffix[1:]} data; give it a name that ends in {suffix}")
+            raise ValueError(f"{path} contains {suffix[1:]} data; rename it so that it ends in {suffix}")
     if encoding := wide_encoding(head):
         raise ValueError(
-            f"{path} is text in {encoding}, and UTF-8 is read; convert it: iconv -f {encoding} -t UTF-8 OLD > NEW"
+            f"{path} is text in {encoding}, but only UTF-8 is supported; convert it: iconv -f {encoding} -t UTF-8 OLD"
+            " > NEW"
         )
     if b"\0" in head:
         raise ValueError(f"{path} is a binary file (a NUL byte at {head.index(0)}), not text; leave it out with a glob")
 
 
 PROMISED = (".txt", ".jsonl", ".jsonlines", ".jl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-"""Endings of files that are no HTML pages."""
+"""Endings of files that are not HTML pages."""
 
 
 def wide_encoding(head: bytes) -> str | None:
-    """Return UTF-16 or UTF-32 where a file begins with their mark, or can only be one of them by its NUL bytes."""
+    """Return UTF-16 or UTF-32 if a file begins with their mark, or if its NUL bytes allow only one of them."""
     if marked := next((name for mark, name in MARKS.items() if head.startswith(mark)), None):
         return marked
     zeros = {at % 4 for at, byte in enumerate(head) if byte == 0}
@@ -130,7 +131,7 @@ def wide_encoding(head: bytes) -> str | None:
 
 
 def is_printable(head: bytes, encoding: str) -> bool:
-    """Whether these bytes, perhaps cut within a character, are text in this encoding."""
+    """Whether these bytes, perhaps truncated within a character, are text in this encoding."""
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(head)
     except UnicodeDecodeError:
@@ -139,14 +140,14 @@ def is_printable(head: bytes, encoding: str) -> bool:
 
 
 def refuse_json_lines(path: Path, head: bytes) -> None:
-    """Refuse a file that would be read as one text, and holds JSON lines."""
+    """Raise for a file that would be read as one text but contains JSON lines."""
     first, _, after = head.removeprefix(BYTE_ORDER_MARK).lstrip().partition(b"\n")
     second = after.lstrip().partition(b"\n")[0]
     begins = re.compile(rb'\{\s*"')
     if begins.match(first) and (not second or begins.match(second)) and (cut(head, first) or is_object(first)):
         compressed = suffixes(path)[1]
         raise ValueError(
-            f"{path} holds JSON lines, and would be read as one text; give it a name that ends in .jsonl{compressed}"
+            f"{path} contains JSON lines but would be read as one text; rename it so that it ends in .jsonl{compressed}"
         )
 
 

@@ -1,8 +1,8 @@
-"""Turns a `--dataset` specification into documents.
+"""Resolve a `--dataset` specification to documents.
 
-Looked for in this order: an alias (`wikitext-103`), an existing path or glob, a demo text (`demo:prose`), a
-hub id (`org/name[:config]`). It promises that what can be refused is refused here, before any work: a path
-that cannot be read, a split or column that does not exist. It does not tokenize and does not know the store.
+The search order is: an alias (`wikitext-103`), an existing path or glob, a demo text (`demo:prose`), a hub id
+(`org/name[:config]`). Promises: errors are reported here, before any work, if possible: a path that cannot be read, a
+split or column that does not exist. Does not tokenize and does not know the store.
 """
 
 import os
@@ -26,7 +26,7 @@ HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<config>[\
 def resolve_source(
     spec: str, *, split: str | None = None, text_field: str | None = None, revision: str | None = None
 ) -> Source:
-    """Find a data set and return what reads it.
+    """Find a data set and return its source.
 
     Parameters
     ----------
@@ -35,20 +35,20 @@ def resolve_source(
     split
         Part of a data set that has several; `train` if not given.
     text_field
-        Column that holds the text; by default `text`, else the only plausible one.
+        Column that holds the text; by default `text`, otherwise the only plausible one.
     revision
         Branch, tag or commit of a hub data set; by default its main branch.
 
     Raises
     ------
     ValueError
-        When nothing is found, or an option does not apply; it says what was looked for and what to do.
+        When nothing is found, or an option does not apply; the message says what was tried and what to do.
     """
     path = os.path.expanduser(spec)
     if spec in CONFIGS:
         return wikitext_source(spec, split=split, text_field=text_field, revision=revision)
     if "://" in spec and not os.path.lexists(path):
-        raise ValueError(f"no data set {spec!r}: addresses are not read; download the file, and give its path")
+        raise ValueError(f"no data set {spec!r}: URLs are not supported; download the file and use its path")
     if os.path.lexists(path) or is_glob(path):
         refuse_option(spec, "revision", revision)
         return local_source(path, name=group_name(spec), split=split, field=text_field)
@@ -60,9 +60,9 @@ def resolve_source(
     hub_id = HUB_ID.fullmatch(spec)
     if hub_id is None or is_file_name(spec):
         raise ValueError(
-            f"no data set {spec!r}: there is no readable path {os.path.abspath(path)}, and it is none of the "
+            f"no data set {spec!r}: there is no readable path {os.path.abspath(path)}, and it is not one of the "
             f"aliases {', '.join(CONFIGS)}, the demo texts {', '.join(DEMO_TEXTS)}, or a hub id "
-            "org/name[:config]. For a local file, folder or glob give its path, such as ./texts/book.txt; files are"
+            "org/name[:config]. For a local file, folder or glob, use its path, such as ./texts/book.txt; files are"
             f" read as {described()}"
         )
     return hub_source(
@@ -76,7 +76,7 @@ def resolve_source(
 
 
 def refuse_option(spec: str, option: str, value: str | None) -> None:
-    """Refuse an option that this kind of data set does not have."""
+    """Raise for an option that this kind of data set does not have."""
     if value is not None:
         raise ValueError(f"--{option} {value} does not apply to {spec}, which has none")
 
@@ -84,8 +84,8 @@ def refuse_option(spec: str, option: str, value: str | None) -> None:
 def group_name(spec: str) -> str:
     """Return the default name of a data set's group in the store, of `[a-z0-9._-]`.
 
-    An alias or demo text is its own name, a hub id gives `name[-config]`, a path its last part without
-    extension; where that part has no usable character (`texts/*.txt`), the one before it.
+    An alias or demo text is its own name, a hub id gives `name[-config]`, a path its last part without extension or, if
+    that has no usable character (`texts/*.txt`), the part before it.
     """
     path = os.path.expanduser(spec)
     is_local = os.path.lexists(path) or is_glob(path)

@@ -1,8 +1,8 @@
-"""A random sample of a data set's documents, of about so many tokens: the same for the same seed.
+"""A random sample of a data set's documents with about a given number of tokens, the same for the same seed.
 
-Documents are drawn without replacement, each as likely as every other one, and keep their order. How many are taken
-follows from their lengths in characters, and from how many characters the tokens of the first ones have: the sample
-is tokenized once only, when it is planned.
+Documents are drawn without replacement with equal probability, and keep their order. Their number follows from their
+lengths in characters and from the characters per token of the first ones, so the sample is tokenized only once, when it
+is planned.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,25 +14,25 @@ import numpy as np
 
 from jobs.sources.documents import Document, Source
 
-MEASURED = 64  # documents of which characters a token are counted (arbitrary)
+MEASURED = 64  # documents used to measure characters per token (arbitrary)
 
 Tokens = Callable[[Document], int]
-"""How many tokens a document has; 0 where it cannot be rendered."""
+"""The number of tokens of a document; 0 if it cannot be rendered."""
 
 
 def sampled(source: Source, tokens: int, seed: int, tokens_of: Tokens, limit_tokens: int | None = None) -> Source:
-    """A source of some of another's documents.
+    """A source with some of another source's documents.
 
     Parameters
     ----------
     tokens
-        About so many in all.
+        Approximate number of tokens in total.
     seed
-        Of the draw.
+        Seed of the draw.
     tokens_of
-        Of a document, at most `limit_tokens`.
+        The number of tokens of a document, at most `limit_tokens`.
     limit_tokens
-        So many tokens of a document count at most.
+        The most tokens of a document that are counted.
     """
     chosen = lru_cache(maxsize=1)(partial(_chosen, source, tokens, seed, tokens_of, limit_tokens))
     identity = lambda: {**source.identity, "sample_tokens": tokens, "seed": seed}
@@ -46,7 +46,7 @@ def _read(source: Source, chosen: Callable[[], frozenset[int]], start: int) -> I
 
 
 def _chosen(source: Source, tokens: int, seed: int, tokens_of: Tokens, limit_tokens: int | None) -> frozenset[int]:
-    """The numbers of the sampled documents; one at least."""
+    """The numbers of the sampled documents; at least one."""
     characters, known_characters, known_tokens = [], 1, 1
     for number, document in enumerate(source.read(0)):
         characters.append(document.characters)

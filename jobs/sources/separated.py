@@ -1,4 +1,4 @@
-"""Tables of values separated by commas, semicolons or tabs, below a line of their names. Memory is bounded by a row."""
+"""Tables of values separated by commas, semicolons or tabs, with a header line. Memory is bounded by a row."""
 
 import csv
 import sys
@@ -13,9 +13,9 @@ from jobs.sources.compressed import lines, suffixes
 from jobs.sources.documents import decode
 
 SAMPLED_ROWS = 100
-"""There is no schema: a column whose values in this many first rows are all numbers is one of numbers (arbitrary)."""
+"""There is no schema: a column is numeric if its values in this many first rows are all numbers (arbitrary)."""
 
-csv.field_size_limit(sys.maxsize)  # documents are longer than the library's 128 KiB
+csv.field_size_limit(sys.maxsize)  # documents may be longer than the library's limit of 128 KiB
 
 
 def separated_table(files: Mapping[str, Path]) -> Table:
@@ -23,7 +23,7 @@ def separated_table(files: Mapping[str, Path]) -> Table:
     name, path = next(iter(files.items()))
     _, head, _ = next(records(path), (1, [], False))
     if not head or not all(head):
-        raise ValueError(f"{path}, line 1: a line with the names of all columns is expected; it holds {head}")
+        raise ValueError(f"{path}, line 1: a line with the names of all columns is expected, but it contains {head}")
     sample = list(islice(separated_rows({name: path}, 0), SAMPLED_ROWS))
     times = Counter(head)
     values = {column: [row.values[column] for row in sample if row.values[column]] for column in head}
@@ -44,7 +44,7 @@ def is_number(value: str) -> bool:
 
 
 def separated_rows(files: Mapping[str, Path], start: int, columns: Sequence[str] = ()) -> Iterator[TableRow]:
-    """Yield a row for each record below the line of names; a row's place has the number of its last line."""
+    """Yield a row for each record below the header line; a row's place has the number of its last line."""
     skipped = 0
     for name, path in files.items():
         found = records(path)
@@ -54,7 +54,7 @@ def separated_rows(files: Mapping[str, Path], start: int, columns: Sequence[str]
         for number, values, repaired in found:
             if len(values) != len(head):
                 raise ValueError(
-                    f"{path}, line {number}: holds {len(values)} values, but line 1 names {len(head)} columns; "
+                    f"{path}, line {number}: has {len(values)} values, but line 1 names {len(head)} columns; "
                     "put quotes around values that hold a separator"
                 )
             if skipped < start:
@@ -81,10 +81,11 @@ def records(path: Path) -> Iterator[tuple[int, list[str], bool]]:
                 yield reader.line_num, values, repaired
             repaired = False
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}; quotes inside a value are doubled") from error
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; quotes inside a value must be doubled") from error
 
 
 def separator(path: Path) -> str:
-    """Return what stands between values: a tab in TSV, else the first of comma, semicolon and tab in the first line."""
+    """Return the separator of values: a tab in TSV, otherwise the first of comma, semicolon and tab in the first
+    line."""
     head, _ = decode(next(lines(path), b""))
     return "\t" if suffixes(path)[0] == ".tsv" else next((mark for mark in ",;\t" if mark in head), ",")

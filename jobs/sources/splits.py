@@ -1,4 +1,4 @@
-"""The split that a file's name says it belongs to, by the conventions of the hub."""
+"""The split of a file according to its name, by the conventions of the hub."""
 
 import re
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ KEYWORDS = {
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""Word in a name → the split that it stands for. Source: `datasets.data_files`, SPLIT_KEYWORDS."""
+"""Word in a name → the split that it denotes. Source: `datasets.data_files`, SPLIT_KEYWORDS."""
 SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}")
-"""A name such as `train_sft-00000-of-00002`, whatever the split is called."""
+"""A name such as `train_sft-00000-of-00002`, with any name of the split."""
 
 
 def of_split(files: Mapping[str, Path], split: str | None, spec: str, *, asked_for: bool) -> dict[str, Path]:
-    """Return the files of one split, all of them where no names of splits are found.
+    """Return the files of one split, or all files if no names of splits are found.
 
     Parameters
     ----------
@@ -28,23 +28,24 @@ def of_split(files: Mapping[str, Path], split: str | None, spec: str, *, asked_f
     Raises
     ------
     ValueError
-        When there are several splits and none is chosen, or the chosen one is not there; it lists them.
+        When there are several splits and none is chosen, or the chosen one does not exist; the message lists them.
     """
     of = {name: split_of(name) for name in files}
     splits = sorted({found for found in of.values() if found is not None})
     if split is None:
-        # Of plain texts only a whole folder of splits counts: programs and books have such names for other reasons.
+        # For plain texts, only complete folders of splits count: programs and books may have such names for other
+        # reasons.
         meant = None not in of.values() or any(format_of(path) is not TEXT for path in files.values())
         if len(splits) > 1 and meant and not asked_for:
             raise ValueError(
-                f"{spec} holds several splits: {', '.join(splits)}; choose one with --split, or give a glob such as "
+                f"{spec} has several splits: {', '.join(splits)}; choose one with --split, or use a glob such as "
                 "'folder/**/*.parquet' for all of them"
             )
         return dict(files)
     if not splits and split == DEFAULT_SPLIT:
         return dict(files)
     if not splits:
-        raise ValueError(f"{spec} has no splits, so --split {split} does not apply; give the split's own files")
+        raise ValueError(f"{spec} has no splits, so --split {split} does not apply; name the files of the split")
     wanted = split if split in splits else KEYWORDS.get(split, split)
     if wanted not in splits:
         raise ValueError(f"{spec} has no split {split!r}; choose with --split from: {', '.join(splits)}")
@@ -52,7 +53,8 @@ def of_split(files: Mapping[str, Path], split: str | None, spec: str, *, asked_f
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that a file's name stands for, else one of its folders, the innermost first; None for none."""
+    """Return the split denoted by a file's name, otherwise by one of its folders, the innermost first; None for
+    none."""
     for part in reversed(name.split("/")):
         if shard := SHARD.match(part):
             return KEYWORDS.get(shard["split"], shard["split"])

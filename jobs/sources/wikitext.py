@@ -1,8 +1,8 @@
 """WikiText's articles, from its rows of one line each.
 
-The published data sets hold lines, not articles. An article begins at a row ` = Title = ` that has an empty
-row (or the end of the data) on both sides; section titles have more `=`. Rows are joined with nothing between
-them, so all articles together are all rows together: no character is lost.
+The published data sets contain lines, not articles. An article begins at a row ` = Title = ` that has an empty row (or
+the end of the data) on both sides; section titles have more `=`. Rows are joined with nothing between them, so all
+articles together are all rows together: no character is lost.
 """
 
 import re
@@ -13,7 +13,7 @@ from jobs.sources.documents import Document
 
 REPOSITORY = "Salesforce/wikitext"
 CONFIGS = {"wikitext-2": "wikitext-2-raw-v1", "wikitext-103": "wikitext-103-raw-v1"}
-"""Our alias of a data set → its configuration in the repository."""
+"""Alias of a data set → its configuration in the repository."""
 PUBLISHED_ARTICLES = {
     ("wikitext-2", "train"): 600,
     ("wikitext-2", "validation"): 60,
@@ -29,7 +29,7 @@ BEFORE_FIRST_TITLE = "(before the first title)"
 
 
 def articles(rows: Iterable[tuple[str, bool]]) -> Iterator[Document]:
-    """Yield one document an article, named by its title.
+    """Yield one document per article, named by its title.
 
     Parameters
     ----------

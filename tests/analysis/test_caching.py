@@ -230,7 +230,9 @@ def test_uniform_routing_hits_as_often_as_the_null_says(experts: int, k: int) ->
 
 def test_what_no_cache_can_be_is_refused() -> None:
     capture = make_capture(experts_per_token=3)
-    with pytest.raises(ValueError, match=r"a cache of 2 experts: it must hold the 3 that a token needs at once"):
+    with pytest.raises(
+        ValueError, match=r"a cache of 2 experts: it must hold the 3 experts that a token needs at once"
+    ):
         cache_hits(capture, [4, 2])
     with pytest.raises(ValueError, match=r"a cache of 9 experts: .* the layer has 8"):
         cache_hits(capture, [9])

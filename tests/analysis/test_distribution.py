@@ -128,7 +128,7 @@ def test_the_interval_is_that_of_the_documents_left_out() -> None:
 
 
 def test_what_is_not_known_or_damaged_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"needs logit, .* of synthetic came without; .*--record logits makes it"):
+    with pytest.raises(ValueError, match=r"needs logit, .* synthetic does not have; .*--record logits makes it"):
         router_distribution(make_capture())
     odd = make_capture(record=LOGIT, scores="unknown")
     with pytest.raises(ValueError, match=r"router_transformation='unknown': .* for softmax, renormalized, sigmoid"):

@@ -66,7 +66,7 @@ def test_what_is_published_of_a_model_is_found_by_its_name() -> None:
     capture.attrs["model"] = "mixtral"
     evidence = [one.evidence for one in examine(capture) if one.fault == "another top-k"]
     assert evidence == [f"the capture has {here}" for here in (
-        "4 experts a token, and Mixtral has 2", "32 experts a layer, and Mixtral has 8",
+        "4 experts per token, but Mixtral has 2", "32 experts per layer, but Mixtral has 8",
     )]  # fmt: skip
 
 

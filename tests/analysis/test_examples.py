@@ -79,7 +79,7 @@ def test_domain_specialization_counts_what_numpy_counts(path: Path, tmp_path: Pa
         for index, layer in enumerate(LAYERS):
             chosen = data["expert"].values[filled][:, index]
             share = [round(100 * float((chosen == expert).any(1).mean()), 1) for expert in range(8)]
-            wanted.append(f"{name}, layer {layer}: {share} % of the tokens, 25.0 if even")
+            wanted.append(f"{name}, layer {layer}: {share} % of the tokens; even share 25.0 %")
     assert lines == wanted
     page = (tmp_path / "figure.html").read_text(encoding="utf-8")
     assert page.count('"data set": "one"') == page.count('"data set": "two"') == 3 * 8

@@ -140,7 +140,7 @@ def test_every_link_leads_somewhere_and_every_answer_has_its_policy(address: str
 @pytest.mark.parametrize(
     ("place", "status", "said"),
     [
-        ("/nothing", 404, "no data set 'nothing': here are fake, some"),
+        ("/nothing", 404, "no data set 'nothing': available are fake, some"),
         ("/fake/document/99", 404, "document 99: fake has documents 0 to 7"),
         ("/fake/document/0?page=99", 404, "page 99 of document 0: the document has pages 1 to"),
         ("/fake/document/0?page=x", 400, "page=x is no number"),
@@ -465,6 +465,7 @@ def test_what_does_not_fit_one_file_is_refused(command: Any, store: Path, tmp_pa
 
 
 def test_a_store_of_more_shards_than_files_may_be_open_is_explored(store: Path, tmp_path: Path) -> None:
+    # One process: a second one is told up to two seconds later what the first has indexed, and may answer next.
     given = [str(store), "--port", "0", "--processes", "1", "--index", str(tmp_path)]
     code = f"import sys; sys.argv[1:] = {given!r}"
     code += "; from jobs import explore; from jobs.console.terminal import run_job; run_job(explore.main)"
@@ -492,7 +493,7 @@ def test_one_data_set_that_cannot_be_read_leaves_the_others(store: Path, tmp_pat
     with serving(explorer) as address:
         assert "some cannot be shown: " in text_of(asked(f"{address}/")[2])
     shutil.rmtree(copy / "fake")
-    with pytest.raises(ValueError, match="is no capture that this version reads"):
+    with pytest.raises(ValueError, match="is not a capture that this version reads"):
         Explorer(str(copy))
 
 

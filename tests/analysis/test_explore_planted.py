@@ -161,7 +161,7 @@ def test_what_was_counted_is_kept_and_a_long_count_is_announced(
 def test_of_equal_tokens_the_effect_is_shown(address: str, explorer: Explorer, captures: Captures) -> None:
     wanted = effect(captures["prose"], captures["prose-without"])
     page = text_of(asked(f"{address}/prose/compare/prose-without")[2])
-    assert f"prose-without predicts one {-float(wanted['effect']):.4f} nats worse than prose on average" in page
+    assert f"prose-without predicts a token {-float(wanted['effect']):.4f} nats worse than prose on average" in page
     assert "prose-without: mask 7:1." in page
     names = [("prose", "code"), ("prose", "prose-without"), ("prose-without", "prose")]
     said = [differs(*(explorer.shown[name].view for name in pair)) for pair in names]
@@ -265,7 +265,7 @@ def test_prose_against_code_is_answered_in_three_actions(opened: Any, address: s
     share = {name: reach(tokens_of(captures[name])[1]) for name in ("prose", "code")}
     layer, expert = np.unravel_index(abs(share["prose"] - share["code"]).argmax(), (8, EXPERTS))
     said = opened[0].inner_text("#verdict")
-    assert f"Expert {expert} of layer {layer} differs most: {share['prose'][layer, expert]:.0%} of the tokens" in said
+    assert f"layer {layer} differs most: it is chosen by {share['prose'][layer, expert]:.0%} of" in said
     assert person.number <= 3
 
 

@@ -96,7 +96,7 @@ def test_a_model_that_is_far_from_all_is_not_confirmed_though_it_lies_on_the_rig
 def test_the_distance_of_nothing_is_not_zero() -> None:
     nothing = xr.zeros_like(published_counts()["counts"])
     assert bool(total_variation(nothing, published_counts()["counts"]).isnull().all())
-    with pytest.raises(ValueError, match=r"no counts are published for \['arxiv'\]; choose from \['c4', 'github'\]"):
+    with pytest.raises(ValueError, match=r"no counts are published for \['arxiv'\]: choose from \['c4', 'github'\]"):
         compared({"arxiv": nothing}, published_counts())
 
 
@@ -218,7 +218,7 @@ def test_swapped_texts_and_a_model_without_structure_are_not_confirmed(
 def test_one_domain_is_enough_and_a_short_text_is_told(command: Command, files: dict[str, Path]) -> None:
     done = command("fake", "--github", files["github"], main=validate.main)
     assert (done.status, "6 of 6" in done.out, "c4:" in done.out) == (0, True, False)
-    assert "github: 20,500 tokens, and 208,896 were published" in done.out
+    assert "github: 20,500 tokens; 208,896 were published" in done.out
 
 
 @pytest.mark.parametrize(
@@ -277,9 +277,9 @@ def test_a_real_checkpoint_is_captured_as_the_published_blocks_were(
     [
         ((), "give the text of a published domain"),
         (("--c4", "nowhere.txt"), "no data set 'nowhere.txt'"),
-        (("--c4", "empty.txt"), "--c4 empty.txt holds no text"),
-        (("--c4", "chat.jsonl"), "--c4 chat.jsonl holds conversations"),
-        (("--c4", "https://a/b.txt"), "no data set 'https://a/b.txt': addresses are not read; download"),
+        (("--c4", "empty.txt"), "--c4 empty.txt contains no text"),
+        (("--c4", "chat.jsonl"), "--c4 chat.jsonl contains conversations"),
+        (("--c4", "https://a/b.txt"), "no data set 'https://a/b.txt': URLs are not supported; download"),
         (("--c4", "c4.txt", "--store", "s3://bucket/x"), "--store s3://bucket/x: a validation runs on this machine"),
     ],
 )

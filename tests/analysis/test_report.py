@@ -229,16 +229,15 @@ def test_of_uniform_routes_no_more_than_chance_is_said():
 
 
 def test_nobody_is_the_specialist_of_an_expert_that_another_data_set_avoids():
-    for seed in (0, 10):
-        a, b, c = (make_capture(seed=seed + at, documents=90, strength=0) for at in range(3))
-        said = told(few(a=a, b=b, c=avoiding(c)))
-        for sentence in said[:2]:
-            assert "Its specialist" not in sentence
-            assert "some experts' shares differ from those in c." in sentence
-        assert "expert 0 " not in said[2]
-        alone = told(few(a=a, b=avoiding(b), c=avoiding(c)))
-        assert SPECIALIST.search(alone[0])[1] == "0", "both others avoid it"
-        assert ", the next highest (" in alone[0]
+    a, b, c = (make_capture(seed=at, documents=90, strength=0) for at in range(3))
+    said = told(few(a=a, b=b, c=avoiding(c)))
+    for sentence in said[:2]:
+        assert "Its specialist" not in sentence
+        assert "some experts' shares differ from those in c." in sentence
+    assert "expert 0 " not in said[2]
+    alone = told(few(a=a, b=avoiding(b), c=avoiding(c)))
+    assert SPECIALIST.search(alone[0])[1] == "0", "both others avoid it"
+    assert ", the next highest (" in alone[0]
 
 
 def contrast_cells(page):

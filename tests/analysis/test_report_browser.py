@@ -3,12 +3,12 @@
 import csv
 import json
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from chromium import CHROMIUM, launched
 from patience import HUNG_S, wait_until
 from synthetic import HOSTILE, make_capture
 from test_report import contrasted
@@ -17,11 +17,6 @@ from analysis.report import page as report
 from analysis.report.summary import summary
 
 pytestmark = pytest.mark.browser
-CHROMIUM = shutil.which("chromium")
-QUIET = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 MARKS = {
     "load": "cells", "domains": "cells", "classes": "cells", "repetition": "cells", "paths": "links",
     "tokens": "tokens", "lines": "points",
@@ -68,12 +63,8 @@ def browser():
     if CHROMIUM is None:
         assert os.environ.get("REQUIRE_BROWSER") != "1", "REQUIRE_BROWSER=1, and there is no chromium on the path"
         pytest.skip("no chromium on the path; REQUIRE_BROWSER=1 makes this a failure")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET), timeout=1000 * HUNG_S)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -170,7 +170,7 @@ def test_an_expert_of_huge_outputs_is_told_and_a_usual_largest_one_is_not() -> N
     assert stands_out(answered(RECORDED[1:2], a=with_norms(capture))) is None
     assert stands_out(answered(RECORDED[1:2], a=with_norms(capture, at=1, largest=9))) is None
     said = words_of(stands_out(answered(RECORDED[1:2], a=with_norms(capture, at=1, largest=200))))
-    assert said.startswith("On a the largest output of expert 3 at layer 1 has a norm of 200, 18")
+    assert said.startswith("In a, the largest output of expert 3 at layer 1 has a norm of 200, 18")
     assert stands_out(answered(RECORDED[1:2], a=make_capture(seed=3, documents=20, record=("output_norm",)))) is None
 
 
@@ -186,7 +186,7 @@ def test_an_expert_that_adds_more_on_a_data_set_is_told_and_halves_of_one_are_no
         float(saliency(each)["mean_saliency"].sel(layer=2, expert=3))
         for each in (with_norms(other, at=2, times=2.0), with_norms(one))
     )
-    assert f"{own:.3g} against {usual:.3g} (" in said
+    assert f"{own:.3g} compared with {usual:.3g} (" in said
     assert contributes_more(answered(RECORDED[1:2], one=with_norms(one))) is None
 
 

@@ -75,7 +75,7 @@ def test_the_header_says_what_was_looked_at_and_where_the_data_sets_differ() -> 
     assert told["Quantization"] == "nf4 (a); int8 (b)"
     tokens = sum(int(((c["token"] >= 0) & (c["token"] != 1)).sum()) for c in captures.values())
     assert told["Tokens"] == f"{tokens:,}"
-    assert (told["Data sets"], told["Drawn"]) == ("2: a and b", "7 March 2026")
+    assert (told["Data sets"], told["Generated"]) == ("2: a and b", "7 March 2026")
     shards = sum(each.state.shards_total for each in answers)
     assert told["Coverage"] == f"complete: {shards} of {shards} shards"
 
@@ -91,7 +91,7 @@ def test_the_tiny_model_s_findings_are_its_own_and_no_other_s(special: list[Answ
 def test_a_paragraph_is_of_a_row_and_shaded_where_its_tokens_choose_the_named_expert(special: list[Answers]) -> None:
     data = planted(make_capture(seed=2, documents=90, layers=(0, 4, 9), strength=0), layer=4, expert=6, share=0.5)
     found = passages(special, contrast_between(special))[1]
-    assert (found.label, found.finding.page, found.why) == ("other", "expert/4/6", "its specialist")
+    assert (found.label, found.finding.page, found.why) == ("other", "expert/4/6", "the data set's specialist")
     token, expert, pieces = (data[name].values for name in ("token", "expert", "piece"))
     rows = []
     for row in range(len(token)):
@@ -170,7 +170,7 @@ def test_the_explorer_has_the_pages_that_a_report_names(store: Path, tmp_path: P
 
 def test_an_explorer_that_cannot_be_linked_is_refused(store: Path, tmp_path: Path, command: Any) -> None:
     ran = command(store, "--explorer", "javascript:alert(1)", main=job.main)
-    assert (ran.status, "begins with http:// or https://" in ran.err) == (2, True)
+    assert (ran.status, "must begin with http:// or https://" in ran.err) == (2, True)
     with pytest.raises(ValueError, match="the explorer of one store, but 2"):
         report.write_report([store, store], tmp_path / "r.html", explorer="http://localhost:1")
 

@@ -289,7 +289,7 @@ def test_uniform_routes_give_the_nulls() -> None:
             lambda capture: frequent_windows(capture, by="luck"),
             "'luck': must be 'count' or 'surprise'",
         ),
-        (lambda capture: frequent_windows(capture, 4), "n=4 layers, but the capture has 3; take 1 to 3"),
+        (lambda capture: frequent_windows(capture, 4), "n=4 layers, but the capture has 3: n must be 1 to 3"),
         (lambda capture: document_path(capture, 9), "document 9: the capture has documents 0 to 8"),
         (lambda capture: document_path(capture, "nobody"), "no document has the name 'nobody'"),
         (lambda capture: document_path(capture, "twice"), r"documents \[2, 3\] have the name 'twice'"),

@@ -77,7 +77,7 @@ def test_the_selected_tokens_are_counted_and_no_others(only: Selection, phases: 
 
 
 def test_what_cannot_be_selected_is_named() -> None:
-    with pytest.raises(ValueError, match="synthetic does not say the phase of a token"):
+    with pytest.raises(ValueError, match="synthetic does not record the phase of tokens"):
         scan(make_capture(), [Load()], only=Selection(phases=("prompt",)))
     with pytest.raises(ValueError, match="role 'narrator': synthetic has system, user, assistant"):
         scan(labelled(), [Load()], only=Selection(roles=("narrator",)))
@@ -128,7 +128,7 @@ def test_loads_and_agreements_need_no_weights_and_what_needs_them_says_so() -> N
     xr.testing.assert_equal(with_weights["share"], without["share"])
     for name in ("mass", "mass_share"):
         assert bool(without[name].isnull().all())
-    with pytest.raises(ValueError, match="MeanWeights needs weight, and the routes of synthetic came without"):
+    with pytest.raises(ValueError, match="MeanWeights needs weight, which synthetic does not have"):
         scan(bare, [MeanWeights()])
     same, known = agreement(bare, bare), agreement(capture, capture)
     xr.testing.assert_equal(same["same_set"], known["same_set"])
@@ -230,7 +230,9 @@ def test_the_explorers_options_select_tokens_and_do_not_go_with_whole_texts(
     assert served[0].only == Selection(phases=("generated",))
     with pytest.raises(ValueError, match="served does not record the role of tokens"):
         explore.main([*common, "--role", "user"])
-    with pytest.raises(ValueError, match="--export writes whole texts: leave out --phase and --role"):
+    with pytest.raises(
+        ValueError, match="--export writes complete texts: it cannot be combined with --phase and --role"
+    ):
         explore.main([*common, "--export", str(tmp_path / "x.html"), "--document", "0"])
 
 

@@ -134,7 +134,7 @@ def test_what_is_not_of_one_model_or_tokenizer_is_refused(whole: xr.Dataset) -> 
     other = make_capture(layers=(0, 4, 9), pieces=[f"▁{number}" for number in range(40)])
     with pytest.raises(ValueError, match="different tokenizers: their pieces differ"):
         token_contributions(whole, other)
-    with pytest.raises(ValueError, match="one and other are not of one model"):
+    with pytest.raises(ValueError, match="one and other are from different models"):
         token_contributions(whole, make_capture(layers=(0, 4)))
     with pytest.raises(ValueError, match="1 captures: a contrast needs at least two"):
         document_scores({"a": whole})
@@ -142,7 +142,7 @@ def test_what_is_not_of_one_model_or_tokenizer_is_refused(whole: xr.Dataset) -> 
 
 def test_nothing_captured_is_refused(whole: xr.Dataset) -> None:
     nothing = whole.assign(length=whole["length"] * 0)
-    with pytest.raises(ValueError, match="no token of the other capture is there"):
+    with pytest.raises(ValueError, match="the other capture has no counted token"):
         token_contributions(whole, nothing)
     with pytest.raises(ValueError, match="b has too few documents: one of its halves is empty"):
         document_scores({"a": whole, "b": documents_of(whole, np.array([3]))})

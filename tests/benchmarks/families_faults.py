@@ -46,7 +46,7 @@ def faults(model_type: str) -> dict[str, Any]:
 
 def _short(told: str) -> str:
     """Without the first token that shows it, and without its possible causes."""
-    return re.sub(r"(: an earlier batch's.*)?(, first seen at position \d+)?$", "", told, count=1)
+    return re.sub(r"(, but of an earlier batch or another layer)?(, first seen at position \d+)?$", "", told, count=1)
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def test_one_or_several_data_sets_become_groups_of_one_store(
     np.testing.assert_array_equal(tree["x"]["expert"], tree["second"]["expert"])
     clash = command("--dataset", one, "--dataset", one, *options)
     assert (clash.status, clash.err.count("\n")) == (2, 1)
-    assert "2 data sets would be named 'first-book': tell them apart with --name" in clash.err
+    assert "2 data sets would be named 'first-book': give them different names with --name" in clash.err
     unequal = command("--dataset", one, "--dataset", two, "--name", "x", *options)
     assert unequal.status == 2
     assert "--name is given 1 times and --dataset 2 times" in unequal.err
@@ -153,8 +153,8 @@ def test_what_print_config_prints_config_takes_and_the_command_line_goes_before_
     assert over == options | {"dataset": ["z"], "batch_tokens": 7}
     assert parse_capture(["--config", str(file), "--no-local"]).local is False
     for text, said in {
-        "dataset: [a]\nsequence_lenght: 3\nbatchtokens: 2": "unknown batchtokens, sequence_lenght; known are",
-        "- a": "holds list, and must hold option: value lines",
+        "dataset: [a]\nsequence_lenght: 3\nbatchtokens: 2": "unknown batchtokens, sequence_lenght; known options are",
+        "- a": "contains list, but must contain option: value lines",
         "bos: {a: 1}": "bos holds",
         "a: [": "is not YAML",
     }.items():
@@ -220,7 +220,7 @@ def test_what_is_no_capture_is_refused_with_what_to_give(command: Command, texts
     for option in ("--sequence_length", "--rows_per_shard", "--batch_tokens", "--limit_documents", "--limit_tokens"):
         refused = command("--dataset", texts, "--local", option, 0)
         assert refused.status == 2
-        assert f"{option} is 0, and must be more than 0" in refused.err
+        assert f"{option} is 0, but must be more than 0" in refused.err
 
 
 # --- Dry run ----------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_a_dry_run_of_every_document_is_exact_and_warns_of_empty_rows(
     dry = command("--dataset", texts, *options, "--sequence_length", 1024, "--dry_run")
     count = sum(len(ids) for ids in load_tokenizer(tiny_checkpoint()).encode_batch(list(TEXTS.values())))
     assert said(dry.out, "tokens") == f"{count:,} ± 0 (95 %, from 4 documents tokenized)"
-    assert said(dry.out, "time") == "unknown (give --rate TOKENS_PER_SECOND)"
+    assert said(dry.out, "time") == "unknown (use --rate TOKENS_PER_SECOND)"
     assert "rows are mostly empty" in dry.out
 
 
@@ -352,32 +352,32 @@ def test_two_runs_in_different_folders_give_equal_bytes(
     assert len([name for name in here if "/commits/" in name]) >= 3
 
 
-@pytest.mark.parametrize(
-    ("change", "field", "stored", "wanted"),
-    [
-        (("--sequence_length", "16"), "sequence_length", "32", "16"),
-        (("--limit_documents", "2"), "limit_documents", "None", "2"),
-        (("--limit_tokens", "9"), "limit_tokens", "None", "9"),
-        (("--quantization", "nf4"), "quantization", "'none'", "'nf4'"),
-        (("--quantization", "fp8", "--matmul", "fp8"), "matmul", "'bf16'", "'fp8'"),
-        (("--batch_tokens", "64"), "batch_tokens", "8192", "64"),
-        (("--bos", "row"), "bos", "'none'", "'row'"),
-        (("--rows_per_shard", "8"), "rows_per_shard", "4", "8"),
-    ],
+REFUSED = (
+    (("--sequence_length", "16"), "sequence_length", "32", "16"),
+    (("--limit_documents", "2"), "limit_documents", "None", "2"),
+    (("--limit_tokens", "9"), "limit_tokens", "None", "9"),
+    (("--quantization", "nf4"), "quantization", "'none'", "'nf4'"),
+    (("--quantization", "fp8", "--matmul", "fp8"), "matmul", "'bf16'", "'fp8'"),
+    (("--batch_tokens", "64"), "batch_tokens", "8192", "64"),
+    (("--bos", "row"), "bos", "'none'", "'row'"),
+    (("--rows_per_shard", "8"), "rows_per_shard", "4", "8"),
 )
+"""Options of another capture, and the field with both values."""
+
+
 def test_another_capture_of_the_same_name_is_refused_with_field_and_both_values(
-    command: Command, options: tuple[str, ...], texts: Path, tmp_path: Path,
-    change: tuple[str, ...], field: str, stored: str, wanted: str,
-) -> None:  # fmt: skip
+    command: Command, options: tuple[str, ...], texts: Path, tmp_path: Path
+) -> None:
     assert command("--dataset", texts, *options).status == 0
     before = store_files(tmp_path / "s.zarr")
-    refused = command("--dataset", texts, *options, *change)
-    assert refused.status == 2
-    assert f"{tmp_path}/s.zarr/texts holds another capture" in refused.err
-    assert f"  {field}: the store has {stored}, this run has {wanted}\n" in refused.err
-    assert "--name" in refused.err
-    assert ("cannot grow" in refused.err) == (field == "limit_documents")
-    assert store_files(tmp_path / "s.zarr") == before
+    for change, field, stored, wanted in REFUSED:
+        refused = command("--dataset", texts, *options, *change)
+        assert refused.status == 2, change
+        assert f"{tmp_path}/s.zarr/texts holds another capture" in refused.err, change
+        assert f"  {field}: the store has {stored}, this run has {wanted}\n" in refused.err
+        assert "--name" in refused.err
+        assert ("cannot grow" in refused.err) == (field == "limit_documents")
+        assert store_files(tmp_path / "s.zarr") == before, change
 
 
 def test_a_changed_text_and_another_environment_are_refused_the_latter_unless_allowed(
@@ -476,7 +476,7 @@ def test_conversations_have_a_role_for_every_token(command: Command, options: tu
     assert speaker[2].replace("▁", " ").strip() == ("A gate. " * 20).strip()
     refused = command("--dataset", file, *options, "--bos", "row", "--name", "other")
     assert refused.status == 2
-    assert "--bos row: conversations begin as the chat template says" in refused.err
+    assert "--bos row: the chat template determines how conversations begin" in refused.err
 
 
 IDENTITY = {
@@ -634,10 +634,10 @@ def test_another_bos_token_is_another_capture(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("limit_documents: [1, 2]", "limit_documents holds ['1', '2'], and must hold one value"),
+        ("limit_documents: [1, 2]", "limit_documents is ['1', '2'], but must be one value"),
         ("dataset: a\ndataset: b", "gives dataset more than once"),
         ("limit-documents: 1\nlimit_documents: 2", "gives limit_documents more than once"),
-        ('local: "no"', "local is 'no', and must be true or false"),
+        ('local: "no"', "local is 'no', but must be true or false"),
         ("store: {a: b}", "and must hold one value"),
     ],
 )
@@ -661,7 +661,7 @@ def test_a_name_that_zarr_needs_is_refused(
 ) -> None:
     refused = command("--dataset", texts, *options, "--name", name)
     assert refused.status == 2
-    assert "cannot name a data set" in refused.err
+    assert "is not a valid name of a data set" in refused.err
     assert not (tmp_path / "s.zarr").exists()
 
 
@@ -670,7 +670,7 @@ def test_a_folder_of_other_things_is_no_place_for_a_store(
 ) -> None:
     refused = command("--dataset", texts, *options[:-2], "--store", texts)
     assert refused.status == 2
-    assert "is no store, and holds" in refused.err
+    assert "is not a store and contains" in refused.err
     empty = command("--dataset", texts, *options[:-2], "--store", "")
     assert empty.status == 2
     assert "--store is empty" in empty.err
@@ -745,4 +745,4 @@ def test_fp8_products_are_told_before_and_after_and_two_runs_of_them_are_equal_t
     assert "--matmul fp8" in str(reproducing(group.attrs))
     refused = command("--dataset", texts, *options, "--quantization", "none", "--matmul", "fp8")
     assert refused.status == 2
-    assert "fp8 products are for weights in nf4, fp4 or fp8, and quantization is 'none'" in refused.err
+    assert "fp8 products are for weights in nf4, fp4 or fp8, but quantization is 'none'" in refused.err

@@ -119,7 +119,7 @@ def test_the_effect_is_told_where_both_recorded_predictions(command: Command, ba
     assert f"effect on predictions: {difference[known].mean():+.4f} nats a token in the second capture" in told
     assert f"{known.sum():,} tokens)" in told
     assert f"mask: [] and {masked.attrs['mask']}" in told
-    assert "tokens that lose most" in told
+    assert "tokens with the largest losses" in told
     found = json.loads(command(path / "whole", path / "masked", "--json", main=compare.main).out)
     assert found["effect"]["effect"] == pytest.approx(difference[known].mean(), abs=1e-6)
     assert (found["effect"]["n"], found["differ"]["mask"]) == (known.sum(), [[], masked.attrs["mask"]])
@@ -155,7 +155,7 @@ def test_the_effect_is_told_where_both_recorded_predictions(command: Command, ba
     assert f"0.00% below layer 3; {shares['changed']:.2%} at the 2 changed layers; {shares['above']:.2%} at the" in told
     same = command(path / "whole", path / "whole", main=compare.main).out
     assert "effect on predictions: +0.0000 nats" in same
-    assert "tokens that lose most" not in same
+    assert "tokens with the largest losses" not in same
     assert "changed" not in same
 
 
@@ -186,7 +186,7 @@ def test_captures_that_do_not_fit_are_refused_before_weights_are_read(
         (("--sequence_length", "16"), "sequence_length: the store has 32, this run has 16"),
         (("--rows_per_shard", "8"), "rows_per_shard: the store has 4, this run has 8"),
         (("--limit_documents", "2"), "limit_documents: the store has 4, this run has 2"),
-        (("--mask", "7:1"), "--routes_from gives all choices: leave out --mask"),
+        (("--mask", "7:1"), "--routes_from gives all choices: omit --mask"),
         (("--routes_from", tmp_path / "s.zarr" / "none"), "no data set 'none'"),
     ):
         refused = command(*base, "--name", "x", "--routes_from", own, *options)
@@ -195,18 +195,18 @@ def test_captures_that_do_not_fit_are_refused_before_weights_are_read(
     refused = command("--dataset", other, *base[2:], "--name", "x", "--routes_from", own)
     assert (refused.status, "holds routes of other tokens, or of another model:\n  text_" in refused.err) == (2, True)
     refused = command("--dataset", other, *base, "--routes_from", own)
-    assert "--routes_from is one capture, and --dataset is given 2 times" in refused.err
+    assert "--routes_from is one capture, but --dataset is given 2 times" in refused.err
     group = store.CaptureGroup(tmp_path / "s.zarr", "own")
     group.discard(0)
     refused = command(*base, "--name", "x", "--routes_from", own)
     assert (refused.status, "is not complete" in refused.err) == (2, True)
     for options, message in (
-        (("--routes_weights",), "--routes_weights takes the weights of --routes_from, which is not given"),
+        (("--routes_weights",), "--routes_weights uses the weights of --routes_from, which is not given"),
         (("--mask", "9:1"), "--mask 9:1: there is no layer 9"),
-        (("--mask", "7:1", "--force", "7:1"), "7:1 is given with --mask and with --force"),
+        (("--mask", "7:1", "--force", "7:1"), "7:1 is given with both --mask and --force"),
         (("--mask", "7:*"), "--mask leaves 0 of 8 experts at layer 7"),
-        (("--top_k", "9"), "--top_k is 9, and must be 1 to 8"),
-        (("--top_k", "0"), "--top_k is 0, and must be 1 to 8"),
+        (("--top_k", "9"), "--top_k is 9, but must be 1 to 8"),
+        (("--top_k", "0"), "--top_k is 0, but must be 1 to 8"),
     ):
         refused = command(*base, "--name", "x", *options)
         assert (refused.status, message in refused.err) == (2, True), refused.err

@@ -71,7 +71,7 @@ def test_every_speaker_of_sharegpt_has_a_role_and_other_names_are_refused(tmp_pa
     assert [message["role"] for message in found] == roles
     assert [message["content"] for message in found] == list(said)
     path = write(tmp_path / "u.jsonl", {"conversations": [*TURNS, {"from": "narrator", "value": "x"}]})
-    with pytest.raises(ValueError, match=r"u\.jsonl:1: column 'conversations', message 2: the speaker 'narrator' is"):
+    with pytest.raises(ValueError, match=r"u\.jsonl:1: column 'conversations', message 2: unknown speaker 'narrator'"):
         messages(resolve_source(path))
 
 
@@ -177,7 +177,7 @@ def test_a_row_without_the_text_is_refused_by_line_and_a_null_is_an_empty_docume
     path.write_text('{"text": "a"}\n{"text": null}\n{"txt": "b"}\n')
     documents = resolve_source(str(path)).documents()
     assert [next(documents).text, next(documents).text] == ["a", ""]
-    with pytest.raises(ValueError, match=r"t\.jsonl:3: has no 'text', which is read as the text; its keys: txt\. Give"):
+    with pytest.raises(ValueError, match=r"t\.jsonl:3: has no 'text', which holds the text; its keys: txt\. Give"):
         next(documents)
 
 

@@ -68,15 +68,15 @@ def test_other_tokens_have_a_contrast_with_experts_and_their_tokens(store: Path,
 def test_the_contrast_is_drawn_and_says_what_it_is(store: Path, command: Callable[..., Ran]) -> None:
     told = command(store / "a", store / "b", "--top", 2, main=compare.main).out
     assert told.startswith(f"contrast of {store / 'a'} and {store / 'b'}: the captures hold different texts")
-    assert "tokens that carry it" in told
-    assert "experts differ by more than chance; intervals of 95% and p hold for all of them together" in told
+    assert "main tokens" in told
+    assert "experts differ by more than chance; 95% intervals and p-values are simultaneous for all of them" in told
     few = command(store / "a", store / "short", main=compare.main)
     assert few.status == 0, few.err
     assert "the captures hold different rows: one has" in few.out.splitlines()[0]
-    assert f"no intervals and no p: {store / 'short'}: one document" in few.out
+    assert f"no intervals and no p-values: {store / 'short'}: it is one document" in few.out
     assert "nan" not in few.out
     refused = command(store / "a", store / "b", "--top", 0, main=compare.main)
-    assert (refused.status, "--top is 0, and must be at least 1" in refused.err) == (2, True)
+    assert (refused.status, "--top is 0, but must be at least 1" in refused.err) == (2, True)
 
 
 def test_two_stores_have_an_effect_on_each_of_their_data_sets(tmp_path: Path, command: Callable[..., Ran]) -> None:
@@ -100,7 +100,7 @@ def test_two_stores_have_an_effect_on_each_of_their_data_sets(tmp_path: Path, co
     assert (a["effect"], a["p"], b["p"] < 0.05, b["difference_p"] < 0.05) == (0, 1, True, True)
     (places[1] / "b").rename(places[1] / "c")
     told = command(*places, main=compare.main).out
-    assert told.startswith(f"effect of {places[0]} and {places[1]}, by data set; in one of them only: b, c")
+    assert told.startswith(f"effect of {places[0]} and {places[1]}, by data set; only in one of them: b, c")
     (places[1] / "a").rename(places[1] / "d")
     apart = command(*places, main=compare.main)
-    assert (apart.status, f"{places[1]} c, d: no data set is in both" in apart.err) == (2, True)
+    assert (apart.status, f"{places[1]} has c, d: they have no data set in common" in apart.err) == (2, True)

@@ -258,7 +258,7 @@ def test_a_third_worker_in_a_row_that_breaks_ends_the_job_once_none_is_left() ->
     job.broke(other, "no driver", 0)
     assert job.should_abort
     assert job.start(1e9) == []
-    assert str(job.abort_reason) == "3 workers in a row could not work, the last one: no GPU"
+    assert str(job.abort_reason) == "3 consecutive workers failed, the last one: no GPU"
 
 
 def test_workers_that_break_together_break_once() -> None:
@@ -326,7 +326,7 @@ def test_a_sick_worker_is_replaced_before_anything_is_given_up_for_it(workers: i
         assert job.stalled(1) == []
         job.fail(sick, sick.units[0], "RoutingError", 1)
         job.assign(1)
-    assert job.stalled(1) == [(sick, "4 shards in a row failed on it")]
+    assert job.stalled(1) == [(sick, "4 consecutive shards failed on it")]
     assert [hung.number for hung, _ in job.stalled(1e6)].count(1) == 1, "that it hangs too is not told"
     job.died(sick, "sick", 1)
     assert job.failures == [], "it was not broken"
@@ -361,8 +361,8 @@ def test_eight_shards_given_up_with_none_finished_between_them_end_the_job(finis
     assert job.should_abort is (finished_after is None)
     if job.should_abort:
         assert isinstance(job.abort_reason, ValueError), "someone must put something right first"
-        assert str(job.abort_reason).startswith("8 shards in a row failed 3 times each")
-        said = "the last error: error 7. Put it right and run this again with --retry_quarantined"
+        assert str(job.abort_reason).startswith("8 consecutive shards failed 3 times each")
+        said = "the last error: error 7. Fix it and run this again with --retry_quarantined"
         assert said in str(job.abort_reason)
 
 

@@ -59,7 +59,7 @@ def test_a_folder_of_splits_is_read_one_split_at_a_time(tmp_path: Path, train: s
     folder = fill(tmp_path, train, test)
     assert names(folder, "train") == [train]
     assert names(folder, "test") == [test]
-    with pytest.raises(ValueError, match=r"holds several splits: test, train; choose one with --split, or give a glob"):
+    with pytest.raises(ValueError, match=r"has several splits: test, train; choose one with --split, or use a glob"):
         names(folder)
     with pytest.raises(ValueError, match="has no split 'validation'; choose with --split from: test, train"):
         names(folder, "validation")

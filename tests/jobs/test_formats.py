@@ -73,11 +73,11 @@ def test_compressed_data_under_another_name_and_whole_binary_files_inside_are_re
     for suffix, pack in PACKERS.items():
         (tmp_path / "x.jsonl").write_bytes(pack(LINES))
         with pytest.raises(
-            ValueError, match=rf"x\.jsonl holds {suffix[1:]} data; give it a name that ends in \{suffix}"
+            ValueError, match=rf"x\.jsonl contains {suffix[1:]} data; rename it so that it ends in \{suffix}"
         ):
             read(tmp_path / "x.jsonl")
         (tmp_path / f"x.parquet{suffix}").write_bytes(pack(b"PAR1"))
-        with pytest.raises(ValueError, match=rf"is parquet inside \{suffix}, which is not read; decompress it"):
+        with pytest.raises(ValueError, match=rf"is parquet inside \{suffix}, which is not supported; decompress it"):
             read(tmp_path / f"x.parquet{suffix}")
 
 
@@ -105,9 +105,9 @@ def test_tsv_and_several_csv_files_are_read_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("id,text\n1,one\n2,two,three\n", r"x\.csv, line 3: holds 3 values, but line 1 names 2 columns; put quotes"),
-        ('id,text\n1,"one" two\n', r"x\.csv, line 2: .*quotes inside a value are doubled"),
-        ('id,text\n1,"one\n', r"x\.csv, line 2: .*quotes inside a value are doubled"),
+        ("id,text\n1,one\n2,two,three\n", r"x\.csv, line 3: has 3 values, but line 1 names 2 columns; put quotes"),
+        ('id,text\n1,"one" two\n', r"x\.csv, line 2: .*quotes inside a value must be doubled"),
+        ('id,text\n1,"one\n', r"x\.csv, line 2: .*quotes inside a value must be doubled"),
         ("", r"x\.csv, line 1: a line with the names of all columns is expected"),
         ("id,,text\n1,2,3\n", r"x\.csv, line 1: a line with the names of all columns is expected"),
         ("text,text\na,b\n", r"x\.csv has several columns named 'text'"),
@@ -171,10 +171,10 @@ REFUSED = {
     "x.html.txt": (b"\n<!DOCTYPE html>\n<p>404", "HTML page"),
     "z.jsonl": (b"<html><p>403", "HTML page"),
     "z.parquet": (b"<html><p>403", "HTML page"),
-    "w.txt": (b"PAR1\x15\x04", r"holds parquet data; .*ends in \.parquet"),
-    "w.jsonl": (b"ARROW1\0\0", r"holds arrow data; .*ends in \.arrow"),
-    "x.lz4": (b"\x04\x22\x4d\x18", "compressed in a way"),
-    "x.orc": (b"ORC", "format that is not read"),
+    "w.txt": (b"PAR1\x15\x04", r"contains parquet data; .*ends in \.parquet"),
+    "w.jsonl": (b"ARROW1\0\0", r"contains arrow data; .*ends in \.arrow"),
+    "x.lz4": (b"\x04\x22\x4d\x18", "compressed in an unsupported way"),
+    "x.orc": (b"ORC", "unsupported format"),
     "annex.csv": (b"/annex/objects/SHA256E-s1--ab", "git annex get"),
 }
 
@@ -229,7 +229,7 @@ def test_json_that_is_one_array_or_object_is_refused_with_the_way_to_make_lines(
 def test_json_lines_under_another_name_are_never_one_text(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     end = r"\.jsonl\.gz" if name.endswith("gz") else r"\.jsonl"
-    with pytest.raises(ValueError, match=rf"{name} holds JSON lines, .*name that ends in {end}$"):
+    with pytest.raises(ValueError, match=rf"{name} contains JSON lines .*it ends in {end}$"):
         read(tmp_path / name)
 
 

@@ -1,11 +1,13 @@
 """Help pages and `expert-atlas`: what they name is what scripts take, and they fit a screen."""
 
+import platform
 import re
 import shlex
 import sys
 import tomllib
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import options_page
@@ -14,7 +16,7 @@ import pytest
 from jobs.capturing.importance_options import parse_importance
 from jobs.capturing.options import parse_capture
 from jobs.console import command as atlas
-from jobs.console import starting
+from jobs.console import starting, versions
 from jobs.console.arguments import parse
 from jobs.console.command import commands
 
@@ -109,26 +111,41 @@ def test_expert_atlas_runs_a_script_and_says_its_own_name(exits: Exits, tmp_path
     assert "usage: expert-atlas import_routes FILES" in out
     status, out, err = exits("status", str(tmp_path), "--vrify")
     assert (status, out) == (2, "")
-    assert (
-        err
-        == "error: there is no option --vrify: did you mean --verify? expert-atlas status --help lists the options\n"
-    )
+    assert err == "error: unknown option --vrify: did you mean --verify? expert-atlas status --help lists the options\n"
     status, out, _ = exits("capture", "--help")
     assert "  expert-atlas capture --local" in out
     assert "  ray job submit -- python jobs/capture.py" in out, "where nothing is installed"
 
 
-def test_expert_atlas_names_the_command_that_was_meant_and_its_version(
-    exits: Exits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_expert_atlas_names_the_command_that_was_meant(exits: Exits) -> None:
     assert exits("reprot") == (
         2,
         "",
-        "error: there is no command 'reprot': did you mean report? expert-atlas --help lists them\n",
+        "error: unknown command 'reprot': did you mean report? expert-atlas --help lists them\n",
     )
-    assert exits("--zzz")[2] == "error: there is no command '--zzz': expert-atlas --help lists them\n"
-    monkeypatch.setattr(atlas, "version", lambda name: {"expert-atlas": "9.9"}[name])
-    assert exits("--version") == (0, "expert-atlas 9.9\n", "")
+    assert exits("--zzz")[2] == "error: unknown command '--zzz': expert-atlas --help lists them\n"
+
+
+def test_the_versions_are_those_that_are_installed_and_in_a_clone_that_of_the_project(
+    exits: Exits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = {"torch": "2.15.0", "transformers": "5.23.0", "bitsandbytes": "0.50.2", "zarr": "3.4.2"}
+
+    def version(name: str) -> str:
+        if name in installed:
+            return installed[name]
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(versions, "version", version)
+    project = tomllib.loads((options_page.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    own, packages = exits("--version")[1].splitlines()
+    assert own == f"expert-atlas {project['version']}"
+    assert packages == (
+        f"Python {platform.python_version()}, torch 2.15.0, transformers 5.23.0, bitsandbytes 0.50.2, "
+        "ray not installed, zarr 3.4.2, xarray not installed"
+    )
+    installed["expert-atlas"] = "9.9"
+    assert exits("--version")[1].startswith("expert-atlas 9.9\n")
 
 
 def test_the_package_installs_the_command_and_make_installs_the_package() -> None:

@@ -105,7 +105,7 @@ def test_bytes_that_are_no_text_are_replaced_and_counted_and_markup_stays_text(
     file.write_bytes(b"\n".join([*lines, json.dumps({"text": markup, "id": "<script>"}).encode()]))
     ran = command("--dataset", file, *options)
     assert ran.status == 0, ran.err
-    assert "2 with bytes that are no text replaced" in ran.err
+    assert "2 with invalid bytes replaced" in ran.err
     data = store.open_capture(tmp_path / "s.zarr", "bad").load()
     tokenizer = load_tokenizer(tiny_checkpoint())
     wanted = ["lone \ufffd surrogate", "in\ufffdvalid \ufffd(", markup]
@@ -224,9 +224,9 @@ def test_a_limit_on_the_size_of_files_ends_the_job_as_a_full_disk_does(
 @pytest.mark.parametrize(
     ("store_path", "said"),
     [
-        ("gs://bucket/routes.zarr", "gs:// is not known here; name a folder, or s3://bucket/prefix"),
-        ("file:///tmp/routes.zarr", "file:// is not known here"),
-        ("s3:///routes.zarr", "names no store: a bucket has 3 to 63"),
+        ("gs://bucket/routes.zarr", "gs:// is not supported; use a folder or s3://bucket/prefix"),
+        ("file:///tmp/routes.zarr", "file:// is not supported"),
+        ("s3:///routes.zarr", "is not a store: a bucket's name has 3 to 63"),
         ("text.txt", "text.txt"),
         ("text.txt/deeper.zarr", "text.txt"),
     ],
@@ -244,7 +244,7 @@ def test_a_store_that_cannot_be_one_is_refused(
 def test_a_group_name_that_leaves_the_store_or_cannot_be_one_is_refused(
     command: Command, options: tuple[str, ...], text: Path, name: str
 ) -> None:
-    expect_line(command("--dataset", text, *options, f"--name={name}"), 2, "cannot name a data set in a store")
+    expect_line(command("--dataset", text, *options, f"--name={name}"), 2, "is not a valid name of a data set")
     assert sorted(path.name for path in text.parent.iterdir()) == ["text.txt"]
 
 

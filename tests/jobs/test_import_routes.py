@@ -59,12 +59,12 @@ def test_other_files_under_the_same_name_are_refused(tmp_path: Path, command: Ca
     ("options", "message"),
     [
         (["--format", "sglang"], "--format sglang reads .jsonl, .json"),
-        (["--format", "vllm", "--layers", "a"], "give numbers and ranges"),
+        (["--format", "vllm", "--layers", "a"], "must be numbers and ranges"),
         (["--format", "vllm", "--layers", "1,1"], "ascending numbers, each once"),
-        (["--format", "vllm", "--layers", "0-7"], "routes are of 3 layers, and the model has experts at 8"),
-        (["--format", "vllm", "--experts_per_token", "4"], "the files have 2 experts a token, and mixtral chooses 4"),
+        (["--format", "vllm", "--layers", "0-7"], "routes have 3 layers, but the model has experts at 8"),
+        (["--format", "vllm", "--experts_per_token", "4"], "the files have 2 experts per token, but mixtral chooses 4"),
         (["--format", "vllm", "--num_experts", "4"], "it holds expert"),
-        (["--format", "plain"], "is unknown, or missing"),
+        (["--format", "plain"], "is unknown or missing"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_status_2(
@@ -83,7 +83,7 @@ def test_files_that_are_not_there_and_a_model_that_is_not_known_are_named(
     path = vllm_http(tmp_path, sequences())
     options = ("--format", "vllm", "--store", tmp_path / "s", "--name", "a")
     ran = command(path, "--model", "nothing", *options, main=import_routes.main)
-    assert (ran.status, "no folder here" in ran.err) == (2, True)
+    assert (ran.status, "neither a folder" in ran.err) == (2, True)
 
 
 def test_weights_are_made_of_logits_as_the_family_does_or_as_one_says() -> None:
@@ -92,7 +92,7 @@ def test_weights_are_made_of_logits_as_the_family_does_or_as_one_says() -> None:
         assert import_routes._rule({"model_type": family, "norm_topk_prob": family != "olmoe"}) == rule
     asked = import_routes.ImportConfig(files=(), format="transformers", model="m", store="s", name="n")
     unknown = import_routes.Model(name="m", num_experts=8, experts_per_token=2, rule="unknown")
-    with pytest.raises(ValueError, match="m is of a family whose k largest logits may not be what it chooses"):
+    with pytest.raises(ValueError, match="m is of a family in which the k largest logits may not be the choice"):
         import_routes._weights(asked, unknown)
     assert import_routes._weights(replace(asked, weights="softmax"), unknown) == "softmax"
     assert import_routes._weights(asked, replace(unknown, rule="none")) == "none"

@@ -63,7 +63,7 @@ def test_a_job_that_is_killed_resumes_and_tells_what_an_undisturbed_one_does(
 
     monkeypatch.setattr(ImportanceEngine, "start", counted)
     ended = run(*base)
-    assert (ended.status, "what was finished is kept" in ended.err) == (130, True)
+    assert (ended.status, "finished work is kept" in ended.err) == (130, True)
     assert not (tmp_path / "i.zarr").exists()
     state = store.coverage(tmp_path / "s.zarr", GROUP)
     assert (state.shards_done, state.shards_total) == (1, 2)
@@ -116,11 +116,11 @@ def test_what_cannot_be_done_is_refused_before_weights_are_loaded(
     (tmp_path / "other").mkdir()
     for wrong, why in (
         (("--layers", "9"), "there is no layer 9; the layers with experts are 0 to 7"),
-        (("--output", tmp_path / "other"), "is there, and no result of this job"),
-        (("--output", tmp_path / "s.zarr"), "neither may lie in the other; name another folder"),
-        (("--output", tmp_path), "neither may lie in the other; name another folder"),
-        (("--output", tmp_path / "s.zarr" / "i"), "neither may lie in the other; name another folder"),
-        (("--output", "s3://bucket/i.zarr"), "s3:/bucket/i.zarr: give a folder of"),
+        (("--output", tmp_path / "other"), "exists and is not a result of this job"),
+        (("--output", tmp_path / "s.zarr"), "neither may be inside the other; use another folder"),
+        (("--output", tmp_path), "neither may be inside the other; use another folder"),
+        (("--output", tmp_path / "s.zarr" / "i"), "neither may be inside the other; use another folder"),
+        (("--output", "s3://bucket/i.zarr"), "s3:/bucket/i.zarr: must be a folder on"),
         (("--write_mask", tmp_path / "m.json", "--least", "7"), "would leave 1 of 8 experts of each layer"),
         (("--model", "tinny"), "tinny"),
         (("--sample_tokens", "0"), "--sample_tokens is 0"),

@@ -55,7 +55,7 @@ def test_eight_shards_that_fail_one_after_the_other_end_the_capture_with_what_to
     script = Script(tmp_path / "script")
     for shard in range(2, 20):
         script.write(shard, *["raise"] * 3)
-    with pytest.raises(ValueError, match=r"8 shards in a row failed 3 times each, .* with --retry_quarantined"):
+    with pytest.raises(ValueError, match=r"8 consecutive shards failed 3 times each, .* with --retry_quarantined"):
         captured(tmp_path, 20)
     state = coverage(tmp_path / "s.zarr", "fake")
     assert (state.shards_done, len(state.quarantined)) == (2, 8)
@@ -66,7 +66,7 @@ def test_storage_that_fails_ends_the_capture_and_blames_no_shard(
 ) -> None:
     script = Script(tmp_path / "script")
     script.write(2, "storage")
-    with pytest.raises(RuntimeError, match=r"the capture ended early, and can go on when .*: .*No space"):
+    with pytest.raises(RuntimeError, match=r"the capture ended early and can be resumed when .*: .*No space"):
         captured(tmp_path, 6)
     assert "(2 shards done; 4 not done)" in capsys.readouterr().err
     assert [attempts(script, shard) for shard in range(6)] == [1, 1, 1, 0, 0, 0]
@@ -76,7 +76,7 @@ def test_storage_that_fails_ends_the_capture_and_blames_no_shard(
 def test_a_device_that_is_lost_ends_the_capture_with_what_to_do_and_blames_no_shard(tmp_path: Path) -> None:
     script = Script(tmp_path / "script")
     script.write(2, "device")
-    with pytest.raises(RuntimeError, match=r"the device failed, .*: the device is gone. Start the same command again"):
+    with pytest.raises(RuntimeError, match=r"the device failed, .*: the device is gone. Run the same command again"):
         captured(tmp_path, 6)
     state = coverage(tmp_path / "s.zarr", "fake")
     assert (state.shards_done, state.quarantined) == (2, {})

@@ -42,7 +42,7 @@ def test_a_user_without_a_home_is_given_a_name_for_it_and_asked_for_a_store(monk
         terminal._name_a_home()
     assert Path.home() == Path(terminal.NO_HOME)
     monkeypatch.delenv("EXPERT_ATLAS_STORE", raising=False)
-    with pytest.raises(ValueError, match="this user has no home folder; name a folder with --store"):
+    with pytest.raises(ValueError, match="this user has no home folder; use another --store"):
         _ = parse_capture(["--dataset", "x"]).store_path
 
 
@@ -76,7 +76,7 @@ def test_a_folder_that_ray_cannot_write_is_named_with_the_variable_that_sets_ano
     monkeypatch.setattr(connection, "catch_sigterm", lambda: None)
     monkeypatch.setattr(os, "environ", {})
     with (
-        pytest.raises(ValueError, match=r"cannot write its files .*'/tmp/ray'.*: set RAY_TMPDIR to a folder"),
+        pytest.raises(ValueError, match=r"cannot write its files .*'/tmp/ray'.*: set RAY_TMPDIR to a writable folder"),
         connection.connection(),
     ):
         raise AssertionError("connected")

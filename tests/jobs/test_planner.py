@@ -513,9 +513,9 @@ class BadEngine(FakeEngine):
     [
         ("expert", "shard 0 of fake: layer 5 chose an expert at or beyond num_experts = 8"),
         ("fill", "shard 0 of fake: layer 9 chose an expert"),
-        ("layer missing", "shard 0 of fake: the engine gave"),
-        ("row missing", "shard 0 of fake: the engine gave"),
-        ("weights of another shape", "shard 0 of fake: the engine gave"),
+        ("layer missing", "shard 0 of fake: the engine returned"),
+        ("row missing", "shard 0 of fake: the engine returned"),
+        ("weights of another shape", "shard 0 of fake: the engine returned"),
     ],
 )
 def test_choices_that_cannot_be_stop_the_shard_and_nothing_is_committed(

@@ -117,7 +117,7 @@ def test_a_class_of_tokens_goes_where_its_tokens_go(store: Path, ask: Callable[.
         assert row["lift"] == pytest.approx(row["share"] * int(counts.notnull().sum()) / of_all[row["expert"]])
     told = ask("--tokens", "/^ 1/", "--layer", 2).out
     assert [line[2] for line in cells(told)] == [str(row["count"]) for row in found["rows"]]
-    assert "documents of equal length, and 4 are needed" in told
+    assert "of equal length, and at least 4 are needed" in told
     every = ask("--tokens", "digits", "--layer", 0).out
     assert {line[4] for line in cells(every)} == {"1.00"}, "all pieces are numbers"
 
@@ -125,7 +125,7 @@ def test_a_class_of_tokens_goes_where_its_tokens_go(store: Path, ask: Callable[.
 def test_a_class_without_tokens_is_an_answer_and_no_class_an_error(ask: Callable[..., Ran]) -> None:
     none = ask("--tokens", "han")
     assert (none.status, cells(none.out)) == (0, [])
-    assert "han (letters of the script Han) in a: 0 occurrences; by chance a share is 0.2500" in none.out
+    assert "han (letters of the script Han) in a: 0 occurrences; expected by chance: share 0.2500" in none.out
     refused = ask("--tokens", "digit")
     assert (refused.status, "unknown token class 'digit': choose from digits, " in refused.err) == (2, True)
 
@@ -144,7 +144,7 @@ def test_an_expert_s_tokens_are_those_of_a_scan(store: Path, ask: Callable[..., 
                     counts = [f"{int(row[name])}" for name in ("counts", "tokens")]
                     wanted.append([*about, *counts, f"{float(row['share']):.4f}", f"{float(row['lift']):.2f}"])
         assert cells(done.out) == wanted
-        assert ("tokens that occur less than 2 times are left out" in done.out) == (least == 2)
+        assert ("tokens with fewer than 2 occurrences are left out" in done.out) == (least == 2)
 
 
 def drawn(out: str) -> list[list[str]]:
@@ -193,7 +193,7 @@ def test_what_was_not_recorded_is_one_line_that_says_what_makes_it(
 ) -> None:
     ran = ask(f"--{question}")
     assert ran.status == 2
-    assert f"the routes of a came without; python jobs/capture.py --record {record} makes it" in ran.err
+    assert f"which a does not have; python jobs/capture.py --record {record} makes it" in ran.err
 
 
 def test_a_document_s_path_has_every_token_and_layer(store: Path, ask: Callable[..., Ran]) -> None:
@@ -270,7 +270,7 @@ def test_an_incomplete_capture_is_asked_as_far_as_it_goes(tmp_path: Path, ask: C
         assert done.status == 0
         assert "note: c: 1 of 2 shards are committed; missing shards: 0" in done.err
     drawn_part = ask("--document", 0, place=str(path))
-    assert "8 tokens, 32 not captured yet" in drawn_part.out
+    assert "8 tokens, 32 not yet captured" in drawn_part.out
     assert len(drawn(drawn_part.out)) == 8
 
 
@@ -295,8 +295,8 @@ def test_parquet_writes_all_data_sets_or_one_and_routes_of_documents(tmp_path: P
 MISTAKES: list[tuple[list[str], str]] = [
     (
         [],
-        "ask one of --token, --token_id, --tokens, --expert, --document, --entropy, --saliency, --logprob, --parquet;"
-        " got none",
+        "use exactly one of --token, --token_id, --tokens, --expert, --document, --entropy, --saliency, --logprob,"
+        " --parquet; got none",
     ),
     (["--token", "▁2", "--expert", "0:1"], "--parquet; got --token and --expert"),
     (["--token", "▁2", "--document", "0"], "got --token and --document"),
@@ -309,8 +309,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     ),
     (["--document", "0", "--top", "3"], "--top goes with --expert, not with --document"),
     (["--token", "▁2", "--min_count", "3"], "--min_count goes with --expert, not with --token"),
-    (["--expert", "15"], "--expert '15' is no LAYER:EXPERT, such as 15:3"),
-    (["--expert", "1:-1"], "--expert '1:-1' is no LAYER:EXPERT"),
+    (["--expert", "15"], "--expert '15': must be LAYER:EXPERT, such as 15:3"),
+    (["--expert", "1:-1"], "--expert '1:-1': must be LAYER:EXPERT"),
     (["--expert", "9:1"], "layers [9] were not captured; a has [0, 1, 2]"),
     (["--expert", "1:8"], "--expert 1:8: a layer has experts 0 to 7"),
     (["--expert", "1:1", "--top", "0"], "top=0, min_count=1: both must be at least 1"),
@@ -319,16 +319,16 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--document", "4"], "document 4: the capture has documents 0 to 3"),
     (["--document", "-1"], "no document has the name '-1': use a document's id, 0 to 3"),
     (["--document", "none"], "no document has the name 'none': use a document's id, 0 to 3"),
-    (["--token", "17x"], "no token reads 17x; near it, with their ids: ▁17"),
-    (["--token", "\x1b[31m%"], r"no token reads \x1b[31m%; near it, with their ids: "),
-    (["--token", "%!%"], "no token reads %!%; near it, with their ids: none"),
-    (["--token", ""], '--token is empty: a space is " "'),
+    (["--token", "17x"], "no token reads 17x; similar tokens, with their ids: ▁17"),
+    (["--token", "\x1b[31m%"], r"no token reads \x1b[31m%; similar tokens, with their ids: "),
+    (["--token", "%!%"], "no token reads %!%; similar tokens, with their ids: none"),
+    (["--token", ""], '--token is empty: write " " for a space'),
     (["--token", "9" * 5000], "no token reads 999"),
-    (["--token", "1000"], "no token reads 1000; near it, with their ids: ▁"),
+    (["--token", "1000"], "no token reads 1000; similar tokens, with their ids: ▁"),
     (["--token_id", "1000"], "--token_id 1000: the vocabulary has tokens 0 to 999"),
     (["--token_id", "-1"], "--token_id -1: the vocabulary has tokens 0 to 999"),
-    (["--token_id", str(BOS_ID)], f"token {BOS_ID}, ▁{BOS_ID}, is a special one: they are not counted"),
-    (["--parquet", "s3://bucket/tables"], "--parquet s3://bucket/tables: give a folder of this machine"),
+    (["--token_id", str(BOS_ID)], f"token {BOS_ID}, ▁{BOS_ID}, is a special token, which is not counted"),
+    (["--parquet", "s3://bucket/tables"], "--parquet s3://bucket/tables: must be a folder on this machine"),
 ]
 
 
@@ -348,10 +348,10 @@ def test_what_cannot_be_answered_is_one_line_and_status_2(
     ("place", "told"),
     [
         ("none.zarr", "no store at none.zarr (no such folder)"),
-        ("s.zarr", "s.zarr holds a, b: say which, as s.zarr/a"),
-        ("s.zarr/", "s.zarr holds a, b: say which, as s.zarr/a"),
-        ("s.zarr/c", "no data set 'c' in s.zarr; it holds: a, b"),
-        ("./s.zarr/c/", "no data set 'c' in ./s.zarr; it holds: a, b"),
+        ("s.zarr", "s.zarr has several data sets (a, b): name one, such as s.zarr/a"),
+        ("s.zarr/", "s.zarr has several data sets (a, b): name one, such as s.zarr/a"),
+        ("s.zarr/c", "no data set 'c' in s.zarr; it has: a, b"),
+        ("./s.zarr/c/", "no data set 'c' in ./s.zarr; it has: a, b"),
         (".", "no store at . (it has no zarr.json)"),
     ],
 )
@@ -417,9 +417,9 @@ def test_which_token_is_answered_follows_the_counts_and_never_a_special_one() ->
     capture, counts = occurring(*TIMES[:1], 9000, *TIMES[2:])
     assert asked_token(capture, "the", None).answer(capture, [0], counts).facts["piece"] == "the"
     assert asked_token(capture, " the", None).answer(capture, [0], counts).facts["piece"] == "▁the", "with its space"
-    with pytest.raises(ValueError, match="token 0, <s>, is a special one"):
+    with pytest.raises(ValueError, match="token 0, <s>, is a special token"):
         asked_token(capture, "<s>", None)
-    with pytest.raises(ValueError, match=r"no token reads retrun; near it, with their ids: ▁return \(11\)"):
+    with pytest.raises(ValueError, match=r"no token reads retrun; similar tokens, with their ids: ▁return \(11\)"):
         asked_token(capture, "retrun", None)
 
 

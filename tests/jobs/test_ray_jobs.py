@@ -208,14 +208,14 @@ def test_a_client_without_the_cluster_s_token_is_refused_with_one_line(
     environment = {"RAY_ADDRESS": head.address, "RAY_AUTH_MODE": "disabled"}
     (line,) = refused(head, tmp_path / "routes.zarr", copies[1], tries=5, **environment)  # Ray itself tries 20 times
     assert line.startswith("error: no Ray cluster: Failed to connect to Ray cluster at ")
-    assert "it refuses this process's token: set RAY_AUTH_MODE=token" in line
+    assert "it rejects this process's token: set RAY_AUTH_MODE=token" in line
 
 
 def test_the_address_of_a_dashboard_is_told_from_that_of_a_head(
     head: Head, copies: tuple[Path, Path], tmp_path: Path
 ) -> None:
     (line,) = refused(head, tmp_path / "routes.zarr", copies[1], RAY_ADDRESS=head.dashboard)
-    assert line.startswith(f"error: RAY_ADDRESS={head.dashboard} is a dashboard's, which takes jobs (ray job submit)")
+    assert line.startswith(f"error: RAY_ADDRESS={head.dashboard} is a dashboard, which accepts jobs (ray job submit)")
 
 
 def test_an_address_where_nobody_listens_is_refused_with_one_line(
@@ -223,15 +223,16 @@ def test_an_address_where_nobody_listens_is_refused_with_one_line(
 ) -> None:
     address = f"127.0.0.1:{free_ports(1)[0]}"
     (line,) = refused(head, tmp_path / "routes.zarr", copies[1], RAY_ADDRESS=address)
-    assert line.startswith(f"error: no Ray cluster: nobody listens at RAY_ADDRESS={address} (")
+    assert line.startswith(f"error: no Ray cluster: nothing listens at RAY_ADDRESS={address} (")
 
 
 def test_a_store_in_the_copy_that_ray_makes_for_a_job_is_refused(head: Head, copies: tuple[Path, Path]) -> None:
     ran = head.submit("--working-dir", ".", "--", *CAPTURE, "--store", "routes.zarr", cwd=copies[1])
     assert ran.returncode == 1
-    assert "error: --store routes.zarr would lie in " in said(ran)
-    assert "a copy that is removed after the job: give an absolute path on a file system that all nodes see" in said(
-        ran
+    assert "error: --store routes.zarr would be in " in said(ran)
+    assert (
+        "a copy that is removed after the job: use an absolute path on a file system that all nodes can access"
+        in said(ran)
     )
     assert "Traceback" not in said(ran)
 

@@ -56,7 +56,7 @@ class Job:
         given = {"store": str(self.store), "script": str(self.script.folder), "device": "cuda", **options}
         arguments = json.dumps({**given, "shards": shards, "seconds": seconds})
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
+            self.process = nodes.popen(
                 [sys.executable, "-W", "error", str(HERE / "cluster_driver.py"), arguments],
                 stdout=log, stderr=log, cwd=folder, env=nodes.environment,
             )  # fmt: skip
@@ -206,7 +206,7 @@ def test_a_shard_that_always_fails_is_tried_three_times_set_aside_and_named_and_
     with Job(nodes, tmp_path, shards=shards, local=local, workers=1) as job:
         assert job.status() == 3, "only what is in quarantine is missing"
     error = "RoutingError: shard 3 of fake: layer 0 chose as the script says"
-    assert f"fake shard 3 is given up after 3 failures, the last one: {error}; documents: 'document 3'\n" in job.said
+    assert f"fake shard 3 is quarantined after 3 failures, the last one: {error}; documents: 'document 3'\n" in job.said
     state = coverage(job.store, "fake")
     assert (state.shards_total, state.missing) == (shards, [poison])
     assert state.quarantined == {poison: {"errors": [error] * 3, "documents": ["document 3"]}}
@@ -297,10 +297,10 @@ def test_a_store_that_no_node_sees_ends_the_job_with_the_reason_and_one_that_see
     private = "/proc/self/cwd/routes.zarr"  # as with a folder that is not shared, each node finds its own
     with Job(nodes, tmp_path, store=private, workers=1) as job:
         assert job.status() == 1
-    assert job.said.splitlines()[-1].startswith("error: 3 workers in a row could not work, the last one: Misplaced: ")
+    assert job.said.splitlines()[-1].startswith("error: 3 consecutive workers failed, the last one: Misplaced: ")
     assert "Traceback" not in job.said
-    refusal = f"{socket.gethostname()} does not see the store {private} that the driver writes"
-    assert f"{refusal} (it has no such capture): put the store where all nodes see it" in job.said
+    refusal = f"{socket.gethostname()} cannot see the store {private} that the driver writes"
+    assert f"{refusal} (it has no such capture): put the store where all nodes can read" in job.said
     assert job.attempts(LOAD) == [], "refused before a model is loaded"
     seeing = nodes.add(tmp_path)
     try:

@@ -68,7 +68,7 @@ def test_what_is_recorded_is_stored_verified_healed_and_told(command: Command, b
     assert not faults
     assert {name: healed[name] for name in before} == before
     table = command(path, main=status.main).out
-    assert "recorded too" in table
+    assert "also recorded" in table
     assert "logit, output_norm, logprob" in table
 
 
@@ -79,7 +79,7 @@ def test_nothing_of_it_stands_in_the_identity_of_a_capture_without_it(
     group = store.CaptureGroup(tmp_path / "s.zarr", "texts")
     assert {"record", "top_logits", "weight_bits", "weight_precision"}.isdisjoint(group.identity)
     assert {"record", "top_logits", "weight_bits", "router_transformation"}.isdisjoint(group.attrs)
-    assert "recorded too" not in command(tmp_path / "s.zarr", main=status.main).out
+    assert "also recorded" not in command(tmp_path / "s.zarr", main=status.main).out
     for change, field, stored, wanted in (
         (("--record", "logits"), "record", "[]", "['logit']"),
         (("--weight_precision", "float32"), "weight_bits", "10", "23"),
@@ -103,9 +103,9 @@ def test_the_largest_logits_only(command: Command, base: Any, tmp_path: Path) ->
     np.testing.assert_array_equal(ids[..., :2], top["expert"].values[filled])
     assert (top["logit_expert"].values[~filled] == 255).all()
     refused = command(*base, "--top_logits", 3)
-    assert (refused.status, "no logits are recorded: give --record logits too" in refused.err) == (2, True)
+    assert (refused.status, "no logits are recorded: add --record logits" in refused.err) == (2, True)
     refused = command(*base, "--record", "logits", "--top_logits", 9)
-    assert "--top_logits is 9, and must be 1 to 8, the experts of the model" in refused.err
+    assert "--top_logits is 9, but must be 1 to 8, the number of experts" in refused.err
     refused = command(*base, "--record", "logits", "--record", "logits")
     assert "--record is given as logits, logits" in refused.err
 

@@ -169,7 +169,7 @@ def test_a_capture_is_submitted_until_nothing_is_missing(
     shown = capsys.readouterr()
     assert shown.out == "".join(LOG) * 3, "each log once, from beginning to end"
     assert "attempt 2 of 5: job attempt-2-" in shown.err
-    assert "says that something is missing" in shown.err
+    assert "reports that something is missing" in shown.err
 
 
 @pytest.mark.parametrize(("code", "status"), [(2, 2), (126, 2), (127, 2), (3, 3)])
@@ -243,7 +243,7 @@ def test_a_job_that_was_lost_with_its_head_is_submitted_again(
     clock.events[1] = head.asked.clear
     assert run(head) == 0
     assert len(head.submitted) == 2
-    assert "the head, started again, does not know job attempt-1-" in capsys.readouterr().err
+    assert "the head was restarted and does not know job attempt-1-" in capsys.readouterr().err
 
 
 def test_a_submission_whose_answer_was_lost_is_not_made_twice(heads: Callable[..., Head], clock: Clock) -> None:
@@ -274,7 +274,7 @@ def test_a_wrong_token_is_named_at_once(
     assert run(head) == 2
     assert clock.pauses == []
     shown = capsys.readouterr().err
-    assert f"error: {head.address} refuses this machine's token" in shown
+    assert f"error: {head.address} rejects this machine's token" in shown
     assert "set RAY_AUTH_MODE=token" in shown
 
 
@@ -296,7 +296,7 @@ def test_an_interruption_leaves_the_job_and_says_how_to_stop_it(
     clock.events[2] = interrupt
     assert run(head) == status
     (job,) = head.asked
-    assert f"job {job} goes on without this; to stop it: ray job stop --address {head.address} {job}" in (
+    assert f"job {job} continues to run; to stop it: ray job stop --address {head.address} {job}" in (
         capsys.readouterr().err
     )
     assert not [request for request in head.requests if "stop" in request]
@@ -306,9 +306,9 @@ def test_an_interruption_leaves_the_job_and_says_how_to_stop_it(
     ("options", "command", "message"),
     [
         ((), [], "give the command after --"),
-        (("--address", "localhost:8265"), COMMAND, "'localhost:8265', and must begin with http:// or https://"),
-        (("--attempts", 0), COMMAND, "--attempts is 0, and must be more than 0"),
-        (("--pause", -1), COMMAND, "--pause is -1.0, and must be more than 0"),
+        (("--address", "localhost:8265"), COMMAND, "'localhost:8265', but must begin with http:// or https://"),
+        (("--attempts", 0), COMMAND, "--attempts is 0, but must be more than 0"),
+        (("--pause", -1), COMMAND, "--pause is -1.0, but must be more than 0"),
     ],
 )
 def test_faults_of_the_caller_are_named_before_anything_is_submitted(

@@ -43,7 +43,7 @@ def test_it_stops_the_capture_and_the_error_names_it_and_the_option(capture: Cal
     assert ran.status == 2
     assert "document 'chat 2': " in ran.err
     assert "roles must alternate" in ran.err
-    assert "--skip_unrenderable leaves such documents out" in ran.err
+    assert "use --skip_unrenderable to skip such documents" in ran.err
 
 
 def test_where_asked_it_is_left_out_counted_and_named(
@@ -52,14 +52,14 @@ def test_where_asked_it_is_left_out_counted_and_named(
     ran = capture("--skip_unrenderable")
     assert ran.status == 0, ran.err
     assert "document 2 ('chat 2') is skipped: " in ran.err
-    assert "4 documents, 2 of them empty, 2 skipped, which cannot be rendered" in ran.err
+    assert "4 documents, 2 of them empty, 2 skipped because they cannot be rendered" in ran.err
     routes = open_capture(tmp_path / "s", "chats")
     assert routes.sizes["document"] == 4
     assert sorted(set(routes["document_id"].values.tolist())) == [0, 1]
     assert (routes.attrs["documents_skipped"], list(routes.attrs["skipped"])) == (2, ["chat 2", "chat 3"])
     assert CaptureGroup(tmp_path / "s", "chats").identity["skip_unrenderable"] is True
     shown = command(tmp_path / "s", main=status.main).out
-    assert "chats: 2 documents that cannot be rendered are skipped: 'chat 2', 'chat 3'" in shown
+    assert "chats: 2 documents were skipped because they cannot be rendered: 'chat 2', 'chat 3'" in shown
     told = json.loads(command(tmp_path / "s", "--json", main=status.main).out)["data_sets"][0]
     assert (told["documents_skipped"], told["skipped"]) == (2, ["chat 2", "chat 3"])
     assert capture("--skip_unrenderable").status == 0  # nothing to do
@@ -89,7 +89,7 @@ def test_a_conversation_of_another_form_is_skipped_too_and_else_stops_the_captur
     assert (odd[0].name, len(odd[1]), last[0].fault) == ("odd", 0, None)
     assert len(before[1]) == len(last[1]) > 0
     assert odd[0].fault
-    with pytest.raises(ValueError, match=f"document 'odd': {re.escape(odd[0].fault)}; --skip_unrenderable leaves"):
+    with pytest.raises(ValueError, match=f"document 'odd': {re.escape(odd[0].fault)}; use --skip_unrenderable"):
         list(encode(documents, tokenizer))
 
 
@@ -102,7 +102,7 @@ def test_a_row_of_another_form_is_skipped_counted_and_named_and_else_stops_the_c
     stopped = command(*options)
     assert stopped.status == 2
     assert "c.jsonl:2: column 'messages', message 1: not an object with a role and content: 'Hello'" in stopped.err
-    assert "--skip_unrenderable leaves such documents out" in stopped.err
+    assert "use --skip_unrenderable to skip such documents" in stopped.err
     ran = command(*options, "--skip_unrenderable")
     assert ran.status == 0, ran.err
     assert "document 1 ('c.jsonl:2') is skipped: c.jsonl:2: column 'messages', message 1: not an object" in ran.err
@@ -110,7 +110,7 @@ def test_a_row_of_another_form_is_skipped_counted_and_named_and_else_stops_the_c
     attrs = CaptureGroup(tmp_path / "s", "c").attrs
     assert (attrs["documents"], attrs["documents_skipped"]) == (4, 2)
     assert attrs["skipped"] == ["c.jsonl:2", "c.jsonl:3"]
-    assert "2 documents that cannot be rendered are skipped" in command(tmp_path / "s", main=status.main).out
+    assert "2 documents were skipped because they cannot be rendered" in command(tmp_path / "s", main=status.main).out
 
 
 def test_a_plan_without_skipped_documents_is_kept_as_before() -> None:

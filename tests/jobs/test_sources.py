@@ -187,7 +187,7 @@ def test_what_cannot_be_read_is_refused_naming_the_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.bin is a binary file"):
         texts(resolve_source(str(tmp_path / "data.bin")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"folder .*empty holds no files"):
+    with pytest.raises(ValueError, match=r"folder .*empty contains no files"):
         resolve_source(str(tmp_path / "empty"))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match=r"pipe is neither a regular file"):
@@ -468,7 +468,7 @@ def test_invalid_utf8_in_json_and_parquet_is_replaced_and_said(tmp_path: Path) -
 def test_a_line_that_is_no_json_object_is_refused_naming_file_and_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n' * 200 + line + "\n")
-    with pytest.raises(ValueError, match=r"x\.jsonl, line 201: .*one (JSON )?object a line is expected"):
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 201: .*one (JSON )?object per line is expected"):
         texts(resolve_source(str(path)))
 
 
@@ -715,7 +715,7 @@ def test_hub_data_sets_are_resolved_to_a_commit_and_read_again_offline(tmp_path:
     assert "HF_HUB_OFFLINE" in unresolved
     assert "HF_TOKEN" in unresolved
     assert cached == alias
-    assert f"at commit {COMMIT}, but {COMMIT[::-1]} was asked for" in other
+    assert f"at commit {COMMIT}, but {COMMIT[::-1]} was requested" in other
 
 
 def test_a_private_data_set_needs_its_token(tmp_path: Path) -> None:
@@ -724,7 +724,7 @@ def test_a_private_data_set_needs_its_token(tmp_path: Path) -> None:
         (refused,) = read_elsewhere(hub.environment(tmp_path / "a"), ("wikitext-2", {}))
         (read,) = read_elsewhere(hub.environment(tmp_path / "b", HF_TOKEN=TOKEN), ("wikitext-2", {}))
     assert "401" in refused
-    assert "needs a token that may read it in HF_TOKEN" in refused
+    assert "needs a token with read access in HF_TOKEN" in refused
     assert [document[0] for document in read[2]] == ["A", "B"]
 
 

@@ -82,7 +82,7 @@ def test_the_experts_are_found_and_their_effects_are_those_of_captures_without_t
     assert attrs["mask"] == [f"{layer}:{expert}" for layer, expert in mask]
     other = command(*asked, "--experts", 1, main=steer.main)
     assert other.status == 2
-    assert f"has mask {', '.join(attrs['mask'])}: name another store with --into" in other.err
+    assert f"has mask {', '.join(attrs['mask'])}: use --into to name another store" in other.err
     again = command(*asked, main=steer.main)
     assert "nothing to do" in again.err
     assert (
@@ -120,8 +120,8 @@ def test_what_cannot_be_steered_is_told(captured: Path, command: Command, tmp_pa
         return str(ran.err)
 
     code, legal = f"{captured}/code", f"{captured}/legal"
-    assert "have one name" in refused(code, code)
-    with pytest.raises(ValueError, match=r"code-importance is no capture of jobs/capture\.py"):
+    assert "have the same name" in refused(code, code)
+    with pytest.raises(ValueError, match=r"code-importance is not a capture of jobs/capture\.py"):
         as_begun({"configuration": {"dataset": ["code"]}, "script": "jobs/importance.py"}, "code-importance")
     assert "--experts is 0" in refused(code, legal, "--experts", 0)
     assert "no data set" in refused(code, f"{captured}/lega")

@@ -28,5 +28,5 @@ def test_a_date_other_than_the_default_is_in_the_identity_of_conversations(tmp_p
 
 
 def test_a_date_that_is_none_is_an_error() -> None:
-    with pytest.raises(ValueError, match="--template_date is 'today', and must be a date: YYYY-MM-DD"):
+    with pytest.raises(ValueError, match="--template_date is 'today', but must be a date: YYYY-MM-DD"):
         CaptureConfig(template_date="today")

@@ -248,17 +248,20 @@ def test_json_is_one_line_of_ascii_without_nan(capsys: pytest.CaptureFixture[str
 def test_a_place_is_a_store_or_a_data_set_of_it(store: Path, command: Callable[..., Ran]) -> None:
     for place in (f"{store}", f"{store}/"):
         assert captures_at(place) == (str(store), ["a", "b"])
-        with pytest.raises(ValueError, match=rf"holds a, b: say which, as {store}/a"):
+        with pytest.raises(ValueError, match=rf"has several data sets \(a, b\): name one, such as {store}/a"):
             capture_at(place)
     assert capture_at(f"{store}/b/") == capture_at(f"{store}//b") == (str(store), "b")
     assert by_store([f"{store}/b", f"{store}/a", f"{store}/"]) == {str(store): ["b", "a"]}
-    with pytest.raises(FileNotFoundError, match=rf"no data set 'c' in {store}; it holds: a, b"):
+    with pytest.raises(FileNotFoundError, match=rf"no data set 'c' in {store}; it has: a, b"):
         captures_at(f"{store}/c")
-    with pytest.raises(FileNotFoundError, match=rf"no store at {store}-no/x .*, and {store}-no is no store"):
+    with pytest.raises(FileNotFoundError, match=rf"no store at {store}-no/x .*, and {store}-no is not a store"):
         captures_at(f"{store}-no/x")
     told = json.loads(command(store / "b", "--json", main=status.main).out)
     assert [each["data_set"] for each in told["data_sets"]] == ["b"]
-    assert command(store, main=doctor.main).err == f"error: {store} holds a, b: say which, as {store}/a\n"
+    assert (
+        command(store, main=doctor.main).err
+        == f"error: {store} has several data sets (a, b): name one, such as {store}/a\n"
+    )
 
 
 def test_the_command_that_draws_a_report_again_names_its_places(store: Path) -> None:
@@ -389,7 +392,7 @@ def test_status_in_a_terminal_has_a_bar_for_each_data_set_and_breaks_no_line(bro
         for sentence in (
             "missing shards: 1",
             "in quarantine: 2 (RoutingError: \\x1b[31mlayer 3)",
-            "damaged: shard 1 does not hold: ",
+            "damaged: shard 1 failed verification: ",
         ):
             assert sentence in told
 
@@ -479,8 +482,8 @@ def test_query_in_a_terminal_has_bars_of_shares_and_says_chance(store: Path) -> 
     out = out.replace("\x1b[?25l", "").replace("\x1b[?25h", "")
     lines = lines_of(out[out.index("expert 5 of layer 2") :])
     assert max(map(cell_len, lines)) <= 60
-    assert "by chance a share is 0.2500, a lift 1" in " ".join(" ".join(lines).split())
-    assert lines.count("a full bar is a share of 1") == 2
+    assert "expected by chance: share 0.2500, lift 1" in " ".join(" ".join(lines).split())
+    assert lines.count("a full bar means a share of 1") == 2
     rows = [line for line in lines if re.match(r" *\d+  ▁", line)]
     listed = [expert_tokens(open_capture(store, "a"), 2, by=by, top=4).sel(expert=5) for by in ("count", "lift")]  # type: ignore[arg-type]
     shares = [share for table in listed for share in table["share"].values]

@@ -19,7 +19,7 @@ from interleavings import Interleavings
 from law import Files
 from more import MORE
 from s3_server import bucket_files, new_store, server_address  # noqa: F401
-from simulated import undisturbed
+from simulated import Process, capture, undisturbed
 
 import store.group
 from store import CaptureGroup
@@ -28,6 +28,8 @@ from store.planned import PlannedGroup
 
 STEPS = 165
 """Of an undisturbed capture: what it does to the store, and how often it looks."""
+ACTS = 75
+"""What it does to the store."""
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,7 @@ def clean() -> Files:
     """The store of a clean serial run."""
     files, process = undisturbed()
     assert 0.9 * STEPS < process.steps < 1.1 * STEPS
+    assert 0.9 * ACTS < process.acts < 1.1 * ACTS
     return files
 
 
@@ -105,7 +108,7 @@ def on_s3(clean: Files, s3: str) -> Callable[[], Interleavings]:
 def test_so_it_does_on_a_disk(
     on_disk: Callable[[], Interleavings], record_property: Callable[[str, object], None]
 ) -> None:
-    record_property("examples", search(on_disk, 12 * MORE))
+    record_property("examples", search(on_disk, 10 * MORE))
 
 
 @pytest.mark.slow
@@ -130,6 +133,20 @@ def overtaken(machine: Machine, stops_at: int, acts: int | None = None) -> None:
 def overtaken_for_one_act(machine: Machine, stops_at: int) -> None:
     """As before, but it dies after one more act: a maker left arrays of no rows behind a complete plan."""
     overtaken(machine, stops_at, acts=1)
+
+
+def answer_lost(machine: Machine, loses_at: int) -> None:
+    """A put takes effect and its answer is lost: the second try finds the job's own object, and the job ends well."""
+    machine.run(Process(loses_at=loses_at), capture)
+    machine.law.equals(machine.law.snapshot())
+
+
+def answered_after_a_takeover(machine: Machine, loses_at: int) -> None:
+    """As before, but another driver has done everything before the second try, and the first one dies behind it."""
+    machine.lose_the_lease_while_an_answer_is_out(loses_at, stops_at=2 * STEPS, shards=None)
+    while machine.zombies:
+        machine.go_on(0, steps=None, acts=0)
+    machine.the_store_equals_the_clean_run_or_says_what_is_missing()
 
 
 def healing_killed(machine: Machine, dies_at: int) -> None:
@@ -180,6 +197,8 @@ def damaged_meanwhile(machine: Machine, stops_at: int) -> None:
 KEPT: dict[Callable[[Machine, int], None], range] = {
     overtaken: range(1, STEPS, 6),
     overtaken_for_one_act: range(2, STEPS, 6),
+    answer_lost: range(0, ACTS, 6),
+    answered_after_a_takeover: range(1, ACTS, 6),
     healing_killed: range(20),
     given_up_and_committed: range(110, STEPS, 9),
     removed: range(1, 90, 9),
@@ -212,12 +231,18 @@ def _put_whatever_stands(group: PlannedGroup, changes: Mapping[str, bytes], stil
         group.objects.put(f"{group.dataset}/{name}", data)
 
 
+def _put_and_believe_the_answer(group: PlannedGroup, seen: bytes | None, key: str, data: bytes) -> bool:
+    return group.objects.put_new(key, data) if seen is None else group.objects.put_over(key, seen, data)
+
+
 FAULTS: list[tuple[Any, str, Any, Callable[[Machine, int], None] | None]] = [
     (PlannedGroup, "_change", _put_whatever_stands, overtaken_for_one_act),
+    (PlannedGroup, "_change", _put_whatever_stands, answered_after_a_takeover),
+    (PlannedGroup, "_put_where", _put_and_believe_the_answer, answer_lost),
     (CaptureGroup, "drop_void", lambda group: None, healing_killed),
     (CaptureGroup, "drop_void", lambda group: None, given_up_and_committed),
     (store.group, "_noted", lambda commit, note: None, healing_killed),
-    (CaptureGroup, "discard", lambda group, shard: None, healing_killed),
+    (CaptureGroup, "discard", lambda group, shard, record=None: True, healing_killed),
     (store.group, "_misfit", lambda record, have: None, None),
 ]
 

@@ -139,7 +139,7 @@ def test_an_engine_that_does_not_give_it_is_refused_naming_it(tmp_path: Path) ->
     state = capture(tmp_path / "s.zarr", FakeEngine)
     assert (state.shards_done, sorted(state.quarantined)) == (0, list(range(SHARDS)))
     for shard, record in state.quarantined.items():
-        wanted = f"shard {shard} of fake: the engine gave expert, weight and no margin, which"
+        wanted = f"shard {shard} of fake: the engine returned expert, weight and no margin, which"
         assert all(wanted in error for error in record["errors"])
 
 
@@ -151,7 +151,7 @@ def test_an_engine_that_gives_it_in_another_shape_is_refused_naming_it(tmp_path:
 
     state = capture(tmp_path / "s.zarr", Flat)
     assert (state.shards_done, len(state.quarantined)) == (0, SHARDS)
-    assert all("the engine gave margin of shape" in error for error in state.quarantined[0]["errors"])
+    assert all("the engine returned margin of shape" in error for error in state.quarantined[0]["errors"])
 
 
 def test_a_capture_without_it_has_the_bytes_that_it_has_where_nobody_knows_of_it(
@@ -175,8 +175,12 @@ def test_what_a_killed_creation_left_of_it_does_not_stay_in_a_capture_without_it
 
 
 def test_a_name_that_no_version_here_can_record_is_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"record names 'mood', which this version cannot record; it can: .*, margin"):
+    with pytest.raises(
+        ValueError, match=r"record names 'mood', which this version cannot record; known are .*, margin"
+    ):
         fake_layout(record=("mood",))
     monkeypatch.delitem(OPTIONAL, "margin")
-    with pytest.raises(ValueError, match=r"describes no capture: record names 'margin'.*it can: logit, .*effect$"):
+    with pytest.raises(
+        ValueError, match=r"does not describe a capture: record names 'margin'.*known are logit, .*effect$"
+    ):
         open_capture(store, "fake")

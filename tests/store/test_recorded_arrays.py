@@ -44,13 +44,13 @@ def test_the_largest_logits_stand_beside_their_experts(experts: int, dtype: str,
     ("record", "top"), [(("logit",), 4), (("logit_expert",), 4), (("logit", "logit_expert"), 0), (("logit_expert",), 0)]
 )
 def test_candidates_without_ids_or_ids_without_candidates_are_refused(record: tuple[str, ...], top: int) -> None:
-    with pytest.raises(ValueError, match="logit_expert stands beside logit where top_logits is 1 or more"):
+    with pytest.raises(ValueError, match="logit_expert must be recorded with logit if top_logits is 1 or more"):
         fake_layout(record=record, top_logits=top)
 
 
 @pytest.mark.parametrize("top", [-1, 9, True, "4"])
 def test_more_logits_than_experts_are_refused(top: Any) -> None:
-    with pytest.raises(ValueError, match=r"top_logits is .*, and must be 0 to 8, the experts"):
+    with pytest.raises(ValueError, match=r"top_logits is .*, but must be 0 to 8, the experts"):
         fake_layout(record=("logit", "logit_expert"), top_logits=top)
 
 
@@ -65,7 +65,7 @@ def test_weights_have_the_dtype_that_holds_their_bits(bits: int, dtype: str, sai
 
 @pytest.mark.parametrize("bits", [0, 11, 24, "10"])
 def test_other_bits_than_weights_can_have_are_refused(bits: Any) -> None:
-    with pytest.raises(ValueError, match=r"weight_bits is .*, and must be 23, or 1 to 10"):
+    with pytest.raises(ValueError, match=r"weight_bits is .*, but must be 23, or 1 to 10"):
         fake_layout(weight_bits=bits)
 
 
@@ -83,5 +83,5 @@ def test_inner_chunks_of_logits_stay_small_and_divide_the_shard() -> None:
 def test_a_shard_whose_logits_are_more_than_a_put_takes_is_refused_naming_them() -> None:
     sizes: dict[str, Any] = {"layers": tuple(range(60)), "num_experts": 256, "sequence_length": 2048}
     fake_layout(rows_per_shard=128, **sizes)
-    with pytest.raises(ValueError, match=f"bytes of logit, and {SHARD_BYTES:,} are the most"):
+    with pytest.raises(ValueError, match=f"bytes of logit, but the maximum is {SHARD_BYTES:,}"):
         fake_layout(rows_per_shard=128, record=("logit",), **sizes)

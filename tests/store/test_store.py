@@ -1,5 +1,7 @@
 """The store: its layout on disk, its bytes, what is durable before what, and what a reader is told."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +46,7 @@ from jobs.capturing import planner as planning
 from jobs.capturing.planner import Planner
 from store import CaptureGroup, Layout, coverage, dataset_names, lease, open_capture, open_tree, planned
 from store import layout as layout_module
+from store import objects as objects_module
 from store.group import VOID
 from store.identity import identity_hash
 from store.layout import ROW_CHUNK, SHARD_CHOICES, SHARD_TOKENS, ArraySpec, default_rows_per_shard
@@ -207,10 +211,10 @@ def test_the_missing_expert_is_never_a_legal_one(num_experts: int, dtype: str, m
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"sequence_length": 0}, "sequence_length is 0, and must be 1 or more"),
+        ({"sequence_length": 0}, "sequence_length is 0, but must be at least 1"),
         ({"rows_per_shard": -1}, "rows_per_shard is -1"),
         ({"layers": ()}, "no layer with experts"),
-        ({"num_experts": 65_535}, "num_experts is 65535; the store can name 65,534 at most"),
+        ({"num_experts": 65_535}, "num_experts is 65535, but the store supports at most 65,534"),
     ],
 )
 def test_an_impossible_layout_is_refused(sizes: dict[str, Any], message: str) -> None:
@@ -473,6 +477,41 @@ def test_a_write_that_fails_leaves_neither_an_object_nor_a_partial_file(
     assert store_files(tmp_path) == {"old": b"old"}
 
 
+def test_who_replaces_an_object_on_a_disk_waits_for_the_one_who_does_so_and_then_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = LocalObjects(tmp_path, "scratch")
+    objects.put("a", b"old")
+    with (tmp_path / "a").open("rb") as first, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        second = pool.submit(objects.put_over, "a", b"old", b"second's")
+        wait_until(lambda: any((tmp_path / "scratch").iterdir()), "it has written what it puts")
+        objects.put("a", b"first's")
+        fcntl.flock(first, fcntl.LOCK_UN)
+        assert not second.result()
+    assert objects.get("a") == b"first's"
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert not objects.put_over("none", b"old", b"new")
+    monkeypatch.setattr(objects_module, "LOCK_TRIES", 1)
+    with (tmp_path / "a").open("rb") as stopped:
+        fcntl.flock(stopped, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError, match="another process has locked this file and does not continue"):
+            objects.put_over("a", b"first's", b"new")
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links_is_named_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def none(source: Path, target: Path) -> None:
+        raise OSError(code, os.strerror(code), str(source))
+
+    monkeypatch.setattr(os, "link", none)
+    with pytest.raises(OSError, match=rf"no hard links, .* use another one, or s3://.*{tmp_path}/a"):
+        LocalObjects(tmp_path, "scratch").put_new("a", b"data")
+    assert store_files(tmp_path) == {}
+
+
 def test_a_partial_file_is_never_visible_under_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objects = LocalObjects(tmp_path, "scratch")
     fsync, seen = os.fsync, []
@@ -490,9 +529,9 @@ def test_a_partial_file_is_never_visible_under_its_key(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/etc", "A", "a b", ".hidden", "é", "a\n", "x" * 129])
 def test_a_name_that_would_leave_the_store_or_that_zarr_cannot_have_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="cannot name a data set in a store"):
+    with pytest.raises(ValueError, match="is not a valid name of a data set"):
         CaptureGroup(tmp_path, name)
-    with pytest.raises(ValueError, match="cannot name a data set in a store"):
+    with pytest.raises(ValueError, match="is not a valid name of a data set"):
         coverage(tmp_path, name)
     assert list(tmp_path.iterdir()) == []
 
@@ -531,8 +570,8 @@ def test_the_identitys_hash_depends_on_every_value_and_on_no_order() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", "is no capture that this version reads: its schema_version is None"),
-        ('{"attributes": {"schema_version": 99}}', "schema_version is 99, and 1 and 2 are known here"),
+        ("{}", "is not a capture that this version reads: schema_version is None"),
+        ('{"attributes": {"schema_version": 99}}', "schema_version is 99, but only 1 and 2 are supported"),
         ("not JSON", "is not JSON"),
     ],
 )
@@ -646,7 +685,7 @@ def test_a_process_id_of_another_container_says_nothing_though_its_host_has_the_
     def watches(why: str) -> None:
         raise TimeoutError(why)
 
-    with pytest.raises(TimeoutError, match="to see whether it lives"), lease.lease(group, watches):
+    with pytest.raises(TimeoutError, match="to see whether it is alive"), lease.lease(group, watches):
         pytest.fail("the lease of a living job was taken")
 
 
@@ -734,7 +773,7 @@ def test_who_holds_the_lease_is_told_with_how_alive_it_is(tmp_path: Path) -> Non
     assert str(lease.lease_holder(group)).endswith(", which is gone")
     put_holder(group, host="elsewhere", processes=["elsewhere"], process_start="1", renewed=1234)
     told = str(lease.lease_holder(group))
-    assert re.search(r" on elsewhere since .*, renewed 1,234 times \(every 20 s while it lives\)$", told)
+    assert re.search(r" on elsewhere since .*, renewed 1,234 times \(every 20 s while it is alive\)$", told)
 
 
 # --- Notes beside the commits ---------------------------------------------------------------------------------
@@ -807,7 +846,7 @@ def test_rows_across_the_chunks_of_the_flat_arrays_are_read_and_named(
 def test_tokens_that_do_not_fit_their_lengths_are_never_captured(copy: Path) -> None:
     group = CaptureGroup(copy, "prose")
     shutil.copy(copy / "prose/token/c/0/0", copy / "prose/token/c/1/0")
-    with pytest.raises(ValueError, match="tokens and lengths of shard 1 do not fit together; remove the folder prose"):
+    with pytest.raises(ValueError, match="tokens and lengths of shard 1 do not match; remove the folder prose"):
         group.read_rows(1)
 
 
@@ -939,7 +978,7 @@ def test_an_incomplete_capture_is_opened_only_on_demand_and_marks_what_is_missin
 def test_a_capture_that_is_being_planned_is_incomplete_though_every_planned_shard_is_there(tmp_path: Path) -> None:
     group = new_group(tmp_path / "s.zarr")
     assert str(coverage(group.path, "fake")) == (
-        "fake: 0 of 0 shards are committed, and its text is not planned to the end; missing shards: none"
+        "fake: 0 of 0 shards are committed, and its text is not completely planned; missing shards: none"
     )
     random = np.random.default_rng(0)
     columns = {"length": np.full(4, 8, np.int32), "document_id": np.arange(4), "offset": np.zeros(4, np.int32)}
@@ -948,7 +987,7 @@ def test_a_capture_that_is_being_planned_is_incomplete_though_every_planned_shar
     group.publish(rows, ["a", "b", "c", "d"], plan)
     own, routes = choices(group, 0)
     group.commit(0, routes, rows=own, facts={})
-    with pytest.raises(ValueError, match="its text is not planned to the end"):
+    with pytest.raises(ValueError, match="its text is not completely planned"):
         open_capture(group.path, "fake")
     data = open_capture(group.path, "fake", allow_incomplete=True)
     assert data.sizes["doc"] == 4
@@ -1119,9 +1158,7 @@ def test_rows_that_read_as_fill_are_never_captured(copy: Path) -> None:
     group = CaptureGroup(copy, "prose")
     group.discard(1)
     (copy / "prose" / "token" / "c" / "1" / "0").unlink()
-    with pytest.raises(
-        ValueError, match=r"planned rows of shard 1 are gone or damaged: token/c/1/0 is gone; remove the"
-    ):
+    with pytest.raises(ValueError, match=r"rows of shard 1 are missing or damaged: token/c/1/0 is gone; remove the"):
         group.read_rows(1)
 
 
@@ -1210,7 +1247,8 @@ def test_a_creation_that_was_killed_leaves_no_array_that_the_next_capture_does_n
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("", "is not JSON"), ("[1]", "holds list"), ('{"x": 1}', "no plan has"), ("{}", "lacks")]
+    ("content", "message"),
+    [("", "is not JSON"), ("[1]", "holds list"), ('{"x": 1}', "unknown fields"), ("{}", "lacks")],
 )
 def test_a_plan_record_that_is_none_is_named(copy: Path, content: str, message: str) -> None:
     (copy / "prose" / "token" / "plan.json").write_text(content)

@@ -229,7 +229,7 @@ def test_what_cannot_be_noted_is_said(whole_copy: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(LocalObjects, "put", read_only)
     ran = command(whole_copy, "--verify", main=status.main)
     assert ran.status == 1
-    assert "fake: shard 1 does not hold: its weight shard is damaged" in ran.err
+    assert "fake: shard 1 failed verification: its weight shard is damaged" in ran.err
     assert "so that the next capture will not know: [Errno 30] Read-only file system" in ran.err
 
 
@@ -269,7 +269,10 @@ def test_tokens_that_were_swapped_are_not_those_of_the_commits(store: Path | str
     files = any_files(store)
     damage(store, "token/c/1/0", lambda _: files["fake/token/c/2/0"])
     found = verify(CaptureGroup(store, "fake"))
-    assert (found.shards, found.plan) == ({}, ["token/c/1/0 holds other tokens than shard 1 was captured from"])
+    assert (found.shards, found.plan) == (
+        {},
+        ["token/c/1/0 holds other tokens than those from which shard 1 was captured"],
+    )
 
 
 def swap(store: Path | str, one: str, other: str) -> None:
@@ -314,7 +317,7 @@ def test_chunks_of_rows_that_were_swapped_are_named(tmp_path: Path, name: str, c
     assert any(f"{name}/c/0" in fault for fault in found.plan), found.plan
     assert any(f"{name}/c/1" in fault for fault in found.plan), found.plan
     if name == "length" and captured:  # the commits say that it is not the tokens
-        assert {"length/c/0 does not fit token/", "length/c/1 does not fit token/"} <= {f[:30] for f in found.plan}
+        assert {"length/c/0 does not match token/", "length/c/1 does not match token/"} <= {f[:32] for f in found.plan}
 
 
 def test_tokens_that_were_swapped_before_they_were_captured_do_not_fit_their_lengths(whole_copy: Path) -> None:
@@ -323,8 +326,8 @@ def test_tokens_that_were_swapped_before_they_were_captured_do_not_fit_their_len
         group.discard(shard)
     swap(whole_copy, "token/c/1/0", "token/c/2/0")
     assert verify(group).plan == [
-        "token/c/1/0 does not fit length/c/0: row 5 has 6 tokens, and its length is 8",
-        "token/c/2/0 does not fit length/c/0: row 9 has 8 tokens, and its length is 6",
+        "token/c/1/0 does not match length/c/0: row 5 has 6 tokens, but its length is 8",
+        "token/c/2/0 does not match length/c/0: row 9 has 8 tokens, but its length is 6",
     ]
 
 
@@ -333,7 +336,7 @@ def test_speakers_where_no_token_is_are_found_when_shards_were_swapped(tmp_path:
     fake_capture(tmp_path / "s.zarr", talks, layout=fake_layout(roles=("system", "user", "assistant")))
     swap(tmp_path / "s.zarr", "role/c/0/0", "role/c/1/0")
     assert verify(CaptureGroup(tmp_path / "s.zarr", "fake")).plan == [
-        "role/c/0/0 does not fit token/c/0/0: it names a speaker in row 3 where no token is"
+        "role/c/0/0 does not match token/c/0/0: it names a speaker in row 3 where there is no token"
     ]
 
 
@@ -343,18 +346,18 @@ def test_speakers_where_no_token_is_are_found_when_shards_were_swapped(tmp_path:
         (
             "length",
             lambda values: values + 8 * (values == 8),
-            "length/c/0 does not fit token/c/0/0: row 1 has 8 tokens",
+            "length/c/0 does not match token/c/0/0: row 1 has 8 tokens",
         ),
-        ("length", lambda values: values * (values > 5), "length/c/0 does not fit token/c/0/0: row 0 has 5 tokens"),
-        ("document_id", lambda values: values + 1, "document_id/c/0 says document 7 for row 13, and 7 are planned"),
+        ("length", lambda values: values * (values > 5), "length/c/0 does not match token/c/0/0: row 0 has 5 tokens"),
+        ("document_id", lambda values: values + 1, "document_id/c/0 says document 7 for row 13, but 7 are planned"),
         (
             "document_id",
             lambda values: values[::-1],
-            "document_id/c/0 says document 5 for row 4, and the row before is",
+            "document_id/c/0 says document 5 for row 4, but the previous row is",
         ),
-        ("offset", lambda values: values + 8, "offset/c/0 does not fit document_id/c/0 and length/c/0: it says 8 for"),
-        ("offset", lambda values: values // 16 * 16, "offset/c/0 does not fit document_id/c/0 and length/c/0: it says"),
-        ("layer", lambda values: values + 1, "layer/c/0 says [1, 2, 3], and the layout [0, 1, 2]"),
+        ("offset", lambda values: values + 8, "offset/c/0 does not match document_id/c/0, length/c/0: it says 8 for"),
+        ("offset", lambda values: values // 16 * 16, "offset/c/0 does not match document_id/c/0, length/c/0: it says"),
+        ("layer", lambda values: values + 1, "layer/c/0 says [1, 2, 3], but the layout says [0, 1, 2]"),
     ],
 )
 def test_a_plan_that_decodes_and_cannot_be_true_is_named(
@@ -391,9 +394,9 @@ def changed_sharding(**facts: Any) -> Callable[[bytes], bytes]:
             changed_record(chunk_key_encoding={"name": "default", "configuration": {"separator": "."}}),
             "chunk",
         ),
-        ("offset", changed_record(shape=[18]), "[18], [17] are planned"),
-        ("expert", changed_record(shape=[20, 8, 3, 2]), "[20, 8, 3, 2], [17, 8, 3, 2] are planned"),
-        ("piece", changed_record(shape=[1001]), "[1001], [1000] are planned"),
+        ("offset", changed_record(shape=[18]), "[18], but [17] are planned"),
+        ("expert", changed_record(shape=[20, 8, 3, 2]), "[20, 8, 3, 2], but [17, 8, 3, 2] are planned"),
+        ("piece", changed_record(shape=[1001]), "[1001], but [1000] are planned"),
         ("offset", changed_record(codecs=[{}]), "cannot be read"),
         ("offset", changed_record(codecs=[{"name": "bytes", "configuration": [1]}]), "cannot be read"),
     ],
@@ -428,7 +431,7 @@ def test_an_arrays_description_is_part_of_the_plan(whole_copy: Path, name: str) 
     for change, message in {
         "deleted": f"{key} is gone",
         "cut": f"{key} cannot be read",
-        "of another type": f"{key} says data_type int8, and the layout ",
+        "of another type": f"{key} says data_type int8, but the layout says ",
         "of another shape": f"{key} says [1",
     }.items():
         (whole_copy / "fake" / key).write_bytes(right)
@@ -480,8 +483,8 @@ def test_status_verify_names_exactly_the_wrong_shards_and_ends_with_1_until_they
     assert command(store, main=status.main).status == 0  # lengths do not tell
     ran = command(f"{store}/fake", "--verify", main=status.main)
     assert ran.status == 1
-    named = [line.partition(":")[2].strip() for line in ran.out.splitlines() if "does not hold" in line]
-    assert [line.partition(":")[0] for line in named] == ["shard 1 does not hold", "shard 3 does not hold"]
+    named = [line.partition(":")[2].strip() for line in ran.out.splitlines() if "failed verification" in line]
+    assert [line.partition(":")[0] for line in named] == ["shard 1 failed verification", "shard 3 failed verification"]
     assert "missing shards: 1, 3" in ran.out
     assert command(store, main=status.main).status == 1  # it is noted
     fake_capture(store, TEXTS)

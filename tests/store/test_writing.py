@@ -147,7 +147,7 @@ write(Path({str(tmp_path / "s")!r}), blocks())
 def test_an_error_in_a_later_block_leaves_what_came_before(tmp_path: Path) -> None:
     blocks = list(cut(routes(), (9,)))
     bad = {**blocks[1], "expert": blocks[1]["expert"] + EXPERTS}
-    with pytest.raises(ValueError, match=r"block 1, row 9: it holds expert \d+, and 0 to 5 are possible"):
+    with pytest.raises(ValueError, match=r"block 1, row 9: it holds expert \d+, but ids must be 0 to 5"):
         write(tmp_path, [blocks[0], bad])
     assert coverage(tmp_path, "own").shards_done == 2
     assert write(tmp_path, blocks).complete
@@ -170,7 +170,7 @@ def test_other_routes_under_the_same_name_are_refused_and_change_nothing(
 ) -> None:
     write(tmp_path, [routes()])
     before = store_files(tmp_path)
-    with pytest.raises(ValueError, match=rf"own holds other {what} in shard \d+ than the blocks: give another name"):
+    with pytest.raises(ValueError, match=rf"own holds other {what} in shard \d+ than the blocks: use another name"):
         write(tmp_path, [other])
     assert store_files(tmp_path) == before
 
@@ -213,22 +213,28 @@ NOT_ONE = {
     "weights that stop": ([routes(4), routes(4, weight=False)], "block 1 has the arrays"),
     "a flat token": ([changed("token", np.zeros(22, int))], r"block 0: token has the shape \(22,\)"),
     "no choice": ([changed("expert", np.zeros((22, 8, 3, 0), int))], r"expert \(22, 8, 3, 0\)"),
-    "more choices than experts": ([changed("expert", np.zeros((22, 8, 3, 7), int))], "7 choices, and there are 6"),
-    "floats for tokens": ([changed("token", np.zeros((22, 8)))], r"block 0: token is float64 \(22, 8\), and integers"),
+    "more choices than experts": ([changed("expert", np.zeros((22, 8, 3, 7), int))], "7 choices, but there are 6"),
+    "floats for tokens": (
+        [changed("token", np.zeros((22, 8)))],
+        r"block 0: token is float64 \(22, 8\), but must be integers",
+    ),
     "whole numbers for weights": ([changed("weight", np.ones((22, 8, 3, 2), int))], "block 0: weight is int64"),
-    "other layers": ([changed("expert", np.zeros((22, 8, 4, 2), int))], r"and integers \(22, 8, 3, 2\) are wanted"),
+    "other layers": ([changed("expert", np.zeros((22, 8, 4, 2), int))], r"but must be integers \(22, 8, 3, 2\)"),
     "another k later": ([routes(4), {**routes(4), "expert": np.zeros((4, 8, 3, 1), int)}], r"block 1: expert is int64"),
     "another P later": (
         [routes(4), {**routes(4), "token": np.zeros((4, 9), int)}],
         r"token is int64 \(4, 9\)",
     ),
-    "too many lengths": ([changed("length", np.ones(23, int))], r"length is int64 \(23,\), and integers \(22,\)"),
-    "an empty row": ([altered("length", 0, 3)], "block 0, row 3: its length is 0, and 1 to 8 are possible"),
+    "too many lengths": (
+        [changed("length", np.ones(23, int))],
+        r"length is int64 \(23,\), but must be integers \(22,\)",
+    ),
+    "an empty row": ([altered("length", 0, 3)], "block 0, row 3: its length is 0, but must be 1 to 8"),
     "a row too long": ([altered("length", 9, 3)], "block 0, row 3: its length is 9"),
     "a negative token": ([altered("token", -1, 1, 2)], "row 1: it holds token -1"),
     "a negative expert": (
         [altered("expert", -1, 1, 2, 0, 0)],
-        "row 1: it holds expert -1, and 0 to 5 are",
+        "row 1: it holds expert -1, but ids must be 0 to 5",
     ),
     "an expert too many": ([altered("expert", 6, 1, 2, 0, 0)], "row 1: it holds expert 6"),
     "one choice unknown": (
@@ -237,7 +243,7 @@ NOT_ONE = {
     ),
     "a weight that is NaN": ([altered("weight", np.nan, 1, 2, 0, 0)], "row 1: it holds the weight nan"),
     "a weight too large": ([altered("weight", 1e6, 1, 2, 0, 0)], "row 1: it holds the weight 1000000.0"),
-    "documents backwards": ([altered("document_id", 0, 21)], "row 21: it is of document 0, and documents ascend"),
+    "documents backwards": ([altered("document_id", 0, 21)], "row 21: it is of document 0, but documents must ascend"),
     "backwards later": ([routes(), routes()], "block 1, row 22: it is of document"),
     "a document below 0": ([changed("document_id", np.arange(-1, 21))], "row 0: it is of document -1"),
 }
@@ -251,7 +257,7 @@ def test_what_no_capture_can_hold_is_refused_with_its_place(tmp_path: Path, bloc
 
 def test_a_token_beyond_the_pieces_is_refused_and_pieces_are_kept(tmp_path: Path) -> None:
     pieces = [f"w{number}" for number in range(VOCABULARY)]
-    with pytest.raises(ValueError, match=r"it holds token \d+, and 0 to 9 are possible"):
+    with pytest.raises(ValueError, match=r"it holds token \d+, but ids must be 0 to 9"):
         write(tmp_path / "few", [routes()], pieces=pieces[:10])
     write(tmp_path / "s", [routes()], pieces=pieces)
     assert open_capture(tmp_path / "s", "own")["piece"].values.tolist() == pieces
@@ -302,7 +308,7 @@ def test_code_that_knows_only_captures_with_weights_refuses_one_without(
         assert metadata["attributes"]["schema_version"] == version
     monkeypatch.setattr("store.planned.WITHOUT_WEIGHTS", 1)  # as older code: 1 is all it knows
     assert PlannedGroup(tmp_path / "with", "own").attrs
-    with pytest.raises(ValueError, match="no capture that this version reads: its schema_version is 2"):
+    with pytest.raises(ValueError, match="not a capture that this version reads: schema_version is 2"):
         open_capture(tmp_path / "without", "own")
 
 
@@ -362,7 +368,10 @@ def test_a_capture_without_phases_has_the_attributes_that_it_had_before(tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"phase": labelled()["token"] * 0 + 2}, r"row 0: it holds the phase 2, and 0 \(prompt\), 1 \(generated\)"),
+        (
+            {"phase": labelled()["token"] * 0 + 2},
+            r"row 0: it holds the phase 2, but must hold 0 \(prompt\), 1 \(generated\)",
+        ),
         ({"name": ["a"]}, "block 0 has 1 names for 22 rows"),
     ],
 )

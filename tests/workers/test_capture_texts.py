@@ -76,11 +76,11 @@ def test_texts_without_a_token_are_refused(tiny_model: LoadedModel, texts: list[
 
 
 def test_faults_of_the_caller_are_named(tiny_model: LoadedModel, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="sequence_length is 0, and must be 1 to 32768"):
+    with pytest.raises(ValueError, match="sequence_length is 0, but must be 1 to 32768"):
         workers.capture_texts(tiny_model, ["a"], sequence_length=0)
     with pytest.raises(ValueError, match="give a list of texts, not one text"):
         workers.capture_texts(tiny_model, "a text")
-    with pytest.raises(ValueError, match="sequence_length is 32769, and must be 1 to 32768"):
+    with pytest.raises(ValueError, match="sequence_length is 32769, but must be 1 to 32768"):
         workers.capture_texts(tiny_model, ["a"], sequence_length=32769)
     with pytest.raises(ValueError, match="'q4' is none of nf4, fp4, mxfp4, fp8, int8, none"):
         workers.capture_texts(tiny_model.folder, ["a"], quantization="q4")

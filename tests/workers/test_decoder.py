@@ -217,5 +217,5 @@ def test_what_our_forward_does_not_know_is_captured_by_transformers_forward_with
         found = np.zeros(wanted.shape)
         np.put_along_axis(found, expert[:, layer].astype(int), weight[:, layer], axis=-1)
         np.testing.assert_allclose(found, wanted.numpy(), rtol=FLOAT16_STEP, atol=1e-6)
-    with pytest.raises(ValueError, match="--matmul fp8 needs a forward of the family's own"):
+    with pytest.raises(ValueError, match="--matmul fp8 needs a forward pass of this project"):
         load_model(folder, quantization="nf4", matmul="fp8", device="cpu")

@@ -131,14 +131,14 @@ def test_texts_are_tokenized_and_must_give_as_many_tokens_as_there_are_routes(tm
     found = tokenized(routed, tokenize)
     assert found.token is not None
     assert found.token.tolist() == [3, 1, 4]
-    with pytest.raises(ValueError, match="has 5 tokens, and routes of 2 from token 0 on"):
+    with pytest.raises(ValueError, match="has 5 tokens, but routes of 2 from token 0 on"):
         tokenized(routed, lambda text: np.arange(5))
 
 
 def test_layers_without_experts_are_left_out() -> None:
     assert slots_of(3, [1, 2, 5]).tolist() == [0, 1, 2]
     assert slots_of(6, [1, 2, 5]).tolist() == [1, 2, 5]
-    with pytest.raises(ValueError, match="routes are of 4 layers, and the model has experts at 3, numbered 1 to 5"):
+    with pytest.raises(ValueError, match="routes have 4 layers, but the model has experts at 3, numbered 1 to 5"):
         slots_of(4, [1, 2, 5])
 
 
@@ -159,16 +159,16 @@ def with_routes(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (with_routes(expert=[[[0, 1]]]), "has 3 tokens, and routes of 1 from token 0 on"),
-        (with_routes(expert=[[0, 1]] * 3), r"experts of \(3, 2\)"),
+        (with_routes(expert=[[[0, 1]]]), "has 3 tokens, but routes of 1 from token 0 on"),
+        (with_routes(expert=[[0, 1]] * 3), r"experts \(3, 2\), but"),
         (with_routes(expert=[[[0, 1]], [[0]], [[0, 1]]]), "unequal lengths"),
-        (with_routes(expert=[[[0.5, 1]]] * 3), "integers are wanted"),
+        (with_routes(expert=[[[0.5, 1]]] * 3), "must be integers"),
         (with_routes(weight=[[[0.5]]] * 3), r"weights of the shape \(3, 1, 1\)"),
-        (with_routes(phase=["prompt", "reply", "generated"]), "'reply', and prompt and generated are known"),
+        (with_routes(phase=["prompt", "reply", "generated"]), "'reply', but must hold prompt or generated"),
         (with_routes(phase=[0, 1]), "phases of the shape"),
-        (with_routes(phase=4), "a prompt of 4 tokens, and 3 tokens in all"),
+        (with_routes(phase=4), "a prompt of 4 tokens, but only 3 tokens in all"),
         (with_routes(tokens=[1]), "has 'tokens'; the plain form knows"),
-        ({"token": [1]}, "has token: expert, and token or text, are wanted"),
+        ({"token": [1]}, "has token: expert, and token or text, are needed"),
         ({"text": "a", "expert": [[[0]]]}, "give --tokenizer"),
         ([1], "holds a JSON list"),
     ],
@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_named_with_both_numbers(tmp_path: Path, record: An
         (
             "vllm",
             {"choices": [{"token_ids": [1], "routed_experts": "AAAA"}], "prompt_token_ids": [1]},
-            "no array in ba",
+            "not an array in ba",
         ),
         ("vllm", {"choices": [{"token_ids": [1]}], "prompt_token_ids": [1]}, "start vLLM with enable_return_routed"),
         ("vllm", {"choices": [{"routed_experts": npy(np.zeros((1, 1, 1), np.uint8))}]}, "return_token_ids"),
@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_named_with_both_numbers(tmp_path: Path, record: An
         (
             "sglang",
             {"output_ids": [1], "prompt_token_ids": [1, 2], "meta_info": {"routed_experts": "AAAAAA=="}},
-            "1 ids for 2 tokens of 2 experts a layer do not come out even",
+            "1 ids cannot be divided among 2 tokens with 2 experts",
         ),
         (
             "sglang",
@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_named_with_both_numbers(tmp_path: Path, record: An
             "routed_experts_dtype is 'x'",
         ),
         ("olmoe", {"input_ids": [1]}, "has no exp_ids; it has input_ids"),
-        ("replay", {"tokens": [1]}, "is no line of a replay"),
+        ("replay", {"tokens": [1]}, "is not a line of a replay"),
     ],
 )
 def test_a_response_that_lacks_something_says_how_to_get_it(
@@ -229,7 +229,7 @@ def test_a_token_of_which_some_experts_are_known_is_refused_and_one_of_none_is_u
     [block] = blocks([unknown], shape_of([unknown], None), grid)
     assert block["expert"][0, :2, 0].tolist() == [[255, 255], [0, 1]]
     torn = Routed(name="a", token=np.array([1, 2]), expert=np.array([[[-1, 3]], [[0, 1]]]))
-    with pytest.raises(ValueError, match="knows some experts of a token and not all"):
+    with pytest.raises(ValueError, match="knows only some of a token's experts"):
         list(blocks([torn], shape_of([torn], None), grid))
 
 
@@ -238,7 +238,8 @@ def test_a_sequence_of_another_shape_than_the_first_is_named() -> None:
     other = Routed(name="b", token=np.array([1]), expert=np.zeros((1, 3, 1), int))
     grid = Grid(positions=4, layers=(0, 1, 2), missing_expert=255)
     with pytest.raises(
-        ValueError, match="sequence b has 3 layers, 1 experts a token and no weights; those before it 3, 2"
+        ValueError,
+        match="sequence b has 3 layers, 1 experts per token and no weights; the sequences before it have 3, 2",
     ):
         list(blocks([one, other], shape_of([one], None), grid))
 
@@ -263,5 +264,5 @@ def test_empty_lines_are_passed_over_and_what_is_no_json_is_named_by_its_line(tm
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"b": 2}\n{')
     found: Iterator[Any] = json_lines(tmp_path / "a.jsonl")
     assert [next(found)[1], next(found)[1]] == [{"a": 1}, {"b": 2}]
-    with pytest.raises(ValueError, match="line 4 is no JSON"):
+    with pytest.raises(ValueError, match="line 4 is not JSON"):
         next(found)

@@ -111,7 +111,9 @@ def test_a_run_that_resumes_otherwise_stops_the_shard(
 
     monkeypatch.setattr(engine.kept, "resumed", faulty)
     wanted = (
-        "run again, do not predict what" if fault == "another state" else r"layer 1: without expert \d, predictions are"
+        "run again, the predictions differ"
+        if fault == "another state"
+        else r"layer 1: without expert \d, predictions are"
     )
     with pytest.raises(RoutingError, match=wanted):
         engine.route(TOKEN, LENGTH)
@@ -121,6 +123,6 @@ def test_layers_are_named_by_numbers_and_ranges() -> None:
     there = (1, 2, 4, 7)
     assert layers_named((), there) == [1, 2, 4, 7]
     assert layers_named(("4", "1-2"), there) == [1, 2, 4]
-    for wrong, why in (("3", "there is no layer 3"), ("x", "is no layer"), ("4-2", "ends before it begins")):
+    for wrong, why in (("3", "there is no layer 3"), ("x", "is not a layer"), ("4-2", "ends before it starts")):
         with pytest.raises(ValueError, match=why):
             layers_named((wrong,), there)

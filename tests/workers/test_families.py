@@ -318,13 +318,13 @@ def test_the_docs_table_of_families_is_made_from_what_make_families_found() -> N
     ("name", "settings", "reason"),
     [
         ("longcat_flash", {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "num_layers": 1},
-         r"LongcatFlashTopkRouter\) cannot be recorded, at layer 0: it chooses among 6 experts, and num_experts is 4"),
+         r"LongcatFlashTopkRouter\) cannot be recorded, at layer 0: it chooses among 6 experts, but num_experts is 4"),
         ("zaya", {"num_experts": 4, "moe_intermediate_size": 64}, r"it takes \(hidden_states, router_states\)"),
         ("jetmoe", {"num_local_experts": 4, "kv_channels": 16}, "two routers in layer 0"),
         ("deepseek_v4", {"n_routed_experts": 4, "moe_intermediate_size": 64}, r"it takes \(hidden_states, input_ids\)"),
-        ("openai_privacy_filter", {"num_local_experts": 4}, "layers.0.self_attn .* lets tokens see later ones"),
+        ("openai_privacy_filter", {"num_local_experts": 4}, "layers.0.self_attn .* lets tokens attend to later ones"),
         ("switch_transformers", {"num_experts": 4, "d_model": 64, "num_layers": 2, "num_decoder_layers": 2},
-         "is an encoder with a decoder"),
+         "has an encoder and a decoder"),
     ],
 )  # fmt: skip
 def test_families_that_cannot_be_recorded_are_rejected_by_name_from_their_configuration(
@@ -359,7 +359,7 @@ def test_weights_that_are_quantized_in_a_way_that_is_not_read_are_rejected_by_it
     file = checkpoint_of("gpt_oss", tmp_path) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": method}}))
     for quantization in ("nf4", "none"):
-        with pytest.raises(ValueError, match=rf"gpt_oss\) holds .* quantized already \({method}\).* the original"):
+        with pytest.raises(ValueError, match=rf"gpt_oss\) holds .* already quantized \({method}\).* the original"):
             load_model(tmp_path, quantization=quantization, device="cpu")
 
 

@@ -156,5 +156,5 @@ def test_a_capture_that_began_before_its_family_s_forward_is_described_and_loade
     one, other = (engine.route(*rows())["expert"] for engine in (old, new))
     assert (one == other).mean() > 0.98, "near-ties aside they choose alike"
     if own != "grouped":
-        with pytest.raises(ValueError, match="--matmul fp8 needs a forward of the family's own"):
+        with pytest.raises(ValueError, match="--matmul fp8 needs a forward pass of this project"):
             describe_model(folder, device_type="cpu", matmul="fp8", **asked)

@@ -333,13 +333,13 @@ def test_other_scales_than_one_a_matrix_a_row_or_128_x_128_are_rejected_by_name(
 ) -> None:
     shutil.copytree(tiny_checkpoint(), tmp_path / "m")
     configure(tmp_path / "m", settings)
-    with pytest.raises(ValueError, match=rf"holds weights that are quantized already .*{said}"):
+    with pytest.raises(ValueError, match=rf"holds weights that are already quantized .*{said}"):
         load_model(tmp_path / "m", quantization="fp8", device="cpu")
 
 
 def test_a_published_checkpoint_that_does_not_hold_what_is_asked_for_is_rejected(tmp_path: Path) -> None:
     folder = published(tmp_path / "m", *LAYOUTS["ModelOpt"])
-    with pytest.raises(ValueError, match="holds fp8 weights, and quantization 'nf4' was asked for"):
+    with pytest.raises(ValueError, match="holds fp8 weights, but quantization 'nf4' was requested"):
         load_model(folder, quantization="nf4", device="cpu")
     gate, key = "model.layers.3.block_sparse_moe.gate.weight", "model.layers.4.self_attn.k_proj.weight"
     kept = {name: load_file(folder / name) for name in FILES}
@@ -359,7 +359,7 @@ def test_a_published_checkpoint_that_does_not_hold_what_is_asked_for_is_rejected
         load_model(folder, quantization="fp8", device="cpu")
     change(key, lambda tensors: tensors.update({f"{key}_scale": torch.ones(3)}))
     with pytest.raises(
-        ValueError, match=r"k_proj\.weight has scales of shape \(3,\), which is neither one scale nor one a row"
+        ValueError, match=r"k_proj\.weight has scales of shape \(3,\), which is neither one scale nor one for each"
     ):
         load_model(folder, quantization="fp8", device="cpu")
 
@@ -370,7 +370,7 @@ def test_a_published_checkpoint_that_does_not_hold_what_is_asked_for_is_rejected
 def test_what_cannot_be_multiplied_in_fp8_is_rejected_with_what_can(tmp_path: Path) -> None:
     tiny = tiny_checkpoint()
     cases = [
-        ({"quantization": "none"}, "fp8 products are for weights in nf4, fp4 or fp8, and quantization is 'none'"),
+        ({"quantization": "none"}, "fp8 products are for weights in nf4, fp4 or fp8, but quantization is 'none'"),
         ({"quantization": "int8"}, "quantization is 'int8'"),
         ({"quantization": "nf4", "device_type": "cuda", "dtype": "float16"}, "use --dtype bfloat16"),
     ]
@@ -382,7 +382,7 @@ def test_what_cannot_be_multiplied_in_fp8_is_rejected_with_what_can(tmp_path: Pa
     shutil.copytree(tiny, tmp_path / "windowed")
     file = tmp_path / "windowed" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sliding_window": 16}))
-    with pytest.raises(ValueError, match=r"--matmul fp8 needs a forward of the family's own .* MixtralModel in nf4"):
+    with pytest.raises(ValueError, match=r"--matmul fp8 needs a forward pass of this project .* MixtralModel in nf4"):
         describe_model(tmp_path / "windowed", matmul="fp8", device_type="cpu")
 
 

@@ -35,11 +35,11 @@ def test_other_tokens_are_refused_and_the_first_is_named(given: GivenRoutes) -> 
     there = int(rows.token[1, 3])
     rows.token[1, 3] += 1
     rows.token[2, 0] += 1
-    wanted = f"in row 1 of shard 2, {there} at position 3, and {there + 1} is wanted"
+    wanted = f"row 1 of shard 2 has {there} at position 3, but {there + 1} is needed"
     with pytest.raises(RoutingError, match=f"fake has other tokens: {wanted}"):
         given.of(2, rows)
     fewer = replace(rows, token=rows.token[:3], length=rows.length[:3])
-    with pytest.raises(RoutingError, match="fake has 4 rows in shard 2, and 3 are wanted"):
+    with pytest.raises(RoutingError, match="fake has 4 rows in shard 2, but 3 are needed"):
         given.of(2, fewer)
 
 

@@ -211,7 +211,7 @@ def test_fused_experts_of_another_number_are_refused(fused: Path, tmp_path: Path
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.experts.down_proj"
     save_file(tensors | {name: tensors[name][:7].contiguous()}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down has 7 matrices .* and 8 in the conf"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down has 7 matrices .* but 8 in the conf"):
         load_model(folder, quantization="nf4", device="cpu")
 
 
@@ -394,7 +394,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "quantized already": (
         configure(quantization_config={"load_in_4bit": True}),
-        ["weights that are quantized already", "only those of bitsandbytes in nf4 or fp4"],
+        ["weights that are already quantized", "supported are those of bitsandbytes in nf4 or fp4"],
     ),
     "unknown type": (configure(model_type="mixtral2"), ["cannot build", "config.json", "mixtral2"]),
 }
@@ -449,13 +449,13 @@ def test_arguments_that_cannot_be_met_are_refused_with_what_would_do(
 ) -> None:
     with pytest.raises(ValueError, match="'q4' is none of nf4, fp4, mxfp4, fp8, int8, none"):
         load_model(tiny, quantization="q4", device="cpu")
-    with pytest.raises(ValueError, match="routers are quantized as nf4 or fp4, and quantization is 'int8'"):
+    with pytest.raises(ValueError, match="routers can be quantized only as nf4 or fp4, but quantization is 'int8'"):
         load_model(tiny, quantization="int8", quantize_gates=True, device="cpu")
     with pytest.raises(ValueError, match="'half' is none of float32, bfloat16, float16"):
         load_model(tiny, dtype="half", device="cpu")
     with pytest.raises(ValueError, match="neither cuda nor cpu"):
         load_model(tiny, device="meta")
-    with pytest.raises(ValueError, match="only a hub model has revisions"):
+    with pytest.raises(ValueError, match="only hub models have revisions"):
         load_model(tiny, revision="main", device="cpu")
     with pytest.raises(ValueError, match=r"'\./no/such/folder' is neither an existing folder nor a hub id"):
         load_model("./no/such/folder", device="cpu")
@@ -469,7 +469,7 @@ def test_rows_that_end_within_a_block_are_refused_on_a_cpu(tmp_path: Path) -> No
         vocab_size=64, hidden_size=96, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="in 4 bits on a CPU with rows of 96 values, no multiple of 64: use a GPU"):
+    with pytest.raises(ValueError, match="in 4 bits on a CPU with rows of 96 values, not a multiple of 64: use a GPU"):
         load_model(tmp_path, device="cpu")
     load_model(tmp_path, quantization="none", device="cpu")
 
@@ -496,7 +496,7 @@ def test_layers_are_spread_over_gpus_in_equal_parts_and_in_order(tiny: Path) -> 
         "rotary_emb": 0,
     }
     assert layer_devices(skeleton, gpus[:1]) == {"": gpus[0]}
-    with pytest.raises(ValueError, match="2 GPUs from cpu on: there must be one or more"):
+    with pytest.raises(ValueError, match="2 GPUs from cpu on were requested, but there must be at least 1"):
         load_model(tiny, device="cpu", gpus=2)
 
 

@@ -124,7 +124,7 @@ def test_the_errors_for_an_unknown_family_link_to_a_section_that_names_what_adds
     assert message.endswith(HOW_TO_ADD)
     known.setattr(family, "_EXPERTS_PER_TOKEN_NAMES", ("experts_for_a_token",))
     message = rejected(folder)
-    assert "(InventedRouter) cannot be recorded, at layer 0: no choices of 2 experts a token" in message
+    assert "(InventedRouter) cannot be recorded, at layer 0: no choices of 2 experts per token" in message
     assert message.endswith(HOW_TO_ADD)
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     [section] = [part for part in page.split("\n\n") if part.startswith("**Add a model family**")]
@@ -167,7 +167,7 @@ def test_a_model_whose_layers_have_different_numbers_of_experts_is_rejected_by_n
     assert "2" in str(describe_model(checkpoint(tmp_path / "alike"), quantization="none", device_type="cpu"))
     message = rejected(checkpoint(tmp_path / "invented", experts_left_out=3))
     assert (
-        "(InventedRouter) cannot be recorded, at layer 2: it chooses among 5 experts, and num_experts is 8" in message
+        "(InventedRouter) cannot be recorded, at layer 2: it chooses among 5 experts, but num_experts is 8" in message
     )
 
 

@@ -263,10 +263,10 @@ def test_a_card_that_is_too_small_for_weights_in_fp8_is_told_that_they_fit_in_nf
 @pytest.mark.parametrize(
     ("name", "quantization", "said"),
     [
-        ("gpt_oss", "int8", "holds mxfp4 weights, and quantization 'int8' was asked for: ask for 'mxfp4' or 'nf4', in"),
-        ("gpt_oss", "fp8", "holds mxfp4 weights, and quantization 'fp8'"),
-        ("qwen3_moe", "none", "holds fp8 weights, and quantization 'none' was asked for: ask for 'fp8' or 'nf4', in"),
-        ("qwen3_moe", "mxfp4", "holds fp8 weights, and quantization 'mxfp4'"),
+        ("gpt_oss", "int8", "holds mxfp4 weights, but quantization 'int8' was requested: use 'mxfp4' or 'nf4', in"),
+        ("gpt_oss", "fp8", "holds mxfp4 weights, but quantization 'fp8'"),
+        ("qwen3_moe", "none", "holds fp8 weights, but quantization 'none' was requested: use 'fp8' or 'nf4', in"),
+        ("qwen3_moe", "mxfp4", "holds fp8 weights, but quantization 'mxfp4'"),
     ],
 )
 def test_what_published_weights_are_not_made_into_is_rejected(
@@ -279,9 +279,9 @@ def test_what_published_weights_are_not_made_into_is_rejected(
 def test_nothing_is_made_into_mxfp4_and_its_products_are_not_in_fp8(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="mxfp4 is only read where a model is published in it"):
+    with pytest.raises(ValueError, match="mxfp4 is only supported for models"):
         load_model(checkpoint_of("gpt_oss", tmp_path / "plain"), quantization="mxfp4", device="cpu")
-    with pytest.raises(ValueError, match="fp8 products are for weights in nf4, fp4 or fp8, and quan"):
+    with pytest.raises(ValueError, match="fp8 products are for weights in nf4, fp4 or fp8, but quan"):
         load_model(checkpoints["gpt_oss"], quantization="mxfp4", matmul="fp8", device="cpu")
 
 

@@ -271,7 +271,7 @@ def test_weights_stand_last_before_the_indices_where_other_parts_have_their_shap
     ],
 )
 def test_an_output_without_one_set_of_choices_is_refused_with_its_shapes(output: Any) -> None:
-    with pytest.raises(RoutingError, match=r"no choices of 2 experts a token in what the router returned: \["):
+    with pytest.raises(RoutingError, match=r"no choices of 2 experts per token in the router's output: \["):
         in_order(*choices(output, 2))
 
 
@@ -370,16 +370,16 @@ FAULTS: dict[str, tuple[Broken, str]] = {
     "a hook is removed": (hook_removed, "its router fired 0 times"),
     "the router is another module": (router_replaced, "its router fired 0 times"),
     "fired twice": (fired_twice, "its router fired 2 times"),
-    "an earlier batch's rows": (earlier_batch_from_a_hook, "an earlier batch's, or another layer's"),
-    "an earlier batch's rows by shape": (earlier_batch_by_shape, "an earlier batch's, or another layer's"),
-    "the layer above's choices": (layer_above, "an earlier batch's, or another layer's"),
+    "an earlier batch's rows": (earlier_batch_from_a_hook, "of an earlier batch or another layer"),
+    "an earlier batch's rows by shape": (earlier_batch_by_shape, "of an earlier batch or another layer"),
+    "the layer above's choices": (layer_above, "of an earlier batch or another layer"),
     "an expert at E": (altered(lambda w, e: (w, last_column(e, 8))), "an expert that does not exist"),
     "a negative expert": (altered(lambda w, e: (w, last_column(e, -1))), "an expert that does not exist"),
     "one expert twice": (altered(lambda w, e: (w, e[:, :1].expand(-1, 2).contiguous())), "one twice for a token"),
     "a weight that is NaN": (altered(lambda w, e: (last_column(w, float("nan")), e)), "weights are not finite"),
     "a weight that is infinite": (altered(lambda w, e: (last_column(w, float("inf")), e)), "weights are not finite"),
-    "too few rows": (altered(lambda w, e: (w[:-1], e[:-1])), "its router chose for 191 tokens of 192"),
-    "rows in another order": (altered(lambda w, e: (w.flip(0), e.flip(0))), "an earlier batch's, or another layer's"),
+    "too few rows": (altered(lambda w, e: (w[:-1], e[:-1])), "its router chose for 191 tokens instead of 192"),
+    "rows in another order": (altered(lambda w, e: (w.flip(0), e.flip(0))), "of an earlier batch or another layer"),
 }
 
 
@@ -453,7 +453,7 @@ def test_choices_that_are_not_the_routers_are_told_with_a_row_that_shows_them(ti
     other = altered(lambda w, e: (torch.cat([w[: half * POSITIONS], w[half * POSITIONS :] / 2]), e))
     restore = other(engine, 3)
     try:
-        with pytest.raises(RoutingError, match=r"^layer 3: .* another layer's, first seen at position") as error:
+        with pytest.raises(RoutingError, match=r"^layer 3: .* another layer, first seen at position") as error:
             engine.route(rows.token, rows.length)
     finally:
         restore()
@@ -464,9 +464,7 @@ def test_choices_that_are_not_the_routers_are_told_with_a_row_that_shows_them(ti
 def test_hooks_on_the_wrong_routers_stop_the_shard_and_name_the_layer(tiny_model: LoadedModel, layer: int) -> None:
     rows, routers = random_rows(8), tiny_model.routers
     swapped = routers | {layer: routers[layer + 1], layer + 1: routers[layer]}
-    with pytest.raises(
-        RoutingError, match=rf"^layer {layer}: in its place fired the router recorded as layer {layer + 1}'s"
-    ):
+    with pytest.raises(RoutingError, match=rf"^layer {layer}: the router recorded as that of layer {layer + 1} fired"):
         ModelEngine(replace(tiny_model, routers=swapped)).route(rows.token, rows.length)
     rotated = {number: routers[(number + 1) % LAYERS] for number in routers}
     with pytest.raises(RoutingError, match=r"^layer 0: its router fired 0 times"):

@@ -172,7 +172,7 @@ def test_where_no_token_follows_another_there_is_no_log_probability(tiny_model: 
 
 def test_no_array_of_tokens_by_vocabulary_is_made(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, rows, sizes = ModelEngine(tiny_model, ALL), random_rows(12), []
-    head = engine.recorder.recordings[-1].head  # type: ignore[attr-defined]
+    head = engine.recorder.recordings[-2].head  # type: ignore[attr-defined]
     whole = engine.route(rows.token, rows.length)["logprob"]
     original = head.logits
     monkeypatch.setattr(head, "rows", 7)
@@ -298,7 +298,7 @@ def test_a_router_that_makes_its_choices_of_another_product_cannot_be_proved(
     monkeypatch.setattr(
         gate, "forward", lambda hidden: (torch.nn.functional.linear(hidden, gate.weight), original(hidden))[1]
     )
-    with pytest.raises(RoutingError, match="MixtralTopKRouter makes 2 linear products, and 1 makes logits"):
+    with pytest.raises(RoutingError, match="MixtralTopKRouter computes 2 linear products instead of 1"):
         engine.route(rows.token, rows.length)
 
 
@@ -346,9 +346,9 @@ def test_routers_that_compute_in_float32_in_any_dtype_are_found_without_weights(
 @pytest.mark.parametrize(
     ("names", "options", "said"),
     [
-        (["mood"], {}, "'mood' cannot be recorded; what can: logits, output_norm, logprob"),
-        (["logprob"], {"top_logits": 4}, "no logits are recorded: give --record logits too"),
-        (["logits"], {"top_logits": 9}, "--top_logits is 9, and must be 1 to 8"),
+        (["mood"], {}, "'mood' cannot be recorded; choose from logits, output_norm, logprob"),
+        (["logprob"], {"top_logits": 4}, "no logits are recorded: add --record logits"),
+        (["logits"], {"top_logits": 9}, "--top_logits is 9, but must be 1 to 8"),
         ([], {"weight_precision": "int8"}, "weight_precision 'int8' is none of float16, float32, compact"),
     ],
 )
@@ -407,11 +407,12 @@ def test_a_checkpoint_without_its_head_or_with_a_quantized_one_is_refused_by_nam
         ModelEngine(loaded, ALL)
     scaled = {"lm_head.weight": head, "lm_head.weight_scale": torch.ones(1)}
     save_file(tensors | scaled, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"has a head that is quantized \(lm_head\.weight_scale\)"):
+    with pytest.raises(ValueError, match=r"has a quantized head \(lm_head\.weight_scale\)"):
         ModelEngine(loaded, ALL)
     save_file(tensors | {"lm_head.weight": head[:-1]}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"has lm_head\.weight of torch\.float32 \(127, 64\), and floats of \(128, 64\)"
+        ValueError,
+        match=r"has lm_head\.weight of torch\.float32 \(127, 64\), but --record logprob needs floats of \(128, 64\)",
     ):
         ModelEngine(loaded, ALL)
 

@@ -53,17 +53,17 @@ def test_a_replica_that_sees_the_store_loads_and_names_its_environment(tmp_path:
 def test_a_store_that_is_not_there_is_refused_naming_host_and_path(tmp_path: Path, store: str) -> None:
     assignment = replace(captured(tmp_path).assignment({"fake": "any"}), store=str(tmp_path / store), make_engine=never)
     refused = refusal(assignment)
-    assert refused.startswith(f"{gethostname()} does not see the store {tmp_path / store} that the driver writes")
+    assert refused.startswith(f"{gethostname()} cannot see the store {tmp_path / store} that the driver writes")
     assert "it has no such capture" in refused
-    assert "put the store where all nodes see it" in refused
+    assert "put the store where all nodes can read" in refused
 
 
 def test_a_store_in_which_another_job_s_lease_lies_is_refused(tmp_path: Path) -> None:
     run = captured(tmp_path)
     with lease(CaptureGroup(run.store, "fake")):
         refused = refusal(replace(run.assignment({"fake": "the driver's"}), make_engine=never))
-    assert f"{gethostname()} does not see the store {run.store}" in refused
-    assert "another job's lease lies there" in refused
+    assert f"{gethostname()} cannot see the store {run.store}" in refused
+    assert "it holds the lease of another job" in refused
 
 
 def test_a_store_that_cannot_be_read_is_refused_with_the_system_s_reason(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_routes_of_another_capture_at_the_same_path_are_refused_with_both_identi
         Replica().load(assignment)
         follows("a" * 64)
         refused = refusal(replace(assignment, make_engine=never))
-        assert f"its identity is {others.identity}, and {'a' * 64} is wanted: put the store of --routes_from" in refused
+        assert f"its identity is {others.identity}, but {'a' * 64} is needed: put the store of --routes_from" in refused
         gone = GivenRoutes(str(tmp_path / "gone.zarr"), "fake")
         refused = refusal(replace(assignment, given=gone, make_engine=never))
         assert refused.startswith(f"{gethostname()} cannot read {gone.path}/fake, which gives the choices (")

@@ -246,10 +246,10 @@ def kept_as_bfloat16(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "asked", "words"),
     [
-        (lambda folder: None, "fp4", ["holds nf4 weights", "'fp4' was asked for"]),
-        (lambda folder: None, "none", ["holds nf4 weights", "'none' was asked for"]),
-        (configure(quant_method="gptq"), "nf4", ["quantized already (gptq)", "only those of bitsandbytes"]),
-        (configure(load_in_4bit=False, load_in_8bit=True), "nf4", ["quantized already (bitsandbytes, 8 bits)"]),
+        (lambda folder: None, "fp4", ["holds nf4 weights", "'fp4' was requested"]),
+        (lambda folder: None, "none", ["holds nf4 weights", "'none' was requested"]),
+        (configure(quant_method="gptq"), "nf4", ["already quantized (gptq)", "supported are those of bitsandbytes"]),
+        (configure(load_in_4bit=False, load_in_8bit=True), "nf4", ["already quantized (bitsandbytes, 8 bits)"]),
         (configure(bnb_4bit_use_double_quant=False), "nf4", ["without double quantization", "jobs/quantize.py"]),
         (quantize_one(f"{MOE}.gate.weight"), "nf4", ["1 matrices that must not be quantized", f"{MOE}.gate.weight"]),
         (leave_in_full, "nf4", ["1 matrices that should be quantized", "layers.0.self_attn.k_proj.weight"]),
@@ -276,7 +276,7 @@ def test_a_quantized_head_does_not_matter_since_it_is_not_loaded(copy: Path, nf4
 def test_what_cannot_be_written_is_refused_before_anything_is(
     tiny: Path, nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="is quantized already, in nf4: it loads as it is"):
+    with pytest.raises(ValueError, match="is already quantized, in nf4: load it as it is"):
         quantize_checkpoint(nf4, tmp_path / "again", device="cpu")
     (link := tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for taken in (nf4, link):
@@ -286,10 +286,10 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
     with pytest.raises(ValueError, match="'int8' is none of nf4, fp4"):
         quantize_checkpoint(tiny, tmp_path / "int8", quantization="int8", device="cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"device cuda was asked for, and torch .* sees no GPU"):
+    with pytest.raises(ValueError, match=r"device cuda was requested, but torch .* sees no GPU"):
         quantize_checkpoint(tiny, tmp_path / "cuda", device="cuda")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(ValueError, match=rf"will take [\d,]+ bytes, and {tmp_path} has 1,000 free"):
+    with pytest.raises(ValueError, match=rf"will take [\d,]+ bytes, but {tmp_path} has only 1,000 free"):
         quantize_checkpoint(tiny, tmp_path / "deeper" / "small", device="cpu")
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Sequences become blocks of rows, as `store.write_capture` takes them: windows of P positions, padded."""
+"""Turn sequences into the blocks of rows that `store.write_capture` takes: windows of P positions, padded."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 
 from workers.imports.sequence import Routed, phases, unknown_phases, whole
 
-BLOCK_POSITIONS = 32_768  # of a block, at least one row: so much is in memory beside the shard (arbitrary)
+BLOCK_POSITIONS = 32_768  # in a block of at least one row; kept in memory in addition to the shard (arbitrary)
 SEQUENCE_LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
-LOOKED_AT = 1000  # sequences, as captures look at so many documents
+LOOKED_AT = 1000  # sequences; captures look at the same number of documents
 
 Tokenize = Callable[[str], NDArray[np.integer]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What rows have in common."""
+    """What the rows have in common."""
 
     positions: int
     layers: tuple[int, ...]
@@ -30,7 +30,7 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What sequences say of the grid."""
+    """What the sequences say about the grid."""
 
     positions: int
     layers: int
@@ -40,22 +40,22 @@ class Shape:
 
 
 def shape_of(sequences: Iterable[Routed], tokenize: Tokenize | None) -> Shape:
-    """Look at the first sequences: P is the smallest power of two from 16 to 2,048 that holds the longest of them.
+    """Look at the first sequences. P is the smallest power of two from 16 to 2,048 that holds the longest of them.
 
     Raises
     ------
     ValueError
-        When there is none.
+        When there are no sequences.
     """
     first, longest = None, 0
     for routed in islice(sequences, LOOKED_AT):
         own = tokenized(routed, tokenize)
         first = first or own
         longest = max(longest, 0 if own.token is None else len(own.token))
-        if longest > SEQUENCE_LENGTHS[-2]:  # all others make no difference
+        if longest > SEQUENCE_LENGTHS[-2]:  # further sequences make no difference
             break
     if first is None:
-        raise ValueError("the files hold no sequence: there is nothing to import")
+        raise ValueError("the files hold no sequences: there is nothing to import")
     return Shape(
         positions=min((length for length in SEQUENCE_LENGTHS if length >= longest), default=SEQUENCE_LENGTHS[-1]),
         layers=first.expert.shape[1],
@@ -66,7 +66,7 @@ def shape_of(sequences: Iterable[Routed], tokenize: Tokenize | None) -> Shape:
 
 
 def tokenized(routed: Routed, tokenize: Tokenize | None) -> Routed:
-    """A sequence with its token ids, checked; one with a text is tokenized.
+    """A checked sequence with its token ids. A sequence with a text is tokenized.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def tokenized(routed: Routed, tokenize: Tokenize | None) -> Routed:
     """
     if routed.token is None:
         if tokenize is None or routed.text is None:
-            raise ValueError(f"sequence {routed.name} has a text in place of token ids: give --tokenizer")
+            raise ValueError(f"sequence {routed.name} has a text instead of token ids: give --tokenizer")
         routed = replace(routed, token=tokenize(routed.text))
     return whole(routed)
 
@@ -86,11 +86,11 @@ def blocks(sequences: Iterable[Routed], shape: Shape, grid: Grid) -> Iterator[di
     Parameters
     ----------
     sequences
-        With token ids.
+        Sequences with token ids.
     shape
-        Of the first ones: all must have weights, or none.
+        The shape of the first sequences: either all must have weights, or none.
     grid
-        P, and the layers to keep.
+        P and the layers to keep.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def blocks(sequences: Iterable[Routed], shape: Shape, grid: Grid) -> Iterator[di
 
 
 def ahead(blocks: Iterator[dict[str, NDArray[Any]]]) -> Iterator[dict[str, NDArray[Any]]]:
-    """The same blocks, the next of which is read while one is written."""
+    """The same blocks; the next one is read while one is written."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, blocks, None)
         while (block := coming.result()) is not None:
@@ -121,19 +121,19 @@ def ahead(blocks: Iterator[dict[str, NDArray[Any]]]) -> Iterator[dict[str, NDArr
 
 
 def slots_of(found: int, layers: Sequence[int]) -> NDArray[np.integer]:
-    """Where the layers that are kept stand among those of a file: all of the model's, or those with experts alone.
+    """Indices of the kept layers among those of a file, which has all of the model's layers or only those with experts.
 
     Raises
     ------
     ValueError
-        When they can be neither.
+        When the file's layers can be neither.
     """
     if found == len(layers):
         return np.arange(found)
     if found > max(layers):
         return np.asarray(layers)
     raise ValueError(
-        f"routes are of {found} layers, and the model has experts at {len(layers)}, numbered {min(layers)} to"
+        f"routes have {found} layers, but the model has experts at {len(layers)}, numbered {min(layers)} to"
         f" {max(layers)}: give --layers as they are numbered in the files"
     )
 
@@ -143,8 +143,8 @@ def _refuse_other(routed: Routed, shape: Shape) -> None:
     first = (shape.layers, shape.choices, shape.weights)
     if here != first:
         raise ValueError(
-            f"sequence {routed.name} has {here[0]} layers, {here[1]} experts a token and"
-            f" {'weights' if here[2] else 'no weights'}; those before it {first[0]}, {first[1]} and"
+            f"sequence {routed.name} has {here[0]} layers, {here[1]} experts per token and"
+            f" {'weights' if here[2] else 'no weights'}; the sequences before it have {first[0]}, {first[1]} and"
             f" {'weights' if first[2] else 'none'}"
         )
 
@@ -164,7 +164,7 @@ def _block(
         token[row, : len(ids)], length[row] = ids, len(ids)
         if (known := phases(routed)) is not None:
             phase[row, : len(ids)] = known[start : start + len(ids)]
-        low = max(start, routed.start)  # of the tokens that have routes
+        low = max(start, routed.start)  # of the tokens with routes
         some = slice(low - routed.start, max(low, start + len(ids)) - routed.start)
         own = routed.expert[some]
         place = slice(low - start, low - start + len(own))
@@ -182,9 +182,9 @@ def _block(
 
 
 def _legal(routed: Routed, expert: NDArray[np.integer], missing: int) -> NDArray[np.integer]:
-    """Ids with what stands for unknown ones as the store has it."""
+    """Ids in which the store's value stands for unknown ones."""
     if (largest := int(expert.max(initial=0))) > missing:
-        raise ValueError(f"sequence {routed.name} names expert {largest}, which is more than any model has here")
+        raise ValueError(f"sequence {routed.name} names expert {largest}, which is above the largest supported number")
     if expert.dtype.kind == "u":
         return expert
     negative = np.asarray(expert < 0)
@@ -194,15 +194,15 @@ def _legal(routed: Routed, expert: NDArray[np.integer], missing: int) -> NDArray
     if len(torn := np.flatnonzero(negative.any(axis=(1, 2)) & ~unknown)):
         at = int(torn[0])
         raise ValueError(
-            f"sequence {routed.name} knows some experts of a token and not all: {expert[at].tolist()!r:.80}; -1 stands"
-            " for all experts of a token that are not known"
+            f"sequence {routed.name} knows only some of a token's experts: {expert[at].tolist()!r:.80}; -1 must stand"
+            " for all experts of a token if they are not known"
         )
     found: NDArray[np.integer] = np.where(np.expand_dims(unknown, (1, 2)), missing, expert)
     return found
 
 
 def _sort(expert: NDArray[np.integer], weight: NDArray[np.floating]) -> None:
-    """Each token's choices by descending weight, ties to the lower id, in place."""
+    """Sort each token's choices by descending weight, ties by the lower id, in place."""
     less = np.diff(weight, axis=-1)
     if ((less < 0) | ((less == 0) & (np.diff(expert, axis=-1) >= 0))).all():
         return

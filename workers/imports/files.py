@@ -1,4 +1,4 @@
-"""Reading files a piece at a time: JSON lines, and arrays of npz files. Nothing in them is unpickled."""
+"""Read files a piece at a time: JSON lines and arrays of npz files. Nothing in them is unpickled."""
 
 import json
 import zipfile
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """Each line's place in words, its object, and its size in bytes; empty lines are passed over.
+    """The place of each line as text, its object, and its size in bytes. Empty lines are skipped.
 
     Raises
     ------
     ValueError
-        When a line holds no JSON object.
+        When a line does not hold a JSON object.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -27,38 +27,38 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
             try:
                 found = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{where} is no JSON ({error}): one response a line is wanted") from error
+                raise ValueError(f"{where} is not JSON ({error}): each line must hold one response") from error
             if not isinstance(found, dict):
-                raise ValueError(f"{where} holds a JSON {type(found).__name__}, and an object is wanted")
+                raise ValueError(f"{where} holds a JSON {type(found).__name__} instead of an object")
             yield where, found, len(line)
 
 
 @contextmanager
 def arrays_of(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The arrays of an npz file by name, each read when it is asked for.
+    """The arrays of an npz file by name, each read when it is used.
 
     Raises
     ------
     ValueError
-        When it is no npz file, or what is asked for holds Python objects.
+        When it is not an npz file, or a requested array holds Python objects.
     """
     try:
         archive = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no npz file ({error})") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path} is a single array: save several with numpy.savez")
+        raise ValueError(f"{path} is a single array: save named arrays with numpy.savez")
     with archive:
         yield archive
 
 
 def rows_of(path: Path, name: str, rows: int) -> Iterator[NDArray[Any]]:
-    """An array of an npz file, so many entries of its first dimension at a time: none of it is in memory whole.
+    """An array of an npz file, a number of entries of its first dimension at a time; it is never in memory as a whole.
 
     Raises
     ------
     ValueError
-        When it is not there, or holds Python objects.
+        When it is missing, or holds Python objects.
     """
     with zipfile.ZipFile(path) as archive:
         try:
@@ -84,7 +84,7 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     Raises
     ------
     ValueError
-        When it is no npz file, or an array holds Python objects or a single value.
+        When it is not an npz file, or an array holds Python objects or a single value.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -102,12 +102,12 @@ def _header(path: Path, name: str, file: Any) -> tuple[tuple[int, ...], bool, np
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)  # type: ignore[no-untyped-call]
     if dtype.hasobject or not shape:
-        raise ValueError(f"{path}: the array {name} is {dtype} of the shape {shape}, and numbers in rows are wanted")
+        raise ValueError(f"{path}: the array {name} is {dtype} of the shape {shape}, but must be numbers in rows")
     return shape, fortran, dtype
 
 
 def size_bytes(path: Path) -> int:
-    """What there is to read of a file: of an npz file its arrays, once decompressed."""
+    """The bytes to read from a file; for an npz file, the size of its decompressed arrays."""
     if path.suffix == ".npz" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return sum(entry.file_size for entry in archive.infolist())
@@ -115,11 +115,11 @@ def size_bytes(path: Path) -> int:
 
 
 def integers(value: Any, where: str) -> NDArray[Any]:
-    """An array of integers from nested lists; a ValueError where they are none, or of unequal lengths."""
+    """An array of integers from nested lists; a ValueError if they hold other values or have unequal lengths."""
     try:
         found = np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{where}: lists of unequal lengths ({error})") from error
     if found.size and found.dtype.kind not in "iu":
-        raise ValueError(f"{where}: {found.dtype} where integers are wanted")
+        raise ValueError(f"{where}: {found.dtype}, but must be integers")
     return found.astype(np.int64) if not found.size else found

@@ -1,4 +1,4 @@
-"""The formats that routes are read from, one line each."""
+"""The formats from which routes are read, one line each."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class Format:
     read: Callable[[Path, Asked], Iterator[Routed]]
     """The sequences of a file, one after the other."""
     suffixes: tuple[str, ...]
-    """Of its files."""
+    """Suffixes of its files."""
     by_weight: bool = False
-    """Whether a token's choices are known to come with the largest weight first; engines do not promise it."""
+    """Whether a token's choices are known to have the largest weight first; engines do not promise it."""
 
 
 FORMATS = {

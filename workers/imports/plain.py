@@ -1,18 +1,18 @@
-"""The plain form: what anybody can write who has tokens and experts in arrays. JSON lines, Parquet or npz.
+"""The plain form, which can be written from any arrays of tokens and experts: JSON lines, Parquet or npz.
 
 One sequence has
 
-- `token`: ids (tokens); or `text`, with a tokenizer;
-- `expert`: ids (tokens, layers, k), the largest weight first if that is known; -1 in all layers where it is not known.
-  The last token's may be missing;
+- `token`: ids (tokens); or `text`, which needs a tokenizer;
+- `expert`: ids (tokens, layers, k), the largest weight first if that is known; -1 in all layers if a token's experts
+  are not known. Those of the last token may be missing;
 - `weight`, optional: like `expert`;
 - `document`, optional: its name;
-- `phase`, optional: of each token "prompt" or "generated", or 0 and 1; or one number, the tokens of the prompt;
-- `start`, optional: tokens before the first that has routes.
+- `phase`, optional: "prompt" or "generated" for each token, or 0 and 1; or one number, the number of prompt tokens;
+- `start`, optional: the number of tokens before the first one that has routes.
 
 In **JSON lines** a sequence is an object, in **Parquet** a row with nested lists. In **npz** sequences are rows of
-arrays: `token` (rows, P) with -1 behind the last token, `expert` (rows, P, layers, k), optional `weight` like it,
-`document` (rows) text, `phase` (rows, P); what lies behind a row's tokens is not looked at.
+arrays: `token` (rows, P) with -1 after the last token, `expert` (rows, P, layers, k), optional `weight` like it,
+`document` (rows) text, `phase` (rows, P). Values after a row's tokens are ignored.
 """
 
 from collections.abc import Iterator, Mapping
@@ -61,7 +61,7 @@ def _parquet(path: Path) -> Iterator[Routed]:
 
 
 def _nested(column: Any, index: int) -> Any:
-    """A row of a column: nested lists of equal lengths as an array, without a Python object a value."""
+    """A row of a column: nested lists of equal lengths as an array, without a Python object for each value."""
     value, shape = column[index], list[int]()
     if not value.is_valid:
         return None
@@ -85,7 +85,7 @@ def _nested(column: Any, index: int) -> Any:
 def _npz(path: Path) -> Iterator[Routed]:
     names = set(shapes_of(path))
     if wrong := sorted(names - KNOWN) or sorted({"token", "expert"} - names):
-        raise ValueError(f"{path} has {', '.join(sorted(names))}: {wrong[0]} is unknown, or missing")
+        raise ValueError(f"{path} has {', '.join(sorted(names))}: {wrong[0]} is unknown or missing")
     parts = {name: rows_of(path, name, ROWS_AT_ONCE) for name in sorted(names)}
     number = 0
     for some in zip(*parts.values(), strict=True):
@@ -105,7 +105,7 @@ def _routed(row: Mapping[str, Any], name: str, where: str, size: int) -> Routed:
     if unknown := sorted(row.keys() - KNOWN):
         raise ValueError(f"{where} has {unknown[0]!r}; the plain form knows {', '.join(sorted(KNOWN))}")
     if "expert" not in row or not {"token", "text"} & row.keys():
-        raise ValueError(f"{where} has {', '.join(row)}: expert, and token or text, are wanted")
+        raise ValueError(f"{where} has {', '.join(row)}: expert, and token or text, are needed")
     phase = row.get("phase")
     single = phase is not None and np.ndim(phase) == 0
     return Routed(
@@ -122,7 +122,7 @@ def _routed(row: Mapping[str, Any], name: str, where: str, size: int) -> Routed:
 
 
 def _phases(phase: Any, where: str) -> NDArray[np.integer]:
-    """Names or numbers as numbers."""
+    """Phases as numbers, from names or numbers."""
     found = np.asarray(phase)
     if found.dtype.kind in "iu":
         return found
@@ -130,4 +130,4 @@ def _phases(phase: Any, where: str) -> NDArray[np.integer]:
     try:
         return np.array([places[label] for label in phase], dtype=np.int64)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{where}: phase holds {error}, and {' and '.join(PHASES)} are known") from error
+        raise ValueError(f"{where}: phase holds {error}, but must hold {' or '.join(PHASES)}") from error

@@ -1,4 +1,4 @@
-"""What `analysis.write_replay` writes of a capture, in the form of any engine: JSON lines.
+"""The JSON lines that `analysis.write_replay` writes for a capture, in the form of any engine.
 
 A line has `tokens`, `dtype`, `shape` and `meta_info.routed_experts`, the array's bytes in base64; see
 `analysis/exports/replay.py`.
@@ -25,7 +25,7 @@ def read(path: Path, asked: Asked) -> Iterator[Routed]:
             expert = np.frombuffer(data, dtype).reshape(line["shape"])
             name = f"document {line['document']}"
             if dtype.kind not in "iu":
-                raise ValueError(f"dtype {line['dtype']} is no type of integers")
+                raise ValueError(f"dtype {line['dtype']} is not an integer type")
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{where} is no line of a replay ({error!r})") from error
+            raise ValueError(f"{where} is not a line of a replay ({error!r})") from error
         yield Routed(name=name, token=integers(line["tokens"], where), expert=expert, size_bytes=size)

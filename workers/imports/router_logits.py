@@ -1,13 +1,13 @@
 """What transformers returns with `output_router_logits=True`, saved as safetensors or npz: experts and weights.
 
 Read from transformers 5.23, `models/mixtral/modeling_mixtral.py` and its siblings: `outputs.router_logits` is a tuple
-of the layers that have experts, each (rows x tokens, experts). A file holds `input_ids` (rows, tokens), where rows are
-padded `attention_mask` (rows, tokens), and `router_logits.0`, `router_logits.1` and so on, in the tuple's order; these
-may be (rows, tokens, experts) too.
+of the layers that have experts, each (rows x tokens, experts). A file holds `input_ids` (rows, tokens);
+`attention_mask` (rows, tokens) if rows are padded; and `router_logits.0`, `router_logits.1` and so on, in the tuple's
+order; these may be (rows, tokens, experts) too.
 
-The k largest logits are the choice only where a router is a softmax over logits, without correction bias and groups
-(Mixtral, OLMoE, Qwen MoE, Granite MoE, gpt-oss). Some versions gave the probabilities under this name
-(huggingface/transformers#45120): rows that are probabilities are taken as such.
+The k largest logits are the choice only if a router is a softmax over logits, without correction bias and groups
+(Mixtral, OLMoE, Qwen MoE, Granite MoE, gpt-oss). Some versions returned probabilities under this name
+(huggingface/transformers#45120): rows that are probabilities are read as such.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from workers.imports.files import rows_of, shapes_of, size_bytes
 from workers.imports.sequence import Asked, Routed
 
 SUFFIXES = (".safetensors", ".npz")
-ROWS_AT_ONCE = 8  # so that logits of a batch of any size take little memory (arbitrary)
+ROWS_AT_ONCE = 8  # so that the logits of a batch of any size need little memory (arbitrary)
 WEIGHTS = ("none", "softmax", "renormalized")
 
 Slices = Callable[[str], Iterator[NDArray[Any]]]
@@ -30,16 +30,16 @@ Slices = Callable[[str], Iterator[NDArray[Any]]]
 
 
 def read(path: Path, asked: Asked) -> Iterator[Routed]:
-    """The sequences of a file: a row of the batch each, without its padding."""
+    """The sequences of a file, one for each row of the batch, without its padding."""
     if asked.experts_per_token is None:
-        raise ValueError("logits do not say k: give --experts_per_token, or a --model whose configuration is there")
+        raise ValueError("logits do not say k: give --experts_per_token, or a --model with a configuration")
     with ExitStack() as stack:
         names, shape, slices = (_safetensors if path.suffix == ".safetensors" else _npz)(path, stack)
         layers = sum(name.startswith("router_logits.") for name in names)
         if layers == 0 or len(shape) != 2 or {f"router_logits.{index}" for index in range(layers)} - names:
             raise ValueError(
-                f"{path} holds {', '.join(sorted(names))}, and input_ids (rows, tokens) and router_logits.0, .1, ... of"
-                " all layers are wanted"
+                f"{path} holds {', '.join(sorted(names))}, but must hold input_ids (rows, tokens) and"
+                " router_logits.0, .1, ... of all layers"
             )
         masks = slices("attention_mask") if "attention_mask" in names else None
         logits = [slices(f"router_logits.{index}") for index in range(layers)]
@@ -56,13 +56,13 @@ def read(path: Path, asked: Asked) -> Iterator[Routed]:
 
 
 def _chosen(logits: NDArray[Any], asked: Asked, where: str) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """The k largest of logits (tokens, layers, experts), ties to the lower id, and their weights."""
+    """The k largest of logits (tokens, layers, experts), ties by the lower id, and their weights."""
     logits = logits.astype(np.float32)
     k = asked.experts_per_token or 0
     if not np.isfinite(logits).all():
         raise ValueError(f"{where}: a router logit is not a finite number")
     if k > logits.shape[-1]:
-        raise ValueError(f"{where}: {logits.shape[-1]} experts, and {k} choices a token are asked for")
+        raise ValueError(f"{where}: {logits.shape[-1]} experts, but --experts_per_token is {k}")
     expert = np.argsort(-logits, axis=-1, kind="stable")[..., :k]
     if asked.weights == "none":
         return expert, None
@@ -89,7 +89,7 @@ def _safetensors(path: Path, stack: ExitStack) -> tuple[set[str], tuple[int, ...
 
     def slices(name: str) -> Iterator[NDArray[Any]]:
         own = file.get_slice(name)
-        a_row = own.get_shape()[0] // shape[0]  # logits have the batch's rows one after the other
+        a_row = own.get_shape()[0] // shape[0]  # logits hold the batch's rows one after the other
         for start in range(0, shape[0], ROWS_AT_ONCE):
             yield own[start * a_row : min(start + ROWS_AT_ONCE, shape[0]) * a_row]
 

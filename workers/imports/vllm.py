@@ -1,24 +1,24 @@
-"""What vLLM returns with `enable_return_routed_experts`: npz files of offline outputs, and HTTP responses.
+"""The output of vLLM with `enable_return_routed_experts`: npz files of offline outputs, and HTTP responses.
 
-Read from vllm 0.33.0 and, where it is another API, 0.21.0: `vllm/outputs.py`, `vllm/v1/engine/output_processor.py`,
+Read from vllm 0.33.0 and, where the API differs, 0.21.0: `vllm/outputs.py`, `vllm/v1/engine/output_processor.py`,
 `vllm/model_executor/layers/fused_moe/routed_experts_capturer.py`, `vllm/utils/serial_utils.py`, and `protocol.py` of
 `vllm/entrypoints/openai/chat_completion`, `.../completion` and `vllm/entrypoints/scale_out/token_in_token_out`.
 
 - **0.33** (since 0.22): one array of S - 1 tokens, prompt and completion together, (tokens, layers, k) over *all* of
   the model's layers, zeros at those without experts; uint8 up to 256 experts, uint16 beyond. Over HTTP it is
-  `choices[i].routed_experts`, the array's `.npy` bytes in base64. A request's `routed_experts_prompt_start` leaves out
-  that many of the prompt's first tokens, and no response says so.
+  `choices[i].routed_experts`, the array's `.npy` bytes in base64. A request's `routed_experts_prompt_start` omits that
+  many of the prompt's first tokens, and responses do not say so.
 - **0.21**: `prompt_routed_experts` of the request and `routed_experts` of each completion, int16, over the layers that
-  have experts; over HTTP nested lists under the same names. Preemption drops routes without a word.
+  have experts; over HTTP nested lists under the same names. Preemption drops routes silently.
 
 Token ids come with the request option `return_token_ids`: `prompt_token_ids` on the response or the choice, `token_ids`
 on the choice. Files:
 
-- **JSON lines**: a response a line; or `{"request": ..., "response": ...}`, from whose request
-  `routed_experts_prompt_start` and a prompt of token ids are taken. Where the prompt's ids are not known, a line may
-  have `prompt_token_ids` of its own.
-- **npz**: of each completion, under its number: `0.prompt_token_ids`, `0.token_ids`, `0.routed_experts`, and where
-  there is such `0.prompt_routed_experts` and `0.start`.
+- **JSON lines**: one response per line; or `{"request": ..., "response": ...}`, where `routed_experts_prompt_start` and
+  a prompt of token ids are taken from the request. If the prompt's ids are not known, a line may have its own
+  `prompt_token_ids`.
+- **npz**: the arrays of each completion under its number: `0.prompt_token_ids`, `0.token_ids`, `0.routed_experts`, and
+  optionally `0.prompt_routed_experts` and `0.start`.
 """
 
 import base64
@@ -37,7 +37,7 @@ SUFFIXES = (".npz", ".jsonl", ".json")
 
 
 def read(path: Path, asked: Asked) -> Iterator[Routed]:
-    """The sequences of a file: a completion each."""
+    """The sequences of a file, one for each completion."""
     yield from _offline(path) if path.suffix == ".npz" else _responses(path)
 
 
@@ -65,7 +65,7 @@ def _responses(path: Path) -> Iterator[Routed]:
         response, request = line.get("response", line), line.get("request", {})
         choices = response.get("choices")
         if not isinstance(choices, list) or not choices:
-            raise ValueError(f"{where} has no choices: a response of vLLM's server is wanted")
+            raise ValueError(f"{where} has no choices: it must be a response of vLLM's server")
         start = line.get("start", request.get("routed_experts_prompt_start", 0))
         for choice in choices:
             ids = _prompt_ids(line, response, request, choice)
@@ -97,14 +97,14 @@ def _array(value: Any, where: str) -> NDArray[Any]:
     try:
         return np.asarray(np.load(io.BytesIO(base64.b64decode(value, validate=True)), allow_pickle=False))
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{where} is no array in base64 ({error})") from error
+        raise ValueError(f"{where} is not an array in base64 ({error})") from error
 
 
 def _routed(name: str, where: str, own: Mapping[str, NDArray[Any]], start: int, size: int) -> Routed:
-    """One completion, its prompt's routes and its own put together."""
+    """One completion, with the routes of its prompt and its own joined."""
     for wanted in ("prompt_token_ids", "token_ids"):
         if wanted not in own:
-            raise ValueError(f"{where} has no {wanted}: ask the server with return_token_ids, or add them")
+            raise ValueError(f"{where} has no {wanted}: set return_token_ids in the request, or add them")
     experts = [own[name] for name in ("prompt_routed_experts", "routed_experts") if name in own and own[name].size]
     if not experts:
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Checkpoints: found, described, quantized, loaded, saved; and forwards of our own."""
+"""Find, describe, quantize, load and save checkpoints; and this project's own forward passes."""

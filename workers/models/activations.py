@@ -1,8 +1,8 @@
-"""How many bytes a card holds beside the weights while it captures, from the configuration alone.
+"""How many bytes a GPU holds besides the weights while it captures, from the configuration alone.
 
-T tokens in a micro-batch, K choices a token, S = T·K slots, E experts, H hidden, I inner width. Only for the forwards
-of `workers.models.decoder`, whose largest moment is known: an expert's two products.
-A test holds it to what torch's allocator took, and what the card showed, for Mixtral 8x7B and Qwen3-30B-A3B.
+T tokens in a micro-batch, K choices per token, S = T·K slots, E experts, H hidden, I inner width. Only for the forward
+passes of `workers.models.decoder`, whose peak is known: the two products of an expert. A test compares it with what
+torch's allocator took and what the GPU showed for Mixtral 8x7B and Qwen3-30B-A3B.
 """
 
 from pathlib import Path
@@ -18,20 +18,20 @@ from workers.models.family import experts_per_token, num_experts
 from workers.models.forwards import own_forward
 from workers.models.products import FP8_ROWS, ROWS
 
-CONTEXT_BYTES = int(1.28 * 2**30)  # of the driver and of libraries (an H200, measured)
-KEPT = 1.055  # what torch keeps by what it has allocated at most (measured three times: 1.054 to 1.059)
+CONTEXT_BYTES = int(1.28 * 2**30)  # of the driver and libraries (measured on an H200)
+KEPT = 1.055  # memory that torch reserves / its peak allocation (measured three times: 1.054 to 1.059)
 
 
 def estimate_working_bytes(
     model: str | Path, revision: str | None, quantization: str, matmul: str, dtype: torch.dtype, tokens: int
 ) -> int | None:
-    """`working_bytes` of a checkpoint, as `workers.models.footprint.estimate_bytes` finds it."""
+    """`working_bytes` of a checkpoint, which is found as by `workers.models.footprint.estimate_bytes`."""
     skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), dtype)
     return working_bytes(skeleton, quantization, matmul, dtype, tokens)
 
 
 def card_bytes(weights: int, working: int) -> int:
-    """Bytes that a card shows as used while it captures, of those of its weights and of `working_bytes`."""
+    """Bytes that a GPU shows as used while it captures, from those of its weights and `working_bytes`."""
     return int((weights + working) * KEPT) + CONTEXT_BYTES
 
 
@@ -41,16 +41,16 @@ def working_bytes(skeleton: Any, quantization: str, matmul: str, dtype: torch.dt
     Parameters
     ----------
     skeleton
-        The base model without its numbers.
+        The base model on the meta device.
     quantization, matmul, dtype
         As in its description.
     tokens
-        Padded tokens in a micro-batch at most.
+        Maximum number of tokens in a micro-batch, padding included.
 
     Returns
     -------
     int or None
-        None where the model has no forward of its own, or one of which this is not known.
+        None if this project has no own forward pass for the model, or its peak is not known.
     """
     forward = own_forward(skeleton, quantization)
     if forward is None or forward not in (DecoderForward, MixtralForward):
@@ -76,7 +76,7 @@ def working_bytes(skeleton: Any, quantization: str, matmul: str, dtype: torch.dt
         taken, both, gated = slots * hidden * narrow, slots * 2 * inner * wide, slots * inner * narrow
         down = gated + slots * hidden * wide
         at_once = taken + max(both + gated, down) if matmul == "fp8" else max(taken + both, both + gated, down)
-    every_token = tokens * hidden * (2 * wide + (narrow if matmul == "fp8" else 0))  # the residual, and what is normed
+    every_token = tokens * hidden * (2 * wide + (narrow if matmul == "fp8" else 0))  # the residual and its norm
     recorded = layers * slots * (8 + 4)
     total: int = buffers + scales + at_once + every_token + recorded
     return total

@@ -1,14 +1,14 @@
-"""What experts with biases and a clamped gate, those of gpt-oss, have between their products, each in one pass.
+"""The steps between the products of experts with biases and a clamped gate (gpt-oss), each in one pass.
 
 S slots sorted by expert, E experts, R rows of a matrix, I inner width. As in `workers.models.kernels`, each function
-has a plain form, which is its definition, and a Triton kernel; a test compares the two.
+has a plain form, which is its definition, and a Triton kernel. A test compares the two.
 """
 
 import torch
 
 from workers.models.kernels import ROWS_WIDTH, _fused, _launch
 
-try:  # a build of torch for CPUs comes without it
+try:  # CPU builds of torch do not include it
     import triton
     import triton.language as tl
 except ImportError:
@@ -16,14 +16,14 @@ except ImportError:
 
 
 def plain_add_biases(rows_SR: torch.Tensor, bias_ER: torch.Tensor, expert_S: torch.Tensor) -> None:
-    """Add to each slot's row its expert's bias, in place."""
+    """Add its expert's bias to each slot's row, in place."""
     rows_SR += bias_ER[expert_S.int()]
 
 
 def plain_clamped_swiglu(both_SI2: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
     """``(up + 1) * gate * sigmoid(alpha * gate)``, gate and up alternating and clamped by `limit`; shape (S, I).
 
-    The gate is clamped from above only. gpt-oss' model card (2025, arXiv:2508.10925), section 2, and its code.
+    The gate is clamped only from above. gpt-oss' model card (2025, arXiv:2508.10925), section 2, and its code.
     """
     both = both_SI2.float()
     gate, up = both[:, 0::2].clamp(max=limit), both[:, 1::2].clamp(-limit, limit)
@@ -51,7 +51,7 @@ if triton is not None:
         kept = column < inner
         pair = both + row * 2 * inner + 2 * column
         gate, up = tl.load(pair, kept, 0.0).to(tl.float32), tl.load(pair + 1, kept, 0.0).to(tl.float32)
-        gate = tl.where(gate > limit, limit, gate)  # unlike the least of two, it leaves what is not a number
+        gate = tl.where(gate > limit, limit, gate)  # unlike a minimum, this keeps NaN
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
         value = (up + 1) * gate / (1 + tl.exp(-alpha * gate))
         tl.store(out + row * inner + column, value.to(out.dtype.element_ty), kept)

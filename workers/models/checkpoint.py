@@ -1,10 +1,10 @@
-"""Where a model's files are, whether they are whole, and what names their content.
+"""Where a model's files are, whether they are complete, and how their content is identified.
 
-Promises: a folder that comes back has a readable ``config.json`` and, where weights were asked for, every
-safetensors file complete to the byte; its revision changes when a gate changes. Only safetensors are read or
-fetched: nothing in a checkpoint can run code.
+Promises: a returned folder has a readable ``config.json`` and, if weights were requested, every safetensors file
+complete to the byte; its revision changes when a gate changes. Only safetensors files are read or fetched, so nothing
+in a checkpoint can run code.
 
-Does not know what a model is: no torch, no transformers. `workers.models.loading` builds the model from the folder.
+Does not use torch or transformers; `workers.models.loading` builds the model from the folder.
 """
 
 import hashlib
@@ -25,18 +25,18 @@ _SINGLE = "model.safetensors"
 _CONFIGURATION_FILES = ["*.json", "tokenizer*", "*.jinja"]
 _OTHER_FORMATS = ["consolidated*", "*/*"]
 
-_WHOLE_BYTES = 1 << 20  # tensors up to this size enter the fingerprint whole; arbitrary
-_SAMPLE_BYTES = 64 << 10  # of larger ones, that much from the start, the middle and the end; arbitrary
+_WHOLE_BYTES = 1 << 20  # tensors up to this size are hashed completely; arbitrary
+_SAMPLE_BYTES = 64 << 10  # bytes hashed at the start, middle and end of larger tensors; arbitrary
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One model on this machine's disk, and the name of its content."""
+    """One model on this machine's disk, and the identity of its content."""
 
     folder: Path
-    """Holds ``config.json``, and the weights if they were asked for."""
+    """Holds ``config.json``, and the weights if they were requested."""
     model: str
-    """The hub id, or the folder's own name (not its path: that differs between machines)."""
+    """The hub id, or the folder's own name (not its path, which differs between machines)."""
     revision: str
     """The hub commit, or ``sha256:`` and the `fingerprint` of a local folder."""
 
@@ -52,16 +52,16 @@ class _Tensor(NamedTuple):
 
 
 def find_checkpoint(model: str | Path, revision: str | None = None, *, weights: bool) -> Checkpoint:
-    """Find a model: an existing folder, else a hub id (fetched, or from the hub's cache when offline).
+    """Find a model: an existing folder, or a hub id (fetched, or read from the hub's cache when offline).
 
     Parameters
     ----------
     model
         A folder with ``config.json`` and safetensors, or a hub id ``organization/name``.
     revision
-        Branch, tag or commit of a hub model; a folder has none.
+        Branch, tag or commit of a hub model; not for a folder.
     weights
-        Whether the weights of a hub model are needed too; without them a few small files are fetched.
+        Whether the weights of a hub model are needed too; otherwise only a few small files are fetched.
 
     Raises
     ------
@@ -72,13 +72,13 @@ def find_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     if not folder.is_dir():
         return _from_hub(str(model), revision, weights=weights)
     if revision is not None:
-        raise ValueError(f"revision {revision!r} was given with {folder}, a folder: only a hub model has revisions")
+        raise ValueError(f"revision {revision!r} was given, but {folder} is a folder: only hub models have revisions")
     read_config(folder)
     return Checkpoint(folder=folder, model=folder.resolve().name, revision=f"sha256:{fingerprint(folder)}")
 
 
 def _from_hub(repository: str, revision: str | None, *, weights: bool) -> Checkpoint:
-    """Fetch what is not cached yet; the snapshot's folder is named after its commit."""
+    """Fetch the files that are not cached yet; the snapshot's folder is named after its commit."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or repository.startswith("."):
         raise ValueError(f"{repository!r} is neither an existing folder nor a hub id like organization/name")
     from huggingface_hub import constants, snapshot_download
@@ -89,9 +89,9 @@ def _from_hub(repository: str, revision: str | None, *, weights: bool) -> Checkp
         snapshot = snapshot_download(
             repository, revision=revision, allow_patterns=wanted, ignore_patterns=_OTHER_FORMATS
         )
-    except OSError as error:  # every failure of the hub's client, from "no network" to "gated", is one
+    except OSError as error:  # every failure of the hub's client is an OSError, from "no network" to "gated"
         raise ValueError(
-            f"the hub model {repository!r}, revision {name!r}, could be neither fetched nor found "
+            f"the hub model {repository!r}, revision {name!r}, could not be fetched and is not "
             f"in the cache {constants.HF_HUB_CACHE} (files {', '.join(wanted)}): {error}. A gated or private "
             "model needs HF_TOKEN in the environment; without a network, give the path of a folder with "
             "config.json and the safetensors files"
@@ -104,10 +104,10 @@ def _from_hub(repository: str, revision: str | None, *, weights: bool) -> Checkp
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's ``config.json``; a ValueError says why a folder is no checkpoint."""
+    """Return a checkpoint's ``config.json``; a ValueError says why a folder is not a checkpoint."""
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder} is no checkpoint: it has no config.json (there: {_listing(folder)})")
+        raise ValueError(f"{folder} is not a checkpoint: it has no config.json (there: {_listing(folder)})")
     try:
         config = parse_json(file.read_bytes())
     except ValueError as error:
@@ -118,7 +118,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint, sorted; all of them exist."""
+    """Return the safetensors files of a checkpoint, sorted. All of them exist."""
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     if not (folder / INDEX).is_file():
@@ -130,7 +130,7 @@ def weight_files(folder: Path) -> list[Path]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX} has no readable weight_map: {error!r}") from error
     if odd := [name for name in names if not isinstance(name, str) or Path(name).name != name or "\0" in name]:
-        raise ValueError(f"{folder / INDEX} names {odd[0]!r:.80}, and must name files that lie beside it")
+        raise ValueError(f"{folder / INDEX} names {odd[0]!r:.80}, but must name files in its own folder")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -141,18 +141,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_names(folder: Path) -> list[str]:
-    """Return the names of all tensors of a checkpoint, as its files hold them, sorted."""
+    """Return the names of all tensors in a checkpoint's files, sorted."""
     return sorted(_tensors(folder))
 
 
 def fingerprint(folder: Path) -> str:
-    """Name the content of a local checkpoint without reading all of it.
+    """Identify the content of a local checkpoint without reading all of it.
 
-    The SHA-256 (hex) of ``config.json`` and, for every tensor in the order of names, its name, dtype, shape
-    and bytes: whole up to 1 MiB, and of any size where a part of the name is ``gate`` or ``router``; of other
-    larger ones the first, middle and last 64 KiB. So it is cheap on 93 GB (about 0.2 GB are read), equal
-    however the tensors are spread over files, and a changed gate always shows; a change in the unsampled part
-    of a large matrix does not.
+    The SHA-256 (hex) of ``config.json`` and, for every tensor in the order of names, its name, dtype, shape and bytes.
+    Tensors of up to 1 MiB, and those of any size with ``gate`` or ``router`` as a part of the name, are hashed
+    completely; of other larger tensors the first, middle and last 64 KiB are hashed. So the fingerprint is cheap for 93
+    GB (about 0.2 GB are read) and does not depend on how the tensors are spread over files. A changed gate always
+    changes it; a change in the unsampled part of a large matrix does not.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     tensors = _tensors(folder)
@@ -167,7 +167,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _sampled(name: str, tensor: _Tensor) -> list[tuple[int, int]]:
-    """Byte ranges of the file that stand for a tensor."""
+    """Byte ranges of the file that represent a tensor."""
     start, stop = tensor.start, tensor.stop
     if stop - start <= _WHOLE_BYTES or {"gate", "router"} & set(name.split(".")):
         return [(start, stop)]
@@ -176,7 +176,7 @@ def _sampled(name: str, tensor: _Tensor) -> list[tuple[int, int]]:
 
 
 def _tensors(folder: Path) -> dict[str, _Tensor]:
-    """Every tensor of a checkpoint, from the files' headers; a ValueError names a file that is cut short."""
+    """Every tensor of a checkpoint, from the files' headers; a ValueError names a truncated file."""
     found: dict[str, _Tensor] = {}
     for file in weight_files(folder):
         size_bytes = file.stat().st_size
@@ -184,8 +184,8 @@ def _tensors(folder: Path) -> dict[str, _Tensor]:
             header_bytes = int.from_bytes(stream.read(8), "little")
             if size_bytes < 8 + header_bytes:
                 raise ValueError(
-                    f"{file} is cut short or no safetensors file: its header should end at byte "
-                    f"{8 + header_bytes}, and it has {size_bytes} bytes; fetch it again"
+                    f"{file} is truncated or not a safetensors file: its header should end at byte "
+                    f"{8 + header_bytes}, but it has {size_bytes} bytes; fetch it again"
                 )
             try:
                 entries = parse_json(stream.read(header_bytes))
@@ -194,14 +194,14 @@ def _tensors(folder: Path) -> dict[str, _Tensor]:
                 for name, entry in entries.items():
                     start, stop = (base + operator.index(offset) for offset in entry["data_offsets"])
                     if not base <= start <= stop:
-                        raise ValueError(f"{name} ends before it begins")
+                        raise ValueError(f"{name} ends before it starts")
                     found[name] = _Tensor(file, entry["dtype"], entry["shape"], start, stop)
             except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file} is no safetensors file: its header is unreadable ({error!r})") from error
+                raise ValueError(f"{file} is not a safetensors file: its header is unreadable ({error!r})") from error
         end = max((tensor.stop for tensor in found.values() if tensor.file == file), default=base)
         if end != size_bytes:
             raise ValueError(
-                f"{file} is cut short or overwritten: its header promises {end} bytes, it has {size_bytes}; "
+                f"{file} is truncated or overwritten: its header promises {end} bytes, but it has {size_bytes}; "
                 "fetch it again"
             )
     _refuse_gaps(folder, found)
@@ -209,7 +209,8 @@ def _tensors(folder: Path) -> dict[str, _Tensor]:
 
 
 def _refuse_gaps(folder: Path, tensors: dict[str, _Tensor]) -> None:
-    """All experts of a layer have the same tensors; transformers' error does not say which one is missing."""
+    """Check that all experts of a layer have the same tensors; transformers' error does not say which one is
+    missing."""
     leaves: dict[str, set[str]] = {}
     experts: dict[str, set[str]] = {}
     for name in tensors:

@@ -1,19 +1,19 @@
-"""The forward of Mixtral and of the decoders that share its skeleton, up to the last router or to the final norm.
+"""The forward pass of Mixtral and of decoders with its structure, up to the last router or the final norm.
 
-T tokens in B rows of P positions, K choices a token, S = T·K slots sorted by expert, H hidden, I inner width.
+T tokens in B rows of P positions, K choices per token, S = T·K slots sorted by expert, H hidden, I inner width.
 
-transformers loads the model and owns its weights; here they are applied in another order: no mask, no cache, no head.
-Matrices are dequantized into buffers, just before their products (`workers.models.products`); an expert's two first
-matrices are one product. What lies between the products is fused (`workers.models.kernels`). The routers are called as
-modules, so that hooks on them see what they always saw. Where the layers lie on several GPUs, the hidden states go from
-one to the next.
+transformers loads the model and owns its weights; here they are applied in another order, without mask, cache and head.
+Matrices are dequantized into buffers just before their products (`workers.models.products`), and an expert's first two
+matrices are one product. The steps between the products are fused (`workers.models.kernels`). The routers are called as
+modules, so that hooks on them see the same as always. If the layers are on several GPUs, the hidden states are moved
+from one to the next.
 
-Families differ in what their layers have: norms of queries and keys (Qwen3-MoE: of each head; OLMoE: of all together),
-biases of their projections, layers without a router, a shared expert with a gate (all three: Qwen2-MoE) or without one
-(DeepSeek). Each is found by looking at the modules. Other kinds of attention are subclasses: `workers.models.sinks` and
-`workers.models.latent`.
+The layers of families differ: norms of queries and keys (Qwen3-MoE: for each head; OLMoE: over all heads), biases of
+their projections, layers without a router, a shared expert with a gate (all three: Qwen2-MoE) or without one
+(DeepSeek). Each of these is found by looking at the modules. Other kinds of attention are subclasses:
+`workers.models.sinks` and `workers.models.latent`.
 
-Deterministic: no atomic additions; each product's shape depends on the micro-batch alone.
+Deterministic: no atomic additions, and each product's shape depends only on the micro-batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,24 +37,24 @@ class DecoderForward:
     Parameters
     ----------
     model
-        A loaded model, for which `applies` was true.
+        A loaded model for which `applies` is true.
     matmul
         bf16 or fp8.
     """
 
     expert_backend: ClassVar[str] = "grouped"
-    """Slots are sorted by expert; one product for all experts."""
+    """Slots are sorted by expert, and one product computes all experts."""
     matmuls: ClassVar[tuple[str, ...]] = ("bf16", "fp8")
     _outputs = staticmethod(outputs_in_groups)
 
     @classmethod
     def applies(cls, model: Any, quantization: str) -> bool:
-        """Whether it is quantized and computes nothing that this forward does not."""
+        """Whether the model is quantized and computes nothing that this forward pass does not."""
         return quantization in (*FOUR_BITS, "mxfp4", "fp8") and not cls._special(model.config)
 
     @staticmethod
     def _special(config: Any) -> bool:
-        """Whether some position does not see all before it, or experts are not gated by SiLU."""
+        """Whether a position does not attend to all earlier ones, or experts are not gated by SiLU."""
         windows = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
         rotary = getattr(config, "rope_parameters", None) or {}
         special = (
@@ -84,18 +84,18 @@ class DecoderForward:
                     self.products.prepare_stack(stack)
 
     def __call__(self, input_ids: torch.Tensor, **ignored: Any) -> LastHidden | None:
-        """Run the layers; hooks on the routers take what they want, and may end it.
+        """Run the layers. Hooks on the routers read what they need and may end the run.
 
         Parameters
         ----------
         input_ids : int64 tensor, shape (B, P)
         ignored
-            Arguments that other models need, to leave out mask and cache.
+            Arguments that tell other models to omit mask and cache.
 
         Returns
         -------
         LastHidden or None
-            The last hidden states, where the layers are run to their end (`whole`).
+            The last hidden states, if all layers are run (`whole`).
         """
         residual_TH = self.model.embed_tokens(input_ids).flatten(0, 1)
         first = self.model.layers[0].input_layernorm
@@ -103,23 +103,24 @@ class DecoderForward:
         return self._run(0, residual_TH, operand, input_ids.shape[1])
 
     def resumed(self, index: int, residual_TH: torch.Tensor, positions: int) -> LastHidden:
-        """Run the layers to their end, from behind the attention of one of them on.
+        """Run the layers to the end, starting after the attention of one of them.
 
         Parameters
         ----------
         index
-            Of the layer, from 0.
+            Index of the layer, from 0.
         residual_TH
-            What `attended` was shown of it; it is overwritten.
+            The hidden states that `attended` received for it; they are overwritten.
         positions
             P.
         """
         last = self._run(index, residual_TH, None, positions)
-        assert last is not None, "it is not run to its end"
+        assert last is not None, "it is not run to the end"
         return last
 
     def _run(self, start: int, residual_TH: torch.Tensor, operand: Any, positions: int) -> LastHidden | None:
-        """The layers from one on; without an operand, what its attention gives is in the residual already."""
+        """Run the layers from a given one on. Without an operand, the residual already includes the output of its
+        attention."""
         layers, products = self.model.layers, self.products
         place = torch.arange(positions, device=residual_TH.device)[None]
         cos_PD, sin_PD = self._turns(residual_TH, place)
@@ -134,7 +135,7 @@ class DecoderForward:
             normed_TH, operand = products.normed(
                 residual_TH, norm.weight, norm.variance_epsilon, *mixed, routed=router is not None
             )
-            del mixed  # what is large is let go before more is made
+            del mixed  # large tensors are freed before more are allocated
             if self.attended is not None:
                 self.attended(index, residual_TH)
             if following is None:
@@ -149,7 +150,7 @@ class DecoderForward:
         return LastHidden(residual_TH, normed_TH)
 
     def _mlp(self, mlp: Any, normed_TH: torch.Tensor, operand: Any) -> tuple[torch.Tensor, ...]:
-        """What a layer adds to the residual: rows, or slots' rows, each token's slots and their weights."""
+        """What a layer adds to the residual: rows; or the rows of slots, with each token's slots and their weights."""
         if (router := router_of(mlp)) is None:
             return (self._dense(mlp, operand),)
         _, weight_TK, expert_TK = router(normed_TH)
@@ -159,7 +160,7 @@ class DecoderForward:
         rows_SH, slot_TK = self._outputs(self.products, mlp.experts, operand, expert_TK, spare=len(shared))
         if self.seen is not None:
             self.seen(router, rows_SH[: slot_TK.numel()], slot_TK)
-        for expert in shared:  # one more choice of each token
+        for expert in shared:  # counts as one more choice of each token
             tokens = len(normed_TH)
             self._dense(expert, operand, rows_SH[-tokens:])
             own_T1 = torch.arange(len(rows_SH) - tokens, len(rows_SH), device=slot_TK.device)[:, None]
@@ -175,16 +176,16 @@ class DecoderForward:
         return products.multiply(products.gated(both_TI2), products.matrix("dense down", mlp.down_proj), out)
 
     def _turns(self, residual_TH: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of each position, (P, D); each half of D has all angles."""
+        """Cosine and sine of each position, (P, D). Each half of D holds all angles."""
         cos_PD, sin_PD = (table[0] for table in self.model.rotary_emb(residual_TH, place))
         return cos_PD, sin_PD
 
     def attention_linears(self, layer: Any) -> list[tuple[Any, ...]]:
-        """The matrices of a layer's attention, in groups that are multiplied as one."""
+        """The matrices of a layer's attention, in groups that are multiplied as one matrix."""
         return [*self._projections(layer.self_attn), (layer.self_attn.o_proj,)]
 
     def _projections(self, attention: Any) -> Iterator[tuple[Any, ...]]:
-        """Those before the heads."""
+        """The projections before the heads."""
         yield _qkv(attention)
 
     def _attention(self, attention: Any, operand: Any, cos_PD: torch.Tensor, sin_PD: torch.Tensor) -> torch.Tensor:
@@ -200,7 +201,7 @@ class DecoderForward:
     def _attended(
         self, attention: Any, query_BPND: torch.Tensor, key_BPND: torch.Tensor, value_BPND: torch.Tensor
     ) -> torch.Tensor:
-        """What the queries find, shape (B, P, heads, D of a value)."""
+        """The result of attention, shape (B, P, heads, D of a value)."""
         query, key, value = (part.transpose(1, 2) for part in (query_BPND, key_BPND, value_BPND))
         with sdpa_kernel(self._attention_backends(query.shape[2]), set_priority=True):
             found = nn.functional.scaled_dot_product_attention(
@@ -216,16 +217,16 @@ class DecoderForward:
 
     @staticmethod
     def _attention_backends(positions: int) -> list[SDPBackend]:
-        """The first that can is taken.
+        """The first backend that supports the input is used.
 
         cuDNN takes half of flash attention's time, and 0.04 to 0.6 s of planning for each new shape (an H200): it is
-        for full rows, whose shape comes again and again.
+        used for full rows, whose shape recurs.
         """
         full = positions >= 512 and positions & (positions - 1) == 0
         return [SDPBackend.CUDNN_ATTENTION if full else SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
     def _head_norm(self, attention: Any) -> HeadNorm | None:
-        """The norms of queries and keys, where there are some."""
+        """The norms of queries and keys, if there are any."""
         query, key = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         if query is None or key is None:
             return None
@@ -237,7 +238,7 @@ class DecoderForward:
 
 
 class MixtralForward(DecoderForward):
-    """Mixtral's: few and large experts, whose matrices are multiplied one by one."""
+    """For Mixtral: few large experts, whose matrices are multiplied one by one."""
 
     expert_backend: ClassVar[str] = "sorted"
     """Slots are sorted by expert."""
@@ -245,24 +246,24 @@ class MixtralForward(DecoderForward):
 
 
 def _qkv(attention: Any) -> tuple[Any, ...]:
-    """Multiplied as one."""
+    """Matrices that are multiplied as one."""
     return attention.q_proj, attention.k_proj, attention.v_proj
 
 
 def dense_linears(layer: Any) -> Iterator[tuple[Any, ...]]:
-    """The matrices that every token of a layer meets after attention, in groups that are multiplied as one."""
+    """The matrices that are applied to every token of a layer after attention, in groups that are multiplied as one."""
     for dense in _dense(layer.mlp):
         yield dense.gate_proj, dense.up_proj
         yield (dense.down_proj,)
 
 
 def router_of(mlp: Any) -> Any:
-    """What chooses a layer's experts, or None."""
+    """The module that chooses a layer's experts, or None."""
     return getattr(mlp, "gate", getattr(mlp, "router", None))
 
 
 def _dense(mlp: Any) -> Iterator[Any]:
-    """The gated MLPs that every token of a layer meets."""
+    """The gated MLPs that are applied to every token of a layer."""
     if hasattr(mlp, "gate_proj"):
         yield mlp
     for name in ("shared_expert", "shared_experts"):

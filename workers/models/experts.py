@@ -1,10 +1,10 @@
-"""What experts compute for the tokens that chose them: grouped products, or products one by one.
+"""Computes the experts for the tokens that chose them, in grouped products or one by one.
 
-T tokens, K choices a token, S = T·K slots sorted by expert, E experts, H hidden, I inner width.
+T tokens, K choices per token, S = T·K slots sorted by expert, E experts, H hidden, I inner width.
 
-Many small experts are computed in one grouped product, without a word to the host. Of few large ones each has products
-of its own, in parts, so that memory stays bounded when routing is skewed; that takes one synchronization a layer.
-Matrices are dequantized in groups of experts, of at most `GROUP_BYTES`.
+Many small experts are computed in one grouped product without synchronizing with the host. A few large experts have
+their own products, in parts, so that memory stays bounded when routing is skewed; this takes one synchronization per
+layer. Matrices are dequantized in groups of experts of at most `GROUP_BYTES`.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,18 +23,18 @@ GROUP_BYTES = 2 << 30  # of dequantized matrices at a time; a layer of Qwen3-30B
 
 
 class PackedExperts(nn.Module):
-    """The experts of a layer: ``down(gate(x @ both.T + bias)) + bias``; takes the place of transformers' fused module.
+    """The experts of a layer: ``down(gate(x @ both.T + bias)) + bias``; replaces transformers' fused module.
 
     Parameters
     ----------
     both, down
-        The matrices; `both` has gate and up, in the order in which `gate` takes them.
+        The matrices; `both` has gate and up in the order that `gate` expects.
     gate
-        From (S, 2·I) to (S, I); None is SiLU of the first half times the second.
+        A function from (S, 2·I) to (S, I); None is SiLU of the first half times the second half.
     products
-        What multiplies where transformers' forward calls it; it has the buffers that all layers share.
+        Multiplies when transformers' forward pass calls the experts; has the buffers that all layers share.
     biased
-        The dtype of the biases, of shapes (E, rows), where there are some.
+        The dtype of the biases, of shapes (E, rows), if there are any.
     """
 
     both_bias: torch.Tensor | None
@@ -62,7 +62,7 @@ class PackedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """As transformers calls its own: shapes (T, H), (T, K) and (T, K) to (T, H)."""
+        """The signature of transformers' module: shapes (T, H), (T, K) and (T, K) to (T, H)."""
         if self.unfused:
             return mixed_one_by_one(self._as_linears, len(self), hidden_states, top_k_index, top_k_weights)
         operand = self.products.operand(hidden_states)
@@ -70,19 +70,22 @@ class PackedExperts(nn.Module):
         return mixed(rows_SH, slot_TK, top_k_weights).to(hidden_states.dtype)
 
     def compute_unfused(self) -> None:
-        """From now on, compute as versions did that had one Linear a matrix: captures that those began resume so.
+        """From now on, compute like the versions that had one Linear for each matrix, so that their captures can be
+        resumed.
 
         Raises
         ------
         ValueError
-            When those versions rejected such experts: with biases, or gate and up in one matrix.
+            When those versions rejected such experts: those with biases, or with gate and up in one matrix.
         """
         if self.both_bias is not None or self.both.parts != 2:
-            raise ValueError("experts with biases, or gate and up in one matrix, were never unfused: leave it out")
+            raise ValueError(
+                "experts with biases, or gate and up in one matrix, were never unfused: omit expert_backend"
+            )
         self.unfused = True
 
     def _as_linears(self, expert: int, rows_SH: torch.Tensor) -> torch.Tensor:
-        """An expert without biases, each matrix a product of its own."""
+        """An expert without biases, with one product for each matrix."""
         group = _dequantized(self.products, self, expert, expert + 1)
         [both], [down] = group.both, group.down
         gate, up = (nn.functional.linear(rows_SH, part) for part in both.chunk(2))
@@ -97,15 +100,15 @@ def mixed_one_by_one(
     expert_TK: torch.Tensor,
     weight_TK: torch.Tensor,
 ) -> torch.Tensor:
-    """Mix the chosen experts' outputs, in float32; an expert without a token is not computed.
+    """Mix the chosen experts' outputs in float32. An expert without tokens is not computed.
 
-    One synchronization a call. Deterministic: within one ``index_add_`` no token comes twice, and the calls follow each
-    other in the order of experts.
+    One synchronization per call. Deterministic: no token occurs twice within one ``index_add_``, and the calls follow
+    the order of experts.
 
     Parameters
     ----------
     compute
-        From an expert's number and rows (S, H) to its outputs for them.
+        A function from an expert's number and rows (S, H) to its outputs for them.
     """
     expert_S, slot_S = expert_TK.flatten().sort(stable=True)
     token_S = slot_S // expert_TK.shape[-1]
@@ -121,20 +124,20 @@ def mixed_one_by_one(
 
 
 class Slots(NamedTuple):
-    """Where each choice stands among all, sorted by expert."""
+    """The place of each choice among all choices, sorted by expert."""
 
     token_S: torch.Tensor
-    """Whose choice it is."""
+    """The token of each slot."""
     expert_S: torch.Tensor
     slot_TK: torch.Tensor
-    """Its slot."""
+    """The slot of each choice."""
     ends_E: torch.Tensor
-    """int64: where each expert's slots end."""
+    """int64: the end of each expert's slots."""
 
 
 def sorted_slots(expert_TK: torch.Tensor, experts: int) -> Slots:
-    """Sort choices by expert, those of one expert by token."""
-    narrow = torch.uint8 if experts <= 256 else torch.int16  # a GPU sorts the faster, the fewer bits there are
+    """Sort choices by expert, and those of one expert by token."""
+    narrow = torch.uint8 if experts <= 256 else torch.int16  # a GPU sorts faster if there are fewer bits
     expert_S, order_S = expert_TK.flatten().to(narrow).sort(stable=True)
     slot_TK = torch.empty_like(order_S)
     slot_TK[order_S] = torch.arange(len(order_S), device=order_S.device)
@@ -146,14 +149,14 @@ def sorted_slots(expert_TK: torch.Tensor, experts: int) -> Slots:
 def outputs_in_groups(
     products: Products, experts: PackedExperts, operand: Any, expert_TK: torch.Tensor, spare: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chosen experts' outputs, by slot, and which slot each choice has.
+    """The chosen experts' outputs by slot, and the slot of each choice.
 
     Parameters
     ----------
     operand
-        Of `products`, T rows.
+        An operand of `products`, T rows.
     spare
-        So many more rows a token, at the end, for the caller.
+        Number of additional rows per token, at the end, for the caller.
 
     Returns
     -------
@@ -185,7 +188,7 @@ def _in_group(
     if experts.both_bias is not None:
         add_biases(both, experts.both_bias, slots.expert_S[part])
     inner = _gated(products, experts, both)
-    del both  # what is large is let go before more is made
+    del both  # large tensors are freed before more are allocated
     rows = products.grouped(inner, products.matrices("down", experts.down, first, last), ends_N)
     if experts.down_bias is not None:
         add_biases(rows, experts.down_bias, slots.expert_S[part])
@@ -195,11 +198,11 @@ def _in_group(
 def outputs_one_by_one(
     products: Products, experts: PackedExperts, operand: Any, expert_TK: torch.Tensor, spare: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`outputs_in_groups`, each expert by itself; for experts without biases and gated by SiLU."""
+    """`outputs_in_groups` with each expert by itself, for experts without biases that are gated by SiLU."""
     slots = sorted_slots(expert_TK, len(experts))
     ends = _fetched(slots.ends_E)
     groups = _groups(products, experts)
-    group = _dequantized(products, experts, *next(groups))  # while the ends are on their way
+    group = _dequantized(products, experts, *next(groups))  # while the ends are copied
     taken = products.taken(operand, slots.token_S)
     many = len(slots.token_S) + spare * len(expert_TK)
     rows_SH = torch.empty(many, experts.down.rows, dtype=products.dtype, device=expert_TK.device)
@@ -210,7 +213,7 @@ def outputs_one_by_one(
         for part in products.parts(start, end) if start < end else ():
             inner = products.gated(products.multiply(products.rows(taken, part), both))
             products.multiply(inner, down, out=rows_SH[part])
-            del inner  # before the next one is made
+            del inner  # before the next one is allocated
     return rows_SH, slots.slot_TK
 
 
@@ -238,7 +241,7 @@ def _groups(products: Products, experts: PackedExperts) -> Iterator[tuple[int, i
 
 
 def number_of_groups(experts: int, bytes_of_one: int) -> int:
-    """In how many groups so many experts are dequantized, each of so many bytes then."""
+    """The number of groups in which the experts are dequantized, given the bytes of a dequantized expert."""
     return min(experts, -(-experts * bytes_of_one // GROUP_BYTES))
 
 
@@ -247,7 +250,7 @@ def _gated(products: Products, experts: PackedExperts, both: torch.Tensor) -> An
 
 
 def _fetched(numbers: torch.Tensor) -> Callable[[], list[int]]:
-    """A few numbers, once they are on the host: what is launched until they are asked for runs meanwhile."""
+    """A few numbers that are copied to the host. Work that is launched before they are read runs meanwhile."""
     copy = numbers.to("cpu", non_blocking=True)
     copied = torch.cuda.Event() if numbers.is_cuda else None  # type: ignore[no-untyped-call]
     if copied is not None:

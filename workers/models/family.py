@@ -1,6 +1,6 @@
-"""Which modules of a family's model are its routers, what it calls E and k, and what is never quantized.
+"""The routers of a family's model, its names for E and k, and the modules that are never quantized.
 
-Found in transformers' classes by what they say of themselves and by names, never by a list of families.
+These are found from the declarations and names in transformers' classes, never from a list of families.
 """
 
 import re
@@ -15,12 +15,14 @@ HOW_TO_ADD = 'CONTRIBUTING.md, "Add a model family", says how one is added'
 """Ends the error for a family whose routers are not known."""
 
 KEPT = "weights_proj"
-"""Name of the matrices that are never quantized beside the routers: indexers of sparse attention cast hidden states to
-the dtype of this one, which is that of bytes where it is quantized. transformers keeps it in most of these families."""
+"""Name of the matrices that are never quantized, like the routers: indexers of sparse attention cast hidden states to
+the dtype of this matrix, which would be bytes if it were quantized. transformers does not quantize it in most of these
+families."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.")
 _OTHER_SENSES = re.compile(r"vision|visual|audio")
-"""In the names of modules that see or hear, with layers and perhaps routers of their own: text does not reach them."""
+"""Parts of the names of modules for images or sound, which may have their own layers and routers; text does not reach
+them."""
 
 _NUM_EXPERTS_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN_NAMES = (
@@ -34,12 +36,12 @@ _EXPERTS_PER_TOKEN_NAMES = (
 
 
 def recordable_routers(skeleton: Any) -> dict[int, nn.Module]:
-    """`find_routers`, each kind of them tried with random weights; none where the model has no routers.
+    """`find_routers`, with each kind of router tested with random weights; empty if the model has no routers.
 
     Parameters
     ----------
     skeleton
-        The base model without its numbers.
+        The base model on the meta device.
 
     Raises
     ------
@@ -53,11 +55,11 @@ def recordable_routers(skeleton: Any) -> dict[int, nn.Module]:
 
 
 def find_routers(model: nn.Module) -> dict[int, nn.Module]:
-    """Find the module of each layer that chooses experts; layers without one are left out.
+    """Find the module of each layer that chooses experts; layers without one are omitted.
 
-    It is of the class whose outputs transformers records as ``router_logits``, or, where none is or that class has
-    experts in it, the ``gate`` or ``router`` beside an ``experts``. The layer is the number after ``layers.`` or
-    ``blocks.`` in its name. Routers that take something of their block are given it (`workers.models.routers.bind`).
+    It is of the class whose outputs transformers records as ``router_logits``. If there is no such class, or that class
+    contains experts, it is the ``gate`` or ``router`` next to an ``experts``. The layer is the number after ``layers.``
+    or ``blocks.`` in its name. Routers that need something from their block get it (`workers.models.routers.bind`).
     """
     modules = {name: module for name, module in model.named_modules() if not _OTHER_SENSES.search(name)}
     recorders = (getattr(type(model), "_can_record_outputs", None) or {}).get("router_logits", [])
@@ -76,7 +78,7 @@ def find_routers(model: nn.Module) -> dict[int, nn.Module]:
     for name in names:
         number = _LAYER.search(name)
         if number is None:
-            raise ValueError(f"the router {name} of {family} is in no numbered layer; {HOW_TO_ADD}")
+            raise ValueError(f"the router {name} of {family} is not in a numbered layer; {HOW_TO_ADD}")
         if int(number[1]) in routers:
             raise ValueError(f"{family} has two routers in layer {number[1]} ({name}); {HOW_TO_ADD}")
         routers[int(number[1])] = modules[name]
@@ -89,38 +91,36 @@ def find_routers(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def unquantized(skeleton: nn.Module) -> list[str]:
-    """Names of the modules that are never quantized: the routers, and those that are called `KEPT`."""
+    """Names of the modules that are never quantized: the routers and those named `KEPT`."""
     routers = set(find_routers(skeleton).values())
     modules = skeleton.named_modules()
     return [name for name, module in modules if module in routers or name.rpartition(".")[2] == KEPT]
 
 
 def has_experts(module: nn.Module) -> bool:
-    """Whether a module in it is called experts."""
+    """Whether the model has a module named experts."""
     return any(name.endswith("experts") for name, _ in module.named_modules())
 
 
 def _refuse_other_than_decoders(skeleton: Any) -> None:
-    """Refuse models that do not read text from left to right: padding would reach the tokens before it."""
+    """Reject models that do not read text from left to right: padding would affect the tokens before it."""
     family = type(skeleton).__name__
     if skeleton.config.is_encoder_decoder:
-        raise ValueError(
-            f"{family} is an encoder with a decoder, which needs a text of its own: only decoders are captured"
-        )
+        raise ValueError(f"{family} has an encoder and a decoder, each with its own text: only decoders are captured")
     modules = {name: module for name, module in skeleton.named_modules() if _LAYER.search(name)}
     stacks = {_stack(name) for name in modules if name.endswith("experts")}
     for name, module in modules.items():
         if getattr(module, "is_causal", True) is False and _stack(name) in stacks and not _OTHER_SENSES.search(name):
-            raise ValueError(f"{name} of {family} lets tokens see later ones: only causal decoders are captured")
+            raise ValueError(f"{name} of {family} lets tokens attend to later ones: only causal decoders are captured")
 
 
 def _stack(name: str) -> str:
-    """What stands before the number of the layer in a module's name."""
+    """The part of a module's name before the layer number."""
     return _LAYER.split(name, maxsplit=1)[0]
 
 
 def _refuse_unknown_routers(skeleton: Any, routers: dict[int, nn.Module]) -> None:
-    """Try one router of each kind and shape, with random weights."""
+    """Test one router of each kind and shape with random weights."""
     config = skeleton.config.get_text_config()
     kinds: dict[Any, int] = {}
     for layer, router in routers.items():
@@ -136,17 +136,17 @@ def _refuse_unknown_routers(skeleton: Any, routers: dict[int, nn.Module]) -> Non
 
 
 def num_experts(config: Any) -> int:
-    """E, whatever the family calls it."""
+    """E, under the family's name for it."""
     return read(config, _NUM_EXPERTS_NAMES)
 
 
 def experts_per_token(config: Any) -> int:
-    """k, whatever the family calls it."""
+    """k, under the family's name for it."""
     return read(config, _EXPERTS_PER_TOKEN_NAMES)
 
 
 def read(config: Any, names: tuple[str, ...]) -> int:
-    """The first of several names that families use for one thing."""
+    """The value under the first of several names that families use."""
     for name in names:
         value = getattr(config, name, None)
         each = {*value} if isinstance(value, list | tuple) else {value}

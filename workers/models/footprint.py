@@ -1,6 +1,6 @@
-"""How many bytes a model takes once it is quantized, from its configuration alone.
+"""How many bytes a quantized model takes, from its configuration alone.
 
-Promises: no weights are read or made. Activations are not counted.
+Promises: no weights are read or created. Activations are not counted.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from workers.models.description import build_skeleton, compute_dtype, quantizati
 from workers.models.family import experts_per_token, find_routers, num_experts
 from workers.models.stored import BLOCK, FOUR_BITS, PUBLISHED, loaded_form, stored_form
 
-_SCALE_BLOCK = 256  # scales that share a scale of their own under double quantization; likewise
+_SCALE_BLOCK = 256  # scales that share a second scale under double quantization; likewise
 
 
 def estimate_bytes(
@@ -26,18 +26,18 @@ def estimate_bytes(
     dtype: str | None = None,
     last_experts: bool = True,
 ) -> int:
-    """Bytes of all weights of the model without its head, quantized as asked; activations are not counted.
+    """Bytes of all weights of the model without its head, quantized as requested. Activations are not counted.
 
     Parameters
     ----------
     model, revision, quantization
         As for `load_model`.
     device_type
-        "cuda" or "cpu": decides the compute dtype where `dtype` is not given.
+        "cuda" or "cpu": decides the compute dtype if `dtype` is not given.
     dtype
         As for `load_model`.
     last_experts
-        Whether the experts of the last layer count, which are read and let go: no router follows them.
+        Whether to count the experts of the last layer. They are read and dropped, because no router follows them.
 
     Returns
     -------
@@ -47,16 +47,16 @@ def estimate_bytes(
     Raises
     ------
     ValueError
-        When there is no such checkpoint, or its configuration cannot be read.
+        When the checkpoint does not exist, or its configuration cannot be read.
     """
     checkpoint = find_checkpoint(model, revision, weights=False)
     return estimate_checkpoint(checkpoint, quantization, compute_dtype(device_type, dtype), last_experts=last_experts)
 
 
 def operations_per_token(model: str | Path, revision: str | None = None) -> int:
-    """Operations that a token takes in the matrices that it meets: two for each weight of them.
+    """Operations for one token in the matrices that it passes through: two for each weight.
 
-    Of a layer's experts these are the k that are chosen. Embedding, head and attention's own products are left out.
+    Only the k chosen experts of a layer count. Embedding, head and the products within attention are left out.
     """
     skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), torch.float32)
     config = skeleton.config.get_text_config()
@@ -72,7 +72,8 @@ def operations_per_token(model: str | Path, revision: str | None = None) -> int:
 def estimate_checkpoint(
     checkpoint: Checkpoint, quantization: str, dtype: torch.dtype, *, last_experts: bool = True
 ) -> int:
-    """`estimate_bytes` for a checkpoint that is found already; without the experts of the last layer, if so told."""
+    """`estimate_bytes` for a checkpoint that has already been found; optionally without the experts of the last
+    layer."""
     skeleton, _ = quantized_skeleton(checkpoint, quantization, dtype)
     tensors = [*skeleton.named_parameters(), *skeleton.named_buffers()]
     names = {module: name for name, module in skeleton.named_modules()}
@@ -82,9 +83,9 @@ def estimate_checkpoint(
 
 
 def option_that_fits(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype, free_bytes: int) -> str:
-    """What to ask for where a model's weights do not fit into so many bytes.
+    """What to try if a model's weights do not fit into the free bytes.
 
-    Half of the room of each card is left for activations and buffers where the model is spread over several.
+    If the model is spread over several GPUs, half of each one's memory is left for activations and buffers.
     """
     stored = stored_form(checkpoint)
     if quantization not in FOUR_BITS and (stored is None or stored.form in PUBLISHED):
@@ -92,13 +93,13 @@ def option_that_fits(checkpoint: Checkpoint, quantization: str, dtype: torch.dty
         if smaller < free_bytes:
             return f"--quantization nf4, which takes {smaller:,}"
     needed = estimate_checkpoint(checkpoint, quantization, dtype)
-    return f"--gpus_per_worker {-(-2 * needed // max(free_bytes, 1))} with so many cards like it, or a larger card"
+    return f"--gpus_per_worker {-(-2 * needed // max(free_bytes, 1))} with as many GPUs of this size, or a larger GPU"
 
 
 def quantized_skeleton(
     checkpoint: Checkpoint, quantization: str, dtype: torch.dtype, matmul: str = "bf16"
 ) -> tuple[nn.Module, Any]:
-    """The model without its numbers, each matrix of the kind that it will be of, and its `quantization_config`."""
+    """The model on the meta device with each matrix in its quantized form, and its `quantization_config`."""
     skeleton = build_skeleton(checkpoint, dtype)
     settings = quantization_config(loaded_form(checkpoint, quantization, matmul), skeleton, dtype)
     if settings is not None:
@@ -109,11 +110,11 @@ def quantized_skeleton(
 
 
 def _resident_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a weight once it is quantized, its scales included."""
+    """Bytes of a quantized weight, including its scales."""
     match type(tensor).__name__:
         case "Params4bit":
             scales = -(-tensor.numel() // BLOCK)
-            tables = (16 + 256 + 1) * 4  # the 16 values, the 256 of the scales, their offset
+            tables = (16 + 256 + 1) * 4  # the 16 values, the 256 values of the scales, their offset
             return -(-tensor.numel() // 2) + scales + -(-scales // _SCALE_BLOCK) * 4 + tables
         case "Int8Params":
             return tensor.numel() + tensor.shape[0] * 4

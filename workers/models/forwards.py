@@ -1,7 +1,7 @@
-"""Which model families have a forward of their own, faster than transformers', up to the last router.
+"""Model families for which this project has its own forward pass, faster than transformers', up to the last router.
 
-A family is one module in this folder, and one line in `FORWARDS`. The module is imported only for a model of its
-class. Every other model is applied as transformers does it.
+A family is one module in this folder and one line in `FORWARDS`. The module is imported only for a model of its class.
+Every other model is run by transformers.
 """
 
 from collections.abc import Callable
@@ -17,16 +17,16 @@ FORWARDS: dict[str, str] = {
     "DeepseekV2Model": "workers.models.latent:LatentForward",
     "DeepseekV3Model": "workers.models.latent:LatentForward",
 }
-"""Name of transformers' model class to the forward, as ``module:class``."""
+"""Maps the name of transformers' model class to the forward pass, as ``module:class``."""
 
 
 class LastHidden(NamedTuple):
-    """What a forward that ran to its end returns."""
+    """The result of a forward pass that ran to the end."""
 
     before_TH: Any
     """The hidden states before the final norm, shape (tokens, hidden)."""
     normed_TH: Any
-    """And after it."""
+    """The hidden states after the final norm."""
 
 
 class Forward(Protocol):
@@ -35,7 +35,7 @@ class Forward(Protocol):
     Parameters
     ----------
     model
-        A loaded model, for which `applies` was true.
+        A loaded model for which `applies` is true.
     matmul
         One of its `matmuls`.
     """
@@ -43,53 +43,54 @@ class Forward(Protocol):
     expert_backend: ClassVar[str]
     """The value of `expert_backend` in the identity of captures made with it."""
     matmuls: ClassVar[tuple[str, ...]]
-    """In what it can multiply: bf16, fp8."""
+    """Precisions in which it can multiply: bf16, fp8."""
 
     whole: bool
-    """Whether the layers are run to their end; else up to the last router. False unless it is set."""
+    """Whether all layers are run; otherwise the run ends at the last router. False by default."""
     seen: Callable[[Any, Any, Any], None] | None
-    """Called in each layer with the router, the outputs of its experts before they are weighed, shape (slots, hidden),
-    and which slot each choice has, shape (tokens, k). None unless it is set."""
+    """Called in each layer with the router, the outputs of its experts before they are weighted, shape (slots, hidden),
+    and the slot of each choice, shape (tokens, k). None by default."""
     used: Callable[[Any, Any, Any], None] | None
     """Called in each layer with the router, the choices with which its experts are computed, and the weights with which
-    they are mixed, shape (tokens, k). None unless it is set."""
+    they are mixed, shape (tokens, k). None by default."""
     attended: Callable[[int, Any], None] | None
-    """Called behind the attention of each layer, by its place from 0, with the hidden states that have it added, shape
-    (tokens, hidden); they are overwritten later. None unless it is set."""
+    """Called after the attention of each layer with the layer's index, from 0, and the hidden states that include its
+    output, shape (tokens, hidden), which are overwritten later. None by default."""
 
     def __init__(self, model: Any, matmul: str) -> None: ...
 
     @classmethod
     def applies(cls, model: Any, quantization: str) -> bool:
-        """Whether it can apply this model; asked of the model without its weights.
+        """Whether it can run this model; called with the model before its weights are loaded.
 
         Parameters
         ----------
         model
-            transformers' model, perhaps on the meta device.
+            transformers' model, possibly on the meta device.
         quantization
             nf4, fp4, fp8, int8 or none.
         """
         ...
 
     def __call__(self, input_ids: Any, **ignored: Any) -> LastHidden | None:
-        """Run the layers up to the last router, or to their end; each router is called as a module: hooks on it fire.
+        """Run the layers up to the last router, or all of them. Each router is called as a module, so hooks on it fire.
 
         Parameters
         ----------
         input_ids : int64 tensor, shape (rows, positions)
         ignored
-            What transformers' models take beside it: no mask, no cache.
+            Other arguments of transformers' models: no mask, no cache.
         """
         ...
 
     def resumed(self, index: int, residual_TH: Any, positions: int) -> LastHidden:
-        """Run the layers to their end from behind the attention of one on, with what `attended` was shown of it."""
+        """Run the layers to the end, starting after the attention of one, from the hidden states that `attended`
+        received."""
         ...
 
 
 def own_forward(model: Any, quantization: str) -> type[Forward] | None:
-    """The forward that a model's family has for it; None where transformers' own is used."""
+    """The forward pass of a model's family; None if transformers' own is used."""
     where = FORWARDS.get(type(model).__name__)
     if where is None:
         return None
@@ -98,6 +99,7 @@ def own_forward(model: Any, quantization: str) -> type[Forward] | None:
 
 
 def forward_of(model: Any, quantization: str, expert_backend: str, matmul: str) -> Callable[..., Any]:
-    """What applies a loaded model: its family's forward where that is its `expert_backend`, else the model itself."""
+    """What runs a loaded model: its family's forward pass if that is its `expert_backend`, otherwise the model
+    itself."""
     forward = own_forward(model, quantization)
     return forward(model, matmul) if forward is not None and forward.expert_backend == expert_backend else model

@@ -1,6 +1,6 @@
-"""Matrices in 4 bits as bitsandbytes stores them, of which many may lie in common tensors.
+"""Matrices in 4 bits as bitsandbytes stores them; several may share tensors.
 
-M matrices of R rows and C columns, n = R·C/64 blocks of 64 values a matrix.
+M matrices of R rows and C columns, n = R·C/64 blocks of 64 values per matrix.
 """
 
 from typing import Any, NamedTuple
@@ -9,20 +9,20 @@ import torch
 
 from workers.models.stored import BLOCK
 
-STEP_BLOCK = 256  # scales that share a scale of their own under double quantization; bitsandbytes' own
+STEP_BLOCK = 256  # scales that share a second scale under double quantization; the value of bitsandbytes
 
 
 class FourBits(NamedTuple):
     """M matrices in NF4 or FP4 with double quantization (Dettmers et al. 2023, arXiv:2305.14314)."""
 
     packed: torch.Tensor
-    """uint8, shape (M, R·C/2): two values a byte, the first in the upper half."""
+    """uint8, shape (M, R·C/2): two values per byte, the first in the upper half."""
     scale: torch.Tensor
-    """uint8, shape (M, n): which of `scale_code` each block's scale is."""
+    """uint8, shape (M, n): index of each block's scale in `scale_code`."""
     step: torch.Tensor
-    """float32, shape (M, ⌈n/256⌉): what 256 scales are multiplied by."""
+    """float32, shape (M, ⌈n/256⌉): factor of 256 scales."""
     offset: torch.Tensor
-    """float32, shape (M,): what is added to the scales of a matrix."""
+    """float32, shape (M,): offset of the scales of a matrix."""
     code: torch.Tensor
     """float32, shape (16,): the values."""
     scale_code: torch.Tensor
@@ -35,7 +35,7 @@ class FourBits(NamedTuple):
 
     @classmethod
     def from_state(cls, packed: torch.Tensor, state: Any) -> "FourBits":
-        """Its values, and bitsandbytes' QuantState."""
+        """The matrix's values and bitsandbytes' QuantState."""
         assert (state.blocksize, state.state2.blocksize) == (BLOCK, STEP_BLOCK), "loading checks it"
         values, scale, step = (each.reshape(1, -1) for each in (packed, state.absmax, state.state2.absmax))
         return cls(values, scale, step, state.offset.reshape(1), state.code, state.state2.code)

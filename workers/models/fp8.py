@@ -1,11 +1,11 @@
-"""Numbers in float8 e4m3 with one scale a row, and products of such matrices.
+"""Numbers in float8 e4m3 with one scale per row, and products of such matrices.
 
-T tokens, K choices a token, H hidden, I inner, R rows and C columns of a weight. As in `workers.models.kernels`, each
+T tokens, K choices per token, H hidden, I inner, R rows and C columns of a weight. As in `workers.models.kernels`, each
 function has a plain form, which is its definition and runs on a CPU, and a Triton kernel, which runs on a GPU.
 
 e4m3: Micikevicius et al. 2022, arXiv:2209.05433; rounded to nearest, ties to even. The scale of a row is its largest
-absolute value over 448, the largest number of e4m3, so that nothing overflows. A product accumulates and is scaled in
-float32, and is rounded once.
+absolute value over 448, the largest number of e4m3, so that nothing overflows. A product is accumulated and scaled in
+float32 and rounded once.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from workers.models.four_bits import FourBits
 from workers.models.kernels import _fused, _launch, plain_add_norm, plain_dequantize
 from workers.models.stored import BLOCK
 
-try:  # a build of torch for CPUs comes without it
+try:  # CPU builds of torch do not include it
     import triton
     import triton.language as tl
 except ImportError:
@@ -24,16 +24,16 @@ except ImportError:
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
-SMALLEST = 1e-12  # what a row of zeros is taken for the largest value of (arbitrary)
-PACKED_BLOCKS = 128  # of 64 values, that one program of `dequantize_rounded` takes (64 to 256 are alike, measured)
+SMALLEST = 1e-12  # used as the largest value of a row of zeros (arbitrary)
+PACKED_BLOCKS = 128  # blocks of 64 values in one program of `dequantize_rounded` (measured: 64 to 256 are equally fast)
 FAST_ACCUMULATION = True
-"""Whether a GPU may add up with fewer bits than float32 has, as Hopper's fp8 units do unless told otherwise.
+"""Whether a GPU may accumulate with fewer bits than float32, which is the default of Hopper's fp8 units.
 
-What it costs and gains is in docs/design/0011-fp8.md."""
+Its costs and gains are in docs/design/0011-fp8.md."""
 
 
 class RowScaled(NamedTuple):
-    """A matrix in e4m3: each row of `values` times its `scale`."""
+    """A matrix in e4m3: each row of `values` is multiplied by its `scale`."""
 
     values: torch.Tensor
     """e4m3, shape (R, C)"""
@@ -45,13 +45,14 @@ def plain_rounded(rows_RC: torch.Tensor) -> RowScaled:
     """A matrix in e4m3, from any floating-point dtype."""
     rows = rows_RC.float()
     most_R1 = rows.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
-    # By tensors: torch divides by a number, and a number by a tensor, through reciprocals, which moves exact ties.
+    # Tensor by tensor: torch divides by a number, and a number by a tensor, through reciprocals, which moves exact
+    # ties.
     largest_R1 = torch.full_like(most_R1, LARGEST)
     return RowScaled((rows * (largest_R1 / most_R1)).to(E4M3), most_R1 / largest_R1)
 
 
 def plain_rounded_swiglu(both_SI2: torch.Tensor) -> RowScaled:
-    """`workers.models.kernels.plain_swiglu`, rounded to e4m3 and not before."""
+    """`workers.models.kernels.plain_swiglu`, rounded only once, to e4m3."""
     gate, up = both_SI2.float().chunk(2, dim=-1)
     return plain_rounded(torch.nn.functional.silu(gate) * up)
 
@@ -59,30 +60,30 @@ def plain_rounded_swiglu(both_SI2: torch.Tensor) -> RowScaled:
 def plain_rounded_add_norm(
     residual_TH: torch.Tensor, scale_H: torch.Tensor, eps: float, *added: torch.Tensor, kept: bool = True
 ) -> tuple[torch.Tensor | None, RowScaled]:
-    """`workers.models.kernels.plain_add_norm`, and its result in e4m3.
+    """`workers.models.kernels.plain_add_norm` with its result in e4m3.
 
     Parameters
     ----------
     added
-        `added_SH`, `slot_TK`, `weight_TK`, as far as they are given.
+        `added_SH`, `slot_TK` and `weight_TK`, if given.
     kept
-        Whether the result is wanted in the residual's dtype too.
+        Whether to return the result in the residual's dtype too.
     """
     normed_TH = plain_add_norm(residual_TH, scale_H, eps, *added)
     return normed_TH if kept else None, plain_rounded(normed_TH)
 
 
 def row_scales(matrices: FourBits, rows: int) -> torch.Tensor:
-    """The scale of each row of 4-bit matrices in e4m3; float32, shape (`rows`, 1): those of all matrices.
+    """The e4m3 scale of each row of 4-bit matrices, for all matrices; float32, shape (`rows`, 1).
 
-    The largest value of a block is the block's own scale, so that no matrix is dequantized for it.
+    The largest value of a block is the block's own scale, so no matrix needs to be dequantized.
     """
     most_R1: torch.Tensor = matrices.block_scales().abs().view(rows, -1).amax(1, keepdim=True).clamp_min(SMALLEST)
     return most_R1 / LARGEST
 
 
 def plain_dequantize_rounded(matrices: FourBits, scale_R1: torch.Tensor, out_RC: torch.Tensor) -> None:
-    """Matrices in 4 bits into `out`, one below the other, in e4m3 by the rows' scales."""
+    """Dequantize matrices in 4 bits into `out`, one below the other, in e4m3 with the rows' scales."""
     values = torch.empty(out_RC.shape, dtype=torch.float32, device=out_RC.device)
     plain_dequantize(matrices, values)
     inverse_R1 = (torch.ones_like(scale_R1) / scale_R1).view(-1, 1)
@@ -90,12 +91,12 @@ def plain_dequantize_rounded(matrices: FourBits, scale_R1: torch.Tensor, out_RC:
 
 
 def plain_restored(matrix: RowScaled, out_RC: torch.Tensor) -> None:
-    """A matrix in e4m3 into `out`, in its dtype."""
+    """Write a matrix in e4m3 into `out`, in the dtype of `out`."""
     out_RC.copy_(matrix.values.float() * matrix.scale)
 
 
 def plain_multiply(left_TC: RowScaled, right_RC: RowScaled, out_TR: torch.Tensor) -> torch.Tensor:
-    """``left @ right.T`` into `out`, in its dtype."""
+    """Write ``left @ right.T`` into `out`, in the dtype of `out`."""
     product = left_TC.values.float() @ right_RC.values.float().T
     return out_TR.copy_(product * left_TC.scale * right_RC.scale.T)
 
@@ -105,7 +106,7 @@ if triton is not None:
 
     @triton.jit
     def _store_rounded(values, out, scale, row, column, kept, width: tl.constexpr):  # type: ignore[no-untyped-def]
-        """A row of float32 values in e4m3, and its scale."""
+        """Store a row of float32 values in e4m3, and its scale."""
         most = tl.maximum(tl.max(tl.abs(values)), 1e-12)
         tl.store(out + row * width + column, (values * tl.div_rn(448.0, most)).to(out.dtype.element_ty), kept)
         tl.store(scale + row, tl.div_rn(most, 448.0))
@@ -132,7 +133,7 @@ if triton is not None:
         residual, weight_of_norm, normed, out, scale, added, slot, weight, eps,
         hidden: tl.constexpr, K: tl.constexpr, KEPT: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """`workers.models.kernels._add_norm`, and its result rounded."""
+        """`workers.models.kernels._add_norm` with its result rounded."""
         token = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, WIDTH)
         kept = column < hidden
@@ -143,7 +144,7 @@ if triton is not None:
 
     @triton.jit
     def _four_codes(code, size, inverse, FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
-        """What four of the 16 codes stand for in a block, in e4m3, as the bytes of an integer."""
+        """The e4m3 values of four of the 16 codes in a block, as the bytes of an integer."""
         first = tl.load(code + FIRST) * size * inverse
         second = tl.load(code + FIRST + 1) * size * inverse
         third = tl.load(code + FIRST + 2) * size * inverse
@@ -159,10 +160,10 @@ if triton is not None:
     def _dequantize_rounded(  # type: ignore[no-untyped-def]
         packed, scale, step, offset, code, scale_code, row_scale, out, blocks, steps, row_blocks, BLOCKS: tl.constexpr
     ):
-        """64 values have only 16 results, so that each is made once and then picked by `prmt`, four values at a time.
+        """64 values have only 16 results, so each is computed once and then selected by `prmt`, four values at a time.
 
-        A word holds eight codes, the first of each byte in its upper half. `picks` has them in the order of the values;
-        their lower three bits pick from eight bytes, and their fourth one chooses between the two eights.
+        A word holds eight codes, the first of each byte in its upper half. `picks` has them in the order of the values:
+        their lower three bits select one of eight bytes, and their fourth bit selects one of the two groups of eight.
         """
         matrix = tl.program_id(1).to(tl.int64)
         block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
@@ -261,7 +262,7 @@ def restored(matrix: RowScaled, out_RC: torch.Tensor) -> None:
 
 
 def multiply(left_TC: RowScaled, right_RC: RowScaled, out_TR: torch.Tensor) -> torch.Tensor:
-    """`plain_multiply`; on a GPU into bfloat16, and C and R must be multiples of 16."""
+    """`plain_multiply`; on a GPU the result is bfloat16, and C and R must be multiples of 16."""
     if not out_TR.is_cuda:
         return plain_multiply(left_TC, right_RC, out_TR)
     scales = {"scale_a": left_TC.scale, "scale_b": right_RC.scale.view(1, -1)}

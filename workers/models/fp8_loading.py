@@ -1,11 +1,12 @@
-"""Linears whose matrix is stored in e4m3, and transformers loading models into them and into MXFP4's experts.
+"""Linears whose matrix is stored in e4m3, and the quantizer with which transformers loads models into them and into
+MXFP4 experts.
 
-A matrix is quantized while the checkpoint is read, one above the final size at the peak; or it is read as it is from a
-checkpoint that holds e4m3 with a scale for each matrix, row or block, whatever wrote it: compressed-tensors, FBGEMM,
-AutoFP8 and ModelOpt all call the scale ``weight_scale``, DeepSeek and transformers ``weight_scale_inv``, and all mean
-``weight * scale``. Scales of activations, which some of them have too, are not used: here each token has its own.
+A matrix is quantized while the checkpoint is read, so that the peak is one matrix above the final size. A checkpoint
+that holds e4m3 with a scale for each matrix, row or block is read unchanged: compressed-tensors, FBGEMM, AutoFP8 and
+ModelOpt call the scale ``weight_scale``, DeepSeek and transformers call it ``weight_scale_inv``, and all mean ``weight
+* scale``. Some of them also have scales of activations. These are not used: here each token has its own scale.
 
-Promises: the matrices of a checkpoint that is quantized already are multiplied as it holds them, scale for scale.
+Promises: the matrices of an already quantized checkpoint are multiplied with exactly the stored values and scales.
 """
 
 from typing import Any
@@ -29,11 +30,11 @@ class E4m3Linear(nn.Linear):
     """A Linear in e4m3."""
 
     def restore(self, into_RC: torch.Tensor) -> None:
-        """Its matrix, dequantized to the dtype of a tensor."""
+        """The matrix, dequantized to the dtype of a tensor."""
         raise NotImplementedError
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """In the input's dtype."""
+        """The product, in the input's dtype."""
         matrix = torch.empty(self.weight.shape, dtype=input.dtype, device=input.device)
         self.restore(matrix)
         return nn.functional.linear(input, matrix, self.bias)
@@ -44,7 +45,7 @@ class E4m3Linear(nn.Linear):
 
 
 class BlockScaledLinear(E4m3Linear):
-    """With one scale for 128 × 128 values, on the meta device until it is loaded."""
+    """A Linear with one scale for each 128 × 128 values, on the meta device until it is loaded."""
 
     weight_scale_inv: nn.Parameter
 
@@ -62,12 +63,12 @@ class BlockScaledLinear(E4m3Linear):
 
 
 class RowScaledLinear(E4m3Linear):
-    """With one scale a row, on the meta device until it is loaded.
+    """A Linear with one scale per row, on the meta device until it is loaded.
 
     Parameters
     ----------
     stored_in
-        The dtype of its matrix until it is loaded.
+        The dtype of its matrix before it is loaded.
     """
 
     weight_scale: nn.Parameter
@@ -81,7 +82,7 @@ class RowScaledLinear(E4m3Linear):
 
     @property
     def row_scaled(self) -> RowScaled:
-        """The matrix, once it is loaded."""
+        """The loaded matrix."""
         return RowScaled(self.weight.data, self.weight_scale.data[:, None])
 
     def restore(self, into_RC: torch.Tensor) -> None:
@@ -89,18 +90,18 @@ class RowScaledLinear(E4m3Linear):
         restored(self.row_scaled, into_RC)
 
     def settle(self) -> None:
-        """Give each row its scale, in float32, where the checkpoint has one for the whole matrix.
+        """Give each row a float32 scale if the checkpoint has one scale for the whole matrix.
 
         Raises
         ------
         ValueError
-            When it has other scales.
+            When the checkpoint has other scales.
         """
         self.weight_scale = nn.Parameter(one_a_row(self.weight_scale.data, self.out_features), requires_grad=False)
 
 
 class StoredConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """In which form matrices are held, which modules stay as they are, by name, and the compute dtype."""
+    """The form in which matrices are held, the names of modules that stay unchanged, and the compute dtype."""
 
     def __init__(
         self, form: str = "fp8", skip_modules: list[str] | None = None, dtype: str = "bfloat16", **_: Any
@@ -112,10 +113,10 @@ class StoredConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
-    """A matrix that was read, in e4m3."""
+    """Quantizes a matrix to e4m3 when it is read."""
 
     def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, torch.Tensor]:
-        """Two parameters for each one."""
+        """Returns two parameters for each matrix."""
         found: dict[str, torch.Tensor] = {}
         for name, value in input_dict.items():
             values, scale = rounded(value[0] if isinstance(value, list) else value)
@@ -124,7 +125,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
 
 
 class StoredQuantizer(PacksExperts, HfQuantizer):  # type: ignore[misc]
-    """Loads a model whose Linears are in e4m3, or as they were, and whose experts lie in stacks in e4m3 or MXFP4."""
+    """Loads a model whose Linears are in e4m3 or unchanged, and whose experts are in stacks in e4m3 or MXFP4."""
 
     requires_calibration = False
 
@@ -136,7 +137,7 @@ class StoredQuantizer(PacksExperts, HfQuantizer):  # type: ignore[misc]
         form, _ = self._kind()
         for name, module in list(model.named_modules()):
             if form in E4M3_FORMS and type(module) is nn.Linear and name not in self.quantization_config.skip_modules:
-                # transformers 5.17 casts what it reads to this dtype before it has it quantized
+                # transformers 5.17 casts tensors to this dtype before they are quantized
                 stored_in = E4M3 if self.pre_quantized else module.weight.dtype
                 scaled = BlockScaledLinear(module) if form == "fp8_blocks" else RowScaledLinear(module, stored_in)
                 model.set_submodule(name, scaled)
@@ -157,21 +158,21 @@ class StoredQuantizer(PacksExperts, HfQuantizer):  # type: ignore[misc]
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Also what decides whether another shape than the module's is an error."""
+        """Also decides whether a shape that differs from the module's is an error."""
         owner, _, leaf = param_name.rpartition(".")
         scaled = isinstance(model.get_submodule(owner), E4m3Linear)
         own = scaled and (leaf == "weight" or (self.pre_quantized and leaf != "bias"))
         return own or super().param_needs_quantization(model, param_name, **kwargs)
 
     def get_quantize_ops(self) -> _Quantize:
-        """For one matrix."""
+        """The operation for one matrix."""
         return _Quantize()
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """Nothing here saves it."""
+        """The model is never saved."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """It is for capturing only."""
+        """The model is used only for capturing."""
         return False

@@ -1,8 +1,8 @@
-"""The published language-model head, applied to hidden states that are at hand, a few rows at a time.
+"""The published language-model head, applied to given hidden states a few rows at a time.
 
-N rows, H hidden, V vocabulary. The head is never quantized: it has the values that were published, in the compute
-dtype. What the family's forward does after its product (a bias, a scale, a soft cap) is its own code that runs: only
-the model under the head is replaced, by one that returns what it is given.
+N rows, H hidden, V vocabulary. The head is never quantized: it has the published values, in the compute dtype. Steps
+after its product (a bias, a scale, a soft cap) are run by the family's own code: only the model under the head is
+replaced, by one that returns the given hidden states.
 """
 
 from pathlib import Path
@@ -17,28 +17,28 @@ from workers.models.checkpoint import Checkpoint, find_checkpoint, tensor_names,
 from workers.models.description import build_skeleton
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
-"""Of logits in float32 at a time: 131 and 4,194 rows of Mixtral. On a CPU twice as fast as with 1,024 rows (measured);
-on a GPU arbitrary."""
+"""Bytes of float32 logits at a time: 131 and 4,194 rows of Mixtral. On a CPU twice as fast as 1,024 rows (measured);
+arbitrary on a GPU."""
 
 
 class _Given(nn.Module):
-    """In the place of the model under the head."""
+    """Replaces the model under the head."""
 
     def forward(self, *, inputs_embeds: torch.Tensor, **ignored: Any) -> Any:
-        """What a model returns, with nothing but the last hidden states: those that are given."""
+        """A model output that holds only the given hidden states, as the last ones."""
         nothing = dict.fromkeys(("past_key_values", "hidden_states", "attentions", "router_logits"))
         return SimpleNamespace(last_hidden_state=inputs_embeds, **nothing)
 
 
 class Head:
-    """From hidden states after the last norm to log-probabilities of tokens.
+    """Computes log-probabilities of tokens from hidden states after the last norm.
 
     Parameters
     ----------
     folder
         The checkpoint.
     model
-        The loaded model under the head: for its dtype, its device, and its embedding, where the head is tied to that.
+        The loaded model under the head, for its dtype, its device, and its embedding if the head is tied to it.
 
     Raises
     ------
@@ -63,7 +63,7 @@ class Head:
         self.causal = causal.eval()
 
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
-        """What the published forward gives for these rows; shape (N, V), in the compute dtype."""
+        """The logits of the published forward pass for these rows; shape (N, V), in the compute dtype."""
         found: torch.Tensor = self.causal(inputs_embeds=hidden_NH[None], use_cache=False).logits[0]
         return found
 
@@ -73,9 +73,9 @@ class Head:
         Parameters
         ----------
         place_N
-            Which hidden states.
+            Indices of the hidden states.
         target_N
-            The token after each.
+            The token that follows each.
 
         Returns
         -------
@@ -89,7 +89,7 @@ class Head:
 
 
 def causal_skeleton(folder: Path, dtype: torch.dtype) -> Any:
-    """The family's model with its head, on the meta device, and nothing under the head."""
+    """The family's model with its head on the meta device and nothing under the head."""
     checkpoint = Checkpoint(folder=folder, model=folder.name, revision="")
     causal = build_skeleton(checkpoint, dtype, head=True)
     setattr(causal, causal.base_model_prefix, _Given())
@@ -97,7 +97,7 @@ def causal_skeleton(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def head_bytes(model: str | Path, revision: str | None, dtype: torch.dtype) -> int:
-    """Bytes of the head's own weights, from the configuration alone; none where it is tied to the embedding."""
+    """Bytes of the head's own weights, from the configuration alone; 0 if it is tied to the embedding."""
     causal = causal_skeleton(find_checkpoint(model, revision, weights=False).folder, dtype)
     tied = causal.config.get_text_config().tie_word_embeddings
     return 0 if tied else sum(parameter.nbytes for parameter in causal.parameters())
@@ -111,7 +111,7 @@ def _tensors(folder: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.T
         raise ValueError(f"{folder} has no {missing[0]}, which --record logprob needs: give a checkpoint with its head")
     if odd := [name for name in names if name not in wanted and any(name.startswith(f"{one}.") for one in owners)]:
         raise ValueError(
-            f"{folder} has a head that is quantized ({odd[0]}), and --record logprob needs the published one: give the"
+            f"{folder} has a quantized head ({odd[0]}), but --record logprob needs the published one: give the"
             " original checkpoint"
         )
     found: dict[str, torch.Tensor] = {}
@@ -121,7 +121,7 @@ def _tensors(folder: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.T
     for name, part in found.items():
         if part.shape != wanted[name].shape or not part.is_floating_point():
             raise ValueError(
-                f"{folder} has {name} of {part.dtype} {tuple(part.shape)}, and floats of {tuple(wanted[name].shape)}"
-                " are wanted for --record logprob"
+                f"{folder} has {name} of {part.dtype} {tuple(part.shape)}, but --record logprob needs floats of"
+                f" {tuple(wanted[name].shape)} there"
             )
     return found

@@ -1,16 +1,16 @@
-"""Interventions where a router's output is made: its own code chooses without some experts, with others, or as given.
+"""Interventions inside a router: its own code chooses without some experts, with others, or as given.
 
 T tokens, E experts, K choices, H hidden. A router is a linear product, a softmax or a sigmoid of it, and a choice of
-the largest. While a router is changed, its `forward` runs with these steps watched, so that the rest of its rule
-(correction biases, groups, renormalization) is its own code, for transformers' modules and for our forwards alike, and
-so that it gives the same answer to whoever asks it again:
+the largest values. While a router is changed, its `forward` runs with these steps intercepted. The rest of its rule
+(correction biases, groups, renormalization) is its own code, both for transformers' modules and for this project's own
+forward passes, and every call of the router gives the same answer:
 
-- an expert that is masked has the logit and the score -∞, before groups are kept and experts are chosen;
-- an expert that is forced counts as the largest where experts are chosen;
-- choices that are given take the place of the router's; their weights are made of its own scores, unless given too.
+- a masked expert has the logit and the score -∞ before groups are kept and experts are chosen;
+- a forced expert counts as the largest when experts are chosen;
+- given choices replace the router's; their weights are computed from its own scores, unless they are given too.
 
-The logits that a router returns are those that it computed before. A masked expert that is chosen nevertheless has a
-weight that is not finite, which the recorder refuses.
+The logits that a router returns are those before the change. A masked expert that is chosen nevertheless has a weight
+that is not finite, which the recorder rejects.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,25 +32,25 @@ from workers.shard import RoutingError
 
 SCORES = (torch.softmax, torch.Tensor.softmax, nn.functional.softmax, torch.sigmoid, torch.Tensor.sigmoid)
 TOP = (torch.topk, torch.Tensor.topk)
-PROBES = 256  # tokens with random logits on which a change is tried before weights are loaded (arbitrary)
+PROBES = 256  # tokens with random logits for testing a change before weights are loaded (arbitrary)
 
 
 @dataclass(kw_only=True)
 class Change:
-    """What is changed of one router."""
+    """The change to one router."""
 
     masked_E: torch.Tensor | None = None
     """bool."""
     forced_E: torch.Tensor | None = None
     """bool."""
     given_TK: torch.Tensor | None = None
-    """int64: the choices, of the tokens that the router is asked about now."""
+    """int64: the choices of the tokens with which the router is called now."""
     weights_TK: torch.Tensor | None = None
-    """float32: and their weights."""
+    """float32: the weights of the choices."""
 
 
 class _Watched(TorchFunctionMode):
-    """Within it, the steps of a router are changed."""
+    """A mode in which the steps of a router are changed."""
 
     def __init__(self, change: Change, num_experts: int, k: int) -> None:
         super().__init__()
@@ -87,17 +87,17 @@ class _Watched(TorchFunctionMode):
             expert_TK = ranked_TE.masked_fill(forced_E, torch.inf).topk(self.k, dim=-1).indices
         else:
             return values_TK, expert_TK
-        scores_TE = ranked_TE if self.scores_TE is None else self.scores_TE  # ranks may leave out groups
+        scores_TE = ranked_TE if self.scores_TE is None else self.scores_TE  # ranks may exclude groups
         return scores_TE.gather(-1, expert_TK).to(values_TK.dtype), expert_TK
 
 
 def changed(own: Callable[..., Any], change: Change, num_experts: int, k: int) -> Callable[..., Any]:
-    """A router's forward, changed; it returns what the router's own does, with the logits before the change.
+    """A router's changed forward pass; it returns the same as the router's own, with the logits before the change.
 
     Raises
     ------
     RoutingError
-        When the router makes no linear product, or chooses otherwise than by one topk where that must be replaced.
+        When the router computes no linear product, or its choice must be replaced but is not a single topk.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -105,14 +105,14 @@ def changed(own: Callable[..., Any], change: Change, num_experts: int, k: int) -
             output = own(*args, **kwargs)
         by_top = change.forced_E is not None or (change.given_TK is not None and change.weights_TK is None)
         if watched.logits_TE is None or (by_top and watched.choices != 1):
-            raise RoutingError("it makes no linear product, or does not choose with one topk")
+            raise RoutingError("it computes no linear product, or does not choose with a single topk")
         return _with(output, watched.logits_TE, change, num_experts, k)
 
     return forward
 
 
 def _with(output: Any, logits_TE: torch.Tensor, change: Change, num_experts: int, k: int) -> Any:
-    """What a router returned, with these logits, and with choices and weights where both are given."""
+    """The router's output with these logits, and with the given choices and weights if both are given."""
     returned, spread = logits_part(output, num_experts), spread_part(output)
     given_TK, weights_TK = change.given_TK, change.weights_TK
     parts: list[torch.Tensor] = list(output) if isinstance(output, tuple) else [output]
@@ -134,7 +134,7 @@ class Steering:
     Parameters
     ----------
     routers
-        The model's own layer number to the module that chooses experts.
+        Maps the model's own layer numbers to the modules that choose experts.
     num_experts, experts_per_token
         E, and K after the interventions.
     interventions
@@ -167,7 +167,7 @@ class Steering:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Every router that is changed, while the block runs."""
+        """Change the routers while the block runs."""
         with ExitStack() as stack:
             for layer, router in self.routers.items():
                 if self.asked.top_k is not None:
@@ -178,14 +178,14 @@ class Steering:
             yield
 
     def begin(self, experts_LTK: torch.Tensor, weights_LTK: torch.Tensor | None = None) -> None:
-        """Give the choices of a micro-batch, and their weights."""
+        """Set the choices of a micro-batch and their weights."""
         for index, change in enumerate(self._changes.values()):
             change.given_TK = experts_LTK[index]
             change.weights_TK = None if weights_LTK is None else weights_LTK[index]
 
     @contextmanager
     def of(self, sample: torch.Tensor) -> Iterator[None]:
-        """Within it, routers are asked about these tokens of the micro-batch alone, in this order."""
+        """A context in which routers are called with only these tokens of the micro-batch, in this order."""
         before = [(change, change.given_TK, change.weights_TK) for change in self._changes.values()]
         for change, experts_TK, weights_TK in before:
             change.given_TK = None if experts_TK is None else experts_TK[sample]
@@ -199,7 +199,7 @@ class Steering:
 
 @contextmanager
 def _set(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """An attribute of a module, while the block runs; what hides one of its class is removed again."""
+    """Set an attribute of a module while the block runs. One that hides an attribute of the class is removed again."""
     own = name in vars(module)
     before = getattr(module, name)
     setattr(module, name, value)
@@ -219,7 +219,8 @@ def choose_to_change(
     routes_from: str | None = None,
     routes_weights: bool = False,
 ) -> Interventions:
-    """What is asked for, tried on the model's routers with random logits; reads the configuration and no weights.
+    """The requested interventions, tested on the model's routers with random logits. Reads the configuration but no
+    weights.
 
     Parameters
     ----------
@@ -233,13 +234,14 @@ def choose_to_change(
     Raises
     ------
     ValueError
-        When it makes no sense for this model, or the code of its routers cannot be changed so; the message names them.
+        When the interventions make no sense for this model, or the code of its routers cannot be changed in this way;
+        the message names the routers.
     """
     changes = bool(mask or force or top_k is not None)
     if routes_weights and not routes_from:
-        raise ValueError("--routes_weights takes the weights of --routes_from, which is not given")
+        raise ValueError("--routes_weights uses the weights of --routes_from, which is not given")
     if routes_from and changes:
-        raise ValueError("--routes_from gives all choices: leave out --mask, --force, their files, and --top_k")
+        raise ValueError("--routes_from gives all choices: omit --mask, --force, their files, and --top_k")
     if not (changes or routes_from):
         return Interventions()
     skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), torch.float32)
@@ -254,31 +256,31 @@ def choose_to_change(
         except (RuntimeError, AttributeError) as error:
             raise ValueError(
                 f"the routers of {type(skeleton).__name__} ({type(routers[layer]).__name__}) cannot be changed as"
-                f" asked, at layer {layer}: {error}"
+                f" requested, at layer {layer}: {error}"
             ) from error
     return asked
 
 
 @torch.inference_mode()
 def _try(router: Any, layer: int, asked: Interventions, experts: int, k: int, hidden: int) -> None:
-    """Raise a RoutingError where a router does not choose as it must under its change."""
+    """Raise a RoutingError if a router does not choose as its change requires."""
     masked, forced = asked.masked().get(layer, []), asked.forced().get(layer, [])
     if (fewest := _fewest(router, masked, experts)) < k:
-        raise RoutingError(f"it may keep groups with {fewest} experts left, and {k} are chosen for each token")
+        raise RoutingError(f"it may keep groups with {fewest} experts left, but {k} are chosen for each token")
     given = torch.randn(PROBES, experts, generator=torch.Generator().manual_seed(2)), torch.zeros(PROBES, hidden)
     with Steering({layer: router}, experts, k, asked).attached():
         expert_TK, weight_TK = choices(routed_by(router, *given), k, router)
     chosen_TE = torch.zeros(PROBES, experts).scatter(-1, expert_TK, 1).bool()
     right = (chosen_TE.sum(-1) == k).all() and chosen_TE[:, forced].all() and not chosen_TE[:, masked].any()
     if not (right and weight_TK.isfinite().all()):
-        raise RoutingError("its rule is none that is known here")
+        raise RoutingError("its rule is not known")
     if forced or (asked.routes_from and not asked.routes_weights):
         with _set(router, "top_k", k):
             own_TK, weight_TK = choices(routed_by(router, *given), k, router)
             with _set(router, "forward", changed(router.forward, Change(given_TK=own_TK), experts, k)):
                 again_TK = choices(routed_by(router, *given), k, router)[1]
         if not torch.equal(again_TK, weight_TK):
-            raise RoutingError("its own choices, given to it, would not have its own weights")
+            raise RoutingError("if its own choices were given to it, they would not have its own weights")
     if asked.routes_weights:
         expert_TK, weight_TK = (expert_TK + 1) % experts, weight_TK + 1
         forward = changed(router.forward, Change(given_TK=expert_TK, weights_TK=weight_TK), experts, k)
@@ -289,7 +291,7 @@ def _try(router: Any, layer: int, asked: Interventions, experts: int, k: int, hi
 
 
 def _fewest(router: Any, masked: Sequence[int], experts: int) -> int:
-    """The fewest experts that a token may be left with; a router in groups keeps the best groups, which may be any."""
+    """The smallest number of experts left for a token. A router with groups keeps the best groups, which may be any."""
     left_E = torch.ones(experts, dtype=torch.int64)
     left_E[list(masked)] = 0
     groups, kept = (getattr(router, name, None) or 1 for name in ("num_group", "topk_group"))

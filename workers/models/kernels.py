@@ -1,8 +1,8 @@
-"""What lies between the matrix products of a forward, each step in one pass over memory.
+"""The steps between the matrix products of a forward pass, each in one pass over memory.
 
-T tokens, K choices a token, S = T·K slots sorted by expert, H hidden, I inner, D a head's dimension. Each function has
-a plain form, which is its definition and runs on a CPU, and a Triton kernel, which runs on a GPU; a test compares the
-two. All compute in float32 and round once, to the dtype of what they are given.
+T tokens, K choices per token, S = T·K slots sorted by expert, H hidden, I inner, D a head's dimension. Each function
+has a plain form, which is its definition and runs on a CPU, and a Triton kernel, which runs on a GPU; a test compares
+the two. All compute in float32 and round once, to the dtype of their input.
 """
 
 from typing import Any, NamedTuple
@@ -12,20 +12,20 @@ import torch
 from workers.models.four_bits import FourBits
 from workers.models.stored import BLOCK
 
-try:  # a build of torch for CPUs comes without it
+try:  # CPU builds of torch do not include it
     import triton
     import triton.language as tl
 except ImportError:
     triton = None
 
-ROWS_WIDTH = 1024  # elements of a row that one program takes at a time in `swiglu` (arbitrary)
-PACKED_BYTES = 1024  # that one program takes in `dequantize` (arbitrary)
+ROWS_WIDTH = 1024  # elements of a row that one program of `swiglu` reads at a time (arbitrary)
+PACKED_BYTES = 1024  # bytes that one program of `dequantize` reads (arbitrary)
 
 
 def plain_dequantize(matrices: FourBits, out: torch.Tensor) -> None:
-    """Matrices in 4 bits into `out`, one below the other, in its dtype.
+    """Dequantize matrices in 4 bits into `out`, one below the other, in the dtype of `out`.
 
-    NF4: Dettmers et al. 2023, arXiv:2305.14314. A block may go on in the next row.
+    NF4: Dettmers et al. 2023, arXiv:2305.14314. A block may continue in the next row.
     """
     pairs = torch.stack([matrices.packed >> 4, matrices.packed & 15], dim=-1)
     values = matrices.code[pairs.int()].view(*matrices.scale.shape, BLOCK)
@@ -39,26 +39,28 @@ def plain_swiglu(both_SI2: torch.Tensor) -> torch.Tensor:
 
 
 class HeadNorm(NamedTuple):
-    """Root-mean-square norms of queries and keys, before they are rotated."""
+    """Root-mean-square norms of queries and keys, before their rotation."""
 
     scale: torch.Tensor
-    """Shape (queries + keys, D): the norms' weights, of each head."""
+    """Shape (queries + keys, D): the norms' weights for each head."""
     eps: float
     queries: int
-    """Heads that are queries; the others are keys."""
+    """Number of heads that are queries; the others are keys."""
     whole: bool
-    """Whether all queries of a token, and all its keys, have one mean square, as in OLMoE; else each head its own."""
+    """Whether all queries of a token, and all its keys, share a mean square, as in OLMoE; otherwise each head has its
+    own."""
 
 
 class Place(NamedTuple):
-    """Which values of a token's row are rotated: of each head the last D."""
+    """Which values of a token's row are rotated: the last D of each head."""
 
     first: int
-    """Where the first head begins."""
+    """Start of the first head."""
     head: int
-    """Values of a head."""
+    """Number of values of a head."""
     pairs: bool
-    """Whether neighbours are rotated together, as in DeepSeek-V2; else one half with the other, as in Llama."""
+    """Whether adjacent values are rotated together, as in DeepSeek-V2; otherwise one half with the other, as in
+    Llama."""
 
 
 def plain_rotate(
@@ -69,9 +71,9 @@ def plain_rotate(
     norm: HeadNorm | None = None,
     place: Place | None = None,
 ) -> None:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864), in place, for so many heads of each token.
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864), in place, for a number of heads of each token.
 
-    Without a place, they are the first ones of each row, rotated as a whole and by halves. Token t stands at position t
+    Without a place, these are the first heads of each row, rotated completely and by halves. Token t is at position t
     modulo P.
     """
     positions, turned = cos_PD.shape
@@ -104,12 +106,12 @@ def plain_add_norm(
     slot_TK: torch.Tensor | None = None,
     weight_TK: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Add to the residual, in place, and give its root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """Add to the residual, in place, and return its root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     Parameters
     ----------
     added_SH
-        What is added: to token t row t, or with slots the rows `slot_TK[t]`, weighed by `weight_TK[t]`.
+        The rows to add: row t to token t or, with slots, the rows `slot_TK[t]`, weighted by `weight_TK[t]`.
     """
     if added_SH is not None:
         added = added_SH.float() if slot_TK is None else mixed(added_SH, slot_TK, weight_TK)
@@ -120,7 +122,7 @@ def plain_add_norm(
 
 
 def mixed(rows_SH: torch.Tensor, slot_TK: torch.Tensor, weight_TK: torch.Tensor | None) -> torch.Tensor:
-    """The rows of each token's slots, weighed and added up in float32, in the order of its choices; shape (T, H)."""
+    """The rows of each token's slots, weighted and summed in float32 in the order of its choices; shape (T, H)."""
     assert weight_TK is not None
     total = torch.zeros(len(slot_TK), rows_SH.shape[1], device=rows_SH.device)
     for k in range(slot_TK.shape[1]):
@@ -138,7 +140,7 @@ if triton is not None:
         first = tl.program_id(0).to(tl.int64) * BYTES
         byte = first + tl.arange(0, BYTES)
         pair = tl.load(packed + matrix * count + byte, byte < count, 0).to(tl.int32)
-        block = byte // 32  # 64 values share a scale, and 256 scales one of their own
+        block = byte // 32  # 64 values share a scale, and 256 scales share a second scale
         which = tl.load(scale + matrix * blocks + block, byte < count, 0).to(tl.int32)
         size = tl.load(step + matrix * steps + block // 256, byte < count, 0.0)
         size = tl.load(scale_code + which) * size + tl.load(offset + matrix)
@@ -162,9 +164,9 @@ if triton is not None:
         HALF: tl.constexpr, NORM: tl.constexpr, LANE: tl.constexpr, PARTNER: tl.constexpr, LANES: tl.constexpr,
         BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """NORM is 0 without norms, 1 where each head has its own, 2 where queries and keys have one each.
+        """NORM is 0 without norms, 1 if each head has its own, 2 if queries and keys have one each.
 
-        Values are LANE apart, and PARTNER from those that they are rotated with.
+        Values are LANE apart, and PARTNER apart from the values with which they are rotated.
         """
         token = tl.program_id(0).to(tl.int64)
         head = tl.arange(0, BLOCK)[:, None]
@@ -197,7 +199,7 @@ if triton is not None:
     def added_and_normed(  # type: ignore[no-untyped-def]
         residual, scale, added, slot, weight, eps, token, column, kept, hidden: tl.constexpr, K: tl.constexpr
     ):
-        """A token's norm, in the residual's dtype. K is 0 where nothing is added, and -1 where its own row is.
+        """A token's norm, in the residual's dtype. K is 0 if nothing is added, and -1 if the token's own row is added.
 
         A scale in float32 is multiplied before the norm is rounded.
         """

@@ -1,8 +1,8 @@
-"""The forward of DeepSeek-V2 and V3: keys and values of all heads come from one latent vector of each token.
+"""The forward pass of DeepSeek-V2 and V3: keys and values of all heads come from one latent vector of each token.
 
 T tokens in B rows of P positions, N heads, L width of the first product. A head's query and key have a part without
-position and one, rotated, that a token's keys share (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1). Queries may come
-from a latent vector of their own. Both latents, or the queries and one, are one product.
+position and a rotated part, which a token's keys share (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1). Queries may
+come from their own latent vector. Both latents, or the queries and one latent, are one product.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class LatentForward(DecoderForward):
     """The layers of DeepSeek-V2 or V3, ready to be applied; see `DecoderForward`."""
 
     expert_backend: ClassVar[str] = "grouped_latent"
-    """As grouped, and attention computed here instead of by transformers."""
+    """Like grouped, with attention computed here instead of by transformers."""
 
     @staticmethod
     def _special(config: Any) -> bool:
@@ -27,7 +27,7 @@ class LatentForward(DecoderForward):
 
     def __init__(self, model: Any, matmul: str = "bf16") -> None:
         super().__init__(model, matmul)
-        self.pairs = getattr(model.config, "rope_interleave", True)  # V2 knows no other way
+        self.pairs = getattr(model.config, "rope_interleave", True)  # V2 always does
 
     def _projections(self, attention: Any) -> Iterator[tuple[Any, ...]]:
         yield _first(attention)
@@ -37,7 +37,7 @@ class LatentForward(DecoderForward):
 
     def _turns(self, residual_TH: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         found = self.model.rotary_emb(residual_TH, place)
-        if torch.is_tensor(found):  # V2's are complex numbers, one for both halves
+        if torch.is_tensor(found):  # V2 has complex numbers, one for both halves
             return torch.cat([found.real, found.real], dim=-1)[0], torch.cat([found.imag, found.imag], dim=-1)[0]
         return found[0][0], found[1][0]
 
@@ -62,7 +62,7 @@ class LatentForward(DecoderForward):
     def _keys_and_values(
         self, attention: Any, latent_TW: torch.Tensor, positions: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of each head, from the latent and the shared part of the keys, which lie beside each other."""
+        """Keys and values of each head, from the latent vector and the shared part of the keys, which are adjacent."""
         plain, turned, wide = attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.v_head_dim
         narrow_TL, shared_TD = torch.split(latent_TW, [attention.kv_lora_rank, turned], dim=1)
         both_TW = self._from_latent(narrow_TL, attention.kv_a_layernorm, "keys and values", attention.kv_b_proj)
@@ -79,7 +79,7 @@ class LatentForward(DecoderForward):
 
     @staticmethod
     def _attention_backends(positions: int) -> list[SDPBackend]:
-        """Flash attention wants values as wide as keys."""
+        """Flash attention needs values as wide as keys."""
         first, *last = DecoderForward._attention_backends(positions)
         return [first, SDPBackend.EFFICIENT_ATTENTION, *last]
 
@@ -89,6 +89,6 @@ def _has_latent_queries(attention: Any) -> bool:
 
 
 def _first(attention: Any) -> tuple[Any, Any]:
-    """What a layer's input is multiplied by, for queries, and for keys and values."""
+    """The matrices by which a layer's input is multiplied, for queries and for keys and values."""
     query = attention.q_a_proj if _has_latent_queries(attention) else attention.q_proj
     return query, attention.kv_a_proj_with_mqa

@@ -1,10 +1,10 @@
 """A mixture-of-experts model from a checkpoint, in 4 bits, fp8, 8 bits or unquantized, ready to be captured.
 
-Promises: what is loaded is what was asked for. After every load the report of transformers is clean, every
-matrix of every expert is quantized, and every router is in its full precision, or a ValueError says which
-tensors are not, and with which versions. `describe_model` gives the identity beforehand, without the weights.
+Promises: the loaded model is the requested one. After every load the report of transformers is clean, every matrix of
+every expert is quantized, and every router is in its full precision; otherwise a ValueError names the tensors and the
+versions of the packages. `describe_model` gives the identity beforehand, without the weights.
 
-Does not know tokens, hooks or stores. Files come from `workers.models.checkpoint`, shapes and names from
+Does not deal with tokens, hooks or stores. Files come from `workers.models.checkpoint`, shapes and names from
 `workers.models.description`; how experts are quantized is described in `workers.models.stacking`.
 """
 
@@ -48,12 +48,12 @@ __all__ = [
 
 
 PACKED = (".both.packed", ".down.packed")
-"""Ends of names in checkpoints that keep experts packed (`workers.models.saving`)."""
+"""Suffixes of names in checkpoints with packed experts (`workers.models.saving`)."""
 
-_PLAIN = (NonDynamicallyQuantizableLinear,)  # of torch's own attention, which reads its matrix: nothing quantizes it
+_PLAIN = (NonDynamicallyQuantizableLinear,)  # of torch's own attention, which reads the matrix: never quantized
 
 SCALES_OF_ACTIVATIONS = (".input_scale", ".k_scale", ".v_scale")
-"""Ends of names in published fp8 checkpoints that are not used: here each token has a scale of its own."""
+"""Suffixes of names in published fp8 checkpoints that are not used: here each token has its own scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +61,17 @@ class LoadedModel:
     """A model in evaluation mode, without gradients and without the language-model head."""
 
     folder: Path
-    """Where its checkpoint is on this machine; the tokenizer's files lie there too."""
+    """The checkpoint's folder on this machine, which also holds the tokenizer's files."""
     model: nn.Module
     """transformers' base model; called with ``input_ids`` and ``use_cache=False``."""
     routers: dict[int, nn.Module]
-    """The model's own layer number → the module that chooses experts, in ascending order."""
+    """Maps the model's own layer numbers, ascending, to the modules that choose experts."""
     num_experts: int
-    """Of each layer that has a router."""
+    """Number of experts of each layer that has a router."""
     experts_per_token: int
-    """Experts that a router chooses for each token."""
+    """Number of experts that a router chooses for each token."""
     provenance: dict[str, Any]
-    """The fields of `ModelDescription`, then facts of this load (JSON values only)."""
+    """The fields of `ModelDescription`, then facts about this load (only JSON values)."""
 
 
 def load_model(
@@ -86,7 +86,7 @@ def load_model(
     device: str | torch.device = "cuda",
     gpus: int = 1,
 ) -> LoadedModel:
-    """Load a model for capturing, and prove that it was loaded as asked.
+    """Load a model for capturing, and prove that it was loaded as requested.
 
     Parameters
     ----------
@@ -95,35 +95,35 @@ def load_model(
     revision
         Branch, tag or commit of a hub model.
     quantization
-        Applied while loading: ``nf4`` and ``fp4`` (double quantization, blocks of 64), ``fp8`` (e4m3 with one scale a
-        row), ``int8`` (LLM.int8), or ``none``. A checkpoint that is quantized already (`workers.models.saving`,
-        transformers with its routers left out, ``mxfp4``, or ``fp8``: e4m3 with one scale a matrix, a row or a block)
-        loads as it is, and must be in what is asked for; one that was published in mxfp4 or in fp8 with blocks may be
-        quantized again, to ``nf4`` or ``fp4``.
+        Applied while loading: ``nf4`` and ``fp4`` (double quantization, blocks of 64), ``fp8`` (e4m3 with one scale per
+        row), ``int8`` (LLM.int8), or ``none``. An already quantized checkpoint (`workers.models.saving`, transformers
+        with routers excluded, ``mxfp4``, or ``fp8``: e4m3 with one scale per matrix, row or block) is loaded unchanged
+        and must have the requested quantization. One that was published in mxfp4 or in fp8 with blocks may be quantized
+        again, to ``nf4`` or ``fp4``.
     dtype
-        Compute dtype: ``float32``, ``bfloat16`` or ``float16``; by default float32 on a CPU, else bfloat16.
+        Compute dtype: ``float32``, ``bfloat16`` or ``float16``; by default float32 on a CPU, otherwise bfloat16.
     quantize_gates
         Round the routers' weights to `quantization` too, as transformers 4 does by default.
     matmul
-        What products with quantized matrices are computed in: ``bf16``, which stands for `dtype`, or ``fp8``.
+        Precision of products with quantized matrices: ``bf16``, which means `dtype`, or ``fp8``.
     expert_backend
-        ``unfused`` to compute experts in 4 bits or fp8 as versions before packed ones did, and ``grouped`` to leave
-        attention to transformers as versions before a family's present forward did; captures that those began resume
-        with it.
+        ``unfused`` computes experts in 4 bits or fp8 like the versions before packed experts, and ``grouped`` leaves
+        attention to transformers like the versions before a family's present forward pass. Captures that those versions
+        started resume with it.
     device
-        Where the model goes.
+        The device on which the model is loaded.
     gpus
-        Over how many GPUs its layers are spread, from `device` on: more than one where one is too small.
+        Number of GPUs over which its layers are spread, starting with `device`; more than one if one is too small.
 
     Returns
     -------
     LoadedModel
-        For `capture_texts`, as often as wanted.
+        A model for any number of calls of `capture_texts`.
 
     Raises
     ------
     ValueError
-        If the checkpoint, the device or the result is not what was asked for.
+        If the checkpoint, the device or the result is not what was requested.
     """
     target = usable_device(device)
     checkpoint = find_checkpoint(model, revision, weights=True)
@@ -138,7 +138,7 @@ def load_model(
         free_bytes, _ = torch.cuda.mem_get_info(each)
         if free_bytes < weight_bytes // gpus:
             raise ValueError(
-                f"{checkpoint.model} in {quantization} needs {weight_bytes // gpus:,} bytes for its weights, and "
+                f"{checkpoint.model} in {quantization} needs {weight_bytes // gpus:,} bytes for its weights, but "
                 f"{each} has {free_bytes:,} free: use "
                 + option_that_fits(checkpoint, quantization, computed_in, free_bytes)
             )
@@ -177,11 +177,11 @@ def load_model(
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device with its index; a ValueError where there is none."""
+    """The device with its index; a ValueError if there is none."""
     target = torch.device(device)
     if target.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device {device} was asked for, and torch {torch.__version__} sees no GPU")
+            raise ValueError(f"device {device} was requested, but torch {torch.__version__} sees no GPU")
         return target if target.index is not None else torch.device("cuda", torch.cuda.current_device())
     if target.type != "cpu":
         raise ValueError(f"device {device} is neither cuda nor cpu")
@@ -189,30 +189,33 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def _devices(first: torch.device, gpus: int) -> list[torch.device]:
-    """So many devices from the first on."""
+    """A number of devices, starting with the first one."""
     if gpus == 1:
         return [first]
     if gpus < 1 or first.type != "cuda":
-        raise ValueError(f"{gpus} GPUs from {first} on: there must be one or more")
+        raise ValueError(f"{gpus} GPUs from {first} on were requested, but there must be at least 1")
     start, there = first.index or 0, torch.cuda.device_count()
     if start + gpus > there:
-        raise ValueError(f"{gpus} GPUs from {first} on were asked for, and torch sees {there}")
+        raise ValueError(f"{gpus} GPUs from {first} on were requested, but torch sees {there}")
     return [torch.device("cuda", start + number) for number in range(gpus)]
 
 
 def layer_devices(skeleton: nn.Module, devices: Sequence[torch.device]) -> dict[str, torch.device]:
-    """Which module goes where, as transformers' `device_map`: layers in equal parts, all else with the first ones.
+    """The device of each module, as transformers' `device_map`: layers in equal parts, and everything else with the
+    first layers.
 
     Raises
     ------
     ValueError
-        When the model's layers are not one stack of its own.
+        When the model does not have exactly one stack of layers.
     """
     if len(devices) == 1:
         return {"": devices[0]}
     stacks = {name: child for name, child in skeleton.named_children() if isinstance(child, nn.ModuleList)}
     if list(stacks) != ["layers"]:
-        raise ValueError(f"{type(skeleton).__name__} is not spread over GPUs: its stacks of layers are {list(stacks)}")
+        raise ValueError(
+            f"{type(skeleton).__name__} cannot be spread over GPUs: its stacks of layers are {list(stacks)}, not one"
+        )
     placed = {name: devices[0] for name, _ in skeleton.named_children() if name != "layers"}
     many = len(stacks["layers"])
     return placed | {f"layers.{number}": devices[number * len(devices) // many] for number in range(many)}
@@ -221,17 +224,18 @@ def layer_devices(skeleton: nn.Module, devices: Sequence[torch.device]) -> dict[
 def _from_pretrained(
     checkpoint: Checkpoint, description: ModelDescription, devices: Sequence[torch.device], dtype: torch.dtype
 ) -> Any:
-    """Run transformers' own loader, with experts that can be quantized, and read its report."""
+    """Run transformers' own loader, with quantizable experts, and read its report."""
     quantization, backend = description["quantization"], description["expert_backend"]
     skeleton = build_skeleton(checkpoint, dtype)
     stored = stored_form(checkpoint)
     settings = quantization_config(loaded_form(checkpoint, quantization, description["matmul"]), skeleton, dtype)
-    # Given by itself: else an attention that it names, as some published ones do, would have the last word.
+    # Passed separately; otherwise an attention implementation that the configuration names, as some published ones do,
+    # would be used.
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     if stored is not None:
         _check_stored(checkpoint, stored, description, dtype)
-        # The checkpoint's own settings are equal in all that its weights depend on, or these are what is wanted, and
-        # tell another compute dtype.
+        # The checkpoint's own settings either agree in everything on which its weights depend, or are the requested
+        # ones with another compute dtype.
         config.quantization_config = settings.to_dict()
         settings = None
     with _quiet(), _quantizers(quantization, stored):
@@ -247,33 +251,34 @@ def _from_pretrained(
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
-                ignore_mismatched_sizes=True,  # reported below, with names, instead of raised without
+                ignore_mismatched_sizes=True,  # reported below with names, instead of raised without names
                 output_loading_info=True,
             )
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"{checkpoint.model} in {quantization} does not fit on {', '.join(map(str, devices))}: "
-                f"{str(error).split('. ')[0]}; use a larger card, more of them (--gpus_per_worker), or a smaller "
+                f"{str(error).split('. ')[0]}; use a larger GPU, more GPUs (--gpus_per_worker), or a smaller "
                 "quantization"
             ) from error
         except (RuntimeError, AttributeError) as error:
-            if type(error) not in (RuntimeError, AttributeError):  # a lost GPU is another matter
+            if type(error) not in (RuntimeError, AttributeError):  # a lost GPU is handled elsewhere
                 raise
-            # Experts that differ in shape cannot be fused; a family's own code may ask its experts for what is packed.
+            # Experts of different shapes cannot be fused, and a family's own code may use tensors of its experts that
+            # are packed here.
             reason = str(error)
             if "CONVERSION" in reason:  # transformers' report, which is not shown, has a page for each tensor
                 reason = f"its tensors could not be converted into what {quantization} needs: use --quantization none"
             raise ValueError(f"{checkpoint.folder} could not be loaded ({_versions()}): {reason}") from error
         except ValueError as error:
             raise ValueError(
-                f"the model loaded from {checkpoint.folder} is not what was asked for ({quantization}; {_versions()}):"
+                f"the model loaded from {checkpoint.folder} is not what was requested ({quantization}; {_versions()}):"
                 f" {error}"
             ) from error
-    # The base model leaves the head out; nothing else may be missing, left over or of another shape.
+    # The base model has no head; nothing else may be missing, unexpected or of another shape.
     report["unexpected_keys"] = {
         key for key in report["unexpected_keys"] if not (_is_head(key) or key.endswith(SCALES_OF_ACTIVATIONS))
     }
-    # Under a quantizer, transformers 5.17 takes an unquantized tensor of another shape without a word.
+    # With a quantizer, transformers 5.17 silently accepts an unquantized tensor of another shape.
     shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
     report["mismatched_keys"] = {
         *report["mismatched_keys"],
@@ -286,19 +291,19 @@ def _from_pretrained(
     faults = {name: sorted(map(str, found)) for name, found in report.items() if found}
     if faults:
         listed = "; ".join(f"{len(found)} {name}: {', '.join(found[:5])}" for name, found in faults.items())
-        raise ValueError(f"{checkpoint.folder} does not fit its own configuration ({_versions()}): {listed}")
+        raise ValueError(f"{checkpoint.folder} does not match its own configuration ({_versions()}): {listed}")
     return model
 
 
 def _is_head(name: str) -> bool:
-    """Whether a tensor is the language-model head's; models that see or hear have it beside their text part."""
+    """Whether a tensor belongs to the language-model head; multimodal models have it next to their text part."""
     return "lm_head" in name.split(".")
 
 
 def _check_stored(checkpoint: Checkpoint, stored: Stored, description: ModelDescription, dtype: torch.dtype) -> None:
-    """Refuse a quantized checkpoint that has other matrices quantized than a load of the original one would have.
+    """Reject a quantized checkpoint if loading the original one would quantize other matrices.
 
-    transformers 4 quantizes the routers too, unless they are named in llm_int8_skip_modules.
+    transformers 4 also quantizes the routers, unless they are named in llm_int8_skip_modules.
     """
     from workers.models.names import quantized_names  # bitsandbytes takes seconds to import
 
@@ -311,7 +316,7 @@ def _check_stored(checkpoint: Checkpoint, stored: Stored, description: ModelDesc
     else:
         found = {name.partition(".quant_state.")[0] for name in names if ".quant_state." in name}
         found |= {name for name in names if name.endswith(PACKED)}
-    found = {name for name in found if not _is_head(name)}  # which is not loaded
+    found = {name for name in found if not _is_head(name)}  # the head is not loaded
     quantized = quantized_names(skeleton, names)
     wanted = {*quantized.linears, *quantized.experts}
     for what, matrices in (("must not be", found - wanted), ("should be", wanted - found)):
@@ -325,9 +330,9 @@ def _check_stored(checkpoint: Checkpoint, stored: Stored, description: ModelDesc
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from printing a report that ends in an error here, or is as expected (no head).
+    """Keep transformers from printing a report that causes an error here or is expected (no head).
 
-    Its progress bar is shown in a terminal only.
+    Its progress bar is shown only in a terminal.
     """
     verbosity = transformers.logging.get_verbosity()
     bar = transformers.logging.is_progress_bar_enabled()
@@ -353,10 +358,11 @@ def _quantizers(quantization: str, stored: Stored | None) -> AbstractContextMana
 def _check_precision(
     folder: Path, model: nn.Module, routers: dict[int, nn.Module], description: ModelDescription
 ) -> int:
-    """Refuse a quantized router, another matrix that is not, and a wrong shape; count the experts' quantized matrices.
+    """Reject quantized routers, other matrices that are not quantized, and wrong shapes; count the experts' quantized
+    matrices.
 
-    transformers has skipped fused experts and dropped them, both without a word (5.0 to 5.6, and see
-    `workers.models.quantizer`); only looking at the parameters themselves shows it.
+    transformers has silently skipped fused experts and silently dropped them (5.0 to 5.6, and see
+    `workers.models.quantizer`). Only the parameters themselves show it.
     """
     quantization = description["quantization"]
     names = {module: name for name, module in model.named_modules()}
@@ -383,46 +389,47 @@ def _check_precision(
     found = [f"{leaf} is {fault}" for leaf, fault in faults.items() if fault]
     if found:
         raise ValueError(
-            f"the model loaded from {folder} is not what was asked for ({quantization}; {_versions()}): "
-            f"{len(found)} tensors, first {'; '.join(found[:5])}. If the checkpoint is whole, use the versions "
+            f"the model loaded from {folder} is not what was requested ({quantization}; {_versions()}): "
+            f"{len(found)} tensors, first {'; '.join(found[:5])}. If the checkpoint is complete, use the versions "
             "of the lock file, or --quantization none"
         )
     return count
 
 
 def _refuse_bytes(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-    """Refuse hidden states that a family's code has cast to the dtype of a quantized matrix, which is that of bytes."""
+    """Reject hidden states that a family's code has cast to the dtype of a quantized matrix, which is a dtype of
+    bytes."""
     if args[0].dtype.itemsize == 1:
         raise RoutingError(
             f"the model's code gives hidden states of {args[0].dtype} to a quantized matrix ({type(module).__name__}):"
-            " it casts them to the matrix's dtype, so that they are lost; use --quantization none"
+            " it casts them to the matrix's dtype, which destroys them; use --quantization none"
         )
 
 
 def _shape_fault(linear: nn.Linear) -> str | None:
-    """Another shape than the configuration asks, of a Linear's matrix, or one that bitsandbytes reads wrongly."""
+    """A shape of a Linear's matrix that differs from the configuration, or that bitsandbytes reads wrongly."""
     wanted = (linear.out_features, linear.in_features)
     state = getattr(linear.weight, "quant_state", None)
     found = tuple(linear.weight.shape if state is None else state.shape)
     if found != wanted:
         return f"of shape {found}, not {wanted}"
     if state is not None and linear.weight.device.type == "cpu" and linear.in_features % BLOCK:
-        # Some CPUs give wrong values (see `workers.models.kernels.plain_dequantize`); no CPU shall give others than the
-        # next.
-        return f"in 4 bits on a CPU with rows of {linear.in_features} values, no multiple of {BLOCK}: use a GPU"
+        # Some CPUs give wrong values (see `workers.models.kernels.plain_dequantize`); all CPUs must give the same
+        # values.
+        return f"in 4 bits on a CPU with rows of {linear.in_features} values, not a multiple of {BLOCK}: use a GPU"
     return None
 
 
 def _gate_fault(parameter: nn.Parameter, description: ModelDescription) -> str | None:
-    """What a router's matrix is instead of what it should be, or None."""
+    """How a router's matrix differs from what it should be, or None."""
     wanted = description["compute_dtype"]
     return None if str(parameter.dtype) == f"torch.{wanted}" else f"{parameter.dtype}, not {wanted}"
 
 
 def _matrix_fault(parameter: torch.Tensor, quantization: str) -> str | None:
-    """What a matrix that is no router's is instead of what it should be, or None."""
+    """How another matrix differs from what it should be, or None."""
     kind = type(parameter).__name__
-    if quantization in ("none", "mxfp4"):  # in MXFP4 only experts are, which lie in stacks
+    if quantization in ("none", "mxfp4"):  # in MXFP4 only experts are quantized, which are in stacks
         return None if parameter.is_floating_point() else f"{parameter.dtype}, not floating point"
     if quantization == "int8":
         fits = kind == "Int8Params" and parameter.dtype == torch.int8
@@ -440,5 +447,5 @@ def _matrix_fault(parameter: torch.Tensor, quantization: str) -> str | None:
 
 
 def _versions() -> str:
-    """Versions of what took part in a load, for an error."""
+    """Versions of the packages that took part in a load, for an error."""
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes"))

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are which matrices of the model, from names alone."""
+"""Match a checkpoint's tensors with the model's matrices, from names alone."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -11,16 +11,16 @@ from workers.models.quantizer import quantized_linears
 
 
 class QuantizedNames(NamedTuple):
-    """What of a checkpoint is quantized, by the checkpoint's names."""
+    """The quantized tensors of a checkpoint, by the checkpoint's names."""
 
     linears: set[str]
     """One tensor for each Linear."""
     experts: dict[str, Place]
-    """Where each tensor with experts' matrices goes; of packed ones, the tensor with the values."""
+    """The place of each tensor with experts' matrices; for packed experts, the tensor with the values."""
 
 
 def own_names(skeleton: Any, names: Iterable[str]) -> dict[str, str]:
-    """What the base model calls each tensor of a checkpoint, had it one; by the checkpoint's name."""
+    """Maps the checkpoint's name of each tensor to the name that the base model would use."""
     renamings = [
         transform
         for transform in get_model_conversion_mapping(skeleton, add_legacy=False)
@@ -41,9 +41,9 @@ def quantized_names(skeleton: Any, names: Iterable[str]) -> QuantizedNames:
     Parameters
     ----------
     skeleton
-        Of the base model, after `workers.models.quantizers.quantize_skeleton`.
+        The base model after `workers.models.quantizers.quantize_skeleton`.
     names
-        As the checkpoint calls them.
+        Names of tensors in the checkpoint.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def quantized_names(skeleton: Any, names: Iterable[str]) -> QuantizedNames:
 
 
 def _each(places: dict[str, Place]) -> dict[str, set[str]]:
-    """The names of a stack's single matrices, or of the stack, where its matrices have none; by stack."""
+    """For each stack, the names of its single matrices, or the stack's name if its matrices have none."""
     found: dict[str, set[str]] = {place.stack: set() for place in places.values()}
     for name, place in places.items():
         if place.number is not None:

@@ -1,8 +1,7 @@
 """The matrices of a layer's experts in common tensors, in 4 bits or e4m3.
 
-E experts, R rows and C columns of a matrix. Each matrix is quantized by itself, as bitsandbytes does it or as it was
-published; only where its parts lie differs, so that one kernel dequantizes many. Nothing here knows how a checkpoint
-names them.
+E experts, R rows and C columns of a matrix. Each matrix is quantized by itself, as by bitsandbytes or as published.
+Only its place in memory differs, so that one kernel dequantizes many. The names in checkpoints are not known here.
 """
 
 from typing import Any
@@ -23,9 +22,9 @@ class PackedStack(nn.Module):
     Parameters
     ----------
     shape
-        E, P, R, C: experts, parts, rows and columns of a part.
+        E, P, R, C: experts, parts, and the rows and columns of a part.
     transposed
-        Whether a checkpoint that has all of them in one tensor has them transposed.
+        Whether a checkpoint with all matrices in one tensor has them transposed.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], *, transposed: bool = False) -> None:
@@ -36,11 +35,11 @@ class PackedStack(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the stack."""
         return next(self.buffers()).device
 
     def faults(self) -> dict[str, str]:
-        """Which of its tensors are not what they should be, and what they are."""
+        """Tensors that are not what they should be, by name, with their faults."""
         return {
             name: f"{tensor.dtype} on {tensor.device}, not {self._dtypes[name]}"
             for name, tensor in self.named_buffers()
@@ -48,7 +47,7 @@ class PackedStack(nn.Module):
         }
 
     def take(self, number: int, matrix: Any) -> None:
-        """Keep a matrix; those of an expert follow each other. Memory is taken with the first one."""
+        """Keep a matrix. Those of an expert follow each other. Memory is allocated for the first one."""
         raise NotImplementedError
 
     def part(self, first: int, last: int) -> Any:
@@ -56,11 +55,11 @@ class PackedStack(nn.Module):
         raise NotImplementedError
 
     def restore(self, first: int, last: int, into_NRC: torch.Tensor) -> None:
-        """The matrices of some experts into a tensor, dequantized to its dtype."""
+        """Dequantize the matrices of some experts into a tensor, in its dtype."""
         raise NotImplementedError
 
     def _own(self, name: str, device: torch.device) -> torch.Tensor:
-        """One of its tensors, with memory on the device from the first time on."""
+        """One of its tensors; its memory on the device is allocated at the first call."""
         own: torch.Tensor = getattr(self, name)
         if own.is_meta:
             own = torch.empty_like(own, device=device)
@@ -74,7 +73,7 @@ class PackedStack(nn.Module):
 
 
 class Stack4bit(PackedStack):
-    """In NF4 or FP4, on the meta device until it is loaded."""
+    """A stack in NF4 or FP4, on the meta device until it is loaded."""
 
     packed: torch.Tensor
     scale: torch.Tensor
@@ -117,7 +116,7 @@ class Stack4bit(PackedStack):
 
 
 class StackE4m3(PackedStack):
-    """In e4m3 with one scale a row, on the meta device until it is loaded."""
+    """A stack in e4m3 with one scale per row, on the meta device until it is loaded."""
 
     values: torch.Tensor
     scale: torch.Tensor
@@ -147,7 +146,7 @@ class StackE4m3(PackedStack):
 
 
 class _StackAsPublished(PackedStack):
-    """In a form of `workers.models.published`, on the meta device until it is loaded."""
+    """A stack in a form of `workers.models.published`, on the meta device until it is loaded."""
 
     def take(self, number: int, matrix: Mxfp4 | BlockScaled) -> None:
         """See `PackedStack`."""
@@ -160,7 +159,7 @@ class _StackAsPublished(PackedStack):
 
 
 class StackMxfp4(_StackAsPublished):
-    """In MXFP4."""
+    """A stack in MXFP4."""
 
     packed: torch.Tensor
     scale: torch.Tensor
@@ -183,7 +182,7 @@ class StackMxfp4(_StackAsPublished):
 
 
 class StackBlocks(_StackAsPublished):
-    """In e4m3 with one scale a block of 128 × 128."""
+    """A stack in e4m3 with one scale per block of 128 × 128."""
 
     values: torch.Tensor
     scale: torch.Tensor
@@ -209,6 +208,6 @@ STACKS: dict[str, type[PackedStack]] = {
     "fp8_blocks": StackBlocks,
     "mxfp4": StackMxfp4,
 }
-"""By the form that they hold."""
+"""The classes by form."""
 BLOCKS = {"mxfp4": MX_BLOCK} | dict.fromkeys(FOUR_BITS, BLOCK)
-"""Values that a matrix, and of mxfp4 a row, must be a multiple of, by form."""
+"""For each form, the number of which a matrix's number of values (for mxfp4, a row's) must be a multiple."""

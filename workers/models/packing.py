@@ -1,11 +1,12 @@
-"""The experts of a model on the meta device in common tensors, and what checkpoints call their matrices.
+"""Put the experts of a model on the meta device into common tensors, and find the names of their matrices in
+checkpoints.
 
 transformers 5 keeps the experts of a layer as two fused three-dimensional parameters; bitsandbytes quantizes Linears
-and passes those by without a word (bitsandbytes issue 1849), so that Mixtral 8x7B loads into 91 GB where 24.5 are
-expected. Here `PackedExperts` take the place of each fused module; `workers.models.stacking` fills them.
+and silently skips these parameters (bitsandbytes issue 1849), so that Mixtral 8x7B takes 91 GB instead of the expected
+24.5. Here `PackedExperts` replace each fused module; `workers.models.stacking` fills them.
 
-Promises: a module that comes out computes what the fused one computes, which says of itself whether its matrices are
-transposed, have biases, and how they are gated. Does not know routers or devices.
+Promises: a new module computes the same as the fused one, which says whether its matrices are transposed, whether it
+has biases, and how it is gated. Does not deal with routers or devices.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from workers.models.products import Products
 
 BIASES = (".both_bias", ".down_bias")
 FUSED = {"both": "gate_up_proj", "down": "down_proj"}
-"""Names of `PackedExperts`' stacks → of transformers' fused parameters."""
+"""Maps the names of `PackedExperts`' stacks to those of transformers' fused parameters."""
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -49,7 +50,7 @@ def pack_skeleton(model: nn.Module, form: str, dtype: torch.dtype) -> None:
     Raises
     ------
     ValueError
-        When a module does what `PackedExperts` do not, or a matrix does not fill blocks of 64 values.
+        When `PackedExperts` cannot do what a module does, or a matrix does not fill blocks of 64 values.
     """
     fused, products = fused_experts(model), Products(dtype)
     for name, module in model.named_modules():
@@ -58,7 +59,7 @@ def pack_skeleton(model: nn.Module, form: str, dtype: torch.dtype) -> None:
         )
         if stacked and name not in fused:
             raise ValueError(
-                f"{name} ({type(module).__name__}) has the matrices of experts in {', '.join(sorted(stacked))} alone,"
+                f"{name} ({type(module).__name__}) has the matrices of experts only in {', '.join(sorted(stacked))},"
                 f" which {form} does not know; use --quantization none"
             )
     if fused:
@@ -72,12 +73,12 @@ def pack_skeleton(model: nn.Module, form: str, dtype: torch.dtype) -> None:
         both, down = (_stack(module.get_parameter(leaf), module, form) for leaf in FUSED.values())
         biased = dtype if module.has_bias else None
         model.set_submodule(name, PackedExperts(both, down, _gate(module), products, biased))
-        # transformers may initialize a block's experts by the names of what was fused; nothing here waits for that
+        # transformers may initialize a block's experts by the names of the fused parameters, which is not needed here
         model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _stack(parameter: torch.Tensor, fused: Any, form: str) -> PackedStack:
-    """For a fused parameter; gate and up are quantized each by itself where one lies above the other."""
+    """A stack for a fused parameter. Gate and up are quantized separately if one is above the other."""
     experts, rows, columns = parameter.mT.shape if fused.is_transposed else parameter.shape
     parts = 2 if parameter is fused.gate_up_proj and fused.is_concatenated else 1
     shape = experts, parts, rows // parts, columns
@@ -88,8 +89,8 @@ def _stack(parameter: torch.Tensor, fused: Any, form: str) -> PackedStack:
 
 
 def _gate(fused: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What `PackedExperts` take: nothing for the plain one with SiLU, else the module's own function."""
-    silu = type(getattr(fused, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")  # torch's, transformers' own
+    """The gate of `PackedExperts`: None for the plain gate with SiLU, otherwise the module's own function."""
+    silu = type(getattr(fused, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")  # torch's and transformers' own
     if silu and type(fused)._apply_gate is _default_apply_gate:
         return None
     for leaf, _ in list(fused.named_parameters(recurse=False)):
@@ -99,23 +100,24 @@ def _gate(fused: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
 
 
 class Place(NamedTuple):
-    """Where an expert's matrix goes."""
+    """The place of an expert's matrix."""
 
     stack: str
-    """The model's name of it."""
+    """Its name in the model."""
     number: int | None
-    """Of its matrices; None where the tensor has all of them."""
+    """The expert's number; None if the tensor has the matrices of all experts."""
 
 
 def expert_leaves(model: Any) -> dict[str, list[str]]:
-    """What checkpoints call the matrices of an expert, by stack, in order; none where they keep them in one tensor.
+    """The names of an expert's matrices in checkpoints, by stack, in order; empty if checkpoints have them in one
+    tensor.
 
     Read from transformers' conversion mapping.
 
     Raises
     ------
     ValueError
-        When they keep them in a way that is not read here.
+        When checkpoints store them in an unsupported way.
     """
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     fusing = fusing_converters(mapping)
@@ -123,8 +125,8 @@ def expert_leaves(model: Any) -> dict[str, list[str]]:
     unknown = {target.rpartition(".")[2] for patterns in targets for target in patterns} & set(FUSED.values())
     if unknown != set(fusing) or len(fusing) == 1:
         raise ValueError(
-            f"the checkpoints of {type(model).__name__} keep the experts' matrices in a way that is not read here"
-            f" ({', '.join(sorted(unknown))}), so that they cannot be quantized; use --quantization none"
+            f"the checkpoints of {type(model).__name__} store the experts' matrices in a way that is not supported"
+            f" ({', '.join(sorted(unknown))}), so they cannot be quantized; use --quantization none"
         )
     return {
         stack: [pattern.removesuffix(".weight").rpartition(".")[2] for pattern in fusing[leaf].source_patterns]
@@ -145,12 +147,12 @@ def fusing_converters(transforms: list[Any]) -> dict[str, Any]:
 
 
 def expert_places(skeleton: Any) -> dict[str, Place]:
-    """Where each tensor with experts' matrices goes, whichever way a checkpoint holds them, by the model's names.
+    """The place of each tensor with experts' matrices in any layout of a checkpoint, by the model's names.
 
     Parameters
     ----------
     skeleton
-        After `pack_skeleton`.
+        The model after `pack_skeleton`.
     """
     packed = {name: module for name, module in skeleton.named_modules() if isinstance(module, PackedExperts)}
     leaves = expert_leaves(skeleton) if packed else {}

@@ -1,10 +1,10 @@
-"""The two ways in which a forward multiplies: in the compute dtype, or in fp8.
+"""The two ways in which a forward pass multiplies: in the compute dtype or in fp8.
 
-T tokens, S slots sorted by expert, E experts, H hidden, I inner, R rows and C columns of a matrix. An operand is what
-stands on the left of a product, a matrix what stands on its right: plain tensors in one way,
-`workers.models.fp8.RowScaled` in the other. Matrices are Linears in 4 bits, in e4m3 (`workers.models.fp8_loading`) or
-as they were, one below the other, or those of experts (`workers.models.packed`). What must be dequantized goes into a
-buffer that the next of its place takes. A router's product is none of these: it is the router's own.
+T tokens, S slots sorted by expert, E experts, H hidden, I inner, R rows and C columns of a matrix. An operand is the
+left side of a product and a matrix its right side: plain tensors in one way, `workers.models.fp8.RowScaled` in the
+other. Matrices are Linears in 4 bits, in e4m3 (`workers.models.fp8_loading`) or unchanged, one below the other, or
+those of experts (`workers.models.packed`). Matrices are dequantized into a buffer that the next matrix of the same
+place reuses. A router's product is not one of these: the router computes it itself.
 """
 
 from collections.abc import Iterator
@@ -29,9 +29,9 @@ from workers.models.kernels import add_norm, dequantize, swiglu
 from workers.models.packed import PackedStack, Stack4bit, StackE4m3
 from workers.models.stored import BLOCK
 
-ROWS = 16_384  # slots of an expert that are computed at a time: bounds memory when routing is skewed (arbitrary)
-FP8_ROWS = 32_768  # the same in fp8: 0.3 % faster than 16,384 at 65,536 tokens a micro-batch (an H200)
-FP8_STEP = 16  # cards multiply in fp8 where both sizes of a matrix are multiples of it
+ROWS = 16_384  # slots of an expert computed at a time: bounds memory when routing is skewed (arbitrary)
+FP8_ROWS = 32_768  # the same in fp8: 0.3 % faster than 16,384 at 65,536 tokens per micro-batch (an H200)
+FP8_STEP = 16  # GPUs multiply in fp8 if both sizes of a matrix are multiples of it
 
 
 class Products:
@@ -50,15 +50,15 @@ class Products:
         self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def prepare(self, *linears: Any) -> None:
-        """Called once for each group of matrices that are multiplied as one, after loading."""
+        """Called once, after loading, for each group of matrices that are multiplied as one."""
 
     def prepare_stack(self, stack: PackedStack) -> None:
-        """Called once for the matrices of a layer's experts, after loading."""
+        """Called once, after loading, for the matrices of a layer's experts."""
 
     def normed(
         self, residual_TH: torch.Tensor, scale_H: torch.Tensor, eps: float, *added: torch.Tensor, routed: bool
     ) -> tuple[Any, Any]:
-        """`workers.models.kernels.add_norm`: as a router takes it, where it is `routed`, and as an operand."""
+        """`workers.models.kernels.add_norm` as a router's input, if `routed`, and as an operand."""
         normed_TH = add_norm(residual_TH, scale_H, eps, *added)
         return normed_TH, normed_TH
 
@@ -75,7 +75,7 @@ class Products:
         return operand, token_S
 
     def rows(self, taken: Any, part: slice) -> Any:
-        """Some of them, as an operand."""
+        """Some of these rows, as an operand."""
         operand, token_S = taken
         return operand[token_S[part]]
 
@@ -84,7 +84,7 @@ class Products:
         return operand.to(device)
 
     def matrix(self, place: str, *linears: Any) -> Any:
-        """Matrices one below the other; valid until the next ones of the same place."""
+        """Matrices one below the other; valid until the next call for the same place."""
         if len(linears) == 1 and linears[0].weight.dtype == self.dtype:
             return linears[0].weight
         into_RC = self._buffer_of(place, *linears)
@@ -101,7 +101,7 @@ class Products:
         return into_RC
 
     def matrices(self, place: str, stack: PackedStack, first: int, last: int) -> Any:
-        """Those of some experts, shape (N, R, C); valid until the next ones of the same place."""
+        """The matrices of some experts, shape (N, R, C); valid until the next call for the same place."""
         into_NRC = self._buffer(place, (last - first, stack.rows, stack.columns), stack.device)
         stack.restore(first, last, into_NRC)
         return into_NRC
@@ -111,7 +111,7 @@ class Products:
         return matrices[number]
 
     def grouped(self, operand: Any, matrices: Any, ends_N: torch.Tensor) -> torch.Tensor:
-        """``operand @ matrix.T`` of the rows of each expert, which end at `ends_N` (int32, on the device)."""
+        """``operand @ matrix.T`` for the rows of each expert, which end at `ends_N` (int32, on the device)."""
         if not operand.is_cuda:
             return _one_by_one(self, operand, matrices, ends_N, len(operand))
         product: torch.Tensor = torch._grouped_mm(operand, matrices.transpose(1, 2), offs=ends_N)
@@ -122,7 +122,7 @@ class Products:
         return operand @ matrix.T if out is None else torch.mm(operand, matrix.T, out=out)
 
     def parts(self, start: int, end: int) -> Iterator[slice]:
-        """Slots from start to end, `ROWS` at a time and as many at most."""
+        """Ranges of slots from start to end, at most `ROWS` each."""
         for first in range(start, end, ROWS):
             yield slice(first, min(first + ROWS, end))
 
@@ -131,7 +131,7 @@ class Products:
         return self._buffer(place, (rows, linears[0].in_features), linears[0].weight.device)
 
     def _buffer(self, place: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """The place's buffer for such matrices."""
+        """The buffer of a place for matrices of this shape."""
         key = (place, shape[-2:], device)
         if key not in self._buffers or len(self._buffers[key]) < shape[0]:
             self._buffers[key] = torch.empty(shape, dtype=self.buffer_dtype, device=device)
@@ -139,7 +139,7 @@ class Products:
 
 
 class Fp8Products(Products):
-    """Products in fp8: of 4-bit matrices the rows' scales are kept, those in e4m3 are multiplied as they are."""
+    """Products in fp8: for 4-bit matrices the rows' scales are kept; matrices in e4m3 are multiplied unchanged."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
@@ -165,7 +165,7 @@ class Fp8Products(Products):
             self._scales[linears] = torch.cat(each)
 
     def prepare_stack(self, stack: PackedStack) -> None:
-        """As `prepare`."""
+        """See `prepare`."""
         _refuse_shape(stack.rows, stack.columns, BLOCK if isinstance(stack, Stack4bit) else FP8_STEP)
         if isinstance(stack, Stack4bit):
             rows = row_scales(stack.part(0, stack.experts), stack.experts * stack.rows)
@@ -186,15 +186,15 @@ class Fp8Products(Products):
         return rounded_swiglu(both_SI2)
 
     def taken(self, operand: RowScaled, token_S: torch.Tensor) -> RowScaled:
-        """See `Products`; at once, while the host waits: they are half as large."""
-        values = operand.values.view(torch.uint8)[token_S].view(E4M3)  # torch picks no rows of e4m3
+        """See `Products`. All rows are gathered at once while the host waits: they are half as large."""
+        values = operand.values.view(torch.uint8)[token_S].view(E4M3)  # torch cannot index rows of e4m3
         return RowScaled(values, operand.scale[token_S])
 
     def rows(self, taken: RowScaled, part: slice) -> RowScaled:
         """See `Products`."""
         if part == slice(None):
             return taken
-        return RowScaled(taken.values[part], taken.scale[part].clone())  # cuBLAS wants them aligned
+        return RowScaled(taken.values[part], taken.scale[part].clone())  # cuBLAS needs aligned scales
 
     def moved(self, operand: RowScaled, device: torch.device) -> RowScaled:
         """See `Products`."""
@@ -242,7 +242,8 @@ class Fp8Products(Products):
         return multiply(operand, matrix, out)
 
     def parts(self, start: int, end: int) -> Iterator[slice]:
-        """See `Products`; of nearly equal sizes, since a product of few rows takes as long as one of many."""
+        """See `Products`. The ranges have nearly equal sizes, because a product of few rows takes as long as one of
+        many."""
         many = -(-(end - start) // FP8_ROWS)
         edges = [start + (end - start) * part // many for part in range(many + 1)]
         for first, last in pairwise(edges):
@@ -250,12 +251,12 @@ class Fp8Products(Products):
 
 
 def products_of(matmul: str, dtype: torch.dtype) -> Products:
-    """What multiplies under one of `workers.models.description.MATMULS`."""
+    """The products for one of `workers.models.description.MATMULS`."""
     return Fp8Products(dtype) if matmul == "fp8" else Products(dtype)
 
 
 def _one_by_one(products: Products, operand: Any, matrices: Any, ends_N: torch.Tensor, rows: int) -> torch.Tensor:
-    """`Products.grouped` where there is no such product."""
+    """`Products.grouped` on devices without a grouped product."""
     taken = operand if isinstance(operand, RowScaled) else (operand, torch.arange(rows))
     parts = [
         products.multiply(products.rows(taken, slice(start, end)), products.one(matrices, number))
@@ -265,7 +266,7 @@ def _one_by_one(products: Products, operand: Any, matrices: Any, ends_N: torch.T
 
 
 def _refuse_shape(rows: int, columns: int, step: int) -> None:
-    """A block of a matrix in 4 bits must lie in one row, whose scale is that of its blocks."""
+    """Check that each block of a 4-bit matrix lies in one row, because the row's scale comes from its blocks."""
     if rows % FP8_STEP or columns % step:
         raise ValueError(
             f"a matrix of shape {(rows, columns)} cannot be multiplied in fp8, where rows must be multiples of"
@@ -274,7 +275,7 @@ def _refuse_shape(rows: int, columns: int, step: int) -> None:
 
 
 def _joined(linears: tuple[Any, ...]) -> RowScaled:
-    """Matrices in e4m3 in one tensor, of which each Linear's own becomes a part."""
+    """Join matrices in e4m3 in one tensor; the matrix of each Linear becomes a part of it."""
     values = torch.cat([linear.weight.data.view(torch.uint8) for linear in linears]).view(E4M3)
     scale = torch.cat([linear.row_scaled.scale for linear in linears])
     start = 0

@@ -1,7 +1,7 @@
-"""Matrices as models are published in 4 and 8 bits: MXFP4 (gpt-oss) and e4m3 with a scale a block (DeepSeek-V3).
+"""Matrices of models published in 4 and 8 bits: MXFP4 (gpt-oss) and e4m3 with a scale per block (DeepSeek-V3).
 
 M matrices of R rows and C columns. As in `workers.models.kernels`, each function has a plain form, which is its
-definition and runs on a CPU, and a Triton kernel, which runs on a GPU. Both are exact in float32, and round once where
+definition and runs on a CPU, and a Triton kernel, which runs on a GPU. Both are exact in float32, and round once if
 `out` has fewer bits.
 """
 
@@ -12,24 +12,24 @@ import torch
 from workers.models.kernels import _fused, _launch
 from workers.models.stored import MX_BLOCK, SCALE_BLOCK
 
-try:  # a build of torch for CPUs comes without it
+try:  # CPU builds of torch do not include it
     import triton
     import triton.language as tl
 except ImportError:
     triton = None
 
 MX_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""What the 16 codes of E2M1 stand for."""
-MX_BYTES = 4096  # of packed values, that one program of `restore_mxfp4` takes (as that of NF4; not measured by itself)
+"""The values of the 16 codes of E2M1."""
+MX_BYTES = 4096  # bytes of packed values that one program of `restore_mxfp4` reads (like NF4; not measured separately)
 
 
 class Mxfp4(NamedTuple):
     """M matrices in E2M1 with a power of two for every 32 values of a row (OCP Microscaling Formats 1.0, 2023)."""
 
     packed: torch.Tensor
-    """uint8, shape (M, R, C/2): two values a byte, the first in the lower half."""
+    """uint8, shape (M, R, C/2): two values per byte, the first in the lower half."""
     scale: torch.Tensor
-    """uint8, shape (M, R, C/32): exponents of two, 127 more than they are."""
+    """uint8, shape (M, R, C/32): exponents of two, with a bias of 127."""
 
 
 class BlockScaled(NamedTuple):
@@ -42,7 +42,7 @@ class BlockScaled(NamedTuple):
 
 
 def plain_restore_mxfp4(matrices: Mxfp4, out_MRC: torch.Tensor) -> None:
-    """Matrices in MXFP4 into `out`, in its dtype."""
+    """Dequantize matrices in MXFP4 into `out`, in the dtype of `out`."""
     codes = torch.stack([matrices.packed & 15, matrices.packed >> 4], dim=-1).flatten(-2).int()
     values = torch.tensor(MX_VALUES, device=codes.device)[codes]
     exponent = matrices.scale.repeat_interleave(MX_BLOCK, dim=-1).int() - 127
@@ -50,7 +50,7 @@ def plain_restore_mxfp4(matrices: Mxfp4, out_MRC: torch.Tensor) -> None:
 
 
 def plain_restore_blocks(matrices: BlockScaled, out_MRC: torch.Tensor) -> None:
-    """Matrices in e4m3 with a scale a block into `out`, in its dtype."""
+    """Dequantize matrices in e4m3 with a scale per block into `out`, in the dtype of `out`."""
     scale = matrices.scale
     for dim, size in ((1, matrices.values.shape[1]), (2, matrices.values.shape[2])):
         scale = scale.repeat_interleave(SCALE_BLOCK, dim=dim).narrow(dim, 0, size)
@@ -65,7 +65,7 @@ if triton is not None:
         byte = first + tl.arange(0, BYTES)
         pair = tl.load(packed + byte, byte < count, 0).to(tl.int32)
         exponent = tl.load(scale + byte // 16, byte < count, 127).to(tl.int32) - 127
-        # In two steps, since 2^127 and 2^-127 have no float32 of their own bits.
+        # In two steps, because 2^127 and 2^-127 cannot be built from the bits of a normal float32.
         half = exponent >> 1
         size = ((half + 127) << 23).to(tl.float32, bitcast=True)
         rest = ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)

@@ -1,12 +1,12 @@
-"""transformers' bitsandbytes quantizers, with experts: in common tensors in 4 bits, as Linears in 8.
+"""transformers' bitsandbytes quantizers with support for experts: in common tensors in 4 bits, as Linears in 8 bits.
 
-How experts get into common tensors is in `workers.models.stacking`. For 8 bits the fused module of each layer is taken
-apart on the meta device, into one gated MLP an expert whose three Linears bear the checkpoint's own names (w1, w3, w2
-for Mixtral), and the converters that would have fused them are dropped. From there on the stock loader quantizes matrix
-by matrix as it reads; of a checkpoint that transformers 5 has saved fused, one layer's experts.
+`workers.models.stacking` puts experts into common tensors. For 8 bits the fused module of each layer is split on the
+meta device into one gated MLP per expert, whose three Linears have the checkpoint's own names (w1, w3, w2 for Mixtral),
+and the converters that would have fused them are dropped. The stock loader then quantizes matrix by matrix as it reads,
+or one layer's experts at a time if transformers 5 saved the checkpoint fused.
 
-Promises: a module that comes out computes what the fused one computes. Does not know checkpoints, routers or
-devices: `workers.models.loading` checks after every load that the matrices really are quantized.
+Promises: a new module computes the same as the fused one. Does not deal with checkpoints, routers or devices:
+`workers.models.loading` checks after every load that the matrices really are quantized.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ from workers.models.stacking import PacksExperts
 
 
 class ExpertLeaves(NamedTuple):
-    """What a checkpoint calls the three matrices of one expert."""
+    """The names of an expert's three matrices in a checkpoint."""
 
     gate: str
     up: str
@@ -43,14 +43,14 @@ class Expert(nn.Module):
             self.add_module(leaf, nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Shape (tokens, hidden) in and out, in the dtype of the input."""
+        """Input and output have shape (tokens, hidden), in the dtype of the input."""
         gate, up, down = (self.get_submodule(leaf) for leaf in self.leaves)
         result: torch.Tensor = down(self.act(gate(hidden_states)) * up(hidden_states))
         return result
 
 
 class UnfusedExperts(nn.ModuleList):
-    """The experts of one layer as Linears; takes the place and the signature of the fused module."""
+    """The experts of one layer as Linears; replaces the fused module and has its signature."""
 
     def __init__(self, fused: nn.Module, leaves: ExpertLeaves) -> None:
         down_proj = fused.get_parameter("down_proj")
@@ -68,10 +68,10 @@ class UnfusedExperts(nn.ModuleList):
 
 
 class SplitExperts(ConversionOps):  # type: ignore[misc]
-    """Takes the experts of a layer apart that a checkpoint keeps as one tensor: of each expert, gate above up."""
+    """Splits the experts of a layer that a checkpoint stores as one tensor, with gate above up for each expert."""
 
     def __init__(self, patterns: list[str]) -> None:
-        self.patterns = patterns  # of an expert's matrices, with * for its number
+        self.patterns = patterns  # patterns of an expert's matrices, with * for its number
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, torch.Tensor]:
         """Name the matrices of one tensor (experts, rows, columns)."""
@@ -84,7 +84,7 @@ class SplitExperts(ConversionOps):  # type: ignore[misc]
 
 
 class QuantizeEach(ConversionOps):  # type: ignore[misc]
-    """A quantizer's own operation for each of several matrices; it may know of one only."""
+    """A quantizer's own operation, which may support only one matrix, for each of several matrices."""
 
     def __init__(self, stock: Any) -> None:
         self.stock = stock
@@ -99,13 +99,13 @@ class QuantizeEach(ConversionOps):  # type: ignore[misc]
 
 
 def _splitting(fusing: Any) -> Any:
-    """The converter that takes apart what this one fuses."""
+    """The converter that splits what this one fuses."""
     first = [pattern.replace("*", "0") for pattern in fusing.source_patterns]
     return WeightConverter(fusing.target_patterns, first, operations=[SplitExperts(fusing.source_patterns)])
 
 
 def _leaves(model: nn.Module, fused: dict[str, nn.Module]) -> ExpertLeaves:
-    """`Expert` is the plain gated MLP with matrices of its own; other experts must not be computed as one."""
+    """Reject experts that `Expert` cannot compute: it is the plain gated MLP with separate matrices."""
     special = {
         flag
         for module in fused.values()
@@ -113,13 +113,13 @@ def _leaves(model: nn.Module, fused: dict[str, nn.Module]) -> ExpertLeaves:
         if getattr(module, flag, False)
     }
     gates = {getattr(type(module), "_apply_gate", _default_apply_gate) for module in fused.values()}
-    special |= {"a gate of its own"} if gates != {_default_apply_gate} else set()
+    special |= {"its own gate"} if gates != {_default_apply_gate} else set()
     leaves = expert_leaves(model)
     special |= {"one tensor for the experts of a layer"} if not leaves else set()
     if special:
         raise ValueError(
-            f"{type(model).__name__} has {', '.join(sorted(special))}, which int8 does not know: use --quantization nf4"
-            " or none"
+            f"{type(model).__name__} has {', '.join(sorted(special))}, which int8 does not support: use --quantization"
+            " nf4 or none"
         )
     return ExpertLeaves(*leaves["both"], *leaves["down"])
 
@@ -133,7 +133,7 @@ def unfuse_experts(model: nn.Module) -> None:
 
 
 def cast_unquantized(model: nn.Module, dtype: torch.dtype, but: Iterable[torch.Tensor] = ()) -> None:
-    """Have all that no quantizer made in the compute dtype, or in float32 where transformers says so."""
+    """Cast all tensors that no quantizer made to the compute dtype, or to float32 if transformers says so."""
     in_full = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     kept = set(map(id, but))
     for name, parameter in model.named_parameters():
@@ -151,11 +151,11 @@ class Packing4bit(PacksExperts, Bnb4BitHfQuantizer):  # type: ignore[misc]
         return self.quantization_config.bnb_4bit_quant_type, self.quantization_config.bnb_4bit_compute_dtype
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> Any:
-        """Have the compute dtype decide, and nothing else, in what matrices are dequantized and multiplied.
+        """Make matrices be dequantized and multiplied in the compute dtype only.
 
-        On CPUs that have AVX512-BF16 bitsandbytes' Linear4bit repacks the weight in its first forward and rounds
-        inputs and scales to bfloat16: choices would differ from one CPU to the next. A checkpoint that is quantized
-        already brings the dtype of the device that quantized it, and transformers leaves all else in the file's.
+        On CPUs that have AVX512-BF16 bitsandbytes' Linear4bit repacks the weight in its first forward and rounds inputs
+        and scales to bfloat16: choices would differ between CPUs. An already quantized checkpoint has the dtype of the
+        device that quantized it, and transformers leaves everything else in the file's dtype.
         """
         _, dtype = self._kind()
         for module in quantized_linears(model).values():
@@ -168,24 +168,24 @@ class Packing4bit(PacksExperts, Bnb4BitHfQuantizer):  # type: ignore[misc]
 
 
 class Unfusing8bit(Bnb8BitHfQuantizer):  # type: ignore[misc]
-    """LLM.int8: experts as Linears, before those are replaced."""
+    """LLM.int8: experts become Linears before Linears are replaced."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         unfuse_experts(model)
         super()._process_model_before_weight_loading(model, **kwargs)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> Any:
-        """Have experts taken apart where they would be fused (transformers passes the model from 5.11 or so on)."""
+        """Split experts where they would be fused (transformers passes the model since about 5.11)."""
         fusing = {id(converter) for converter in fusing_converters(weight_conversions).values()}
         kept = [_splitting(each) if id(each) in fusing else each for each in weight_conversions]
         return super().update_weight_conversions(kept, *model)
 
     def get_quantize_ops(self) -> QuantizeEach:
-        """The stock operation, for as many matrices as one tensor holds."""
+        """The stock operation for each matrix that a tensor holds."""
         return QuantizeEach(super().get_quantize_ops())
 
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules, by name, whose matrix is in 4 bits or in e4m3, or should be."""
+    """The modules, by name, whose matrix is or should be in 4 bits or in e4m3."""
     kinds = ("Linear4bit", "RowScaledLinear", "BlockScaledLinear")
     return {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}

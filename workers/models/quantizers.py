@@ -1,4 +1,4 @@
-"""What transformers quantizes with while we load or describe a model: `workers.models.quantizer` and `fp8_loading`."""
+"""The quantizers for loading or describing a model with transformers: `workers.models.quantizer` and `fp8_loading`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +21,12 @@ OURS: dict[str, Any] = {
 
 @contextmanager
 def own_quantizers(stored: Stored | None = None) -> Iterator[None]:
-    """Inside, transformers loads quantized models through ours; outside, as ever.
+    """Within the block, transformers loads quantized models with this project's quantizers.
 
     Parameters
     ----------
     stored
-        In what the checkpoint to load holds its matrices.
+        The form in which the checkpoint holds its matrices.
     """
     ours = {name: partial(quantizer, stored=stored) for name, quantizer in OURS.items()}
     tables = (auto.AUTO_QUANTIZER_MAPPING, ours), (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, {METHOD: StoredConfig})
@@ -42,7 +42,7 @@ def own_quantizers(stored: Stored | None = None) -> Iterator[None]:
 
 
 def quantize_skeleton(model: nn.Module, settings: Any) -> None:
-    """Give a model on the meta device the modules it will have once loaded with these settings."""
+    """Give a model on the meta device the modules that it has after loading with these settings."""
     quantizer: Any
     if settings.quant_method == METHOD:
         quantizer = StoredQuantizer(settings, pre_quantized=True)

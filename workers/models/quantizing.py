@@ -1,4 +1,4 @@
-"""One matrix in NF4 or FP4, by bitsandbytes: what both kinds mean here."""
+"""Quantize one matrix to NF4 or FP4 with bitsandbytes: the definition of both formats here."""
 
 import logging
 from collections.abc import Iterable
@@ -10,12 +10,12 @@ from torch import nn
 
 from workers.models.stored import BLOCK
 
-# It would warn, on import, that a CPU kernel which we switch off (see Packing4bit) cannot be fetched.
+# On import it would warn that a CPU kernel, which is switched off here (see Packing4bit), cannot be fetched.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# LLM.int8 says for every matrix that its inputs pass through float16; that is what int8 means here.
+# LLM.int8 warns for every matrix that its inputs are cast to float16, which is intended here.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-# On import it has its optimizers and its fallbacks compiled, none of which run here; that would load torch's
-# compiler, ten seconds of every process.
+# On import it compiles its optimizers and fallbacks, none of which run here. That would load torch's compiler, which
+# takes ten seconds in every process.
 with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda plain: plain)):
     from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 
@@ -23,7 +23,7 @@ __all__ = ["QuantState", "packed_in_four_bits", "round_gates"]
 
 
 def packed_in_four_bits(matrix: torch.Tensor, quantization: str) -> tuple[torch.Tensor, Any]:
-    """What nf4 and fp4 mean here: packed values, and bitsandbytes' QuantState that tells how they are scaled."""
+    """The definition of nf4 and fp4 here: packed values, and bitsandbytes' QuantState with their scales."""
     packed, state = quantize_4bit(
         matrix.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type=quantization
     )
@@ -31,7 +31,7 @@ def packed_in_four_bits(matrix: torch.Tensor, quantization: str) -> tuple[torch.
 
 
 def round_gates(routers: Iterable[nn.Module], quantization: str) -> None:
-    """Give each matrix of the routers the values that it would have as a Linear4bit."""
+    """Round each matrix of the routers to the values that it would have as a Linear4bit."""
     for router in routers:
         for parameter in router.parameters():
             if parameter.ndim == 2:

@@ -1,8 +1,8 @@
-"""A model's layers run again from one of them on: what reached each one is kept while the model runs.
+"""Run a model's layers again, starting at one of them: the input of each layer is kept while the model runs.
 
-T tokens in B rows of P positions, H hidden. A forward of ours resumes behind the attention of a layer, so that
-attention is computed once for all runs that resume there. transformers' layers are called again, attention too, with
-the arguments that they had. Both give the same bits as before where nothing is changed meanwhile.
+T tokens in B rows of P positions, H hidden. This project's own forward passes resume after the attention of a layer, so
+that attention is computed once for all runs that resume there. transformers' layers are called again, including
+attention, with the same arguments. Both give the same bits as before if nothing has changed meanwhile.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,25 +13,25 @@ import torch
 
 
 class Kept(Protocol):
-    """What reached some layers of a model when it last ran."""
+    """The inputs of some layers of a model in its last run."""
 
     def keeping(self) -> Any:
-        """A context within which the model is to run once, to its end."""
+        """A context in which the model must be run once, to its end."""
 
     def resumed(self, layer: int) -> torch.Tensor:
-        """The hidden states after the final norm, shape (T, H), of the layers from one of them on."""
+        """The hidden states after the final norm, shape (T, H), from running the layers from a given one on."""
 
     def clear(self) -> None:
-        """Free what is kept."""
+        """Free the kept tensors."""
 
 
 def kept_of(model: Any, forward: Any, layers: Sequence[int]) -> Kept:
-    """What keeps what reaches some layers, by the model's own numbers.
+    """An object that keeps the inputs of some layers, given by the model's own numbers.
 
     Parameters
     ----------
     forward
-        What applies the model: itself, or a forward of ours, which must be run to its end (`whole`).
+        What runs the model: the model itself, or this project's own forward pass, which must run all layers (`whole`).
 
     Raises
     ------
@@ -39,21 +39,19 @@ def kept_of(model: Any, forward: Any, layers: Sequence[int]) -> Kept:
         When the model has no list of layers.
     """
     if not hasattr(model, "layers"):
-        raise ValueError(
-            f"{type(model).__name__} has no list of its layers named layers: they cannot be run one by one"
-        )
+        raise ValueError(f"{type(model).__name__} has no list of layers named layers, so they cannot be run one by one")
     return KeptCalls(model, layers) if forward is model else KeptStates(forward, layers)
 
 
 class KeptStates:
-    """For a forward of ours: the hidden states behind the attention of each layer."""
+    """For this project's own forward passes: the hidden states after the attention of each layer."""
 
     def __init__(self, forward: Any, layers: Sequence[int]) -> None:
         self.forward, self.layers = forward, {*layers}
         self.clear()
 
     def clear(self) -> None:
-        """See `Kept`; so for the others."""
+        """See `Kept`, also for the other methods."""
         self._states: dict[int, torch.Tensor] = {}
 
     @contextmanager
@@ -75,7 +73,7 @@ class KeptStates:
             self._states[layer] = residual_TH.clone()
 
     def resumed(self, layer: int) -> torch.Tensor:
-        seen, self.forward.seen = self.forward.seen, None  # what is recorded is of the whole run alone
+        seen, self.forward.seen = self.forward.seen, None  # only the whole run is recorded
         try:
             found = self.forward.resumed(layer, self._states[layer].clone(), self._positions)
         finally:
@@ -85,7 +83,7 @@ class KeptStates:
 
 
 class KeptCalls:
-    """For transformers' forward: what each layer was called with."""
+    """For transformers' forward pass: the arguments of each layer."""
 
     def __init__(self, model: Any, layers: Sequence[int]) -> None:
         self.model, self.layers = model, {*layers}

@@ -1,7 +1,8 @@
-"""What a router returns, whatever its family, and what it makes of logits that are given.
+"""Read what a router of any family returns, and compute what it would return for given logits.
 
-T tokens, E experts, k choices, H hidden. Every router's forward is a linear product, and then what its family does with
-it: a softmax or a sigmoid, a correction bias, groups. Here the product is replaced, and the rest is the router's own.
+T tokens, E experts, k choices, H hidden. Every router's forward pass is a linear product followed by the family's own
+steps: a softmax or a sigmoid, a correction bias, groups. Here the product is replaced, and the rest is the router's own
+code.
 """
 
 import copy
@@ -16,19 +17,20 @@ from torch.overrides import TorchFunctionMode
 from workers.shard import RoutingError
 
 READERS: dict[str, Callable[[Any, int], tuple[torch.Tensor, torch.Tensor]]] = {}
-"""How choices and weights are read from what a router returned, by the name of its class: for families whose routers
-return something else than `choices` knows. With the parameters of `choices`, and what it returns."""
+"""Functions that read choices and weights from a router's output, by the name of its class, for families whose routers
+return something that `choices` does not know. They have the parameters and the return value of `choices`."""
 
-PROBES = 64  # tokens with random hidden states on which a router is tried before weights are loaded (arbitrary)
+PROBES = 64  # tokens with random hidden states for testing a router before weights are loaded (arbitrary)
 
 
 class _Bound:
-    """A router's forward that may be asked about hidden states alone; what its block gives it beside them is known.
+    """A router's forward pass that can be called with only hidden states, because the other inputs from its block are
+    known.
 
     Parameters
     ----------
     router
-        Has as buffers, under the names of its forward's parameters, what the block gives it.
+        The router. Its buffers hold the block's inputs under the names of the parameters of its forward pass.
     """
 
     def __init__(self, router: nn.Module, names: tuple[str, ...]) -> None:
@@ -41,12 +43,12 @@ class _Bound:
         given = {name: getattr(self.router, name) for name in self.names}
         try:
             return self.own(hidden, **given)
-        except ValueError:  # it unpacks the shape of rows and positions
+        except ValueError:  # it unpacks a shape of rows and positions
             return self.own(hidden[None], **given)
 
 
 def bind(router: nn.Module, block: nn.Module) -> None:
-    """Give a router what its block has under the names of its forward's parameters, such as a correction bias."""
+    """Give a router the attributes of its block that its forward pass has as parameters, such as a correction bias."""
     names = tuple(
         name
         for name in [*inspect.signature(type(router).forward).parameters][2:]
@@ -60,7 +62,7 @@ def bind(router: nn.Module, block: nn.Module) -> None:
 
 
 class _GivenProduct(TorchFunctionMode):
-    """Within it, linear products are these rows instead."""
+    """A mode in which linear products return these rows."""
 
     def __init__(self, rows_TE: torch.Tensor) -> None:
         super().__init__()
@@ -74,40 +76,40 @@ class _GivenProduct(TorchFunctionMode):
 
 
 def routed_by(router: nn.Module, logits_TE: torch.Tensor, hidden_TH: torch.Tensor) -> Any:
-    """What the router returns where its logits are these.
+    """What the router returns for given logits.
 
     Parameters
     ----------
     hidden_TH
-        For its shape, dtype and device.
+        Used for its shape, dtype and device.
 
     Raises
     ------
     RoutingError
-        When the router's forward is not one linear product and what follows from it.
+        When the router's forward pass is not one linear product and steps that depend only on it.
     """
     with _GivenProduct(logits_TE) as given:
         output = router.forward(hidden_TH)
     if given.products != 1:
-        raise RoutingError(f"{type(router).__name__} makes {given.products} linear products, and 1 makes logits")
+        raise RoutingError(f"{type(router).__name__} computes {given.products} linear products instead of 1")
     return output
 
 
 def choices(output: Any, k: int, router: nn.Module | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A router's choices, in its own order, whatever the order of what it returns.
+    """A router's choices, in its own order, for any order of its outputs.
 
     Parameters
     ----------
     output
-        What the router module returned: a tuple that holds integer indices (T, k), and weights (T, k), or (T, E) to
-        pick from. Logits (T, E) are distinguished from such weights by their place: transformers puts them first.
-        Where more has the shape of the indices (logits where k is E, what shared experts are weighed with), the weights
-        are what stands last before the indices.
-        Or weights (T, E) without indices, with k that are not 0 for each token, as Llama 4 has them.
+        The output of the router module: a tuple that holds integer indices (T, k), and weights (T, k), or (T, E) to
+        pick from. Logits (T, E) are distinguished from such weights by their place: transformers puts them first. If
+        other outputs have the shape of the indices (logits if k is E, weights of shared experts), the weights are the
+        last output before the indices. Or weights (T, E) without indices, k of which are not 0 for each token, as in
+        Llama 4.
     k
-        Choices a token.
+        Number of choices per token.
     router
-        What returned it, where that is known: its class may be one of `READERS`.
+        The router that returned it, if known: its class may be one of `READERS`.
 
     Returns
     -------
@@ -129,7 +131,7 @@ def choices(output: Any, k: int, router: nn.Module | None = None) -> tuple[torch
         return experts_TK, weights_TK.float()
     if len(indices) != 1 or not floats:
         shapes = [(tuple(part.shape), str(part.dtype)) for part in tensors]
-        raise RoutingError(f"no choices of {k} experts a token in what the router returned: {shapes}")
+        raise RoutingError(f"no choices of {k} experts per token in the router's output: {shapes}")
     experts_TK = indices[0].reshape(-1, k).long()
     place = next(at for at, part in enumerate(tensors) if part is indices[0])
     nearest = [*reversed(tensors[:place]), *tensors[place + 1 :]]
@@ -140,10 +142,11 @@ def choices(output: Any, k: int, router: nn.Module | None = None) -> tuple[torch
 
 
 def in_order(experts: torch.Tensor, weights: torch.Tensor, *beside: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Choices by falling weight, ties by lower expert id, and what stands beside them; any shape, the choices last.
+    """Choices by descending weight, ties by the lower expert id, with accompanying values; any shape, with the choices
+    last.
 
-    By exchanges of neighbours: for the few choices of a token it is elementwise, where a GPU's sort would take longer
-    than the router.
+    Sorts by exchanging adjacent entries, which is elementwise for the few choices of a token; a GPU's sort would take
+    longer than the router.
     """
     parts = [list(part.unbind(-1)) for part in (experts, weights, *beside)]
     expert, weight = parts[:2]
@@ -157,16 +160,17 @@ def in_order(experts: torch.Tensor, weights: torch.Tensor, *beside: torch.Tensor
 
 
 def router_logits(output: Any, num_experts: int) -> torch.Tensor | None:
-    """The logits (T, E) in what a router returned, whichever dims it gave them; None where there are none.
+    """The logits (T, E) in a router's output, in any of its shapes; None if there are none.
 
-    transformers puts them first; weights of all experts, which some families give too, follow, but in Llama 4.
+    transformers puts them first. Weights of all experts, which some families also return, follow them, except in Llama
+    4.
     """
     logits = logits_part(output, num_experts)
     return None if logits is None else logits.reshape(-1, num_experts)
 
 
 def logits_part(output: Any, num_experts: int) -> torch.Tensor | None:
-    """The tensor in a router's output that has the logits, as it is there."""
+    """The tensor in a router's output that holds the logits, unchanged."""
     tensors = _tensors(output)
     spread = spread_part(output)
     found = [
@@ -180,7 +184,7 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 
 
 def spread_part(output: Any) -> torch.Tensor | None:
-    """The weights of all experts, 0 where one is not chosen, in an output without indices; logits are not 0."""
+    """The weights of all experts, 0 for unchosen ones, in an output without indices; logits are not 0."""
     tensors = _tensors(output)
     if len(tensors) < 2 or not all(part.is_floating_point() for part in tensors):
         return None
@@ -188,7 +192,7 @@ def spread_part(output: Any) -> torch.Tensor | None:
 
 
 def tried(router: nn.Module) -> nn.Module:
-    """A copy of a router on the CPU, with random weights; of one on the meta device too."""
+    """A copy of a router on the CPU with random weights; the router may be on the meta device."""
     copied = copy.deepcopy(router).to_empty(device="cpu").eval()
     for tensor in (*copied.parameters(), *copied.buffers()):
         if tensor.is_floating_point():  # a correction bias may change choices
@@ -198,27 +202,27 @@ def tried(router: nn.Module) -> nn.Module:
 
 @torch.inference_mode()
 def refuse_unknown(router: nn.Module, hidden: int, num_experts: int, k: int) -> None:
-    """Refuse a router that does not choose k of the experts for each token from its hidden states alone.
+    """Reject a router that does not choose k experts for each token from its hidden states alone.
 
     Raises
     ------
     RoutingError
-        With what it does instead.
+        The message says what it does instead.
     """
     copied, hidden_TH = tried(router), torch.randn(PROBES, hidden, generator=torch.Generator().manual_seed(2))
     try:
         output = copied.forward(hidden_TH.to(next(copied.parameters()).dtype))
-    except Exception as error:  # code that is not known raises whatever it runs into
+    except Exception as error:  # unknown code raises errors of many kinds
         takes = ", ".join([*inspect.signature(type(router).forward).parameters][1:])
-        raise RoutingError(f"it takes ({takes}), and does not choose from hidden states alone: {error}") from error
+        raise RoutingError(f"it takes ({takes}) and does not choose from hidden states alone: {error}") from error
     experts_TK, _ = choices(output, k, router)
     if len(experts_TK) != PROBES:
-        raise RoutingError(f"it chose for {len(experts_TK)} tokens of {PROBES}")
+        raise RoutingError(f"it chose for {len(experts_TK)} tokens instead of {PROBES}")
     widths = {part.shape[-1] for part in _tensors(output) if part.is_floating_point()} - {k}
     if widths and num_experts not in widths and type(router).__name__ not in READERS:
-        raise RoutingError(f"it chooses among {max(widths)} experts, and num_experts is {num_experts}")
+        raise RoutingError(f"it chooses among {max(widths)} experts, but num_experts is {num_experts}")
     if not ((experts_TK >= 0) & (experts_TK < num_experts)).all():
-        raise RoutingError(f"it chose experts up to {experts_TK.max()}, and num_experts is {num_experts}")
+        raise RoutingError(f"it chose experts up to {experts_TK.max()}, but num_experts is {num_experts}")
     ordered_TK = experts_TK.sort(dim=-1).values
     if (ordered_TK[:, 1:] == ordered_TK[:, :-1]).any():
         raise RoutingError("it chose an expert twice for a token")

@@ -1,13 +1,13 @@
-"""A checkpoint in 4 bits, written once from the original: later starts read 25 GB of Mixtral 8x7B, and not 93.
+"""Write a checkpoint in 4 bits once from the original: later starts read 25 GB of Mixtral 8x7B instead of 93.
 
-Promises: each matrix that `workers.models.loading` would quantize while it loads is quantized in the same way, and
-everything else is copied. With up to `PUBLISHED` experts a layer both files and names are the original's, so that other
-software reads the result too (bitsandbytes' own format, as transformers writes it). With more, those of a layer lie in
-common tensors, named as in the model (``model.layers.0.mlp.experts.both.packed``): 18,432 matrices of Qwen3-30B-A3B are
-576 tensors then, and its start is quick. ``quant_method`` in config.json says so, and other software refuses it. One
-matrix is on the device at a time, and one output file in memory with what is there of layers not yet whole. The folder
-appears when it is whole, under its name; until then it is called ``NAME.partial-…``, as is what a killed run leaves, to
-be deleted by hand. Nothing that is there already is touched.
+Promises: each matrix that `workers.models.loading` would quantize while loading is quantized in the same way, and
+everything else is copied. With up to `PUBLISHED` experts per layer, both files and names are those of the original, so
+that other software can read the result (bitsandbytes' own format, as written by transformers). With more experts, those
+of a layer are in common tensors, named as in the model (``model.layers.0.mlp.experts.both.packed``): the 18,432
+matrices of Qwen3-30B-A3B become 576 tensors, which load quickly. ``quant_method`` in config.json says so, and other
+software rejects such a checkpoint. One matrix is on the device at a time, and one output file and the parts of
+incomplete layers are in memory. The folder appears under its name when it is complete; until then it is called
+``NAME.partial-…``. A killed run leaves such a folder, which must be deleted by hand. Existing files are never changed.
 
 Does not build a model: shapes and names come from the configuration.
 """
@@ -31,7 +31,9 @@ from workers.models.footprint import estimate_checkpoint, quantized_skeleton
 from workers.models.loading import usable_device
 from workers.models.stored import FOUR_BITS, PACKED, stored_quantization
 
-PUBLISHED = 16  # experts a layer, of the largest model that is published in 4 bits matrix by matrix and captured so
+PUBLISHED = (
+    16  # experts per layer of the largest model that is published in 4 bits matrix by matrix and captured in this form
+)
 
 COPIED = ("*.json", "tokenizer*", "merges.txt", "*.jinja", "LICENSE*")
 
@@ -50,25 +52,25 @@ def quantize_checkpoint(
     Parameters
     ----------
     model
-        As for `load_model`; the checkpoint must not be quantized already.
+        As for `load_model`. The checkpoint must not be quantized.
     out
         A folder that does not exist yet.
     revision, quantization
         As for `load_model`.
     device
-        Where each matrix is quantized.
+        The device on which each matrix is quantized.
     progress
-        Called with the number of bytes of each tensor that was read.
+        Called with the number of bytes of each tensor after it is read.
 
     Returns
     -------
     Path
-        The folder that was written.
+        The written folder.
 
     Raises
     ------
     ValueError
-        When the checkpoint or the folder does not fit, or the disk is too small.
+        When the checkpoint or the folder is not suitable, or the disk is too small.
     OSError
         When the result cannot be written.
     """
@@ -83,22 +85,22 @@ def quantize_checkpoint(
     dtype = compute_dtype(device.type)
     description = describe_checkpoint(checkpoint, quantization, device.type, dtype, quantize_gates=False)
     if (stored := stored_quantization(checkpoint)) is not None:
-        raise ValueError(f"{checkpoint.folder} is quantized already, in {stored}: it loads as it is")
+        raise ValueError(f"{checkpoint.folder} is already quantized, in {stored}: load it as it is")
     skeleton, settings = quantized_skeleton(checkpoint, quantization, dtype)
     names = tensor_names(checkpoint.folder)
     quantized = quantized_names(skeleton, names)
     packed = description["num_experts"] > PUBLISHED
     if not packed and (fused := [name for name, place in quantized.experts.items() if place.number is None]):
         raise ValueError(
-            f"the checkpoint keeps the experts of a layer as one tensor ({fused[0]}), as transformers 5 can save them,"
-            f" and 4-bit files of {PUBLISHED} experts or fewer hold one for each: capture it as it is, it is quantized"
-            " while it loads, or give the original checkpoint"
+            f"the checkpoint has the experts of a layer as one tensor ({fused[0]}), as transformers 5 can save them,"
+            f" but 4-bit files of {PUBLISHED} experts or fewer hold one for each: capture it unchanged (it is quantized"
+            " while it loads), or give the original checkpoint"
         )
     matrices = quantized.linears if packed else quantized.linears | quantized.experts.keys()
     stacks = StackWriter(skeleton, quantized.experts if packed else {}, quantization, device, dtype)
     _refuse_small_disk(out, estimate_checkpoint(checkpoint, quantization, dtype))
 
-    partial = out.with_name(f"{out.name}.partial-{uuid4().hex}")  # another run may be writing the same
+    partial = out.with_name(f"{out.name}.partial-{uuid4().hex}")  # another run may be writing the same folder
     partial.mkdir(parents=True)
     try:
         places: dict[str, str] = {}
@@ -141,7 +143,7 @@ def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def in_four_bits(name: str, matrix: torch.Tensor, quantization: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """A matrix as bitsandbytes stores it: the packed values and, beside them, what they are scaled by."""
+    """A matrix in bitsandbytes' format: the packed values and their scales."""
     from workers.models.quantizing import packed_in_four_bits  # bitsandbytes takes seconds to import
 
     packed, state = packed_in_four_bits(matrix.to(device, compute_dtype(device.type)), quantization)
@@ -151,7 +153,7 @@ def in_four_bits(name: str, matrix: torch.Tensor, quantization: str, device: tor
 
 
 def _write(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """safetensors has an error of its own for a full disk."""
+    """Raise an OSError for a full disk; safetensors raises its own error."""
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -159,7 +161,8 @@ def _write(tensors: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def _settings(settings: Any, skeleton: Any, own: dict[str, str], *, packed: bool) -> dict[str, Any]:
-    """What readers must know; what is not quantized by the last part of its name, the checkpoint's and the model's."""
+    """The settings that readers need; unquantized modules are named by the last parts of their names, in the checkpoint
+    and in the model."""
     weights = {f"{name}.weight" for name in unquantized(skeleton)}
     weights |= {name for name, known in own.items() if known in weights}
     kept = {name.removesuffix(".weight").rpartition(".")[2] for name in weights}
@@ -167,20 +170,20 @@ def _settings(settings: Any, skeleton: Any, own: dict[str, str], *, packed: bool
         "bnb_4bit_compute_dtype": "bfloat16",
         "llm_int8_skip_modules": [*sorted(kept), "lm_head"],
     }
-    if packed:  # transformers asks load_in_4bit before it asks quant_method
+    if packed:  # transformers reads load_in_4bit before quant_method
         stored = {name: value for name, value in stored.items() if "load_in" not in name} | {"quant_method": PACKED}
     return stored
 
 
 def refuse_existing(out: Path) -> None:
-    """Nothing is overwritten, nor a link followed."""
+    """Reject an existing folder: nothing is overwritten, and no link is followed."""
     if os.path.lexists(out):
         raise ValueError(f"{out} exists: name a folder that does not, or delete it")
 
 
 def _refuse_small_disk(out: Path, needed_bytes: int) -> None:
-    """Before an hour's work, not after it."""
+    """Check the free space before an hour of work."""
     existing = next(parent for parent in out.absolute().parents if parent.exists())
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
-        raise ValueError(f"{out} will take {needed_bytes:,} bytes, and {existing} has {free_bytes:,} free")
+        raise ValueError(f"{out} will take {needed_bytes:,} bytes, but {existing} has only {free_bytes:,} free")

@@ -1,7 +1,8 @@
-"""The forward of gpt-oss: attention with sinks, in windows in some layers; experts with biases and a clamped gate.
+"""The forward pass of gpt-oss: attention with sinks, in some layers within windows; experts with biases and a clamped
+gate.
 
-T tokens in B rows of P positions, N heads of width D, G heads of keys. A sink is a learned logit of each head that
-takes part in the sum of the softmax and adds nothing to its result (the model card, 2025, arXiv:2508.10925, section 2).
+T tokens in B rows of P positions, N heads of width D, G heads of keys. A sink is a learned logit of each head that is
+part of the sum of the softmax but adds nothing to its result (the model card, 2025, arXiv:2508.10925, section 2).
 """
 
 from collections.abc import Callable
@@ -17,27 +18,27 @@ from workers.models.biased import clamped_swiglu
 from workers.models.decoder import DecoderForward
 
 varlen_attn: Callable[..., Any] | None
-try:  # torch before 2.10 has none
+try:  # torch before 2.10 does not have it
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 except ImportError:
     varlen_attn = None
 
 _TAKEN = signature(varlen_attn).parameters if varlen_attn is not None else {}
-FLASH_CAPABILITY = (8, 0)  # of the first cards for which torch has flash attention
+FLASH_CAPABILITY = (8, 0)  # of the first GPUs for which torch has flash attention
 
 
 class GptOssForward(DecoderForward):
-    """gpt-oss' layers, ready to be applied; its routers and the rotation's angles are transformers'.
+    """gpt-oss' layers, ready to be applied. Its routers and the angles of the rotation are those of transformers.
 
     Parameters
     ----------
     model, matmul
-        As of `DecoderForward`. The gates of its experts become one step, and its norms' weights float32, by which it
-        computes what it did: they are multiplied before the norm is rounded.
+        See `DecoderForward`. The gates of the experts become one step, and the norms' weights become float32, which
+        does not change the result: they are multiplied before the norm is rounded.
     """
 
     expert_backend: ClassVar[str] = "grouped_sinks"
-    """As grouped, and attention by `attended` instead of transformers'."""
+    """Like grouped, with attention by `attended` instead of transformers."""
 
     @staticmethod
     def _special(config: Any) -> bool:
@@ -71,15 +72,15 @@ def plain_attended(
     sink_N: torch.Tensor,
     window: int | None = None,
 ) -> torch.Tensor:
-    """What each position finds at itself and before, beside its head's sink; shape (B, P, N, D).
+    """Attention of each position to itself and earlier positions, with the head's sink; shape (B, P, N, D).
 
-    The sink is one more key, whose value is 0: queries have it in one more column, which all other keys have as 0. One
-    row after the other, so that no more than one row's weights are held, wherever torch holds them at all.
+    The sink is an additional key whose value is 0: queries have an additional column for it, which is 0 in all other
+    keys. Rows are computed one after the other, so that at most one row's weights are in memory if torch keeps them.
 
     Parameters
     ----------
     window
-        So many positions are seen, itself among them; None: all before it.
+        Number of positions that are attended to, including the position itself; None: all earlier ones.
     """
     positions, head = query_BPND.shape[1], query_BPND.shape[3]
     place = torch.arange(positions, device=query_BPND.device)
@@ -103,14 +104,14 @@ def attended(
     sink_N: torch.Tensor,
     window: int | None = None,
 ) -> torch.Tensor:
-    """`plain_attended`, by flash attention, whose sum of weights tells the sink's share of the whole."""
+    """`plain_attended` by flash attention, whose sum of weights gives the sink's share."""
     if not _has_flash(query_BPND):
         return plain_attended(query_BPND, key_BPGD, value_BPGD, sink_N, window)
     assert varlen_attn is not None
     rows, positions = query_BPND.shape[:2]
     ends = torch.arange(0, (rows + 1) * positions, positions, dtype=torch.int32, device=query_BPND.device)
     given = (part.flatten(0, 1) for part in (query_BPND, key_BPGD, value_BPGD))
-    grouped = {"enable_gqa": True} if "enable_gqa" in _TAKEN else {}  # before 2.12 it is not asked for
+    grouped = {"enable_gqa": True} if "enable_gqa" in _TAKEN else {}  # not needed before 2.12
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         found_TND, sum_NT = varlen_attn(
             *given, ends, ends, positions, positions,
@@ -122,6 +123,6 @@ def attended(
 
 
 def _has_flash(query: torch.Tensor) -> bool:
-    """Whether torch can attend in windows on this card, in this dtype."""
+    """Whether torch supports attention in windows on this GPU in this dtype."""
     there = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and "window_size" in _TAKEN
     return bool(there and torch.cuda.get_device_capability(query.device) >= FLASH_CAPABILITY)

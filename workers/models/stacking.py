@@ -1,11 +1,11 @@
-"""Experts' matrices into the common tensors of their layer, one after the other, while a checkpoint is read or written.
+"""Put experts' matrices into the common tensors of their layer, one by one, while a checkpoint is read or written.
 
-Each is quantized as if it were a Linear's, and put in its place: one matrix above the final size at the peak; of a
-checkpoint that keeps the experts of a layer in one tensor, one such tensor.
+Each matrix is quantized as if it were a Linear's and put in its place. The peak is one matrix above the final size or,
+for a checkpoint with the experts of a layer in one tensor, one such tensor.
 
-A checkpoint holds experts in one of four ways: each matrix by itself, original or quantized; all of a layer in one
-tensor, as transformers' fused module has them, or in MXFP4 in two; or packed, as `workers.models.saving` writes them,
-which are plain tensors.
+A checkpoint holds experts in one of four ways: each matrix by itself, original or quantized; all matrices of a layer in
+one tensor, as in transformers' fused module; the same in two tensors, in MXFP4; or packed as by
+`workers.models.saving`, in plain tensors.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,18 +27,18 @@ Matrix = FourBits | RowScaled | Mxfp4 | BlockScaled
 
 
 class Reader(NamedTuple):
-    """A matrix from its parts in a checkpoint."""
+    """Builds a matrix from its parts in a checkpoint."""
 
     form: str
-    """What it becomes: a key of `workers.models.packed.STACKS`."""
+    """The resulting form: a key of `workers.models.packed.STACKS`."""
     stored: Stored | None
     """What the checkpoint holds."""
     dtype: torch.dtype
-    """The compute dtype: of a matrix that is stored otherwise, before it is quantized again."""
+    """The compute dtype, to which a matrix in another form is cast before it is quantized again."""
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """What the names of its parts end in."""
+        """Suffixes of the names of its parts."""
         if self.stored is None:
             return ("",)
         if self.stored.form == "mxfp4":
@@ -49,12 +49,12 @@ class Reader(NamedTuple):
         return ("", ".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map", state)
 
     def read(self, shape: tuple[int, int], *parts: torch.Tensor) -> Matrix:
-        """A matrix that should be of some shape.
+        """Build a matrix that should have a given shape.
 
         Raises
         ------
         ValueError
-            When it is not, or is quantized otherwise.
+            When its shape or its quantization differs.
         """
         if self.stored is None:
             _refuse_shape(tuple(parts[0].shape), shape)
@@ -85,7 +85,7 @@ class Reader(NamedTuple):
 
 
 def mxfp4_of(blocks: torch.Tensor, scales: torch.Tensor, *, shape: tuple[int, int]) -> Mxfp4:
-    """A matrix as gpt-oss is published: uint8 (R, C/32, 16) and (R, C/32).
+    """A matrix in the published form of gpt-oss: uint8 (R, C/32, 16) and (R, C/32).
 
     Raises
     ------
@@ -119,27 +119,27 @@ def blocks_of(values: torch.Tensor, scale: torch.Tensor, *, shape: tuple[int, in
 
 
 def refuse_other_e4m3(matrix: torch.Tensor, shape: tuple[int, int]) -> None:
-    """A ValueError where a matrix is not in e4m3, or of another shape."""
+    """Raise a ValueError if a matrix is not in e4m3 or has another shape."""
     _refuse_shape(tuple(matrix.shape), shape)
     if matrix.dtype != E4M3:
         raise ValueError(f"is of {matrix.dtype}, not e4m3")
 
 
 def quantized(matrix: torch.Tensor, form: str) -> FourBits | RowScaled:
-    """A matrix in nf4, fp4 or fp8, where it lies."""
+    """Quantize a matrix to nf4, fp4 or fp8 on its device."""
     if form == "fp8":
         return rounded(matrix.contiguous())
     return FourBits.from_state(*packed_in_four_bits(matrix, form))
 
 
 def state_fault(state: Any, quantization: str) -> str | None:
-    """How a matrix in 4 bits is quantized instead of as it should be, or None."""
+    """How the quantization of a matrix in 4 bits differs from what it should be, or None."""
     found, wanted = (state.quant_type, state.blocksize, bool(state.nested)), (quantization, BLOCK, True)
     return None if found == wanted else f"quantized as (type, block, double) = {found}, not {wanted}"
 
 
 def one_a_row(scale: torch.Tensor, rows: int) -> torch.Tensor:
-    """The scales of a matrix in e4m3, one a row, float32, where the checkpoint may have one for all.
+    """The scales of a matrix in e4m3, one per row, float32. The checkpoint may have one scale for all rows.
 
     Raises
     ------
@@ -148,7 +148,7 @@ def one_a_row(scale: torch.Tensor, rows: int) -> torch.Tensor:
     """
     if scale.numel() not in (1, rows):
         raise ValueError(
-            f"has scales of shape {tuple(scale.shape)}, which is neither one scale nor one a row of {rows}"
+            f"has scales of shape {tuple(scale.shape)}, which is neither one scale nor one for each of {rows} rows"
         )
     return scale.flatten().float().expand(rows).contiguous()
 
@@ -159,28 +159,29 @@ def _refuse_shape(found: tuple[int, ...], wanted: tuple[int, int]) -> None:
 
 
 def matrices_of(fused: torch.Tensor, stack: PackedStack) -> Iterator[torch.Tensor]:
-    """The matrices of a tensor (experts, rows, columns) that has all of a stack, in order."""
+    """The matrices, in order, of a tensor (experts, rows, columns) that holds a whole stack."""
     for expert in fused:
         yield from (expert.T if stack.transposed else expert).chunk(stack.parts)
 
 
 WAITING = "waiting"
-"""Of a `PackedStack`, until it is made from the original: transformers up to 5.17 reads matrices in its dtype."""
+"""The dtype of a `PackedStack` before it is made from the original: transformers up to 5.17 reads matrices in this
+dtype."""
 
 
 class Packing(WeightConverter):  # type: ignore[misc]
-    """Makes a stack of a layer's matrices, one after the other.
+    """Builds a stack from a layer's matrices, one by one.
 
     Parameters
     ----------
     sources
-        Patterns of the matrices' names, with * for the expert's number; or one, of a tensor with all of them.
+        Patterns of the matrices' names, with * for the expert's number; or one pattern, of a tensor with all of them.
     target
-        Of a tensor of a `PackedStack`.
+        Name of a tensor of a `PackedStack`.
     reader
-        What makes a matrix of each.
+        Builds each matrix.
     end
-        Of the patterns, behind what the names of a matrix's parts end in.
+        The end of the patterns, after the suffixes of the names of a matrix's parts.
     """
 
     def __init__(self, sources: list[str], target: str, reader: Reader, end: str = "") -> None:
@@ -202,7 +203,7 @@ class Packing(WeightConverter):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            When a matrix is missing, or is another one than it should be.
+            When a matrix is missing, or is not what it should be.
         """
         name = layer_name.rpartition(".")[0]
         stack, reader = model.get_submodule(name), self.operations[0]
@@ -216,16 +217,16 @@ class Packing(WeightConverter):  # type: ignore[misc]
                     stack.take(number, reader.read(shape, *parts))
                 except ValueError as error:
                     raise ValueError(f"matrix {number} of {name} ({source}) {error}") from None
-            parts.clear()  # before the next one is read
+            parts.clear()  # freed before the next one is read
         if found != many:
-            raise ValueError(f"{name} has {found} matrices in the checkpoint, and {many} in the configuration")
+            raise ValueError(f"{name} has {found} matrices in the checkpoint, but {many} in the configuration")
         if layer_name.endswith(f".{WAITING}"):
             delattr(stack, WAITING)
             loading_info.missing_keys.discard(layer_name)
         return {f"{name}.{leaf}": tensor for leaf, tensor in stack.named_buffers()}
 
     def _matrices(self, stack: PackedStack) -> Iterator[tuple[str, list[torch.Tensor]]]:
-        """The parts of each matrix, read when it is asked for."""
+        """The parts of each matrix, read when they are needed."""
         if "*" not in self.sources[0]:
             loads = [self.collected_tensors.pop(f"{self.sources[0]}{end}", [None])[0] for end in self.ends]
             if None in loads:
@@ -250,7 +251,7 @@ class Packing(WeightConverter):  # type: ignore[misc]
 
 
 def _taken(tensors: list[Any]) -> Iterator[torch.Tensor]:
-    """Each of a list, which keeps none."""
+    """Read each item of a list, removing the items from it."""
     for at, load in enumerate(tensors):
         tensors[at] = None
         yield _read(load)
@@ -258,18 +259,19 @@ def _taken(tensors: list[Any]) -> Iterator[torch.Tensor]:
 
 
 def _read(load: Any) -> torch.Tensor:
-    """What transformers collected: a call that reads, or the result of a thread that does."""
+    """A tensor that transformers collected as a call that reads it, or as the result of a thread that does."""
     tensor: torch.Tensor = load() if callable(load) else load.result()
     return tensor
 
 
 class Restoring(WeightConverter):  # type: ignore[misc]
-    """Reads what is no expert's of a published checkpoint: as it is stored, or made into what the module holds.
+    """Reads tensors of a published checkpoint that do not belong to experts: unchanged, or converted to the module's
+    form.
 
     Parameters
     ----------
     quantizer
-        transformers' quantizer, one of ours.
+        transformers' quantizer; one of this project's.
     """
 
     def __init__(self, quantizer: Any) -> None:
@@ -288,7 +290,7 @@ class Restoring(WeightConverter):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            When a matrix is another one than it should be.
+            When a matrix is not what it should be.
         """
         module, (_, dtype) = model.get_submodule(layer_name.rpartition(".")[0]), self.quantizer._kind()
         weight, *scales = (_read(self.collected_tensors[source][0]) for source in sorted(self.collected_tensors))
@@ -308,16 +310,16 @@ class Restoring(WeightConverter):  # type: ignore[misc]
 
 
 class StackWriter:
-    """Stacks of a layer's experts, made one matrix after the other, to be written to a checkpoint.
+    """Builds the stacks of a layer's experts, one matrix after the other, for writing a checkpoint.
 
     Parameters
     ----------
     skeleton
-        After `pack_skeleton`.
+        The model after `pack_skeleton`.
     places
-        Where each tensor of the original goes, by its name there.
+        The place of each tensor of the original, by its name there.
     device, dtype
-        Where each matrix is quantized, and what it is cast to before.
+        The device on which each matrix is quantized, and the dtype to which it is cast before.
     """
 
     def __init__(
@@ -328,7 +330,7 @@ class StackWriter:
         self._found: dict[str, int] = {}
 
     def take(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Keep what a tensor of the original holds; the stack's tensors, once it is whole."""
+        """Keep the content of a tensor of the original; return the stack's tensors when the stack is complete."""
         own, number = self.places[name]
         stack: Any = self.skeleton.get_submodule(own)
         matrices = [tensor] if number is not None else matrices_of(tensor, stack)
@@ -344,15 +346,15 @@ class StackWriter:
 
 
 class PacksExperts:
-    """What quantizers add to their stock counterpart: experts in common tensors.
+    """What quantizers here add to the stock ones: experts in common tensors.
 
-    To transformers every checkpoint that is quantized is one that needs no quantizing, so that it hands each tensor
-    over in the dtype that it is stored in; what is held otherwise than it is stored is made here.
+    transformers assumes that a quantized checkpoint needs no further quantization, so it passes each tensor in its
+    stored dtype. Tensors that are held in another form than they are stored are converted here.
 
     Parameters
     ----------
     stored
-        In what the checkpoint holds matrices; None where they are not quantized.
+        The form in which the checkpoint holds matrices; None if they are not quantized.
     """
 
     def __init__(self, *arguments: Any, stored: Stored | None = None, **options: Any) -> None:
@@ -360,7 +362,7 @@ class PacksExperts:
         self._stored = stored
 
     def _kind(self) -> tuple[str, torch.dtype]:
-        """The form that experts are held in, and the compute dtype."""
+        """The form in which experts are held, and the compute dtype."""
         raise NotImplementedError
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -373,7 +375,7 @@ class PacksExperts:
         super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> Any:
-        """Have experts packed where they would be fused (transformers passes the model from 5.11 or so on)."""
+        """Pack experts where they would be fused (transformers passes the model since about 5.11)."""
         form, dtype = self._kind()
         fusing = fusing_converters(weight_conversions)
         reader = Reader(form, self._stored, dtype)
@@ -393,14 +395,14 @@ class PacksExperts:
         return [*packing, *super().update_weight_conversions(kept, *model)]  # type: ignore[misc]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Also what decides in which dtype a tensor is read, and whether another shape is an error."""
+        """Also decides the dtype in which a tensor is read, and whether a different shape is an error."""
         if isinstance(model.get_submodule(param_name.rpartition(".")[0]), PackedStack):
             return self._stored is None
         needed: bool = super().param_needs_quantization(model, param_name, **kwargs)  # type: ignore[misc]
         return needed
 
     def get_new_dtype(self, converter: Any, *arguments: Any) -> Any:
-        """In which dtype a tensor of a quantized checkpoint is read; None is its own."""
+        """The dtype in which a tensor of a quantized checkpoint is read; None: the stored dtype."""
         if isinstance(converter, (Packing, Restoring)):
             return None
         return super().get_new_dtype(converter, *arguments)  # type: ignore[misc]

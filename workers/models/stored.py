@@ -1,6 +1,6 @@
-"""In what a checkpoint's weights are stored, from what its configuration says.
+"""The form in which a checkpoint's weights are stored, from its configuration.
 
-Promises: a form that is not read here is rejected by its name. Does not know what is computed from them.
+Promises: an unsupported form is rejected by name. Does not deal with the form used in computation.
 """
 
 from pathlib import Path
@@ -10,38 +10,38 @@ from workers.models.checkpoint import Checkpoint, find_checkpoint, read_config
 
 FOUR_BITS = ("nf4", "fp4")
 PACKED = "bitsandbytes_packed_experts"
-"""`quant_method` of our own checkpoints with a layer's experts in common tensors: other software does not know it."""
-BLOCK = 64  # values that share a scale in NF4 and FP4; bitsandbytes' own, checked after every load
+"""`quant_method` of this project's checkpoints with a layer's experts in common tensors; unknown to other software."""
+BLOCK = 64  # values that share a scale in NF4 and FP4; the value of bitsandbytes, checked after every load
 SCALE_BLOCK = 128  # rows, and columns, that share a scale in fp8_blocks; DeepSeek's
 MX_BLOCK = 32  # values of a row that share a scale in MXFP4; the standard's
 E4M3_FORMS = ("fp8", "fp8_blocks")
 PUBLISHED = ("fp8_blocks", "mxfp4")
-"""Forms that no quantizer here makes, and that may be quantized again while they are read."""
+"""Forms that no quantizer here produces and that may be quantized again while they are read."""
 
 
 class Stored(NamedTuple):
-    """In what a checkpoint's matrices are stored."""
+    """The form in which a checkpoint's matrices are stored."""
 
     form: str
-    """nf4, fp4, mxfp4 (experts only), fp8 (e4m3, one scale a matrix or a row), fp8_blocks (one for 128 × 128)."""
+    """nf4, fp4, mxfp4 (experts only), fp8 (e4m3, one scale per matrix or row), fp8_blocks (one scale per 128 × 128)."""
     scale: str = ""
-    """What the name of a matrix's scale has behind the matrix's own, in e4m3."""
+    """For e4m3, the suffix that the name of a matrix's scale adds to the matrix's name."""
 
     @property
     def quantization(self) -> str:
-        """What it is as a value of `--quantization`."""
+        """The form as a value of `--quantization`."""
         return "fp8" if self.form in E4M3_FORMS else self.form
 
     def loaded_form(self, quantization: str, matmul: str) -> str:
-        """In which form the matrices are held: as they are stored, or as they are asked for.
+        """The form in which matrices are held: the stored form or the requested one.
 
-        Products in fp8 take one scale a row, so that blocks are quantized again.
+        Products in fp8 need one scale per row, so blocks are quantized again.
         """
         return self.form if quantization == self.quantization and matmul != "fp8" else quantization
 
 
 def default_quantization(model: str | Path, revision: str | None, device_type: str) -> str:
-    """What a model is captured in where nothing was asked for: what it is stored in, else nf4 on a GPU, none on a CPU.
+    """The default quantization of a capture: the checkpoint's own; otherwise nf4 on a GPU and none on a CPU.
 
     On a CPU a 4-bit matrix is dequantized before each of its products.
     """
@@ -50,24 +50,24 @@ def default_quantization(model: str | Path, revision: str | None, device_type: s
 
 
 def stored_quantization(checkpoint: Checkpoint) -> str | None:
-    """What a checkpoint is stored in, as a value of `--quantization`; None where it is not quantized."""
+    """The quantization of a checkpoint as a value of `--quantization`; None if it is not quantized."""
     stored = stored_form(checkpoint)
     return None if stored is None else stored.quantization
 
 
 def loaded_form(checkpoint: Checkpoint, quantization: str, matmul: str = "bf16") -> str:
-    """In which form a checkpoint's matrices are held once it is loaded: `quantization`, fp8_blocks or mxfp4."""
+    """The form in which a loaded checkpoint's matrices are held: `quantization`, fp8_blocks or mxfp4."""
     stored = stored_form(checkpoint)
     return quantization if stored is None else stored.loaded_form(quantization, matmul)
 
 
 def stored_form(checkpoint: Checkpoint) -> Stored | None:
-    """In what a checkpoint's matrices are stored; None where they are not quantized.
+    """The form in which a checkpoint's matrices are stored; None if they are not quantized.
 
     Raises
     ------
     ValueError
-        When they are stored in a form that is not read here.
+        When they are stored in an unsupported form.
     """
     config = read_config(checkpoint.folder)
     stored = config.get("quantization_config")
@@ -87,20 +87,20 @@ def stored_form(checkpoint: Checkpoint) -> Stored | None:
             *([f"blocks of {block}"] if block else []),
         )
         raise ValueError(
-            f"{checkpoint.folder} (model_type {config.get('model_type')}) holds weights that are quantized already"
-            f" ({', '.join(map(str, says))}): only those of bitsandbytes in nf4 or fp4 are read, mxfp4, and e4m3 with"
-            f" one scale a matrix, a row or a block of {SCALE_BLOCK} × {SCALE_BLOCK}; give the original checkpoint"
+            f"{checkpoint.folder} (model_type {config.get('model_type')}) holds weights that are already quantized"
+            f" ({', '.join(map(str, says))}): supported are those of bitsandbytes in nf4 or fp4, mxfp4, and e4m3 with"
+            f" one scale per matrix, row or block of {SCALE_BLOCK} × {SCALE_BLOCK}; give the original checkpoint"
         )
     if not settings.get("bnb_4bit_use_double_quant"):
         raise ValueError(
-            f"{checkpoint.folder} holds {kind} weights without double quantization, and {kind} means with it here:"
+            f"{checkpoint.folder} holds {kind} weights without double quantization, but {kind} requires it here:"
             f" give the original checkpoint (python jobs/quantize.py writes one in {kind})"
         )
     return Stored(str(kind))
 
 
 def _published(settings: dict[str, Any]) -> Stored | None:
-    """What a published checkpoint's settings say, where it is MXFP4 or e4m3 in a way that is read here."""
+    """The form that a published checkpoint's settings describe, if it is MXFP4 or a supported form of e4m3."""
     whole = [SCALE_BLOCK, SCALE_BLOCK]
     match settings.get("quant_method"):
         case "mxfp4":
@@ -108,7 +108,7 @@ def _published(settings: dict[str, Any]) -> Stored | None:
         case "fp8" if settings.get("fmt", "e4m3") == "e4m3":
             if (block := settings.get("weight_block_size")) is not None:
                 return Stored("fp8_blocks", "_scale_inv") if list(block) == whole else None
-            # transformers means blocks where nothing is said of activations either
+            # transformers assumes blocks if nothing is said about activations either
             return Stored("fp8", "_scale") if "activation_scheme" in settings else None
         case "fbgemm_fp8":
             return Stored("fp8", "_scale")

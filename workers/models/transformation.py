@@ -1,4 +1,5 @@
-"""What a model's routers compute in, and how they make weights of logits, from the configuration and their own code.
+"""The dtype in which a model's routers compute, and how they compute weights from logits, from the configuration and
+their own code.
 
 T tokens, E experts, K choices.
 """
@@ -18,14 +19,14 @@ from workers.models.routers import choices, routed_by, tried
 
 
 class _Product(Exception):
-    """A router has come to its product, of this dtype."""
+    """Raised when a router reaches its product, with the product's dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
 
 class _ToTheProduct(TorchFunctionMode):
-    """Within it, a router ends at its linear product."""
+    """A mode in which a router ends at its linear product."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear:
@@ -34,7 +35,8 @@ class _ToTheProduct(TorchFunctionMode):
 
 
 def router_dtype(model: str | Path, revision: str | None, dtype: torch.dtype) -> str:
-    """What a model's routers compute logits in, by their own code: the compute dtype, or float32 as in DeepSeek."""
+    """The dtype in which a model's routers compute logits, from their own code: the compute dtype, or float32 as in
+    DeepSeek."""
     skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), dtype)
     router = next(iter(find_routers(skeleton).values()))
     hidden_TH = torch.zeros(1, skeleton.config.get_text_config().hidden_size, dtype=dtype, device="meta")
@@ -51,23 +53,24 @@ TRANSFORMATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
     "renormalized": lambda logits_TE, expert_TK: logits_TE.gather(-1, expert_TK).softmax(-1),
     "sigmoid": lambda logits_TE, expert_TK: logits_TE.sigmoid().gather(-1, expert_TK),
 }
-"""From logits and choices to weights, up to a factor of the model, the last one up to a factor for each token."""
+"""Functions from logits and choices to weights, up to a factor of the model; the last one up to a factor for each
+token."""
 
 
 def transformation_of(model: str | Path, revision: str | None = None) -> str:
-    """Which transformation of logits gives a model's weights, from its configuration and its router's own code.
+    """The transformation from logits to a model's weights, from its configuration and its router's own code.
 
     Returns
     -------
     str
-        "softmax": over all experts. "renormalized": over the chosen ones, which is the softmax over all, divided by
-        its sum over the chosen ones. Both perhaps times a factor of the model. "sigmoid": of each logit, times a factor
-        of the token. "unknown": none of these.
+        "softmax": over all experts. "renormalized": over the chosen experts, which equals the softmax over all divided
+        by its sum over the chosen ones. Both may be multiplied by a factor of the model. "sigmoid": of each logit,
+        times a factor of the token. "unknown": none of these.
     """
     skeleton = build_skeleton(find_checkpoint(model, revision, weights=False), torch.float32)
     config = skeleton.config.get_text_config()
     router = tried(next(iter(find_routers(skeleton).values())))
-    for tensor in (*router.parameters(), *router.buffers()):  # a correction bias changes choices, and no weight
+    for tensor in (*router.parameters(), *router.buffers()):  # a correction bias changes choices but not weights
         tensor.data.zero_()
     return _transformation(router, num_experts(config), experts_per_token(config), config.hidden_size)
 

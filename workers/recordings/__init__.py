@@ -1,1 +1,2 @@
-"""What is recorded beside the choices: a file each, with its values and its proof. `chosen.py` lists them."""
+"""What is recorded besides the choices: one file for each recording, with its values and its proof. `chosen.py` lists
+them."""

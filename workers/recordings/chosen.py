@@ -1,4 +1,4 @@
-"""Which recordings a capture makes: those that give the arrays that it records."""
+"""The recordings of a capture: those that compute the arrays that it records."""
 
 from typing import Any
 
@@ -18,14 +18,15 @@ def recordings_of(loaded: LoadedModel, forward: Any, recorded: Recorded, k: int)
     Parameters
     ----------
     forward
-        What applies its layers; a forward of ours is told to run them to their end, and to show its experts' outputs.
+        What runs its layers. This project's own forward pass is set to run all layers and to pass on its experts'
+        outputs.
     k
-        Choices a token.
+        Number of choices per token.
 
     Raises
     ------
     ValueError
-        When the model cannot be recorded so.
+        When the model cannot be recorded in this way.
     """
     found: list[Recording] = []
     own = forward is not loaded.model
@@ -39,7 +40,7 @@ def recordings_of(loaded: LoadedModel, forward: Any, recorded: Recorded, k: int)
     if "logprob" in recorded.record:
         model: Any = loaded.model
         if not hasattr(model, "norm"):
-            raise ValueError(f"{type(model).__name__} has no final norm of the name norm: capture without logprob")
+            raise ValueError(f"{type(model).__name__} has no final norm named norm: capture without logprob")
         found.append(NextToken(Head(loaded.folder, model), model.norm))
     found.append(Used(loaded.routers, loaded.num_experts, k, model=loaded.model, forward=forward))
     if own:

@@ -1,9 +1,9 @@
-"""Router logits: what each router computed before it chose, of all experts or the largest.
+"""Router logits: what each router computed before it chose, for all experts or the largest logits.
 
 T tokens, S of them sampled, L layers, E experts, M candidates, K choices, H hidden. The proof: a row must be what the
-router computes for its token, and the router's own code must make the recorded choices and weights of it.
-Probabilities under the name of logits, as some versions of transformers gave them (huggingface/transformers#45120),
-make the same choices, and other weights.
+router computes for its token, and the router's own code must derive the recorded choices and weights from it.
+Probabilities under the name of logits, as returned by some versions of transformers (huggingface/transformers#45120),
+lead to the same choices but other weights.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from workers.models.routers import choices, in_order, routed_by, router_logits
 from workers.recordings.recording import Batch, Chosen, Recording, doubted, near, same_choices
 from workers.shard import RoutingError
 
-OTHERS = "its recorded logits are not its router's for these tokens: an earlier batch's, or another layer's"
-NO_LOGITS = "its recorded logits do not give the choices and weights beside them: what its router returns are no logits"
+OTHERS = "its recorded logits are not its router's for these tokens, but of an earlier batch or another layer"
+NO_LOGITS = "its recorded logits do not lead to its recorded choices and weights: its router does not return logits"
 
 
 class RouterLogits(Recording):
@@ -28,7 +28,8 @@ class RouterLogits(Recording):
     routers, num_experts, k
         As for `workers.recorder.RouteRecorder`.
     top
-        M: so many of the largest, in falling order, ties by lower id; 0: those of all experts, in the experts' order.
+        M: the number of largest logits, in descending order, ties by the lower id; 0: those of all experts, in the
+        experts' order.
     """
 
     def __init__(self, routers: Mapping[int, nn.Module], num_experts: int, k: int, top: int = 0) -> None:
@@ -67,14 +68,14 @@ class RouterLogits(Recording):
     def arrays(self, chosen: Chosen) -> dict[str, torch.Tensor]:
         """See `Recording`."""
         found = {"logit": self._values_TLM} | ({"logit_expert": self._ids_TLM} if self.top else {})
-        del self._values_TLM, self._ids_TLM  # before those of the next micro-batch are made
+        del self._values_TLM, self._ids_TLM  # freed before those of the next micro-batch are allocated
         return found
 
     def doubts(self, chosen: Chosen) -> dict[str, torch.Tensor]:
         """See `Recording`."""
         sample, again_LSE = chosen.sample, torch.stack(self._again)
         rows_LSE = self._values_TLM[sample].transpose(0, 1)
-        if self.top:  # what is not recorded is as the router says now
+        if self.top:  # unrecorded logits are taken from the router's answer now
             rows_LSE = again_LSE.scatter(-1, self._ids_TLM[sample].transpose(0, 1).long(), rows_LSE)
         largest_LS1 = again_LSE.abs().amax(dim=-1, keepdim=True)
         same_LS = near(rows_LSE, again_LSE, self._hidden[0].dtype, largest_LS1).all(dim=-1)

@@ -1,7 +1,8 @@
 """The log-probability of the next token of the row, at the position that predicts it.
 
 T tokens in B rows of P positions, S of them sampled, N of them followed by another, H hidden, V vocabulary. The proof:
-for the sample, the final norm as a module and the published head, and the tokens by their rows, must give the same.
+for the sample, the final norm called as a module, the published head, and the tokens from their rows must give the
+same.
 """
 
 from collections.abc import Iterator
@@ -19,13 +20,11 @@ OTHERS = "the log-probabilities recorded after it are not those of the tokens th
 
 
 class NextToken(Recording):
-    """Of every token that another follows in its row; NaN elsewhere.
+    """Log-probabilities at every token that is followed by another in its row; NaN elsewhere.
 
     Parameters
     ----------
-    head
-        The published one.
-    norm
+    head The published head. norm
         The model's final norm.
     """
 
@@ -34,7 +33,7 @@ class NextToken(Recording):
     def __init__(self, head: Head, norm: nn.Module) -> None:
         self.head, self.norm = head, norm
         self.logprob_T = torch.empty(0)
-        """Of the last micro-batch."""
+        """The log-probabilities of the last micro-batch."""
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -49,7 +48,7 @@ class NextToken(Recording):
         self._before_SH = self._sampled(_rows(args[0]))
 
     def _sampled(self, hidden_TH: torch.Tensor) -> torch.Tensor:
-        return hidden_TH[self._batch.sample.to(hidden_TH.device)]  # the last layers may lie on another GPU
+        return hidden_TH[self._batch.sample.to(hidden_TH.device)]  # the last layers may be on another GPU
 
     def begin(self, batch: Batch) -> None:
         """See `Recording`."""
@@ -58,7 +57,7 @@ class NextToken(Recording):
     def ended(self, output: Any) -> None:
         """See `Recording`."""
         token_BP, _, place_N = self._batch
-        if isinstance(output, LastHidden):  # of a forward of ours, which calls no module for its norms
+        if isinstance(output, LastHidden):  # from this project's own forward pass, which calls no modules for its norms
             self._before_SH = self._sampled(output.before_TH)
         hidden_TH = output.normed_TH if isinstance(output, LastHidden) else _rows(output.last_hidden_state)
         hidden_TH, before_SH = (part.to(self.head.device) for part in (hidden_TH, self._before_SH))
@@ -67,7 +66,8 @@ class NextToken(Recording):
         self._doubts_1S = self._look(self.head.logits(self.norm.forward(before_SH)).float())
 
     def _look(self, logits_SV: torch.Tensor) -> torch.Tensor:
-        """Which sampled tokens have another log-probability than these logits give; the last of a row has none."""
+        """The sampled tokens whose log-probability differs from that of these logits; the last token of a row has
+        none."""
         token_BP, sample, place_N = self._batch
         following_BP = token_BP.roll(-1, dims=1)
         target_S = following_BP[sample // token_BP.shape[1], sample % token_BP.shape[1]]
@@ -87,5 +87,5 @@ class NextToken(Recording):
 
 
 def _rows(hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states, one a token."""
+    """Hidden states, one for each token."""
     return hidden.reshape(-1, hidden.shape[-1])

@@ -1,9 +1,9 @@
-"""Output norms: the L2 norm of each chosen expert's output, before it is weighed.
+"""Output norms: the L2 norm of each chosen expert's output, before it is weighted.
 
 T tokens, S of them sampled, L layers, K choices, H hidden; a slot is a choice, in the order in which experts computed
-them. A forward of ours shows the outputs that it computed; transformers' experts return them weighed and added up, so
-that these are called once more, with each choice as a token of its own, whatever computes them. The proof: a norm must
-be that of the output's row, or of the experts' answer for the sampled tokens alone.
+them. This project's own forward passes pass on the outputs that they computed. transformers' experts return the
+weighted sum, so they are called once more with each choice as its own token. The proof: a norm must be that of the
+output's row, or of the experts' answer for only the sampled tokens.
 """
 
 import inspect
@@ -29,8 +29,8 @@ class OutputNorms(Recording):
     routers
         As for `workers.recorder.RouteRecorder`.
     experts
-        The experts' modules in the order of the layers, where transformers' forward calls them; none where a forward of
-        ours shows their outputs to `seen`.
+        The experts' modules in the order of the layers if transformers' forward pass calls them; empty if this
+        project's own forward pass gives their outputs to `seen`.
     """
 
     whole = True
@@ -59,7 +59,7 @@ class OutputNorms(Recording):
         self._again: dict[int, torch.Tensor] = {}
 
     def seen(self, router: nn.Module, rows_SH: torch.Tensor, slot_TK: torch.Tensor) -> None:
-        """Take the outputs of a layer's experts by slot, and which slot each choice has."""
+        """Receive the outputs of a layer's experts by slot, and the slot of each choice."""
         sampled_SK = slot_TK[self._sample.to(slot_TK.device)]
         again_SK = rows_SH[sampled_SK].float().square().sum(dim=-1).sqrt()
         self._keep(self.index[router], row_norms(rows_SH)[slot_TK], again_SK, rows_SH.dtype)
@@ -76,14 +76,16 @@ class OutputNorms(Recording):
 
     def _keep(self, index: int, norms_TK: torch.Tensor, again_SK: torch.Tensor, dtype: torch.dtype) -> None:
         if index in self._norms:
-            raise RoutingError(f"layer {self.layers[index]}: its experts computed twice in one forward, once is right")
+            raise RoutingError(
+                f"layer {self.layers[index]}: its experts computed twice in one forward pass instead of once"
+            )
         home, self._dtype = self._sample.device, dtype
         self._norms[index], self._again[index] = norms_TK.to(home), again_SK.to(home)
 
     def _stacked(self, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
         for index, layer in enumerate(self.layers):
             if index not in kept:
-                raise RoutingError(f"layer {layer}: the outputs of its experts were not seen")
+                raise RoutingError(f"layer {layer}: the outputs of its experts were not received")
         return torch.stack([kept[index] for index in range(len(kept))])
 
     def arrays(self, chosen: Chosen) -> dict[str, torch.Tensor]:
@@ -98,13 +100,13 @@ class OutputNorms(Recording):
 
 
 def row_norms(rows_SH: torch.Tensor) -> torch.Tensor:
-    """The L2 norm of each row, in float32; rows in 16 bits are read once, and not copied."""
+    """The L2 norm of each row, in float32; rows in 16 bits are read once and not copied."""
     norms: torch.Tensor = torch.linalg.vector_norm(rows_SH, dim=-1, dtype=torch.float32)
     return norms
 
 
 def experts_of(model: nn.Module, routers: Mapping[int, nn.Module]) -> list[nn.Module]:
-    """The module beside each router that computes the experts.
+    """The module next to each router that computes the experts.
 
     Raises
     ------
@@ -119,14 +121,14 @@ def experts_of(model: nn.Module, routers: Mapping[int, nn.Module]) -> list[nn.Mo
             raise RoutingError(f"layer {layer}: {type(block).__name__} has no experts: capture without output_norm")
         if len(inspect.signature(type(experts).forward).parameters) < len(("self", "hidden", "choices", "weights")):
             raise RoutingError(
-                f"layer {layer}: {type(experts).__name__} is given no choices and weights: capture without output_norm"
+                f"layer {layer}: {type(experts).__name__} does not get choices and weights: capture without output_norm"
             )
         found.append(experts)
     return found
 
 
 def _norms_of(experts: Any, hidden_TH: torch.Tensor, expert_TK: torch.Tensor) -> torch.Tensor:
-    """The norms of what an experts module computes for each choice: of a token with this one choice, of weight one."""
+    """The norms of an experts module's output for each choice, as a token with only this choice and weight one."""
     tokens, k = expert_TK.shape
     weight = hidden_TH.new_ones(tokens * k, 1)
     rows = experts.forward(hidden_TH.repeat_interleave(k, dim=0), expert_TK.reshape(-1, 1), weight)

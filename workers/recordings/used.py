@@ -1,10 +1,10 @@
-"""What the experts were given, beside what is recorded: a proof, and no array.
+"""The inputs of the experts, compared with the recorded choices: a proof without an array.
 
 T tokens, S of them sampled, L layers, E experts, K choices, H hidden. A router may return logits, probabilities and
-weights, in any order, and a recorder that reads the wrong one reads it wrong again when it asks the router again. So
+weights in any order, and a recorder that reads the wrong one reads it wrong again when it calls the router again. So
 the recorded choices and weights of the sample must be those with which the layer's experts are called. The last layer's
-experts are not run, unless it is the only one. Experts that take no choices, as Llama 4's, are given all tokens' hidden
-states once for each expert, scaled by its weight: the scale is compared.
+experts are not run, unless it is the only layer. Experts without choices, as in Llama 4, get all tokens' hidden states
+once for each expert, scaled by its weight: the scale is compared.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ from workers.recordings.recording import Batch, Chosen, Recording
 from workers.shard import RoutingError
 
 OTHERS = "its recorded choices or weights are not those that its experts were given"
-ROUNDED = torch.finfo(torch.bfloat16).eps  # relative; a layer may give its experts the weights in its own dtype
+ROUNDED = torch.finfo(torch.bfloat16).eps  # relative; a layer may pass the weights to its experts in its own dtype
 
 
 class Used(Recording):
@@ -31,45 +31,44 @@ class Used(Recording):
     routers
         As for `workers.recorder.RouteRecorder`.
     num_experts, k
-        E, and choices a token.
+        E and the number of choices per token.
     model
-        The model, where transformers' forward calls its experts.
+        The model that has the routers.
     forward
-        Or a forward of ours, which shows them to `used`.
+        What runs it: the model itself, or this project's own forward pass, which gives `used` the inputs of its
+        experts.
     """
 
     def __init__(
         self, routers: Mapping[int, nn.Module], num_experts: int, k: int, *, model: nn.Module, forward: Any
     ) -> None:
         self.index = {router: index for index, router in enumerate(routers.values())}
-        self.whole = len(routers) == 1  # the last layer's experts are run for nothing else
+        self.whole = len(routers) == 1  # only then the last layer's experts are needed
         self.layers, self.num_experts, self.k = list(routers), num_experts, k
-        self.model, self.forward = model, forward
+        self.own = None if forward is model else forward
+        blocks = [(block, router) for block in model.modules() for router in block.children() if router in self.index]
+        beside = [(router, getattr(block, "experts", None)) for block, router in blocks if self.own is None]
+        self.experts = [(router, experts) for router, experts in beside if isinstance(experts, nn.Module)]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """See `Recording`."""
         with ExitStack() as stack:
-            if self.forward is not self.model:
-                self.forward.used = self._keep
-                stack.callback(setattr, self.forward, "used", None)
-            for router, experts in self._experts():
+            if self.own is not None:
+                self.own.used = self._keep
+                stack.callback(setattr, self.own, "used", None)
+            for router, experts in self.experts:
                 hook = experts.register_forward_pre_hook(self._of(router), with_kwargs=True)
                 stack.callback(hook.remove)
             yield
 
-    def _experts(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Each router and the module beside it that computes the experts."""
-        blocks = [(block, router) for block in self.model.modules() for router in block.children()]
-        found = [(router, getattr(block, "experts", None)) for block, router in blocks if router in self.index]
-        return [(router, experts) for router, experts in found if isinstance(experts, nn.Module)]
-
     def _of(self, router: nn.Module) -> Callable[..., None]:
         def keep(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rows, *others = *args, *kwargs.values()
             try:
-                given = choices(tuple([*args, *kwargs.values()][1:]), self.k)
+                given = choices(tuple(others), self.k)
             except RoutingError:  # it is not called with choices
-                self._keep_scaled(self.index[router], *args)
+                self._keep_scaled(self.index[router], rows)
             else:
                 self._keep(router, *given)
 
@@ -84,11 +83,11 @@ class Used(Recording):
         """See `Recording`."""
         self._hidden_SH = hidden_SH
 
-    def _keep_scaled(self, index: int, rows: torch.Tensor, *others: Any) -> None:
-        """Of rows (E·T, H)."""
+    def _keep_scaled(self, index: int, rows: torch.Tensor) -> None:
+        """The scales of rows (E·T, H)."""
         if len(rows) != self.num_experts * self._tokens:
             raise RoutingError(
-                f"layer {self.layers[index]}: its experts are given what is not known, {tuple(rows.shape)}"
+                f"layer {self.layers[index]}: its experts get an input of unknown shape, {tuple(rows.shape)}"
             )
         rows_ESH = rows.view(self.num_experts, self._tokens, -1)[:, self._sample.to(rows.device)]
         scale_SE = (row_norms(rows_ESH) / row_norms(self._hidden_SH)).T
@@ -96,11 +95,11 @@ class Used(Recording):
         self._given[index] = expert_SK, weight_SK
 
     def _keep(self, router: nn.Module, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> None:
-        if router not in self.index:  # put in another's place: the recorder finds that that one never fired
+        if router not in self.index:  # it replaces another router: the recorder finds that the other one never fired
             return
         if len(expert_TK) != self._tokens:
             layer = self.layers[self.index[router]]
-            raise RoutingError(f"layer {layer}: its experts were given {len(expert_TK)} tokens of {self._tokens}")
+            raise RoutingError(f"layer {layer}: its experts got {len(expert_TK)} tokens instead of {self._tokens}")
         home, sample = self._sample.device, self._sample.to(expert_TK.device)
         self._given[self.index[router]] = expert_TK[sample].to(home), weight_TK[sample].float().to(home)
 
