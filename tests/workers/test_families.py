@@ -318,7 +318,7 @@ def test_the_docs_table_of_families_is_made_from_what_make_families_found() -> N
     ("name", "settings", "reason"),
     [
         ("longcat_flash", {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "num_layers": 1},
-         r"LongcatFlashTopkRouter\) cannot be recorded, at layer 0: it chose experts up to 5, but num_experts is 4"),
+         r"LongcatFlashTopkRouter\) cannot be recorded, at layer 0: it chooses among 6 experts, but num_experts is 4"),
         ("zaya", {"num_experts": 4, "moe_intermediate_size": 64}, r"it takes \(hidden_states, router_states\)"),
         ("jetmoe", {"num_local_experts": 4, "kv_channels": 16}, "two routers in layer 0"),
         ("deepseek_v4", {"n_routed_experts": 4, "moe_intermediate_size": 64}, r"it takes \(hidden_states, input_ids\)"),
