@@ -101,7 +101,7 @@ class Used(Recording):
             layer = self.layers[self.index[router]]
             raise RoutingError(f"layer {layer}: its experts got {len(expert_TK)} tokens instead of {self._tokens}")
         home, sample = self._sample.device, self._sample.to(expert_TK.device)
-        self._given[self.index[router]] = expert_TK[sample].to(home), weight_TK[sample].float().to(home)
+        self._given[self.index[router]] = expert_TK[sample].to(home), weight_TK[sample].to(home)
 
     def arrays(self, chosen: Chosen) -> dict[str, torch.Tensor]:
         """See `Recording`."""
@@ -109,11 +109,10 @@ class Used(Recording):
 
     def doubts(self, chosen: Chosen) -> dict[str, torch.Tensor]:
         """See `Recording`."""
-        other_LS = torch.zeros(len(self.index), len(chosen.sample), dtype=torch.bool, device=chosen.sample.device)
-        for index, (expert_SK, weight_SK) in self._given.items():
-            was_SK = chosen.weights_LTK[index, chosen.sample]
-            same_SK = (expert_SK == chosen.experts_LTK[index, chosen.sample]) & (
-                (weight_SK - was_SK).abs() <= ROUNDED * was_SK.abs()
-            )
-            other_LS[index] = ~same_SK.all(dim=-1)
-        return {OTHERS: other_LS}
+        experts_LSK, weights_LSK = chosen.experts_LTK[:, chosen.sample], chosen.weights_LTK[:, chosen.sample]
+        # All layers at once, since a launch for each would cost the host more than the device. A layer whose experts
+        # are not run is compared with itself.
+        given = [self._given.get(index, (experts_LSK[index], weights_LSK[index])) for index in range(len(experts_LSK))]
+        expert_LSK, weight_LSK = (torch.stack(parts) for parts in zip(*given, strict=True))
+        same_LSK = (expert_LSK == experts_LSK) & ((weight_LSK - weights_LSK).abs() <= ROUNDED * weights_LSK.abs())
+        return {OTHERS: ~same_LSK.all(dim=-1)}
