@@ -638,7 +638,7 @@ def test_another_bos_token_is_another_capture(
         ("dataset: a\ndataset: b", "gives dataset more than once"),
         ("limit-documents: 1\nlimit_documents: 2", "gives limit_documents more than once"),
         ('local: "no"', "local is 'no', but must be true or false"),
-        ("store: {a: b}", "and must hold one value"),
+        ("store: {a: b}", "but must be one value"),
     ],
 )
 def test_a_config_file_that_says_two_things_is_refused(command: Command, tmp_path: Path, text: str, said: str) -> None:

@@ -230,7 +230,7 @@ def test_what_cannot_be_noted_is_said(whole_copy: Path, monkeypatch: pytest.Monk
     ran = command(whole_copy, "--verify", main=status.main)
     assert ran.status == 1
     assert "fake: shard 1 failed verification: its weight shard is damaged" in ran.err
-    assert "so that the next capture will not know: [Errno 30] Read-only file system" in ran.err
+    assert "so the next capture will not know about this: [Errno 30] Read-only file system" in ran.err
 
 
 @pytest.fixture
