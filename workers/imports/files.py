@@ -45,7 +45,7 @@ def arrays_of(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         archive = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no npz file ({error})") from error
+        raise ValueError(f"{path} is not an npz file ({error})") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError(f"{path} is a single array: save named arrays with numpy.savez")
     with archive:
@@ -94,7 +94,7 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
                     found[entry.removesuffix(".npy")] = _header(path, entry, file)[0]
             return found
     except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise ValueError(f"{path} is no npz file ({error})") from error
+        raise ValueError(f"{path} is not an npz file ({error})") from error
 
 
 def _header(path: Path, name: str, file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

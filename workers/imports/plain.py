@@ -49,7 +49,7 @@ def _parquet(path: Path) -> Iterator[Routed]:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is no Parquet file ({error})") from error
+        raise ValueError(f"{path} is not a Parquet file ({error})") from error
     size, number = path.stat().st_size // max(1, file.metadata.num_rows), 0
     with file:
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):

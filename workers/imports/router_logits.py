@@ -83,7 +83,7 @@ def _safetensors(path: Path, stack: ExitStack) -> tuple[set[str], tuple[int, ...
     try:
         file = stack.enter_context(safe_open(path, framework="numpy"))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no safetensors file ({error})") from error
+        raise ValueError(f"{path} is not a safetensors file ({error})") from error
     names = set(file.keys())
     shape = tuple(file.get_slice("input_ids").get_shape()) if "input_ids" in names else ()
 

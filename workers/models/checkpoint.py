@@ -66,7 +66,7 @@ def find_checkpoint(model: str | Path, revision: str | None = None, *, weights: 
     Raises
     ------
     ValueError
-        If there is no such model, or its files are missing, cut short or of another format.
+        If there is no such model, or its files are missing, truncated or of another format.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
