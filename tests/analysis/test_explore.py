@@ -144,8 +144,8 @@ def test_every_link_leads_somewhere_and_every_answer_has_its_policy(address: str
         ("/nothing", 404, "no data set 'nothing': available are fake, some"),
         ("/fake/document/99", 404, "document 99: fake has documents 0 to 7"),
         ("/fake/document/0?page=99", 404, "page 99 of document 0: the document has pages 1 to"),
-        ("/fake/document/0?page=x", 400, "page=x is no number"),
-        ("/fake/document/0?page=-1", 400, "page=-1 is no number"),
+        ("/fake/document/0?page=x", 400, "page=x is not a whole number of 0 or more"),
+        ("/fake/document/0?page=-1", 400, "page=-1 is not a whole number of 0 or more"),
         ("/fake/token/1000", 404, "the vocabulary of fake has tokens 0 to 999"),
         ("/fake/token/5?layer=1", 404, "name a layer of 0 to 2 and an expert, or neither"),
         ("/fake/token/5?layer=7&expert=1", 404, "name a layer of 0 to 2"),
@@ -417,10 +417,10 @@ def test_the_command_prints_its_address_and_ctrl_c_ends_it(store: Path, tmp_path
     [
         (["--export", "page.html"], "--export FILE and --document ID go together"),
         (["--document", "0"], "--export FILE and --document ID go together"),
-        (["--port", "70000"], "--port 70000: 0 to 65535"),
+        (["--port", "70000"], "--port 70000: must be 0 to 65535"),
         (["--host", "192.0.2.1", "--port", "0"], "cannot listen at 192.0.2.1"),
         (["--export", "no/such/page.html", "--document", "0"], "its folder must exist"),
-        (["--processes", "0"], "--processes 0: 1 or more"),
+        (["--processes", "0"], "--processes 0: must be at least 1"),
         (["--prot", "1"], "--prot"),
     ],
 )
@@ -461,7 +461,7 @@ def test_what_does_not_fit_one_file_is_refused(command: Any, store: Path, tmp_pa
         f"{store}/fake", "--export", tmp_path / "p.html", "--document", "0", "--document", "1", main=explore.main
     )
     assert ran.status == 2
-    assert "2 documents of 180 tokens: one file holds 100 at most" in ran.err
+    assert "2 documents with 180 tokens: one file holds at most 100" in ran.err
     assert not list(tmp_path.iterdir())
 
 
