@@ -1,7 +1,7 @@
-"""One stage of a capture of many tokens, in a process of its own that tells its peak memory.
+"""One stage of a capture of many tokens, in its own process, which prints its peak memory.
 
 `python memory_driver.py plan|capture|report TOKENS STORE`. The grid is that of Mixtral: 32 layers, two of eight
-experts, shards of the default size. The model is a table, so that arrays are made as quickly as they are written.
+experts, shards of the default size. The model is a table, so that arrays are created as fast as they are written.
 """
 
 import os
@@ -59,17 +59,17 @@ class TableEngine:
 
 
 class LateWriter:
-    """Stands in for the thread that writes, and for what lets it write one shard at a time: it lags as far as it may.
+    """Replaces the writing thread and the lock that lets it write one shard at a time: it lags as far as allowed.
 
-    A shard is written when the next one is computed, in the thread that computed it. How far a thread lags, and whether
-    its peak falls together with that of the one that computes, is chance.
+    A shard is written when the next one is computed, in the thread that computed it. The lag of a real thread, and
+    whether its peak coincides with that of the computing thread, would be random.
     """
 
     def __init__(self) -> None:
         self._commit: Callable[[], object] = lambda: None
 
     def submit(self, commit: Callable[[], object]) -> SimpleNamespace:
-        """Stands in for the future of what is written."""
+        """Replaces the future of a write."""
         self._commit = cache(commit)
         return SimpleNamespace(result=self._commit)
 
@@ -91,7 +91,7 @@ class LateWriter:
 
 
 def documents(count: int) -> Source:
-    """So many documents, made as they are read."""
+    """A number of documents, created as they are read."""
 
     def read(start: int) -> Iterator[Document]:
         return (
@@ -118,7 +118,7 @@ def capture(tokens: int, store: Path) -> None:
 
 
 def report(tokens: int, store: Path) -> None:
-    """Draw the report, with one thread: whether the peaks of two fall together is chance."""
+    """Draw the report with one thread: whether the peaks of two threads coincide would be random."""
     os.cpu_count = lambda: 1
     from jobs import report as script
 
@@ -126,7 +126,7 @@ def report(tokens: int, store: Path) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process had; `ru_maxrss` would count that of the process which started it."""
+    """The peak memory of this process; `ru_maxrss` would include that of the process that started it."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 

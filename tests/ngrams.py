@@ -1,6 +1,6 @@
 """n-gram language models to measure a model against: interpolated modified Kneser–Ney (Chen & Goodman 1998, 1999).
 
-Rows are token ids of shape (rows, positions), below 2**15, filled up with -1; no n-gram goes over the end of a row.
+Rows are token ids of shape (rows, positions), below 2**15, filled up with -1; no n-gram crosses the end of a row.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ class NGrams:
         assert vocabulary <= 2**BITS
         self.vocabulary = vocabulary
         found = [self._packed(rows, n) for n in range(1, order + 1)]
-        # Below the highest order an n-gram counts once for each different token that it follows.
+        # Below the highest order, an n-gram counts once for each different token before it.
         followed = [np.unique(longer) & ((1 << BITS * n) - 1) for n, longer in enumerate(found[1:], 1)]
         self.levels = [_Level(grams) for grams in [*followed, found[-1]]]
 
@@ -30,7 +30,7 @@ class NGrams:
         return _pack(windows[(windows >= 0).all(1)])
 
     def probability(self, context: Rows, token: Rows) -> NDArray[np.float64]:
-        """Of each token after its context (tokens, order - 1), where -1 stands for what is not there."""
+        """The probability of each token after its context (tokens, order - 1), in which -1 means no token."""
         value = np.full(len(token), 1 / self.vocabulary)
         for size, level in enumerate(self.levels, 1):
             own = context[:, context.shape[1] - (size - 1) :]
@@ -39,7 +39,7 @@ class NGrams:
         return value
 
     def loss(self, rows: Rows) -> float:
-        """Mean over all tokens but each row's first, in nats a token."""
+        """Mean over all tokens except each row's first, in nats per token."""
         order = len(self.levels)
         filled = np.concatenate([np.full((len(rows), order - 1), -1, rows.dtype), rows], axis=1)
         windows = np.lib.stride_tricks.sliding_window_view(filled, order, axis=1)[:, 1:].reshape(-1, order)
@@ -61,7 +61,7 @@ class _Level:
         self.freed = np.add.reduceat(self.discount[np.minimum(self.count, 3)], first)
 
     def mixed(self, gram: NDArray[np.int64], lower: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Probability at this order, given that at the one below; that one where the context was never seen."""
+        """Probability at this order, from that at the order below, which is returned if the context was never seen."""
         count = _looked_up(self.gram, self.count, gram)
         total = _looked_up(self.context, self.total, gram >> BITS)
         freed = _looked_up(self.context, self.freed, gram >> BITS)
@@ -77,6 +77,6 @@ def _pack(windows: Rows) -> NDArray[np.int64]:
 
 
 def _looked_up(keys: NDArray[np.int64], values: NDArray[np.generic], wanted: NDArray[np.int64]) -> NDArray[np.generic]:
-    """The value of each key, 0 where it is not there."""
+    """The value of each key, 0 if it is missing."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[at] == wanted, values[at], 0)

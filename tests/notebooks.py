@@ -1,7 +1,7 @@
-"""The example notebooks as a reader runs them; `python tests/notebooks.py` runs them and keeps what they show.
+"""The example notebooks as run by a reader; `python tests/notebooks.py` runs them and keeps their outputs.
 
-They are committed with their outputs, so that a code host shows them. Run it after a change to a notebook or
-to what its cells show.
+They are committed with their outputs, so that a code host shows them. Run it after changing a notebook or the outputs
+of its cells.
 """
 
 import ast
@@ -23,18 +23,18 @@ from patience import HUNG_S
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "analysis" / "examples"
-SIZE = 500_000  # bytes of a notebook with its outputs, at most
+SIZE = 500_000  # maximum bytes of a notebook with its outputs
 
 NO_ONE = "http://127.0.0.1:9"
 
 
 def executed(notebook: Any, root: Path) -> Path:
-    """Run the cells two folders below the packages, as where they lie, with no way to a network or to other settings.
+    """Run the cells two folders below the packages, as in their real place, without a network or other settings.
 
     Parameters
     ----------
     notebook
-        Gets the outputs; what a cell raises is raised.
+        Receives the outputs; errors of cells are raised.
     root
         An empty folder.
 
@@ -65,15 +65,15 @@ class Ran:
     """A notebook after its cells ran in this process."""
 
     shown: dict[tuple[str, str], str]
-    """What each cell shows, by the cell's id and the MIME type."""
+    """The outputs of each cell, by the cell's id and the MIME type."""
     names: dict[str, Any]
     """The variables."""
     said: str
-    """What was written to the terminal, warnings too."""
+    """Terminal output, including warnings."""
 
 
 def run_here(notebook: Any, folder: Path) -> Ran:
-    """Run the cells in this process, in a folder: in a kernel of their own they take the imports' time once more."""
+    """Run the cells in this process, in a folder: a separate kernel would spend the time of the imports again."""
     names: dict[str, Any] = {"__name__": "notebook"}
     shown, before, said = {}, alt.renderers.active, StringIO()
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
@@ -93,7 +93,7 @@ def run_here(notebook: Any, folder: Path) -> Ran:
 
 
 def _forms(value: Any) -> dict[str, str]:
-    """What a value shows, by MIME type; a chart by the renderer that is enabled."""
+    """The output of a value, by MIME type; charts use the enabled renderer."""
     if hasattr(value, "_repr_mimebundle_"):
         bundle = value._repr_mimebundle_()
         return dict(bundle[0] if isinstance(bundle, tuple) else bundle)
@@ -102,7 +102,7 @@ def _forms(value: Any) -> dict[str, str]:
 
 
 def _value_of(source: str, names: dict[str, Any]) -> Any:
-    """Run a cell; the value of its last line where that is an expression."""
+    """Run a cell; returns the value of its last line if that is an expression."""
     *most, last = ast.parse(source).body
     if not isinstance(last, ast.Expr):
         most, last = [*most, last], ast.Expr(ast.Constant(None))
@@ -111,7 +111,7 @@ def _value_of(source: str, names: dict[str, Any]) -> Any:
 
 
 def without_places(notebook: Any, folder: Path) -> None:
-    """Take the names of this machine's folders out of what cells show, and progress, which is none afterwards."""
+    """Remove the names of this machine's folders from the outputs, and progress bars, which are useless afterwards."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]

@@ -1,6 +1,7 @@
-"""Writes docs/options.md from the options of all scripts: `python tests/options_page.py`; a test says when it is due.
+"""Writes docs/options.md from the options of all scripts: `python tests/options_page.py`. A test fails if this is
+needed.
 
-An option is a field of a script's dataclass, and what its docstring says stands here: the only long explanation.
+An option is a field of a script's dataclass. Its docstring is shown here as the only long explanation.
 """
 
 import ast
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 PAGE = ROOT / "docs" / "options.md"
 CONFIGS = {"capture": "jobs.capturing.options", "importance": "jobs.capturing.importance_options"}
-"""Where the options of a script are that has them in another module."""
+"""Modules of options, for scripts that have them in another module."""
 METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
 BEGINNING = """# Options
 
@@ -44,7 +45,7 @@ def config_of(script: str) -> type[Any]:
 
 
 def options(config: type[Any]) -> Iterator[tuple[Field[Any], Any, str]]:
-    """Fields that can be given, with their types and what is said of each; what is inherited comes last."""
+    """Fields that can be given, with their types and descriptions; inherited fields come last."""
     hints, own = get_type_hints(config, include_extras=True), set(vars(config).get("__annotations__", {}))
     said = {name: text for base in config.__mro__[-2::-1] for name, text in _docstrings(base).items()}
     for field in sorted(fields(config), key=lambda each: each.name not in own):
@@ -53,7 +54,7 @@ def options(config: type[Any]) -> Iterator[tuple[Field[Any], Any, str]]:
 
 
 def _docstrings(config: type[Any]) -> dict[str, str]:
-    """What is said under each field, or as its help."""
+    """The docstring or help of each field."""
     [definition] = ast.parse(getsource(config)).body
     assert isinstance(definition, ast.ClassDef)
     said: dict[str, str] = {}
@@ -70,7 +71,7 @@ def _docstrings(config: type[Any]) -> dict[str, str]:
 
 
 def written(field: Field[Any], hint: Any) -> str:
-    """An option as it is typed: `--top N`."""
+    """An option as typed: `--top N`."""
     positional = tyro.conf.Positional in get_args(hint)
     value = _value(hint)
     if positional:
@@ -79,7 +80,7 @@ def written(field: Field[Any], hint: Any) -> str:
 
 
 def _value(hint: Any) -> str:
-    """What stands for an option's value; nothing for a switch."""
+    """The placeholder of an option's value; empty for a switch."""
     if get_origin(hint) is Annotated:
         return _value(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
@@ -92,7 +93,7 @@ def _value(hint: Any) -> str:
 
 
 def section(script: str) -> str:
-    """All about one script's options."""
+    """The section about one script's options."""
     config = config_of(script)
     about = " ".join((config.__doc__ or "").split())
     lines = [f"## {script}", "", about, ""]

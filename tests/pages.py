@@ -1,7 +1,7 @@
-"""The pages that people read, taken apart: blocks of code, commands, links and headings.
+"""The parts of the documentation pages: blocks of code, commands, links and headings.
 
-A block of ```python or ```bash is executed by `tests/test_docs.py`. One that cannot be executed there has a second word
-that says why: a code host and Sphinx both read the first word alone.
+A block of ```python or ```bash is executed by `tests/test_docs.py`. A block that cannot be executed there has a second
+word that says why: code hosts and Sphinx read only the first word.
 """
 
 import re
@@ -24,7 +24,7 @@ PARSER = MarkdownIt("commonmark").enable("table")
 
 @dataclass(frozen=True)
 class Block:
-    """Code of a page: its language, why it is not executed, if it is not, and where it begins."""
+    """Code of a page: its language, the reason why it is not executed, if any, and where it starts."""
 
     language: str
     reason: str
@@ -33,7 +33,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """The Python and the shell of a page, in its order."""
+    """The Python and shell blocks of a page, in order."""
     tokens = PARSER.parse(page.read_text(encoding="utf-8"))
     found = [
         Block(*f"{token.info} ".split(" ", 1), token.content, token.map[0] + 1)
@@ -44,7 +44,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a shell block, each on one line; comments behind them stay."""
+    """The commands of a shell block, each on one line; trailing comments are kept."""
     return [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.strip(" \n") and line[0] != "#"]
 
 
@@ -64,7 +64,7 @@ def script_of(command: str) -> tuple[str, list[str]] | None:
 
 
 def links(page: Path) -> Iterator[str]:
-    """Where links and pictures of a page lead, without addresses of other hosts."""
+    """The targets of a page's links and pictures, without addresses of other hosts."""
     for token in _inline(page):
         for child in token.children or []:
             target = str(child.attrs.get("href") or child.attrs.get("src") or "")

@@ -1,6 +1,7 @@
-"""Two data sets of a model with planted experts: one for prose, one for digits; and one of them without an expert.
+"""Two data sets of a model with planted experts, one for prose and one for digits, and one data set with an expert
+masked.
 
-The rest is the fake model's: choices by a hash. So what the explorer must find is known beforehand.
+The other choices are those of the fake model, by a hash. So the explorer's expected results are known.
 """
 
 from functools import partial
@@ -43,7 +44,7 @@ class PlantedEngine(FakeEngine):
         self.without = without
 
     def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
-        """See `FakeEngine`; `without` the prose expert its tokens are predicted worse by half a nat and more."""
+        """See `FakeEngine`. `without` the prose expert, its tokens are predicted worse by half a nat or more."""
         routes = super().route(token, length)
         for (layer, expert), chosen in ((DIGIT_EXPERT, token >= NAMED["0"]), (PROSE_EXPERT, _prose(token))):
             if (layer, expert) != PROSE_EXPERT or not self.without:
@@ -58,7 +59,7 @@ class PlantedEngine(FakeEngine):
 
 
 def _prose(token: np.ndarray) -> np.ndarray:
-    """Which tokens go to the prose expert: 9 in 10 positions of its words, told by a hash of the place."""
+    """Which tokens go to the prose expert: 9 in 10 positions of its words, selected by a hash of the position."""
     words = (token >= NAMED["the"]) & (token < NAMED["self"])
     place = np.arange(token.shape[1]) * 7 + np.arange(token.shape[0])[:, None] * 3
     chosen: np.ndarray = words & (place % 10 != 0)

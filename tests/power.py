@@ -1,8 +1,8 @@
-"""A disk that forgets: what was not synced when the power fails may be there, be gone, or be as it was before.
+"""A disk that loses power: unsynced data may then be present, missing or in their old state.
 
-It watches the calls by which `store.objects` changes folders, in a folder of a real file system, and keeps beside it
-what POSIX promises: a file's bytes once the file was synced, a name once its folder was. All else is lost or kept as
-the caller chooses, each name by itself, a file's bytes also in part.
+It watches the calls with which `store.objects` changes folders, in a folder of a real file system, and tracks what
+POSIX guarantees: a file's bytes after the file is synced, and a name after its folder is synced. The caller chooses
+what else is lost or kept, for each name separately, and a file's bytes also in part.
 
 A process dies before any of its calls, not only between two objects as in `simulated`.
 """
@@ -20,7 +20,7 @@ import pytest
 from simulated import Killed
 
 Choose = Callable[[Sequence[Any]], Any]
-"""Takes one of several states that are possible after a loss of power; the first one is always the oldest."""
+"""Chooses one of several possible states after a power failure; the first is always the oldest."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class File:
 
 @dataclass
 class Folder:
-    """A folder's names as they are safe, and what was done to them since."""
+    """A folder's safe names, and the changes since then."""
 
     safe: "dict[str, File | Folder]" = field(default_factory=dict)
     changes: "list[tuple[str, File | Folder | None]]" = field(default_factory=list)
@@ -46,16 +46,16 @@ class Folder:
         return {name: entry for name, entry in found.items() if entry is not None}
 
     def sync(self) -> None:
-        """All names are safe from here on."""
+        """Mark all names as safe."""
         self.safe, self.changes = self.now(), []
 
     def states(self, name: str) -> "list[File | Folder | None]":
-        """What may be found under a name, the oldest first."""
+        """The possible contents of a name, the oldest first."""
         return [self.safe.get(name), *(entry for changed, entry in self.changes if changed == name)]
 
 
 class Disk:
-    """The disk, mounted at a folder that is there and empty.
+    """The disk, mounted at an existing empty folder.
 
     Parameters
     ----------
@@ -70,11 +70,11 @@ class Disk:
         self._files: dict[int, File] = {}
 
     def begin(self, dies_at: int | None = None) -> None:
-        """A process begins, and dies before its call of that number, counted from 0."""
+        """Start a process that dies before its call with that number, counted from 0."""
         self.calls, self.dies_at = [], dies_at
 
     def fail(self, choose: Choose = lambda states: states[0]) -> None:
-        """The power fails: what is left, by the choices, is on the disk when it is back."""
+        """The power fails. The choices decide what is on the disk afterwards."""
         left = _left(self.top, choose)
         shutil.rmtree(self.root)
         self._files.clear()
@@ -108,7 +108,7 @@ class Disk:
             return Path(os.readlink(f"/proc/self/fd/{named}"))
         return Path(named) if dir_fd is None else Path(os.readlink(f"/proc/self/fd/{dir_fd}")) / named
 
-    # What each call does; each looks before it, and gives what follows from its success
+    # What each call does: each reads the state first and returns the effects of its success
 
     def _mkdir(self, path: Path) -> Callable[[], None]:
         return lambda: self._changed(path, Folder())
@@ -155,7 +155,7 @@ class Disk:
         return folder
 
     def _written(self, path: Path, left: dict[str, Any]) -> Folder:
-        """Write what is left; all of it is safe now."""
+        """Write what is left. All of it is safe now."""
         path.mkdir()
         folder = Folder()
         for name, entry in left.items():
@@ -168,7 +168,7 @@ class Disk:
 
 
 def _left(folder: Folder, choose: Choose) -> dict[str, Any]:
-    """A folder's names and what they hold, after the power failed."""
+    """A folder's names and their contents after a power failure."""
     left: dict[str, Any] = {}
     for name in sorted(folder.safe.keys() | {name for name, _ in folder.changes}):
         states = folder.states(name)

@@ -1,7 +1,7 @@
-"""A real Ray head of a test's own: started with token authentication on free loopback ports, ended by its process.
+"""A real Ray head for a test: started with token authentication on free loopback ports, and ended by its process.
 
-No other Ray of the machine is touched: its files, its address and its token lie in a folder of its own, and nothing is
-stopped but the processes that it started.
+Other Ray clusters on the machine are not affected: its files, its address and its token are in its own folder, and only
+the processes that it started are stopped.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ import psutil
 from patience import HUNG_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
-NODE = "127.0.0.2"  # loopback too; Ray replaces 127.0.0.1 with the address that other machines see
+NODE = "127.0.0.2"  # also loopback; Ray replaces 127.0.0.1 with the external address
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-PATIENT = {  # Ray gives what starts half a minute or a minute, which on a busy machine is not enough
+PATIENT = {  # Ray allows half a minute or a minute for a start, which is not enough on a busy machine
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(HUNG_S),
     "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": str(HUNG_S),
     "RAY_raylet_start_wait_time_s": str(HUNG_S),
@@ -36,7 +36,7 @@ PATIENT = {  # Ray gives what starts half a minute or a minute, which on a busy 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A head that runs."""
+    """A running head."""
 
     folder: Path
     address: str
@@ -44,9 +44,9 @@ class Head:
     dashboard: str
     """Where jobs are submitted."""
     metrics: str
-    """Where Prometheus would look."""
+    """The address for Prometheus."""
     environment: dict[str, str]
-    """Of a process that may use it; RAY_ADDRESS is not set."""
+    """The environment of a process that may use it; RAY_ADDRESS is not set."""
 
     def run(self, command: Sequence[str | Path], cwd: Path, **also: str) -> subprocess.CompletedProcess[str]:
         """Run a command that may use the head."""
@@ -67,7 +67,7 @@ def ray_head(cwd: Path, **also: str) -> Iterator[Head]:
     Parameters
     ----------
     cwd
-        Where `ray start` is typed.
+        The folder in which `ray start` runs.
     also
         Further environment variables of the head, and so of the jobs and workers.
     """
@@ -115,7 +115,7 @@ def ray_head(cwd: Path, **also: str) -> Iterator[Head]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on, of those that no outgoing connection and no Ray takes by itself."""
+    """Free loopback ports outside the ranges used by outgoing connections and by Ray."""
     ports: list[int] = []
     for port in random.sample(range(20_000, 32_000), 1000):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -126,7 +126,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:
-    """End a process and everything that it started, politely for five seconds."""
+    """End a process and everything that it started, with SIGTERM for the first five seconds."""
     family = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
     process.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs(family, timeout=5)

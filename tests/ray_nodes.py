@@ -1,7 +1,7 @@
-"""A Ray cluster of several nodes on this machine, with GPUs that are none: nodes are added and lost while it runs.
+"""A Ray cluster of several nodes on this machine with fake GPUs: nodes are added and lost while it runs.
 
-`ray.cluster_utils.Cluster` lives in a process of its own, so that nothing of Ray stays in the tests' process; its
-files lie in a folder of its own, and nothing is stopped but what it started.
+`ray.cluster_utils.Cluster` runs in its own process, so that nothing of Ray remains in the tests' process. Its files are
+in their own folder, and only the processes that it started are stopped.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import IO, Any
 import psutil
 from ray_head import NODE, PATIENT
 
-HEALTH = {  # a node is taken for lost 1.5 s after its raylet stopped listening, not 30 s; one that is slow is not
+HEALTH = {  # a node counts as lost 1.5 s after its raylet stopped listening, not 30 s; a slow node does not
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_failure_threshold": "3",
@@ -28,12 +28,12 @@ HEALTH = {  # a node is taken for lost 1.5 s after its raylet stopped listening,
 
 
 class Nodes:
-    """The cluster, and a process that may use it.
+    """The cluster, and the environment of a process that uses it.
 
     Parameters
     ----------
     process
-        That of this file's own `serve`.
+        The process of this file's `serve`.
     environment
         Of a driver; RAY_ADDRESS is set.
     """
@@ -47,11 +47,11 @@ class Nodes:
         self.environment = {**environment, "RAY_ADDRESS": address}
 
     def add(self, folder: Path | None = None) -> int:
-        """Start a node with one CPU and one GPU, in a folder, and tell the process id of its raylet."""
+        """Start a node with one CPU and one GPU in a folder, and return the process id of its raylet."""
         return int(self._ask("add", str(folder or "/")))
 
     def lose(self, raylet: int) -> None:
-        """Lose a node as when its machine is switched off."""
+        """Lose a node as if its machine were switched off."""
         self._ask("lose", raylet)
 
     def free_gpus(self) -> float:
@@ -68,12 +68,12 @@ class Nodes:
 
 @contextmanager
 def ray_nodes(count: int, *paths: Path) -> Iterator[Nodes]:
-    """A cluster with a head without a GPU and so many nodes with one.
+    """A cluster with a head without a GPU and a number of nodes with one GPU each.
 
     Parameters
     ----------
     paths
-        Where a worker finds further modules.
+        Folders in which a worker finds further modules.
     """
     folder = Path(tempfile.mkdtemp(prefix="ea", dir="/tmp"))  # short: a socket's path has 107 characters
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -104,7 +104,7 @@ def ray_nodes(count: int, *paths: Path) -> Iterator[Nodes]:
 
 
 def _end_all_of(folder: Path) -> None:
-    """End the processes whose Ray has its files in a folder: workers outlive their node for a while."""
+    """End the processes whose Ray files are in a folder: workers outlive their node for a while."""
     for process in psutil.process_iter():
         try:
             if process.environ().get("RAY_TMPDIR") == str(folder):
@@ -114,7 +114,7 @@ def _end_all_of(folder: Path) -> None:
 
 
 def serve(questions: IO[str], answers: IO[str]) -> None:
-    """Answer a line with a line until there are no more."""
+    """Answer each input line with a line."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()

@@ -1,4 +1,4 @@
-"""The fake model with what `--record` adds, by formulas, and captures of it."""
+"""The fake model with the values that `--record` adds, by formulas, and captures of it."""
 
 import json
 from functools import partial
@@ -16,12 +16,12 @@ RECORD = ("logit", "output_norm", "logprob")
 
 
 class RecordingEngine(FakeEngine):
-    """Gives logits, norms and log-probabilities too, by formulas of the token's id.
+    """Also returns logits, norms and log-probabilities, by formulas of the token's id.
 
     Parameters
     ----------
     top
-        Logits that are given, the largest ones with their experts; 0: all.
+        Number of largest logits to return, with their experts; 0: all.
     worse
         Nats by which each token id modulo 7 is predicted worse.
     """
@@ -53,7 +53,7 @@ class RecordingEngine(FakeEngine):
 def recorded_capture(
     path: Path, name: str, texts: list[str], *, top: int = 0, worse: float = 0.0, **layout: Any
 ) -> None:
-    """A capture with all three, as `jobs/capture.py` makes it, and how logits become weights."""
+    """A capture with all three, as by `jobs/capture.py`, and the transformation from logits to weights."""
     record = ("logit", *(("logit_expert",) if top else ()), "output_norm", "logprob")
     grid = fake_layout(record=record, top_logits=top, **layout)
     run: Any = FakeRun(path, grid, identity={"record": list(record)})

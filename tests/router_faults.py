@@ -1,8 +1,8 @@
 """Four faults that recorders of other projects had, planted in an engine of any family.
 
-A fault is a context within which the engine records something else than its model does, and a number of micro-batches
-is routed before. It is found where the engine raises a `RoutingError`, and does no harm where what it records is the
-same: the weights of some families are the probabilities themselves.
+A fault is a context in which the engine records something else than its model does, after routing a number of
+micro-batches. It is found if the engine raises a `RoutingError`. It is harmless if the recorded values are the same:
+the weights of some families are the probabilities themselves.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ Plant = Callable[[ModelEngine], Any]
 
 @contextmanager
 def _answers(engine: ModelEngine, of: Callable[[int, tuple[Any, ...], Any], Any]) -> Iterator[None]:
-    """What each router returns becomes what `of` makes of its place, its arguments and its answer."""
+    """Replace each router's output by the result of `of` for its place, its arguments and its output."""
     with ExitStack() as stack:
         for index, router in enumerate(engine.recorder.routers.values()):
             hook = lambda module, args, output, index=index: of(index, args, output)
@@ -32,7 +32,7 @@ def _answers(engine: ModelEngine, of: Callable[[int, tuple[Any, ...], Any], Any]
 
 
 def layer_below(engine: ModelEngine) -> Any:
-    """Each layer has what the layer below it chose, as where a forward is captured one layer late."""
+    """Each layer gets the choices of the layer below, as if a forward pass were captured one layer late."""
     kept: dict[int, Any] = {}
 
     def of(index: int, args: Any, output: Any) -> Any:
@@ -43,13 +43,13 @@ def layer_below(engine: ModelEngine) -> Any:
 
 
 def earlier_batch(engine: ModelEngine) -> Any:
-    """Each router gives what it gave of the first batch, as a buffer does that is filled once."""
+    """Each router returns its output for the first batch, like a buffer that is filled once."""
     kept: dict[int, Any] = {}
     return _answers(engine, lambda index, args, output: kept.setdefault(index, output))
 
 
 def earlier_batch_by_shape(engine: ModelEngine) -> Any:
-    """Whoever asks a router about as many tokens as were asked about before has that answer, as of a replayed graph."""
+    """A router returns an earlier output when it is called with as many tokens as before, like a replayed graph."""
     stack = ExitStack()
     for router in engine.recorder.routers.values():
         kept: dict[int, Any] = {}
@@ -62,7 +62,7 @@ def earlier_batch_by_shape(engine: ModelEngine) -> Any:
 
 
 def swapped_routers(engine: ModelEngine) -> Any:
-    """The first two layers' routers are taken for each other's."""
+    """The first two layers' routers are mistaken for each other."""
     routers = engine.recorder.routers
     first, second = list(routers)[:2]
     return patch.object(engine.recorder, "routers", routers | {first: routers[second], second: routers[first]})
@@ -79,7 +79,7 @@ def swapped_answers(engine: ModelEngine) -> Any:
 
 
 def probabilities_for_weights(engine: ModelEngine) -> Any:
-    """The recorder takes the probability of a chosen expert for its weight."""
+    """The recorder mistakes the probability of a chosen expert for its weight."""
 
     def taken(output: Any, k: int, router: Any) -> Any:
         experts_TK, _ = choices(output, k, router)
@@ -113,12 +113,12 @@ NEEDS_TWO_LAYERS = (layer_below, swapped_routers, swapped_answers)
 
 
 def outcome(engine: ModelEngine, plant: Plant, wanted: Routes) -> str:
-    """What becomes of a fault: the error, or what is to say of it where there is none.
+    """The result of a fault: the error, or a description if there is none.
 
     Parameters
     ----------
     wanted
-        What the engine records of `batch(2)` without a fault.
+        What the engine records for `batch(2)` without a fault.
     """
     if plant in NEEDS_TWO_LAYERS and len(engine.layers) == 1:
         return ONE_LAYER

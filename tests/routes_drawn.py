@@ -1,7 +1,7 @@
-"""Routes drawn as those of trained routers are, of three families, and faults planted in them.
+"""Routes drawn like those of trained routers of three families, and faults planted in them.
 
-A token's logits are what its id prefers, what its document is about, what came before, and noise; experts are not
-equally liked. Small enough for a thousand draws.
+A token's logits are the sum of its id's preferences, its document's topic, the previous tokens, and noise; experts
+differ in popularity. Small enough for a thousand draws.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def drawn(family: str, seed: int, *, documents: int = 24) -> Arrays:
     topic = random.normal(size=(documents, len(layers), experts)) * 0.5
     liked = random.normal(size=(len(layers), experts)) * 0.6
     context = random.normal(size=(documents, positions, len(layers), experts)) * 0.9
-    for position in range(1, positions):  # neighbours are alike
+    for position in range(1, positions):  # adjacent tokens are similar
         context[:, position] = 0.5 * context[:, position - 1] + 0.87 * context[:, position]
     logit = taste[:, token].transpose(1, 2, 0, 3) + topic[:, None] + liked + context
     expert = np.argsort(-logit, axis=-1, kind="stable")[..., :choices]
@@ -207,4 +207,4 @@ PLANTED: dict[str, tuple[str, Callable[[Arrays], None]]] = {
     "ids of one rank": ("load too uneven", _one_rank),
     "generated tokens that restart": ("generated tokens restart", _restart),
 }
-"""What is planted: the fault's name, and what makes it."""
+"""The planted faults: the fault's name and the function that creates it."""

@@ -1,6 +1,7 @@
-"""Captures on S3 that die: reads [store, the write before which it is killed, or null], prints the exit status.
+"""Captures on S3 that die: reads [store, the write before which it is killed, or null] and prints the exit status.
 
-Each capture is a fork, made before anything speaks to the server: threads and connections do not survive a fork.
+Each capture is a fork that is made before anything connects to the server: threads and connections do not survive a
+fork.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""An S3 server in one of the `hosts`, and a bucket that keeps every version: what was ever put under a key is known."""
+"""An S3 server in one of the `hosts`, and a bucket that keeps every version, so that every put under a key is known."""
 
 import signal
 from collections import Counter
@@ -46,7 +46,7 @@ class Bucket:
         return Counter(one["Key"].removeprefix(f"{PREFIX}/") for one in found)
 
     def uploads(self) -> list[str]:
-        """Keys of uploads in parts that were begun and not ended."""
+        """Keys of multipart uploads that were started but not finished."""
         with self._host.network():
             return [one["Key"] for one in self._all("list_multipart_uploads", "Uploads")]
 
@@ -57,7 +57,7 @@ class Bucket:
 
 @contextmanager
 def server_in(host: Host) -> Iterator[str]:
-    """The address of a server that runs in a host while the block does."""
+    """The address of a server that runs in a host during the block."""
     with host.network():
         process, address = start_server(host.address, host.popen)
     try:

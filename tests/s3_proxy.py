@@ -1,11 +1,11 @@
-"""A proxy before an S3 server on loopback that breaks requests as networks and storages do, and counts them.
+"""A proxy for an S3 server on loopback that breaks requests like networks and storages do, and counts them.
 
-Each request that is to be broken has one fault, and the next try of it goes through, unless faults are left:
+Each broken request has one fault, and its retry succeeds unless there are more faults:
 
-- "503", "500": refused before the server has seen it;
+- "503", "500": rejected before the server has seen it;
 - "reset": the connection is closed in the middle of the request, which the server never sees;
 - "lost": the server does it, and the answer is lost with the connection;
-- "stall": the server does it, and the answer does not come before the client has given up;
+- "stall": the server does it, but the answer does not arrive before the client gives up;
 - "cut": the answer's body ends too early.
 """
 
@@ -24,7 +24,7 @@ from patience import HUNG_S
 
 FAULTS = ("503", "500", "reset", "lost", "stall", "cut")
 Fault = Callable[[str, str], str | None]
-"""From method and key of a request to the fault that it has, if any."""
+"""Maps the method and key of a request to its fault, if any."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Seen:
     at: float
     method: str
     key: str
-    """Below the store; empty for a listing and a removal."""
+    """The key below the store; empty for a listing and a removal."""
     condition: str | None
-    """What must be there, or must not be ("*"), for a put to be done."""
+    """The condition of a put: what must be there, or must not be there ("*")."""
     fault: str | None
 
 
 class Proxy(ThreadingHTTPServer):
-    """The proxy; requests go through untouched until `fault` is set.
+    """The proxy. Requests pass unchanged until `fault` is set.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class Proxy(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that gave up is no news."""
+        """Ignore clients that gave up."""
 
     def requests(self) -> list[str]:
         """ "GET fake/zarr.json" for each request."""
@@ -100,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.hang_up()
         if fault == "stall":
             self.connection.settimeout(HUNG_S)
-            self.rfile.read(1)  # nothing, when the client closes the connection
+            self.rfile.read(1)  # returns nothing when the client closes the connection
             return self.hang_up()
         self.send(status, headers, data, cut=fault == "cut" and len(data) > 1)
         return None
@@ -134,7 +134,7 @@ def _no_fault(method: str, key: str) -> str | None:
 
 
 def once_each(faults: Iterable[str | None]) -> Fault:
-    """Each of these faults once, on the requests that come next."""
+    """Each of these faults once, on the next requests."""
     left, lock = deque(faults), threading.Lock()
 
     def fault(method: str, key: str) -> str | None:
@@ -146,7 +146,7 @@ def once_each(faults: Iterable[str | None]) -> Fault:
 
 @contextlib.contextmanager
 def proxy(address: str) -> Iterator[Proxy]:
-    """A proxy that runs while the block does."""
+    """A proxy that runs during the block."""
     server = Proxy(address)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:

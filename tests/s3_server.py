@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, in a process of its own; tests import its fixtures `server_address` and `new_store`."""
+"""A real S3 server on loopback, in its own process; tests import its fixtures `server_address` and `new_store`."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ from patience import HUNG_S, wait_until
 def start_server(
     host: str = "127.0.0.1", popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
 ) -> tuple[subprocess.Popen[bytes], str]:
-    """Start a server on a free port; its process and its address, once it answers."""
+    """Start a server on a free port; returns its process and its address when it answers."""
     with socket.socket() as free:
         free.bind((host, 0))
         port = free.getsockname()[1]
@@ -41,20 +41,20 @@ def start_server(
 
 
 def stop_server(process: subprocess.Popen[bytes]) -> None:
-    """End the server, and nothing else."""
+    """End the server and nothing else."""
     process.terminate()
     process.wait(HUNG_S)
 
 
 def make_bucket(address: str) -> str:
-    """Make an empty bucket of a new name."""
+    """Create an empty bucket with a new name."""
     bucket = f"atlas-{uuid.uuid4().hex[:12]}"
     urllib.request.urlopen(urllib.request.Request(f"{address}/{bucket}", method="PUT")).close()
     return bucket
 
 
 def variables(address: str) -> dict[str, str]:
-    """What the environment must say of the server; no machine's role is looked for."""
+    """The environment variables for the server; no machine role is looked up."""
     return {
         "AWS_ENDPOINT_URL": address,
         "AWS_REGION": "us-east-1",
@@ -66,7 +66,7 @@ def variables(address: str) -> dict[str, str]:
 
 
 def bucket_store(url: str) -> S3Store:
-    """What lies under an s3:// URL, past the code that is tested."""
+    """The objects under an s3:// URL, read without the tested code."""
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     return S3Store(bucket, prefix=prefix or None, client_options={"allow_http": True})
 
@@ -80,7 +80,7 @@ def bucket_files(url: str) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session", name="s3_address")
 def server_address() -> Iterator[str]:
-    """The server, one for each process of tests."""
+    """The server, one for each test process."""
     process, address = start_server()
     yield address
     stop_server(process)
@@ -88,7 +88,7 @@ def server_address() -> Iterator[str]:
 
 @pytest.fixture(name="s3")
 def new_store(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a new store in a bucket of its own; the environment leads to the server."""
+    """URL of a new store in its own bucket; the environment points to the server."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in variables(s3_address).items():
@@ -97,7 +97,7 @@ def new_store(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def any_files(store: Path | str) -> dict[str, Any]:
-    """Every object of a store, wherever it is, by its key."""
+    """Every object of any store by its key."""
     if isinstance(store, str):
         return dict(bucket_files(store))
     return {path.relative_to(store).as_posix(): path.read_bytes() for path in store.rglob("*") if path.is_file()}

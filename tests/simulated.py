@@ -1,12 +1,12 @@
-"""Simulated processes over one store, without a process: each can die, fail or stand still before any of its acts.
+"""Simulated processes over one store, without real processes: each can die, fail or stop before any of its acts.
 
-A process here is the code that `jobs/capture.py --local` runs, in this interpreter. What it does to the store goes
-through objects that count its steps: an act changes the store, a look reads it. Death is before an act, and whatever
-the dead one's `finally` blocks still try is refused; on a disk half an object is left in the scratch folder. Who stands
-still does so in a thread that waits, and goes on when it is told to, however long it has been taken for dead.
+A process here is the code that `jobs/capture.py --local` runs, in this interpreter. It accesses the store through
+objects that count its steps: an act changes the store, a look reads it. A process dies before an act, and everything
+that its `finally` blocks still try is rejected; on a disk, half an object remains in the scratch folder. A stopped
+process waits in a thread and continues when it is told to, however long others have considered it dead.
 
-The answer to a put may be lost although the put took effect. Then the storage's client tries again, at once or after
-the process has stood still, or it gives up.
+The answer to a put may be lost although the put took effect. Then the storage's client retries, at once or after the
+process was stopped, or it gives up.
 """
 
 import queue
@@ -43,7 +43,7 @@ _here = threading.local()
 
 
 class Killed(BaseException):
-    """The process is dead: it does nothing more, whatever its code says."""
+    """The process is dead: it does nothing more, whatever its code tries."""
 
 
 class Process:
@@ -52,15 +52,15 @@ class Process:
     Parameters
     ----------
     dies_at, fails_at
-        Before which of its acts, counted from 0, it dies, or storage fails once.
+        The act, counted from 0, before which it dies, or before which storage fails once.
     stops_at
-        Before which of its steps, acts and looks, it stands still.
+        The step (act or look) before which it stops.
     loses_at
-        Of which of its acts it loses the answer, if that is a put. The put has taken effect, and is tried again.
+        The act whose answer is lost, if it is a put. The put has taken effect and is retried.
     late
-        Whether it stands still before it tries that again.
+        Whether it stops before the retry.
     gives_up
-        Whether it does not try again: storage seems to fail.
+        Whether it does not retry: storage seems to fail.
     """
 
     numbers = count()
@@ -83,13 +83,13 @@ class Process:
         self.acts = self.steps = 0
         self.dead = False
         self.seems_dead = False
-        """Whether others take its lease for stale."""
+        """Whether others consider its lease stale."""
         self.error: BaseException | None = None
         self._reports: queue.Queue[str] = queue.Queue()
         self._go_on = threading.Event()
 
     def look(self) -> None:
-        """Whatever reads the store comes here first."""
+        """Called before every read of the store."""
         if self.steps == self.stops_at:
             self._stand_still()
         self.steps += 1
@@ -97,7 +97,7 @@ class Process:
             raise Killed
 
     def act(self, last_act: Callable[[], object] = lambda: None) -> None:
-        """Whatever changes the store comes here first."""
+        """Called before every change of the store."""
         self.look()
         number, self.acts = self.acts, self.acts + 1
         if number == self.dies_at:
@@ -108,7 +108,7 @@ class Process:
             self._fail()
 
     def answered(self, put: Callable[[], Any]) -> Any:
-        """Put something, and learn what became of it: from the answer, or from that to a second try."""
+        """Put something and learn the result: from the answer, or from the answer to a second try."""
         answer = put()
         if self.acts - 1 != self.loses_at:
             return answer
@@ -121,7 +121,7 @@ class Process:
         return put()
 
     def run(self, work: Callable[[], object]) -> BaseException | None:
-        """Do the work to its end, or to the process's; what ended it."""
+        """Do the work until it ends or the process dies; returns what ended it."""
         _here.process = self
         try:
             work()
@@ -133,7 +133,7 @@ class Process:
         return self.error
 
     def start(self, work: Callable[[], object]) -> bool:
-        """Do the work in a thread until it ends or stands still; whether it stands still."""
+        """Do the work in a thread until it ends or stops; returns whether it stopped."""
 
         def whole() -> None:
             self.run(work)
@@ -143,14 +143,15 @@ class Process:
         return self._stands_still()
 
     def go_on(self, *, steps: int | None = None, acts: int | None = None) -> bool:
-        """Go on: for so many steps, or until it dies before its act number `acts` from here; else to the end."""
+        """Continue: for a number of steps, or until it dies before its act number `acts` from here; otherwise to the
+        end."""
         self.stops_at = None if steps is None else self.steps + 1 + steps
         self.dies_at = None if acts is None else self.acts + acts
         self._go_on.set()
         return self._stands_still()
 
     def end(self) -> None:
-        """Die where it stands."""
+        """Die at the current step."""
         self.dead = True
         self.go_on()
 
@@ -168,7 +169,7 @@ class Process:
 
 
 class Watched:
-    """Objects as one process has them."""
+    """Objects as seen by one process."""
 
     def __init__(self, objects: Objects, process: Process) -> None:
         self._objects, self._process = objects, process
@@ -188,7 +189,7 @@ class Watched:
 
 
 def _tear(objects: Objects, data: object) -> None:
-    """What is left of a write in which a process died: on a disk, half of it under no key."""
+    """Remains of a write during which a process died: on a disk, half of it without a key."""
     if isinstance(objects, LocalObjects) and isinstance(data, bytes):
         objects._write_partial(data[: len(data) // 2])
 
@@ -212,7 +213,7 @@ class _AtOnce:
         return iter([work(*each) for each in zip(*over, strict=False)])
 
     def submit(self, work: Callable[[], Any]) -> Future[Any]:
-        """Do it now; its result, or error, is there when it is asked for."""
+        """Do it now; its result or error is available later."""
         future: Future[Any] = Future()
         try:
             future.set_result(work())
@@ -222,7 +223,7 @@ class _AtOnce:
 
 
 class _Remembered:
-    """A `cached_property` without a lock: in Python 3.11 all instances share it, also one in which a zombie stands."""
+    """A `cached_property` without a lock: in Python 3.11 all instances share the lock, which a zombie may hold."""
 
     def __init__(self, name: str, function: Callable[[Any], Any]) -> None:
         self.name, self.function = name, function
@@ -233,7 +234,8 @@ class _Remembered:
 
 @contextmanager
 def simulation(make: Callable[[str], Objects]) -> Iterator[None]:
-    """All stores are one, made by `make` of a scratch key; whoever opens it inside a process is counted and may die."""
+    """All stores are one store, created by `make` from a scratch key. Code that opens it inside a process is counted
+    and may die."""
     processes: dict[int, Process] = {}
 
     def opened(_: object, scratch: str) -> Any:
@@ -256,7 +258,7 @@ def simulation(make: Callable[[str], Objects]) -> Iterator[None]:
             patch.setattr(module, "open_objects", opened)
         patch.setattr(lease, "_holder", holder)
         patch.setattr(lease, "_is_stale", lambda group, other, waits: is_gone(other["process"]))
-        patch.setattr(lease, "RENEW_S", NEVER_S)  # who stands still does not notice that it was overtaken
+        patch.setattr(lease, "RENEW_S", NEVER_S)  # a stopped process does not notice that it was overtaken
         patch.setattr(lease, "time", SimpleNamespace(sleep=lambda seconds: None))
         for module in (local, verification):
             patch.setattr(module, "ThreadPoolExecutor", _AtOnce)
@@ -267,12 +269,12 @@ def simulation(make: Callable[[str], Objects]) -> Iterator[None]:
 
 
 def small_and_quick(patch: pytest.MonkeyPatch) -> None:
-    """Several publications and chunks in a small capture; what is a function of its arguments is computed once."""
+    """Several publications and chunks in a small capture; pure functions are computed once."""
     patch.setattr(planning, "PUBLISH_POSITIONS", 96)
     for module in (layout, planned):
         patch.setattr(module, "ROW_CHUNK", 8)
     patch.setattr(workers.replica, "environment", lambda device: {"device": device})
-    # The same commit records every time, so that a bit of one is the same bit again.
+    # The same commit records every time, so that the same bits can be flipped again.
     patch.setattr(workers.replica, "os", SimpleNamespace(environ={}, getpid=lambda: 1))
     patch.setattr(workers.shard, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     for owner, name in ((PlannedGroup, "identity"), (PlannedGroup, "layout"), (CaptureGroup, "_identity_hash")):
@@ -305,13 +307,13 @@ def _remembered(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def capture(fill: Fill = local.capture_here, **options: Any) -> Coverage:
-    """Capture the texts, or go on: what a process's work is."""
+    """Capture the texts, or resume: the work of a process."""
     run: Any = FakeRun(STORE, fake_layout(vocab_size=12), **options)
     return capture_datasets(run, [(NAME, text_source(TEXTS))], fill)[0]
 
 
 def undisturbed() -> tuple[dict[str, bytes], Process]:
-    """The store of an undisturbed run, in a bucket in memory, and the process that made it."""
+    """The store of an undisturbed run, in a bucket in memory, and its process."""
     files: dict[str, bytes] = {}
     with simulation(lambda scratch: Bucket(scratch, files)):
         process = Process()

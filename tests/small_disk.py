@@ -1,5 +1,5 @@
-"""Captures on a disk that is really full, and one that really becomes read-only: `unshare --mount python small_disk.py
-FOLDER`, as root. Prints what each run of the command said, as one JSON object a line.
+"""Captures on a disk that is really full, and on one that really becomes read-only: `unshare --mount python
+small_disk.py FOLDER`, as root. Prints the output of each run of the command, one JSON object per line.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from store.objects import LocalObjects
 
 
 def mount(folder: Path, options: str) -> None:
-    """Mount a small disk, or change the one that is there."""
+    """Mount a small disk, or change the existing one."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
 
 
 def run(folder: Path, what: str) -> None:
-    """Run the command in a process of its own, and tell."""
+    """Run the command in its own process and print its output."""
     child = os.fork()
     if child:
         os.waitpid(child, 0)
@@ -65,7 +65,7 @@ def read_only_at(folder: Path, key: str) -> Callable[[LocalObjects, str, bytes],
 
 if __name__ == "__main__":
     disk = Path(sys.argv[1])
-    lease.RENEW_S = NEVER_S  # a renewal takes room
+    lease.RENEW_S = NEVER_S  # a renewal needs space
     mount(disk, "size=16k")
     run(disk, "full")
     for kilobytes in (64, 112):

@@ -1,7 +1,7 @@
-"""Captures made of numpy, in the store's schema, with structure to find: for tests of the analysis.
+"""Captures built from numpy arrays, in the store's schema, with structure to find, for tests of the analysis.
 
-Tokens prefer experts, first choices follow from those of the layer below, documents are cut into windows. The
-shape (layers, experts, choices, windows, shards) is the caller's; nothing is written anywhere.
+Tokens prefer experts, first choices follow from those of the layer below, documents are cut into windows. The shape
+(layers, experts, choices, windows, shards) is the caller's; nothing is written to disk.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def make_capture(
     scores: str = "renormalized",
     chunked: bool = True,
 ) -> xr.Dataset:
-    """A capture with random documents; shards in `missing` hold fill values, as before they are written.
+    """A capture with random documents. Shards in `missing` hold fill values, like unwritten shards.
 
     `strength` scales the structure: 0 makes all routing uniform and independent. `record` names arrays of `RECORD`.
     """
@@ -92,7 +92,7 @@ def make_capture(
     captured = inside & ~np.isin(shard, missing)[:, None]
     expert = np.where(captured[..., None, None], expert, fill).astype(np.uint8 if fill == 255 else np.uint16)
     weight = np.where(captured[..., None, None], weight, 0).astype(np.float16)
-    # Offsets count document tokens only: special ones have no place in the text.
+    # Offsets count only document tokens: special tokens have no place in the text.
     text_tokens = (inside & ~special).sum(1)
     offset = [text_tokens[(document_id == d) & (start < p)].sum() for d, p in windows]
     if pieces is None:
@@ -136,7 +136,7 @@ def recorded(
     """What `--record` adds: these logits, norms that depend on the expert, log-probabilities that depend on the token;
     and what `jobs/importance.py` does: effects that depend on layer and expert.
 
-    Where only some logits are recorded, in the order of falling ones, their experts stand beside them.
+    If only some logits are recorded, in descending order, their experts are recorded with them.
     """
     random = np.random.default_rng([seed, 1])
     expert, token = capture["expert"].values, capture["token"].values
@@ -171,9 +171,9 @@ def bursty(
     burst: float = 0.05,
     **shape: Any,
 ) -> xr.Dataset:
-    """A capture whose documents have words of their own, and whose routes depend on `by` alone: document or token.
+    """A capture whose documents have their own words, and whose routes depend only on `by`: document or token.
 
-    `world` is the seed of the tastes of tokens, so that captures of other texts may share them; `burst` is the
+    `world` is the seed of the preferences of tokens, so that captures of other texts may share them; `burst` is the
     parameter of the Dirichlet distribution from which each document's words are drawn.
     """
     capture = make_capture(seed=seed, documents=documents, strength=0, special_token_ids=(), **shape).compute()

@@ -1,4 +1,4 @@
-"""The public names: each is documented, loads nothing before it is used, and every result says what it is."""
+"""The public names: each is documented, loads nothing before it is used, and every result describes itself."""
 
 import ast
 import importlib
@@ -42,7 +42,7 @@ IN_CLASSES = analysis.ClassCounts(MEMBERS)
 
 
 def counted(capture: xr.Dataset) -> np.ndarray:
-    """Which positions hold a token that counts; bool (row, position)."""
+    """Positions with a token that counts; bool (row, position)."""
     inside = np.arange(capture.sizes["position"]) < capture["length"].values[:, None]
     return inside & ~np.isin(capture["token"].values, capture.attrs["special_token_ids"])
 
@@ -52,13 +52,13 @@ def tokens(capture: xr.Dataset = CAPTURE) -> int:
 
 
 def predicted(capture: xr.Dataset = RECORDED) -> int:
-    """Tokens that count and have a next one in their row."""
+    """Tokens that count and are followed by another in their row."""
     has_next = np.arange(capture.sizes["position"]) < capture["length"].values[:, None] - 1
     return int((counted(capture) & has_next).sum())
 
 
 def pairs(capture: xr.Dataset = CAPTURE) -> int:
-    """Neighbours that both count: as many tokens have a left neighbour that counts."""
+    """Adjacent pairs that both count: as many tokens have a left neighbor that counts."""
     both = counted(capture)
     return int((both[:, 1:] & both[:, :-1]).sum())
 
@@ -75,12 +75,12 @@ def tokens_of_common(capture: xr.Dataset, other: xr.Dataset) -> int:
 
 
 def occurrences(least: int) -> int:
-    """Occurrences of tokens that occur so often."""
+    """Occurrences of tokens that occur at least so often."""
     return sum(n for n in Counter(CAPTURE["token"].values[counted(CAPTURE)].tolist()).values() if n >= least)
 
 
 def places(top: int) -> int:
-    """Rows in which an expert is chosen, at most so many for each expert and layer."""
+    """Rows in which an expert is chosen, up to a maximum for each expert and layer."""
     routes = [row[own] for row, own in zip(CAPTURE["expert"].values, counted(CAPTURE), strict=True)]
     rows = Counter(
         (at, int(e)) for row in routes for at in range(row.shape[1]) for e in np.unique(row[:, at]) if len(row)
@@ -102,7 +102,7 @@ def recorded_counts(*reducers: Reducer) -> list[xr.Dataset]:
 
 
 def with_logprob(capture: xr.Dataset) -> xr.Dataset:
-    """With the log-probability of the next token at each position, as if it had been recorded."""
+    """The capture with the log-probability of the next token at each position, as if recorded."""
     logprob = np.full(capture["token"].shape, -1.0, np.float32)
     return capture.assign(logprob=(("doc", "position"), logprob)).chunk({"doc": 4})
 
@@ -271,7 +271,7 @@ METRICS: dict[str, tuple[Ask, object]] = {
 """A call of each public function that gives a labelled result, and the `n` that it must have."""
 
 NO_METRICS = {"association", "conditional_information", "described", "entropy", "interval"}
-"""They take what metrics gave, or counts of anything."""
+"""Functions that take results of metrics, or any counts."""
 
 REDUCERS: dict[str, tuple[Reducer, int]] = {
     "CacheCounts": (analysis.CacheCounts([2], segment_lengths=[3]), pairs()),
@@ -308,7 +308,7 @@ REDUCERS: dict[str, tuple[Reducer, int]] = {
 
 
 def returned(function: Any) -> str:
-    """What a function gives, as it is written down."""
+    """The documented return value of a function."""
     return str(inspect.signature(function).return_annotation)
 
 
@@ -342,7 +342,7 @@ def test_what_a_reducer_counted_says_what_it_is_and_of_how_much(name: str) -> No
 
 
 def hidden(result: Any) -> set[str]:
-    """Names of a result's variables that xarray has for itself: `result.NAME` would not give the numbers."""
+    """Variable names of a result that xarray uses itself: `result.NAME` would not return the numbers."""
     names = set(map(str, result.variables)) if isinstance(result, xr.Dataset) else {str(result.name), *result.coords}
     return names & {*dir(xr.Dataset), *dir(xr.DataArray)}
 
@@ -395,7 +395,7 @@ FAULTS = {
 
 
 def faults(name: str) -> list[str]:
-    """What numpydoc finds wrong with a docstring, of what is listed above."""
+    """The faults listed above that numpydoc finds in a docstring."""
     return [message for code, message in validate(name)["errors"] if code in FAULTS]
 
 

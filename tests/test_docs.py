@@ -1,4 +1,4 @@
-"""What README and the pages say works: blocks and commands run, links lead somewhere, every name has its page."""
+"""README and the pages work: blocks and commands run, links have targets, every public name has its page."""
 
 import re
 import runpy
@@ -40,9 +40,9 @@ LONG = {
     "jobs/report.py": "tests/analysis/test_report.py",
     "jobs/steer.py": "tests/jobs/test_steer.py",
 }
-"""Scripts of blocks that take too long here, or do not end, and the tests that run them."""
+"""Scripts of blocks that take too long here or do not end, and the tests that run them."""
 FEW = ("--limit_tokens", "96")
-"""Of each document of the demo: enough for every command to find something."""
+"""Tokens of each document of the demo: enough for every command to find something."""
 
 
 def named(page: Path) -> str:
@@ -54,7 +54,7 @@ def named(page: Path) -> str:
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `make demo` leaves it, with few tokens of each document."""
+    """A folder as created by `make demo`, with few tokens of each document."""
     folder = tmp_path_factory.mktemp("demo")
     for text, documents in demo.TEXTS.items():
         options = ["--dataset", text, "--limit_documents", str(documents), "--store", str(folder / "demo.zarr"), *FEW]
@@ -66,7 +66,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of it, which is the working directory and the home; what is counted is kept for the next page."""
+    """A copy of it, which is the working directory and the home folder; counted results are kept for the next page."""
     shutil.copytree(demo_folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -151,7 +151,7 @@ def test_every_public_name_has_its_page_and_only_public_names_have() -> None:
 
 
 def api_names(page: str) -> Iterator[str]:
-    """The names that a page documents, each in the module that was named last before it."""
+    """The names that a page documents, each in the last module named before it."""
     module = ""
     for directive, value in re.findall(r"^\.\. ([a-z:]+):: (\w+)$", page, re.MULTILINE):
         if directive == "currentmodule":

@@ -1,7 +1,7 @@
 """Bad input by the hundred: always a clear error or a right result; never a hang, a bare traceback or a wrong store.
 
-Each test draws damaged input and holds the outcome against an oracle that does not use the code it tests. A hang is
-stopped by the suite's timeout. `EXAMPLES=50` draws fifty times as many, and other ones each time.
+Each test draws damaged input and compares the outcome with an oracle that does not use the tested code. A hang is
+stopped by the suite's timeout. `EXAMPLES=50` draws fifty times as many examples, different ones each time.
 """
 
 import contextlib
@@ -60,21 +60,21 @@ pytestmark = [pytest.mark.timeout(3 * HUNG_S * MORE), pytest.mark.filterwarnings
 CLEAR = (ValueError, OSError, RuntimeError)  # what `jobs.console.terminal.run_job` makes one line of
 UNCLEAR = (RecursionError, NotImplementedError, UnicodeError)  # though they are of those classes
 VAGUE = ("embedded null byte", "could not convert", "invalid literal", "out of range", "maximum recursion")
-"""What Python says of a value without saying of which."""
+"""Python's own messages about a value, which do not name it."""
 
 
 def fuzzed(examples: int) -> Any:
-    """So many examples in the suite, more where they are asked for."""
+    """A number of examples in the suite, more if requested."""
     return settings(max_examples=examples * MORE)
 
 
 def costly(examples: int) -> Any:
-    """The same for examples that take a second each: what fails is shown as it was found."""
+    """The same for examples that take a second each: failures are shown as found."""
     return settings(fuzzed(examples), phases=[Phase.explicit, Phase.generate])
 
 
 def told(work: Callable[[], Any]) -> Any:
-    """What the work gives; None where it is refused, which must be in words."""
+    """The result of the work; None if it is rejected, which must have a clear message."""
     found, refused = attempt(work)
     assert not isinstance(refused, UNCLEAR), repr(refused)
     if refused is not None:
@@ -83,7 +83,7 @@ def told(work: Callable[[], Any]) -> Any:
 
 
 def attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """What the work gives, or how it is refused."""
+    """The result of the work, or the error."""
     try:
         return work(), None
     except CLEAR as error:
@@ -91,14 +91,14 @@ def attempt(work: Callable[[], Any]) -> tuple[Any, Exception | None]:
 
 
 def clear(message: str) -> None:
-    """A message says something, and more than Python says by itself."""
+    """A message must not be empty, and must say more than Python's own."""
     assert message.strip()
     assert not any(vague in message for vague in VAGUE), message
     assert "Traceback" not in message
 
 
 def ran(main: Callable[[list[str]], int], *arguments: object) -> tuple[int, str, str]:
-    """Status, output and errors of a job, as its script runs it; what it does not catch is raised."""
+    """Status, output and errors of a job, run like its script; uncaught errors are raised."""
     out, err = io.StringIO(), io.StringIO()
     argv = mock.patch.object(sys, "argv", ["job", *map(str, arguments)])
     with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -134,7 +134,7 @@ def tokenizer() -> TextTokenizer:
 
 
 def planned(place: Path, store: Path) -> tuple[CaptureGroup, list[str], list[list[int]]]:
-    """A data set as it is planned: the group, and each document's name and tokens, put together from its rows."""
+    """A planned data set: the group, and each document's name and tokens, joined from its rows."""
     source = resolve_source(str(place))
     layout = fake_layout(vocab_size=tokenizer().vocab_size, sequence_length=64, rows_per_shard=64)
     group = CaptureGroup.create(store, source.name, layout=layout, identity={}, attrs={}, pieces=["a"])
@@ -151,7 +151,7 @@ def planned(place: Path, store: Path) -> tuple[CaptureGroup, list[str], list[lis
 
 
 STARTS = (*COMPRESSED.values(), *TABLES.values(), *MARKS, *(start for kind in REFUSED for start in kind.starts))
-"""What other formats begin with."""
+"""First bytes of other formats."""
 
 
 @fuzzed(15)
@@ -212,7 +212,7 @@ LINES = st.lists((LINE | st.binary(max_size=20)).filter(lambda line: b"\n" not i
 
 
 def json_documents(data: bytes) -> list[tuple[str, bool]] | None:
-    """Text and whether it was damaged, of each line; None where a line is none."""
+    """The text of each line and whether it was damaged; None if it is not a line."""
     found = []
     for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
         if not line.strip(b" \t\r\n\x0b\x0c"):
@@ -310,7 +310,7 @@ for _ in range(number):
         assert all(isinstance(document.text, str) for document in documents)
 print(refused)
 """
-"""In a process of its own: a parser that crashes, or takes all memory, is found too."""
+"""Code for a separate process: a parser that crashes or uses all memory is found too."""
 
 
 def test_a_damaged_parquet_file_is_read_or_refused_by_name_and_crashes_nothing(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ DAMAGE = st.one_of(
 
 
 def put(*place_and_value: Any) -> tuple[Any, ...]:
-    """A damage by name, for what was found once: another value at a place."""
+    """A named damage, for faults found earlier: another value at a place."""
     return ("put", *place_and_value)
 
 
@@ -438,11 +438,11 @@ RECORDS = {
     "expert/quarantine/1.json": b'{"errors": ["RoutingError: a", "b"], "documents": ["x", "y"]}',
     "token/lease.json": json.dumps({**leases._holder(), "process": 2**22 + 1, "process_start": "1"}).encode(),
 }
-"""Records of a group, and what those hold that are not there."""
+"""Records of a group, and the content of missing ones."""
 
 
 def same(found: Any, wanted: Any) -> bool:
-    """Whether two opened captures hold the same."""
+    """Whether two opened captures are equal."""
     return all(
         found[name].dtype == wanted[name].dtype and np.array_equal(found[name].values, wanted[name].values)
         for name in ARRAYS
@@ -450,7 +450,7 @@ def same(found: Any, wanted: Any) -> bool:
 
 
 def holds(store: Path, wanted: Path) -> None:
-    """Whatever is told of a store is a clear error, or true."""
+    """Every report about a store is true or a clear error."""
     state = told(lambda: coverage(store, "fake"))
     for more in ([], ["--json"], ["--verify"]):
         ran(status.main, store, *more)
@@ -471,7 +471,7 @@ def holds(store: Path, wanted: Path) -> None:
 @pytest.mark.slow
 @costly(10)
 @given(st.sampled_from(sorted(RECORDS)), DAMAGE)
-@example("token/plan.json", put("rows", 10**12))  # looked for a million million shards
+@example("token/plan.json", put("rows", 10**12))  # searched for a trillion shards
 @example("token/plan.json", put("tokens", "../x"))
 @example("token/plan.json", put("documents", None))
 @example("token/plan.json", ("json", {}))  # was a plan of no rows
@@ -510,7 +510,7 @@ def test_of_any_record_a_capture_is_healed_to_what_it_was_or_refused_in_words(
 @example("zarr.json", put("attributes", "identity", 1))
 @example("zarr.json", put("attributes", "layers", 3.5))
 @example("zarr.json", put("attributes", "sequence_length", [1]))
-@example("zarr.json", put("attributes", "vocab_size", 10**30))  # looked for as many pieces
+@example("zarr.json", put("attributes", "vocab_size", 10**30))  # searched for as many pieces
 @example("zarr.json", put("attributes", "rows_per_shard", 2**31 - 1))
 @example("zarr.json", put("attributes", "special_token_ids", 2**32))
 @example("zarr.json", put("attributes", {"schema_version": 1}))
@@ -519,7 +519,7 @@ def test_of_any_record_a_capture_is_healed_to_what_it_was_or_refused_in_words(
 @example("piece/zarr.json", put("shape", [136]))  # tokens had no piece
 @example("layer/zarr.json", put("shape", [2]))
 @example("name/zarr.json", put("shape", [5]))
-@example("token/zarr.json", put("data_type", "uint32"))  # was read as other tokens, without a word
+@example("token/zarr.json", put("data_type", "uint32"))  # was silently read as other tokens
 def test_of_any_attributes_a_capture_reads_as_it_was_or_is_refused_in_words(
     whole: Path, name: str, how: tuple[Any, ...]
 ) -> None:
@@ -580,7 +580,7 @@ def test_a_damaged_answer_is_counted_again(whole: Path, number: int, how: tuple[
 
 @pytest.fixture(scope="module")
 def port(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """Where an explorer answers, whose every line of a log is kept."""
+    """The address of an explorer whose log lines are kept."""
     explorer = Explorer(str(whole), ["fake"], tmp_path_factory.mktemp("index"))
     explorer.refresh("fake")
     assert not explorer.problems
@@ -699,7 +699,7 @@ VALUES = [
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> tuple[str, list[str]]:
-    """A job, and a line made of its own options and of values that go with others."""
+    """A job, and a command line of its own options with values of other options."""
     job = draw(st.sampled_from(sorted(JOBS)))
     options = [field.name for field in dataclasses.fields(JOBS[job][1])]
     words = draw(st.lists(st.sampled_from(["s.zarr", "s.zarr/fake", "t.txt"]) | st.sampled_from(VALUES), max_size=2))
@@ -711,7 +711,7 @@ def command_lines(draw: st.DrawFn) -> tuple[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def place(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The current folder of the jobs: a store and a few files; nothing is asked of a network or another process."""
+    """The current folder of the jobs: a store and a few files, without a network or other processes."""
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(whole, folder / "s.zarr")
     (folder / "folder").mkdir()
@@ -781,7 +781,7 @@ BOMB = "store:\n  - &x0 [a, a, a, a, a, a, a, a, a, a]\n" + "".join(
 
 @fuzzed(60)
 @given(CONFIG)
-@example(BOMB.encode())  # a thousand million letters, if they are written out
+@example(BOMB.encode())  # a billion letters when expanded
 @example(b"[" * 5000)
 @example(b'store: "a\\0b"\ndataset: t.txt')
 @example(b'store: "\\ud800"\ndataset: t.txt')

@@ -1,4 +1,4 @@
-"""Who imports whom, what a reader's process loads, and how the scripts are started."""
+"""Imports between modules, the modules that a reader's process loads, and how the scripts are started."""
 
 import ast
 import json
@@ -31,7 +31,7 @@ ROOMS = {
         *["charts", "metrics", "doctor", "exports", "report", "explorer", "examples"],
     ],
 }
-"""Files and folders of a package, from the ground up: each may import from those before it."""
+"""Files and folders of a package, from the bottom up: each may import from those before it."""
 HEAVY = ("torch", "transformers", "ray", "bitsandbytes", "accelerate", "datasets")
 LOAD_MODELS = {
     "jobs/train_tiny.py",
@@ -74,7 +74,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def names(path: Path, word: str) -> bool:
-    """Whether the code of a file, its text and comments left out, imports or spells out a name."""
+    """Whether the code of a file, without its texts and comments, imports or contains a name."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     spelled = (node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute))
     used = {node.id if isinstance(node, ast.Name) else node.attr for node in spelled}
@@ -107,13 +107,13 @@ def test_imports_point_one_way(package: str) -> None:
 
 
 def by_name() -> dict[str, Path]:
-    """All our modules."""
+    """All modules of this project."""
     files = (path for package in PACKAGES for path in modules(package))
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
 
 
 def ours(path: Path, known: Set[str]) -> set[str]:
-    """The modules of ours that a file imports, anywhere in it."""
+    """This project's modules that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -205,7 +205,7 @@ def test_the_stores_side_of_a_worker_and_the_planner_load_no_torch_and_nothing_t
 
 
 def test_nothing_is_imported_from_a_folder_that_is_no_package_of_ours() -> None:
-    """Beside the top-level packages, the tests and the settings of Sphinx, the checkout has no importable code."""
+    """Apart from the top-level packages, the tests and the Sphinx settings, the checkout has no importable code."""
     folders = {path.parent.relative_to(ROOT).parts[0] for path in ROOT.glob("*/*.py")}
     assert folders == {*PACKAGES, "tests", "docs"}
 
@@ -220,7 +220,7 @@ def test_the_scripts_are_found() -> None:
 def started(
     form: str, script: str, arguments: list[str], cwd: Path, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """A script as a user starts it, with no help from PYTHONPATH unless it is a module elsewhere."""
+    """A script started as by a user, without PYTHONPATH unless it is a module elsewhere."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     if form == "module":
         environment["PYTHONPATH"] = str(ROOT)
@@ -235,7 +235,7 @@ def roots(names: Iterable[str]) -> set[str]:
 
 
 def imports_told(stderr: str) -> list[str]:
-    """The modules that Python says that it imported, where nothing else was said."""
+    """The modules that Python reports as imported, if there is no other output."""
     told = re.findall(r"^import time:.*\| *(\S.*)$", stderr, re.MULTILINE)
     assert len(told) == len(stderr.splitlines()), stderr
     assert told.pop(0) == "imported package"

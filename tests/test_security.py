@@ -1,4 +1,5 @@
-"""What a hostile checkpoint, text, store or address cannot do, and where secrets do not go: SECURITY.md, held."""
+"""Tests of SECURITY.md: what a hostile checkpoint, text, store or address cannot do, and where secrets do not
+appear."""
 
 import ast
 import json
@@ -52,7 +53,7 @@ Command = Callable[..., Any]
 
 
 class Touch:
-    """Its pickle makes a file when it is loaded."""
+    """Creates a file when its pickle is loaded."""
 
     def __init__(self, file: Path) -> None:
         self.file = str(file)
@@ -83,11 +84,11 @@ NEEDED = {
     "load": ("np", "allow_pickle", "False"),
     "Environment": ("jinja2", "autoescape", "True"),
 }
-"""A method: the beginning of what it is called on, and an argument that it must be given, with its value."""
+"""A method: the start of the expression on which it is called, and a required argument with its value."""
 
 
 def dangers(source: str) -> list[str]:
-    """What in a module could run code out of data."""
+    """Parts of a module that could run code from data."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -214,16 +215,16 @@ TEMPLATES = {
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_a_chat_template_runs_in_a_sandbox_and_its_failure_is_told(model: Path, template: str) -> None:
     (model / "chat_template.jinja").write_text(template)
-    with pytest.raises(ValueError, match=r"the chat template of .* refuses the messages"):
+    with pytest.raises(ValueError, match=r"the chat template of .* rejects the messages"):
         load_tokenizer(model).chat([{"role": "user", "content": "x"}])
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("tokenizer.json", "{}", "is no tokenizer that is known here"),
-        ("tokenizer.json", "\0", "is no tokenizer that is known here"),
-        ("tokenizer_config.json", "[1]", "holds list, and must hold a JSON object"),
+        ("tokenizer.json", "{}", "is not a supported tokenizer"),
+        ("tokenizer.json", "\0", "is not a supported tokenizer"),
+        ("tokenizer_config.json", "[1]", "holds list, but must hold a JSON object"),
         ("tokenizer_config.json", "[" * 100_000, "is not JSON"),
     ],
 )
@@ -516,7 +517,7 @@ def test_a_ray_that_a_job_starts_asks_for_a_token_that_nobody_else_can_read(tmp_
 
 
 def unpinned(lock: str) -> list[str]:
-    """Lines of a lock file that fetch something by an address, or without a version and its hashes."""
+    """Lines of a lock file that use an address, or lack a version or hashes."""
     logical = [
         line for line in lock.replace("\\\n", " ").splitlines() if line.strip() and not line.strip().startswith("#")
     ]

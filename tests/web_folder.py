@@ -1,4 +1,4 @@
-"""A folder on http://, as web servers and hubs serve one: ranges of a file, and a page that lists a folder."""
+"""A folder on http://, as served by web servers and hubs: ranges of a file, and a page that lists a folder."""
 
 import re
 import threading

@@ -1,4 +1,4 @@
-"""Two captures compared: against plain Python, and refused where nothing can be compared."""
+"""Two captures compared: checked against plain Python, and rejected if nothing can be compared."""
 
 import subprocess
 import sys

@@ -1,4 +1,5 @@
-"""Caches and segments against plain Python: lists of tokens, one policy a few lines, every eviction looked up anew."""
+"""Caches and segments compared with plain Python: lists of tokens, a few lines for each policy, every eviction computed
+from scratch."""
 
 from collections.abc import Callable, Iterator
 from itertools import combinations
@@ -19,7 +20,7 @@ few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChec
 
 Tokens = list[list[int]]
 Worth = Callable[[int, int], tuple[float, int]]
-"""What keeps an expert in the cache: (token number, expert) to something to compare; the least is evicted."""
+"""The rank of an expert in the cache: maps (token number, expert) to a comparable value; the smallest is evicted."""
 
 
 @st.composite
@@ -66,7 +67,7 @@ def rows(capture: xr.Dataset, layer: int) -> Iterator[tuple[Tokens, list[bool]]]
 
 
 def worth(policy: str | int, tokens: Tokens) -> Worth:
-    """Of a policy, or of SCH with as many tokens known."""
+    """The hits of a policy, or of SCH with a number of known tokens."""
 
     def recent(now: int, expert: int) -> int:
         served = [chosen for token in tokens[: now + 1] for chosen in token]
@@ -194,7 +195,7 @@ def test_a_cache_by_hand() -> None:
     one["length"][0] = 8
     one["expert"][0, :8, 0, 0] = [0, 1, 2, 0, 0, 3, 1, 0]
     rate = cache_hits(one, [2, 3])["hit_rate"].isel(layer=0)
-    # Of the 7 tokens after the first. At C = 2 LRU finds 0 once; LFU also at the end; Belady never lets it go.
+    # Of the 7 tokens after the first. At C = 2 LRU finds 0 once; LFU also at the end; Belady never evicts it.
     np.testing.assert_allclose(rate.sel(cache_size=2), np.array([1, 2, 3]) / 7)
     np.testing.assert_allclose(rate.sel(cache_size=3), np.array([3, 3, 4]) / 7)
 
@@ -302,7 +303,9 @@ def test_uniform_routing_is_as_consistent_as_the_null_says(experts: int, k: int)
     for name, null in (("performance", "null"), ("size_ratio", "null_size_ratio")):
         error = result[name].std("layer", ddof=1) / np.sqrt(result.sizes["layer"])  # layers are independent here
         assert bool((abs(result[name].mean("layer") - result[null]) <= 5 * error + 1e-12).all())
-    assert result["performance"].sel(segment_length=1).values.tolist() == [1.0] * 40  # one token: nothing to miss
+    assert (
+        result["performance"].sel(segment_length=1).values.tolist() == [1.0] * 40
+    )  # one token: there is nothing to miss
 
 
 # --- One scan -------------------------------------------------------------------------------------------------
@@ -330,7 +333,7 @@ def test_a_capture_without_a_token_has_no_rates() -> None:
 
 @pytest.mark.parametrize(("rare", "again"), [(0.02, False), (0.3, False), (0.0, True)])
 def test_rows_of_many_tokens_have_the_hits_of_a_plain_simulation(rare: float, again: bool) -> None:
-    """Again: one expert is used twice only, far apart, and the kernel that looks at 64 tokens does not suffice."""
+    """Again: one expert is used only twice, far apart, so the kernel that reads 64 tokens is not enough."""
     random, experts, capacities = np.random.default_rng(1), 8, np.array([2, 3, 5, 8])
     chance = np.where(np.arange(experts) < 4, 1.0, 0.0 if again else rare)
     tokens = [random.choice(experts, 2, replace=False, p=chance / chance.sum()).tolist() for _ in range(200)]
@@ -348,6 +351,6 @@ def test_rows_of_many_tokens_have_the_hits_of_a_plain_simulation(rare: float, ag
 
 
 def _counted(tokens: Tokens, follows: np.ndarray, size: int, policy: str) -> tuple[int, int]:
-    """Hits of tokens that follow a neighbour, and others' with the loads to free places."""
+    """Hits of tokens that follow an adjacent token, and of others with the loads into free places."""
     hits, filled = simulated(tokens, size, worth(policy, tokens))
     return int(np.array(hits)[follows].sum()), int(np.array(hits)[~follows].sum()) + filled

@@ -1,4 +1,5 @@
-"""Co-activation, transitions and repetition against plain Python, and against published figures of the real Mixtral."""
+"""Co-activation, transitions and repetition compared with plain Python, and with published figures of the real
+Mixtral."""
 
 import json
 from collections import Counter
@@ -50,7 +51,7 @@ def test_choices_equal_a_loop_over_tokens(capture: xr.Dataset) -> None:
             chosen.update((layer, rank, e) for rank, e in enumerate(here))
             together["all"].update((layer, a, b) for i, a in enumerate(here) for j, b in enumerate(here) if i != j)
             together["adjacent"].update((layer, a, b) for a, b in pairwise(here))
-            for a, b in pairwise(here):  # as their do_correlation_analysis
+            for a, b in pairwise(here):  # like their do_correlation_analysis
                 together["olmoe"].update([(layer, a, b), (layer, b, a)])
         for layer, (here, there) in enumerate(pairwise(experts)):
             followed["all"].update((layer, a, b) for a in here for b in there)
@@ -252,7 +253,7 @@ def test_windows_that_cut_documents_cost_pairs_and_the_attributes_say_how_many()
 
 
 def capture_of(expert: np.ndarray, layers: list[int], positions: int = 2048, num_experts: int = 8) -> xr.Dataset:
-    """A capture that holds these choices, (tokens, layers, k), in full rows as far as they go."""
+    """A capture with these choices, (tokens, layers, k), in as many full rows as possible."""
     rows = -(-len(expert) // positions)
     padded = np.full((rows * positions, *expert.shape[1:]), 255, np.uint8)
     padded[: len(expert)] = expert
@@ -273,7 +274,7 @@ def capture_of(expert: np.ndarray, layers: list[int], positions: int = 2048, num
 
 
 def chains(tables: list[np.ndarray]) -> np.ndarray:
-    """Sequences through the layers, (tokens, layers), whose counts at neighbouring layers are these tables'."""
+    """Sequences through the layers, (tokens, layers), whose counts at adjacent layers are those of these tables."""
     found = np.repeat(np.argwhere(tables[0] >= 0), tables[0].ravel(), axis=0)
     for table in tables[1:]:
         order = np.argsort(found[:, -1], kind="stable")
@@ -323,7 +324,7 @@ def stream(a: float, b: float, c: float, tokens: int, seed: int) -> np.ndarray:
     """Pairs of eight experts, (tokens, 1, 2), by the generator of the metrics' definitions.
 
     With probability a the first choice is kept and the second redrawn; with b the second becomes the first and the
-    second is redrawn; with c a fresh pair is drawn; else one without an expert of the last.
+    second is redrawn; with c a fresh pair is drawn; otherwise one without an expert of the last pair.
     """
     random = np.random.default_rng(seed)
     fate, found, pair = random.random(tokens), np.empty((tokens, 1, 2), np.uint8), (0, 1)

@@ -1,4 +1,4 @@
-"""Where classes of tokens go: against counts one by one, with each document left out, and where nothing is known."""
+"""Experts of token classes: compared with counts one by one and with each document left out, and with nothing known."""
 
 import re
 
@@ -26,7 +26,8 @@ CAPTURE = make_capture(documents=9, vocabulary=12, special_token_ids=(2,), piece
 
 
 def plainly(capture: xr.Dataset) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Tokens that each expert gets, [document, layer, expert], by class and, as "", of all; and tokens, the last."""
+    """Tokens that each expert gets, [document, layer, expert], by class and, as "", for all; and the number of tokens,
+    last."""
     shape = (capture.sizes["document"], capture.sizes["layer"], capture.attrs["num_experts"] + 1)
     found = {which: np.zeros(shape, int) for which in (*IN, "")}
     for row in range(capture.sizes["doc"]):

@@ -22,7 +22,7 @@ TINY = "--local --model tiny --device cpu --quantization none --sequence_length 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Texts whose folder has a name that a shell would take apart."""
+    """Texts in a folder whose name a shell would split."""
     folder = tmp_path / "my texts; it's $HOME"
     folder.mkdir()
     (folder / "a.txt").write_text("The expert that a token meets depends on the token.\n" * 9)
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def shown(page: str) -> list[list[str]]:
-    """The commands of a report, as a shell would take them."""
+    """The commands of a report, as parsed by a shell."""
     return [shlex.split(html.unescape(text)) for text in re.findall(r'<pre class="command">(.*?)</pre>', page, re.S)]
 
 

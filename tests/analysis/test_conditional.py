@@ -1,4 +1,5 @@
-"""Conditional mutual information against sums over its definition, its nulls against all shuffles, and simulations."""
+"""Conditional mutual information compared with sums over its definition, its nulls with all shuffles, and
+simulations."""
 
 import math
 from collections import Counter

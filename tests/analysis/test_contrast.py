@@ -1,4 +1,4 @@
-"""Data sets contrasted: the planted difference and no other, chance where there is only chance, known values."""
+"""Data sets contrasted: only the planted difference is found, chance where there is only chance, known values."""
 
 import math
 
@@ -63,7 +63,7 @@ def test_equal_data_sets_are_told_apart_five_times_of_a_hundred(
 
 
 def test_no_expert_is_one_data_sets_own_where_another_avoids_it() -> None:
-    """a and b are even, and c avoids expert 0: it is not the specialist of a, nor of b."""
+    """a and b are even, and c avoids expert 0: it is not the specialist of a or b."""
     random, named, all_held = np.random.default_rng(1), 0, 0
     for _ in range(40):
         sides = [Documents(random, lengths(random, "200", 30), 40, experts=8) for _ in "ab"]

@@ -1,4 +1,4 @@
-"""The distribution over all experts: against scipy and a loop, and its bounds against what they leave open."""
+"""The distribution over all experts: compared with scipy and a loop, and its bounds with the possible values."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_of_the_largest_logits_the_bounds_hold_the_truth_and_are_tight(
     else:
         assert found["margin_tokens"].values.tolist() == [0] * 3
         assert bool(found["mean_margin"].isnull().all())
-    # Tight: what is left open, filled in with logits far below and with logits of the smallest one, gives the bounds.
+    # Tight: filling the unknown logits with very small ones and with copies of the smallest one gives the bounds.
     values, ids = some["logit"].values, some["logit_expert"].values
     for end, entropy_end, mass_end in ((-500.0, "at_least", "at_most"), (0.0, "at_most", "at_least")):
         filled = np.where(np.isnan(whole["logit"].values), np.nan, values[..., -1:] + end)

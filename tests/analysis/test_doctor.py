@@ -1,4 +1,4 @@
-"""Each planted fault is named, and nothing else; true routes show none; shifts against a reference are found."""
+"""Exactly the planted faults are named; true routes show none; shifts relative to a reference are found."""
 
 from typing import Any
 
@@ -70,7 +70,7 @@ def test_what_is_published_of_a_model_is_found_by_its_name() -> None:
     )]  # fmt: skip
 
 
-# --- Beside a reference ---------------------------------------------------------------------------------------------
+# --- With a reference -----------------------------------------------------------------------------------------------
 
 
 def texts(arrays: dict[str, Any], layers: tuple[int, ...] = (0, 1, 2, 3)) -> Texts:
@@ -89,7 +89,7 @@ def changed(own: Texts, **changes: Any) -> Texts:
 
 
 def moved(expert: np.ndarray, position: int) -> np.ndarray:
-    """Each token's routes are those of the token so many places behind it."""
+    """Each token's routes are those of the token a number of places after it."""
     found = np.full_like(expert, -1)
     width = expert.shape[1]
     here = slice(max(0, -position), width - max(0, position))
@@ -139,7 +139,7 @@ def test_rounding_is_told_from_another_model_by_near_ties() -> None:
     assert (found.verdict, found.explained) == ("agrees but for rounding", 1.0)
     assert 0.9 < found.agreement < 0.97
     expert = reference.expert.copy()
-    expert[..., 0] = np.where(swapped, (expert[..., 0] + 1) % 32, expert[..., 0])  # the first choice is no near-tie
+    expert[..., 0] = np.where(swapped, (expert[..., 0] + 1) % 32, expert[..., 0])  # the first choice is not a near-tie
     assert align(changed(reference, expert=expert), reference, 32).verdict == "not the same model"
     another = drawn("sigmoid", 5)
     another |= {"token": arrays["token"], "length": arrays["length"]}

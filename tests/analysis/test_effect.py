@@ -1,4 +1,4 @@
-"""The effect of a second capture on predictions: against plain numpy and all flips, and where nothing is known."""
+"""The effect of a second capture on predictions: compared with plain numpy and all flips, and with nothing known."""
 
 from itertools import product
 
@@ -16,7 +16,7 @@ UNIT = 2.0**-20
 
 
 def predicting(capture: xr.Dataset, seed: int, shift: float = 0.0) -> xr.Dataset:
-    """With log-probabilities of the next tokens, worse by `shift` on average; NaN where no token follows."""
+    """The capture with log-probabilities of the next tokens, worse by `shift` on average; NaN if no token follows."""
     random = np.random.default_rng(seed)
     followed = np.arange(capture.sizes["position"]) < capture["length"].values[:, None] - 1
     values = np.where(followed, -random.gamma(2.0, size=followed.shape) - shift, np.nan).astype(np.float32)
@@ -73,7 +73,7 @@ def test_the_effect_on_classes_is_that_of_their_tokens_and_p_is_adjusted_for_all
     wanted = {"digits": "7", "word-initial": "▁the", "uppercase": "HTTP", "/[(]/": "▁(", "han": ""}
     found, plain = effect(one, other, classes=list(wanted), replicates=4000), plainly(one.load(), other.load())
     documents, units, statistics = sorted({each[0] for each in plain}), len(set(one["document_id"].values.tolist())), {}
-    flips = np.array(list(product([1.0, -1.0], repeat=len(documents))))  # the first are the signs as they are
+    flips = np.array(list(product([1.0, -1.0], repeat=len(documents))))  # the first row has the original signs
     for name, piece in wanted.items():
         own, of_class = found.sel(token_class=name), [each for each in plain if pieces[each[1]] == piece]
         sums = np.array([sum(each[2] for each in of_class if each[0] == d) for d in documents])
@@ -130,7 +130,8 @@ def test_the_places_that_lose_most_are_those_of_a_loop_in_any_order(rows: int) -
 
 @pytest.mark.parametrize(("number", "lengths", "shape"), [(9, "equal", "normal"), (40, "unequal", "long tails")])
 def test_intervals_hold_no_effect_and_p_rejects_it_as_often_as_they_say(number: int, lengths: str, shape: str) -> None:
-    """The same at more simulations, and of shapes where it is not quite so: tests/benchmarks/effects.py."""
+    """tests/benchmarks/effects.py does the same with more simulations, and for shapes for which this is not quite
+    true."""
     random = np.random.default_rng(5)
     found = [effect_of(documents(random, number, lengths, shape, 3), replicates=99) for _ in range(40)]
     tested = [each for each in found if not each.attrs["untested"]]

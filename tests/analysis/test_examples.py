@@ -1,4 +1,4 @@
-"""The scripts that people copy: each is run as its first line says, and its numbers are counted again in numpy."""
+"""The example scripts: each is run as described in its first line, and its numbers are computed again in numpy."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def example(name: str, *arguments: object, folder: Path = ROOT) -> str:
-    """What an example prints; warnings are errors."""
+    """The output of an example; warnings are errors."""
     command = [sys.executable, "-W", "error", str((EXAMPLES / f"{name}.py").relative_to(ROOT)), *map(str, arguments)]
     if folder != ROOT:
         command[3] = str(EXAMPLES / f"{name}.py")

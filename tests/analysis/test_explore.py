@@ -1,4 +1,5 @@
-"""The explorer over HTTP: every page says what the store holds, every link leads somewhere, and nobody is let in."""
+"""The explorer over HTTP: every page shows what the store holds, every link has a target, and strangers are
+rejected."""
 
 import base64
 import http.client
@@ -44,7 +45,7 @@ TEXTS = [words(90, number) for number in range(5)] + ["", words(40, 1), words(40
 
 @contextmanager
 def serving(explorer: Explorer) -> Iterator[str]:
-    """The address at which an explorer answers while the block runs."""
+    """The address of an explorer that runs during the block."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(site(explorer), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -80,13 +81,13 @@ def explorer(store: Path) -> Explorer:
 
 @pytest.fixture(scope="module")
 def address(explorer: Explorer) -> Iterator[str]:
-    """Where they are."""
+    """The address of their explorer."""
     with serving(explorer) as address:
         yield address
 
 
 def asked(url: str) -> tuple[int, dict[str, str], str]:
-    """Status, headers and body of an answer, whatever it is; redirects are followed."""
+    """Status, headers and body of any answer; redirects are followed."""
     try:
         with urllib.request.urlopen(url, timeout=HUNG_S) as answer:
             return answer.status, dict(answer.headers), answer.read().decode()
@@ -96,7 +97,7 @@ def asked(url: str) -> tuple[int, dict[str, str], str]:
 
 
 def text_of(page: str) -> str:
-    """What a page says, without its markup."""
+    """The text of a page without its markup."""
     found: list[str] = []
     parser = HTMLParser()
     parser.handle_data = found.append  # type: ignore[method-assign]
@@ -105,7 +106,7 @@ def text_of(page: str) -> str:
 
 
 def data_of(page: str) -> dict[str, Any]:
-    """What the page's script draws from."""
+    """The data of the page's script."""
     [text] = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page)
     data: dict[str, Any] = json.loads(text)
     return data
@@ -114,7 +115,7 @@ def data_of(page: str) -> dict[str, Any]:
 def test_every_link_leads_somewhere_and_every_answer_has_its_policy(address: str) -> None:
     to_see, seen = ["/", "/fake/document/0"], set[str]()
     while to_see and len(seen) < 250:
-        place = to_see.pop(len(seen) * 7 % len(to_see))  # now deep, now wide
+        place = to_see.pop(len(seen) * 7 % len(to_see))  # alternates between depth and breadth
         if place in seen:
             continue
         seen.add(place)
@@ -376,12 +377,12 @@ def test_a_damaged_shard_is_said_on_the_page_of_its_text(store: Path, tmp_path: 
 
 
 def state_at(address: str) -> list[dict[str, Any]]:
-    """How far each data set is."""
+    """The progress of each data set."""
     return list(json.loads(asked(f"{address}-/state.json")[2])["sets"])
 
 
 def all_indexed(address: str) -> bool:
-    """Whether all that is committed is indexed."""
+    """Whether everything that is committed is indexed."""
     return all(each["indexed"] == each["shards_done"] for each in state_at(address))
 
 

@@ -1,4 +1,4 @@
-"""The explorer as people use it: a real headless Chromium, on a desk and on a phone, and hostile texts."""
+"""The explorer in use: a real headless Chromium, with desktop and phone sizes, and hostile texts."""
 
 import re
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def explorer(tmp_path_factory: pytest.TempPathFactory) -> Explorer:
 
 @pytest.fixture(scope="module")
 def address(explorer: Explorer) -> Iterator[str]:
-    """Where it answers."""
+    """The address of the explorer."""
     with serving(explorer) as address:
         yield address
 
@@ -61,7 +61,7 @@ def token(explorer: Explorer) -> int:
 
 @pytest.fixture
 def opened(browser: Any, request: pytest.FixtureRequest) -> Iterator[tuple[Any, dict[str, list[Any]]]]:
-    """A page, and everything that it said, asked for or popped up."""
+    """A page, and its messages, requests and pop-ups."""
     options = getattr(request, "param", {})
     context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
     page = patient(context).new_page()
@@ -75,14 +75,14 @@ def opened(browser: Any, request: pytest.FixtureRequest) -> Iterator[tuple[Any, 
 
 
 def go(page: Any, url: str) -> None:
-    """Open a page, drawn."""
+    """Open a page and wait until it is drawn."""
     page.goto(url)
     if "/document/" in url or url.startswith("file:"):
         page.wait_for_selector("body[data-drawn]")
 
 
 def shown(page: Any) -> str:
-    """What the panel says of a token."""
+    """The panel's text about a token."""
     return str(page.inner_text("#token"))
 
 
@@ -111,7 +111,7 @@ def test_pages_are_quiet_inert_as_wide_as_the_screen_and_can_be_read_by_everybod
 
 
 class Counted:
-    """A visitor from the first page on, whose actions are counted."""
+    """A visitor, starting at the first page, whose actions are counted."""
 
     def __init__(self, page: Any, address: str) -> None:
         self.page, self.actions = page, 0
@@ -123,7 +123,7 @@ class Counted:
         self.page.click(selector)
 
     def search(self, text: str) -> None:
-        """Type into the first page's search, and ask."""
+        """Type into the first page's search and submit."""
         self.actions += 1
         self.page.fill("main input[type=search]", text)
         self.page.press("main input[type=search]", "Enter")
@@ -272,7 +272,7 @@ def test_the_colour_is_the_first_expert_s_and_its_strength_the_weight(opened: An
 
 
 def every_token(page: Any, number: int) -> list[str]:
-    """What the panel says of the first tokens."""
+    """The panel's text about the first tokens."""
     said = []
     for token in range(number):
         page.hover(f"#text span:nth-child({token + 1})")
@@ -362,7 +362,7 @@ def test_more_that_was_committed_is_offered_and_not_forced(opened: Any, explorer
     try:
         page.wait_for_selector("#state button:has-text('There is more now')")
         page.focus("#state button")
-        for _ in range(2):  # when the second answer comes, the first one is shown
+        for _ in range(2):  # when the second answer arrives, the first one is shown
             page.wait_for_event("response", lambda answer: answer.url.endswith("/-/state.json"))
         assert page.evaluate("document.activeElement.textContent") == "Show new results", "kept over a poll"
         page.keyboard.press("Enter")
@@ -396,7 +396,7 @@ def test_an_exported_file_works_alone(opened: Any, explorer: Explorer, tmp_path:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A capture of 128 experts, eight a token, of conversations, with blank tokens and documents."""
+    """A capture of 128 experts, eight per token, of conversations, with blank tokens and documents."""
     path = tmp_path_factory.mktemp("many") / "s.zarr"
     layout = fake_layout(num_experts=128, experts_per_token=8, roles=ROLES, layers=(3, 5))
     talks = [[{"role": role, "content": words(9, number)} for role in ("user", "assistant")] for number in range(4)]

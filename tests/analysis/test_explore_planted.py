@@ -1,4 +1,5 @@
-"""The explorer over planted experts: what its pages say is what was planted, counted again from the store by itself."""
+"""The explorer with planted experts: its pages show what was planted, compared with independent counts from the
+store."""
 
 import base64
 import json
@@ -54,7 +55,7 @@ def explorer(store: Path) -> Explorer:
 
 @pytest.fixture(scope="module")
 def address(explorer: Explorer) -> Iterator[str]:
-    """Where it answers, however long something takes to count."""
+    """The address of the explorer, which waits for any count."""
     with pytest.MonkeyPatch.context() as patched, serving(explorer) as address:
         patched.setattr(analysis.explorer.counting, "PATIENCE_S", HUNG_S)
         yield address
@@ -206,18 +207,18 @@ def test_a_class_s_page_says_what_the_metric_says(address: str, captures: Captur
     assert "No token of this class occurs in code" in text_of(asked(f"{address}/code/class?q=han")[2])
 
 
-# The tasks: each at most three actions from the first page
+# The tasks: each takes at most three actions from the first page
 
 
 class Actions:
-    """A page on which what a person does is counted."""
+    """A page on which a user's actions are counted."""
 
     def __init__(self, page: Any, address: str) -> None:
         self.page, self.number = page, 0
         go(page, f"{address}/")
 
     def do(self, action: str, *arguments: Any) -> None:
-        """One action: a click, a text that is typed, a choice, a key."""
+        """One action: a click, a typed text, a choice or a key."""
         getattr(self.page, action)(*arguments)
         self.number += 1
 

@@ -1,4 +1,5 @@
-"""Surprise, entropy and the whole distribution in the explorer: what is sent, what is coloured, what a token shows."""
+"""Surprise, entropy and the whole distribution in the explorer: the sent data, the colors, and the details of a
+token."""
 
 import base64
 import json

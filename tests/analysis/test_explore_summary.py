@@ -1,4 +1,4 @@
-"""What the explorer says in words: each sentence where it holds, and not where it does not; and texts in lines."""
+"""The explorer's sentences: each appears only where it is true; and texts in lines."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""Fingerprints: another one for whatever computes otherwise, the same one in every process, none where it is not known.
+"""Fingerprints: different for code that computes something else, equal in every process, and missing if unknown.
 
-What is kept by them is tested where it is kept: answers in `test_results.py`; machine code here.
+What is stored under them is tested elsewhere: results in `test_results.py`; machine code here.
 """
 
 import subprocess
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def defined(code: str, name: str = "f", **given: object) -> Any:
-    """What code defines, as a notebook's cell does."""
+    """The definitions of some code, as in a notebook's cell."""
     names = {"__name__": "__main__", "np": np, **given}
     exec(code, names)
     return names[name]
@@ -83,7 +83,7 @@ def test_what_is_referred_to_counts(template: str) -> None:
 
 
 class Pair(NamedTuple):
-    """A class that Python has written: what its methods are is in no code."""
+    """A class that Python generated: its methods are not in any code."""
 
     a: int
     b: int
@@ -146,7 +146,7 @@ CALLER = (
 
 
 def test_a_kernel_is_compiled_anew_when_another_file_s_kernel_or_constant_changes(tmp_path: Path) -> None:
-    """The files differ in one digit: neither their length nor that of the caller tells."""
+    """The files differ in one digit: neither their length nor that of the caller differs."""
 
     def run() -> tuple[int, int]:
         code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; sys.dont_write_bytecode = True\n"

@@ -1,4 +1,4 @@
-"""Metrics against the number of tokens: each part alone gives what the curve says, and the curve says how many do."""
+"""Metrics by number of tokens: each part alone gives the values of the curve, and the curve says how many do."""
 
 from itertools import pairwise
 

@@ -1,4 +1,5 @@
-"""The effect of every expert on predictions: against plain numpy, all flips of signs and scipy, and a planted one."""
+"""The effect of every expert on predictions: compared with plain numpy, all sign flips and scipy, and a planted
+effect."""
 
 from itertools import product
 
@@ -83,7 +84,7 @@ def test_what_may_predict_an_effect_stands_beside_it_with_its_rank_correlation()
 
 
 def planted(documents: int, seed: int) -> xr.Dataset:
-    """Effects around 0, which differ between documents, but for expert 5 of layer 1, which always helps."""
+    """Effects around 0, which differ between documents, except expert 5 of layer 1, which always helps."""
     capture = capture_of(documents, seed)
     random = np.random.default_rng(seed)
     own = random.normal(0, 0.05, (documents, 3, 8))[capture["document_id"].values][:, None]

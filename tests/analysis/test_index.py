@@ -1,4 +1,4 @@
-"""The explorer's index: every occurrence found again, every sum that of a scan, whatever happens in between."""
+"""The explorer's index: every occurrence is found, every sum equals that of a scan, whatever happens in between."""
 
 import os
 import shutil
@@ -60,7 +60,7 @@ def looked_up(index: CaptureIndex, *asked: int) -> list[tuple[int, int]]:
 
 
 def assert_sums_are_a_scan_s(index: CaptureIndex) -> None:
-    """Everything that is summed up, against one scan of what is committed."""
+    """All sums compared with one scan of the committed shards."""
     wanted = scan(index.now.capture, list(reducers(index.now.capture).values()))
     for name, result in zip(reducers(index.now.capture), wanted, strict=True):
         xr.testing.assert_identical(index.now.result(name), result)
@@ -119,7 +119,7 @@ def test_what_is_committed_later_is_added_and_nothing_is_counted_twice(store: Pa
     group = CaptureGroup(store, "fake")
     shards = group.num_shards
     away = {}
-    for shard in range(1, shards):  # their commits are taken away, and come back one by one
+    for shard in range(1, shards):  # their commits are removed and restored one by one
         record = store / "fake" / "expert" / "commits" / f"{shard}.json"
         away[shard] = record.read_bytes()
         record.unlink()
@@ -226,7 +226,7 @@ def test_what_was_counted_is_shown_also_when_it_cannot_be_kept(store: Path, monk
 
 
 def assert_sums_are_a_scan_of(index: CaptureIndex, shards: int) -> None:
-    """The sums over the first shards only."""
+    """The sums over only the first shards."""
     asked, capture = reducers(index.now.capture), index.now.capture
     states = accumulate(capture, list(asked.values()), shards_to_read(capture)[:shards])
     for (name, reducer), state in zip(asked.items(), states, strict=True):

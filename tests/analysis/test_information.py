@@ -1,4 +1,4 @@
-"""Entropy, association, balance and position against plain Python and known values."""
+"""Entropy, association, balance and position compared with plain Python and known values."""
 
 import math
 from collections import Counter
@@ -62,7 +62,7 @@ def test_association_equals_sums_over_the_table(rows: list[list[int]]) -> None:
 
 
 def independent(random: np.random.Generator, cells: int, n: int, times: int) -> xr.DataArray:
-    """Tables (run, a, b) of two things of which neither tells of the other."""
+    """Tables (run, a, b) of two independent variables."""
     pairs = random.integers(0, cells, (times, n)) * cells + random.integers(0, cells, (times, n))
     tables = [np.bincount(own, minlength=cells**2).reshape(cells, cells) for own in pairs]
     return xr.DataArray(np.stack(tables), dims=("run", "a", "b"))
@@ -81,7 +81,7 @@ def test_the_null_of_independent_things_is_what_they_have(n: int, drawn: bool) -
 
 
 def test_the_null_of_few_observations_in_many_cells_is_drawn() -> None:
-    """Miller and Madow leave more than half a bit here."""
+    """The Miller–Madow correction leaves more than half a bit here."""
     found = association(independent(np.random.default_rng(0), 64, 3000, 4), "a", "b", draws=30)
     assert bool((found["mutual_information"] > 1).all())
     assert bool((abs(found["corrected"]) < 0.04).all())

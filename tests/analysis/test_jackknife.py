@@ -1,4 +1,4 @@
-"""The jackknife: against captures that really lack a document, and against what its intervals promise."""
+"""The jackknife: compared with captures that really lack a document, and with the coverage of its intervals."""
 
 import numpy as np
 import pytest

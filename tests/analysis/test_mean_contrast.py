@@ -1,4 +1,4 @@
-"""Differences of means: against Welch's test of documents, and how often equal means are told apart."""
+"""Differences of means: compared with Welch's test of documents, and how often equal means are rejected."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
 """Peak memory does not grow with the data set: at three million tokens it is within 10 % of that at one million.
 
-Mixtral's grid, arrays really written: each stage in a process of its own, which tells the peak of its resident memory.
-What is freed is given back at once: else it depends on the order of threads how much of it glibc keeps, up to 40 MB.
-Planning's base is so small that the open chunk of 65,536 document names shows in it until it is full: 85 MB at one
-million tokens, 95 at five, 112 at thirty, 114 at sixty (measured).
+Mixtral's grid with arrays that are really written: each stage runs in its own process, which reports its peak resident
+memory. Freed memory is returned at once; otherwise the amount that glibc keeps depends on the order of threads, up to
+40 MB. Planning's base is so small that the open chunk of 65,536 document names is visible in it until it is full: 85 MB
+at one million tokens, 95 at five, 112 at thirty, 114 at sixty (measured).
 """
 
 import os
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def planned(folder: Path) -> dict[int, int]:
-    """Peak memory of planning, by tokens; the plans lie in `folder`."""
+    """Peak memory of planning, by tokens; the plans are in `folder`."""
     return {tokens: peak_bytes("plan", tokens, folder) for tokens in (MILLION, MANY)}
 
 
@@ -58,7 +58,7 @@ def test_a_workers_host_side_needs_no_more_memory_for_more_tokens(captured: dict
     state = coverage(folder / f"{MANY}.zarr", "fake")
     assert state.complete
     assert state.tokens_done == MANY
-    assert captured[MILLION] > ONE_SHARD_BYTES  # at least one shard is held: else the peak is not measured
+    assert captured[MILLION] > ONE_SHARD_BYTES  # at least one shard is in memory; otherwise the peak is not measured
     assert captured[MANY] < 1.1 * captured[MILLION], captured
 
 

@@ -1,4 +1,4 @@
-"""The n-gram models that the tiny Mixtral is measured against, against a plain one."""
+"""The n-gram models for comparison with the tiny Mixtral, compared with a plain one."""
 
 from collections import Counter, defaultdict
 
@@ -11,7 +11,7 @@ FREQUENT = 1 / np.arange(3, VOCABULARY + 3) / (1 / np.arange(3, VOCABULARY + 3))
 
 
 def text(seed: int, rows: int) -> np.ndarray:
-    """Rows of different length; of half of the tokens the two before tell which they are."""
+    """Rows of different lengths; half of the tokens are determined by the two before them."""
     random = np.random.default_rng(seed)
     found = np.full((rows, 40), -1, np.int32)
     for row in found:

@@ -1,4 +1,5 @@
-"""The example notebook, run offline in a kernel as a reader runs it; its numbers are counted again in Python lists."""
+"""The example notebook, run offline in a kernel like a reader runs it; its numbers are computed again with Python
+lists."""
 
 import re
 import shlex
@@ -71,7 +72,7 @@ def test_what_is_committed_is_what_it_shows_today(run: Ran) -> None:
 
 
 def test_the_specialist_that_is_removed_hurts_its_own_text_alone() -> None:
-    """The shares and the effect are counted again without a metric."""
+    """The shares and the effect are computed again without a metric."""
     names = run_here(nbformat.read(EXAMPLES / "remove_a_specialist.ipynb", as_version=4), EXAMPLES).names
     whole, removed, found, control = (names[name] for name in ("whole", "removed", "found", "control"))
     share = {
@@ -123,7 +124,8 @@ def test_its_dictionaries_hold_what_python_lists_hold(run: Ran, folder: Path) ->
 
 
 def test_its_choices_are_those_that_hooks_on_the_gates_see(run: Ran, folder: Path) -> None:
-    """As the notebook was: a text at a time through transformers' own forward, a gate's logits multiplied out."""
+    """Like the original notebook: one text at a time through transformers' own forward pass, with logits computed from
+    the gate's input."""
     loaded = load_model(tiny_checkpoint(), quantization="fp4", dtype="float16", quantize_gates=True, device="cpu")
     tokenizer = Tokenizer.from_file(str(tiny_checkpoint() / "tokenizer.json"))
     data = store.open_capture(folder / "notebook.zarr", "notebook").load()

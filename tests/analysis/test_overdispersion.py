@@ -1,4 +1,4 @@
-"""Drawn documents beside a plain numpy form; all seeds are fixed."""
+"""Drawn documents compared with a plain numpy form; all seeds are fixed."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What the pages say is what the result files hold."""
+"""The figures on the pages are those in the result files."""
 
 import json
 import re
@@ -15,7 +15,7 @@ FOUR_BITS = (ROOT / "docs" / "design" / "0005-four-bits.md").read_text()
 FP8 = (ROOT / "docs" / "design" / "0011-fp8.md").read_text()
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
 UNITS = (1, 100, 1e-6, 1e-9, 2**-20, 2**-30)
-"""What a figure is in, of the number in the file: itself, per cent, millions, GB, MiB, GiB."""
+"""Units of a figure, relative to the number in the file: itself, per cent, millions, GB, MiB, GiB."""
 
 
 def result(name: str) -> Any:
@@ -23,7 +23,7 @@ def result(name: str) -> Any:
 
 
 def rows(page: str, columns: int) -> list[list[str]]:
-    """Cells of all tables with so many columns, without their heads."""
+    """Cells of all tables with a number of columns, without their heads."""
     found = [
         [cell.strip(" *`") for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"
     ]
@@ -74,7 +74,7 @@ def test_the_card_s_table_by_layer_is_the_result_s() -> None:
 
 
 def percent(share: float) -> str:
-    """As the page rounds: two significant digits below ten."""
+    """Rounded as on the page: two significant digits below ten."""
     value = 100 * share
     return "0" if value == 0 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}" if value < 1 else f"{value:.1f}"
 
@@ -173,7 +173,7 @@ def test_the_speeds_in_fp8_are_the_result_s() -> None:
         [row] = [row for row in measured if wanted.items() <= row.items()]
         assert rate == f"{row['tokens_per_s']:,}"
         assert ratio in ("", f"{row.get('ratio_to_fp8 gemms', 0):.3f}")
-        if matmul == "fp8":  # of the other the file has a note
+        if matmul == "fp8":  # the file has a note about the other
             assert memory == f"{row['peak_gib']:.1f} GiB"
 
 
@@ -236,7 +236,7 @@ def test_the_page_of_inference_tells_how_often_equal_means_are_told_apart() -> N
 
 
 def numbers(value: Any) -> Iterator[float]:
-    """All numbers of a result, those in its texts and names too."""
+    """All numbers of a result, including those in its texts and names."""
     if isinstance(value, dict):
         yield from (number for pair in value.items() for part in pair for number in numbers(part))
     elif isinstance(value, list):
@@ -248,7 +248,7 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 def figures(page: str) -> Iterator[tuple[str, str]]:
-    """A result file and a figure, of each table row that names a file, or stands below one that does.
+    """A result file and a figure for each table row that names a file, or is below one that does.
 
     Only figures with a comma, or with a point from 1.1 on: smaller ones are shares, which other tests compute.
     """

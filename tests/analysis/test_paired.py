@@ -1,4 +1,4 @@
-"""Captures of the same documents: against all flips of signs, and where documents differ more than captures do."""
+"""Captures of the same documents: compared with all sign flips, and with documents that differ more than captures."""
 
 from itertools import product
 

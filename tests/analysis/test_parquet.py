@@ -1,4 +1,4 @@
-"""The Parquet tables against a loop over tokens; and the worked queries, in DuckDB, against xarray."""
+"""The Parquet tables compared with a loop over tokens; and the example queries, in DuckDB, compared with xarray."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def source(capture: xr.Dataset, documents: Any = ()) -> CaptureToWrite:
 
 
 def rows_of(folder: Path, table: str) -> list[Row]:
-    """By DuckDB; the same as by pyarrow, and with the types that are documented."""
+    """Read by DuckDB: equal to pyarrow's result, and with the documented types."""
     read = pq.read_table(folder / f"{table}.parquet")
     assert read.schema.equals(SCHEMAS[table])
     found = duckdb.sql(f"FROM '{folder}/{table}.parquet'")
@@ -48,7 +48,7 @@ def rows_of(folder: Path, table: str) -> list[Row]:
 
 
 def close(row: Row, wanted: Row) -> None:
-    """The same columns and values; floats as good as equal, None where there is no number."""
+    """The same columns and values; floats almost equal, None if there is no number."""
     assert row.keys() == wanted.keys()
     for name, value in wanted.items():
         assert row[name] == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value), (name, row)
@@ -58,7 +58,7 @@ def close(row: Row, wanted: Row) -> None:
 
 
 class Looped:
-    """A capture gone through token by token, in plain Python."""
+    """A capture read token by token in plain Python."""
 
     def __init__(self, capture: xr.Dataset) -> None:
         data = capture.compute()
@@ -307,7 +307,7 @@ def test_a_store_is_written_from_kept_counts_and_as_far_as_it_goes(tmp_path: Pat
     assert {row["data_set"] for row in rows_of(tmp_path / "chosen", "load")} == {"b"}
 
 
-# --- The worked queries -------------------------------------------------------------------------------------------
+# --- The example queries ------------------------------------------------------------------------------------------
 
 
 def test_the_worked_queries_answer_as_xarray_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

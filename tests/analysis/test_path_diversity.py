@@ -1,4 +1,4 @@
-"""Windows and whole paths against Counters, exact and sampled."""
+"""Windows and whole paths compared with Counters, exact and sampled."""
 
 import math
 from collections import Counter

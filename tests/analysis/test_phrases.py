@@ -1,4 +1,4 @@
-"""Phrases are found over any cut into tokens, as a search through the rows' bytes finds them."""
+"""Phrases are found for any tokenization, like in a search through the rows' bytes."""
 
 import re
 from pathlib import Path

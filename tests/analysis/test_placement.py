@@ -1,4 +1,4 @@
-"""Placements against plain Python, and files read back as the servers read them."""
+"""Placements compared with plain Python, and files read back as by the servers."""
 
 import json
 from pathlib import Path
@@ -113,7 +113,7 @@ def test_no_gpu_or_more_than_experts_or_an_unknown_placement_is_refused() -> Non
 @given(loads())
 def test_the_load_matrix_counts_every_choice_by_layer_and_expert(load: xr.Dataset) -> None:
     matrix = load_matrix(load)
-    assert (matrix.dtype, matrix.flags.c_contiguous) == (np.int64, True)  # torch.from_numpy takes it as it is
+    assert (matrix.dtype, matrix.flags.c_contiguous) == (np.int64, True)  # torch.from_numpy accepts it unchanged
     assert matrix.tolist() == counts(load)
     assert matrix.sum() == load.attrs["n"] * load.sizes["layer"] * load.sizes["k"]
 

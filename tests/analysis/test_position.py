@@ -1,4 +1,4 @@
-"""Ranges of positions that double, and the experts that mind their position."""
+"""Doubling ranges of positions, and the experts that depend on position."""
 
 from collections import Counter
 
@@ -54,7 +54,7 @@ def test_the_experts_that_mind_the_position_most_are_those_that_a_loop_finds() -
     np.testing.assert_allclose(found["information"], [information[cell] for cell in order], atol=1e-12)
     plain = dict.fromkeys(load["layer"].values.tolist(), 0.0)
     for (layer, _), bits in information.items():
-        plain[layer] += bits  # of all experts together: the layer's mutual information, before it is corrected
+        plain[layer] += bits  # over all experts: the layer's mutual information before correction
     assert plain[3] > load["mutual_information"].sel(layer=3) > 0
     at_first = share[1, 0, 5] / share[1, 0].sum() / share[1, :, 5].sum()
     assert float(found["times"].isel(place=0, start=0)) == pytest.approx(at_first)

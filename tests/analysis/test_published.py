@@ -1,7 +1,7 @@
-"""Captured shares beside those that were published for the real Mixtral: the arithmetic, and the command.
+"""Captured shares compared with those published for the real Mixtral: the arithmetic and the command.
 
-The model behind the command draws its choices so that its shares are those published for a domain; it sees which domain
-from the words of the text.
+The model behind the command draws its choices so that its shares are those published for a domain; it recognizes the
+domain by the words of the text.
 """
 
 import json
@@ -137,7 +137,7 @@ TABLES = {(domain, layer): pairs_of(domain, layer if layer != 3 else 7) for doma
 
 
 class DrawingRun(FakeRun):
-    """What `jobs.capturing.run.Run` is to the command, with that model."""
+    """Replaces `jobs.capturing.run.Run` in the command, with that model."""
 
     engine: type[FakeEngine] = DrawingEngine
     shape: Layout = fake_layout(layers=LAYERS)
@@ -165,7 +165,7 @@ def text_of(domain: str, tokens: int) -> str:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Short texts, 10 blocks and a few tokens, and the made-up model in place of a real one."""
+    """Short texts, 10 blocks and a few tokens, and the artificial model instead of a real one."""
     monkeypatch.setattr(prepare, "Run", DrawingRun)
     monkeypatch.chdir(tmp_path)
     for domain in DOMAINS:
@@ -193,7 +193,7 @@ def test_a_model_with_the_published_shares_is_confirmed_within_sampling(
     for domain in DOMAINS:
         capture = open_capture(tmp_path / "validate.zarr", domain).compute()
         assert f"{domain}: {TOKENS - 1:,} tokens, and {TOKENS:,} were published" in done.out  # all but the BOS
-        assert capture["length"].values[:102].tolist() == [2048] * 102  # its room taken by a BOS
+        assert capture["length"].values[:102].tolist() == [2048] * 102  # one position is used by a BOS
         assert np.unique(capture["document_id"]).tolist() == [0]
         experts = capture["expert"].values[:102].reshape(-1, len(LAYERS), 2)[1:]
         for layer in (0, 7, 15):

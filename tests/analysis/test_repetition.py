@@ -1,4 +1,4 @@
-"""Repetition where there are many experts, and beside what the load alone would give."""
+"""Repetition with many experts, and compared with the value expected from the load alone."""
 
 import numpy as np
 import pytest

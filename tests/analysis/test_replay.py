@@ -1,4 +1,4 @@
-"""Replay against the capture's own arrays, row by row, and files read back as slime reads SGLang's answers."""
+"""Replay compared with the capture's own arrays, row by row, and files read back like slime reads SGLang's answers."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""The report's text: what it says is computed from the data, and nothing in the data can act."""
+"""The report's text: its statements are computed from the data, and nothing in the data is executed."""
 
 import html
 import json
@@ -28,7 +28,7 @@ from analysis.report.summary import main_finding
 from analysis.scanning import scan
 
 OF_SENTENCES = (load_section.SECTION, contrast_section.SECTION, tokens_section.SECTION)
-"""The sections whose answers the page's sentences are made of."""
+"""The sections whose answers are used in the page's sentences."""
 
 
 def answers_of(label, **options):
@@ -52,7 +52,7 @@ def few(**captures):
 
 
 def contrast_page(answers):
-    """The page with no charts but those of how the data sets differ."""
+    """The page with only the charts of the differences between data sets."""
     return report.render(report.report_of(answers, [contrast_section.SECTION]))
 
 
@@ -68,7 +68,7 @@ def page_of(*answers):
 
 @pytest.fixture(scope="module")
 def pair():
-    """What is known of two data sets of 60 documents, and their page."""
+    """The answers about two data sets of 60 documents, and their page."""
     captures = {name: make_capture(seed=seed, documents=60, layers=(1, 3, 4)) for name, seed in (("a", 1), ("b", 2))}
     answers = contrasted(**captures)
     return answers, page_of(*answers)
@@ -87,7 +87,7 @@ def lines_of(page):
 
 
 def page_data(page):
-    """What the page's script reads, its tables as rows."""
+    """The data of the page's script, with tables as rows."""
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
     data = json.loads(found[1])
     for figure in data["figures"]:
@@ -100,7 +100,7 @@ def page_data(page):
 
 
 def unpacked(column):
-    """A column as the page's script has it, one value after the other."""
+    """A column in the form of the page's script, one value after the other."""
     if isinstance(column, list):
         return column
     if "texts" in column:
@@ -165,13 +165,13 @@ def without_each(of_documents):
 
 
 def standard_error(values):
-    """Of what was computed of all documents, and again without each of them (1 + documents, ...)."""
+    """Jackknife of values computed from all documents, and again without each of them (1 + documents, ...)."""
     documents = len(values) - 1
     return np.sqrt((documents - 1) / documents * ((values[1:] - values[0]) ** 2).sum(0))
 
 
 def interval_over(values, tokens, *, share=False, corrected=False):
-    """The ends of the 95 % interval of such values, of documents of so many tokens."""
+    """The ends of the 95 % interval of such values, for documents with these numbers of tokens."""
     reach = student.ppf(0.975, tokens.sum() ** 2 / (tokens**2).sum() - 1) * standard_error(values)
     if not share:
         middle = values[0] - (len(tokens) - 1) * (values[1:].mean(0) - values[0]) if corrected else values[0]
@@ -322,7 +322,8 @@ def test_a_token_of_a_sample_is_told_as_one_of_a_sample(monkeypatch):
 
 
 def test_no_token_is_told_where_documents_are_all_that_routes_depend_on():
-    """Over all tokens each of these pages had one: words are in few documents, and these have their experts."""
+    """Over all tokens each of these pages had such a finding: words are in few documents, and these have their
+    experts."""
     for seed in range(6):
         data = bursty("document", seed=seed, documents=60, sequence_length=64).assign_attrs(model="m")
         answers = answer(data, state_of(data), "a")
@@ -565,7 +566,7 @@ def test_data_sets_that_differ_are_contrasted_cell_by_cell():
 
 
 def pairs_of(data, lag):
-    """Of each row, whether its pairs of tokens at that distance share an expert, and the first one: (pair, layer)."""
+    """For each row, whether its pairs of tokens at that distance share an expert, and the first one: (pair, layer)."""
     data = data.compute()
     expert, length, token = (data[name].values for name in ("expert", "length", "token"))
     for row in range(len(length)):
@@ -682,7 +683,7 @@ def test_a_token_s_links_are_few_where_its_choices_are_even():
     answers = answers_of("even", documents=300, strength=0, layers=range(8))
     [figure] = figures_of(page_of(answers), "paths")
     assert len(figure["options"]) == 17
-    assert len(figure["tables"]["links"]) <= 17 * 7 * 64 / 2**10  # what luck gives at most, on average
+    assert len(figure["tables"]["links"]) <= 17 * 7 * 64 / 2**10  # at most what chance gives, on average
 
 
 def test_models_of_other_shapes_have_pictures_and_nulls_of_their_own():

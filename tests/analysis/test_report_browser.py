@@ -1,4 +1,4 @@
-"""The report as people see it: in a real headless Chromium, offline, on a desk and on a phone."""
+"""The report in a real headless Chromium, offline, with desktop and phone sizes."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def drawing():
-    """A report of two data sets with hostile tokens, names and shards missing."""
+    """A report of two data sets with hostile tokens and names, and missing shards."""
     pieces = [*HOSTILE, *(f"w{index}" for index in range(60 - len(HOSTILE)))]
     common = {"documents": 80, "pieces": pieces, "vocabulary": 60, "layers": (0, 1, 2, 3)}
     captures = {
@@ -59,7 +59,7 @@ def page_file(tmp_path_factory, drawing):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's Chromium; without it the tests are skipped, unless they were asked for."""
+    """Debian's Chromium; without it the tests are skipped, unless they were requested."""
     if CHROMIUM is None:
         assert os.environ.get("REQUIRE_BROWSER") != "1", "REQUIRE_BROWSER=1, and there is no chromium on the path"
         pytest.skip("no chromium on the path; REQUIRE_BROWSER=1 makes this a failure")
@@ -69,18 +69,18 @@ def browser():
 
 @pytest.fixture(scope="module")
 def looked_at(browser, page_file):
-    """The page, for tests that choose nothing on it, and everything that it said, asked for or popped up."""
+    """The page, for tests that do not change it, and its messages, requests and pop-ups."""
     yield from a_page(browser, page_file, {})
 
 
 @pytest.fixture
 def opened(browser, page_file, request):
-    """A page of a test's own."""
+    """A separate page for one test."""
     yield from a_page(browser, page_file, getattr(request, "param", {}))
 
 
 def a_page(browser, page_file, options):
-    """The page, drawn, and everything that it said, asked for or popped up; closed at the end."""
+    """The drawn page, and its messages, requests and pop-ups; closed at the end."""
     context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
     page = patient(context).new_page()
     heard = {"console": [], "requests": [], "dialogs": []}
@@ -95,25 +95,25 @@ def a_page(browser, page_file, options):
 
 
 def patient(context):
-    """A browser's context that waits half a minute no more, but until what is waited for is taken for hung."""
+    """A browser context that waits until an event is considered hung, instead of half a minute."""
     context.set_default_timeout(1000 * HUNG_S)
     return context
 
 
 def until(page, condition):
-    """Wait for a condition; Playwright's own way needs `eval`, which the page's policy refuses."""
+    """Wait for a condition; Playwright's own method needs `eval`, which the page's policy forbids."""
     wait_until(lambda: page.evaluate(condition), condition)
 
 
 def table_of(figure):
-    """The table in a chart's open menu: its head, and its rows, as they are read."""
+    """The table in a chart's open menu: its head and its rows, as displayed."""
     return figure.evaluate(
         "figure => [...figure.querySelectorAll('.menu tr')].map(row => [...row.cells].map(cell => cell.textContent))"
     )
 
 
 def open_menu(figure):
-    """Open a chart's menu, if it is not; another one is closed."""
+    """Open a chart's menu if it is closed; another open menu is closed."""
     if not figure.evaluate("figure => figure.querySelector('.menu').matches(':popover-open')"):
         figure.evaluate("() => document.querySelector('.menu:popover-open')?.hidePopover()")
         figure.query_selector(".more").click()

@@ -1,4 +1,5 @@
-"""The report's section on classes of tokens: its cells against the metric, and what it says only where it is so."""
+"""The report's section on classes of tokens: its cells compared with the metric, and sentences that appear only where
+they are true."""
 
 import re
 
@@ -17,7 +18,7 @@ SECTIONS = (load.SECTION, tokens.SECTION, token_classes.SECTION)
 
 
 def answers_of(**options: object) -> Answers:
-    """Of a synthetic capture, what the section and those that it needs ask."""
+    """The answers about a synthetic capture for the section and those that it needs."""
     data = make_capture(documents=30, pieces=PIECES, **options)  # type: ignore[arg-type]
     return answer(data, state_of(data), "a", sections=SECTIONS)
 
@@ -44,7 +45,7 @@ def test_a_cell_is_the_expert_with_the_highest_lift_and_its_numbers() -> None:
 @pytest.mark.parametrize("by", ["token", "document"])
 def test_a_class_is_told_where_its_tokens_and_not_their_documents_choose(by: str) -> None:
     data = bursty(by, documents=40, burst=0.3, pieces=PIECES, vocabulary=40)
-    if by == "token":  # digits have an expert of their own
+    if by == "token":  # digits have their own expert
         digits = np.isin(data["token"].values, np.arange(0, 40, 4)) & (data["expert"].values[:, :, 1, 0] < 255)
         routes = data["expert"].values[:, :, 1]
         routes[digits & ~(routes == 3).any(-1), 0] = 3

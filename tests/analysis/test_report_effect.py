@@ -1,4 +1,4 @@
-"""The report's effect of changed choices: which captures are compared, and what is drawn and said of them."""
+"""The report's effect of changed choices: which captures are compared, and the charts and sentences about them."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,8 @@ SECTIONS = (load.SECTION, section.SECTION)
 
 
 def captured(seed: int = 0, by: float = 0.0, documents: int = 24, **options: object) -> xr.Dataset:
-    """A capture whose digits are predicted worse by so many nats; others as well as without, on average."""
+    """A capture whose digits are predicted worse by a number of nats, and other tokens as well as without, on
+    average."""
     data = make_capture(documents=documents, pieces=WORDS, record=("logprob",), seed=seed, chunked=False, **options)  # type: ignore[arg-type]
     follows = np.roll(data["token"].values, -1, axis=1) % 4 == 0
     noise = np.random.default_rng(7).normal(0, 0.2, follows.shape) if by else 0.0

@@ -1,4 +1,4 @@
-"""What the report draws and says of logits, norms and log-probabilities, and what it must not say."""
+"""The report's charts and sentences about logits, norms and log-probabilities, and sentences that must not appear."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -111,7 +111,7 @@ def test_of_the_largest_logits_bounds_are_drawn_and_named_so() -> None:
 
 
 def words_of(finding: Finding | None) -> str:
-    """What a finding says; it must be there."""
+    """The sentence of a finding, which must exist."""
     assert finding is not None
     return finding.said
 
@@ -131,7 +131,7 @@ def halves(capture: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset]:
 
 
 def flatter(capture: xr.Dataset, layer: int, by: float) -> xr.Dataset:
-    """The logits of a layer made smaller, so that the router is less sure; the choices stay."""
+    """The logits of a layer made smaller, so that the router is less certain; the choices stay the same."""
     logit = capture["logit"].values.copy()
     logit[:, :, layer] *= by
     return capture.assign(logit=(capture["logit"].dims, logit))
@@ -152,7 +152,7 @@ def test_routers_that_are_less_sure_on_a_data_set_are_told_and_those_that_are_no
 
 
 def with_norms(capture: xr.Dataset, *, at: int | None = None, largest: float = 1.0, times: float = 1.0) -> xr.Dataset:
-    """Norms of about 1; expert 3 of a layer has one of `largest`, and all of it are so many times as large."""
+    """Norms of about 1; expert 3 of a layer has `largest`, and all norms of that layer are scaled."""
     norm = np.where(
         capture["output_norm"].isnull(),
         np.nan,

@@ -1,4 +1,4 @@
-"""The top of the page, its paragraphs and examples, and the explorer's pages: told as an independent count has them."""
+"""The top of the page, its paragraphs and examples, and the explorer's pages, compared with an independent count."""
 
 import html
 import re

@@ -1,4 +1,4 @@
-"""Answers that are kept: the same as a scan's to the bit, never those of another question, and free."""
+"""Stored results: bit-identical to a scan's, never those of another question, and without cost."""
 
 import pickle
 import subprocess
@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> Path:
 
 
 class Counting:
-    """A runner that notes what it was asked."""
+    """A runner that records its requests."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -138,7 +138,7 @@ class Mine(Load):
 
 
 def mine(step: int) -> Reducer:
-    """What a notebook's cell defines, under one name each time."""
+    """The definitions of a notebook's cell, under the same name each time."""
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(MINE.format(step=step), names)
     made: Reducer = names["Mine"]()

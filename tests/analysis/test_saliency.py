@@ -1,4 +1,4 @@
-"""Saliency against a loop over tokens, and its interval against Student's of documents of equal parts."""
+"""Saliency compared with a loop over tokens, and its interval with Student's for documents of equal sizes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rows that stand for all: which ones, that nothing else is counted, and that a result and its chart say so."""
+"""Sampled rows: which ones are used, that nothing else is counted, and that a result and its chart say so."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_a_group_of_less_than_a_row_is_refused() -> None:
 
 
 def drawn(capture: xr.Dataset) -> tuple[xr.Dataset, str, str]:
-    """What the report counts of caches, and what the chart and the text beneath it say."""
+    """The report's counts of caches, and the text of the chart and below it."""
     asked = Asked(data=capture, state=state_of(capture), label="a")
     counted = scan(capture, list(caching.ask(asked).values()))
     found = caching.answer({"caches": counted[0]}, asked)

@@ -1,4 +1,4 @@
-"""The analysis against plain Python: each metric equals a loop over every token, whatever the chunks."""
+"""The analysis compared with plain Python: each metric equals a loop over every token, for any chunks."""
 
 import math
 import subprocess
@@ -175,7 +175,7 @@ def test_a_documents_path_is_its_captured_text_in_order(capture: xr.Dataset) -> 
 
 
 def all_of(capture: xr.Dataset, threads: int | None = None) -> list[xr.Dataset]:
-    """What one scan counts, and what is made of it."""
+    """The counts of one scan, and the results from them."""
     counted = scan(capture, [Load(), Choices(), WindowCounts(), TokenCounts()], threads=threads)
     _, _, windows, tokens = counted
     ranked = expert_tokens_of(tokens, by="lift", min_count=2)

@@ -1,4 +1,5 @@
-"""Tokens are selected by who spoke them and by whether they were generated; what needs weights is left out without."""
+"""Tokens are selected by speaker and by whether they were generated; parts that need weights are omitted without
+them."""
 
 import json
 import re
@@ -32,7 +33,7 @@ ROLES = "system user assistant"
 
 
 def labelled(seed: int = 0) -> xr.Dataset:
-    """A capture of which some tokens have a role and a phase."""
+    """A capture in which some tokens have a role and a phase."""
     capture = make_capture(seed=seed)
     random = np.random.default_rng(seed)
     shape = capture["token"].shape

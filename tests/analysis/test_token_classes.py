@@ -1,4 +1,4 @@
-"""Classes of tokens: against Python's own knowledge of characters, and what is refused."""
+"""Classes of tokens: compared with Python's own classification of characters, and errors."""
 
 import json
 import keyword
@@ -26,7 +26,7 @@ def all_of(*kinds: str) -> Callable[[str], bool]:
 
 
 def named(prefix: str) -> Callable[[str], bool]:
-    """Whether a text begins with a letter, and all its letters have such a name."""
+    """Whether a text starts with a letter, and all its letters have such a name."""
 
     def fits(text: str) -> bool:
         return text[:1].isalpha() and all(unicodedata.name(each, "").startswith(prefix) for each in text)

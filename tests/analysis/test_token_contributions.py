@@ -1,4 +1,5 @@
-"""What carries a difference, against loops and planted causes; where documents are from, against a loop and chance."""
+"""The tokens that cause a difference, compared with loops and planted causes; the origin of documents, compared with a
+loop and chance."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The ways of some tokens against loops over every token, and which tokens are worth a look."""
+"""The paths of some tokens compared with loops over every token, and the choice of interesting tokens."""
 
 from collections import Counter
 from itertools import pairwise
@@ -31,7 +31,7 @@ def counted(capture: xr.Dataset, tokens: set[int]) -> tuple[Counter, Counter, Co
 
 
 def as_counter(values: xr.DataArray) -> dict[tuple[int, ...], int]:
-    """What is not zero, with token ids in place of the first index."""
+    """The nonzero entries, with token ids instead of the first index."""
     ids = values["token_id"].values
     return {
         (int(ids[place[0]]), *map(int, place[1:])): int(values.values[tuple(place)])
@@ -61,7 +61,7 @@ def test_counts_that_32_bits_do_not_hold_get_64() -> None:
     full = 2**32 - 5
     for half in halves:
         half["tokens"][0] = half["first"][0, 0, 0] = full
-    # A shard that comes after so many tokens:
+    # A shard that comes after a number of tokens:
     rows = capture.isel(doc=slice(0, 2)).compute()
     block = {name: rows[name].values for name in ("expert", "token")} | {"counted": rows["token"].values >= 0}
     state = {name: array.copy() for name, array in halves[0].items()}

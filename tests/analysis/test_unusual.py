@@ -1,4 +1,4 @@
-"""How unusual documents are, and who is a specialist: against plain Python."""
+"""Unusual documents and specialists, compared with plain Python."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from store import open_capture
 
 @pytest.fixture(scope="module")
 def explorer(tmp_path_factory: pytest.TempPathFactory) -> Explorer:
-    """Two data sets of one kind; documents reach over several parts."""
+    """Two data sets of one kind; documents span several parts."""
     path = tmp_path_factory.mktemp("unusual") / "s.zarr"
     for name, seed in (("one", 0), ("other", 50)):
         fake_capture(path, [words(60, seed + at) for at in range(8)] + ["", words(3, seed)], name=name)

@@ -1,4 +1,4 @@
-"""Vocabulary specialization against a loop, its null against real shuffles, and the sample of whole documents."""
+"""Vocabulary specialization compared with a loop, its null with real shuffles, and the sample of whole documents."""
 
 import math
 from collections import Counter
@@ -89,7 +89,7 @@ def test_the_null_is_what_identities_shuffled_within_documents_give(experts: int
 
 
 def test_words_that_only_share_a_document_are_at_the_null_and_words_with_experts_far_above() -> None:
-    """Shuffled among all documents, as it once was, the null of the first would be far below it."""
+    """With the former shuffle among all documents, the null of the first would be far below it."""
     common = {"documents": 50, "layers": range(4), "rows_per_shard": 1000}
     alone, own = (vocabulary_specialization(bursty(by, **common), draws=8) for by in ("document", "token"))
     for name, null in (("specialization", "null"), ("specialization_weighted", "null_weighted")):
@@ -220,7 +220,7 @@ def test_senseless_questions_are_refused() -> None:
 
 @pytest.mark.parametrize(("experts", "k"), [(8, 1), (8, 6), (16, 8)])
 def test_the_corrected_information_of_independent_routes_is_zero_whatever_k(experts: int, k: int) -> None:
-    """Choices of one token are different experts: the plain correction takes too much."""
+    """Choices of one token are different experts: the plain correction subtracts too much."""
     shape = {"documents": 150, "strength": 0, "num_experts": experts, "experts_per_token": k, "layers": range(8)}
     found = [vocabulary_specialization(make_capture(seed=s, **shape), min_count=1) for s in range(3)]
     corrected = np.concatenate([one["corrected"].values for one in found])

@@ -1,4 +1,4 @@
-"""Mean weights and margins against those of the histograms, and without documents."""
+"""Mean weights and margins compared with those of the histograms, and without documents."""
 
 import numpy as np
 import xarray as xr

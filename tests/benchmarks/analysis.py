@@ -1,11 +1,11 @@
-"""How fast a store is read and counted: `python tests/benchmarks/analysis.py -o RESULT.json`, by hand, on a CPU.
+"""The speed of reading and counting a store: `python tests/benchmarks/analysis.py -o RESULT.json`, by hand, on a CPU.
 
 Synthetic stores of Mixtral 8x7B's shape (see `synthetic_store`) of ten and a hundred million tokens, and of short
-documents. Each measure runs in a process of its own, whose peak memory is told; rates are tokens a second of CPU time
-in one thread unless threads are named. "decode" reads what every scan reads and marks nothing; "first set" is load,
-co-activation, all transitions and repetition; "full set" also the token tables. Cold: the files were dropped from the
-page cache. Beside it, on fewer tokens: OLMoE's way (Counters over lists), plain dask, and DuckDB over a Parquet file of
-the same routes, a column for each layer's choices, without repetition.
+documents. Each measurement runs in its own process, whose peak memory is reported; rates are tokens per second of CPU
+time in one thread, unless threads are named. "decode" reads the same data as every scan and does nothing else; "first
+set" is load, co-activation, all transitions and repetition; "full set" also the token tables. Cold: the files were
+dropped from the page cache. For comparison, on fewer tokens: OLMoE's method (Counters over lists), plain dask, and
+DuckDB over a Parquet file of the same routes, a column for each layer's choices, without repetition.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def decode(data: xr.Dataset) -> None:
 
 
 def counters(data: xr.Dataset) -> int:
-    """As OLMoE's scripts count: Python lists and Counters, here of load, co-activation and first-choice transitions."""
+    """Count like OLMoE's scripts, with Python lists and Counters: load, co-activation and first-choice transitions."""
     rows = -(-COUNTERS_TOKENS // data.sizes["position"])
     expert = data["expert"][:rows].values
     load, together, followed = Counter(), Counter(), Counter()
@@ -75,7 +75,8 @@ def counters(data: xr.Dataset) -> int:
 
 
 def plain_dask(data: xr.Dataset) -> int:
-    """As one would write it with xarray over dask: per expert comparisons for load, one_hot products for the rest."""
+    """A typical implementation with xarray over dask: comparisons per expert for load, one_hot products for the
+    rest."""
     rows = -(-DASK_TOKENS // data.sizes["position"])
     expert = data["expert"][:rows]
     valid = expert[..., 0] != 255
@@ -87,7 +88,7 @@ def plain_dask(data: xr.Dataset) -> int:
 
 
 def parquet_of_routes(data: xr.Dataset, path: Path) -> None:
-    """A row a token, and for each layer a column of both choices as one number: the least that SQL can be asked for."""
+    """One row per token, and for each layer a column with both choices as one number: the least work for SQL."""
     rows = -(-DUCKDB_TOKENS // data.sizes["position"])
     expert = data["expert"][:rows].values
     codes = (expert[..., 0] * 8 + expert[..., 1])[expert[:, :, 0, 0] != 255]
@@ -96,7 +97,8 @@ def parquet_of_routes(data: xr.Dataset, path: Path) -> None:
 
 
 def duckdb_over_parquet(path: Path, threads: int) -> dict[str, float]:
-    """Load and co-activation are made of the histogram of a layer, all transitions of that of two neighbouring ones."""
+    """Load and co-activation are computed from the histogram of a layer, all transitions from that of two adjacent
+    layers."""
     layers = [f"layer_{index}" for index in range(len(pq.read_schema(path)))]
     asked = [f"histogram({one}::USMALLINT * 64 + {other})" for one, other in pairwise(layers)]
     connection = duckdb.connect(config={"threads": threads})
@@ -126,7 +128,7 @@ def measured(path: str, what: str, threads: int) -> dict[str, float]:
 
 
 def rates(tokens: int, took: float, used: float) -> dict[str, float]:
-    """What is told of a measure: wall and CPU seconds as rates, and this process's peak memory."""
+    """The result of a measurement: rates from wall and CPU seconds, and this process's peak memory."""
     peak = int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**20
     return {
         "tokens": tokens,
@@ -137,7 +139,7 @@ def rates(tokens: int, took: float, used: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Make the stores, measure, write the result."""
+    """Create the stores, measure, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", nargs=3, help="in a process of its own: store, measure, threads")
     parser.add_argument("--tokens", type=int, nargs="*", default=[10**7, 10**8])

@@ -1,4 +1,4 @@
-"""Random checkpoints in the published layouts, one file a layer: Mixtral in bf16 or NF4, gpt-oss in MXFP4."""
+"""Random checkpoints in the published layouts, one file per layer: Mixtral in bf16 or NF4, gpt-oss in MXFP4."""
 
 import json
 import re
@@ -20,14 +20,14 @@ HIDDEN, INNER, KEY_VALUE, VOCABULARY = 4096, 14336, 1024, 32000
 def make_checkpoint(
     folder: Path, layers: int, quantization: str = "none", spill: Path | None = None, spill_from: int = 0
 ) -> None:
-    """Make one, on the GPU; with equal layers the weights are equal.
+    """Create one on the GPU; with equal layers the weights are equal.
 
     Parameters
     ----------
     quantization
-        none or nf4: as it is published, or as `jobs/quantize.py` would leave it.
+        none or nf4: as published, or as written by `jobs/quantize.py`.
     spill
-        Folder on another file system for the files of the later layers, from `spill_from` on.
+        Folder on another file system for the files of later layers, starting with `spill_from`.
     """
     folder.mkdir(parents=True)
     config = full_size_config(layers)
@@ -73,7 +73,7 @@ def make_checkpoint(
 
 
 def make_mxfp4(config: Any, folder: Path) -> None:
-    """One of gpt-oss, as it is published: codes and powers of two for the experts, bf16 for all else.
+    """A checkpoint of gpt-oss in published form: codes and powers of two for the experts, bf16 for everything else.
 
     Parameters
     ----------
@@ -109,5 +109,5 @@ def make_mxfp4(config: Any, folder: Path) -> None:
 
 
 def checkpoint_gb(folder: Path) -> float:
-    """Of its weights."""
+    """The size of its weights."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9

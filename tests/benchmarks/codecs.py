@@ -1,8 +1,9 @@
-"""Which codecs keep up with many choices a token: `python tests/benchmarks/codecs.py STORE/DATASET -o RESULT.json`.
+"""Which codecs are fast enough for many choices per token: `python tests/benchmarks/codecs.py STORE/DATASET -o
+RESULT.json`.
 
-Takes the first whole shards of a capture, encodes `expert` and `weight` with each candidate in inner chunks of several
-sizes, and prints bytes a token and tokens/s of encoding and decoding in one thread. Blosc's own threads are switched
-off, so that rates are of one core.
+Reads the first full shards of a capture, encodes `expert` and `weight` with each candidate in inner chunks of several
+sizes, and prints bytes per token and tokens/s of encoding and decoding in one thread. Blosc's own threads are disabled,
+so that rates are for one core.
 """
 
 import argparse
@@ -39,7 +40,7 @@ CHOICES = (2**20, 2**21, 2**22)  # of an inner chunk at most; the layout's is 2*
 
 
 def chunk_of(spec: ArraySpec, choices: int) -> tuple[int, ...]:
-    """An inner chunk of at most so many choices, of all layers, in a shard's rows."""
+    """An inner chunk with a maximum number of choices, of all layers, in a shard's rows."""
     assert spec.shard is not None
     positions = spec.chunk[1]
     rows = max(1, choices // (positions * spec.trailing[1] * spec.trailing[2]))

@@ -1,8 +1,8 @@
-"""What each stage costs on this machine's CPU: `make bench`, by hand; never a test.
+"""The cost of each stage on this machine's CPU: `make bench`, by hand; never a test.
 
 Plan (text to durable rows), capture (tiny Mixtral, float32), write (one shard of Mixtral 8x7B's shape, encoded and
 committed) and scan (all the report's reducers in one pass). The written routes are synthetic: skewed, with a preferred
-expert a token, less compressible than a real model's.
+expert per token, less compressible than a real model's.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def write_and_scan(folder: Path, shards: int) -> dict[str, float]:
 
 
 def peak_memory(folder: Path) -> dict[str, float]:
-    """Peak bytes of each stage at one and at five million tokens, 32 layers, each in a process of its own."""
+    """Peak bytes of each stage at one and at five million tokens, 32 layers, each in its own process."""
     driver = ROOT / "tests" / "memory_driver.py"
     peaks = {}
     for millions in (1, 5):

@@ -1,6 +1,6 @@
-"""Does the doctor name faults rightly, and nothing else? 1,000 draws of true routes of each family, 100 of each fault.
+"""Does the doctor name exactly the faults? 1,000 draws of true routes of each family, 100 of each fault.
 
-By hand, in two minutes: what `tests/analysis/test_doctor.py` does with a few draws.
+Run by hand, two minutes: the same as `tests/analysis/test_doctor.py` does with a few draws.
 """
 
 import json

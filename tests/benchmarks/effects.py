@@ -1,12 +1,12 @@
-"""Do intervals of the effect hold the truth, and is p right? `python tests/benchmarks/effects.py`, by hand.
+"""Do intervals of the effect contain the true value, and is p correct? `python tests/benchmarks/effects.py`, by hand.
 
 Documents whose effect is 0 on average are drawn (`tests/drawn_effects.py`) and given to `effect_of`. `covered` is the
-part of the simulations with an interval that holds 0, and `rejected` that with a p of at most 5 %. `class_covered` is
-the same of the intervals of eight classes of tokens, each by itself, and `class_rejected` the part of the simulations
-with a p of at most 5 % of any class, as these p hold for all of them together. `untested` is the part without an
-interval.
+share of the simulations with an interval that contains 0, and `rejected` the share with a p of at most 5 %.
+`class_covered` is the same for the intervals of eight classes of tokens, each by itself, and `class_rejected` the share
+of the simulations with a p of at most 5 % for any class, because these p hold for all of them together. `untested` is
+the share without an interval.
 
-Results: tests/benchmarks/results/effects.json. The same at fewer simulations is a test.
+Results: tests/benchmarks/results/effects.json. A test does the same with fewer simulations.
 """
 
 import argparse
@@ -43,7 +43,7 @@ CELLS = [
 
 
 def simulated(cell: tuple[int, str, str, int]) -> dict[str, Any]:
-    """How often an effect of 0 is in the interval, and is rejected."""
+    """How often an effect of 0 is in the interval, and how often it is rejected."""
     number, lengths, shape, simulations = cell
     random = np.random.default_rng(list(map(ord, f"{number}{lengths}{shape}")))
     found = [

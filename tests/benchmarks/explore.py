@@ -1,8 +1,8 @@
-"""How long the explorer takes to answer: `python tests/benchmarks/explore.py -o RESULT.json`, by hand.
+"""The explorer's response times: `python tests/benchmarks/explore.py -o RESULT.json`, by hand.
 
-Makes a synthetic store of Mixtral's shape, indexes it with the real command, and asks the real server for pages as
-people do: tokens by their frequency and rare ones alike, experts, pages of text, searches. All are asked once in random
-order, one after the other, over new connections; a second round asks with four visitors at once.
+Creates a synthetic store of Mixtral's shape, indexes it with the real command, and requests typical pages from the real
+server: tokens by frequency and rare ones, experts, pages of text, searches. All are requested once in random order, one
+after the other, over new connections; a second round has four concurrent visitors.
 """
 
 import argparse
@@ -35,7 +35,7 @@ NAME = "synthetic"
 
 
 def addresses(documents: int) -> dict[str, list[str]]:
-    """What is asked, by kind."""
+    """The requests, by kind."""
     draw = random.Random(0)
     weights = [1 / rank for rank in range(1, VOCABULARY + 1)]
     frequent = draw.choices(range(VOCABULARY), weights, k=ASKED)
@@ -54,7 +54,7 @@ def addresses(documents: int) -> dict[str, list[str]]:
 
 
 def seconds(url: str) -> float:
-    """Until the last byte of an answer."""
+    """Seconds until the last byte of an answer."""
     started = time.perf_counter()
     with urllib.request.urlopen(url, timeout=60) as answer:
         answer.read()
@@ -139,7 +139,7 @@ def asked(base: str, documents: int) -> dict[str, Any]:
 
 
 def own_memory(pid: int) -> int:
-    """Bytes of a process that no file backs."""
+    """Bytes of a process that are not backed by a file."""
     [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssAnon")]
     return 1024 * int(line.split()[1])
 

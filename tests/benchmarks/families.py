@@ -1,9 +1,9 @@
 """Other families at full size on one GPU: `python tests/benchmarks/families.py -o RESULT.json`, by hand.
 
-Makes each model on the card with random weights (NF4, packed as `load_model` leaves it; and for transformers' own
-forward bf16), and prints a table: tokens/s and memory of our forward with its proof and its copy to the host, with bf16
-and with fp8 products, of the matrix products alone, and of transformers' forward with `grouped_mm` and the attention
-that it takes by itself: sdpa, for gpt-oss eager. All layers have equal experts; models that are too large in bf16 get
+Creates each model on the GPU with random weights (NF4, packed as by `load_model`; bf16 for transformers' own forward
+pass), and prints a table: tokens/s and memory of this project's forward pass with its proof and its copy to the host,
+with bf16 and with fp8 products, of the matrix products alone, and of transformers' forward pass with `grouped_mm` and
+its default attention: sdpa, or eager for gpt-oss. All layers have equal experts; models that are too large in bf16 get
 fewer layers. Contestants alternate in one run; rates are medians.
 """
 
@@ -82,11 +82,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 """The published configurations."""
 LAYERS = {"gpt-oss-120b": 12, "qwen3-235b-a22b": 12}
-"""How many are made where nothing is asked for; else all."""
+"""Default number of layers; all layers for other models."""
 
 
 def stored_in(config: Any) -> str:
-    """What the rows are of: gpt-oss as it is published, all others in NF4."""
+    """The quantization of the rows: gpt-oss as published, all others in NF4."""
     return "mxfp4" if config.model_type == "gpt_oss" else "nf4"
 
 
@@ -125,13 +125,13 @@ def random_model(config: Any, quantization: str) -> Any:
 
 
 def _copy_of(experts: Any) -> Any:
-    """With memory of its own, as loaded ones have, and with the buffers that all layers share."""
+    """A layer with its own memory, as in loaded models, and with the buffers that all layers share."""
     shared = {} if (products := getattr(experts, "products", None)) is None else {id(products): products}
     return deepcopy(experts, shared)
 
 
 def save_checkpoint(config: Any, folder: Path) -> None:
-    """Random weights in NF4, as `jobs/quantize.py` would leave them, one file a layer; of gpt-oss in MXFP4."""
+    """Random weights in NF4, as written by `jobs/quantize.py`, one file per layer; gpt-oss in MXFP4."""
     if stored_in(config) == "mxfp4":
         make_mxfp4(config, folder)
         return
@@ -155,7 +155,7 @@ def save_checkpoint(config: Any, folder: Path) -> None:
 
 
 def as_loaded(model: Any, config: Any) -> LoadedModel:
-    """What `load_model` would give."""
+    """The result that `load_model` would return."""
     return LoadedModel(
         folder=Path(), model=model, routers=find_routers(model), num_experts=num_experts(config),
         experts_per_token=experts_per_token(config), provenance={},
@@ -203,7 +203,7 @@ def products_alone(forward: DecoderForward, choices: int, matmul: str, tokens: i
 
 
 class Layer:
-    """One layer of a model and the router of the next one, as a model that begins with given hidden states."""
+    """One layer of a model and the router of the next one, as a model that starts with given hidden states."""
 
     def __init__(self, model: Any, number: int, states: torch.Tensor) -> None:
         self.layers, self.rotary_emb, self.config = model.layers[number : number + 2], model.rotary_emb, model.config
@@ -213,10 +213,11 @@ class Layer:
 
 
 def layer_by_layer(name: str, layers: int = 5, rows: int = 16) -> list[dict[str, Any]]:
-    """What our forward gives the next router beside transformers' over the same weights and hidden states.
+    """The next router's input in this project's forward pass, compared with transformers', with the same weights and
+    hidden states.
 
-    Both start from what transformers' forward had before the layer, so that a router is reached through one whole
-    layer: attention, experts, attention.
+    Both start from the hidden states of transformers' forward pass before the layer, so that a router is reached
+    through one whole layer: attention, experts, attention.
     """
     config = config_of(name, layers)
     layers = config.num_hidden_layers
@@ -246,7 +247,7 @@ def layer_by_layer(name: str, layers: int = 5, rows: int = 16) -> list[dict[str,
 
 
 def _at_routers(model: nn.Module, run: Callable[[], Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What reaches each router, and what it chooses."""
+    """The inputs and choices of each router."""
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     routers = filter(None, [router_of(layer.mlp) for layer in getattr(model, "layers", model)])
     handles = [
@@ -289,7 +290,7 @@ class Table:
 
 
 def profile(run: Run, top: int = 25) -> list[dict[str, Any]]:
-    """Where the time of one forward goes, by kernel, in milliseconds."""
+    """The time of one forward pass by kernel, in milliseconds."""
     from torch.profiler import ProfilerActivity, profile
 
     run()
@@ -305,7 +306,7 @@ def profile(run: Run, top: int = 25) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Make the models, measure, write the result."""
+    """Create the models, measure, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", choices=list(CONFIGS), help="only these")
     parser.add_argument("--layers", type=int, help="so many at most; of models too large for a card, 12 by default")

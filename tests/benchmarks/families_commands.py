@@ -1,11 +1,11 @@
 """`--dry_run`, a capture and `jobs/quantize.py` of every family: `make families`, by hand, CPU only.
 
-Each family's tiny checkpoint, with a tokenizer of ASCII letters, goes through the commands as a user gives them. What
-`jobs/quantize.py` writes is captured, and must choose and weigh what a capture in NF4 of the original does, to the bit.
-The experts are packed in common tensors where there are 16, as in models with more, or where they are published so.
+Each family's tiny checkpoint, with a tokenizer of ASCII letters, goes through the commands like a user's. The output of
+`jobs/quantize.py` is captured, and its choices and weights must be bit-identical to a capture in NF4 of the original.
+The experts are packed in common tensors if there are 16, as in models with more, or if they are published in this form.
 
-The outcome is `results/families-commands.json`: of each precision what the dry run says of a GPU's memory, or why it is
-rejected; and of the quantized checkpoint "equal", or why it is rejected.
+The outcome is `results/families-commands.json`: for each precision the dry run's estimate of a GPU's memory, or the
+reason for the rejection; and for the quantized checkpoint "equal", or the reason for the rejection.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ EQUAL, DIFFERS = "equal", "differs"
 
 
 def commands(model_type: str) -> dict[str, str]:
-    """What becomes of each command."""
+    """The outcome of each command."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not make_checkpoint(model_type, folder / "own"):
@@ -50,13 +50,13 @@ def commands(model_type: str) -> dict[str, str]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One token a letter of ASCII."""
+    """One token per ASCII letter."""
     letters = {chr(number): number for number in range(VOCABULARY)}
     Tokenizer(models.BPE(letters, [])).save(str(folder / "tokenizer.json"))
 
 
 def _captured(folder: Path, model: str, quantization: str) -> str:
-    """Estimate and capture; what the estimate says of a GPU's memory."""
+    """Estimate and capture; returns the estimate of a GPU's memory."""
     options = ("--local", "--model", folder / model, "--dataset", folder / "text.txt", "--quantization", quantization)
     options = (*options, "--sequence_length", "32", "--store", folder / f"{model}-{quantization}")
     try:
@@ -69,8 +69,8 @@ def _captured(folder: Path, model: str, quantization: str) -> str:
 
 
 def _quantized(folder: Path) -> str:
-    """Whether the checkpoint that `jobs/quantize.py` writes gives the routes of the original in NF4."""
-    for single in (8, 0):  # up to so many experts are written one by one; this process is the family's own
+    """Whether the checkpoint written by `jobs/quantize.py` gives the routes of the original in NF4."""
+    for single in (8, 0):  # up to so many experts are written one by one; each family has its own process
         saving.PUBLISHED = single
         try:
             _run(quantize.main, folder / "own", folder / "quantized", "--device", "cpu")
@@ -87,7 +87,7 @@ def _quantized(folder: Path) -> str:
 
 
 def _run(main: Callable[[list[str]], int], *arguments: object) -> str:
-    """What a command prints; it must end well."""
+    """The output of a command, which must succeed."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
         status = main(list(map(str, arguments)))
     assert status == 0, (status, arguments)
@@ -95,7 +95,7 @@ def _run(main: Callable[[list[str]], int], *arguments: object) -> str:
 
 
 def main() -> None:
-    """Run the commands on all families, and end with an error where one crashes or differs."""
+    """Run the commands on all families, and fail if one crashes or differs."""
     wrong = [
         model_type
         for model_type, found in on_every_family(RESULT, __doc__, commands)

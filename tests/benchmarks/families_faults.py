@@ -1,8 +1,8 @@
 """Four faults of a recorder in every family, unquantized and in NF4: `make families`, by hand, CPU only.
 
-Each fault of `tests/router_faults.py` is planted in an engine of the family's tiny model. It is found, where a
-`RoutingError` ends the micro-batch; does no harm, where the same is recorded as without it; or is not noticed, which
-must not be. A model in which one layer has experts has no other layer to be taken for.
+Each fault of `tests/router_faults.py` is planted in an engine of the family's tiny model. It is found if a
+`RoutingError` ends the micro-batch; harmless if the same is recorded as without it; or not noticed, which must not
+happen. A model in which only one layer has experts has no other layer for which it could be mistaken.
 
 The outcome is `results/families-faults.json`.
 """
@@ -28,7 +28,7 @@ RESULT = HERE / "results" / "families-faults.json"
 
 
 def faults(model_type: str) -> dict[str, Any]:
-    """What becomes of each fault in each precision in which the family is captured; which one is rejected otherwise."""
+    """The outcome of each fault in each precision in which the family is captured; other precisions are "rejected"."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         if not make_checkpoint(model_type, Path(folder)):
@@ -50,7 +50,7 @@ def _short(told: str) -> str:
 
 
 def main() -> None:
-    """Plant all faults, and end with an error where one is not noticed."""
+    """Plant all faults, and fail if one is not noticed."""
     unnoticed = [
         f"{model_type} ({quantization}): {fault}"
         for model_type, found in on_every_family(RESULT, __doc__, faults)

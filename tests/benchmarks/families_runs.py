@@ -1,4 +1,4 @@
-"""Runs something on every family, each in a process of its own with a time limit, and keeps the outcome in a file."""
+"""Runs work on every family, each in its own process with a time limit, and stores the outcome in a file."""
 
 import argparse
 import json
@@ -15,14 +15,14 @@ import torch
 import transformers
 from tiny_families import families
 
-LIMIT_S = 600  # a family; arbitrary, for a machine with much else to do
+LIMIT_S = 600  # per family; arbitrary, for a busy machine
 Outcome = dict[str, Any]
 
 
 def on_every_family(
     result: Path, described: str | None, work: Callable[[str], Outcome]
 ) -> Iterator[tuple[str, Outcome]]:
-    """Do some work on all families, or on those that the command line names, and write the outcome after each.
+    """Do the work on all families, or on those named on the command line, and write the outcome after each.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def on_every_family(
     described
         The script's help.
     work
-        From a model type to its outcome; empty where it has no experts. What it raises is the outcome "crashed".
+        A function from a model type to its outcome; empty if it has no experts. An error is the outcome "crashed".
     """
     parser = argparse.ArgumentParser(description=described, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help="model types, of which the outcome is written anew; by default all")
@@ -52,7 +52,7 @@ def on_every_family(
 
 
 def _in_a_process(work: Callable[[str], Outcome], model_type: str) -> Outcome:
-    """Forked, since importing takes longer than the work; it is ended after a time."""
+    """Runs in a fork, because importing takes longer than the work; it is ended after a time limit."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=lambda: there.send(_without_raising(work, model_type)))

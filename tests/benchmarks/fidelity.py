@@ -1,11 +1,11 @@
-"""Do 4-bit experts route as their own dequantized weights do? `python tests/benchmarks/fidelity.py -o RESULT.json`.
+"""Do 4-bit experts route like their own dequantized weights? `python tests/benchmarks/fidelity.py -o RESULT.json`.
 
 At Mixtral 8x7B's full width, random weights, on a GPU. The reference is written here, layer by layer, from the plain
-formulas: each 4-bit matrix dequantized by bitsandbytes, every product, the attention and the norms in float32. Both are
-given the same hidden states at each layer, since a random model amplifies rounding: after some layers two roundings of
-one model have nothing in common. A choice that differs is told with its margin: the reference's logit of its k-th
-expert minus that of the next. Beside it: a row alone against the same row in a full batch, whether two runs are equal
-to the bit, and what accumulates when nothing is put right in between.
+formulas: each 4-bit matrix dequantized by bitsandbytes, every product, the attention and the norms in float32. Both get
+the same hidden states at each layer, because a random model amplifies rounding: after some layers two roundings of one
+model have nothing in common. A different choice is reported with its margin: the reference's logit of its k-th expert
+minus that of the next. Also measured: a row alone compared with the same row in a full batch, whether two runs are
+bit-identical, and the accumulated difference without corrections in between.
 """
 
 import argparse
@@ -77,7 +77,8 @@ def mixed(layer: Any, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tenso
 
 
 class Recorded:
-    """What our forward's routers saw and chose, and the residual that each layer began with."""
+    """The inputs and choices of the routers in this project's forward pass, and the residual at the start of each
+    layer."""
 
     def __init__(self, model: Any, ids: torch.Tensor, matmul: str = "bf16") -> None:
         self.begun: list[torch.Tensor] = []

@@ -1,10 +1,10 @@
-"""What products in fp8 do to routing: `python tests/benchmarks/fp8_fidelity.py -o RESULT.json`, on a GPU.
+"""The effect of fp8 products on routing: `python tests/benchmarks/fp8_fidelity.py -o RESULT.json`, on a GPU.
 
-Two ways, since the trained model at hand is small and a random one amplifies rounding. The tiny Mixtral routes the
-demo's held-out texts whole, as in `precision.py`. Layers of Mixtral 8x7B's full width, random, are given the hidden
-states that the one before the last began with, the same to each contestant, so that a router is reached through one
-whole layer: attention, experts, attention. Beside both, the proof of capture: how often it cries wolf, how far its
-second answers are from the first, and how often it lets choices of another batch or layer pass.
+Measured in two ways, because the available trained model is small and a random one amplifies rounding. The tiny Mixtral
+routes the demo's held-out texts whole, as in `precision.py`. Layers of Mixtral 8x7B's full width, random, are given the
+hidden states that the one before the last began with, the same to each contestant, so that a router is reached through
+one whole layer: attention, experts, attention. For both, the proof of capture: how often it gives false alarms, how far
+its second answers are from the first, and how often it accepts choices of another batch or layer.
 """
 
 import argparse
@@ -66,7 +66,7 @@ TINY = {
 
 
 def of_the_tiny_model(device: str = "cuda") -> dict[str, Any]:
-    """Pairs of captures of the held-out texts; a CPU adds up in float32 anyway."""
+    """Pairs of captures of the held-out texts; a CPU always accumulates in float32."""
     names = {*TINY, *(name for others in TINY.values() for name in others)} - {EXACT}
     routes = {name: precision.captured(name, device) for name in sorted(names)}
     if device == "cuda":

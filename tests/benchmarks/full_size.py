@@ -1,4 +1,4 @@
-"""Mixtral 8x7B's full size with random weights, made on the GPU: what the GPU benchmarks and tests run."""
+"""Mixtral 8x7B at full size with random weights, created on the GPU, for the GPU benchmarks and tests."""
 
 import math
 from pathlib import Path
@@ -32,14 +32,14 @@ WIDTH = {
 
 
 def full_size_config(layers: int) -> transformers.MixtralConfig:
-    """The published configuration, with so many layers."""
+    """The published configuration with a number of layers."""
     return transformers.MixtralConfig(
         num_hidden_layers=layers, architectures=["MixtralForCausalLM"], dtype="bfloat16", sliding_window=None, **WIDTH
     )
 
 
 def random_matrix(shape: tuple[int, ...], generator: torch.Generator, std: float | None = None) -> torch.Tensor:
-    """bf16 on the GPU; rows of norm one unless told otherwise."""
+    """bf16 on the GPU; rows of norm one by default."""
     values = torch.randn(shape, device="cuda", dtype=torch.float32, generator=generator)
     return (values * (shape[-1] ** -0.5 if std is None else std)).to(torch.bfloat16)
 
@@ -53,7 +53,7 @@ def random_mxfp4(shape: tuple[int, int], generator: torch.Generator) -> Mxfp4:
 
 
 def fill(part: nn.Module, generator: torch.Generator, quantization: str, *, keep: bool = False) -> None:
-    """Give all that is still on the meta device random numbers, quantized matrix by matrix.
+    """Fill everything that is still on the meta device with random numbers, quantized matrix by matrix.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ def full_size_model(layers: int, quantization: str = "nf4", experts: str = "eage
 
 
 def with_head(folder: Path, layers: int) -> Path:
-    """A checkpoint of which only the configuration and a random head are there."""
+    """A checkpoint with only the configuration and a random head."""
     config = full_size_config(layers)
     config.save_pretrained(folder)
     head = random_matrix((config.vocab_size, config.hidden_size), torch.Generator("cuda").manual_seed(2))

@@ -1,10 +1,11 @@
-"""The engine against the floor and its rivals, on one GPU: `python tests/benchmarks/gpu.py -o RESULT.json`, by hand.
+"""The engine compared with its lower bound and alternatives, on one GPU: `python tests/benchmarks/gpu.py -o
+RESULT.json`, by hand.
 
-Makes Mixtral 8x7B's full size on the card (random weights, NF4; for two rivals bf16, 87 GiB) and prints one table:
-tokens/s of our forward by tokens a micro-batch and by row length, without capture, with it, and with the store written
-to disk beside it; of its matrix products alone; and of the rivals that need no more packages. The card is limited in
-power and slows down under load, so that rounds of all contestants alternate, and what counts is the ratio of medians in
-one run. `--profile` lists where the time of one forward goes.
+Creates Mixtral 8x7B at full size on the GPU (random weights, NF4; bf16 for two alternatives, 87 GiB) and prints one
+table: tokens/s of this project's forward pass by tokens per micro-batch and by row length, without capture, with
+capture, and while writing the store to disk; of its matrix products alone; and of the alternatives that need no more
+packages. The GPU's power is limited and it slows down under load, so rounds of all contestants alternate, and the ratio
+of medians in one run is reported. `--profile` lists the time of one forward pass by kernel.
 """
 
 import argparse
@@ -133,7 +134,7 @@ def adding_exactly(run: Run) -> Run:
 
 
 def stock(model: Any, ids: torch.Tensor) -> Run:
-    """transformers' forward over packed experts, stopped at the last router."""
+    """transformers' forward pass with packed experts, stopped at the last router."""
     last = list(find_routers(model).values())[-1]
 
     def stop(*_: Any) -> None:
@@ -152,7 +153,8 @@ def stock(model: Any, ids: torch.Tensor) -> Run:
 
 
 def router_logits(model: Any, ids: torch.Tensor) -> Run:
-    """What transformers offers: all layers' logits from a whole forward of the base model, then the largest two."""
+    """The method of transformers: all layers' logits from a complete forward pass of the base model, then the largest
+    two."""
 
     def run() -> None:
         found = model(input_ids=ids, use_cache=False, output_router_logits=True).router_logits
@@ -250,7 +252,8 @@ class Table:
         print(json.dumps(row), flush=True)
 
     def ours(self, model: Any, ids: torch.Tensor, *, rivals: bool = True) -> None:
-        """Our forward at one shape, beside its matrix products and, up to 32,768 tokens, transformers' forward."""
+        """This project's forward pass at one shape, with its matrix products and, up to 32,768 tokens, transformers'
+        forward pass."""
         ours = MixtralForward(model)
         make: dict[str, Callable[[], Run]] = {
             "forward": lambda: partial(ours, ids),
@@ -263,7 +266,8 @@ class Table:
         self.measure(ids, make, {"gemms": ("bf16", "bf16")})
 
     def in_fp8(self, model: Any, ids: torch.Tensor, weights: str = "nf4") -> None:
-        """Our forward with fp8 products, with and without capture, beside them alone and beside bf16 products."""
+        """This project's forward pass with fp8 products, with and without capture, compared with the products alone and
+        with bf16 products."""
         ours = MixtralForward(model, "fp8")
         make: dict[str, Callable[[], Run]] = {
             "fp8 forward": lambda: partial(ours, ids),
@@ -278,7 +282,7 @@ class Table:
 
 
 def under_a_cap(table: Table, model: Any, cap_gib: float, sizes: list[int]) -> None:
-    """Our forward with capture where the allocator may take no more than a small card has."""
+    """This project's forward pass with capture, with the allocator limited to the memory of a small GPU."""
     total = torch.cuda.get_device_properties(0).total_memory
     gc.collect()
     torch.cuda.empty_cache()
@@ -300,7 +304,7 @@ def written(
 ) -> None:
     """Whole shards, committed to a store on disk while the next is computed, against the same forward without any.
 
-    The rate of a capture is that between its first and its last commit: a capture of a week has no end worth counting.
+    The rate of a capture is that between its first and its last commit: the end of a week-long capture does not matter.
     The forward alone runs for some seconds before it and after it.
     """
     layout = Layout(
@@ -354,7 +358,7 @@ def written(
 
 
 def unquantized(table: Table, layers: int) -> None:
-    """transformers as it comes, in bf16."""
+    """transformers with its defaults, in bf16."""
     for experts, tokens in (("eager", 32_768), ("grouped_mm", 16_384)):
         model, ids = full_size_model(layers, "none", experts), tokens_of(tokens, POSITIONS)
         name = f"transformers' output_router_logits, {experts} experts"
@@ -401,7 +405,7 @@ def only_fp8(table: Table, result: dict[str, Any], layers: int, shards: int, out
 
 
 def main() -> None:
-    """Make the model, run the table, write the result."""
+    """Create the model, run the table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each shape")

@@ -1,14 +1,14 @@
-"""A capture on a GPU as a user would run it: `python tests/benchmarks/gpu_capture.py -o RESULT.json`, by hand.
+"""A capture on a GPU like a user's: `python tests/benchmarks/gpu_capture.py -o RESULT.json`, by hand.
 
-Makes a random checkpoint of Mixtral 8x7B's full width in the published layout (bf16, or with `--stored nf4` as
-`jobs/quantize.py` leaves it), and captures real text from it with `jobs/capture.py --local`. Then does it again in a
-second store, kills that run with SIGKILL in the middle, lets the same command go on, and compares bytes. With
-`--replicas 1 2` the same as jobs on a Ray head (`ray job submit`), so many workers sharing the card; their stores are
-read back with `jobs/status.py --verify`. How busy the card was is the driver's word (package nvidia-ml-py), asked ten
-times a second.
+Makes a random checkpoint of Mixtral 8x7B's full width in the published layout (bf16, or with `--stored nf4` as written
+by `jobs/quantize.py`), and captures real text from it with `jobs/capture.py --local`. Then it repeats this in a second
+store, kills that run with SIGKILL in the middle, resumes it with the same command, and compares bytes. With `--replicas
+1 2` it does the same as jobs on a Ray head (`ray job submit`), with this number of workers sharing the GPU; their
+stores are read back with `jobs/status.py --verify`. The GPU's utilization is reported by the driver (package
+nvidia-ml-py), read ten times a second.
 
-A full-size bf16 checkpoint has 93 GB; eight layers have 23. Where one disk is too small, `--spill FOLDER` puts
-the files of the later layers elsewhere. Rates hold for the layers that were run: the file says how many.
+A full-size bf16 checkpoint has 93 GB; eight layers have 23. If one disk is too small, `--spill FOLDER` puts the files
+of later layers elsewhere. Rates are for the layers that were run; the file says how many.
 """
 
 import argparse
@@ -38,17 +38,17 @@ from ray_head import RAY, Head, ray_head  # noqa: E402
 from store import coverage  # noqa: E402
 
 OPTIONS: list[str] = []
-"""More of what a user would type."""
+"""Further options of a user's command."""
 
 
 def command(model: Path, store: Path, documents: int, *how: str) -> list[str]:
-    """What a user would type."""
+    """A user's command."""
     capture = [sys.executable, str(ROOT / "jobs" / "capture.py"), *how, "--model", str(model)]
     return [*capture, "--dataset", "demo:prose", "--limit_documents", str(documents), "--store", str(store), *OPTIONS]
 
 
 class Card:
-    """What the driver tells of a card while the block runs: seconds, percent of time with a kernel, MiB in use."""
+    """The driver's report on a GPU while the block runs: seconds, percent of time with a kernel, MiB in use."""
 
     def __init__(self, index: int = 0) -> None:
         self.index = index
@@ -72,7 +72,7 @@ class Card:
         self.reader.join()
 
     def peak_mib(self, start: float = -inf, end: float = inf) -> int:
-        """Memory in use at most, all processes."""
+        """Peak memory in use by all processes."""
         return max((used for when, _, used in self.samples if start <= when <= end), default=0)
 
     def idle(self, start: float, end: float) -> float:
@@ -84,7 +84,7 @@ class Card:
 def run(
     arguments: list[str], store: Path, kill_after_shards: int | None = None, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Run a capture to its end, or kill it after some commits, and tell how long that took."""
+    """Run a capture to its end, or kill it after some commits; returns how long this took."""
     started, first = time.monotonic(), None
     commits, pause = store / "demo-prose" / "expert" / "commits", threading.Event()
     with Card() as card:
@@ -120,7 +120,7 @@ def run(
 
 
 def through_ray(head: Head, model: Path, local: Path, documents: int, replicas: int) -> dict[str, Any]:
-    """Submit a job with so many workers on the card, read its store back, and compare it with the local capture."""
+    """Submit a job with a number of workers on the GPU, read its store back, and compare it with the local capture."""
     store = local.with_name(f"ray-{replicas}.zarr")
     how = ["--workers", str(replicas), "--gpus_per_worker", str(1 / replicas)]
     submit = [*RAY, "job", "submit", "--", *command(model, store, documents, *how)]

@@ -1,11 +1,11 @@
 """A capture on all GPUs of a host: `python tests/benchmarks/gpu_many.py --gpus 4 -o RESULT.json`, by hand.
 
 Makes a random NF4 checkpoint of Mixtral 8x7B's full size, and submits jobs to a Ray head on this host, with a worker on
-each of 4, 2 and 1 GPUs: real text, the more the more GPUs. The checkpoint is out of the page cache when the first job
-begins: all its workers load at once from the disk. Then the model over two GPUs, each of which is given less memory
-than it needs; and the job with all GPUs again, a worker of which is killed with SIGKILL in the middle.
+each of 4, 2 and 1 GPUs: real text, in proportion to the number of GPUs. The checkpoint is not in the page cache when
+the first job starts: all its workers load at once from the disk. Then the model is spread over two GPUs, each with less
+memory than it needs; and the job with all GPUs runs again, with one worker killed with SIGKILL in the middle.
 
-How busy cards are is the driver's word (package nvidia-ml-py), asked ten times a second.
+The utilization of the GPUs is reported by the driver (package nvidia-ml-py), read ten times a second.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from ray_head import RAY, Head, ray_head  # noqa: E402
 from store import coverage, dataset_names  # noqa: E402
 
 ROWS_PER_SHARD = 32
-CAP_GIB = 18.0  # of each of two cards: the model's weights take 22
+CAP_GIB = 18.0  # for each of two GPUs: the model's weights take 22
 LIMITED = f"""
 import runpy, sys, torch
 for card in range(2):
@@ -47,7 +47,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Host:
-    """What the host does while the block runs: CPU seconds, memory, bytes read from disks, the driver's CPU seconds."""
+    """The host's activity while the block runs: CPU seconds, memory, bytes read from disks, the driver's CPU
+    seconds."""
 
     def __enter__(self) -> "Host":
         self.started, self.read = time.monotonic(), psutil.disk_io_counters().read_bytes
@@ -126,7 +127,8 @@ def submitted(
         "seconds": round(seconds, 1),
         "seconds_to_first_commit": round(first or seconds, 1),
         "tokens_per_s_between_first_and_last_commit": round(each * (len(times) - 1) / (times[-1] - times[0])),
-        # At the ends some workers have begun later or are done: the middle half tells what all of them do together.
+        # At both ends some workers have started later or are done: the middle half shows the rate of all of them
+        # together.
         "tokens_per_s_in_the_middle_half": round(middle(times) * each),
         "gpu_idle_in_the_middle_half": [
             round(card.idle(*(times[len(times) * part // 4] for part in (1, 3))), 4) for card in cards[:workers]
@@ -145,13 +147,13 @@ def is_worker(process: psutil.Process) -> bool:
 
 
 def middle(times: list[float]) -> float:
-    """Commits a second between the first and the third quarter of them."""
+    """Commits per second between the first and the third quarter of the commits."""
     low, high = len(times) // 4, 3 * len(times) // 4
     return (high - low) / (times[high] - times[low])
 
 
 def over_two(model: Path, folder: Path, text: str, alone: Path) -> dict[str, Any]:
-    """The same text with `--gpus_per_worker 2`, where one card is given less than the model needs; bytes compared."""
+    """The same text with `--gpus_per_worker 2`, with less memory per GPU than the model needs; compares bytes."""
     found: dict[str, Any] = {"gib_of_each_card": CAP_GIB}
     for gpus in (1, 2):
         store = folder / f"over-{gpus}.zarr"
@@ -168,7 +170,9 @@ def over_two(model: Path, folder: Path, text: str, alone: Path) -> dict[str, Any
         }
     here, there = objects(folder / "over-2.zarr"), objects(alone)
     routes = {key: data for key, data in here.items() if key.startswith(("text/expert/c/", "text/weight/c/"))}
-    last = max(int(key.split("/")[3]) for key in routes)  # which is not full, and goes on in the longer capture
+    last = max(
+        int(key.split("/")[3]) for key in routes
+    )  # the last shard is not full, and continues in the longer capture
     equal = [there[key] == data for key, data in routes.items() if int(key.split("/")[3]) < last]
     return found | {"objects_compared_with_one_card_s": len(equal), "equal": sum(equal)}
 

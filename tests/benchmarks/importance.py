@@ -1,9 +1,10 @@
-"""What the effects of all experts cost: `python tests/benchmarks/importance.py -o RESULT.json` on one GPU, by hand.
+"""The cost of the effects of all experts: `python tests/benchmarks/importance.py -o RESULT.json` on one GPU, by hand.
 
-Makes Mixtral 8x7B's full size on the card (random weights, NF4), in products of one kind: `--matmul bf16`, about seven
-minutes on an H200, or `--matmul fp8`, about four. Times captures with one expert masked, of which the naive sweep has
-one for each expert, and then the effects of all experts on one micro-batch, and compares some of them with those of the
-captures. `--last 2` measures the last two layers only; `--tiny` does it with the tiny model on a CPU, to try it.
+Creates Mixtral 8x7B at full size on the GPU (random weights, NF4), with products of one kind: `--matmul bf16`, about
+seven minutes on an H200, or `--matmul fp8`, about four. It times captures with one expert masked, of which the naive
+sweep needs one for each expert, then the effects of all experts on one micro-batch, and compares some of them with
+those of the captures. `--last 2` measures only the last two layers; `--tiny` runs it with the tiny model on a CPU, for
+trying it out.
 """
 
 import argparse
@@ -40,7 +41,7 @@ PREDICTIONS = Recorded(record=("logprob",))
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What it gives, and the seconds that it takes; a card is waited for."""
+    """The result and the duration in seconds, waiting for a GPU."""
     started = time.perf_counter()
     found = run()
     if torch.cuda.is_available():
@@ -49,7 +50,7 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 class Shown:
-    """Prints now and then how much is done."""
+    """Prints the progress periodically."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens, self.done, self.started, self.said = tokens, 0, time.monotonic(), time.monotonic()
@@ -63,7 +64,7 @@ class Shown:
 
 
 def measured(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
-    """Times, and how near the effects are to those of captures with a mask."""
+    """Times, and the differences between the effects and those of captures with a mask."""
     vocabulary: Any = loaded.model.get_submodule("embed_tokens").num_embeddings
     rows = options.tokens // options.positions
     token = np.random.default_rng(0).integers(3, vocabulary, (rows, options.positions), dtype=np.int32)

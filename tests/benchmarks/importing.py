@@ -1,8 +1,8 @@
-"""Ten million tokens of another engine's routes become a capture: rate and memory, beside planning text; by hand.
+"""Import ten million tokens of another engine's routes: rate and memory, compared with planning text; by hand.
 
 vLLM's forms of Mixtral 8x7B's size (32 layers, two of eight experts), HTTP responses as JSON lines and offline outputs
 as npz, of completions of 256 to 2,048 tokens; then as many tokens planned from real text in the same run, as
-`planning.py` does. Each is a process of its own, whose peak memory is its own.
+`planning.py` does. Each runs in its own process, whose peak memory is reported.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PARTS = 8  # files
 
 
 def completions(tokens: int) -> Iterator[dict[str, Any]]:
-    """Requests with routes that repeat as those of real models do: a token's experts follow from its id, mostly."""
+    """Requests with routes that repeat like those of real models: a token's experts mostly follow from its id."""
     random, made = np.random.default_rng(0), 0
     usual = random.random((VOCABULARY, LAYERS, EXPERTS)).argsort(-1)[..., :CHOICES].astype(np.uint8)
     while made < tokens:
@@ -88,7 +88,7 @@ def measured(what: str, folder: Path, tokens: int) -> dict[str, float]:
         assert import_routes.main([*map(str, files), *options, "--store", str(folder / "s.zarr")]) == 0
         done = tokens
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    told = Path("/proc/self/status").read_text()  # of this program: what resource says outlives its exec
+    told = Path("/proc/self/status").read_text()  # of this program: `resource` also counts what ran before its exec
     peak = 1024 * int(told.partition("VmHWM:")[2].split()[0])
     return {"tokens": done, "tokens_per_s": done / wall, "tokens_per_cpu_s": done / cpu, "peak_bytes": peak}
 
@@ -117,7 +117,7 @@ def main() -> None:
         return
     results, ratios = {}, {}
     for form in ("jsonl", "npz"):
-        planned = in_a_process("text", options.tokens)  # beside each, for other work comes and goes
+        planned = in_a_process("text", options.tokens)  # measured with each, because the load of the machine varies
         few, many = (in_a_process(form, tokens) for tokens in (options.tokens // 10, options.tokens))
         results[form] = {"planned from text": planned, "a tenth of the tokens": few, "imported": many}
         ratios[form] = {name: round(many[name] / planned[name], 2) for name in ("tokens_per_s", "tokens_per_cpu_s")}

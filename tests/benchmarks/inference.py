@@ -1,18 +1,19 @@
-"""Do tests reject as often as they say, and intervals hold the truth? `python tests/benchmarks/inference.py`, by hand.
+"""Do tests reject as often as stated, and do intervals contain the true value? `python tests/benchmarks/inference.py`,
+by hand.
 
-Documents are drawn, counted by unit as `Jackknife(ExpertCounts())` counts them, and given to the public functions.
-A document's first choice goes by shares of its own, Dirichlet around the data set's, its second by the same shares
-without the first. "spread" is the sum of the Dirichlet's parameters: 5 is a document that likes few experts, 100 one
-near to all others, none independent tokens. Five tables:
+Documents are drawn, counted by unit as in `Jackknife(ExpertCounts())`, and given to the public functions. A document's
+first choice follows its own shares, which are Dirichlet around the data set's; its second follows the same shares
+without the first. "spread" is the sum of the Dirichlet's parameters: 5 is a document that prefers few experts, 100 one
+that is similar to all others, none means independent tokens. Five tables:
 
 - "rejections": two data sets of equal shares, of unlike lengths, spreads and numbers of documents; how often p is at
   most 5 %, how often there is no test, and what shuffling the documents' labels rejects, the test of earlier versions;
 - "power": two data sets with a planted difference where shuffling is valid;
-- "selection": the largest difference of many is picked; how often its interval holds the truth;
+- "selection": the largest difference of many is picked; how often its interval contains the true value;
 - "coverage": intervals of shares and of effective experts, few and unequal documents;
-- "balance": where the measures of an even load lie in their drawn null.
+- "balance": the position of the measures of an even load in their drawn null.
 
-Results: tests/benchmarks/results/inference.json. The same cells at fewer simulations are tests.
+Results: tests/benchmarks/results/inference.json. Tests run the same cells with fewer simulations.
 """
 
 import argparse
@@ -108,7 +109,7 @@ def by_shuffling(random: np.random.Generator, counts: list[np.ndarray]) -> np.nd
 
 
 def selection(task: tuple[str, str, tuple[int, ...], float, int]) -> dict[str, Any]:
-    """How often the interval of the largest difference, of all experts and layers, holds the truth."""
+    """How often the interval of the largest difference, of all experts and layers, contains the true value."""
     length, spread, numbers, planted, simulations = task
     random = np.random.default_rng(abs(hash_of(task)))
     held, all_held, ratio, named = [], [], [], 0
@@ -155,7 +156,7 @@ def selection(task: tuple[str, str, tuple[int, ...], float, int]) -> dict[str, A
 
 
 def coverage(task: tuple[str, float | None, int, int, str, int]) -> dict[str, Any]:
-    """How often intervals of an expert's share, and of effective experts, hold the truth."""
+    """How often intervals of an expert's share, and of effective experts, contain the true value."""
     kind, spread, number, experts, shares, simulations = task
     random = np.random.default_rng(abs(hash_of(task)))
     held: dict[str, list[bool]] = {"share": [], "effective experts": []}
@@ -222,7 +223,7 @@ def _mean(values: list[Any]) -> float | None:
 
 
 def hash_of(task: tuple[Any, ...]) -> int:
-    """A seed for a cell: the same in every run, which Python's own hash of strings is not."""
+    """A seed for a cell that is the same in every run, unlike Python's own hash of strings."""
     return int.from_bytes(json.dumps(task).encode()[-256:], "little") % 2**63
 
 

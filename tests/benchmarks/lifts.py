@@ -1,7 +1,7 @@
-"""Do intervals of a class's lift hold the truth? `python tests/benchmarks/lifts.py`, by hand, a minute or two.
+"""Do intervals of a class's lift contain the true value? `python tests/benchmarks/lifts.py`, by hand, a minute or two.
 
-Documents are drawn (`tests/drawn_classes.py`) and given to `class_experts_of`. `lift` and `share` are the parts of the
-simulations with an interval that holds the truth, `untested` the part without one.
+Documents are drawn (`tests/drawn_classes.py`) and given to `class_experts_of`. `lift` and `share` are the shares of the
+simulations with an interval that contains the true value, `untested` the share without an interval.
 
 Results: tests/benchmarks/results/lifts.json.
 """
@@ -32,7 +32,7 @@ CELLS = [
 
 
 def simulated(cell: tuple[int, str, float, int]) -> dict[str, Any]:
-    """How often the truth is in the intervals."""
+    """How often the true value is in the intervals."""
     number, lengths, spread, simulations = cell
     random = np.random.default_rng(list(map(ord, f"{number}{lengths}{spread}")))
     found = [class_experts_of(documents(random, number, lengths, spread)) for _ in range(simulations)]

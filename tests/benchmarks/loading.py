@@ -1,11 +1,11 @@
-"""What loading costs: `python tests/benchmarks/loading.py --layers 32 --stored nf4 -o RESULT.json`, by hand, on a GPU.
+"""The cost of loading: `python tests/benchmarks/loading.py --layers 32 --stored nf4 -o RESULT.json`, by hand, on a GPU.
 
-Makes a random checkpoint of Mixtral 8x7B's full width (see `checkpoints`) and, in a process of its own, loads it by the
-ordinary path and routes one micro-batch of 32,768 tokens: seconds from the process's start to choices on the host, with
-the files dropped from the page cache before; the most memory that the load took on the card and, not counting mapped
-files, on the host. With `--stored nf4` again with the files in the cache, and where the allocator may take no more than
-a card of 24 GB has; with `--stored none` also `jobs/quantize.py` on that checkpoint, and whether what it writes chooses
-the same to the bit.
+Makes a random checkpoint of Mixtral 8x7B's full width (see `checkpoints`) and, in a separate process, loads it in the
+usual way and routes one micro-batch of 32,768 tokens. It measures the seconds from the start of the process to choices
+on the host, with the files dropped from the page cache before, and the peak memory of the load on the GPU and, without
+mapped files, on the host. With `--stored nf4` it repeats this with the files in the cache, and with the allocator
+limited to the memory of a GPU of 24 GB. With `--stored none` it also runs `jobs/quantize.py` on that checkpoint, and
+checks that the result makes bit-identical choices.
 """
 
 import argparse
@@ -28,7 +28,7 @@ GIB = 2**30
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
+    """Memory of this process that is not backed by a file."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -76,7 +76,7 @@ def load(folder: str, batch_tokens: int, cap_gib: float | None) -> dict[str, Any
 
 
 def loaded(folder: Path, *more: str) -> dict[str, Any]:
-    """What `load` tells, in a process of its own."""
+    """The result of `load` in a separate process."""
     command = [sys.executable, __file__, "--load", str(folder), *more]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     print(done.stdout, flush=True)

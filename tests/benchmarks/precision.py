@@ -1,10 +1,10 @@
-"""What rounding does to routing: `python tests/benchmarks/precision.py -o RESULT.json`, on a machine with a GPU.
+"""The effect of rounding on routing: `python tests/benchmarks/precision.py -o RESULT.json`, on a machine with a GPU.
 
 Then `python tests/benchmarks/precision.py --draw RESULT.json -o docs/precision.svg` anywhere.
 
-The tiny Mixtral routes the demo's four held-out texts again and again: in other precisions, in other batches, on the
-CPU, with other code for the experts. Each is compared with one of the others, token by token. Intervals are over
-resampled documents.
+The tiny Mixtral routes the demo's four held-out texts repeatedly: in other precisions, in other batches, on the CPU,
+with other code for the experts. Each is compared with one of the others, token by token. Intervals are over resampled
+documents.
 """
 
 import argparse
@@ -51,9 +51,9 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "fp4": {"quantization": "fp4", "dtype": "bfloat16"},
     "fp4, gates too, float16": {"quantization": "fp4", "dtype": "float16", "quantize_gates": True},
 }
-"""The last is the notebook's."""
+"""The last one is that of the notebook."""
 BACK_ENDS = {"bfloat16": ("grouped_mm", "eager", "batched_mm"), "nf4": ("sorted", "grouped")}
-"""Which the captures of that precision may be computed with; the first is what a capture on a GPU takes."""
+"""Products that captures of that precision support; the first is the default of a capture on a GPU."""
 ALONE, BATCHED = 512, 32_768
 
 

@@ -1,11 +1,11 @@
-"""What recording costs: `python tests/benchmarks/recording.py -o RESULT.json` on one GPU, by hand.
+"""The cost of recording: `python tests/benchmarks/recording.py -o RESULT.json` on one GPU, by hand.
 
-Makes Mixtral 8x7B's full size on the card (random weights, NF4) and prints rows for the choices alone, with router
+Creates Mixtral 8x7B at full size on the GPU (random weights, NF4) and prints rows for the choices alone, with router
 logits, with norms of outputs, with log-probabilities, and with all three: tokens/s of micro-batches one after the other
-with their proof and their copy to the host, and the time beside that of the choices alone; then the same of shards
-written to a store, with the bytes a token of each array, and by how much that is slower than without a store (the GPU's
-idle time). Contestants alternate, and what counts is the ratio of medians in one run. `--tiny` does it with the tiny
-model on a CPU, to try the script.
+with their proof and their copy to the host, and the time relative to the choices alone; then the same for shards
+written to a store, with the bytes per token of each array, and the slowdown relative to no store (the GPU's idle time).
+Contestants alternate, and the ratio of medians in one run is reported. `--tiny` runs it with the tiny model on a CPU,
+for trying out the script.
 """
 
 import argparse
@@ -57,7 +57,7 @@ ASKED: dict[str, tuple[Recordable, ...]] = {
 
 
 class Batches:
-    """Micro-batches of random tokens, each begun before the one before is fetched, as a shard's are."""
+    """Micro-batches of random tokens, each started before the previous one is fetched, like those of a shard."""
 
     def __init__(self, engine: ModelEngine, tokens: int, positions: int) -> None:
         self.engine, rows = engine, max(1, tokens // positions)
@@ -93,7 +93,7 @@ def alternate(contestants: dict[str, Batches], seconds: float) -> dict[str, floa
 def planned(
     engine: ModelEngine, recorded: Recorded, shards: int, rows: int, positions: int
 ) -> Iterator[tuple[CaptureGroup, str]]:
-    """A group with so many shards of random tokens to fill, and the token of its lease."""
+    """A group with a number of shards of random tokens to fill, and the token of its lease."""
     vocabulary = engine.model.get_submodule("embed_tokens").num_embeddings
     assert isinstance(vocabulary, int)
     layout = Layout(
@@ -122,9 +122,9 @@ def planned(
 def written(
     engine: ModelEngine, recorded: Recorded, shards: int, rows: int, positions: int, tokens: int
 ) -> tuple[float, dict[str, float]]:
-    """Seconds a micro-batch while shards are written beside it, and bytes a token of each array.
+    """Seconds per micro-batch while shards are written, and bytes per token of each array.
 
-    Between the first commit and the last: a capture of a week has no end worth counting.
+    Between the first commit and the last: the end of a week-long capture does not matter.
     """
     with planned(engine, recorded, shards, rows, positions) as (group, token):
         replica = Replica()

@@ -1,8 +1,8 @@
-"""Which client reads and writes S3 better, obstore or s3fs: by hand, never a test; results/s3.json.
+"""Compares two S3 clients, obstore and s3fs: by hand, never a test; results/s3.json.
 
-The server is moto's, in a process of its own on loopback. It is written in Python, so that wall times are mostly its
-own: what tells the clients apart is the CPU time that each takes for the same work. s3fs is no dependency:
-`pip install s3fs` first.
+The server is moto's, in its own process on loopback. It is written in Python, so wall times are mostly those of the
+server: the clients are compared by the CPU time that each takes for the same work. s3fs is not a dependency: `pip
+install s3fs` first.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Tens of thousands of shards, and many workers: `python tests/benchmarks/scale.py -o RESULT.json`, by hand.
 
 Shards of 16 rows × 64 positions from a synthetic source of tokens, and the tests' fake model. Planned, captured through
-Ray, captured again when there is nothing to do, listed by `jobs/status.py` and opened, at two sizes, each in a
-process of its own: seconds, peak memory, and how many objects were asked for. And the driver's own speed: shards are
+Ray, captured again when there is nothing to do, listed by `jobs/status.py` and opened, at two sizes, each in its own
+process: seconds, peak memory, and the number of requested objects. It also measures the driver's own speed: shards are
 given to workers that do nothing.
 """
 
@@ -53,10 +53,10 @@ class Tokens(FakeTokenizer):
 
 
 class Idle:
-    """A worker that says it has done what it is asked for."""
+    """A worker that reports its work as done."""
 
     def place(self) -> str:
-        """Where it is."""
+        """The place of the worker."""
         return platform.node()
 
     def load(self, order: Any) -> dict[str, str]:
@@ -109,7 +109,7 @@ def on_workers(number: int) -> Callable[[Any, Sequence[Capture]], None]:
 
 
 def measure(what: str, store: Path, number: int) -> dict[str, Any]:
-    """Seconds and peak memory of one thing that is done, and how many objects were asked for."""
+    """Seconds and peak memory of one step, and the number of requested objects."""
     asked: Counter[str] = Counter()
     with counted(asked):
         started = time.perf_counter()
@@ -125,12 +125,12 @@ def do_plan(store: Path, shards: int) -> None:
 
 
 def do_capture(store: Path, shards: int) -> None:
-    """What is planned, on as many workers as there are cores."""
+    """Capture the planned shards, on as many workers as there are cores."""
     capture_datasets(run_of(store), [("scale", source_of(shards))], on_workers(max(1, (os.cpu_count() or 2) - 2)))
 
 
 def do_list(store: Path, _: int) -> None:
-    """As `jobs/status.py` does."""
+    """Count like `jobs/status.py`."""
     from jobs.status import main as status
 
     assert status([str(store)]) == 0
@@ -171,7 +171,7 @@ DOES: Mapping[str, Callable[[Path, int], dict[str, Any] | None]] = {
 
 @contextmanager
 def counted(asked: Counter[str]) -> Iterator[None]:
-    """Count the objects that this process asks a store for, by what it asks."""
+    """Count the requests of this process to a store, by kind."""
     methods = {
         name: getattr(objects.LocalObjects, name)
         for name in ("get", "get_many", "sizes", "put", "put_new", "put_over", "delete", "list", "folders")

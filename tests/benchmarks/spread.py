@@ -1,8 +1,8 @@
 """A model over two GPUs: `python tests/benchmarks/spread.py --model NAME --layers 20 -o RESULT.json`, by hand.
 
-Makes a random checkpoint (gpt-oss in MXFP4 as it is published, others in NF4 as `jobs/quantize.py` leaves them), and
-captures real text with `jobs/capture.py --local --gpus_per_worker 2`, and where one card can hold the model with 1 too.
-Their stores must have equal bytes. With fewer layers than the model has, where the disk is too small, the file says so.
+Creates a random checkpoint (gpt-oss in MXFP4 as published, others in NF4 as written by `jobs/quantize.py`), and
+captures real text with `jobs/capture.py --local --gpus_per_worker 2`, and also with 1 if one GPU can hold the model.
+Their stores must have equal bytes. If the disk is too small and fewer layers are used, the file says so.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""How long scripts take before they say something: help, and a question that was asked before; by hand.
+"""The time that scripts take before their first output: help, and a question that was asked before; by hand.
 
 Processor time of whole processes, as ratios to what the libraries alone take to load in the same run: each round starts
-all of them once, so that other work on the machine falls on all alike.
+all of them once, so that other work on the machine affects all equally.
 """
 
 import argparse

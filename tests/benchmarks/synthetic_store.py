@@ -1,4 +1,4 @@
-"""Stores of synthetic routes, as large as one likes and as compressible as real ones: for benchmarks of the analysis.
+"""Stores of synthetic routes, of any size and as compressible as real ones, for benchmarks of the analysis.
 
 Of Mixtral 8x7B's shape: 32 layers, two of eight experts. A token's pair at a layer is, by chance, one that its token id
 prefers, one that follows from the pair below, or any; token ids follow Zipf's law. The shares are set so that experts
@@ -16,7 +16,7 @@ from store import CaptureGroup, Layout
 from store.plan import Plan, Rows
 
 LAYERS, EXPERTS, CHOICES, VOCABULARY = 32, 8, 2, 32_000
-DISTINCT = 16  # shards that are made; those after them are copies, for making one takes 2.5 s
+DISTINCT = 16  # generated shards; later ones are copies, because generating one takes 2.5 s
 PREFERRED, FOLLOWED = 0.30, 0.15  # shares of pairs by token id and by the layer below
 
 
@@ -49,7 +49,7 @@ def make_store(path: Path, tokens: int, *, positions: int = 2048, filled: float 
     Parameters
     ----------
     tokens
-        At least so many, in whole shards.
+        Minimum number of tokens; rounded up to whole shards.
     positions
         P.
     filled

@@ -1,8 +1,8 @@
 """What has the tiny Mixtral learned? `python tests/benchmarks/tiny.py -o RESULT.json`, by hand; minutes on two cores.
 
-On the texts that were held out of its training: the loss beside those of n-gram models that were trained on the same
-rows, of all texts together as it was, and of each text alone; what experts tell of data sets and of tokens, with what
-they tell by chance; and the balance of the load.
+On the texts that were held out from its training: the loss compared with n-gram models trained on the same rows, of all
+texts together like the model, and of each text alone; the information of experts about data sets and tokens, with its
+value by chance; and the balance of the load.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def captures() -> dict[str, xr.Dataset]:
 
 
 def of_tokens(routes: xr.Dataset) -> dict[str, list[float]]:
-    """What a token's identity tells of its experts, and what a shuffled one does."""
+    """The information of a token's identity about its experts, and that of a shuffled identity."""
     token = routes["token"].values
     filled, draws = token >= 0, np.random.default_rng(0)
     by_chance = []

@@ -1,7 +1,7 @@
-"""A tiny checkpoint with random weights of every mixture-of-experts family that transformers has, in its layout.
+"""A tiny checkpoint with random weights of every mixture-of-experts family in transformers, in its published layout.
 
-The families are found in transformers' own list of models, by what their code says. Each one's own default
-configuration is made small by a rule that goes by the names of its fields; `EXCEPTIONS` has what the rule cannot know.
+The families are found in transformers' own list of models, by their code. Each family's default configuration is made
+small by a rule based on the names of its fields; `EXCEPTIONS` has what the rule cannot know.
 """
 
 import re
@@ -87,11 +87,11 @@ HEADS = (
     transformers.AutoModelForTokenClassification,
     transformers.AutoModel,
 )
-"""As what a family is published: the first of these that it has."""
+"""The published form of a family: the first of these that it has."""
 
 
 def families() -> Iterator[str]:
-    """The model types whose code tells of router logits or of experts, in transformers' order."""
+    """The model types whose code mentions router logits or experts, in transformers' order."""
     models = Path(transformers.__file__).parent / "models"
     for model_type in MODEL_MAPPING_NAMES:
         folder = models / model_type_to_module_name(model_type)
@@ -107,7 +107,7 @@ def tiny_config(model_type: str) -> Any:
 
 
 def _small(kind: Any, exceptions: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration is made with; what it derives from other fields is left to it."""
+    """The arguments of a configuration, without the fields that it derives from others."""
     default = kind()
     layers, heads = (vars(default).get(f"num_{what}") for what in ("hidden_layers", "attention_heads"))
     made: dict[str, Any] = {}
@@ -152,7 +152,7 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def tiny_model(model_type: str) -> Any | None:
-    """A family's model with random weights, under the head that it is published with; None where it has no experts."""
+    """A family's model with random weights, under its published head; None if it has no experts."""
     config = tiny_config(model_type)
     head = next(head for head in HEADS if type(config) in head._model_mapping)
     with torch.device("meta"):

@@ -65,7 +65,7 @@ def options(tmp_path: Path) -> tuple[str, ...]:
 
 
 def without_times(path: Path) -> dict[str, Any]:
-    """Every file of a store; of records and attributes what is promised to be equal."""
+    """Every file of a store; of records and attributes only the parts that are promised to be equal."""
     files: dict[str, Any] = dict(store_files(path))
     for name in files:
         if "/commits/" in name:
@@ -78,7 +78,7 @@ def without_times(path: Path) -> dict[str, Any]:
     return files
 
 
-# --- What a capture is asked to do ------------------------------------------------------------------------
+# --- Options of a capture ---------------------------------------------------------------------------------
 
 
 def test_one_or_several_data_sets_become_groups_of_one_store(
@@ -286,7 +286,7 @@ def test_a_dry_run_counts_no_more_tokens_of_a_document_than_are_captured(
     assert said(dry.out, "rows") == f"about {sum(-(-count // 32) for count in counts)} of 32 positions"
 
 
-# --- A capture, again and otherwise -----------------------------------------------------------------------
+# --- Captures that are repeated or changed ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -586,7 +586,7 @@ def test_the_notebooks_rows_are_the_hubs_first_ones_cut_at_128_tokens(tmp_path: 
     assert identity.items() >= wanted.items()
 
 
-# --- What a review found --------------------------------------------------------------------------------------------
+# --- Faults that a review found -------------------------------------------------------------------------------------
 
 
 def test_conversations_that_begin_with_a_null_keep_their_roles(
@@ -622,7 +622,7 @@ def test_another_bos_token_is_another_capture(
     for folder in copies:
         folder.parent.mkdir()
         subprocess.run(["cp", "-r", tiny_checkpoint(), folder], check=True)
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second one goes before the first
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second one takes precedence over the first
         settings = json.loads((copies[1] / name).read_text())
         (copies[1] / name).write_text(json.dumps(settings | {"bos_token": "</s>"}))
     assert command("--dataset", texts, *options, "--model", copies[0], "--bos", "row").status == 0

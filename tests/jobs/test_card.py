@@ -1,4 +1,4 @@
-"""A card says what captures say of themselves, and its lines of xarray read the store where it is served."""
+"""A card repeats what captures say about themselves, and its lines of xarray read the store where it is served."""
 
 import re
 import subprocess
@@ -64,7 +64,7 @@ def test_the_card_has_what_the_hub_wants_and_what_the_capture_says(tmp_path: Pat
     assert "Imported from vLLM (version: 0.33.0)" in text
     assert f"a.npz, SHA-256 {'ab' * 32}" in text
     assert "[report.html](report.html)" in text
-    assert coverage(tmp_path / "s.zarr", "served").complete  # a card beside the groups changes nothing
+    assert coverage(tmp_path / "s.zarr", "served").complete  # a card next to the groups changes nothing
 
 
 def test_a_capture_of_ours_names_its_command(tmp_path: Path, command: Callable[..., Ran]) -> None:
@@ -82,7 +82,7 @@ def test_where_a_card_cannot_be_written_is_said(tmp_path: Path, command: Callabl
 
 
 def test_plain_xarray_reads_a_store_that_is_served_over_http(tmp_path: Path, command: Callable[..., Ran]) -> None:
-    """The card's own lines, in a process of their own, without any of our code."""
+    """The card's own lines, in a separate process, without this project's code."""
     stored(tmp_path)
     own = open_capture(tmp_path / "s.zarr", "served")
     with web_folder(tmp_path) as address:

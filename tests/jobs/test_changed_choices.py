@@ -1,4 +1,4 @@
-"""`--mask`, `--force`, `--top_k` and `--routes_from` on the command line, from text to store, and told again."""
+"""`--mask`, `--force`, `--top_k` and `--routes_from` on the command line, from text to store, and in reports."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Command = Callable[..., Any]
 
 @pytest.fixture
 def base(tmp_path: Path) -> tuple[Any, ...]:
-    """A small capture into `s.zarr`, of several shards, with exact weights and what they predict."""
+    """A small capture into `s.zarr`, of several shards, with exact weights and log-probabilities."""
     return (
         *("--dataset", write(tmp_path / "texts"), "--local", "--model", "tiny", "--device", "cpu"),
         *("--sequence_length", "32", "--rows_per_shard", "4", "--limit_documents", "4", "--store", tmp_path / "s.zarr"),
@@ -160,7 +160,7 @@ def test_the_effect_is_told_where_both_recorded_predictions(command: Command, ba
 
 
 def test_choices_and_weights_of_others_are_used_as_they_are(command: Command, base: Any, tmp_path: Path) -> None:
-    """Routes of a model in 4 bits, for the weights that are not: with both its choices and its weights."""
+    """Routes of a model in 4 bits, given to the unquantized model: its choices, and its choices with weights."""
     assert command(*base, "--name", "nf4", "--quantization", "nf4").status == 0
     given = ("--routes_from", tmp_path / "s.zarr" / "nf4")
     assert command(*base, "--name", "both", *given, "--routes_weights").status == 0

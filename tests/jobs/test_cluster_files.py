@@ -1,7 +1,7 @@
-"""`cluster.yaml`, `docs/rayjob.yaml` and `docs/Dockerfile`, held against what reads them: Ray, EC2, KubeRay, bash.
+"""`cluster.yaml`, `docs/rayjob.yaml` and `docs/Dockerfile`, checked with their readers: Ray, EC2, KubeRay, bash.
 
-Nothing here reaches AWS or Kubernetes: Ray's own code runs on the files, EC2 is botocore's description of it and
-moto's imitation, and a stand-in for `ray` notes what it is started with.
+Nothing here reaches AWS or Kubernetes: Ray's own code runs on the files, EC2 is replaced by botocore's description and
+moto's imitation, and a stand-in for `ray` records its arguments.
 """
 
 import copy
@@ -34,11 +34,11 @@ NODE_CONFIGS = {name: kind["node_config"] for name, kind in CLUSTER["available_n
 (TOKEN,) = (path for path in CLUSTER["file_mounts"] if "token" in path)
 
 Place = tuple[str | int, ...]
-"""Where something stands in a tree of dicts and lists."""
+"""A path in a tree of dicts and lists."""
 
 
 def paths(tree: Any, above: Place = ()) -> Iterator[Place]:
-    """Where each key and item of a tree of dicts and lists stands."""
+    """The path of each key and item in a tree of dicts and lists."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         yield (*above, key)
@@ -63,7 +63,7 @@ def changed(tree: Any, path: Place, key: str | None = None, value: Any = None) -
 
 
 def prepared() -> dict[str, Any]:
-    """The file as Ray completes and checks it."""
+    """The file after Ray has completed and checked it."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config: dict[str, Any] = prepare_config(copy.deepcopy(CLUSTER))
@@ -111,7 +111,7 @@ def test_the_head_is_bootstrapped_and_the_workers_get_its_role(tmp_path: Path, m
     from ray.autoscaler._private.aws import config as aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
-    monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps the SSH key that it makes there
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray stores its new SSH key there
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "none")
     monkeypatch.setattr(aws.time, "sleep", lambda seconds: None)
@@ -137,7 +137,7 @@ def test_the_head_is_bootstrapped_and_the_workers_get_its_role(tmp_path: Path, m
 
 @pytest.fixture(scope="module")
 def run_instances() -> Any:
-    """The shape of what EC2's RunInstances takes."""
+    """The shape of the input of EC2's RunInstances."""
     loaders = pytest.importorskip("botocore.loaders")
     from botocore.model import ServiceModel
 
@@ -146,7 +146,7 @@ def run_instances() -> Any:
 
 
 def faults(node_config: dict[str, Any], shape: Any) -> list[str]:
-    """What EC2 would not take: unknown names, wrong types, values that are not of an enumeration."""
+    """Parts that EC2 would reject: unknown names, wrong types, values that are not in an enumeration."""
     from botocore.validate import ParamValidator
 
     found = [ParamValidator().validate({**node_config, "MinCount": 1, "MaxCount": 1}, shape).generate_report()]
@@ -167,7 +167,7 @@ def not_enumerated(value: Any, shape: Any) -> Iterator[str]:
 KEYS = [(name, path) for name in NODE_CONFIGS for path in paths(NODE_CONFIGS[name]) if isinstance(path[-1], str)]
 VALUES = [(name, path) for name, path in KEYS if not isinstance(at(NODE_CONFIGS[name], path), dict | list)]
 FREE = ("ImageId", "DeviceName", "Name")
-"""Strings of the user's own, which no description of EC2 knows."""
+"""Strings of the user, which EC2's descriptions do not contain."""
 
 
 @pytest.mark.parametrize("name", NODE_CONFIGS)
@@ -231,7 +231,7 @@ def test_the_environment_is_the_locked_one_and_has_ray_and_the_clouds_library() 
 
 
 class Machine:
-    """A machine's home with a repository, and stand-ins for `ray`, which notes how it is started, and `cloud-init`."""
+    """A machine's home with a repository, and stand-ins for `ray`, which records its arguments, and `cloud-init`."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.repository = home, home / "expert-atlas"
@@ -246,7 +246,7 @@ class Machine:
         script(home / "bin" / "cloud-init", 'test "$*" = "query region" && echo eu-west-1')
 
     def run(self, command: str) -> None:
-        """As Ray's updater does, with the variables that it puts in front."""
+        """Run a command like Ray's updater, with the variables that it adds."""
         from ray.autoscaler._private.util import with_envs
 
         (command,) = with_envs([command], {"RAY_HEAD_IP": "10.0.0.1"})
@@ -274,7 +274,7 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def started(machine: Machine, kind: str) -> dict[str, Any]:
-    """What `ray start` is told on a head or a worker; Ray's own parser reads it."""
+    """The arguments of `ray start` on a head or a worker, read by Ray's own parser."""
     from ray.scripts.scripts import start
 
     for command in CLUSTER["head_setup_commands"] if kind == "head" else ():
@@ -289,7 +289,7 @@ def started(machine: Machine, kind: str) -> dict[str, Any]:
 
 def test_the_head_starts_in_the_repository_with_token_store_and_loopback_dashboard(machine: Machine) -> None:
     config = prepared()
-    for group in GROUPS:  # as Ray fills it in for a type with four GPUs
+    for group in GROUPS:  # as filled in by Ray for a type with four GPUs
         config["available_node_types"][group]["resources"] = {"CPU": 48, "GPU": 4}
     (machine.home / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
     parameters = started(machine, "head")
@@ -329,7 +329,7 @@ def test_a_machine_that_lacks_something_starts_nothing(machine: Machine, missing
     assert not (machine.home / "arguments").exists()
 
 
-# --- What the comments say ------------------------------------------------------------------------------------------
+# --- The comments ---------------------------------------------------------------------------------------------------
 
 SAID = [line.removeprefix("#").split(" # ")[0] for line in CLUSTER_TEXT.splitlines() if line.startswith("#   ")]
 SAID = [part.strip() for line in SAID for part in line.split("&&")]
@@ -409,7 +409,7 @@ NAMES = {
 
 
 def unknown(tree: Any, names: Any) -> list[str]:
-    """The names in a tree that the kind does not have."""
+    """Names in a tree that its kind does not have."""
     if isinstance(tree, list):
         return [name for item in tree for name in unknown(item, names[0])]
     if not isinstance(tree, dict):
@@ -459,7 +459,7 @@ def test_the_job_is_our_command_resubmitted_with_a_token_and_the_same_image_ever
         assert mounted == {volume["name"] for volume in pod.get("volumes", ())}
     head, worker = (pod["containers"][0] for pod in pods)
     assert {"name": "EXPERT_ATLAS_DEVICE", "value": "cuda"} in head["env"]
-    replicas = str(cluster["workerGroupSpecs"][0]["maxReplicas"])  # Kubernetes takes variables as strings only
+    replicas = str(cluster["workerGroupSpecs"][0]["maxReplicas"])  # Kubernetes accepts variables only as strings
     assert {"name": "EXPERT_ATLAS_WORKERS", "value": replicas} in head["env"]
     assert {"name": "HF_HOME", "value": worker["volumeMounts"][0]["mountPath"]} in worker["env"]
     assert "kubectl create secret generic expert-atlas --from-literal=EXPERT_ATLAS_STORE=" in RAYJOB_TEXT

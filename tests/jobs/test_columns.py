@@ -1,4 +1,4 @@
-"""Which column is taken for the text, and which layouts of conversations are known."""
+"""Which column is used as the text, and which layouts of conversations are known."""
 
 import json
 from pathlib import Path

@@ -18,7 +18,7 @@ from store import open_capture
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two data sets of ten documents with few words, which one has in other numbers; leave it as you find it."""
+    """Two data sets of ten documents with few words in different numbers. Tests must not change it."""
     path, random = tmp_path_factory.mktemp("compare") / "s.zarr", np.random.default_rng(3)
     for name, often in (("a", [8, 1, 1, 1]), ("b", [1, 1, 1, 8])):
         drawn = random.choice(4, (10, 30), p=np.array(often) / sum(often))
@@ -28,7 +28,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shares(path: Path, name: str) -> tuple[np.ndarray, Counter[tuple[int, int, int]], Counter[int], int]:
-    """Shares (layer, expert) of tokens, how often a token reaches an expert, how often it occurs, and all of them."""
+    """Shares (layer, expert) of tokens, how often a token reaches an expert, how often it occurs, and the number of all
+    tokens."""
     capture = open_capture(path, name).load()
     there = (capture["token"] >= 0).values & ~np.isin(capture["token"], capture.attrs["special_token_ids"])
     reached, seen = Counter[tuple[int, int, int]](), Counter[int]()

@@ -1,4 +1,4 @@
-"""Killed anywhere, then the same command again: the store ends equal, byte for byte, to that of an undisturbed run."""
+"""Killed anywhere, then the same command again: the store equals that of an undisturbed run, byte for byte."""
 
 import json
 import os
@@ -37,7 +37,7 @@ class Driver:
         )
 
     def run(self, store: Path, step: int | None = None) -> int:
-        """Capture; the exit status, -9 where it was killed at its step number `step`."""
+        """Capture; returns the exit status, -9 if it was killed at its step number `step`."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"store": str(store), "step": step}) + "\n")
@@ -59,7 +59,7 @@ class Truth:
 
 
 def comparable(store: Path) -> dict[str, Any]:
-    """Every file of a store; of commit records what does not depend on who wrote them and how quickly."""
+    """Every file of a store; of commit records only the parts that do not depend on their writer and its speed."""
     files: dict[str, Any] = dict(store_files(store))
     for key in [key for key in files if "/commits/" in key]:
         record = json.loads(files[key])
@@ -82,7 +82,8 @@ def truth(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Truth:
 
 
 def assert_kill_leaves_no_lie(store: Path, truth: Truth) -> None:
-    """What is visible of a killed capture: each commit names whole objects, and each object there is whole."""
+    """The visible part of a killed capture: each commit names complete objects, and each existing object is
+    complete."""
     found = comparable(store)
     for key, content in found.items():
         if "/commits/" in key:
@@ -115,7 +116,7 @@ def made(truth: Truth) -> int:
 
 
 def some(steps: range) -> list[int]:
-    """One step of every three in turn and the last, and with more examples all: an object has three, before, torn and
+    """Every third step and the last, or all steps with more examples: an object has three steps, before, torn and
     invisible."""
     return list(steps) if MORE > 1 else sorted({*steps[::9], *steps[4::9], *steps[8::9], steps[-1]})
 
@@ -181,11 +182,11 @@ def test_ctrl_c_and_sigterm_in_a_real_capture_exit_130_and_143_and_the_same_comm
     (tmp_path / "texts").mkdir()
     for number in range(6):
         (tmp_path / "texts" / f"{number}.txt").write_text(words(1200, number))  # 34 shards
-    # The identity of the code must not change under the test while somebody commits.
+    # The identity of the code must not change during the test if someone commits.
     monkeypatch.setenv("GIT_DIR", "/nonexistent")
 
     def heeds_ctrl_c() -> None:
-        """What runs in the background of a shell ignores Ctrl-C, and so would its children."""
+        """Background processes of a shell ignore Ctrl-C, and so would their children."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def interrupted(folder: Path, number: int, at_commits: int) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The rules by which shards meet workers: each rule alone, then all of them in worlds where everything breaks."""
+"""The rules for assigning shards to workers: each rule alone, then all of them in worlds where everything fails."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Job(Dispatcher):
         self.given_up[unit] = errors
 
     def up(self, now: float = 0) -> list[WorkerState]:
-        """Start the workers that are wanted, and let them get ready."""
+        """Start the needed workers, and let them get ready."""
         new = self.start(now)
         for worker in new:
             self.placed(worker, "host", now)
@@ -45,7 +45,7 @@ class Job(Dispatcher):
         return new
 
     def give(self, now: float = 0) -> list[tuple[int, int]]:
-        """Worker and shard of what is given now."""
+        """Workers and shards of the current assignments."""
         return [(worker.number, unit.shard) for worker, unit in self.assign(now)]
 
     def finish_one(self, worker: WorkerState) -> None:
@@ -162,7 +162,7 @@ def test_nobody_is_blamed_however_often_a_worker(way: str, times: int) -> None:
         WAYS_TO_GO[way](job, worker)
         assert job.workers == {}
         if way == "loses its storage":
-            job.failures.clear()  # as a shard finished elsewhere does
+            job.failures.clear()  # like a shard that is finished elsewhere
         (worker,) = job.up(1)
         assert job.give() == [(time + 2, 0), (time + 2, 1)], "side by side, in their order"
     assert (job.given_up, job.lost_workers, job.retries) == ({}, times, 2 * times)
@@ -427,7 +427,7 @@ def test_at_the_tail_what_waits_behind_another_shard_is_given_to_an_idle_worker_
 def test_a_shard_that_takes_twice_as_long_as_shards_do_is_given_to_an_idle_worker() -> None:
     job = Job(5, 3)
     one, two, slow = job.up()
-    job.assign(0)  # the third worker has shard 2 alone
+    job.assign(0)  # the third worker has only shard 2
     for now in (10, 20):
         for worker in (one, two):
             job.finish(worker, worker.units[0], now)
@@ -468,11 +468,11 @@ def test_what_has_failed_before_is_never_given_to_two() -> None:
 
 
 class World:
-    """A cluster that breaks as chance will have it, with its own account of what was done to whom.
+    """A cluster that fails at random, with its own record of all events.
 
-    It keeps to what a healthy cluster is: chance gives a healthy unit at most one strike of its own (another may come
-    from a neighbour's death), a worker that was started after two broken ones does not break, and fewer than eight
-    units are poison. So nothing healthy may be given up, and the job may not be aborted.
+    It follows the definition of a healthy cluster: a healthy unit gets at most one random strike of its own (another
+    may come from the death of another unit's worker), a worker that is started after two failed ones does not fail, and
+    fewer than eight units are poison. So no healthy unit may be given up, and the job may not be aborted.
     """
 
     def __init__(self, seed: int, units: int, workers: int, poison: dict[Unit, str], faults: int) -> None:
@@ -486,10 +486,10 @@ class World:
         self.losses: Counter[Unit] = Counter()
         self.unlucky: set[Unit] = set()
         self.hung: set[int] = set()
-        self.late: list[Unit] = []  # in work on workers that were taken for lost, and are not
+        self.late: list[Unit] = []  # on workers that were considered lost but are alive
 
     def turn(self) -> None:
-        """Once through the loop of `jobs.cluster.ray_workers`; then something happens to the workers."""
+        """One pass through the loop of `jobs.cluster.ray_workers`; then something happens to the workers."""
         planned = min(self.units, self.planned + self.chance.randrange(10))
         self.job.add(UNITS[self.planned : planned])
         self.planned, self.job.all_added = planned, planned == self.units
@@ -556,7 +556,7 @@ class World:
         elif kind == "error" and may_strike and healthy:
             self.unlucky.add(healthy[-1])
             self.fail(worker, healthy[-1])
-        elif kind == "silence":  # the answer is late, or never comes
+        elif kind == "silence":  # the answer is late or never arrives
             self.job.commits.update(healthy[:1])
 
     def lose_node(self, worker: WorkerState) -> None:

@@ -1,4 +1,4 @@
-"""Which files of a folder are its data, and which of them are of the split that is asked for."""
+"""Which files of a folder are its data, and which of them belong to the requested split."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which files are read as what, and which are recognised and refused with a remedy."""
+"""Which files are read in which format, and which are recognized and rejected with a remedy."""
 
 import bz2
 import gzip
@@ -55,7 +55,7 @@ def test_text_formats_are_read_compressed(
 ) -> None:
     path = tmp_path / f"data{suffix}{packed}"
     first, second = data[:5], data[5:]
-    path.write_bytes(PACKERS[packed](first) + PACKERS[packed](second))  # of several parts, as parallel tools write
+    path.write_bytes(PACKERS[packed](first) + PACKERS[packed](second))  # of several parts, as written by parallel tools
     assert read(path) == expected
     assert group_name(str(path)) == "data"
     path.write_bytes(PACKERS[packed](data * 1000)[:-9])

@@ -1,4 +1,4 @@
-"""Help pages and `expert-atlas`: what they name is what scripts take, and they fit a screen."""
+"""Help pages and `expert-atlas`: they name exactly what scripts accept, and they fit on a screen."""
 
 import platform
 import re

@@ -1,4 +1,4 @@
-"""What a person or a data set can do wrong: one clear line, the right exit status, and nothing half done."""
+"""Mistakes of users and faulty data sets: one clear line, the right exit status, and nothing half done."""
 
 import json
 import os
@@ -130,11 +130,11 @@ assert libc.capset(header, rights) == 0
 import jobs.capture, jobs.console.terminal
 jobs.console.terminal.run_job(jobs.capture.main)
 """
-"""Only a right is dropped, not the user: the interpreter may lie where only its owner can read."""
+"""Only a capability is dropped, not the user: the interpreter may be readable only by its owner."""
 
 
 def expect_line(ran: Any, status: int, *said: str) -> None:
-    """One line that begins with "error:", says these words, and no traceback."""
+    """One line that starts with "error:" and contains these words, without a traceback."""
     assert ran.status == status, ran.err
     assert "Traceback" not in ran.err
     errors = [line for line in ran.err.splitlines() if line.startswith("error: ")]
@@ -166,7 +166,7 @@ def test_what_may_not_be_read_or_written_is_named(
 
 
 class FullDisk:
-    """Fails the `at`-th write from now on with ENOSPC, having written a part of it."""
+    """Fails the `at`-th write from now on with ENOSPC, after writing a part of it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
         self.left = at

@@ -1,4 +1,4 @@
-"""Two hosts that capture into one store, each of them a host as `hosts` makes them: who takes over, and who stops.
+"""Two hosts, made by `hosts`, that capture into one store: which one takes over, and which one stops.
 
 The partitions of a Ray cluster are in `chaos_hosts.py`, because they take long.
 """
@@ -36,10 +36,10 @@ WRITES = [
     "put_new fake/zarr.json",
     "put_new fake/expert/environment.json",
 ]
-"""In the middle of which a driver is cut off: the first one here, all of them in `make chaos`."""
-OVERTAKEN = re.compile("was (taken over|made) by another job|another job that took this one for dead writes it")
+"""Steps during which a driver is cut off: the first one here, all of them in `make chaos`."""
+OVERTAKEN = re.compile("was (taken over|made) by another job|another job that assumed this one dead writes it")
 COMMITTED = re.compile("fake/(expert|weight)/c/|fake/expert/commits/")
-"""Keys of what is committed, and of what is put before it."""
+"""Keys of commits, and of objects that are put before them."""
 SHARDS = 5
 
 pytestmark = pytest.mark.slow
@@ -51,7 +51,7 @@ class Driver:
     Parameters
     ----------
     environment
-        What it says of the store.
+        Variables for the store.
     """
 
     def __init__(self, host: Host, environment: dict[str, str]) -> None:
@@ -71,7 +71,7 @@ class Driver:
         self.process.stdin.flush()
 
     def held(self, number: int = 0) -> None:
-        """Wait until it holds."""
+        """Wait until it is held."""
 
         def holds() -> bool:
             assert not select([self.process.stdout], [], [], 0)[0], f"it has ended:\n{self.said}"
@@ -80,7 +80,7 @@ class Driver:
         wait_until(holds, f"{self.host.name} holds")
 
     def go(self, number: int = 0) -> None:
-        """Let it go."""
+        """Let it continue."""
         (self.folder / f"go {number}").touch()
 
     def status(self) -> int:
@@ -89,7 +89,7 @@ class Driver:
         return int(self.process.stdout.readline())
 
     def take_over(self, folder: Path, store: object) -> None:
-        """Capture as soon as it is not rejected any more."""
+        """Capture as soon as it is no longer rejected."""
         end = 0
         while True:
             self.start(folder, store)
@@ -110,7 +110,7 @@ class Driver:
 
 @pytest.fixture(scope="module")
 def network() -> Iterator[Network]:
-    """Two hosts, and the one of the store."""
+    """Two hosts and the host of the store."""
     with network_or_skip("one", "other", "store") as network:
         yield network
 
@@ -124,7 +124,7 @@ def address(network: Network) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def drivers(network: Network, address: str) -> Iterator[list[Driver]]:
-    """One in each of the two hosts."""
+    """A driver in each of the two hosts."""
     environment = {**os.environ, **variables(address)}
     drivers = [Driver(network[name], environment) for name in ("one", "other")]
     yield drivers
@@ -147,7 +147,7 @@ def bucket(network: Network, address: str) -> Bucket:
 
 
 def the_law(driver: Driver, store: object, files: dict[str, bytes], clean: dict[str, bytes]) -> None:
-    """The store is the undisturbed run's, nothing is left beside it, and it is read back without a fault."""
+    """The store equals that of the undisturbed run, nothing else remains, and it is read back without a fault."""
     assert differing(files, clean) == []
     assert files.keys() == clean.keys(), "a lease, or what is not whole, is left"
     driver.start(driver.folder.parent, store, verify=True)
@@ -155,7 +155,7 @@ def the_law(driver: Driver, store: object, files: dict[str, bytes], clean: dict[
 
 
 def put_once(bucket: Bucket, shards: int) -> None:
-    """No commit, and nothing that a commit names, was ever put again or removed."""
+    """No commit, and no object that a commit names, was ever put again or removed."""
     puts = {key: number for key, number in bucket.puts().items() if COMMITTED.match(key)}
     assert {key: number for key, number in puts.items() if number > 1} == {}
     assert len(puts) == 3 * shards

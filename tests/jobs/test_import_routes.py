@@ -172,7 +172,7 @@ def test_what_vllm_would_return_of_the_tiny_model_is_imported_and_agrees_with_th
 def test_a_replay_is_exported_imported_and_equal_in_each_engines_form(
     framework: str, tmp_path: Path, command: Callable[..., Ran]
 ) -> None:
-    store, made = tmp_path / "s.zarr", sequences(number=6, last=framework == "verl")  # which has all S tokens
+    store, made = tmp_path / "s.zarr", sequences(number=6, last=framework == "verl")  # verl has all S tokens
     path, options = FORMS["plain, JSON"][1](tmp_path, made), {"num_hidden_layers": 3}
     assert imported(command, path, store, "own", "plain", "--layers", "1-2").status == 0
     own = open_capture(store, "own")
@@ -185,7 +185,7 @@ def test_a_replay_is_exported_imported_and_equal_in_each_engines_form(
         np.testing.assert_array_equal(back[name].values, own[name].values)
     write_replay(tmp_path / "again.jsonl", back, framework, **options)  # type: ignore[arg-type]
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "replay.jsonl").read_text()
-    if framework in ("sglang", "slime"):  # flat, and read as SGLang's own answers are, with the ids beside
+    if framework in ("sglang", "slime"):  # flat, and read like SGLang's own answers, with separate ids
         lines = [json.loads(line) for line in (tmp_path / "replay.jsonl").read_text().splitlines()]
         for line in lines:
             line["prompt_token_ids"], line["output_ids"] = line["tokens"][:1], line["tokens"][1:]

@@ -1,4 +1,4 @@
-"""`jobs/importance.py` from text to effects: killed and resumed, refused, told, and read by others."""
+"""`jobs/importance.py` from text to effects: killed and resumed, rejected, reported, and read by others."""
 
 import json
 import pickle

@@ -1,6 +1,6 @@
-"""`--local` when something breaks: the rules of a cluster, with one worker that cannot be replaced.
+"""`--local` when something fails: the rules of a cluster, with one worker that cannot be replaced.
 
-That a shard which always fails is set aside is in `test_ray_workers.py`, for this process and for a cluster.
+`test_ray_workers.py` tests that a shard which always fails is quarantined, for this process and for a cluster.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from workers.shard import Routes, RoutingError
 
 
 def captured(folder: Path, shards: int, *names: str) -> list[Coverage]:
-    """What is there after a capture of the faulty model."""
+    """The coverage after a capture of the faulty model."""
     run: Any = faulty_run(str(folder / "s.zarr"), folder / "script", seconds=0)
     return capture_datasets(
         run, [(name, text_source(numbered_texts(shards))) for name in names or ("fake",)], capture_here
@@ -91,7 +91,7 @@ def test_a_model_that_does_not_load_ends_the_capture_with_its_error(tmp_path: Pa
 
 @pytest.mark.parametrize("early", [True, False], ids=["at once", "when it is fetched"])
 def test_an_error_of_the_last_micro_batch_is_the_shard_s_own_too(tmp_path: Path, early: bool) -> None:
-    """It is raised by the thread that writes, while the next shard is computed."""
+    """The writing thread raises it while the next shard is computed."""
     left = [3]
 
     class LateEngine(FakeEngine):
@@ -116,7 +116,7 @@ def test_an_error_of_the_last_micro_batch_is_the_shard_s_own_too(tmp_path: Path,
 def test_what_is_computed_is_written_though_the_shard_before_it_could_not_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the replica is not left waiting for it."""
+    """The replica does not keep waiting for it."""
     computed, calls = local.Replica.compute, list[str]()
 
     def compute(replica: Any, dataset: str, shard: int) -> Any:

@@ -1,4 +1,4 @@
-"""Users without a name, home or folder to write in, and names that stand for nothing: one line, and the reason."""
+"""Users without a name, a home or a writable folder, and names that mean nothing: one line with the reason."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def test_a_ray_that_a_user_without_a_writable_home_starts_has_its_token_in_the_e
     def init(**_: Any) -> None:
         tokens.append(os.environ.get("RAY_AUTH_TOKEN"))
         if tokens[-1] is None:
-            raise PermissionError(13, "Permission denied", "/nonexistent")  # where Ray would keep the token it makes
+            raise PermissionError(13, "Permission denied", "/nonexistent")  # where Ray would store its new token
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(os, "environ", {})

@@ -1,4 +1,4 @@
-"""Text to rows to routes: every token once and in its place, whatever the sizes, the batches and the interruptions."""
+"""Text to rows to routes: every token once and in its place, for all sizes, batches and interruptions."""
 
 import math
 import threading
@@ -153,7 +153,7 @@ def test_every_token_of_every_document_is_planned_once_and_in_its_place_also_whe
                 assert plan.complete or plan.rows % layout.rows_per_shard == 0
         planner(FakeRun(folder / "s.zarr", layout, bos=bos), text_source(texts)).run()
     assert_planned(folder / "s.zarr", texts, positions, bos)
-    # Neither the batches nor the stops are in the bytes: the defaults plan these texts in one go.
+    # Batches and stops do not change the bytes: the defaults plan these texts at once.
     planner(FakeRun(folder / "once.zarr", layout, bos=bos), text_source(texts)).run()
     assert store_files(folder / "s.zarr") == store_files(folder / "once.zarr")
 

@@ -1,4 +1,5 @@
-"""The command that asks a store one question: its answers against a scan, and what it says when it cannot answer."""
+"""The command that asks a store one question: its answers compared with a scan, and its messages when it cannot
+answer."""
 
 import io
 import json
@@ -38,7 +39,7 @@ TEXTS = [words(40, 0), words(30, 1), "", words(20, 2)]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data sets a, of ten shards, with BOS, and b, and beside it one with more recorded; leave it as you find it."""
+    """Data sets a, of ten shards with BOS, and b, and one with more recordings. Tests must not change it."""
     path = tmp_path_factory.mktemp("query") / "s.zarr"
     fake_capture(path, TEXTS, "a", bos="row")
     fake_capture(path, TEXTS[:1], "b")
@@ -50,7 +51,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ask(store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Runs `jobs/query.py` as its script does, but in this process."""
+    """Runs `jobs/query.py` like its script, but in this process."""
 
     def run(*arguments: object, place: str = "s.zarr/a") -> Ran:
         monkeypatch.chdir(store.parent)

@@ -1,7 +1,7 @@
-"""The four forms of the command on a real head with token authentication, and what a user is told there.
+"""The four forms of the command on a real head with token authentication, and their messages.
 
-The head is started in one copy of the repository and three of the forms are given in another one, so that it shows
-from where the workers import: in both copies a commit record names the file and the process that made it.
+The head is started in one copy of the repository, and three of the forms in another one, which shows from where the
+workers import: in both copies a commit record names the file and the process that made it.
 """
 
 import json
@@ -40,7 +40,7 @@ Ran = subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two copies of the repository: that of the head, and that of the one who gives the command."""
+    """Two copies of the repository: one for the head, one for the user's commands."""
     folder = tmp_path_factory.mktemp("copies")
     for name in ("head", "mine"):
         for package in ("store", "workers", "jobs", "analysis"):
@@ -61,9 +61,9 @@ def head(copies: tuple[Path, Path]) -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def forms(head: Head, copies: tuple[Path, Path]) -> dict[str, tuple[Path, Ran]]:
-    """The store and what was said, for each form of the command, and for `--local` in this process.
+    """The store and the messages for each form of the command, and for `--local` in this process.
 
-    Who gives the commands has a token of the hub's.
+    The user has a token of the hub.
     """
     mine = copies[1]
     stores = mine.parent / "stores"
@@ -86,7 +86,7 @@ def forms(head: Head, copies: tuple[Path, Path]) -> dict[str, tuple[Path, Ran]]:
 
 
 def comparable(store: Path) -> dict[str, Any]:
-    """Every file of a store; without who made a commit and how quickly, and without the provenance of the group."""
+    """Every file of a store; without the writer and speed of commits, and without the provenance of the group."""
     files: dict[str, Any] = dict(store_files(store))
     for key in [key for key in files if "/commits/" in key]:
         files[key] = {
@@ -98,7 +98,7 @@ def comparable(store: Path) -> dict[str, Any]:
 
 
 def ended(head: Head, job: str) -> dict[str, Any]:
-    """What the head knows of a job."""
+    """What the head knows about a job."""
     token = (head.folder / "token").read_text()
     request = urllib.request.Request(f"{head.dashboard}/api/jobs/{job}", headers={"Authorization": f"Bearer {token}"})
     with urllib.request.urlopen(request, timeout=HUNG_S) as answer:
@@ -110,7 +110,7 @@ def said(ran: Ran) -> str:
     return ran.stdout + ran.stderr
 
 
-# --- What the forms do --------------------------------------------------------------------------------------------
+# --- The forms of the command -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["submit", "working dir", "script", "module"])
@@ -190,11 +190,11 @@ def test_resubmit_brings_a_capture_through_a_real_head(
     assert "error" not in said(ran)
 
 
-# --- What is refused ----------------------------------------------------------------------------------------------
+# --- Errors -------------------------------------------------------------------------------------------------------
 
 
 def refused(head: Head, store: Path, cwd: Path, *, tries: int = 0, **environment: str) -> list[str]:
-    """Lines of a command that ends with status 2 after so many tries of Ray's, without those of Ray's libraries."""
+    """Lines of a command that ends with status 2 after a number of Ray's tries, without those of Ray's libraries."""
     ran = head.run([*CAPTURE, "--store", store], cwd, **environment)
     assert ran.returncode == 2, said(ran)
     assert said(ran).count("Failed to get cluster ID") == tries
@@ -262,7 +262,7 @@ def test_prometheus_finds_the_tokens_and_shards_of_a_job(head: Head, tmp_path: P
 
 
 def ours(head: Head) -> dict[str, float]:
-    """Our metrics on the head's page, without Ray's own labels."""
+    """This project's metrics on the head's page, without Ray's own labels."""
     with urllib.request.urlopen(head.metrics, timeout=HUNG_S) as answer:
         lines = [line for line in answer.read().decode().splitlines() if line.startswith("ray_expert_atlas")]
     found = {}

@@ -1,7 +1,7 @@
-"""Captures on several nodes that break in every way: what ends, how, and with which bytes.
+"""Captures on several nodes with all kinds of failures: what ends, how, and with which bytes.
 
-The nodes are those of `ray_nodes`, the model and its faults those of `faulty_model`. A fault is put where a shard is
-begun, and waited for: nothing here depends on how fast anything is, but for the time that it takes.
+The nodes are those of `ray_nodes`, the model and its faults those of `faulty_model`. A fault is planted at the start of
+a shard, and the test waits for it: only the duration of the tests depends on the machine's speed.
 """
 
 import getpass
@@ -103,7 +103,7 @@ class Job:
 
 
 def comparable(store: Path) -> dict[str, Any]:
-    """Every whole file of a store; of commits what does not depend on who wrote them and how quickly."""
+    """Every complete file of a store; of commits only the parts that do not depend on their writer and its speed."""
     files: dict[str, Any] = {key: data for key, data in store_files(store).items() if "/partial/" not in key}
     for key in [key for key in files if "/commits/" in key]:
         record = json.loads(files[key])
@@ -112,7 +112,7 @@ def comparable(store: Path) -> dict[str, Any]:
 
 
 def quiet(folder: Path, shards: int) -> dict[str, Any]:
-    """The files of the same capture by `--local`, with an engine that knows no fault."""
+    """The files of the same capture by `--local`, with an engine without faults."""
     store = folder / "quiet.zarr"
     assert fake_capture(store, numbered_texts(shards), batch_tokens=TOKENS_A_SHARD).complete
     return comparable(store)
@@ -122,11 +122,11 @@ def test_a_machine_that_shuts_down_in_order_takes_its_workers_first_and_gives_th
     nodes: Nodes, tmp_path: Path
 ) -> None:
     script = Script(tmp_path / "script")
-    script.write(1, "raise", "hold")  # what has failed before is given to no second worker
+    script.write(1, "raise", "hold")  # a shard that has failed is not given to a second worker
     with Job(nodes, tmp_path, shards=6, node_s=HUNG_S) as job:
         job.until(lambda: len(job.attempts(1)) == 2, "it is tried again")
         worker = job.attempts(1)[1]
-        os.kill(worker.process, signal.SIGKILL)  # at its SIGTERM it would wait for the shard that is held
+        os.kill(worker.process, signal.SIGKILL)  # after a SIGTERM it would wait for the held shard
         wait_until(lambda: not psutil.pid_exists(worker.process), "the worker is gone")
         script.write(1, "raise")  # with a strike for the machine it would be given up
         assert "was lost with its node" not in job.said
@@ -183,8 +183,8 @@ def test_one_run_through_a_killed_actor_a_lost_node_a_poison_shard_and_a_killed_
     again = {shard: count - 1 for shard, count in times.items() if count > 1}
     assert again.keys() >= {once, killed, lost, *last}
     # Two units are in flight on a worker: that of the killed process, that of the lost node, the three of the killed
-    # driver; beside the poison shard is one when it first kills; and three errors were raised. How many are given twice
-    # at the tail depends on their seconds.
+    # driver; one is next to the poison shard when it first kills; and three errors were raised. How many are assigned
+    # twice at the end depends on their durations.
     twice = sum(int(number) for number in re.findall(r"(\d+) given twice", job.said))
     assert sum(again.values()) - twice <= 2 + 2 + 6 + 1 + 3
 
@@ -246,7 +246,7 @@ def test_any_number_of_workers_leaves_the_bytes_of_local_also_when_a_model_fails
 
 
 def only_missing(store: Path, shard: int) -> bool:
-    """Whether all is planned, and captured but for one shard."""
+    """Whether everything is planned, and all but one shard are captured."""
     state = coverage(store, "fake")
     return state.plan.complete and state.missing == [shard]
 
@@ -257,7 +257,7 @@ def test_storage_that_fails_gives_no_strike_and_what_hangs_or_loses_its_device_i
     full, stopped, lost = 1, 6, 12
     script = Script(tmp_path / "script")
     script.write(full, "storage", "raise", "raise")
-    script.write(stopped, "raise", "hold")  # what has failed before is given to no second worker
+    script.write(stopped, "raise", "hold")  # a shard that has failed is not given to a second worker
     script.write(lost, "device")
     with Job(nodes, tmp_path, shards=16) as job:
         job.until(lambda: len(job.attempts(stopped)) == 2, "it is tried again")
@@ -265,7 +265,7 @@ def test_storage_that_fails_gives_no_strike_and_what_hangs_or_loses_its_device_i
         os.kill(hung, signal.SIGSTOP)
         script.write(stopped)
         job.until(lambda: only_missing(job.store, stopped), "all others are done, and no other worker can be late")
-        script.write(CLOCK, *["40"] * 20)  # it is taken for hung after 600 seconds
+        script.write(CLOCK, *["40"] * 20)  # it is considered hung after 600 seconds
         assert job.status() == 0
     assert "is replaced: OSError: [Errno 28] No space left on device" in job.said
     assert "is replaced: it routed no token for 600 s" in job.said
@@ -294,7 +294,7 @@ def test_a_worker_that_hangs_at_the_tail_holds_nobody_up(nodes: Nodes, tmp_path:
 def test_a_store_that_no_node_sees_ends_the_job_with_the_reason_and_one_that_sees_it_is_enough(
     nodes: Nodes, tmp_path: Path
 ) -> None:
-    private = "/proc/self/cwd/routes.zarr"  # as with a folder that is not shared, each node finds its own
+    private = "/proc/self/cwd/routes.zarr"  # each node finds its own folder, as if it were not shared
     with Job(nodes, tmp_path, store=private, workers=1) as job:
         assert job.status() == 1
     assert job.said.splitlines()[-1].startswith("error: 3 consecutive workers failed, the last one: Misplaced: ")

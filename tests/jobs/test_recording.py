@@ -124,7 +124,7 @@ def test_weights_in_float32_and_compact_are_those_of_float16_to_their_precision(
     np.testing.assert_allclose(compact["weight"], single["weight"], rtol=2.0**-6, atol=0)
     assert compact["weight"].attrs["mantissa_bits"] == compact.attrs["weight_bits"] == 5
     assert len(np.unique(compact["weight"])) < len(np.unique(half["weight"])) / 4
-    xr.testing.assert_equal(expert_load(single), expert_load(half))  # analysis reads them as float16
+    xr.testing.assert_equal(expert_load(single), expert_load(half))  # analysis reads them like float16
 
 
 def test_the_options_come_back_from_a_file_and_from_what_a_capture_says(

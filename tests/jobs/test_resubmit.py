@@ -1,4 +1,4 @@
-"""`jobs/resubmit.py` against a loopback server that speaks as Ray's head does; Ray's own client is in between."""
+"""`jobs/resubmit.py` with a loopback server that answers like Ray's head; Ray's own client is in between."""
 
 import json
 import shlex
@@ -17,20 +17,20 @@ from jobs.console.terminal import Terminated, run_job
 
 COMMAND = ["python", "jobs/capture.py", "--dataset", "my texts/"]
 LOG = ["planned\n", "shard 0\nshard 1\n", "done\n"]
-"""What a job has printed when it is asked for the first, second and third time; it ends with the third."""
+"""A job's output at the first, second and third request; the job ends with the third."""
 HANG_UP = 0
 
 
 @dataclass
 class Head:
-    """A head whose jobs end as told: with an exit status, or with None as Ray's `STOPPED` or `FAILED`."""
+    """A head whose jobs end as specified: with an exit status, or with None like Ray's `STOPPED` or `FAILED`."""
 
     endings: list[tuple[str, int | None]]
     submitted: list[dict[str, Any]] = field(default_factory=list)
     asked: dict[str, int] = field(default_factory=dict)
-    """How often each job was asked for; a head that starts again forgets all."""
+    """How often each job was requested; a restarted head forgets everything."""
     refusals: dict[str, list[int]] = field(default_factory=dict)
-    """By method, the HTTP statuses that the next requests get; HANG_UP carries a request out and does not answer."""
+    """By method, the HTTP statuses of the next requests; HANG_UP executes a request and does not answer."""
     requests: list[str] = field(default_factory=list)
     server: ThreadingHTTPServer | None = None
     port: int = 0
@@ -100,11 +100,11 @@ def handler(head: Head) -> type[BaseHTTPRequestHandler]:
 
 @dataclass
 class Clock:
-    """Stands in for `time.sleep`: notes each pause, takes no time, and lets something happen in a pause."""
+    """Replaces `time.sleep`: records each pause, takes no time, and lets something happen in a pause."""
 
     pauses: list[float] = field(default_factory=list)
     events: dict[int, Callable[[], None]] = field(default_factory=dict)
-    """What happens in the n-th pause, from 1 on."""
+    """What happens in the n-th pause, counted from 1."""
 
     def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -112,7 +112,7 @@ class Clock:
 
     @property
     def between(self) -> list[float]:
-        """The pauses that are not those between two looks at a job."""
+        """All pauses except those between two requests for a job."""
         return [pause for pause in self.pauses if pause != resubmit.POLL_S]
 
 
@@ -155,7 +155,7 @@ def run(head: Head, *options: object, command: list[str] = COMMAND) -> int:
     return int(ended.value.code or 0)
 
 
-# --- What the job's status decides --------------------------------------------------------------------------------
+# --- Effects of the job's status ----------------------------------------------------------------------------------
 
 
 def test_a_capture_is_submitted_until_nothing_is_missing(
@@ -229,7 +229,7 @@ def test_a_broken_connection_neither_submits_again_nor_shows_the_log_twice(
     heads: Callable[..., Head], clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     head = heads(0)
-    clock.events = {1: head.stop, 3: head.start}  # in the first pause between two looks
+    clock.events = {1: head.stop, 3: head.start}  # in the first pause between two requests
     assert run(head, "--pause", 1) == 0
     assert len(head.submitted) == 1
     assert clock.between == [1, 2]

@@ -1,4 +1,4 @@
-"""A conversation that the chat template cannot take stops a capture, or is left out, counted and named where asked."""
+"""A conversation that the chat template cannot take stops a capture or, if requested, is skipped, counted and named."""
 
 import json
 import re
@@ -26,7 +26,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def capture(tmp_path: Path, command: Command) -> Callable[..., Ran]:
-    """Captures four conversations, the last two of which begin with the assistant."""
+    """Captures four conversations, the last two of which start with the assistant."""
     model, chats = tmp_path / "model", tmp_path / "chats.jsonl"
     shutil.copytree(tiny_checkpoint(), model)
     (model / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a `--dataset` specification is resolved to, and the documents that are read from it."""
+"""How a `--dataset` specification is resolved, and the documents that are read from it."""
 
 import ast
 import gzip
@@ -57,7 +57,7 @@ def write_parquet(path: Path, columns: dict[str, list[Any]], rows_in_group: int 
 
 @contextmanager
 def without_rights() -> Iterator[None]:
-    """As a user who is not root, for whom modes count."""
+    """Like a user who is not root, for whom file modes count."""
     if os.geteuid() != 0:
         yield
         return
@@ -198,7 +198,7 @@ def test_what_cannot_be_read_is_refused_naming_the_path(tmp_path: Path) -> None:
 
 
 def test_a_file_or_folder_without_permission_is_refused_naming_the_path() -> None:
-    folder = Path(tempfile.mkdtemp())  # not tmp_path, whose parents only their owner may enter
+    folder = Path(tempfile.mkdtemp())  # not tmp_path, whose parents are accessible only to their owner
     try:
         folder.chmod(0o755)
         (folder / "locked").mkdir(mode=0o000)
@@ -222,7 +222,7 @@ def test_kinds_of_files_are_not_mixed(tmp_path: Path) -> None:
 
 
 def rows_table(files: Mapping[str, Path]) -> Table:
-    """Rows of values between tabs, below a line of their names."""
+    """Rows of tab-separated values below a header line."""
     lines = {name: path.read_text().splitlines() for name, path in files.items()}
     head = next(iter(lines.values()))[0].split("\t")
 
@@ -568,7 +568,7 @@ def test_docstrings_come_in_the_order_of_the_file() -> None:
 def test_a_demo_whose_package_is_missing_says_how_to_install_it_before_a_capture_begins(
     spec: str, imported: str, installed: str, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
-    monkeypatch.setitem(sys.modules, imported, None)  # as Python itself marks what cannot be imported
+    monkeypatch.setitem(sys.modules, imported, None)  # as Python itself marks modules that cannot be imported
     with pytest.raises(ValueError, match=f"{spec} needs the package {installed}: pip install {installed}"):
         resolve_source(spec)
     monkeypatch.setattr(demo.capture, "carry_out", lambda config: pytest.fail(f"a capture began: {config}"))
@@ -662,7 +662,7 @@ for spec, options in json.loads(sys.argv[1]):
 
 
 def read_elsewhere(environment: dict[str, str], *specs: tuple[str, dict[str, str]]) -> list[Any]:
-    """Resolve and read in a fresh interpreter: a list for each that could be read, else the error's text."""
+    """Resolve and read in a fresh interpreter: a list for each that can be read, otherwise the error's text."""
     command = [sys.executable, "-c", READ, json.dumps(specs)]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY_ROOT, capture_output=True, text=True, timeout=HUNG_S)
     assert done.returncode == 0, done.stderr

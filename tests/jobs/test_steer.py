@@ -1,4 +1,5 @@
-"""`jobs/steer.py`: the experts that set one text apart are found and taken away, and what both texts lose is told."""
+"""`jobs/steer.py`: the experts that distinguish one text are found and masked, and the losses of both texts are
+reported."""
 
 import json
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def captured(texts: Path, command: Command) -> Path:
 
 
 def shares(capture: xr.Dataset) -> np.ndarray:
-    """Of all tokens, those that reach each expert, (L, E): counted without a metric."""
+    """The number of tokens that reach each expert, (L, E), counted without a metric."""
     experts = capture["expert"].values[(capture["token"] > 2).values]  # 0 to 2 are special
     return np.stack([(experts == expert).any(-1).mean(0) for expert in range(8)], axis=-1)
 

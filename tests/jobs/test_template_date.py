@@ -1,4 +1,4 @@
-"""What a template takes for today is an option, and part of the identity where it changes tokens."""
+"""The date that a template uses as today is an option, and part of the identity if it changes tokens."""
 
 import json
 import shutil

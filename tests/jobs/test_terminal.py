@@ -1,4 +1,4 @@
-"""What a person sees in a terminal, what a pipe gets, and what a script gets of status, query and the demo's end."""
+"""The output of status, query and the end of the demo for a person in a terminal, a pipe, and a script."""
 
 import fcntl
 import io
@@ -50,7 +50,7 @@ CONTROLS = ["\x1b]0;title\x07", "\r\n", "\x9b31m", "\x1b[2J", "\u202eevil", "[bo
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data sets a and b, complete; leave it as you find it."""
+    """Complete data sets a and b. Tests must not change them."""
     path = tmp_path_factory.mktemp("terminal") / "s.zarr"
     fake_capture(path, TEXTS, "a")
     fake_capture(path, TEXTS[:1], "b")
@@ -59,7 +59,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
-    """Data sets in every state, each named after its own."""
+    """Data sets in every state, each named after its state."""
     path = tmp_path / "broken.zarr"
     for name in ("complete", "missing", "quarantined", "damaged", "lost", "unreadable"):
         fake_capture(path, TEXTS, name)
@@ -74,7 +74,7 @@ def broken(tmp_path: Path) -> Path:
 
 
 def unfinished(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add a data set of which planning was stopped after its first rows."""
+    """Add a data set whose planning was stopped after the first rows."""
     put_over = LocalObjects.put_over
 
     def killed(objects: LocalObjects, key: str, old: bytes, data: bytes) -> bool:
@@ -105,7 +105,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def in_a_terminal(width: int, *command: object, **environment: str) -> tuple[int, str]:
-    """Status, and everything that a command writes to a terminal of its own."""
+    """The status, and everything that a command writes to its own terminal."""
     driver, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
     kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -381,7 +381,9 @@ def test_status_in_a_terminal_has_a_bar_for_each_data_set_and_breaks_no_line(bro
         code, out = in_a_terminal(width, ROOT / "jobs" / "status.py", broken)
         assert code == 1
         lines = lines_of(out)
-        assert max(cell_len(line) for line in lines if not line.startswith("error: ")) <= width  # that is no result
+        assert (
+            max(cell_len(line) for line in lines if not line.startswith("error: ")) <= width
+        )  # errors are not results
         rows = {line.split()[0]: line for line in lines if re.match(r"\w+ +\d+/\d+\+? ", line)}
         assert rows.keys() == {"complete", "missing", "quarantined", "damaged", "lost"}
         bars = {name: line.count("█") for name, line in rows.items()}

@@ -1,4 +1,4 @@
-"""No clock of another host decides anything: whatever date a host believes in, nothing changes."""
+"""No clock of another host decides anything: a wrong date on a host changes nothing."""
 
 import ast
 import json
@@ -49,12 +49,12 @@ class Clocks:
 
 
 def outcome(shift_s: float, holders_shift_s: float, lives_s: float, count: bool) -> tuple[str, float, list[str]]:
-    """What becomes of a job that meets the lease of another host, which renews it for so long.
+    """The outcome of a job that finds the lease of another host, which renews it for a time.
 
     Returns
     -------
     tuple
-        "taken" or what it is refused with, the seconds that it took, and what it said meanwhile.
+        "taken" or the error, the seconds that it took, and its messages meanwhile.
     """
     group, files = CaptureGroup("simulated.zarr", "fake"), dict[str, bytes]()
     group.objects = Bucket("", files)
@@ -64,7 +64,7 @@ def outcome(shift_s: float, holders_shift_s: float, lives_s: float, count: bool)
     def renew(seconds: float) -> None:
         holders.seconds = seconds // lease.RENEW_S * lease.RENEW_S
         if seconds <= lives_s:
-            renewed = holders.seconds / lease.RENEW_S if count else holders.time()  # as earlier versions did
+            renewed = holders.seconds / lease.RENEW_S if count else holders.time()  # as in earlier versions
             files["fake/token/lease.json"] = json.dumps({**record, "renewed": renewed}).encode()
 
     clocks, said = Clocks(shift_s, renew), list[str]()
@@ -113,7 +113,7 @@ def test_a_host_that_stood_still_while_it_watched_looks_again_before_it_takes_ov
     def get(key: str) -> bytes | None:
         found = read(key)
         looks.append(clocks.seconds)
-        if len(looks) == 4:  # stopped behind a look, for ten minutes, in which the holder renews the lease
+        if len(looks) == 4:  # stopped after a read for ten minutes, in which the holder renews the lease
             clocks.seconds += 600.0
             files[key] = json.dumps({**record, "renewed": 30}).encode()
         return found
@@ -126,7 +126,8 @@ def test_a_host_that_stood_still_while_it_watched_looks_again_before_it_takes_ov
 
 
 READ = {"store/lease.py": 1, "analysis/explorer/index.py": 1}
-"""Where a date is read, and how often: it is printed, or compared with others of the same file system's clock."""
+"""Where a date is read, and how often: it is printed, or compared with others from the clock of the same file
+system."""
 DATES = {"time", "time_ns", "now", "utcnow", "today", "st_mtime", "st_mtime_ns", "st_ctime", "last_modified"}
 
 

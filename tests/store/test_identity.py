@@ -1,4 +1,4 @@
-"""What of two captures' identities is the model's, and what the text's."""
+"""Which differences between two captures' identities concern the model, and which the text."""
 
 from typing import Any
 

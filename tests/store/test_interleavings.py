@@ -1,7 +1,7 @@
-"""Whatever happens in whatever order, the store equals a clean serial run, byte for byte, or says what is missing.
+"""Whatever happens in any order, the store equals a clean serial run, byte for byte, or says what is missing.
 
-`interleavings` is the machine. `make test` runs the same short search every time, `make chaos` a long one that is
-another each time, and prints the steps that break it. What it found is kept here, by name.
+`interleavings` has the state machine. `make test` runs the same short search every time. `make chaos` runs a long
+search that differs each time, and prints the steps that fail. Faults that it found are kept here by name.
 """
 
 import itertools
@@ -27,9 +27,9 @@ from store.objects import LocalObjects, open_objects
 from store.planned import PlannedGroup
 
 STEPS = 165
-"""Of an undisturbed capture: what it does to the store, and how often it looks."""
+"""Numbers of an undisturbed capture: its changes to the store and its reads."""
 ACTS = 75
-"""What it does to the store."""
+"""Its changes to the store."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def in_memory(clean: Files) -> Callable[[], Interleavings]:
 
 
 def search(make: Callable[[], Interleavings], examples: int, shrink: bool = True) -> int:
-    """Run so many examples, the same ones in every `make test`. Tells how many machines ran."""
+    """Run a number of examples, the same ones in every `make test`. Returns how many machines ran."""
     made = itertools.count()
 
     def counted() -> Interleavings:
@@ -80,7 +80,7 @@ def test_every_interleaving_leaves_the_clean_store_or_says_what_is_missing_in_a_
 
 @pytest.fixture
 def on_disk(clean: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Interleavings]:
-    """Makes machines over folders; what is lost with the power is asked in `test_power_loss.py`."""
+    """Makes machines over folders; power failures are tested in `test_power_loss.py`."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     numbers = iter(range(10**6))
 
@@ -116,13 +116,13 @@ def test_so_it_does_on_s3(on_s3: Callable[[], Interleavings], record_property: C
     record_property("examples", search(on_s3, min(2 * MORE, 20)))  # ten seconds each
 
 
-# --- What was found, and is kept --------------------------------------------------------------------------------
+# --- Faults that were found ---------------------------------------------------------------------------------------
 
 Machine = Interleavings
 
 
 def overtaken(machine: Machine, stops_at: int, acts: int | None = None) -> None:
-    """A process stands still and is taken for dead; another one does everything; then the first one goes on."""
+    """A process is stopped and considered dead; another one does everything; then the first one continues."""
     machine.stand_still(stops_at=stops_at, shards=None, verifies=False)
     machine.be_taken_for_dead(0)
     machine.capture(dies_at=None, retry=False)
@@ -131,18 +131,18 @@ def overtaken(machine: Machine, stops_at: int, acts: int | None = None) -> None:
 
 
 def overtaken_for_one_act(machine: Machine, stops_at: int) -> None:
-    """As before, but it dies after one more act: a maker left arrays of no rows behind a complete plan."""
+    """As before, but it dies after one more act: a creator left arrays without rows after a complete plan."""
     overtaken(machine, stops_at, acts=1)
 
 
 def answer_lost(machine: Machine, loses_at: int) -> None:
-    """A put takes effect and its answer is lost: the second try finds the job's own object, and the job ends well."""
+    """A put takes effect and its answer is lost: the second try finds the job's own object, and the job succeeds."""
     machine.run(Process(loses_at=loses_at), capture)
     machine.law.equals(machine.law.snapshot())
 
 
 def answered_after_a_takeover(machine: Machine, loses_at: int) -> None:
-    """As before, but another driver has done everything before the second try, and the first one dies behind it."""
+    """As before, but another driver has done everything before the second try, and the first one dies after it."""
     machine.lose_the_lease_while_an_answer_is_out(loses_at, stops_at=2 * STEPS, shards=None)
     while machine.zombies:
         machine.go_on(0, steps=None, acts=0)
@@ -150,7 +150,7 @@ def answered_after_a_takeover(machine: Machine, loses_at: int) -> None:
 
 
 def healing_killed(machine: Machine, dies_at: int) -> None:
-    """A healing dies, and the next one: the note of a fault stayed where its commit was gone."""
+    """A repair dies, and so does the next one: the note of a fault remained although its commit was gone."""
     machine.capture(dies_at=None, retry=False)
     machine.damage_a_shard(shard=2, of="weight", how="a bit flipped", at=77)
     machine.verify(dies_at=None)
@@ -160,7 +160,7 @@ def healing_killed(machine: Machine, dies_at: int) -> None:
 
 
 def given_up_and_committed(machine: Machine, stops_at: int) -> None:
-    """A shard is given up while a process stands still that then commits it: its quarantine stayed for ever."""
+    """A shard is given up while a stopped process later commits it: its quarantine remained forever."""
     machine.stand_still(stops_at=stops_at, shards=None, verifies=False)
     machine.be_taken_for_dead(0)
     machine.capture_some(shards=[0], dies_at=None)
@@ -172,7 +172,7 @@ def given_up_and_committed(machine: Machine, stops_at: int) -> None:
 
 
 def removed(machine: Machine, stops_at: int) -> None:
-    """The folder is removed under a process, as one does with a plan that is damaged, and another one begins anew."""
+    """The folder is removed while a process runs, as advised for a damaged plan, and another process starts again."""
     machine.capture(dies_at=STEPS // 3, retry=False)
     machine.stand_still(stops_at=stops_at, shards=None, verifies=False)
     machine.be_taken_for_dead(0)
@@ -184,7 +184,7 @@ def removed(machine: Machine, stops_at: int) -> None:
 
 
 def damaged_meanwhile(machine: Machine, stops_at: int) -> None:
-    """A commit is damaged, and another shard, while a process stands still that then does them again: it could not."""
+    """A commit and another shard are damaged while a process is stopped, which then could not do them again."""
     machine.capture(dies_at=None, retry=False)
     machine.stand_still(stops_at=stops_at, shards=None, verifies=False)
     machine.damage_a_shard(shard=1, of="commit", how="a bit flipped", at=0)

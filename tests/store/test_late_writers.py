@@ -1,7 +1,8 @@
-"""Two workers commit one shard, and computed otherwise: one is cut off from its driver, and its shard was given away.
+"""Two workers commit one shard with different results: one is cut off from its driver, so its shard was given to the
+other.
 
-Each stands still before any of its steps while the other one goes on, and either may die. Whatever they do, a commit
-holds or does not count: no shard is said to be captured whose objects are not those of its record.
+Each stops before any of its steps while the other continues, and either may die. Whatever they do, a commit is correct
+or invalid: no shard is reported as captured whose objects are not those of its record.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from store.verification import verify
 LAYOUT = fake_layout()
 ROWS = Rows(token=np.ones((4, LAYOUT.sequence_length), np.int32), length=np.full(4, LAYOUT.sequence_length, np.int32))
 STEPS = 14
-"""Of a commit that finds other objects where it puts its own."""
+"""Steps of a commit that finds other objects in place of its own."""
 LEFT = ("nothing", "one object of the first", "both objects of the second", "one object of a third")
 
 
@@ -42,14 +43,14 @@ def planned(files: dict[str, bytes]) -> CaptureGroup:
 
 
 def opened(files: dict[str, bytes], process: Process | None = None) -> CaptureGroup:
-    """The group as a process has it."""
+    """The group as seen by a process."""
     group, bucket = CaptureGroup("simulated.zarr", "fake"), Bucket("", files)
     group.objects = bucket if process is None else Watched(bucket, process)  # type: ignore[assignment]
     return group
 
 
 def routes(of: int) -> dict[str, np.ndarray]:
-    """What a worker computed: objects of the same lengths, so that these tell nothing."""
+    """A worker's results: objects of the same lengths, so that lengths reveal nothing."""
     shape = (4, *LAYOUT.arrays()["expert"].trailing)
     drawn = np.random.default_rng(of)
     expert = drawn.integers(0, LAYOUT.num_experts, shape).astype(np.uint8)
@@ -82,7 +83,7 @@ def commit(files: dict[str, bytes], process: Process, of: int) -> Callable[[], o
 
 
 def holds(files: dict[str, bytes]) -> None:
-    """A commit that counts names what is there."""
+    """A valid commit names existing objects."""
     group = opened(files)
     for record in group.commits()[0].values():
         for name in LAYOUT.routes:
@@ -91,7 +92,7 @@ def holds(files: dict[str, bytes]) -> None:
 
 
 def both_commit(files: dict[str, bytes], *ways: tuple[int, int | None]) -> None:
-    """The first one stands still before a step, then the second; each goes on, to its end or until it dies."""
+    """The first worker stops before a step, then the second; each continues to its end or until it dies."""
     processes = [Process(stops_at=stops) for stops, _ in ways]
     still = [process.start(commit(files, process, of)) for of, process in enumerate(processes, 1)]
     for process, stands, (_, dies) in zip(processes, still, ways, strict=True):
@@ -115,12 +116,12 @@ def healed(files: dict[str, bytes]) -> None:
 
 
 WAY = st.tuples(st.integers(0, STEPS), st.none() | st.integers(0, 4))
-"""Before which step a worker stands still, and before which act from there on it dies."""
+"""The step before which a worker stops, and the act after that before which it dies."""
 
 
 @settings(max_examples=100 * MORE, deadline=None, derandomize=MORE == 1)
 @example((4, None), (8, None), LEFT[0])  # the first one commits while the second is about to replace its object
-@example((4, None), (8, 1), LEFT[0])  # and dies behind it
+@example((4, None), (8, 1), LEFT[0])  # and dies after it
 @example((9, None), (8, 1), LEFT[3])  # both have announced that they replace it
 @given(WAY, WAY, st.sampled_from(LEFT))
 def test_of_two_workers_that_computed_otherwise_a_commit_holds_or_does_not_count(
@@ -132,7 +133,7 @@ def test_of_two_workers_that_computed_otherwise_a_commit_holds_or_does_not_count
 
 
 REPLACEMENTS = [((first, None), (second, dies)) for first in (4, 5) for second in range(6, 10) for dies in (None, 1)]
-"""The second one is about to replace an object that the first has put, who commits meanwhile."""
+"""The second worker is about to replace an object of the first, which commits meanwhile."""
 
 
 FAULTS: list[tuple[str, Any]] = [

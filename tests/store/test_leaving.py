@@ -1,4 +1,5 @@
-"""A capture leaves the store through xarray, as netCDF and as Zarr in other chunks, opened by us or by plain xarray."""
+"""A capture leaves the store through xarray, as netCDF and as Zarr in other chunks, opened by `store` or by plain
+xarray."""
 
 import json
 import re
@@ -31,7 +32,7 @@ def as_zarr(data: xr.Dataset, path: Path) -> xr.Dataset:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """A capture with every kind of attribute: `git_commit` is None where the code is in no repository."""
+    """A capture with every kind of attribute: `git_commit` is None if the code is not in a repository."""
     attrs = {"git_commit": None, "environment": {"torch": "2", "device": None}, "special_token_ids": [0, 1]}
     path = tmp_path / "demo.zarr"
     fake_capture(path, CHATS, name="demo-prose", layout=fake_layout(roles=ROLES))
@@ -59,7 +60,7 @@ def test_an_opened_capture_is_written_with_all_values_and_attributes(store: Path
 
 
 def as_plain(value: Any) -> Any:
-    """A list in place of netCDF's arrays, a number in place of numpy's."""
+    """Lists instead of netCDF's arrays, and plain numbers instead of numpy's."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -1,6 +1,6 @@
-"""An array beside `expert` and `weight` is one entry of `OPTIONAL`; all else that holds of them holds of it.
+"""An array besides `expert` and `weight` is one entry of `OPTIONAL`; everything that is true for them is true for it.
 
-The array here is `margin`: a number for each token and layer, which the fake model makes by a formula.
+The array here is `margin`: a number for each token and layer, which the fake model computes by a formula.
 """
 
 import json
@@ -34,14 +34,14 @@ def _margin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class MarginEngine(FakeEngine):
-    """Gives a margin too; at and beyond a row's length, one that must not be kept."""
+    """Also returns a margin; at and beyond a row's length, one that must not be kept."""
 
     def route(self, token: np.ndarray, length: np.ndarray) -> Routes:
         return {**super().route(token, length), "margin": margin(token, len(self.layers))}
 
 
 def margin(token: np.ndarray, layers: int) -> np.ndarray:
-    """Margin of each token, which nothing but its id and the layer decides; float32 (..., layers)."""
+    """Margin of each token, which depends only on its id and the layer; float32 (..., layers)."""
     return (token[..., None] * np.float32(0.5) + np.arange(layers)).astype(np.float32)
 
 
@@ -59,7 +59,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def objects(path: Path) -> dict[str, Any]:
-    """Every file; of commit records what does not depend on how quickly they were made."""
+    """Every file; of commit records only the parts that do not depend on speed."""
     files: dict[str, Any] = dict(store_files(path))
     for key in [key for key in files if "/commits/" in key]:
         files[key] = {name: value for name, value in json.loads(files[key]).items() if name != "seconds"}
@@ -167,7 +167,7 @@ def test_a_capture_without_it_has_the_bytes_that_it_has_where_nobody_knows_of_it
 
 
 def test_what_a_killed_creation_left_of_it_does_not_stay_in_a_capture_without_it(store: Path, tmp_path: Path) -> None:
-    (store / "fake/zarr.json").unlink()  # the last that a creation writes
+    (store / "fake/zarr.json").unlink()  # the last object of a creation
     shutil.rmtree(store / "fake/expert/commits")
     shutil.rmtree(store / "fake/token")
     assert fake_capture(store, TEXTS).complete

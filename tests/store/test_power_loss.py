@@ -1,4 +1,4 @@
-"""Power fails at any point: no commit stands whose data are gone, and what was said to be complete is all there."""
+"""Power fails at any point: no commit names missing data, and a capture that was reported as complete is complete."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ class Machine:
         self.law = Law(lambda: store_files(self.store) if self.store.exists() else {}, clean)
 
     def run(self, dies_at: int | None = None) -> bool:
-        """Capture, or go on; whether it came to its end before it was killed at that call."""
+        """Capture or resume; returns whether it finished before it was killed at that call."""
         self.disk.begin(dies_at)
         with simulation(lambda scratch: LocalObjects(self.store, scratch)), self.disk.watched():
             error = Process().run(capture)
@@ -38,7 +38,7 @@ class Machine:
         return error is None
 
     def lose_power(self, choose: Choose = lambda states: states[0]) -> None:
-        """What is left is no lie: each commit has its data, and the plan all that it counts."""
+        """The remaining store is consistent: each commit has its data, and the plan has everything that it counts."""
         self.disk.fail(choose)
         with simulation(lambda scratch: LocalObjects(self.store, scratch)):
             self.law.holds()
@@ -46,7 +46,7 @@ class Machine:
                 assert state.wrong == {}
 
     def ends_clean(self) -> None:
-        """What is left is the clean run's store."""
+        """The remaining store is the clean run's."""
         self.law.equals(self.law.snapshot())
 
 
@@ -73,7 +73,7 @@ def test_what_a_whole_run_wrote_is_there_after_the_power_failed(machines: Callab
 
 
 def killed_then_resumed(machine: Machine, dies_at: int) -> None:
-    """Killed, resumed to the end, and then all is lost that nobody synced: nothing of the store is."""
+    """Killed, resumed to the end, and then all unsynced data are lost: nothing of the store is."""
     assert not machine.run(dies_at)
     assert machine.run()
     machine.lose_power()
@@ -87,7 +87,7 @@ def test_what_a_killed_process_did_not_sync_the_next_one_does(machines: Callable
 
 
 KILLED_AFTER = (
-    "mkdir fake/weight/c",  # all weights were lost, and all commits stood
+    "mkdir fake/weight/c",  # all weights were lost, but all commits remained
     "mkdir fake/expert/c/3/0/0",
     "link fake/expert/c/0/0/0/0",  # the next process found it there, and did not sync its name
     "replace fake/length/zarr.json",
@@ -115,11 +115,11 @@ def test_a_process_killed_between_a_name_and_its_sync_loses_nothing_to_a_later_l
 
 
 LIVES = st.lists(st.tuples(st.integers(0, CALLS) | st.integers(0, 60), st.booleans()), min_size=1, max_size=4)
-"""Of each process the call at which it is killed, and whether it is by a loss of power."""
+"""For each process, the call at which it is killed, and whether by a power failure."""
 
 
 def survive(machine: Machine, lives: Sequence[tuple[int, bool]], choose: Choose) -> None:
-    """Processes are killed one after the other, some by a loss of power; the last one comes to the end."""
+    """Processes are killed one after the other, some by a power failure; the last one finishes."""
     for dies_at, by_power in lives:
         machine.run(dies_at)
         if by_power:

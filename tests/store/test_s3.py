@@ -1,4 +1,4 @@
-"""Stores on S3: the same objects as on a disk, byte for byte, and failures that are told in a sentence."""
+"""Stores on S3: the same objects as on a disk, byte for byte, and failures that are reported in one sentence."""
 
 import json
 import signal
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def comparable(store: Path | str) -> dict[str, Any]:
-    """Every object of a store; of commit records what does not depend on who wrote them and how quickly."""
+    """Every object of a store; of commit records only the parts that do not depend on their writer and its speed."""
     files = any_files(store)
     for key in [key for key in files if "/commits/" in key]:
         record = json.loads(files[key])
@@ -87,7 +87,7 @@ def test_a_bucket_and_the_one_in_memory_answer_and_hold_what_a_folder_does(
 
 def test_an_object_is_put_over_one_with_the_bytes_that_were_read_and_over_no_other(s3: str, tmp_path: Path) -> None:
     for objects in (LocalObjects(tmp_path, "scratch"), S3Objects(s3[5:], "scratch")):
-        assert not objects.put_over("key", b"", b"new")  # there is none
+        assert not objects.put_over("key", b"", b"new")  # there is no such object
         assert objects.get("key") is None
         objects.put("key", b"old")
         assert not objects.put_over("key", b"other", b"new")
@@ -169,7 +169,7 @@ DEATHS = (
     "put_new fake/weight/c/3/0/0/0",
     "delete fake/token/lease.json",
 )
-"""In the making of the group, in planning, between the objects of shards, and when all is done."""
+"""While creating the group, while planning, between the objects of shards, and at the end."""
 
 
 def test_a_capture_killed_again_and_again_leaves_the_bytes_of_an_undisturbed_one(s3: str, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_put_that_succeeded_and_whose_answer_was_lost_stops_nothing(
     put_new, lost = S3Objects.put_new, []
 
     def put_whose_answer_is_lost(self: S3Objects, name: str, data: bytes) -> bool:
-        """As the client has it when it tries again: its own object is there already."""
+        """The client's view on a retry: its own object is already there."""
         done = put_new(self, name, data)
         if key in name and done:
             lost.append(name)
@@ -331,7 +331,7 @@ def test_a_process_that_ends_gives_its_lease_on_s3_back(captured: str) -> None:
 def test_of_two_that_take_a_stale_lease_over_at_once_the_later_put_changes_nothing(
     captured: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one puts its record after this one has read the stale one: If-Match refuses this one's."""
+    """The other process puts its record after this one has read the stale record: If-Match rejects this one's."""
     group = CaptureGroup(captured, "fake")
     stale = lease._holder() | {"process_start": "1"}
     group.objects.put("fake/token/lease.json", json.dumps(stale).encode())
@@ -426,7 +426,7 @@ class Answers(ThreadingHTTPServer):
 
 @pytest.fixture
 def at(s3: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Leads to another address, and tries again only once."""
+    """Points to another address, with only one retry."""
     monkeypatch.setattr(s3_module, "RETRIES", 1)
     return lambda address: [monkeypatch.setenv(name, value) for name, value in variables(address).items()] and None
 
@@ -479,7 +479,7 @@ def test_a_server_that_is_not_there_is_told_after_the_tries_of_one_request(
 
 
 def test_a_server_that_is_not_there_is_given_up_within_a_minute() -> None:
-    """No try begins later; see `test_s3_faults.py`."""
+    """No try starts later; see `test_s3_faults.py`."""
     assert s3_module.RETRY_S + s3_module.LONGEST_BACK_OFF_S + s3_module.CONNECT_S <= 60
 
 

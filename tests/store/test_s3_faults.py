@@ -1,4 +1,4 @@
-"""S3 through a network that fails: tried again with pauses that grow, never half an object, and few requests."""
+"""S3 through a failing network: retries with growing pauses, never half an object, and few requests."""
 
 import itertools
 import time
@@ -23,13 +23,13 @@ DONE_BUT_NOT_TOLD = ("lost", "stall")
 
 @pytest.fixture
 def direct(s3: str) -> Objects:
-    """What lies in the store, past the network."""
+    """The content of the store, without the network."""
     return open_objects(s3, scratch="scratch")
 
 
 @pytest.fixture
 def network(direct: Objects, s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The way to the server, which is broken at will."""
+    """The path to the server, which tests can break."""
     monkeypatch.setattr(s3_module, "REQUEST_S", HUNG_S)
     monkeypatch.setattr(s3_module, "PAUSES_S", (0.1, 0.2))
     monkeypatch.setattr(lease, "RENEW_S", NEVER_S)  # its requests would be counted too
@@ -41,7 +41,7 @@ def network(direct: Objects, s3_address: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def objects(s3: str, network: Proxy) -> Objects:
-    """What lies in the store, through the network."""
+    """The content of the store, through the network."""
     return open_objects(s3, scratch="scratch")
 
 
@@ -64,7 +64,7 @@ OPERATIONS: list[tuple[str, Callable[[Objects], Any], Any]] = [
 
 
 def give_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second is too long for a request; one that takes longer on a busy machine is made again, often enough."""
+    """A request may take a second; one that takes longer on a busy machine is retried often enough."""
     monkeypatch.setattr(s3_module, "REQUEST_S", 1)
     monkeypatch.setattr(s3_module, "PAUSES_S", (0.1,) * 10)
 
@@ -73,7 +73,7 @@ def give_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_request_that_fails_once_in_any_way_is_made_again(
     s3: str, network: Proxy, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """A put that was done, and whose answer was lost, finds its own object there, which its callers know."""
+    """A put that was done but whose answer was lost finds its own object there, which its callers expect."""
     if fault == "stall":
         give_up_soon(monkeypatch)
     objects = open_objects(s3, scratch="scratch")
@@ -104,7 +104,7 @@ def test_the_second_put_of_a_conditional_one_is_made_again_too(
 def test_what_a_server_refuses_for_now_is_asked_again_with_growing_pauses_for_as_long_as_is_said(
     s3: str, network: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight tries took between one and four seconds, and 45 were promised. One try at most begins later."""
+    """Eight tries took between one and four seconds, and 45 are promised. At most one try starts later."""
     monkeypatch.setattr(s3_module, "RETRY_S", 4)
     objects = open_objects(s3, scratch="scratch")
     network.fault = lambda method, key: "503"
@@ -134,7 +134,7 @@ def test_pauses_grow_no_longer_than_is_said(s3: str, network: Proxy, monkeypatch
 def test_a_server_that_takes_too_long_is_asked_three_times_and_told(
     objects: Objects, network: Proxy, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
-    """As where a request takes longer than all tries may."""
+    """Like a request that takes longer than all tries may take."""
     monkeypatch.setattr(s3_module, "REQUEST_S", 1)
     monkeypatch.setattr(s3_module, "RETRY_S", 0.5)
     objects = open_objects(objects.root, scratch="scratch")
@@ -226,7 +226,7 @@ def test_a_storage_that_stays_away_ends_the_command_with_one_line_and_the_next_o
     assert (state.shards_done, state.wrong) == (2, {})
     with pytest.raises(ValueError, match="missing shards: 2-4"):
         open_capture(s3, "fake")
-    monkeypatch.setattr(lease, "_process_start", lambda process: "later")  # it could not give its lease back, and ended
+    monkeypatch.setattr(lease, "_process_start", lambda process: "later")  # it could not return its lease, and ended
     ran = command(main=lambda _: exit_status([fake_capture(s3, TEXTS)]))
     assert ran.status == 0, ran.err
     assert comparable(s3) == clean
@@ -259,7 +259,7 @@ def test_a_shard_takes_seven_requests_and_what_must_not_be_there_is_put_under_th
 
 
 def test_each_shard_more_of_a_whole_run_takes_nine_requests(s3: str, network: Proxy) -> None:
-    """One to put its tokens, seven to fill it, and one to count its commit at the end; of whatever size the rest is."""
+    """One to put its tokens, seven to fill it, and one to count its commit at the end, for any size of the rest."""
     counts = []
     for shards in (5, 10):
         network.seen.clear()

@@ -1,7 +1,7 @@
-"""A store of every schema version there ever was opens, reads, verifies and goes on, with the code as it is now.
+"""A store of every past schema version opens, reads, verifies and resumes with the current code.
 
-`tests/stores/schema-N` is kept as it was written by the first version that wrote it, and never made again; one is added
-with the number, once, when it has grown: `write` or `capture` makes it. Version 2 is that of routes without weights.
+`tests/stores/schema-N` is kept as written by the first version with that schema, and never created again. A new one is
+added once, with `write` or `capture`, when the number is raised. Version 2 is that of routes without weights.
 """
 
 import shutil
@@ -24,7 +24,7 @@ TEXTS = [words(30, 1), "", words(5, 2), [{"role": "user", "content": words(4, 3)
 
 
 def capture(path: Path) -> None:
-    """What every one of them holds: a plain data set, and one of conversations."""
+    """The content of each of them: a plain data set and one of conversations."""
     fake_capture(
         path, [text for text in TEXTS if isinstance(text, str)], name="texts", layout=fake_layout(vocab_size=1000)
     )
@@ -53,7 +53,7 @@ def test_a_store_of_that_version_opens_reads_and_holds(version: int) -> None:
 
 
 def write(path: Path) -> None:
-    """What the store without weights holds: the choices of the fake model for rows of any tokens."""
+    """The content of the store without weights: the choices of the fake model for rows of arbitrary tokens."""
     token = np.random.default_rng(0).integers(0, 1000, (9, 8))
     position, layer, k = np.indices((8, 3, 2))
     expert, _ = fake_choice(token[..., None, None], position, layer, k, 8)

@@ -1,8 +1,8 @@
-"""Storage that fails under a capture: one clear line, nothing half committed, and the same command goes on afterwards.
+"""Storage that fails during a capture: one clear line, nothing half committed, and the same command resumes afterwards.
 
-The capture is that of `simulated`, run as its script runs it: an exit status, and what is said. Errors are injected
-into the calls that `store.objects` makes, from any one of them on; a disk that is really full, and one that really
-becomes read-only, are small ones in a name space of their own, where the kernel allows it. S3: `test_s3_faults.py`.
+The capture is that of `simulated`, run like its script, with an exit status and messages. Errors are injected into the
+calls of `store.objects`, from any call on. A disk that is really full and one that really becomes read-only are small
+disks in their own namespace, if the kernel allows it. S3: `test_s3_faults.py`.
 """
 
 import errno
@@ -25,7 +25,7 @@ from store.objects import LocalObjects
 
 ROOT = Path(__file__).parents[2]
 CALLS = 440
-"""About as many as an undisturbed capture makes of those that can fail here."""
+"""About the number of calls of an undisturbed capture that can fail here."""
 FAILURES = {
     errno.ENOSPC: "No space left on device",
     errno.EDQUOT: "Disk quota exceeded",
@@ -37,14 +37,15 @@ READ_ONLY = (errno.EROFS, errno.EACCES)
 
 
 class Failing:
-    """From one call on, every call fails that makes, writes or names a file, and where nothing can be changed, removes.
+    """From one call on, every call fails that creates, writes or names a file or, if nothing can be changed, removes
+    one.
 
     Parameters
     ----------
     at
         The first call that fails, counted from 0.
     number
-        The error's.
+        The number of the error.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int, number: int) -> None:
@@ -76,7 +77,7 @@ class Folder:
         return store_files(self.root) if self.root.exists() else {}
 
     def capture(self) -> Any:
-        """Run the command: its status, and what it said. The law holds after it."""
+        """Run the command; returns its status and messages. The law must hold afterwards."""
         with simulation(lambda scratch: LocalObjects(self.root, scratch)):
             ran = self.command(main=lambda _: exit_status([capture()]))
         assert "Traceback" not in ran.err
@@ -84,7 +85,7 @@ class Folder:
         return ran
 
     def holds(self) -> None:
-        """What stands is no lie, and nothing is half committed."""
+        """The store is consistent, and nothing is half committed."""
         with simulation(lambda scratch: LocalObjects(self.root, scratch)):
             self.law.holds()
             state = self.law.state()
@@ -98,7 +99,7 @@ class Folder:
 
 
 def only_error(err: str) -> str:
-    """The one line that says what went wrong."""
+    """The one line that says what is wrong."""
     [error] = [line for line in err.splitlines() if line.startswith("error: ")]
     return error
 
@@ -138,7 +139,7 @@ def test_storage_that_fails_from_any_call_on_is_named_with_its_path_and_the_comm
 def test_storage_that_fails_only_once_costs_no_shard_that_was_committed(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a disk on which somebody makes room at once."""
+    """Like a disk on which someone frees space at once."""
     ended = 0
     for at in (*range(0, CALLS, 30), CALLS // 2):
         with monkeypatch.context() as patch:
@@ -160,7 +161,7 @@ def test_storage_that_fails_only_once_costs_no_shard_that_was_committed(
 def test_a_folder_removed_under_a_running_capture_is_told_and_done_again(
     folder: Folder, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """Where more than commits and routes are gone, the message says to remove the rest, and then it is done."""
+    """If more than commits and routes are missing, the message says to remove the rest, which is then done."""
     write, seen = LocalObjects._write_partial, []
     for at in range(4, 62, 7):
 
@@ -186,7 +187,7 @@ def test_a_folder_removed_under_a_running_capture_is_told_and_done_again(
 
 
 def test_a_plan_whose_description_is_removed_is_planned_anew_and_no_shard_is_captured_again(folder: Folder) -> None:
-    """What may be done instead of removing the folder, which also removes what was committed."""
+    """An alternative to removing the folder, which would also remove committed shards."""
     folder.goes_on()
     commits = {key: data for key, data in folder.files().items() if "/commits/" in key}
     for key in ("length/c/0", "token/c/1/0", "piece/zarr.json", "expert/zarr.json", "name/c/0", "layer/c/0"):

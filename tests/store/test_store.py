@@ -1,4 +1,4 @@
-"""The store: its layout on disk, its bytes, what is durable before what, and what a reader is told."""
+"""The store: its layout on disk, its bytes, the order of durability, and what readers learn."""
 
 import errno
 import fcntl
@@ -89,7 +89,7 @@ def planned_group(path: Path, layout: Layout | None = None, texts: Sequence[str]
 
 
 def choices(group: CaptureGroup, shard: int) -> tuple[Rows, Routes]:
-    """A shard's rows, and any choices for them: what they are does not matter to the store."""
+    """A shard's rows and arbitrary choices for them, which do not matter to the store."""
     rows, layout = group.read_rows(shard), group.layout
     random = np.random.default_rng(shard)
     shape = (len(rows.length), layout.sequence_length, len(layout.layers), layout.experts_per_token)
@@ -166,7 +166,7 @@ def test_no_codec_is_named_outside_zarrs_core_and_none_of_its_extensions(store: 
 def test_an_inner_chunk_has_all_layers_and_at_most_about_2_mb_and_fits_the_shard(
     sequence_length: int, layers: int, k: int, rows: int
 ) -> None:
-    assume(sequence_length * layers * k * rows <= SHARD_CHOICES)  # more is refused
+    assume(sequence_length * layers * k * rows <= SHARD_CHOICES)  # more is rejected
     layout = fake_layout(
         sequence_length=sequence_length, layers=tuple(range(layers)), experts_per_token=k, rows_per_shard=rows
     )
@@ -177,7 +177,7 @@ def test_an_inner_chunk_has_all_layers_and_at_most_about_2_mb_and_fits_the_shard
     assert all(size % part == 0 for size, part in zip(spec.shard, spec.chunk, strict=True))
     assert spec.shard[1] >= sequence_length
     assert spec.chunk[:2] <= (64, 512)
-    # Only as many rows are dropped as sharding demands.
+    # Only as many rows are dropped as sharding requires.
     assert rows - spec.chunk[0] < layout.rows_per_shard == spec.shard[0] <= rows
 
 
@@ -257,7 +257,7 @@ def test_an_encoded_shard_has_the_bytes_that_zarr_writes_into_the_large_array(
             attributes=dict(spec.attrs),
         )
         values = (random.random(large.shape) * min(num_experts, 2000)).astype(spec.dtype)
-        if empty:  # inner chunks of nothing but fill are left out
+        if empty:  # inner chunks of only fill values are omitted
             values[:, sequence_length // 2 :] = spec.fill
         values[0, 0] = 1
         size = layout.rows_per_shard
@@ -265,7 +265,7 @@ def test_an_encoded_shard_has_the_bytes_that_zarr_writes_into_the_large_array(
             part = values[shard * size : (shard + 1) * size]
             large[shard * size : (shard + 1) * size] = part
             file = tmp_path / "large.zarr" / name / spec.key(shard)
-            if file.exists():  # Zarr deletes a shard of nothing but fill, and here one is always there
+            if file.exists():  # Zarr deletes a shard of only fill values, but here it always exists
                 assert spec.encode(part) == file.read_bytes(), (name, shard)
             else:
                 assert (part == spec.fill).all()
@@ -343,7 +343,7 @@ def test_every_token_has_the_formulas_choices_and_everything_else_is_fill(store:
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What becomes visible, in order: the keys of all puts that have returned, and of removals."""
+    """The visible changes in order: the keys of all returned puts and of removals."""
     visible: list[str] = []
 
     def recording(method: Any) -> Any:
@@ -391,7 +391,7 @@ def test_the_plan_record_is_written_after_all_that_it_counts(tmp_path: Path, mon
     data = [index for index, key in enumerate(published) if "/c/" in key]
     grown = [index for index, key in enumerate(published) if key.endswith("/zarr.json")]
     assert data
-    assert max(data) < min(grown)  # an array grows when its data are there
+    assert max(data) < min(grown)  # an array grows after its data are there
     assert visible.index("zarr.json") > max(
         index for index, key in enumerate(visible[: created + 1]) if key.endswith("/zarr.json") or "/c/" in key
     )
@@ -400,7 +400,7 @@ def test_the_plan_record_is_written_after_all_that_it_counts(tmp_path: Path, mon
 def test_taking_a_shard_back_removes_the_commit_before_the_data(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     visible = spied(monkeypatch)
     CaptureGroup(copy, "prose").discard(2)
-    # The note of a fault last: it goes with the record that it is about.
+    # The note of a fault is last: it is removed with the record that it is about.
     assert visible == ["expert/commits/2.json", "-expert/c/2/0/0/0", "-weight/c/2/0/0/0", "-expert/faults/2.json"]
     assert (copy / "prose/expert/commits/2.json").read_bytes() == VOID
 
@@ -523,7 +523,7 @@ def test_a_partial_file_is_never_visible_under_its_key(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "fsync", look)
     objects.put_new("key", b"first")
     objects.put("key", b"second")
-    # Before the file is linked nothing is there; then the whole of it, while its folder is synced.
+    # Before the file is linked nothing is there; then the complete file, while its folder is synced.
     assert list(dict.fromkeys(seen)) == [None, b"first", b"second"]
 
 
@@ -696,7 +696,7 @@ def test_a_holder_that_is_dead_and_not_reaped_is_gone(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match=f"process {dying.pid}"), lease.lease(group):
             pytest.fail("the lease of a living process was taken")
         dying.kill()
-        os.waitid(os.P_PID, dying.pid, os.WEXITED | os.WNOWAIT)  # dead, and left for the parent to read
+        os.waitid(os.P_PID, dying.pid, os.WEXITED | os.WNOWAIT)  # dead, but not yet reaped by the parent
         with lease.lease(group):
             assert holder(group)["process"] == os.getpid()
 
@@ -712,7 +712,7 @@ def test_a_job_whose_lease_was_taken_does_not_take_it_back(tmp_path: Path, monke
 
 
 def take_until_told(held: lease.Lease, take: Callable[[], object]) -> None:
-    """Take a lease until its job is told: a renewal that has begun may still put its record."""
+    """Take a lease until its job notices: a renewal that has started may still put its record."""
     wait_until(lambda: [take(), held.lost][1], "the job is told")
 
 
@@ -814,7 +814,9 @@ def test_a_shard_in_quarantine_is_missing_and_named_until_it_is_released_or_comm
     rows, routes = choices(group, 1)
     group.commit(1, routes, rows=rows, facts={})
     assert list(coverage(group.path, "fake").quarantined) == [3]
-    assert open_capture(group.path, "fake", allow_incomplete=True)["captured"].values.sum() == 4  # and nobody warns
+    assert (
+        open_capture(group.path, "fake", allow_incomplete=True)["captured"].values.sum() == 4
+    )  # and there is no warning
     for shard in (0, 1, 2, 4, 9):  # 9: beyond the plan
         group.quarantine(shard, {})
     assert str(coverage(group.path, "fake")).endswith(f"in quarantine: 0, 2, 3 ({layer}), and 1 more")
@@ -832,7 +834,7 @@ def test_rows_across_the_chunks_of_the_flat_arrays_are_read_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (layout_module, planned):
-        monkeypatch.setattr(module, "ROW_CHUNK", 3)  # smaller than a shard, and no part of it
+        monkeypatch.setattr(module, "ROW_CHUNK", 3)  # smaller than a shard, and not a divisor of it
     group = planned_group(tmp_path / "s.zarr")
     data = open_capture(group.path, "fake", allow_incomplete=True)
     for shard in range(5):
@@ -1118,12 +1120,12 @@ def test_two_writers_of_the_same_shards_leave_the_bytes_of_one(tmp_path: Path) -
     assert state.complete
     assert sum(committed) == state.shards_total == 16  # each shard was committed by exactly one
     alone, both = store_files(tmp_path / "alone.zarr"), store_files(group.path)
-    del alone["fake/expert/environment.json"]  # which nobody has settled here
+    del alone["fake/expert/environment.json"]  # which nobody has set here
     assert alone.keys() == both.keys()
     assert [key for key in alone if alone[key] != both[key] and "/commits/" not in key] == []
 
 
-# --- Nothing missing is taken for measured ------------------------------------------------------------------------
+# --- Missing data are never mistaken for measured data -------------------------------------------------------------
 
 PLAN_OBJECTS = (
     *("length/c/0", "document_id/c/0", "offset/c/0", "name/c/0", "piece/c/0", "layer/c/0"),
@@ -1187,7 +1189,7 @@ def test_arrays_that_grew_unevenly_are_read_as_far_as_the_plan_goes(
 
 
 def test_a_late_writer_leaves_a_committed_shard_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It looked for the commit before the other one made it, and brings other bytes."""
+    """It checked for the commit before the other writer made it, and has other bytes."""
     group = planned_group(tmp_path / "s.zarr")
     rows, routes = choices(group, 0)
     late = CaptureGroup(group.path, "fake")

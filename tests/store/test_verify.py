@@ -1,4 +1,4 @@
-"""Reading back: exactly what is wrong is named, on a disk and on S3, and the next capture heals it to equal bytes."""
+"""Reading back: exactly the faults are named, on a disk and on S3, and the next capture repairs them to equal bytes."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
 
 
 def comparable(store: Path | str) -> dict[str, Any]:
-    """Every object; of commit records what does not depend on who wrote them and how quickly."""
+    """Every object; of commit records only the parts that do not depend on their writer and its speed."""
     files = any_files(store)
     for key in [key for key in files if "/commits/" in key]:
         record = json.loads(files[key])
@@ -53,7 +53,7 @@ def changed_record(**facts: Any) -> Callable[[bytes], bytes]:
 
 
 def damage(store: Path | str, key: str, how: Callable[[bytes], bytes | None]) -> None:
-    """Put something else in an object's place; None removes it."""
+    """Replace an object; None removes it."""
     objects = open_objects(store, scratch="fake/token/partial")
     before = objects.get(f"fake/{key}")
     assert before is not None, key
@@ -129,7 +129,7 @@ def test_a_damaged_shard_is_named_alone_and_healed_to_equal_bytes(
 
 def test_a_damage_that_lengths_tell_is_named_though_nothing_was_noted_before(store: Path | str) -> None:
     damage(store, "expert/commits/2.json", DAMAGE["deleted"])
-    assert verify(CaptureGroup(store, "fake")) == Findings(shards={}, plan=[])  # it claims nothing, and is missing
+    assert verify(CaptureGroup(store, "fake")) == Findings(shards={}, plan=[])  # it claims nothing and is missing
     assert coverage(store, "fake").missing == [2]
 
 
@@ -207,7 +207,7 @@ def test_a_note_is_about_one_record_and_void_for_another(store: Path | str) -> N
     assert group.commits()[1] == {3: "its expert shard is damaged"}
     damage(store, "expert/commits/3.json", changed_record(seconds=12.5))
     assert group.commits()[1] == {}
-    group.note_fault(3, valid[3], "found in what was there before")  # told late: it is healed already
+    group.note_fault(3, valid[3], "found in what was there before")  # noted late: it is already repaired
     assert group.commits()[1] == {}
 
 
@@ -282,7 +282,7 @@ def swap(store: Path | str, one: str, other: str) -> None:
 
 
 def change_values(store: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Put other values in an array's first object, encoded as planning does."""
+    """Put other values into an array's first object, encoded as by planning."""
     group = CaptureGroup(store, "fake")
     spec, size = group.layout.arrays()[name], min(group.plan_sizes()[name], group.layout.arrays()[name].step)
     damage(store, f"{name}/{spec.key(0)}", lambda _: spec.encode(change(group.values(name, 0, size))))

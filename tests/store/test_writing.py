@@ -1,4 +1,4 @@
-"""Routes that are at hand become a capture: equal to what was given, checked, and the same each time."""
+"""Existing routes become a capture: equal to the input, checked, and the same each time."""
 
 import json
 import os
@@ -25,7 +25,7 @@ Block = dict[str, Any]
 
 
 def routes(rows: int = 22, seed: int = 0, *, weight: bool = True) -> Block:
-    """All rows, with garbage where no token is."""
+    """All rows, with garbage where there is no token."""
     random = np.random.default_rng(seed)
     shape = (rows, POSITIONS, len(LAYERS))
     block = {
@@ -41,7 +41,7 @@ def routes(rows: int = 22, seed: int = 0, *, weight: bool = True) -> Block:
 
 
 def cut(block: Block, sizes: Iterable[int]) -> Iterator[Block]:
-    """Blocks of these sizes, and one of what is left."""
+    """Blocks of these sizes, and one with the rest."""
     start = 0
     for size in [*sizes, len(block["token"])]:
         part = slice(start, start + size)
@@ -96,7 +96,7 @@ def test_the_bytes_do_not_depend_on_the_blocks_and_a_second_call_changes_none(tm
 
 
 def test_the_grid_is_a_capture_s(tmp_path: Path) -> None:
-    """Of the fake model's routes, given again as blocks: the same arrays, but for what a text has and rows have not."""
+    """The fake model's routes, written again as blocks: the same arrays, except those that come from texts."""
     fake_capture(tmp_path / "c.zarr", TEXTS)
     capture = open_capture(tmp_path / "c.zarr", "fake").compute()
     names = ("token", "expert", "weight", "length", "document_id")
@@ -306,14 +306,14 @@ def test_code_that_knows_only_captures_with_weights_refuses_one_without(
         write(tmp_path / name, [routes(weight=weight)])
         metadata = json.loads((tmp_path / name / "own" / "zarr.json").read_text())
         assert metadata["attributes"]["schema_version"] == version
-    monkeypatch.setattr("store.planned.WITHOUT_WEIGHTS", 1)  # as older code: 1 is all it knows
+    monkeypatch.setattr("store.planned.WITHOUT_WEIGHTS", 1)  # like older code, which knows only 1
     assert PlannedGroup(tmp_path / "with", "own").attrs
     with pytest.raises(ValueError, match="not a capture that this version reads: schema_version is 2"):
         open_capture(tmp_path / "without", "own")
 
 
 def test_it_streams(tmp_path: Path) -> None:
-    """A shard is durable before the fourth block after it is asked for: no more is held."""
+    """A shard is durable before the fourth block after it is read: no more is in memory."""
     seen = []
 
     def blocks() -> Iterator[Block]:

@@ -1,4 +1,4 @@
-"""Chat templates in the styles that are met, each written for the tests: what they do with what messages hold."""
+"""Chat templates in common styles, each written for the tests, with their ways to treat messages."""
 
 CHATML = """{% for message in messages %}\
 {{ '<|im_start|>' + message.role }}{% if message.name %} name={{ message.name }}\
@@ -246,4 +246,4 @@ SPECIAL = (
 )
 """Special tokens of all styles."""
 ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-"""Tokens that Qwen adds and does not call special."""
+"""Tokens that Qwen adds without marking them as special."""

@@ -1,4 +1,4 @@
-"""What a dry run tells of a card's memory: the parts that a configuration decides, and what cards showed."""
+"""A dry run's estimate of a GPU's memory: the parts that a configuration decides, and measurements on GPUs."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ CONFIGS = {
     ),
     "mixtral-8x7b": transformers.MixtralConfig(dtype="bfloat16", architectures=["MixtralForCausalLM"]),
 }  # fmt: skip
-"""The published ones."""
+"""The published configurations."""
 
 
 @pytest.mark.parametrize("row", MEMORY["rows"], ids=lambda row: f"{row['model']}-{row['matmul']}")

@@ -1,4 +1,4 @@
-"""`capture_texts` gives what a store would hold of the same texts."""
+"""`capture_texts` returns what a store would hold for the same texts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Ids are those of transformers' own `apply_chat_template`, whatever messages hold; every token has its speaker."""
+"""Ids are those of transformers' own `apply_chat_template` for all messages, and every token has its speaker."""
 
 import json
 import re
@@ -107,11 +107,11 @@ def theirs(style: str, day: str = "2024-07-26") -> Any:
 @pytest.mark.parametrize("style", STYLES)
 def test_ids_are_those_of_apply_chat_template_or_the_conversation_is_refused_there_too(style: str, talk: str) -> None:
     messages, beside = TALKS[talk]["messages"], {k: v for k, v in TALKS[talk].items() if k != "messages"}
-    said = [{k: v for k, v in message.items() if v is not None} for message in messages]  # older ones write "None"
+    said = [{k: v for k, v in message.items() if v is not None} for message in messages]  # older versions write "None"
     try:
         expected = theirs(style).apply_chat_template(said, return_dict=False, **beside)
     except Exception:
-        with pytest.raises(Unrenderable, match="refuses the messages"):
+        with pytest.raises(Unrenderable, match="rejects the messages"):
             ours(style).chat(messages, **beside)
         return
     ids, roles = ours(style).chat(messages, **beside)
@@ -168,7 +168,7 @@ def test_any_strings_in_any_place_give_the_ids_of_apply_chat_template(
 
 
 def said(style: str, talk: Talk) -> dict[str, str]:
-    """What each role said, as text, and what the template did."""
+    """The text of each role and of the template."""
     ids, roles = ours(style).chat(talk["messages"], **{k: v for k, v in talk.items() if k != "messages"})
     text = Tokenizer.from_str(backend())
     return {
@@ -193,7 +193,7 @@ def test_each_content_has_its_speaker(style: str, talk: str) -> None:
             for m in TALKS[talk]["messages"]
             if m["role"] == role or (role, m["role"]) == ("system", "developer")
         ]
-        if found[role]:  # some templates leave a system message out
+        if found[role]:  # some templates omit a system message
             assert squeezed(found[role]) == squeezed("".join(wanted))
     last = re.split("<think>|</think>", TALKS[talk]["messages"][-1]["content"])[-1]
     assert squeezed(last) in squeezed(found[TALKS[talk]["messages"][-1]["role"]])
@@ -308,7 +308,7 @@ def test_the_template_for_tools_is_taken_where_there_are_tools() -> None:
         ({"role": "user", "content": [{"type": "image", "url": "x"}]}, {}, "message 0 holds a part of type 'image'"),
         ({"role": "user", "content": "x"}, {"tools": "all"}, "its tools are of type str"),
         ({"role": "user", "content": "x"}, {"documents": ["d"]}, "its documents are of type list"),
-        ({"role": "user", "content": "Shout"}, {}, r"rewrites what messages say \(message 0, 'content'\)"),
+        ({"role": "user", "content": "Shout"}, {}, r"rewrites messages \(message 0, 'content'\)"),
     ],
 )
 def test_a_conversation_that_cannot_be_exact_is_refused_by_name(message: Any, beside: Any, reason: str) -> None:

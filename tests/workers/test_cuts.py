@@ -1,4 +1,4 @@
-"""A text that is cut has the ids of the whole, for every kind of tokenizer, and bounded memory."""
+"""A text that is cut has the ids of the whole text for every kind of tokenizer, with bounded memory."""
 
 import os
 import subprocess
@@ -86,7 +86,7 @@ def test_ids_of_a_cut_text_are_those_of_the_whole(kind: str, text: str, limit: i
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_cut_and_lines_of_one_word_too(kind: str) -> None:
     cut = tokenizer(kind)
-    for gap in " " if kind in ("no bytes", "unigram") else " \n\t":  # in those pieces reach over line feeds
+    for gap in " " if kind in ("no bytes", "unigram") else " \n\t":  # in these, pieces span line feeds
         text = gap.join(["word"] * 200)
         parts = list(cut._cuts.parts(text, 5))
         assert len(parts) >= 90, gap
@@ -111,7 +111,7 @@ print(len(text), len(ids), peak() - before)
 
 
 def measured(text: str) -> tuple[int, int, int]:
-    """Characters, ids and the bytes that encoding them took, in a process of its own."""
+    """The numbers of characters and ids, and the bytes that encoding took, measured in a separate process."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "RAYON_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", PEAK, text], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""A vocabulary that the files beside a tokenizer extend gives the same ids in every layout."""
+"""A vocabulary that is extended by the files next to a tokenizer gives the same ids in every layout."""
 
 import importlib.util
 import json
@@ -144,7 +144,7 @@ def test_folders_without_such_declarations_keep_their_identity() -> None:
         ),
         ({"added_tokens_decoder": {"5": written("▁", True)}}, {}, "declares '▁' with the id 5, .* gives it 256"),
         ({"added_tokens_decoder": {"5": 7}}, {}, "have a form that is not known"),
-        ({}, {"added_tokens.json": [1]}, r"added_tokens\.json holds list, and must hold a JSON object"),
+        ({}, {"added_tokens.json": [1]}, r"added_tokens\.json holds list, but must hold a JSON object"),
     ],
 )
 def test_a_token_that_would_get_another_id_is_an_error_with_both_and_the_file(
@@ -220,7 +220,7 @@ def test_a_setting_that_the_tokenizer_does_not_follow_is_an_error(
         backend.pre_tokenizer = None
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"tokenizer_config\.json says {told}, and the tokenizer beside it"):
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json says {told}, but the tokenizer next to it"):
         load_tokenizer(tmp_path)
 
 
@@ -242,7 +242,7 @@ def test_files_by_version_are_refused_since_transformers_reads_another_than_toke
     config.write_text(json.dumps({"fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.0.json"]}))
     stock = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert stock("a").input_ids == stock("a").input_ids != stock(" a").input_ids, "not those of tokenizer.json"
-    with pytest.raises(ValueError, match=r"says fast_tokenizer_files: tokenizer\.4\.0\.0\.json, one of which counts"):
+    with pytest.raises(ValueError, match=r"says fast_tokenizer_files: tokenizer\.4\.0\.0\.json, one of which replaces"):
         load_tokenizer(tmp_path)
     config.write_text(json.dumps({"fast_tokenizer_files": ["tokenizer.json"]}))
     assert (
@@ -266,7 +266,7 @@ def test_the_pattern_that_a_setting_asks_for_must_be_in_the_tokenizer(tmp_path: 
     stock = PreTrainedTokenizerFast.from_pretrained(wrong)
     assert stock("aB").input_ids != backend.encode("aB").ids, "the setting changes ids"
     with pytest.raises(
-        ValueError, match="says fix_mistral_regex: true, and the tokenizer beside it splits words other"
+        ValueError, match="says fix_mistral_regex: true, but the tokenizer next to it splits words diff"
     ):
         load_tokenizer(wrong)
     stock.save_pretrained(right)

@@ -1,4 +1,5 @@
-"""Our forward of several families: each router sees what transformers' forward gives it, over the same weights."""
+"""This project's forward pass for several families: each router gets the same input as in transformers' forward pass,
+with the same weights."""
 
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "rope_interleave": False, "num_experts_per_tok": 6, "first_k_dense_replace": 2, "q_lora_rank": None,
         "v_head_dim": 48, "attention_bias": False, "n_shared_experts": 2}),
 }  # fmt: skip
-"""The family, and in what its configuration differs from that of `test_families`."""
+"""The family, and the changes to its configuration in `test_families`."""
 FORWARDS: dict[str, tuple[type[DecoderForward], str]] = {
     "mixtral": (MixtralForward, "sorted"),
     "gpt_oss": (GptOssForward, "grouped_sinks"),
     "deepseek_v2": (LatentForward, "grouped_latent"),
     "deepseek_v3": (LatentForward, "grouped_latent"),
 }
-"""Of families: forward and `expert_backend`; of the others `DecoderForward`'s."""
+"""The forward pass and `expert_backend` of families; those of `DecoderForward` for the others."""
 LEFT_TO_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "windows": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
     "windows of some layers": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
@@ -81,7 +82,7 @@ def random_tokens(rows: int = 3, positions: int = 17) -> torch.Tensor:
 
 @torch.inference_mode()
 def restored(loaded: Any, folder: Path) -> Any:
-    """transformers' own model in float32, with the values of the matrices that were loaded."""
+    """transformers' own model in float32, with the values of the loaded matrices."""
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     loaded_ones = dict(loaded.model.named_modules())
     for name, own in model.named_modules():
@@ -97,7 +98,7 @@ def restored(loaded: Any, folder: Path) -> Any:
 
 @torch.inference_mode()
 def seen_by_routers(model: Any, token: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What reaches transformers' routers, and their choices, expert by expert: weights (T, E), 0 where not chosen."""
+    """The inputs of transformers' routers, and their choices by expert: weights (T, E), 0 if not chosen."""
     seen, chosen = [], []
 
     def keep(router: Any, inputs: Any, output: Any) -> None:
@@ -153,7 +154,7 @@ def test_with_products_in_fp8_routers_see_what_the_definition_gives(
     name: str, quantization: str, tmp_path: Path
 ) -> None:
     loaded = load_model(checkpoint(name, tmp_path), quantization=quantization, matmul="fp8", device="cpu")
-    assert_near_the_definition(loaded, random_tokens(), 3, most=0.06)  # a random model amplifies what differs
+    assert_near_the_definition(loaded, random_tokens(), 3, most=0.06)  # a random model amplifies differences
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v2, as Lite", "deepseek_v3"])
@@ -165,7 +166,7 @@ def test_with_products_in_fp8_other_forwards_stay_near_what_they_give_without(na
     )
     for one, other in zip(plain, rounded, strict=True):
         apart = (one - other).norm(dim=-1) / one.norm(dim=-1)
-        assert 1e-3 < apart.median() < 0.3  # a random model amplifies what differs; of other tokens it is above 1
+        assert 1e-3 < apart.median() < 0.3  # a random model amplifies differences; for other tokens it is above 1
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40])

@@ -1,4 +1,4 @@
-"""Routes in each engine's form are read as they were made, in pieces, and what does not fit is named."""
+"""Routes in each engine's format are read exactly and in pieces, and faults are named."""
 
 import tracemalloc
 from collections.abc import Iterator
@@ -245,7 +245,7 @@ def test_a_sequence_of_another_shape_than_the_first_is_named() -> None:
 
 
 def test_files_are_read_in_pieces(tmp_path: Path) -> None:
-    """Sixteen megabytes of routes in the memory of one sequence and one piece."""
+    """Sixteen megabytes of routes, read with the memory of one sequence and one piece."""
     expert = np.zeros((256, 1024, 32, 2), np.uint8)
     np.savez(tmp_path / "a.npz", token=np.zeros((256, 1024), np.int32), expert=expert)
     assert shapes_of(tmp_path / "a.npz")["expert"] == expert.shape

@@ -1,4 +1,4 @@
-"""The effects of experts are those of whole runs with each of them masked, in every family and both forwards."""
+"""The effects of experts equal those of whole runs with each expert masked, in every family and both forward passes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ TOKEN = np.random.default_rng(1).integers(3, VOCABULARY, (3, 20)).astype(np.int3
 FOLLOWED = np.arange(20) < LENGTH[:, None] - 1
 FILLED = np.arange(20) < LENGTH[:, None]
 OWN_FORWARD = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen2_moe")
-ROUNDING = STEP / 2 + 1e-5  # of the stored effect, and of log-probabilities in float32
+ROUNDING = STEP / 2 + 1e-5  # of the stored effect and of log-probabilities in float32
 
 
 def predicted(loaded: LoadedModel, *mask: str) -> np.ndarray:
@@ -52,7 +52,7 @@ def test_an_effect_is_the_difference_of_two_whole_runs(name: str, tmp_path: Path
         wanted = predicted(loaded, f"{layers[at]}:{expert}") - before
         np.testing.assert_allclose(effect[:, :, at, expert], wanted, atol=ROUNDING)
     assert abs(effect[FOLLOWED][:, 0, places[0][1]]).max() > 0.01
-    if name in ("mixtral", "granitemoe"):  # renormalized: a token is as it was where it did not choose the expert
+    if name in ("mixtral", "granitemoe"):  # renormalized: a token that did not choose the expert does not change
         chose = (found["expert"][FOLLOWED][:, -1, :, None] == np.arange(EXPERTS)).any(axis=1)
         assert (effect[FOLLOWED][:, -1][chose] != 0).any()
         np.testing.assert_allclose(effect[FOLLOWED][:, -1][~chose], 0, atol=STEP)

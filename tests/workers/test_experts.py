@@ -1,4 +1,4 @@
-"""What experts compute, in grouped products and one by one, against a loop over tokens in float64."""
+"""The outputs of experts, in grouped products and one by one, compared with a loop over tokens in float64."""
 
 from collections.abc import Callable
 from functools import cache
@@ -27,7 +27,7 @@ Gate = Callable[[torch.Tensor], torch.Tensor]
 
 
 def interleaved(both: torch.Tensor) -> torch.Tensor:
-    """A gate of another kind, as gpt-oss has it: gate and up in turns, clamped."""
+    """A gate of another kind, as in gpt-oss: gate and up alternate and are clamped."""
     gate, up = both[..., ::2].clamp(max=1.0), both[..., 1::2].clamp(-1.0, 1.0)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
@@ -76,7 +76,7 @@ def by_tokens(experts: PackedExperts, states: torch.Tensor, chosen: torch.Tensor
 
 
 def routes(seed: int, tokens: int, experts: int, k: int, chosen_ones: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random states and choices; only so many experts are ever chosen, but at least k, of which any may be."""
+    """Random states and choices, with a limited number of chosen experts, at least k, which may be any."""
     random = np.random.default_rng(seed)
     used = random.permutation(experts)[: max(k, chosen_ones)]
     chosen = np.stack([random.permutation(used)[:k] for _ in range(tokens)])
@@ -181,7 +181,7 @@ def test_captures_that_began_with_one_linear_a_matrix_get_its_very_bytes(kind: s
     chosen = torch.stack([torch.randperm(4, generator=generator)[:k] for _ in range(tokens)])  # never the fifth
     weights = torch.rand(tokens, k, generator=generator)
     wanted = torch.zeros_like(states)
-    for number, (gate, up, down) in enumerate(expert_matrices(experts)):  # as that version did, expert after expert
+    for number, (gate, up, down) in enumerate(expert_matrices(experts)):  # like that version, expert after expert
         slots = (chosen.flatten() == number).nonzero().flatten()
         rows = states[slots // k]
         linear = torch.nn.functional.linear

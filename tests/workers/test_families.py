@@ -1,4 +1,4 @@
-"""Twelve families of models: each is captured as its published routing rule says, or rejected by name, with why."""
+"""Twelve families of models: each is captured by its published routing rule, or rejected by name with the reason."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from workers.models.loading import load_model
 from workers.shard import RoutingError
 
 EXPERTS, POSITIONS, VOCABULARY = 16, 32, 128
-FLOAT16_STEP = 2.0**-10  # relative; a weight on the edge may round to either side
+FLOAT16_STEP = 2.0**-10  # relative; a weight on the boundary may round to either side
 NEAR_TIE = 1e-5  # between scores, in float32; hidden states of two forwards differ by 1e-6
 
 # --- The rules, written from papers and model cards, in float64 -------------------------------------------------------
@@ -36,13 +36,13 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def largest(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which k scores are the largest, and how far the next one is."""
+    """The k largest scores, and the distance to the next one."""
     ordered = -np.sort(np.pad(-scores, ((0, 0), (0, 1)), constant_values=np.inf), axis=-1)
     return scores >= ordered[:, k - 1 : k], ordered[:, k - 1] - ordered[:, k]
 
 
 def softmax_then_top(logits: np.ndarray, bias: np.ndarray, k: int, *, renormalized: bool) -> tuple[Any, Any]:
-    """Mixtral (arXiv 2401.04088, 2.1), Qwen3-MoE (norm_topk_prob of its card), and OLMoE (2409.02060) as it comes."""
+    """Mixtral (arXiv 2401.04088, 2.1), Qwen3-MoE (norm_topk_prob of its card), and OLMoE (2409.02060) by default."""
     probability = softmax(logits)
     chosen, clear = largest(probability, k)
     weights = np.where(chosen, probability, 0)
@@ -58,9 +58,9 @@ def top_then_softmax(logits: np.ndarray, bias: np.ndarray, k: int) -> tuple[Any,
 def sigmoid_in_groups(
     logits: np.ndarray, bias: np.ndarray, k: int, *, groups: int, kept: int, scale: float
 ) -> tuple[Any, Any]:
-    """DeepSeek-V3 (arXiv 2412.19437, 2.1.2; a group counts with its two best), and GLM-4.5 with one group.
+    """DeepSeek-V3 (arXiv 2412.19437, 2.1.2; a group is rated by its two best), and GLM-4.5 with one group.
 
-    The bias takes part in the choice and not in the weight. An expert whose logit is -inf is not there.
+    The bias affects the choice but not the weight. An expert whose logit is -inf does not exist.
     """
     affinity = 1 / (1 + np.exp(-logits))
     grouped = np.where(logits == -np.inf, -np.inf, affinity + bias).reshape(len(logits), groups, -1)
@@ -73,7 +73,7 @@ def sigmoid_in_groups(
 def softmax_in_groups(
     logits: np.ndarray, bias: np.ndarray, k: int, *, groups: int, kept: int, scale: float
 ) -> tuple[Any, Any]:
-    """DeepSeek-V2 (arXiv 2405.04434, 2.2.1 and 2.2.2): a group counts with its best; weights are not renormalized."""
+    """DeepSeek-V2 (arXiv 2405.04434, 2.2.1 and 2.2.2): a group is rated by its best; weights are not renormalized."""
     probability = softmax(logits)
     grouped = probability.reshape(len(logits), groups, -1)
     kept_groups, groups_clear = largest(grouped.max(axis=-1), kept)
@@ -90,8 +90,8 @@ def sigmoid_of_largest(logits: np.ndarray, bias: np.ndarray, k: int) -> tuple[An
 def sparsemixer(logits: np.ndarray, bias: np.ndarray, k: int, *, noise: float) -> tuple[Any, Any]:
     """Phi-3.5-MoE (GRIN, arXiv 2409.12136): the best expert, then the best of the others.
 
-    Each is weighed by a softmax over those left that are at most 2 · noise below it, relatively. An expert
-    whose logit is -inf is not there.
+    Each is weighted by a softmax over the remaining experts that are at most 2 · noise below it, relatively. An expert
+    whose logit is -inf does not exist.
     """
     logits = np.maximum(logits, -1e300)
     weights, clear, left = np.zeros_like(logits), np.full(len(logits), np.inf), logits
@@ -112,9 +112,9 @@ def sparsemixer(logits: np.ndarray, bias: np.ndarray, k: int, *, noise: float) -
 class Family:
     rule: Callable[..., tuple[np.ndarray, np.ndarray]]
     names: tuple[str, ...]
-    """Of a layer's experts (only the first, where each has its own), as the published checkpoints call them."""
+    """The names of a layer's experts in published checkpoints (only the first expert, if each has its own names)."""
     gate: str
-    """What they call the router's matrix."""
+    """Their name of the router's matrix."""
     bias: str = ""
     router: str
     """The router in transformers' layer."""
@@ -239,7 +239,7 @@ def checkpoint_of(name: str, folder: Path, **changes: Any) -> Path:
 
 @torch.inference_mode()
 def stock_of(family: Family, folder: Path) -> Any:
-    """transformers' own model, each matrix quantized and dequantized, but those of routers."""
+    """transformers' own model with each matrix quantized and dequantized, except those of routers."""
     exact = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     if family.precision == "none":
         return exact
@@ -250,7 +250,7 @@ def stock_of(family: Family, folder: Path) -> Any:
 
 
 def wanted_routes(model: Any, family: Family, tensors: dict[str, torch.Tensor], row: np.ndarray) -> tuple[Any, Any]:
-    """The rule's weights (T, L, E) for one row alone, from what reaches the model's routers, and their clearness."""
+    """The rule's weights (T, L, E) for one row alone, from the inputs of the model's routers, and their margins."""
     weights, clear = [], []
 
     def keep(_: Any, inputs: tuple[torch.Tensor, ...], prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""A family with a forward of its own is one line in the registry, and what the forward says of itself is recorded."""
+"""A family with its own forward pass is one line in the registry, and the forward pass's attributes are recorded."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class OlmoeForward:
-    """Applies OLMoE as transformers does, and counts how often."""
+    """Runs OLMoE like transformers, and counts how often."""
 
     expert_backend: ClassVar[str] = "counted"
     matmuls: ClassVar[tuple[str, ...]] = ("bf16",)
@@ -120,7 +120,7 @@ def test_the_forwards_are_not_imported_before_a_model_needs_them() -> None:
 
 
 def test_a_notebook_captures_with_it_too(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`capture_texts` uses the forward that the loaded model's description names."""
+    """`capture_texts` uses the forward pass that the loaded model's description names."""
     asked: list[object] = []
     original = MixtralForward.__call__
     monkeypatch.setattr(

@@ -1,4 +1,5 @@
-"""Weights and products in e4m3: the arithmetic against tables and float64, loading against the published layouts."""
+"""Weights and products in e4m3: the arithmetic compared with tables and float64, loading compared with the published
+layouts."""
 
 import json
 import shutil
@@ -49,7 +50,7 @@ def nearest(values: np.ndarray) -> np.ndarray:
 
 
 def rounded_by_definition(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of float64 that stand for rows in e4m3 with a scale each."""
+    """Rows of float64 that represent rows in e4m3 with one scale each."""
     scale = rows.double().abs().amax(-1, keepdim=True) / 448
     return (rows.double() / scale).float().to(torch.float8_e4m3fn).double() * scale
 
@@ -91,11 +92,11 @@ def test_a_product_is_that_of_the_numbers_in_e4m3() -> None:
     torch.testing.assert_close(half.double(), wanted, rtol=2.0**-8, atol=1e-5)
 
 
-# --- The forward ----------------------------------------------------------------------------------------------------
+# --- The forward pass -----------------------------------------------------------------------------------------------
 
 
 def router_inputs(loaded: LoadedModel, token: torch.Tensor) -> list[torch.Tensor]:
-    """What the routers see, in order."""
+    """The inputs of the routers, in order."""
     seen: list[torch.Tensor] = []
     handles = [
         router.register_forward_hook(lambda gate, inputs, output: seen.append(inputs[0].flatten(0, -2)))
@@ -109,7 +110,7 @@ def router_inputs(loaded: LoadedModel, token: torch.Tensor) -> list[torch.Tensor
 
 
 def by_definition(loaded: LoadedModel, token: torch.Tensor, layers: int) -> list[torch.Tensor]:
-    """What the routers of the first layers see by the plain formulas: products of numbers in e4m3, in float64."""
+    """The inputs of the first layers' routers by the plain formulas: products of numbers in e4m3, in float64."""
     model: Any = loaded.model
     config, (rows, positions) = model.config, token.shape
 
@@ -176,7 +177,7 @@ def by_definition(loaded: LoadedModel, token: torch.Tensor, layers: int) -> list
 
 
 def assert_near_the_definition(loaded: LoadedModel, token: torch.Tensor, layers: int, most: float = 2e-2) -> None:
-    """Rounding to e4m3 may fall to the other side, of a few numbers."""
+    """A few numbers may round to the other side in e4m3."""
     with torch.inference_mode():
         wanted = by_definition(loaded, token, layers)
     assert wanted
@@ -244,7 +245,7 @@ def is_matrix(name: str) -> bool:
 
 
 def published(folder: Path, settings: dict[str, Any], scale_of: Callable[[torch.Tensor], torch.Tensor]) -> Path:
-    """The tiny model as others would publish it: each matrix in e4m3, its scale beside it, and one of activations."""
+    """The tiny model in published form: each matrix in e4m3 with its scale and one scale of activations."""
     shutil.copytree(tiny_checkpoint(), folder)
     places: dict[str, str] = {}
     for name in FILES:

@@ -1,4 +1,4 @@
-"""Routes of another capture are given for the same tokens only; the first difference is named."""
+"""Routes of another capture are given only for the same tokens; the first difference is named."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from workers.shard import RoutingError
 
 @pytest.fixture
 def given(tmp_path: Path) -> GivenRoutes:
-    """A whole capture of five shards of four rows."""
+    """A complete capture of five shards of four rows."""
     assert fake_capture(tmp_path / "s.zarr", TEXTS).complete
     return GivenRoutes(str(tmp_path / "s.zarr"), "fake", weights=True)
 

@@ -1,6 +1,6 @@
-"""What only a GPU can show: memory that runs out, a device that is lost, numbers that are not finite there.
+"""Tests that need a GPU: memory that runs out, a device that is lost, numbers that are not finite there.
 
-`REQUIRE_GPU=1 pytest tests/workers/test_gpu.py tests/workers/test_kernels.py`; the card needs 16 GB.
+`REQUIRE_GPU=1 pytest tests/workers/test_gpu.py tests/workers/test_kernels.py`; the GPU needs 16 GB.
 """
 
 import json
@@ -30,7 +30,7 @@ HERE = Path(__file__).parents[1]
 ROOT = HERE.parent
 GIB = 2**30
 POSITIONS, ROWS = 2048, 64
-NEAR_TIE = 0.01  # difference of two weights under which another card may choose otherwise
+NEAR_TIE = 0.01  # difference of two weights below which another GPU may choose differently
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 
@@ -244,17 +244,17 @@ def test_weights_as_they_are_published_choose_on_a_card_as_their_dequantized_val
     for array in ("expert", "weight"):
         np.testing.assert_array_equal(found[array][filled], again[array][filled])
     differ = (np.sort(found["expert"], -1) != np.sort(wanted["expert"], -1)).any(-1)[filled]
-    assert differ.mean() < 0.1  # of random models in bfloat16, whose weights are equal and whose products are not
+    assert differ.mean() < 0.1  # for random models in bfloat16 with equal weights but different products
 
 
 @pytest.fixture(scope="module")
 def here() -> dict[str, np.ndarray]:
-    """What the kernels of this code give on this card."""
+    """The results of this code's kernels on this GPU."""
     return golden()
 
 
 def test_the_kernels_give_on_a_card_what_was_kept_or_another_routing_version(here: dict[str, np.ndarray]) -> None:
-    """Where this fails and the change is meant, raise `ROUTING_VERSION` and make `tests/stores/card.npz` anew."""
+    """If this fails and the change is intended, raise `ROUTING_VERSION` and create `tests/stores/card.npz` again."""
     kept = dict(np.load(KEPT))
     assert kept["with/routing_version"] == str(ROUTING_VERSION)
     assert kept.keys() == here.keys()
@@ -300,7 +300,8 @@ def test_attention_with_sinks_on_a_card_is_its_plain_form(positions: int, window
 def test_on_a_card_routers_see_what_transformers_forward_gives_but_for_rounding(
     name: str, positions: int, tmp_path: Path
 ) -> None:
-    """In bfloat16; a random model amplifies what differs: on a CPU 0.5 to 2.6 % were seen, and above 1 of others."""
+    """In bfloat16. A random model amplifies differences: on a CPU 0.5 to 2.6 % were seen, and above 1 for other
+    tokens."""
     from test_decoder import checkpoint, random_tokens, seen_by_routers
     from test_fp8 import router_inputs
 

@@ -1,4 +1,5 @@
-"""Interventions: each family chooses by its published rule among what is left, in its own forward and transformers'."""
+"""Interventions: each family chooses by its published rule among the remaining experts, in its own forward pass and in
+transformers'."""
 
 import json
 from dataclasses import replace
@@ -36,7 +37,7 @@ from workers.shard import OutOfMemory, RoutingError
 LENGTH = np.array([20, 1, 13])
 TOKEN = np.random.default_rng(1).integers(3, VOCABULARY, (3, 20)).astype(np.int32)
 FILLED = np.arange(20) < LENGTH[:, None]
-RELATIVE = 1e-3  # of weights: hidden states of two forwards differ by 1e-6, in float32
+RELATIVE = 1e-3  # of weights: hidden states of two forward passes differ by 1e-6, in float32
 TEXTS = [
     "The river rose in the night and the road was lost under it.",
     "def area(width, height):\n    return width * height\n",
@@ -64,7 +65,7 @@ def ruled(family: Family, logits: np.ndarray, bias: np.ndarray, k: int, change: 
 
 
 def weighed(family: Family, logits: np.ndarray, bias: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """What the family's rule weighs these choices with, whatever it would have chosen."""
+    """The weights of the family's rule for these choices, whatever it would have chosen."""
     rule, options = family.rule, {}
     if isinstance(rule, partial):
         rule, options = rule.func, rule.keywords
@@ -80,7 +81,7 @@ def weighed(family: Family, logits: np.ndarray, bias: np.ndarray, chosen: np.nda
 def reference(
     stock: Any, family: Family, tensors: dict[str, torch.Tensor], asked: Interventions, row: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (T, L, E) of one row alone through transformers' modules, each layer by the rule over what reaches it."""
+    """Weights (T, L, E) of one row alone through transformers' modules, each layer by the rule on its input."""
     k = asked.top_k or family.settings["num_experts_per_tok"]
     wanted = []
 
@@ -105,7 +106,7 @@ def reference(
 def assert_by_the_rule(
     loaded: LoadedModel, stock: Any, family: Family, tensors: dict[str, torch.Tensor], asked: Interventions
 ) -> np.ndarray:
-    """The engine's choices and weights are the reference's but for near-ties; the experts are returned."""
+    """Check that the engine's choices and weights are the reference's, except near-ties; returns the experts."""
     exact = what_to_record([], EXPERTS, "float32", weight_precision="float32")
     found = ModelEngine(loaded, exact, asked).route(TOKEN, LENGTH)
     near_ties = 0
@@ -152,7 +153,7 @@ def test_a_family_chooses_by_its_rule_among_what_is_left_and_with_what_is_forced
 
 
 def test_what_may_leave_too_few_in_the_groups_that_a_router_keeps_is_refused(tmp_path: Path) -> None:
-    folder = checkpoint_of("deepseek_v3", tmp_path)  # keeps 2 of 4 groups of 4, and chooses 4
+    folder = checkpoint_of("deepseek_v3", tmp_path)  # keeps 2 of 4 groups of 4 and chooses 4
     choose_to_change(folder, None, mask=["1:0-3"])
     for change, fewest in (({"mask": ["1:0-2", "1:4-6"]}, 2), ({"mask": ["1:0"], "top_k": 8}, 7), ({"top_k": 9}, 8)):
         with pytest.raises(ValueError, match=f"DeepseekV3TopkRouter.*at layer 1: .* groups with {fewest} experts left"):
@@ -160,7 +161,7 @@ def test_what_may_leave_too_few_in_the_groups_that_a_router_keeps_is_refused(tmp
 
 
 class OneWeightForEachExpert(torch.nn.Module):
-    """A router that returns weights of all experts, 0 of those that are not chosen, as older ones of gpt-oss do."""
+    """A router that returns weights of all experts, 0 for unchosen ones, like older versions of gpt-oss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +183,7 @@ def test_a_router_that_would_not_take_the_weights_that_are_given_to_it_is_refuse
     change(folder, None)
 
 
-# --- What a change does to predictions --------------------------------------------------------------------------------
+# --- Effects of a change on predictions ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def captured(model: LoadedModel, **changes: Any) -> Any:
 
 
 def lost(before: Any, after: Any) -> np.ndarray:
-    """By how much each token's log-probability is lower."""
+    """The decrease of each token's log-probability."""
     difference = (before["logprob"] - after["logprob"]).values
     return difference[np.isfinite(difference)]
 
@@ -211,7 +212,7 @@ def test_a_masked_expert_never_occurs_and_logits_are_those_before_the_mask(tiny:
     assert (before["expert"].values[there][:, 7] == 1).any()
     assert not (after["expert"].values[there][:, 7] == 1).any()
     assert not np.isin(after["expert"].values[there][:, 2], [0, 1, 2]).any()
-    for layer in (0, 1, 2):  # up to where the first change is made, and there before it
+    for layer in (0, 1, 2):  # up to the first change, and there before it
         np.testing.assert_array_equal(before["logit"][:, :, layer], after["logit"][:, :, layer])
     assert after.attrs["mask"] == ["2:0", "2:1", "2:2", "7:1"]
     assert "mask" not in before.attrs
@@ -281,7 +282,7 @@ def test_the_proof_asks_each_router_under_the_change_that_its_choices_were_made_
             np.testing.assert_allclose(found[name][there], given[name][there], rtol=FLOAT16_STEP)
     unchanged = type(tiny.routers[3]).forward
     handle = tiny.routers[3].register_forward_hook(lambda router, args, output: unchanged(router, args[0]))
-    try:  # the layer's experts get choices that were made without the change
+    try:  # the layer's experts get choices made without the change
         for engine, theirs in ((masked, None), *((engine, given) for engine in following)):
             with pytest.raises(RoutingError, match="layer 3: its recorded choices are not those of its router"):
                 engine.start(token, length, theirs)()
@@ -298,7 +299,7 @@ def test_given_choices_that_do_not_fit_on_the_device_halve_the_micro_batch(
     engine = ModelEngine(tiny, interventions=Interventions(routes_from="a" * 64))
     monkeypatch.setattr(engine.steering, "begin", full)
     given = {"expert": np.zeros((1, 4, 8, 2), np.uint8)}
-    with pytest.raises(OutOfMemory, match="CUDA out of memory"):  # after which `capture_shard` halves
+    with pytest.raises(OutOfMemory, match="CUDA out of memory"):  # then `capture_shard` halves the micro-batch
         engine.start(np.zeros((1, 4), np.int32), np.array([4]), given)
 
 

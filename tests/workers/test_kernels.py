@@ -1,4 +1,4 @@
-"""What lies between the matrix products: plain forms against independent ones, kernels against their plain forms."""
+"""The steps between matrix products: plain forms compared with independent ones, kernels with their plain forms."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_the_gate_of_gpt_oss_and_its_biases_are_transformers_own() -> None:
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_a_part_of_each_head_is_rotated_and_nothing_else_changes(pairs: bool) -> None:
-    """The definition, number by number: value and partner are a point in the plane, which is turned."""
+    """The definition, number by number: value and partner are a point in the plane, which is rotated."""
     rows, positions, heads, head, turned, first = 2, 5, 3, 10, 6, 4
     given, angle = torch.randn(rows * positions, first + heads * head + 3), torch.randn(positions, turned // 2)
     wanted = given.clone()
@@ -72,7 +72,7 @@ def test_heads_are_rotated_as_transformers_rotates_them_and_the_values_are_left_
 @pytest.mark.parametrize(("head", "heads", "groups"), [(8, 4, 2), (12, 5, 1)])
 @pytest.mark.parametrize("norm", [Qwen3MoeRMSNorm, OlmoeRMSNorm])
 def test_heads_are_normed_before_as_the_family_norms_them(norm: type[Any], head: int, heads: int, groups: int) -> None:
-    """Qwen3-MoE has a norm for a head; OLMoE one for all queries of a token, and one for its keys."""
+    """Qwen3-MoE has a norm for each head; OLMoE has one for all queries of a token and one for its keys."""
     rows, positions, whole = 2, 5, norm is OlmoeRMSNorm
     qkv = torch.randn(rows * positions, (heads + 2 * groups) * head)
     cos, sin = torch.randn(positions, head), torch.randn(positions, head)

@@ -1,4 +1,4 @@
-"""Loading: what is loaded is what was asked for, or an error names what is not."""
+"""Loading: the loaded model is the requested one, or an error names the difference."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def tiny() -> Path:
 
 @pytest.fixture(scope="module")
 def fused(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint as transformers 5 keeps it in memory: two tensors for all experts of a layer."""
+    """The tiny checkpoint in the layout that transformers 5 has in memory: two tensors for all experts of a layer."""
     folder = tmp_path_factory.mktemp("models") / "fused"
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     model.save_pretrained(folder, save_original_format=False)
@@ -54,7 +54,7 @@ def fused(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def broken(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint, to be broken."""
+    """A copy of the tiny checkpoint that tests may damage."""
     return shutil.copytree(tiny, tmp_path / "broken")
 
 
@@ -72,7 +72,7 @@ def hidden_states(model: Any) -> torch.Tensor:
 def dequantized_reference(folder: Path, kind: str) -> nn.Module:
     """transformers' own model in float32, each matrix quantized and dequantized one by one.
 
-    Shares no code with ours: stock loader, fused experts, stock forward.
+    Shares no code with this project: stock loader, fused experts, stock forward pass.
     """
 
     def rounded(matrix: torch.Tensor) -> torch.Tensor:
@@ -86,10 +86,10 @@ def dequantized_reference(folder: Path, kind: str) -> nn.Module:
 
 @torch.inference_mode()
 def rounded_reference(folder: Path, rounded: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
-    """transformers' own model in float32; each matrix is rounded as (outputs, inputs), whichever way it lies."""
+    """transformers' own model in float32; each matrix is rounded as (outputs, inputs), in either layout."""
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     for module in model.modules():
-        if type(module) is nn.Linear:  # a router can be a kind of Linear
+        if type(module) is nn.Linear:  # a router can be a subclass of Linear
             module.weight.copy_(rounded(module.weight))
         if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):  # some dense layers have a Linear
             for both, down in zip(module.gate_up_proj, module.down_proj, strict=True):
@@ -176,7 +176,7 @@ def test_int8_quantizes_the_experts_too_and_stays_near_the_unquantized_model(tin
     found = [p for name, p in loaded.model.named_parameters() if ".experts." in name and name.endswith(".weight")]
     assert len(found) == LAYERS * EXPERTS * 3
     assert {parameter.dtype for parameter in found} == {torch.int8}
-    # One layer on the same input: over eight layers a few tokens choose other experts, and end elsewhere.
+    # One layer on the same input: over eight layers a few tokens choose other experts and end up elsewhere.
     plain = load_model(tiny, quantization="none", device="cpu").model.layers[0]
     states = torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -196,7 +196,7 @@ def test_a_checkpoint_with_fused_experts_loads_as_the_original_does(tiny: Path, 
         load_model(folder, quantization=quantization, device="cpu").model.state_dict() for folder in (tiny, fused)
     )
     assert got.keys() == wanted.keys()
-    for name, tensor in wanted.items():  # scales too: a quantized matrix has them in its state
+    for name, tensor in wanted.items():  # including scales: a quantized matrix has them in its state
         assert got[name].dtype == tensor.dtype, name
         assert torch.equal(got[name], tensor), name
 
@@ -252,7 +252,7 @@ def test_what_is_described_beforehand_is_what_is_loaded(tiny: Path, nf4: LoadedM
     described = describe_model(tiny, quantization="nf4", device_type="cpu")
     assert {name: nf4.provenance[name] for name in described} == described
     assert described["layers"] == list(nf4.routers) == list(range(LAYERS))
-    # against the loaded modules, not against our own words
+    # compared with the loaded modules, not with this project's own statements
     router = nf4.routers[5]
     assert router is nf4.model.layers[5].mlp.gate
     assert router.weight.shape[0] == described["num_experts"] == len(nf4.model.layers[0].mlp.experts)
@@ -309,7 +309,7 @@ def test_the_bytes_of_mixtral_8x7b_follow_from_its_published_parameter_count(tmp
     head = embedding = 32_000 * 4096
     loaded = 46_702_792_704 - head
     assert estimate_checkpoint(checkpoint, "none", torch.bfloat16) == pytest.approx(2 * loaded, abs=10_000)
-    quantized = loaded - embedding  # but for the norms and gates, 1.3 million
+    quantized = loaded - embedding  # except the norms and gates: 1.3 million
     scaled = quantized * (1 / 2 + 1 / 64 + 4 / 64 / 256)
     assert estimate_checkpoint(checkpoint, "nf4", torch.bfloat16) == pytest.approx(scaled + 2 * embedding, rel=1e-3)
 
@@ -323,7 +323,7 @@ def test_a_card_too_small_is_told_before_anything_is_loaded(tiny: Path, monkeypa
         load_model(tiny, quantization="nf4", device="cuda:0")
 
 
-# What can be wrong with a folder: how to make it so, and what the error must say.
+# Possible faults of a folder: how to create them, and what the error must say.
 
 
 def drop(name: str) -> Callable[[Path], None]:
@@ -553,7 +553,7 @@ assert not {"torch", "transformers"} & sys.modules.keys()
 
 
 def find_elsewhere(environment: dict[str, str], model: str, wanted: str, revision: str = "") -> Any:
-    """Run `find_checkpoint` in a process of its own: the hub's client reads its settings on import."""
+    """Run `find_checkpoint` in a separate process: the hub's client reads its settings on import."""
     command = [sys.executable, "-c", FIND, model, revision, wanted]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -583,7 +583,7 @@ def test_a_hub_model_is_resolved_to_its_commit_fetched_and_found_again_offline(t
     offline = environment | {"HF_HUB_OFFLINE": "1"}
     assert find_elsewhere(offline, "org/tiny", "weights") == ["org/tiny", COMMIT, sorted(files)]
     assert find_elsewhere(offline, "org/tiny", "weights", COMMIT)[1] == COMMIT
-    for environment in (offline, hub.environment(tmp_path)):  # told so, and a hub that is gone
+    for environment in (offline, hub.environment(tmp_path)):  # set to offline, and a hub that is gone
         missing = find_elsewhere(environment, "org/other", "weights", "v2")
         for word in ("'org/other', revision 'v2'", str(tmp_path), "HF_TOKEN", "path of a folder"):
             assert word in missing

@@ -1,4 +1,5 @@
-"""A family that no generic rule reads is added as CONTRIBUTING.md says, and until then the errors link there."""
+"""A family that no generic rule supports is added as described in CONTRIBUTING.md; until then the errors refer to
+it."""
 
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,12 @@ class InventedConfig(transformers.PretrainedConfig):
     experts_for_a_token: int = K
     max_position_embeddings: int = 64
     experts_left_out: int = 0
-    """In the last layer."""
+    """The faults are in the last layer."""
 
 
 class InventedRouter(nn.Module):
-    """Gives weights and indices in one tensor, the weights first: a softmax of the square roots of positive logits."""
+    """Returns weights and indices in one tensor, the weights first: a softmax of the square roots of positive
+    logits."""
 
     def __init__(self, experts: int) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class InventedRouter(nn.Module):
 
 
 class InventedExperts(nn.Module):
-    """Each scales the hidden states by one number a dimension."""
+    """Each scales the hidden states by one number per dimension."""
 
     def __init__(self, experts: int) -> None:
         super().__init__()
@@ -103,7 +105,7 @@ def checkpoint(folder: Path, **changes: Any) -> Path:
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """transformers knows the family; nothing here does."""
+    """The family is known to transformers but not to this project."""
     monkeypatch.setitem(CONFIG_MAPPING._extra_content, "invented", InventedConfig)
     monkeypatch.setitem(transformers.AutoModel._model_mapping._extra_content, InventedConfig, InventedModel)
     return monkeypatch

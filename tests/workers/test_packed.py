@@ -1,4 +1,4 @@
-"""Many matrices in common tensors: each is, to the bit, what bitsandbytes makes of it by itself."""
+"""Many matrices in common tensors: each is bit-identical to what bitsandbytes makes of it alone."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SHAPES = [(3, 2, 8, 64), (2, 1, 64, 257 * 64 // 64), (2, 2, 96, 352), (4, 1, 6, 
 
 
 def random_matrices(shape: tuple[int, int, int, int]) -> list[torch.Tensor]:
-    """Of an expert one after the other; of sizes that differ, so that each has other scales and another offset."""
+    """Matrices, expert by expert, of different magnitudes, so that each has other scales and another offset."""
     experts, parts, rows, columns = shape
     generator = torch.Generator().manual_seed(sum(shape))
     return [
@@ -33,7 +33,7 @@ def stack_of(shape: tuple[int, int, int, int], matrices: list[torch.Tensor], kin
 
 
 def alone(matrix: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
-    """A matrix as bitsandbytes gives it, shown as rows of one block (see `expert_matrices.by_bitsandbytes`)."""
+    """A matrix from bitsandbytes, passed as rows of one block (see `expert_matrices.by_bitsandbytes`)."""
     blocks = matrix.reshape(-1, 64)
     packed, state = quantize_4bit(blocks, blocksize=64, compress_statistics=True, quant_type=kind)
     state.dtype = dtype

@@ -1,4 +1,4 @@
-"""Experts go into the tensors of their layer while a checkpoint is read, whichever way it holds them."""
+"""Experts are put into the tensors of their layer while a checkpoint is read, for every layout of the checkpoint."""
 
 import json
 import weakref
@@ -75,7 +75,7 @@ def equal(one: nn.Module, other: nn.Module) -> None:
 
 @pytest.fixture
 def many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny families have 16 experts a layer; as if those were many."""
+    """The tiny families have 16 experts per layer; treat these as many."""
     monkeypatch.setattr(saving, "PUBLISHED", 8)
 
 
@@ -127,7 +127,7 @@ def test_a_packed_checkpoint_that_is_not_whole_or_not_what_was_asked_for_is_refu
     folder = quantize_checkpoint(checkpoint_of("qwen3_moe", tmp_path / "own"), tmp_path / "q", device="cpu")
     method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
     assert method == "bitsandbytes_packed_experts"
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # quantized attention, to begin with
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # the first is quantized attention
         transformers.AutoModel.from_pretrained(folder)
     for asked in ("fp4", "fp8", "none"):
         with pytest.raises(ValueError, match=f"holds nf4 weights, but quantization '{asked}' was requested"):
@@ -186,7 +186,7 @@ def test_each_matrix_is_let_go_before_the_next_one_is_quantized(
     else:
         load_model(folder, device="cpu")
     assert len(seen) == 2 * 16 * 3
-    assert most <= (2 if written else 1)  # what is written is read into the host's memory first
+    assert most <= (2 if written else 1)  # for writing, tensors are first read into the host's memory
 
 
 def test_experts_that_compute_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The proof of what is recorded finds four faults, whatever a family's routers return and however they choose.
+"""The proof of recordings finds four faults, for all outputs and rules of a family's routers.
 
 Every family and every fault: `make families` (`tests/benchmarks/families_faults.py`).
 """
@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     model_type: str
     """A family whose routers are of this kind."""
     weighed: bool = True
-    """Whether its weights are something else than the probabilities of the chosen experts."""
+    """Whether its weights differ from the probabilities of the chosen experts."""
     softened: bool = False
     """Whether its routers return probabilities in place of logits, as Gemma 4's, whose code takes long to import."""
 
@@ -69,7 +69,7 @@ def tiny_model_of() -> Iterator[Callable[[str], Any]]:
 
 
 def engine_of(model: Any) -> ModelEngine:
-    """An engine of a model that transformers' own forward applies."""
+    """An engine of a model that runs with transformers' own forward pass."""
     base = model.base_model.eval().requires_grad_(False)
     config = base.config.get_text_config()
     return ModelEngine(

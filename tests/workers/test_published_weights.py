@@ -1,4 +1,4 @@
-"""Weights as models are published in MXFP4 and in e4m3 with a scale a block: read exactly, or quantized again."""
+"""Weights of models published in MXFP4 and in e4m3 with a scale per block: read exactly, or quantized again."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 128, "moe_intermediate_size": 1
 
 
 def rewritten(folder: Path, settings: dict[str, Any], change: Callable[[str, torch.Tensor], dict[str, Any]]) -> Path:
-    """A checkpoint with other tensors for some, and its settings."""
+    """A checkpoint with some tensors replaced, and its settings."""
     file = folder / "model.safetensors"
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(file).items():
@@ -80,7 +80,7 @@ def with_blocks(folder: Path, settings: dict[str, Any], write: Any, suffix: str 
 
 
 def gpt_oss(folder: Path) -> Path:
-    """As gpt-oss is published: codes of E2M1 and powers of two for the experts, all else as it is."""
+    """The published form of gpt-oss: codes of E2M1 and powers of two for the experts, everything else unchanged."""
     generator = torch.Generator().manual_seed(3)
 
     def change(name: str, tensor: torch.Tensor) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def plain_copy(folder: Path, published: Path) -> Path:
-    """The checkpoint with each matrix dequantized to float32, by arithmetic of this file alone."""
+    """The checkpoint with each matrix dequantized to float32 by this file's own arithmetic."""
     shutil.copytree(published, folder)
     stored = load_file(folder / "model.safetensors")
     tensors: dict[str, torch.Tensor] = {}

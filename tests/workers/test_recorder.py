@@ -1,4 +1,5 @@
-"""What is recorded is what the model chose for these tokens; what is not, stops the shard and names the layer."""
+"""Recordings are what the model chose for these tokens; otherwise the shard stops with an error that names the
+layer."""
 
 import copy
 import weakref
@@ -29,7 +30,7 @@ from workers.shard import OutOfMemory, RoutingError, capture_shard, route_rows
 
 LAYERS = 8  # of the tiny model
 POSITIONS = 24
-FLOAT16_STEP = 2.0**-10  # relative; a weight on the edge may round to either side
+FLOAT16_STEP = 2.0**-10  # relative; a weight on the boundary may round to either side
 NEAR_TIE = 1e-5  # between probabilities, in float32; hidden states of two batches differ by 1e-6
 
 
@@ -63,9 +64,9 @@ def layout_of(
 
 @torch.inference_mode()
 def reference(model: Any, layers: Sequence[int], row: np.ndarray, k: int, renormalize: bool = True) -> tuple[Any, ...]:
-    """Expert, weight (float64) and margin to the choice that was not made, of one row, run alone and unpadded.
+    """Expert, weight (float64) and margin to the next choice, for one row, run alone and unpadded.
 
-    In float64 from the hidden states that reach each router, by the router's own place in the model.
+    Computed in float64 from the hidden states that reach each router, at the router's own place in the model.
     """
     hidden: dict[int, np.ndarray] = {}
     handles = []
@@ -116,7 +117,7 @@ Used = dict[int, tuple[np.ndarray, np.ndarray]]
 
 
 def kept_experts(ours: MixtralForward, used: Used) -> Callable[..., Any]:
-    """`workers.models.experts.outputs_one_by_one` that notes which experts it is asked for."""
+    """`workers.models.experts.outputs_one_by_one` that records which experts it is called for."""
     original = ours._outputs
 
     def outputs(multiplying: Any, experts: nn.Module, operand: Any, expert_TK: torch.Tensor, **others: Any) -> Any:
@@ -127,7 +128,7 @@ def kept_experts(ours: MixtralForward, used: Used) -> Callable[..., Any]:
 
 
 def kept_weights(used: Used) -> Callable[..., Any]:
-    """`kernels.add_norm` that notes the weights with which experts are mixed."""
+    """`kernels.add_norm` that records the weights with which experts are mixed."""
 
     def add_norm(*arguments: Any) -> torch.Tensor:
         if len(arguments) == 6:
@@ -139,7 +140,7 @@ def kept_weights(used: Used) -> Callable[..., Any]:
 
 @torch.inference_mode()
 def test_routes_are_the_models_own_choice(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against what the experts were really given, and against transformers' own record of logits."""
+    """Compared with the real inputs of the experts, and with transformers' own record of logits."""
     engine, rows = ModelEngine(tiny_model), random_rows(12)
     used: Used = {}
     handles = []
@@ -149,7 +150,7 @@ def test_routes_are_the_models_own_choice(tiny_model: LoadedModel, monkeypatch: 
             used[layer] = (inputs[1].numpy(), inputs[2].float().numpy())
 
         handles.append(tiny_model.model.layers[layer].mlp.experts.register_forward_pre_hook(keep))
-    if isinstance(engine.forward, MixtralForward):  # which applies the experts' matrices itself
+    if isinstance(engine.forward, MixtralForward):  # which multiplies the experts' matrices itself
         monkeypatch.setattr(engine.forward, "_outputs", kept_experts(engine.forward, used))
         monkeypatch.setattr(products, "add_norm", kept_weights(used))
     expert, weight = engine.route(rows.token, rows.length).values()
@@ -181,7 +182,7 @@ def test_neither_padding_nor_the_make_up_of_a_micro_batch_changes_routes(tiny_mo
         differ = (expert != true_expert).any(axis=-1)
         assert differ.sum() <= places / 1000
         np.testing.assert_allclose(weight[~differ], true_weight[~differ], rtol=2 * FLOAT16_STEP)
-    # Whatever the padding holds: attention is causal.
+    # The padding may hold anything: attention is causal.
     padded = np.where(rows.token == -1, 31_999, rows.token)
     given_expert = engine.route(rows.token, rows.length)["expert"]
     other_expert = engine.route(padded, rows.length)["expert"]
@@ -193,7 +194,7 @@ def saved(config: transformers.PretrainedConfig, folder: Path) -> Path:
     torch.manual_seed(5)
     model = transformers.AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        if name.endswith("gate.weight"):  # zeros where a family leaves them to the checkpoint
+        if name.endswith("gate.weight"):  # zeros if a family expects them from the checkpoint
             nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(folder)
     return folder
@@ -252,7 +253,7 @@ def test_choices_are_found_in_a_tuple_of_any_order_and_sorted_with_ties_by_lower
 
 
 def test_weights_stand_last_before_the_indices_where_other_parts_have_their_shape_too() -> None:
-    """Logits where every expert is chosen; and what Inkling weighs as many shared experts with."""
+    """Logits if every expert is chosen, and the weights of as many shared experts in Inkling."""
     logits, weights, shared = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(1)).unbind()
     indices = torch.tensor([[0, 1]]).expand(5, 2)
     for output in ((logits, weights, indices), (logits, weights, indices, shared), (indices, weights, shared)):
@@ -285,7 +286,7 @@ def gate_of(engine: ModelEngine, layer: int) -> Any:
 
 
 def altered(change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Broken:
-    """The layer's router returns something else, also to its experts: another's hook came before ours."""
+    """The layer's router returns something else, also to its experts: another hook came before this project's."""
 
     def breaks(engine: ModelEngine, layer: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: tuple[torch.Tensor, ...]) -> Any:
@@ -305,14 +306,14 @@ def hook_removed(engine: ModelEngine, layer: int) -> Any:
 
 
 def router_replaced(engine: ModelEngine, layer: int) -> Any:
-    """The module with our hook is no longer the one in the model."""
+    """The module with the hook is no longer the one in the model."""
     block, gate = engine.model.layers[layer].mlp, gate_of(engine, layer)
     block.gate = copy.deepcopy(gate)
     return lambda: setattr(block, "gate", gate)
 
 
 def fired_twice(engine: ModelEngine, layer: int) -> Any:
-    """The router is asked twice, as recomputation in a checkpointed layer does."""
+    """The router is called twice, like in the recomputation of a checkpointed layer."""
     asked: list[bool] = []
 
     def ask_before(gate: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -324,7 +325,7 @@ def fired_twice(engine: ModelEngine, layer: int) -> Any:
 
 
 def earlier_batch_from_a_hook(engine: ModelEngine, layer: int) -> Any:
-    """A static buffer that is filled once and read for ever."""
+    """A static buffer that is filled once and read forever."""
     kept: list[Any] = []
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -335,7 +336,7 @@ def earlier_batch_from_a_hook(engine: ModelEngine, layer: int) -> Any:
 
 
 def earlier_batch_by_shape(engine: ModelEngine, layer: int) -> Any:
-    """The router itself answers every question of one shape as it answered the first, as a replayed graph does."""
+    """The router returns its first output for every input of the same shape, like a replayed graph."""
     gate = gate_of(engine, layer)
     original, kept = gate.forward, {}
 
@@ -347,13 +348,13 @@ def earlier_batch_by_shape(engine: ModelEngine, layer: int) -> Any:
 
 
 def layer_above(engine: ModelEngine, layer: int) -> Any:
-    """The layer's choices are those of the one above, on this layer's hidden states."""
+    """The layer's choices are those of the layer above, on this layer's hidden states."""
     other = gate_of(engine, (layer + 1) % LAYERS)
     return gate_of(engine, layer).register_forward_hook(lambda module, inputs, output: other.forward(inputs[0])).remove
 
 
 def filed_one_layer_on(engine: ModelEngine, layer: int) -> Any:
-    """What the router of a layer chose is recorded in its neighbour's place, and the neighbour's in its own."""
+    """The choices of two adjacent layers' routers are recorded in each other's place."""
     recorder, other = engine.recorder, layer - 1 if layer else 1
     original = recorder._after
     swap = {layer: other, other: layer}
@@ -395,8 +396,10 @@ def planned(
 
 
 PLACES = [(fault, layer) for fault in FAULTS for layer in (0, 3, LAYERS - 1)]
-PLACES.remove(("fired twice", LAYERS - 1))  # the forward ends when the last router has fired: there is no second time
-PLACES.remove(("a negative expert", 0))  # the unquantized experts themselves fail on it, but for the last layer's
+PLACES.remove(
+    ("fired twice", LAYERS - 1)
+)  # the forward pass ends when the last router has fired, so there is no second time
+PLACES.remove(("a negative expert", 0))  # the unquantized experts themselves fail on it, except the last layer's
 PLACES.remove(("a negative expert", 3))
 
 
@@ -433,7 +436,7 @@ def test_a_logit_that_is_not_finite_stops_the_shard_with_layer_position_and_row(
 
     def spoil(module: Any, inputs: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         logits, *others = (part.clone() for part in output)
-        logits[place, 2] = value  # with weights that are finite all the same
+        logits[place, 2] = value  # with weights that are still finite
         return (logits, *others)
 
     handle = gate_of(engine, layer).register_forward_hook(spoil)
@@ -470,7 +473,9 @@ def test_hooks_on_the_wrong_routers_stop_the_shard_and_name_the_layer(tiny_model
     with pytest.raises(RoutingError, match=r"^layer 0: its router fired 0 times"):
         ModelEngine(replace(tiny_model, routers=rotated)).route(rows.token, rows.length)
     shifted = routers | {number: routers[number + 1] for number in range(layer, LAYERS - 1)}
-    with pytest.raises(RoutingError, match=rf"^layer {LAYERS - 1}: its router is that of layer {LAYERS - 2} too"):
+    with pytest.raises(
+        RoutingError, match=rf"^layer {LAYERS - 1}: its router is also the router of layer {LAYERS - 2}"
+    ):
         ModelEngine(replace(tiny_model, routers=shifted))
     engine = ModelEngine(tiny_model)
     filed_one_layer_on(engine, layer)
@@ -496,7 +501,7 @@ def test_hooks_are_gone_after_a_forward_also_after_one_that_failed(tiny_model: L
     with pytest.raises(IndexError):
         engine.route(np.full((1, 4), 32_000, np.int32), np.array([4]))  # no such token
     assert hooks(tiny_model.model) == before
-    engine.recorder.routers[5] = None  # type: ignore[assignment]  # attaching fails half way
+    engine.recorder.routers[5] = None  # type: ignore[assignment]  # attaching fails halfway
     with pytest.raises(AttributeError):
         engine.route(rows.token, rows.length)
     assert hooks(tiny_model.model) == before
@@ -537,7 +542,7 @@ def test_many_batches_raise_no_alarm_in_bfloat16(halved: LoadedModel) -> None:
 def test_a_near_tie_that_falls_the_other_way_when_asked_again_is_no_alarm_though_every_token_has_it(
     tiny_model: LoadedModel,
 ) -> None:
-    """One token over and over, and a product whose last bit depends on its number of rows, as on GPUs."""
+    """One repeated token, and a product whose last bit depends on its number of rows, as on GPUs."""
     engine, gate = ModelEngine(tiny_model), tiny_model.routers[3]
     token = np.full((8, POSITIONS), 1234, np.int32)
     length = np.full(8, POSITIONS)
@@ -611,7 +616,8 @@ def test_an_earlier_batch_is_found_whatever_the_size_of_the_weights(
 
 
 def test_what_did_not_fit_is_let_go_before_the_engine_says_so(tiny_model: LoadedModel) -> None:
-    """A traceback holds what was allocated; torch and contextlib make cycles of them, which wait for the collector."""
+    """A traceback holds allocated memory; torch and contextlib create cycles of tracebacks, which wait for the
+    collector."""
     engine, rows, allocated = ModelEngine(tiny_model), random_rows(4), []
 
     def forward(**_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What is recorded beside the choices is what a plain transformers forward has; what is not, stops the shard."""
+"""Other recordings are those of a plain transformers forward pass; otherwise the shard stops with an error."""
 
 from collections.abc import Callable
 from functools import partial
@@ -76,7 +76,7 @@ def reference(stock: Any, family: Family, causal: Any, row: np.ndarray) -> tuple
 
 
 def causal_over(stock: Any, folder: Path) -> Any:
-    """transformers' own model with its head, over the given one."""
+    """transformers' own model with its head, on top of the given one."""
     causal = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     setattr(causal, causal.base_model_prefix, stock)
     return causal.eval()
@@ -187,7 +187,7 @@ def test_no_array_of_tokens_by_vocabulary_is_made(tiny_model: LoadedModel, monke
 
 
 def altered(module: Any, name: str, change: Callable[[torch.Tensor, list[Any]], torch.Tensor]) -> Any:
-    """A function whose result is changed; the list keeps whatever the change wants to keep."""
+    """A function whose result is changed; the list holds the state of the change."""
 
     def plant(monkeypatch: pytest.MonkeyPatch, engine: ModelEngine) -> None:
         kept: list[Any] = []
@@ -202,14 +202,14 @@ def by_one_token(found: torch.Tensor, kept: list[Any]) -> torch.Tensor:
 
 
 def of_a_call_before(found: torch.Tensor, kept: list[Any], back: int = 1) -> torch.Tensor:
-    """The results of so many calls ago, of those alike in shape."""
+    """The result of an earlier call with the same shape, a number of calls ago."""
     kept.append(found)
     alike = [each for each in kept if each.shape == found.shape]
     return alike[-1 - back] if len(alike) > back else found
 
 
 def among_layers(kind: str, shift: Callable[[list[Any]], list[Any]]) -> Any:
-    """What a recording keeps of its layers is filed in other places."""
+    """The kept values of layers are stored in each other's place."""
 
     def plant(monkeypatch: pytest.MonkeyPatch, engine: ModelEngine) -> None:
         [recording] = [each for each in engine.recorder.recordings if type(each).__name__ == kind]
@@ -229,7 +229,7 @@ def among_layers(kind: str, shift: Callable[[list[Any]], list[Any]]) -> Any:
 
 
 def probabilities(monkeypatch: pytest.MonkeyPatch, engine: ModelEngine) -> None:
-    """As transformers#45120: the router returns a softmax under the name of logits, however it is asked."""
+    """As in transformers#45120: the router always returns a softmax under the name of logits."""
     for layer in engine.layers:
         gate = engine.model.layers[layer].mlp.gate  # type: ignore[operator, union-attr, index]
         original = gate.forward
@@ -364,7 +364,8 @@ def test_all_logits_of_up_to_64_experts_are_kept_and_32_of_more(experts: int, to
 
 
 def test_a_token_of_mixtral_takes_75_bytes_where_weights_are_compact() -> None:
-    """32 layers, 8 experts, random logits in bfloat16 whose routes take in float16 what captured ones do, 95 to 100."""
+    """32 layers, 8 experts, random logits in bfloat16 whose routes take the same space in float16 as captured ones, 95
+    to 100."""
     rows, positions, layers = 8, 512, 32
     random = np.random.default_rng(0)
     logits = torch.from_numpy(random.standard_normal((rows, positions, layers, 8)).astype(np.float32)).bfloat16()

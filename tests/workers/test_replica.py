@@ -1,4 +1,4 @@
-"""What a worker proves before it computes anything: that it sees the driver's store, and is what the capture needs."""
+"""What a worker proves before it computes anything: that it uses the driver's store and meets the capture's needs."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ TEXTS = [words(40)]
 
 
 class OtherEngine(FakeEngine):
-    """Another model, which the identity does not name."""
+    """Another model than the one in the identity."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,9 +1,10 @@
-"""What decides bytes in our own code has a number, and captures begun before a field of the identity existed resume.
+"""The parts of this project's code that decide bytes have a version, and captures from before a field of the identity
+existed resume.
 
-`tests/stores/begun` holds three captures of `tests/stores/begun-texts`, made through the command line by the code of
-06f8627, before `routing_version` existed: in NF4 (the forward of our own), unquantized, and with the defaults of that
-time. They are kept as they were made. When `ROUTING_VERSION` is raised on purpose, a capture by the new code is added
-beside them.
+`tests/stores/begun` holds three captures of `tests/stores/begun-texts`, created through the command line by the code of
+06f8627, before `routing_version` existed: in NF4 (with this project's own forward pass), unquantized, and with the
+defaults of that time. They are kept unchanged. When `ROUTING_VERSION` is raised on purpose, a capture by the new code
+is added.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ BEGUN = {
     "defaults": ["--name", "defaults"],
 }
 MICRO_BATCHES = "e4ad0fcba8c1c974"  # of some rows; of 06f8627 too
-NEAR_TIE = 0.01  # difference of two weights under which another processor may choose otherwise
+NEAR_TIE = 0.01  # difference of two weights below which another processor may choose differently
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def options(name: str, store: Path) -> list[Any]:
 
 
 def assert_same_routes(found: Path, name: str) -> None:
-    """Equal tokens; equal choices but for near-ties, and equal weights but for rounding."""
+    """Equal tokens; equal choices except near-ties, and equal weights up to rounding."""
     one, other = (xr.open_zarr(store, group=name, consolidated=False).load() for store in (found, STORES / "begun"))
     np.testing.assert_array_equal(one["token"], other["token"])
     weight = other["weight"].values.astype(float)
@@ -70,7 +71,7 @@ def assert_same_routes(found: Path, name: str) -> None:
 def test_a_capture_by_this_code_has_the_routes_of_the_kept_one_or_another_routing_version(
     name: str, place: Path, command: Command
 ) -> None:
-    """Where this fails and the change is meant, raise `ROUTING_VERSION`, and keep a capture by the new code too."""
+    """If this fails and the change is intended, raise `ROUTING_VERSION` and also keep a capture by the new code."""
     assert command(*options(name, place / "new")).status == 0
     assert LATER["routing_version"] == shard.ROUTING_VERSION == 1
     assert_same_routes(place / "new", name)
@@ -80,7 +81,7 @@ def test_the_micro_batches_of_some_rows_are_those_of_this_routing_version() -> N
     lengths = np.random.default_rng(5).integers(1, 2049, 4000).astype(np.int32)
     lengths[:500] = 2048
     found = [shard.micro_batches(lengths, tokens) for tokens in (8_192, 32_768)]
-    batches = [sorted(batch.tolist() for batch in each) for each in found]  # their order decides no byte
+    batches = [sorted(batch.tolist() for batch in each) for each in found]  # their order affects no byte
     digest = hashlib.sha256(json.dumps(batches).encode()).hexdigest()
     assert (shard.ROUTING_VERSION, digest[:16]) == (1, MICRO_BATCHES)
 
@@ -110,7 +111,7 @@ def test_a_store_that_older_code_began_resumes_with_the_same_command(name: str, 
 def test_a_capture_that_began_with_transformers_attention_resumes_with_it(
     place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """gpt-oss had no forward of its own: its experts were packed, and attention was transformers'."""
+    """gpt-oss had no own forward pass: its experts were packed, and attention was that of transformers."""
     folder = checkpoint_of("gpt_oss", place / "model", vocab_size=32_000)
     for file in tiny_checkpoint().glob("*token*"):
         shutil.copy(file, folder)

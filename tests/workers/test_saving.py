@@ -1,4 +1,5 @@
-"""Checkpoints in 4 bits: what is written is what a load would have made, and what is read is what was written."""
+"""Checkpoints in 4 bits: the written checkpoint is what a load would have made, and reading returns what was
+written."""
 
 import hashlib
 import json
@@ -87,7 +88,7 @@ def test_a_quantized_checkpoint_loads_as_the_original_quantized_while_loading(
     original, loaded = (load_model(model, quantization=kind, device="cpu") for model in (tiny, folder))
     wanted, got = original.model.state_dict(), loaded.model.state_dict()
     assert got.keys() == wanted.keys()
-    for name, tensor in wanted.items():  # scales and dtypes too: a 4-bit matrix has them in its state
+    for name, tensor in wanted.items():  # including scales and dtypes: a 4-bit matrix has them in its state
         assert got[name].dtype == tensor.dtype, name
         assert torch.equal(got[name], tensor), name
     different = {name for name, value in original.provenance.items() if loaded.provenance[name] != value}
@@ -167,7 +168,7 @@ def test_the_files_are_to_the_byte_what_bitsandbytes_makes_of_each_matrix_by_its
 
 
 def test_the_files_are_those_of_the_first_version(nf4: Path) -> None:
-    """By names, dtypes, shapes and packed values; scales come from means, whose last bit is a processor's own."""
+    """By names, dtypes, shapes and packed values; scales come from means, whose last bit depends on the processor."""
     digest, scales = hashlib.sha256(), (".absmax", ".nested_absmax", ".quant_state.bitsandbytes__nf4")
     for name, tensor in sorted(tensors(nf4).items()):
         digest.update(f"{name} {tensor.dtype} {() if name.endswith(scales[2]) else tuple(tensor.shape)}".encode())
@@ -198,7 +199,7 @@ def configure(**settings: object) -> Callable[[Path], None]:
 
 
 def quantize_one(matrix: str) -> Callable[[Path], None]:
-    """As transformers 4 does with a matrix that was not named among those to skip."""
+    """Like transformers 4 with a matrix that is not named among those to skip."""
 
     def apply(folder: Path) -> None:
         for file in weight_files(folder):
@@ -217,7 +218,7 @@ def quantize_one(matrix: str) -> Callable[[Path], None]:
 
 
 def leave_in_full(folder: Path) -> None:
-    """As where a matrix was named among those to skip."""
+    """Like a matrix that is named among those to skip."""
     matrix = "model.layers.0.self_attn.k_proj.weight"
     file = weight_files(folder)[0]
     held = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(matrix)}
@@ -235,7 +236,7 @@ def blocks_of_128(folder: Path) -> None:
 
 
 def kept_as_bfloat16(folder: Path) -> None:
-    """As bitsandbytes does with bnb_4bit_quant_storage, for FSDP; the kernels here read bytes."""
+    """Like bitsandbytes with bnb_4bit_quant_storage, for FSDP; the kernels here read bytes."""
     configure(bnb_4bit_quant_storage="bfloat16")(folder)
     for file in weight_files(folder):
         held = load_file(file)

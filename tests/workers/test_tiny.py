@@ -1,4 +1,4 @@
-"""The tiny Mixtral: the published layout, the stated size, and what it has learned."""
+"""The tiny Mixtral: the published layout, the stated size, and its training."""
 
 import json
 import math
@@ -76,7 +76,7 @@ def test_it_predicts_text_it_has_not_seen_about_as_well_as_recorded(name: str) -
         ]
     by_document = np.array([loss.mean().item() for loss in losses])
     error = by_document.std(ddof=1) / math.sqrt(len(by_document))
-    # Beginnings are harder than what follows: of the first 64 positions nothing is asked.
+    # Beginnings are harder than the rest: the first 64 positions are not tested.
     later = torch.cat([loss[64:] for loss in losses]).mean().item()
     assert abs(later - recorded) < 3 * error
     assert later < math.log(32_000) - 5  # a model that has learned nothing is at 10.4
@@ -116,7 +116,7 @@ def first_held_out(name: str, documents: int) -> list[list[int]]:
 
 
 def test_a_tenth_of_each_text_is_held_out_and_comes_first() -> None:
-    for name, demo in DEMO_TEXTS.items():  # documents come in the order of their files, and are named as they are
+    for name, demo in DEMO_TEXTS.items():  # documents come in the order of their files and have their names
         out = [held_out(file) for file in demo_files(name, demo)]
         assert out == sorted(out, reverse=True)
         assert np.mean(out) == pytest.approx(HELD_OUT, abs=0.03)
@@ -164,7 +164,7 @@ def test_training_again_gives_the_same_bytes_of_a_model_that_loads_in_4_bits(
     one, other = ({file.name: file for file in (tmp_path / name).iterdir()} for name in ("one", "other"))
     assert one.keys() == other.keys() == {file.name for file in FOLDER.iterdir()} - {"README.md"}
     for name in one:
-        if name != "training.json":  # which tells the seconds
+        if name != "training.json":  # which contains the seconds
             assert one[name].read_bytes() == other[name].read_bytes(), name
     assert {file.stat().st_mode & 0o777 for file in one.values()} == {0o644}
     assert load_model(tmp_path / "one", device="cpu").provenance["quantized_expert_matrices"] == 8 * 8 * 3

@@ -1,4 +1,4 @@
-"""Ids are sentencepiece's own, whatever the text and however it is cut."""
+"""Ids are sentencepiece's own for every text and every way to cut it."""
 
 import hashlib
 import importlib.util
@@ -212,9 +212,9 @@ def test_an_unreachable_hub_says_how_to_give_a_folder(monkeypatch: pytest.Monkey
 
 
 def test_a_model_file_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores turned round stand for a model whose pieces the merges cannot build."""
+    """Reversed scores represent a model whose pieces the merges cannot build."""
     monkeypatch.setattr(SentencePieceProcessor, "get_score", lambda self, i: float(i))
-    with pytest.raises(ValueError, match="is no BPE model with byte fallback"):
+    with pytest.raises(ValueError, match="is not a BPE model with byte fallback"):
         sentencepiece_tokenizer(MODEL_FILE)
 
 
@@ -263,8 +263,8 @@ def test_a_system_message_that_is_folded_into_a_later_turn_keeps_its_role() -> N
     ("template", "content", "role", "message"),
     [
         (None, "x", "user", "chatty has no chat template"),
-        (CHAT_TEMPLATE, "x", "user", "refuses the messages: Conversation roles must alternate"),
-        ("{{ messages[1].content | upper }}{{ messages[1].content | length }}", "x", "user", "rewrites what"),
+        (CHAT_TEMPLATE, "x", "user", "rejects the messages: Conversation roles must alternate"),
+        ("{{ messages[1].content | upper }}{{ messages[1].content | length }}", "x", "user", "rewrites messages"),
         (CHAT_TEMPLATE, 5, "user", "message 1 has a content of type int"),
         (CHAT_TEMPLATE, "x", "bystander", "message 1 has the role 'bystander'"),
     ],

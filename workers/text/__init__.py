@@ -2,4 +2,5 @@
 
 
 class Unrenderable(ValueError):
-    """A conversation that cannot become tokens with roles: a fault of this one document, not of model or options."""
+    """A conversation that cannot become tokens with roles: a fault of this document, not of the model or the
+    options."""

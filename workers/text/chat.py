@@ -1,11 +1,11 @@
 """
 Conversations to token ids, with a role for every token.
 
-Promises: text and ids are those of transformers' `apply_chat_template`, with all that a message holds, tools and
-documents, except that text in them which looks like a special token stays text; each token has the role of the
-message that its last character comes from (`workers/text/speakers.py`); nothing depends on the day of the run.
+Promises: text and ids are those of transformers' `apply_chat_template`, with all parts of a message, tools and
+documents, except that text which looks like a special token stays text. Each token has the role of the message from
+which its last character comes (`workers/text/speakers.py`). Nothing depends on the day of the run.
 
-Does not know: pictures and sounds; the alternation of turns, which templates check themselves.
+Not supported: pictures and sounds. The alternation of turns is checked by the templates themselves.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ from workers.text.declared import named_tokens
 from workers.text.speakers import ROLES, SPEAKERS, Conversation, Speakers, codes
 
 TODAY = date(2024, 7, 26)
-"""What a template takes for the day of the run: the default date of Llama 3's templates, which have no clock."""
+"""The day that templates use as the day of the run: the default date of Llama 3's templates, which have no clock."""
 
 _MEDIA = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio", "file")
-_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # never assigned: Unicode keeps them for such use
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # never assigned: Unicode reserves them for internal use
 _TEMPLATE = ROLES.index("template")
 _CLOCK = """{%- macro strftime_now(format) -%}
 {%- set text = namespace(now=format.replace('%%', '\0')) -%}
@@ -43,20 +43,20 @@ _CLOCK = """{%- macro strftime_now(format) -%}
 
 class ChatTemplate:
     """
-    The chat templates of a tokenizer: that for tools where there are tools and it has one, else the default.
+    The chat templates of a tokenizer: the one for tools if there are tools and such a template, otherwise the default.
 
     Parameters
     ----------
     backend
-        The tokenizer of the model; it is not changed.
+        The tokenizer of the model, which is not changed.
     settings
         `tokenizer_config.json`, with the template, or templates by name, as `chat_template`.
     name
-        Of the model, for messages.
+        Name of the model, for messages.
     pieces
-        Gives the tokenizer's readable pieces.
+        Returns the tokenizer's readable pieces.
     today
-        What templates take for the day of the run.
+        The day that templates use as the day of the run.
 
     Raises
     ------
@@ -76,7 +76,7 @@ class ChatTemplate:
         if not self._templates.get("default"):
             raise ValueError(
                 f"{name} has no chat template (looked for chat_template.jinja and tokenizer_config.json): "
-                "messages need an instruction-tuned model, or a data set with a plain text field"
+                "use an instruction-tuned model for messages, or a data set with a plain text field"
             )
         texts = [self._templates[each] for each in ("default", "tool_use") if each in self._templates]
         self.sha256 = hashlib.sha256("\0".join(texts).encode()).hexdigest()
@@ -100,10 +100,10 @@ class ChatTemplate:
         Parameters
         ----------
         messages
-            Each with `role`, one of `SPEAKERS`, and what else the template takes: `content`, text or a list of parts,
-            `tool_calls`, `reasoning_content` and so on. What is None is left out.
+            Each with `role`, one of `SPEAKERS`, and other fields of the template: `content`, text or a list of parts,
+            `tool_calls`, `reasoning_content` and so on. Fields that are None are omitted.
         tools, documents
-            Lists of objects, as `apply_chat_template` takes them.
+            Lists of objects, as for `apply_chat_template`.
 
         Returns
         -------
@@ -115,7 +115,7 @@ class ChatTemplate:
         Raises
         ------
         Unrenderable
-            A message of another form, or messages that the template refuses or rewrites.
+            A message of another form, or messages that the template rejects or rewrites.
         """
         conversation = _conversation(messages, tools, documents)
         template = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
@@ -142,19 +142,19 @@ class ChatTemplate:
                     **variables,
                 )
             )
-        except Exception as error:  # templates are programs: in Jinja's sandbox they raise whatever they run into
-            raise Unrenderable(f"the chat template of {self._name} refuses the messages: {error}") from error
+        except Exception as error:  # templates are programs: in Jinja's sandbox they raise errors of many kinds
+            raise Unrenderable(f"the chat template of {self._name} rejects the messages: {error}") from error
 
     @cached_property
     def _renderer(self) -> Any:
-        """A tokenizer of transformers that knows the names of special tokens, and no vocabulary."""
+        """A tokenizer of transformers that knows the names of special tokens but has no vocabulary."""
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **self._named_tokens)
 
     @cached_property
     def _directives(self) -> list[list[str]]:
-        """What each directive of `strftime` gives at the beginning of the day."""
+        """The result of each `strftime` directive at the start of the day."""
         now = datetime.combine(self._today, time())
         names = [flag + letter for flag in ("%", "%-") for letter in ascii_letters if letter != "s"]  # %s has a zone
         return [[name, now.strftime(name)] for name in names]
@@ -162,10 +162,10 @@ class ChatTemplate:
     def _encode_text(
         self, text: str, roles: NDArray[np.uint8], given: NDArray[np.bool_]
     ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """Encode a text in which only those special tokens are special that are not given."""
+        """Encode a text in which special tokens are special only where they are not part of the given texts."""
         mark = next((character for character in _NONCHARACTERS if character not in text), None)
         if mark is None:
-            raise Unrenderable("the conversation holds every noncharacter from U+FDD0 to U+FDEF: it is no text")
+            raise Unrenderable("the conversation holds every noncharacter from U+FDD0 to U+FDEF, so it is not text")
         backend, cuts = self._marked_backend(mark)
         id_of = {token.content: i for i, token in self._special}
         special = re.compile("|".join(map(re.escape, sorted(id_of, key=len, reverse=True))) or r"(?!)")
@@ -189,7 +189,7 @@ class ChatTemplate:
         return np.array(ids, dtype=np.int32), role_of_character[last_character]
 
     def _marked_backend(self, mark: str) -> tuple[Tokenizer, Cuts]:
-        """Return a tokenizer to which special tokens are text, and their ids between marks are special."""
+        """Return a tokenizer that treats special tokens as text, and their ids between marks as special."""
         if mark not in self._marked_backends:
             backend = Tokenizer.from_str(self._backend.to_str())
             backend.encode_special_tokens = True
@@ -202,7 +202,7 @@ class ChatTemplate:
 
 
 def _by_name(configured: Any) -> dict[str, str]:
-    """Return chat templates by name, in whatever layout they were written."""
+    """Return chat templates by name, from any layout."""
     if isinstance(configured, list):
         return {each["name"]: each["template"] for each in configured}
     if isinstance(configured, Mapping):
@@ -212,25 +212,27 @@ def _by_name(configured: Any) -> dict[str, str]:
 
 def _conversation(messages: Sequence[Mapping[str, Any]], tools: Any, documents: Any) -> dict[str, Any]:
     """
-    Return a conversation without what is None.
+    Return a conversation without fields that are None.
 
     Raises
     ------
     Unrenderable
-        A message, the tools or the documents have a form that no template takes.
+        A message, the tools or the documents have a form that no template supports.
     """
     for number, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in SPEAKERS:
-            raise Unrenderable(f"message {number} has the role {role!r}; it must have one of {', '.join(SPEAKERS)}")
+            raise Unrenderable(f"message {number} has the role {role!r}, but must have one of {', '.join(SPEAKERS)}")
         if content is not None and not isinstance(content, str | list | tuple | Mapping):
             raise Unrenderable(f"message {number} has a content of type {type(content).__name__}, not text or parts")
         for part in content if isinstance(content, list | tuple) else ():
             if isinstance(part, Mapping) and part.get("type") in _MEDIA:
-                raise Unrenderable(f"message {number} holds a part of type {part['type']!r}; only text is captured")
+                raise Unrenderable(
+                    f"message {number} holds a part of type {part['type']!r}, but only text is supported"
+                )
     given = {"tools": tools, "documents": documents}
     for name, value in given.items():
         if value is not None and not (isinstance(value, list) and all(isinstance(item, Mapping) for item in value)):
-            raise Unrenderable(f"its {name} are of type {type(value).__name__}, and must be a list of objects")
+            raise Unrenderable(f"its {name} are of type {type(value).__name__}, but must be a list of objects")
     kept = [{field: value for field, value in message.items() if value is not None} for message in messages]
     return {"messages": kept} | {name: value for name, value in given.items() if value is not None}

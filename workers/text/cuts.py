@@ -1,14 +1,14 @@
 """
-Long texts cut into parts whose ids, put together, are those of the whole, so that memory is bounded.
+Cut long texts into parts whose joined ids are those of the whole text, so that memory is bounded.
 
-Promises: a text is cut at white space only, and only in ways that change no id. Two things are asked of a tokenizer
-for each way to cut. No piece of its vocabulary reaches over such a place, for then no merge does. And on short texts
-around such a place the ids of the parts are those of the whole, which tells how it splits texts before it merges.
+Promises: a text is cut only at white space, and only in ways that change no id. A tokenizer must meet two conditions
+for each way to cut. No piece of its vocabulary spans such a place, so no merge does. And for short texts around such a
+place the ids of the parts are those of the whole, which shows how it splits texts before it merges.
 
-A part that is not the first is encoded behind a `lead`, a short text whose ids are dropped again: what a tokenizer
-puts before a text, such as ▁, is put before the lead.
+A part other than the first is encoded after a `lead`, a short text whose ids are then dropped: anything that a
+tokenizer adds before a text, such as ▁, is added before the lead.
 
-Does not know: a place inside a word. Without white space a text is one part, and needs about 100 bytes a character.
+Does not cut inside words. A text without white space is one part, and needs about 100 bytes per character.
 """
 
 import re
@@ -21,14 +21,14 @@ from tokenizers import Tokenizer
 
 SPACE = "▁"
 CUT_CHARACTERS = 1 << 16
-"""Longest text that is encoded in one go, in characters (arbitrary; the ids do not depend on it)."""
-_LETTER, _STRAY = r"[^\W_]", "<0x[89A-F][0-9A-F]>"  # a byte of a letter may stand in a piece by itself
+"""Longest text that is encoded at once, in characters (arbitrary; the ids do not depend on it)."""
+_LETTER, _STRAY = r"[^\W_]", "<0x[89A-F][0-9A-F]>"  # a byte of a letter may be a piece by itself
 _BEFORE = ("a", "x word", "7", "é", "日", "ꙮ", "B's")
 _AFTER = ("b", " b", "  b", "\n b", "\n\nb", "\t\tb", "7 7", "日本", "ꙮ", "'s", ".x", "\u0301e", "🙂 \t🙂", "")
 
 
 class Part(NamedTuple):
-    """A part of a text: it begins at `start`, and is encoded behind `lead`."""
+    """A part of a text: it starts at `start` and is encoded after `lead`."""
 
     start: int
     lead: str
@@ -39,16 +39,16 @@ class _Way(NamedTuple):
     """A way to cut, with `lead` before the rest."""
 
     place: str
-    """Finds the white space that the rest begins with; where it is a group, it ends what is before."""
+    """Finds the white space with which the rest begins; if it is a group, it ends the part before."""
     lead: str
     crossing: str
-    """What a piece that reaches over such a place holds."""
+    """A pattern for pieces that span such a place."""
     before: Sequence[str]
     after: Sequence[str]
 
 
 def _ways() -> Iterator[_Way]:
-    """Ways to cut: before a space, before other white space behind a letter, behind line feeds before a letter."""
+    """Ways to cut: before a space, before other white space after a letter, after line feeds before a letter."""
     marks = (*_BEFORE, "word.", "🙂", "(x)")
     after = [f" {text}" for text in _AFTER]
     yield _Way(rf"(?<=[^\s{SPACE}]) ", "a", rf"[^\s{SPACE}][ {SPACE}]", marks, after)
@@ -56,7 +56,7 @@ def _ways() -> Iterator[_Way]:
         after = [f"{white}{text}" for text in _AFTER]
         yield _Way(f"(?<={_LETTER}){white}", "a", f"(?:{_LETTER}|{_STRAY}){white}", _BEFORE, after)
     after = [text for text in _AFTER if re.match(_LETTER, text)]
-    for feeds in ("\n", "\n\n", "\n\n\n"):  # GPT-2's pattern takes the last feed of a run apart where a letter follows
+    for feeds in ("\n", "\n\n", "\n\n\n"):  # GPT-2's pattern separates the last line feed of a run if a letter follows
         before = [text + feeds for text in (*marks, "日。", "x )")]
         yield _Way(rf"(?<=\S)({feeds})(?={_LETTER})", "\n", f"\n(?:{_LETTER}|{_STRAY})", before, after)
 
@@ -70,7 +70,7 @@ class Cuts:
     backend
         The tokenizer.
     pieces
-        Gives its readable pieces, ▁ for a space: `TextTokenizer.pieces`. Asked when a text is cut at last.
+        Returns its readable pieces, ▁ for a space: `TextTokenizer.pieces`. Called when a text is first cut.
     """
 
     def __init__(self, backend: Tokenizer, pieces: Callable[[], Sequence[str]]) -> None:
@@ -93,11 +93,11 @@ class Cuts:
         yield Part(start, lead, text[start:])
 
     def lead_tokens(self, lead: str) -> int:
-        """How many ids of a part belong to its lead."""
+        """The number of ids of a part that belong to its lead."""
         return len(self._backend.encode(lead, add_special_tokens=False).ids) if lead else 0
 
     def _next(self, text: str, position: int) -> tuple[int, str] | None:
-        """Find the next place to cut, and the lead of what follows it; none is right behind an added token."""
+        """Find the next place to cut and the lead of the next part; never directly after an added token."""
         assert self._places is not None
         for found in self._places.finditer(text, position):
             place, lead = (found.end(), "\n") if found.lastindex else (found.start(), "a")
@@ -107,7 +107,7 @@ class Cuts:
 
     @cached_property
     def _places(self) -> re.Pattern[str] | None:
-        """Where texts can be cut; None where they cannot."""
+        """The places at which texts can be cut; None if there are none."""
         if any(re.search(r"\S\s", token) for token in self._matched):
             return None
         white = re.compile(rf"[\s{SPACE}].|.[\s{SPACE}]", re.DOTALL)

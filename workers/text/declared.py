@@ -1,13 +1,13 @@
 """
-What the files beside a tokenizer declare: added tokens, and settings that change ids.
+Declarations in the files next to a tokenizer: added tokens, and settings that change ids.
 
-Promises: tokens are found where transformers finds them. `added_tokens_decoder` of tokenizer_config.json counts alone
-where it is there, else `added_tokens.json` and `special_tokens_map.json`; then come the named tokens (`eos_token`) and
-the extra special ones. A token keeps its declared id, or there is an error. A setting that the tokenizer does not
-follow is an error too, unless it can be made to.
+Promises: tokens are found in the same places as by transformers. If `added_tokens_decoder` of tokenizer_config.json
+exists, only it counts; otherwise `added_tokens.json` and `special_tokens_map.json` do. Then come the named tokens
+(`eos_token`) and the extra special ones. A token keeps its declared id, or there is an error. A setting that the
+tokenizer does not follow is an error too, unless the tokenizer can be made to follow it.
 
 Differs from transformers 5.23 in one point: a token that only `special_tokens_map.json` calls special is special (there
-it is not), and one of `added_tokens.json` is matched as it is written, also where a normalizer puts ▁ before a text.
+it is not), and a token of `added_tokens.json` is matched as written, even if a normalizer adds ▁ before a text.
 """
 
 import json
@@ -25,23 +25,24 @@ MISTRAL_PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""What transformers 5 splits words with where `fix_mistral_regex` is true (`tokenization_utils_tokenizers.py`)."""
+"""The pattern with which transformers 5 splits words if `fix_mistral_regex` is true
+(`tokenization_utils_tokenizers.py`)."""
 MISTRAL_VOCABULARY = 100_000
-"""It does so in vocabularies larger than this, and not for every model_type and version."""
+"""transformers does so only for vocabularies larger than this, and not for every model_type and version."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class Declared(NamedTuple):
-    """An added token as a file declares it."""
+    """An added token as declared in a file."""
 
     token: AddedToken
     id: int | None
-    """None where the file leaves the id to the tokenizer."""
+    """None if the file leaves the id to the tokenizer."""
     file: str
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object; one that is not there holds nothing."""
+    """Read a file that holds one JSON object; a missing file is read as empty."""
     if not path.is_file():
         return {}
     try:
@@ -49,18 +50,18 @@ def read_object(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}; fetch it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, and must hold a JSON object; fetch it again")
+        raise ValueError(f"{path} holds {type(value).__name__}, but must hold a JSON object; fetch it again")
     return value
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Return `tokenizer_config.json`, over it `special_tokens_map.json` where transformers reads that too."""
+    """Return `tokenizer_config.json`, overridden by `special_tokens_map.json` if transformers reads that too."""
     settings, named = (read_object(folder / name) for name in CONFIG_FILES[:2])
     return settings if "added_tokens_decoder" in settings else settings | named
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the settings call `bos_token`, `eos_token` and so on."""
+    """Return the tokens that the settings name `bos_token`, `eos_token` and so on."""
     named = {key: value for key, value in settings.items() if key.endswith("_token")}
     contents = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
     return {key: content for key, content in contents.items() if isinstance(content, str)}
@@ -68,12 +69,12 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def add_declared_tokens(backend: Tokenizer, folder: Path, settings: Mapping[str, Any]) -> None:
     """
-    Add the tokens that a folder declares and the tokenizer lacks.
+    Add tokens that a folder declares but the tokenizer lacks.
 
     Raises
     ------
     ValueError
-        A token would get, or has, another id than it is declared with; or a file holds something else than tokens.
+        A token would get, or has, another id than the declared one; or a file holds something other than tokens.
     """
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for token, declared_id, file in _declared(folder, settings):
@@ -84,7 +85,7 @@ def add_declared_tokens(backend: Tokenizer, folder: Path, settings: Mapping[str,
         found = backend.token_to_id(token.content)
         if declared_id is not None and found != declared_id:
             raise ValueError(
-                f"{folder / file} declares {token.content!r} with the id {declared_id}, and the tokenizer gives it "
+                f"{folder / file} declares {token.content!r} with the id {declared_id}, but the tokenizer gives it "
                 f"{found}: the files beside it do not belong together, or one is missing; fetch them again"
             )
 
@@ -116,7 +117,7 @@ def _special_values(settings: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _token(value: Any, **flags: bool) -> AddedToken:
-    """Return the token that a string, or an object with `content` and flags, stands for."""
+    """Return the token for a string, or for an object with `content` and flags."""
     if isinstance(value, str):
         return AddedToken(value, **flags)
     return AddedToken(value["content"], **{flag: value[flag] for flag in _FLAGS if flag in value} | flags)
@@ -129,7 +130,7 @@ def follow_settings(backend: Tokenizer, folder: Path, settings: Mapping[str, Any
     Raises
     ------
     ValueError
-        The tokenizer does otherwise than a setting says, and what the setting means here is not clear.
+        The tokenizer does not follow a setting, and the meaning of the setting here is not clear.
     """
     wanted = settings.get("add_prefix_space")
     if isinstance(wanted, bool) and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
@@ -149,31 +150,32 @@ def follow_settings(backend: Tokenizer, folder: Path, settings: Mapping[str, Any
     for name, done in does.items():
         if isinstance(settings.get(name), bool) and settings[name] != done:
             raise ValueError(
-                f"{folder / CONFIG_FILES[0]} says {name}: {json.dumps(settings[name])}, and the tokenizer beside it "
+                f"{folder / CONFIG_FILES[0]} says {name}: {json.dumps(settings[name])}, but the tokenizer next to it "
                 f"does {'' if done else 'not '}do so: save it again with the transformers version it was made for"
             )
 
 
 def _refuse_other_file(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse a tokenizer with files by version of transformers, which takes the newest that is not above its own."""
+    """Reject a tokenizer with files for versions of transformers, which uses the newest that is not above its own
+    version."""
     files = settings.get("fast_tokenizer_files") or []
     if others := [file for file in files if file != "tokenizer.json"]:
         raise ValueError(
-            f"{folder / CONFIG_FILES[0]} says fast_tokenizer_files: {', '.join(map(str, others))}, one of which counts "
-            "in place of tokenizer.json: copy that one to tokenizer.json, and remove the setting"
+            f"{folder / CONFIG_FILES[0]} says fast_tokenizer_files: {', '.join(map(str, others))}, one of which"
+            " replaces tokenizer.json: copy that one to tokenizer.json, and remove the setting"
         )
 
 
 def _refuse_other_pattern(
     folder: Path, settings: Mapping[str, Any], vocab_size: int, steps: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Refuse a tokenizer without the pattern that transformers would put into it."""
+    """Reject a tokenizer without the pattern that transformers would add."""
     asked = settings.get("fix_mistral_regex") and vocab_size > MISTRAL_VOCABULARY
     if asked and not any(step.get("pattern") == {"Regex": MISTRAL_PATTERN} for step in steps):
         raise ValueError(
-            f"{folder / CONFIG_FILES[0]} says fix_mistral_regex: true, and the tokenizer beside it splits words "
-            "otherwise: save it with AutoTokenizer.from_pretrained(..., fix_mistral_regex=True), or remove the "
-            "setting if it is not meant"
+            f"{folder / CONFIG_FILES[0]} says fix_mistral_regex: true, but the tokenizer next to it splits words "
+            "differently: save it with AutoTokenizer.from_pretrained(..., fix_mistral_regex=True), or remove the "
+            "setting if it is not intended"
         )
 
 

@@ -1,6 +1,7 @@
-"""Documents become rows: windows of at most P tokens, one document a row, never two packed into one.
+"""Cut documents into rows: windows of at most P tokens, with one document per row, never two packed into one.
 
-Packing is refused because attention with packed positions mixes documents silently (40 % of choices agree, measured).
+Documents are not packed because attention with packed positions silently mixes documents (measured: 40 % of choices
+agree).
 """
 
 from typing import Literal
@@ -21,9 +22,9 @@ def document_rows(
     ----------
     ids : int32 array, shape (tokens,)
     sequence_length
-        P: tokens in a row at most, a BOS included.
+        P: maximum number of tokens in a row, including a BOS.
     bos
-        Where a beginning-of-sequence token is put: nowhere, before each document, or before each row.
+        Where a beginning-of-sequence token is added: nowhere, before each document, or before each row.
     bos_id
         The tokenizer's; needed unless `bos` is "none".
 
@@ -35,7 +36,7 @@ def document_rows(
     Raises
     ------
     ValueError
-        When a BOS is asked for and the tokenizer has none, or leaves no room for a token.
+        When a BOS is requested but the tokenizer has none, or a BOS leaves no room for a token.
     """
     if bos != "none" and (bos_id is None or sequence_length < 2):
         reason = "the tokenizer has no BOS token" if bos_id is None else "a row of 1 token has no room for it"
@@ -52,7 +53,7 @@ def document_rows(
 
 
 def padded(rows: list[np.ndarray], sequence_length: int, fill: int = MISSING_TOKEN) -> np.ndarray:
-    """Rows as one array (rows, P), filled up on the right; the dtype is that of the first row."""
+    """Rows as one array (rows, P), padded on the right, with the dtype of the first row."""
     array = np.full((len(rows), sequence_length), fill, dtype=rows[0].dtype if rows else np.int32)
     for row, tokens in zip(array, rows, strict=True):
         row[: len(tokens)] = tokens

@@ -1,19 +1,20 @@
 """
-Who said which character of a rendered conversation.
+Find the speaker of each character of a rendered conversation.
 
-A chat template is a program, and it may move, strip, divide or leave out what messages say. To see where its text
-comes from, it is run a second time on a conversation whose strings are spelled with stand-ins: characters that occur
-nowhere else, others in each string. Where both texts are the same, stand-ins replaced, each stand-in tells whose
-string its character is from. Length, white space, equality of names and order within a string stay what they are.
+A chat template is a program, and it may move, strip, divide or leave out what messages say. To find the origin of its
+text, it is run a second time on a conversation whose strings are spelled with stand-ins: characters that occur nowhere
+else, different ones for each string. If both texts are the same after replacing the stand-ins, each stand-in shows from
+which string its character comes. Length, white space, equality of names and order within a string are preserved.
 
-Some templates look into strings (`'</think>' in content`) or write them as JSON, and then do otherwise with stand-ins.
-So what they look for, and what JSON escapes, is spelled as it is where the first try fails; see `SPELLINGS`.
+Some templates search in strings (`'</think>' in content`) or write them as JSON, and then behave differently with
+stand-ins. So if the first try fails, the texts that they search for and the characters that JSON escapes keep their own
+spelling; see `SPELLINGS`.
 
-Promises, for every character: it counts as a message's where it is a character of one of the message's strings; where
-it lies between two of them as in the string itself; or where it is part of JSON that was made of the message's lists
-and objects (`tojson`): brackets, keys and numbers too. All else is the template's: markup, numbers outside such JSON,
-and the strings of tools and documents, which no message says. Of strings that name something (`id`, `name`) that
-several messages share, the first message's role counts.
+Promises, for every character: it belongs to a message if it is a character of one of the message's strings; if it lies
+between two such characters as in the string itself; or if it is part of JSON made from the message's lists and objects
+(`tojson`), including brackets, keys and numbers. Everything else belongs to the template: markup, numbers outside such
+JSON, and the strings of tools and documents, which are not part of a message. If several messages share a name (`id`,
+`name`), the first message's role counts.
 """
 
 import ast
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from workers.text import Unrenderable
 
 ROLES = ("system", "user", "assistant", "tool", "template")
-"""Who wrote a token; `template` is what the chat template itself put in."""
+"""The writers of tokens; `template` is text that the chat template itself adds."""
 SPEAKERS = {role: role for role in ROLES[:-1]} | {
     "developer": "system",
     "model": "assistant",
@@ -40,7 +41,7 @@ SPEAKERS = {role: role for role in ROLES[:-1]} | {
 """The roles that messages may have, and which of `ROLES` each counts as."""
 
 Conversation = Mapping[str, Any]
-"""`messages`, and where there are such `tools` and `documents`, as `apply_chat_template` takes them."""
+"""`messages`, and optionally `tools` and `documents`, as for `apply_chat_template`."""
 
 _TEMPLATE = ROLES.index("template")
 _STAND_INS = range(0x20000, 0x110000)  # the first are ideographs, which Python's repr() does not escape
@@ -52,23 +53,23 @@ _LOOKED_FOR = re.compile(
 
 
 class Spelling(NamedTuple):
-    """What is spelled as it is, and not with stand-ins."""
+    """Texts that keep their own spelling instead of stand-ins."""
 
     escaped: bool = False
     """What JSON escapes."""
     looked_for: bool = False
-    """Strings that the template looks for, special tokens apart."""
+    """Strings that the template searches for, except special tokens."""
     special: bool = False
-    """Those that are special tokens too, and keys, which may be sorted; and equal names are spelled equally."""
+    """Special tokens among these strings too, and keys, which may be sorted; equal names are spelled equally."""
 
 
 SPELLINGS = (Spelling(), Spelling(True), Spelling(True, True), Spelling(True, True, True))
-"""Tried in this order; the first counts with which the template writes the same text."""
+"""Tried in this order; the first with which the template writes the same text is used."""
 
 
 class Speakers:
     """
-    Tells who said what for one chat template.
+    Finds the speakers for one chat template.
 
     Parameters
     ----------
@@ -90,14 +91,14 @@ class Speakers:
         self, conversation: Conversation, plain: str, render: Callable[[Conversation], str]
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """
-        Tell for each character of a rendered conversation who said it.
+        Find the speaker of each character of a rendered conversation.
 
         Parameters
         ----------
         conversation
             Messages with roles of `SPEAKERS`.
         plain
-            The conversation as `render` gives it.
+            The conversation as rendered by `render`.
         render
             Applies the template.
 
@@ -106,13 +107,13 @@ class Speakers:
         roles
             (character) uint8, index into `ROLES`.
         given
-            (character) whether it comes from the conversation, tools and documents included.
+            (character) whether it comes from the conversation, including tools and documents.
 
         Raises
         ------
         Unrenderable
-            The template rewrites what messages say, so that this cannot be told; or a key, which stays as it is,
-            holds a special token.
+            The template rewrites messages, so the speakers cannot be determined; or a key, which is not replaced, holds
+            a special token.
         """
         told = self._told(conversation, plain, render, None)
         if told is not None:
@@ -121,7 +122,7 @@ class Speakers:
         number, field = next((f for f in fields if self._told(conversation, plain, render, f) is None), (None, None))
         where = "" if number is None else f" (message {number}, {field!r})"
         raise Unrenderable(
-            f"the chat template rewrites what messages say{where}, so that no token can be given a role: "
+            f"the chat template rewrites messages{where}, so that tokens cannot be given roles: "
             "encode the messages' text without it"
         )
 
@@ -162,7 +163,7 @@ class _Copy:
         self._strings: list[tuple[int, str]] = []
         """Role and text of each string, and of each list and object."""
         self._whole: list[tuple[str, int]] = []
-        """What is a message's where it is written so, and the number of its string."""
+        """Text that belongs to a message if it is written like this, and the number of its string."""
         self._string_of: dict[int, int] = {}
         self.meant: dict[int, str] = {}
         self.conversation = {**conversation, "messages": list(conversation["messages"])}
@@ -175,7 +176,7 @@ class _Copy:
             self.conversation[name] = self._spelled(conversation[name], _TEMPLATE)
 
     def _spelled(self, value: Any, role: int, key: str = "", *, data: bool = False) -> Any:
-        """Spell a value; `data` means the arguments of a call, whose keys are no part of the format."""
+        """Spell a value; `data` means the arguments of a call, whose keys are not part of the format."""
         if isinstance(value, str):
             equal = key in ("id", "tool_call_id") or (key == "name" and self._spelling.special)
             return self._kept(value) if key in ("role", "type") and not data else self._text(value, role, equal=equal)
@@ -200,36 +201,36 @@ class _Copy:
         return text
 
     def _text(self, text: str, role: int, *, equal: bool = False) -> str:
-        """Spell one string: each of its characters but white space has a stand-in."""
+        """Spell one string: each of its characters except white space has a stand-in."""
         if equal and text in self._equal:
             return self._equal[text]
         number = len(self._strings)
         self._strings.append((role, text))
-        pieces = self._as_it_is.split(text)  # at odd places what is spelled as it is
-        nothing_left = not any(map(str.strip, pieces[::2]))  # to tell where it is
+        pieces = self._as_it_is.split(text)  # odd places keep their own spelling
+        nothing_left = not any(map(str.strip, pieces[::2]))  # to show where it is
         if nothing_left and (not self._spelling.special or self._special.search(text)):
             pieces = [text]
         characters = sorted({character for character in "".join(pieces[::2]) if not character.isspace()})
         stand_ins = list(islice(self._free, len(characters)))
         if len(stand_ins) < len(characters):
-            raise Unrenderable("the conversation holds more different characters than can be told apart")
+            raise Unrenderable("the conversation holds more different characters than can be distinguished")
         self.meant |= zip(stand_ins, characters, strict=True)
         self._string_of |= dict.fromkeys(stand_ins, number)
         table = {ord(character): code for character, code in zip(characters, stand_ins, strict=True)}
         pieces[::2] = [piece.translate(table) for piece in pieces[::2]]
         spelled = "".join(pieces)
-        if len(pieces) > 1 and stand_ins:  # its ends may be spelled as they are
+        if len(pieces) > 1 and stand_ins:  # its ends may keep their own spelling
             self._whole += [(spelled.strip(), number), (_escaped(spelled.strip()), number)]
         if equal:
             self._equal[text] = spelled
         return spelled
 
     def origins(self, shown: str, plain: str) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """Tell who said each character, and whether anyone did, of the text that the template made of the copy."""
+        """Find the speaker, if any, of each character of the text that the template made from the copy."""
         table = np.full(max(self._string_of, default=_STAND_INS.start) - _STAND_INS.start + 2, -1, dtype=np.int64)
         table[np.array(list(self._string_of), dtype=np.int64) - _STAND_INS.start] = list(self._string_of.values())
         places = codes(shown).astype(np.int64) - _STAND_INS.start
-        string = table[np.where((places >= 0) & (places < len(table)), places, -1)]  # the last is no string's
+        string = table[np.where((places >= 0) & (places < len(table)), places, -1)]  # the last belongs to no string
         known = np.flatnonzero(string >= 0)
         same = (np.diff(known) > 1) & (np.diff(string[known]) == 0)
         for start, end in zip((known[:-1][same] + 1).tolist(), known[1:][same].tolist(), strict=True):
@@ -243,7 +244,7 @@ class _Copy:
         return roles[string], string >= 0
 
     def _holds(self, number: int, between: str) -> bool:
-        """Whether a string holds this text, as it is or as JSON has it."""
+        """Whether a string holds this text, unchanged or as in JSON."""
         text = self._strings[number][1]
         return between in text or between in _escaped(text)
 
@@ -259,7 +260,7 @@ def _any_of(words: Iterable[str], pattern: str = "(?!)") -> re.Pattern[str]:
 
 
 def _unquoted(literal: str) -> str:
-    """Return what a string literal of a template stands for."""
+    """Return the value of a string literal in a template."""
     try:
         return str(ast.literal_eval(literal))
     except (SyntaxError, ValueError):

@@ -1,18 +1,17 @@
 """
-Text to token ids, with the model's own tokenizer and on all cores.
+Convert text to token ids, with the model's own tokenizer and on all cores.
 
-Promises: the ids are those of the published `tokenizer.json`, or of sentencepiece itself where a folder
-has only `tokenizer.model`; no special token is added, and text that looks like one (`<s>`) stays text;
-long texts are cut so that memory is bounded, and the ids are those of the uncut text, or the first of
-them where so many were asked for.
+Promises: the ids are those of the published `tokenizer.json`, or of sentencepiece itself if a folder has only
+`tokenizer.model`. No special token is added, and text that looks like one (`<s>`) stays text. Long texts are cut so
+that memory is bounded; the ids are those of the uncut text, or the first of them if only a number of ids was requested.
 
-`transformers.AutoTokenizer` is not used for text. Without `tokenizer.json` it derives other merges; with
-it, the class LlamaTokenizer builds the normalizer anew, and a leading space is lost (transformers 5.23).
+`transformers.AutoTokenizer` is not used for text. Without `tokenizer.json` it derives other merges; with it, the class
+LlamaTokenizer rebuilds the normalizer, and a leading space is lost (transformers 5.23).
 
-Added tokens that the files beside it declare are added (`workers/text/declared.py`). Those that their publisher
-did not mark as special (Qwen's `<think>`) are ordinary vocabulary here, and are matched in text.
+Tokens that the files next to it declare are added (`workers/text/declared.py`). Those that their publisher did not mark
+as special (Qwen's `<think>`) are ordinary vocabulary here and are matched in text.
 
-Does not know: the model, and what an id means to it.
+Does not deal with the model or the meaning of an id.
 """
 
 import hashlib
@@ -35,7 +34,7 @@ from workers.text.speakers import ROLES
 __all__ = ["ROLES", "TextTokenizer", "load_tokenizer", "sentencepiece_tokenizer"]
 
 GROUP_CHARACTERS = 1 << 20
-"""Text encoded in one parallel call, in characters: the Rust encodings take about 100 bytes a token."""
+"""Text encoded in one parallel call, in characters: the Rust encodings take about 100 bytes per token."""
 
 _FILES = ("tokenizer.json", "tokenizer.model")
 _TEMPLATE_FILE, _TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
@@ -59,9 +58,9 @@ def load_tokenizer(
     revision
         Commit, tag or branch on the hub; not used for a folder.
     limit_tokens
-        Give the first so many ids of a text or conversation only.
+        Return only this number of first ids of a text or conversation.
     template_date
-        What chat templates take for the day of the run.
+        The day that chat templates use as the day of the run.
 
     Returns
     -------
@@ -71,7 +70,7 @@ def load_tokenizer(
     Raises
     ------
     FileNotFoundError
-        The folder has no tokenizer, or the hub cannot give one (offline, unknown, gated).
+        The folder has no tokenizer, or the hub cannot provide one (offline, unknown, gated).
     ValueError
         A file of it cannot be read, or declares a token or a setting that the tokenizer does not follow.
     """
@@ -97,7 +96,7 @@ def load_tokenizer(
 
 
 def _template_files(folder: Path) -> dict[str, str]:
-    """Chat templates by name that lie in files of their own; these count alone where there are any."""
+    """Chat templates by name from separate files; if there are any, only these count."""
     files = {path.stem: path for path in sorted((folder / _TEMPLATE_FOLDER).glob("*.jinja"))}
     if (folder / _TEMPLATE_FILE).is_file():
         files["default"] = folder / _TEMPLATE_FILE
@@ -111,7 +110,7 @@ def _model_backend(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
     Raises
     ------
     ValueError
-        ▁ is to stand before a text, and not before text behind an added token: no normalizer does that.
+        ▁ must be added before a text but not before text after an added token, which no normalizer does.
     """
     backend = sentencepiece_tokenizer(folder / "tokenizer.model")
     own = len(backend.get_added_tokens_decoder())
@@ -122,8 +121,8 @@ def _model_backend(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
     extended = len(backend.get_added_tokens_decoder()) > own
     if prefix and settings.get("legacy") is False and (extended or settings.get("chat_template")):
         raise ValueError(
-            f"{folder / CONFIG_FILES[0]} says legacy: false, which is about text behind an added token, and "
-            "tokenizer.model alone cannot tell how it begins: copy the model's tokenizer.json into the folder"
+            f"{folder / CONFIG_FILES[0]} says legacy: false, which concerns text after an added token, but "
+            "tokenizer.model alone does not say how such text begins: copy the model's tokenizer.json into the folder"
         )
     return backend
 
@@ -133,11 +132,11 @@ def _backend(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is no tokenizer that is known here: {error}; fetch it again") from error
+        raise ValueError(f"{path} is not a supported tokenizer: {error}; fetch it again") from error
 
 
 def _fetch(model: str, revision: str | None) -> Path:
-    """Bring a hub model's tokenizer files into the local cache and return their folder."""
+    """Fetch a hub model's tokenizer files into the local cache and return their folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -145,24 +144,24 @@ def _fetch(model: str, revision: str | None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FETCHED)))
     except (OSError, HFValidationError) as error:  # the hub's own errors and httpx's are wrapped as OSError
         raise FileNotFoundError(
-            f"no tokenizer for {model!r}{f' at revision {revision!r}' if revision else ''}: it is no local "
-            f"folder, and the hub gave none ({type(error).__name__}: {error}). Without a network, or for a "
+            f"no tokenizer for {model!r}{f' at revision {revision!r}' if revision else ''}: it is not a local "
+            f"folder, and the hub returned none ({type(error).__name__}: {error}). Without a network, or for a "
             f"gated model, give the path of a folder that holds {' or '.join(_FILES)}."
         ) from error
 
 
 def sentencepiece_tokenizer(path: str | Path) -> Tokenizer:
     """
-    Build the fast BPE tokenizer that gives sentencepiece's own ids, from a `tokenizer.model`.
+    Build a fast BPE tokenizer with sentencepiece's own ids from a `tokenizer.model`.
 
-    sentencepiece joins the neighbours whose joined piece has the best score, so the merges are all the
-    ways to split a piece into two others, in the order of the scores. Text is prepared as in Llama and
-    Mixtral: ▁ in front, ▁ for each space, bytes for characters without a piece.
+    sentencepiece joins the adjacent pieces whose joined piece has the best score, so the merges are all ways to split a
+    piece into two others, in the order of the scores. Text is prepared as in Llama and Mixtral: ▁ in front, ▁ for each
+    space, bytes for characters without a piece.
 
     Raises
     ------
     ValueError
-        The file is no BPE model of that kind: its ids differ on the model's own pieces.
+        The file is not such a BPE model: its ids differ for the model's own pieces.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -197,7 +196,7 @@ def sentencepiece_tokenizer(path: str | Path) -> Tokenizer:
         ours, theirs = backend.encode(piece).ids, reference.encode(piece)
         if ours != theirs:
             raise ValueError(
-                f"{path} is no BPE model with byte fallback and an identity normalizer: for {piece!r} the "
+                f"{path} is not a BPE model with byte fallback and an identity normalizer: for {piece!r} the "
                 f"fast tokenizer gives {ours} and sentencepiece {theirs}. Use a tokenizer.json instead."
             )
     return backend
@@ -205,7 +204,7 @@ def sentencepiece_tokenizer(path: str | Path) -> Tokenizer:
 
 class TextTokenizer:
     """
-    A model's tokenizer as the planner uses it; `load_tokenizer` makes it.
+    A model's tokenizer for the planner; created by `load_tokenizer`.
 
     Parameters
     ----------
@@ -216,20 +215,20 @@ class TextTokenizer:
     name
         Of the model, for messages.
     limit_tokens
-        Give the first so many ids of a text or conversation only.
+        Return only this number of first ids of a text or conversation.
     template_date
-        What chat templates take for the day of the run.
+        The day that chat templates use as the day of the run.
 
     Attributes
     ----------
     vocab_size
         Largest id + 1, added tokens included.
     bos_id
-        The id that begins a sequence, or None where the tokenizer names none.
+        The id that starts a sequence, or None if the tokenizer names none.
     special_ids
-        Ids that never stand for text, ascending.
+        Ids that never represent text, ascending.
     sha256
-        Of the serialized backend: vocabulary, merges, normalizer, added tokens; not the chat template.
+        Hash of the serialized backend: vocabulary, merges, normalizer, added tokens; not the chat template.
     """
 
     def __init__(
@@ -240,7 +239,7 @@ class TextTokenizer:
         limit_tokens: int | None = None,
         template_date: date = TODAY,
     ) -> None:
-        backend.no_truncation()  # both may be baked into a published tokenizer.json
+        backend.no_truncation()  # both may be part of a published tokenizer.json
         backend.no_padding()
         backend.encode_special_tokens = True
         serialized = backend.to_str()
@@ -313,12 +312,12 @@ class TextTokenizer:
 
     @property
     def chat_template_sha256(self) -> str:
-        """Of the chat template's text, and that for tools if there is one; a ValueError where there is none."""
+        """Hash of the chat template's text and that for tools, if any; a ValueError if there is no template."""
         return self._chat_template.sha256
 
     @property
     def template_date(self) -> str | None:
-        """The date that the chat template writes, if it can write one and not the default one."""
+        """The date that the chat template writes, if it can write one and it is not the default."""
         return str(self._template_date) if self._chat_template.has_clock and self._template_date != TODAY else None
 
     @cached_property
