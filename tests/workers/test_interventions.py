@@ -17,7 +17,7 @@ from test_families import (
     FAMILIES,
     FLOAT16_STEP,
     NEAR_TIE,
-    UNQUANTIZED,
+    ROUTERS_ALONE,
     VOCABULARY,
     Family,
     checkpoint_of,
@@ -121,9 +121,9 @@ def assert_by_the_rule(
     return found["expert"][FILLED]
 
 
-@pytest.mark.parametrize("name", FAMILIES | UNQUANTIZED)
+@pytest.mark.parametrize("name", FAMILIES | ROUTERS_ALONE)
 def test_a_family_chooses_by_its_rule_among_what_is_left_and_with_what_is_forced(name: str, tmp_path: Path) -> None:
-    family, folder = (FAMILIES | UNQUANTIZED)[name], checkpoint_of(name, tmp_path)
+    family, folder = (FAMILIES | ROUTERS_ALONE)[name], checkpoint_of(name, tmp_path)
     tensors, stock = load_file(folder / "model.safetensors"), stock_of(family, folder)
     loaded = load_model(folder, quantization=family.precision, device="cpu")
     plain = ModelEngine(loaded).route(TOKEN, LENGTH)["expert"][FILLED]
