@@ -118,7 +118,13 @@ def draw(result: dict[str, Any], output: Path) -> None:
         for number, share in enumerate(found["first_flips_by_margin"]):
             margins.append({"precision": name, "margin": (number + 0.5) / 10, "differ": share or None})
     names = [name for name in PRECISIONS if any(row["precision"] == name for row in layers)]
-    colour = alt.Color("precision:N", sort=names, title="weights", scale=alt.Scale(domain=names))
+    colour = alt.Color(
+        "precision:N",
+        sort=names,
+        title="weights",
+        scale=alt.Scale(domain=names),
+        legend=alt.Legend(symbolOpacity=1, labelLimit=300),
+    )
     share = partial(alt.Y, axis=alt.Axis(format="%"))
     by_layer = alt.Chart(alt.Data(values=layers)).encode(alt.X("layer:O", title="layer"), colour)
     lines = by_layer.mark_line(point=True).encode(share("differ:Q", title="share of tokens"))
