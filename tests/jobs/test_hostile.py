@@ -281,7 +281,7 @@ def test_a_tokenizer_of_another_model_is_refused_with_both_sizes(
     tokenizer["added_tokens"].append({"id": 32_000, "content": "<more>", **added})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     ran = command("--dataset", text, *options, "--model", folder)
-    expect_line(ran, 2, "32001 ids", "embeds 32000", "do not belong together")
+    expect_line(ran, 2, "32001 ids", "32000 embeddings", "do not belong together")
 
 
 def test_a_dense_model_is_refused(command: Command, options: tuple[str, ...], text: Path, tmp_path: Path) -> None:
