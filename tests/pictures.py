@@ -7,12 +7,10 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 TESTS = Path(__file__).resolve().parent
 ROOT, DOCS = TESTS.parent, TESTS.parent / "docs"
@@ -24,6 +22,13 @@ from chromium import CHROMIUM, launched  # noqa: E402
 STORE = ROOT / "demo.zarr"
 SPEECH = "demo-prose/document/0?layer=3&token=40"
 """What the explorer's picture shows: the first speech of the demo, and the path of its 40th token."""
+
+
+WITHOUT_FOLDER = """folder => {
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) texts.currentNode.data = texts.currentNode.data.replaceAll(folder, "");
+}"""
+"""Takes the path of this clone out of a page."""
 
 
 def main() -> None:
@@ -45,14 +50,12 @@ def main() -> None:
 
 @contextmanager
 def exploring() -> Iterator[str]:
-    """Where the explorer of the demo's store answers while the block runs; by then everything is indexed."""
+    """Where the explorer of the demo's store answers while the block runs."""
     command = [sys.executable, "jobs/explore.py", STORE.name, "--port", "0", "--processes", "1"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as explorer:
         assert explorer.stdout
         address = explorer.stdout.readline().strip()
         try:
-            while "being indexed" in urlopen(address + SPEECH).read().decode():
-                time.sleep(1)
             yield address
         finally:
             explorer.terminate()
@@ -64,6 +67,11 @@ def take(browser: Any, address: str, drawn: str, picture: Path, *, width: int, h
     page.goto(address)
     page.wait_for_selector(drawn)
     page.wait_for_load_state("networkidle")
+    while "ndexing" in (text := page.inner_text("body")) or "being indexed" in text:
+        page.wait_for_timeout(1000)
+        page.reload()
+        page.wait_for_selector(drawn)
+    page.evaluate(WITHOUT_FOLDER, f"{ROOT}/")
     page.screenshot(path=picture, animations="disabled")
     page.close()
     print(picture.relative_to(ROOT))
