@@ -95,6 +95,7 @@ class Explorer:
         """Why a data set is not shown, or why its index is not updated."""
         self.progress: dict[str, tuple[int, int]] = {}
         """Shards indexed, and shards in all, while indexing."""
+        self.stop = threading.Event()
         self.look()
         if not self.shown:
             raise ValueError("; ".join(self.problems.values()) or f"{path} has no data set yet")
@@ -154,6 +155,7 @@ class Explorer:
 
     def follow(self, stop: threading.Event) -> None:
         """Keep the shown state up to date until `stop` is set; start with a few shards of each data set."""
+        self.stop = stop
         due: dict[str, float] = {}
         most: int | None = FIRST
         while not stop.is_set():
@@ -177,6 +179,8 @@ class Explorer:
             yield
             self.problems.pop(name, None)
         except Exception as error:
+            if self.stop.is_set():  # the process ends, and its thread pools have ended already
+                return
             reason = without_secrets(str(error) or repr(error))
             if isinstance(error, OSError):
                 reason += "; use --index to choose another folder for the index"
