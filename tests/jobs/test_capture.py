@@ -155,7 +155,7 @@ def test_what_print_config_prints_config_takes_and_the_command_line_goes_before_
     for text, said in {
         "dataset: [a]\nsequence_lenght: 3\nbatchtokens: 2": "unknown batchtokens, sequence_lenght; known options are",
         "- a": "contains list, but must contain option: value lines",
-        "bos: {a: 1}": "bos holds",
+        "bos: {a: 1}": "bos is {'a': '1'}, but must be one value",
         "a: [": "is not YAML",
     }.items():
         file.write_text(text)
