@@ -244,7 +244,7 @@ def store_lost(on: Cluster) -> None:
         job.until(lambda: " on b is replaced: ConnectionError" in job.said, "its storage fails")
         on.hold()
         assert job.status() == 0, job.said
-        assert "is given up" not in job.said, "no shard is blamed"
+        assert "is quarantined" not in job.said, "no shard is blamed"
     assert on.attempts("c", shard)
 
 

@@ -137,7 +137,7 @@ def test_three_actions_tell_where_a_token_goes_at_a_layer(opened: Any, address: 
     visitor = Counted(opened[0], address)
     visitor.search(str(capture["piece"].values[number]))
     visitor.click(f"a[href='/fake/token/{number}']")
-    opened[0].wait_for_selector("h1:has-text('The token')")
+    opened[0].wait_for_selector("h1:has-text('Token')")
     cells = opened[0].locator(".map tbody tr:nth-child(3) td").all_inner_texts()
     assert cells == [f"{100 * (chosen == e).any(1).mean():.0f}" for e in range(8)]
     assert visitor.actions <= 3
@@ -336,8 +336,8 @@ def test_from_a_token_to_its_expert_to_its_contexts_and_back_to_the_text(opened:
     page.wait_for_selector("body[data-drawn]")
     assert "layer=0" in page.url
     assert page.locator("#text .at").count() == 1
-    page.click("#links a:has-text('this token everywhere')")
-    page.wait_for_selector("h2:has-text('Its places')")
+    page.click("#links a:has-text('all places of this token')")
+    page.wait_for_selector("h2:has-text('Places')")
     assert page.locator("mark").count() > 0
 
 
@@ -360,7 +360,7 @@ def test_more_that_was_committed_is_offered_and_not_forced(opened: Any, explorer
     old = explorer.shown["some"]
     explorer.shown["some"] = replace(old, digest="another")
     try:
-        page.wait_for_selector("#state button:has-text('There is more now')")
+        page.wait_for_selector("#state button:has-text('Show new results')")
         page.focus("#state button")
         for _ in range(2):  # when the second answer arrives, the first one is shown
             page.wait_for_event("response", lambda answer: answer.url.endswith("/-/state.json"))

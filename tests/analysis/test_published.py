@@ -192,7 +192,7 @@ def test_a_model_with_the_published_shares_is_confirmed_within_sampling(
     assert "captured: fake, nf4" in done.out
     for domain in DOMAINS:
         capture = open_capture(tmp_path / "validate.zarr", domain).compute()
-        assert f"{domain}: {TOKENS - 1:,} tokens, and {TOKENS:,} were published" in done.out  # all but the BOS
+        assert f"{domain}: {TOKENS - 1:,} tokens; {TOKENS:,} were published" in done.out  # all but the BOS
         assert capture["length"].values[:102].tolist() == [2048] * 102  # one position is used by a BOS
         assert np.unique(capture["document_id"]).tolist() == [0]
         experts = capture["expert"].values[:102].reshape(-1, len(LAYERS), 2)[1:]

@@ -163,7 +163,7 @@ def test_one_run_through_a_killed_actor_a_lost_node_a_poison_shard_and_a_killed_
         job.until(lambda: any(one.raylet == raylet for one in script.attempts()), "the new node has a worker")
         for shard in last:
             job.begun(shard)
-        job.until(lambda: f"shard {poison} is given up" in job.said, "the poison shard is given up")
+        job.until(lambda: f"shard {poison} is quarantined" in job.said, "the poison shard is quarantined")
         assert "was lost with its node" in job.said
         job.process.kill()
     for shard in last:

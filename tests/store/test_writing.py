@@ -293,7 +293,7 @@ def test_without_weights_what_needs_none_works_and_what_needs_them_says_so(tmp_p
     path = analysis.document_path(lacking, int(routes()["document_id"][0]))
     assert path["expert"].size > 0
     assert "weight" not in path
-    with pytest.raises(ValueError, match="Confidence needs weight, and the routes of own came without"):
+    with pytest.raises(ValueError, match="Confidence needs weight, which own does not have"):
         analysis.router_confidence(lacking)
     plain = xr.open_zarr(tmp_path / "without", group="own", consolidated=False)
     np.testing.assert_array_equal(plain["expert"], lacking["expert"])

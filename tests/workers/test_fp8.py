@@ -394,7 +394,7 @@ def test_an_older_card_is_named_with_its_capability_and_the_one_needed(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(ValueError, match=r"compute capability 8\.9 or more .*, and NVIDIA A100 has 8\.0: use --matmul"):
+    with pytest.raises(ValueError, match=r"compute capability 8\.9 or more .*, but NVIDIA A100 has 8\.0: use --matmul"):
         describe_model(tiny_checkpoint(), device_type="cuda", **how)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert describe_model(tiny_checkpoint(), device_type="cuda", **how)["quantization"] == how["quantization"]

@@ -357,4 +357,4 @@ def test_ctrl_c_says_that_nothing_is_kept(
             runpy.run_path(str(ROOT / "jobs" / "quantize.py"), run_name="__main__")
     finally:
         signal.signal(signal.SIGTERM, handler)
-    assert "interrupted: nothing is kept, and the same command begins anew" in capsys.readouterr().err
+    assert "interrupted: nothing is kept: the same command starts from the beginning" in capsys.readouterr().err
