@@ -16,7 +16,8 @@ from markdown_it.token import Token
 from myst_parser.slugs import github_slugify
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "workers" / "tiny-mixtral" / "README.md"])
+WRITTEN = (page for page in ROOT.glob("docs/**/*.md") if "_build" not in page.parts)
+PAGES = sorted([*ROOT.glob("*.md"), *WRITTEN, ROOT / "workers" / "tiny-mixtral" / "README.md"])
 REASONS = ("gpu", "cluster", "hub", "aws", "long")
 """Second words: needs a GPU, a cluster, a hub of models or data, a cloud; `long`: another test executes it."""
 PARSER = MarkdownIt("commonmark").enable("table")
