@@ -107,7 +107,7 @@ def test_captures_of_other_texts_or_shapes_are_refused() -> None:
         agreement(one.assign(token=token.chunk({"doc": 4})), one)
     with pytest.raises(ValueError, match="one has 8 of experts, the other 4"):
         agreement(one, make_capture(documents=20, num_experts=4))
-    with pytest.raises(ValueError, match="other layers"):
+    with pytest.raises(ValueError, match="different layers"):
         agreement(one, make_capture(documents=20, layers=(0, 1, 3)))
 
 

@@ -138,7 +138,7 @@ def test_a_data_set_against_its_copy_has_an_interval(whole: xr.Dataset) -> None:
 def test_what_is_not_of_one_model_is_refused(whole: xr.Dataset) -> None:
     with pytest.raises(ValueError, match="1 captures: a contrast needs at least two"):
         contrast({"a": whole})
-    with pytest.raises(ValueError, match="a and b are not of one model"):
+    with pytest.raises(ValueError, match="a and b are from different models"):
         contrast({"a": whole, "b": make_capture(layers=(0, 4))})
 
 

@@ -168,7 +168,7 @@ def test_an_exported_file_is_coloured_and_asks_for_nothing(opened: Any, explorer
     (tmp_path / "one.html").write_text(export_page(explorer.shown["all"].view, [1]), encoding="utf-8")
     go(page, f"{(tmp_path / 'one.html').as_uri()}?by=entropy&token=3")
     assert page.input_value("#by") == "entropy"
-    assert "entropy of the router" in page.inner_text("#token")
+    assert "router entropy" in page.inner_text("#token")
     assert page.locator("#distribution table").count() == 0
     assert [url for url in heard["requests"] if not url.startswith(("file:", "data:"))] == []
     assert heard["console"] == []

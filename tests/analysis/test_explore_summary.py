@@ -57,7 +57,7 @@ def test_an_expert_s_line_holds_what_is_known_of_it_and_no_more() -> None:
         in text
     )
     assert "“1” (5.0 ×, 80% of them choose it)" in text
-    assert "40.0% of the choices of maths, and 10.0% of those of prose" in text
+    assert "40.0% of the choices of maths, compared with 10.0% of those of prose" in text
     assert summary(own, 0.8, [], [one], [])["line"] == "“1” (5.0 × the average)"
     assert summary(own, 0.8, [], [], [])["line"] == "80% of the tokens of maths"
     unused = {"line": "No token of maths chooses it", "evidence": []}

@@ -119,7 +119,7 @@ def test_it_is_the_same_in_any_chunks_and_of_measured_layers_alone() -> None:
     some["effect"].values[2, 0, 0, 3] = 0.5
     with pytest.raises(ValueError, match="not a finite number: the shard is damaged"):
         importance(some)
-    with pytest.raises(ValueError, match=r"needs effect, and .* without; python jobs/importance.py makes"):
+    with pytest.raises(ValueError, match=r"needs effect, which .* does not have; python jobs/importance.py makes"):
         importance(capture.drop_vars("effect"))
 
 

@@ -144,7 +144,7 @@ def test_what_is_not_there_is_named_with_what_makes_it() -> None:
     for ask in (logprob_by_expert, surprise):
         with pytest.raises(ValueError, match=r"needs logprob, .*--record logprob makes it"):
             ask(make_capture())
-    with pytest.raises(ValueError, match=r"LogProbability needs logprob, and the routes of synthetic"):
+    with pytest.raises(ValueError, match=r"LogProbability needs logprob, which synthetic does not have"):
         scan(make_capture(), [LogProbability()])
     with pytest.raises(ValueError, match=r"needs logit, .*--record logits makes it"):
         surprise_and_entropy(make_capture(record=("logprob",)))

@@ -116,7 +116,7 @@ def test_the_effect_is_told_where_both_recorded_predictions(command: Command, ba
     special = np.isin(whole["token"].values[:, 1:], whole.attrs["special_token_ids"])
     known = np.isfinite(difference) & ~special
     told = command(path / "whole", path / "masked", main=compare.main).out
-    assert f"effect on predictions: {difference[known].mean():+.4f} nats a token in the second capture" in told
+    assert f"effect on predictions: {difference[known].mean():+.4f} nats per token in the second capture" in told
     assert f"{known.sum():,} tokens)" in told
     assert f"mask: [] and {masked.attrs['mask']}" in told
     assert "tokens with the largest losses" in told

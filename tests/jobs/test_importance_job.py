@@ -120,7 +120,7 @@ def test_what_cannot_be_done_is_refused_before_weights_are_loaded(
         (("--output", tmp_path / "s.zarr"), "neither may be inside the other; use another folder"),
         (("--output", tmp_path), "neither may be inside the other; use another folder"),
         (("--output", tmp_path / "s.zarr" / "i"), "neither may be inside the other; use another folder"),
-        (("--output", "s3://bucket/i.zarr"), "s3:/bucket/i.zarr: must be a folder on"),
+        (("--output", "s3://bucket/i.zarr"), "s3:/bucket/i.zarr: must be"),
         (("--write_mask", tmp_path / "m.json", "--least", "7"), "would leave 1 of 8 experts of each layer"),
         (("--model", "tinny"), "tinny"),
         (("--sample_tokens", "0"), "--sample_tokens is 0"),
