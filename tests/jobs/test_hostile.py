@@ -188,7 +188,7 @@ def test_a_full_disk_ends_the_job_with_nothing_half_committed_and_it_goes_on_whe
     assert command("--dataset", text, *options, "--name", "whole").status == 0
     for room in (0, 3, 40, 90, 130, 140):
         with monkeypatch.context() as patch:
-            disk = FullDisk(patch, room)
+            FullDisk(patch, room)
             ran = command("--dataset", text, *options)
         full += ran.status != 0
         if ran.status:
