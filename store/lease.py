@@ -67,9 +67,7 @@ def lease(group: CaptureGroup, waits: Callable[[str], None] = lambda why: None) 
     finally:
         done.set()
         renewer.join()
-        with contextlib.suppress(
-            OSError
-        ):  # the next job sees that this process is gone; the failure is already reported
+        with contextlib.suppress(OSError):  # reported already, and the next job sees that this process is gone
             if _is(_read(group), mine):
                 group.objects.delete(key)
 

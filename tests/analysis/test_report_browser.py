@@ -120,6 +120,14 @@ def open_menu(figure):
     figure.wait_for_selector("tbody tr")
 
 
+def rows_of(figure):
+    """The rows of a chart's table, which its menu shows while it is open."""
+    open_menu(figure)
+    rows = table_of(figure)[1:]
+    close_menu(figure)
+    return rows
+
+
 def close_menu(figure):
     """Close a chart's menu as a reader does, so that what is below it can be clicked."""
     if figure.evaluate("figure => figure.querySelector('.menu').matches(':popover-open')"):
@@ -305,11 +313,10 @@ def test_choosing_a_layer_changes_charts_and_tables_alike(opened, drawing):
             wanted = one.shown(choice)["datasets"]["tokens"]
             texts = "figure => [...figure.querySelectorAll('.tokens_marks text')].map((text) => text.textContent)"
             wait_until(lambda f=figure, w=wanted, t=texts: len(f.evaluate(t)) == len(w), "as many words are drawn")
-            open_menu(figure)
-            rows = table_of(figure)[1:]
-            assert [row[0] for row in rows] == [str(layer)] * len(wanted)
-            assert [row[3] for row in rows] == [row["piece"] for row in wanted]
-            close_menu(figure)
+            shown = [[str(layer), row["piece"]] for row in wanted]
+            wait_until(
+                lambda f=figure, s=shown: [[row[0], row[3]] for row in rows_of(f)] == s, "the table is this layer's"
+            )
 
 
 def test_hostile_text_is_shown_and_does_nothing(looked_at):
