@@ -8,15 +8,10 @@ matrices are quantized and dequantized one by one. Each family runs in a process
 The outcome is `results/families-survey.json`, and the table between the two markers of `docs/models.md`.
 """
 
-import argparse
-import json
-import multiprocessing
 import re
 import sys
 import tempfile
 import traceback
-import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +24,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = (REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests" / "workers", Path(__file__).parent)
 sys.path[:0] = map(str, HERE)
 
+from families_runs import on_every_family  # noqa: E402
 from families_table import PAGE, RESULT, found, page  # noqa: E402
 from test_loading import dequantized_reference  # noqa: E402
-from tiny_families import families, make_checkpoint  # noqa: E402
+from tiny_families import make_checkpoint  # noqa: E402
 
 from workers.engine import load_engine  # noqa: E402
 from workers.models.family import unquantized  # noqa: E402
@@ -41,7 +37,6 @@ PRECISIONS = ("none", "nf4")
 LENGTHS = (131, 1, 97, 71)  # 300 tokens, in one batch
 FLOAT16_STEP = 2.0**-10  # relative
 NEAR_TIES = 0.01  # the share of tokens and layers whose choice may be another one, by rounding
-LIMIT_S = 600  # a family; arbitrary, for a machine with much else to do
 """Outcomes that the survey itself is there to rule out."""
 FAULTS = ("crashed", "differs", "not made")
 
@@ -152,45 +147,16 @@ def survey(model_type: str) -> dict[str, Any]:
     return outcomes
 
 
-def in_a_process(model_type: str) -> dict[str, Any]:
-    """`survey` in a process of its own, which is ended after a time; forked, since importing takes longer."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: there.send(survey(model_type)))
-    process.start()
-    there.close()
-    try:
-        answer: dict[str, Any] = here.recv() if here.poll(LIMIT_S) else {"none": _crash(f"more than {LIMIT_S} s")}
-    except EOFError:
-        answer = {"none": _crash("its process ended")}
-    process.kill()
-    process.join()
-    return answer
-
-
 def _crash(reason: str) -> dict[str, Any]:
     return {"outcome": "crashed", "reason": reason}
 
 
 def main() -> None:
     """Survey all families, or those that are named, and write the outcome."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("only", nargs="*", help="model types, of which the outcome is written anew; by default all")
-    asked = parser.parse_args().only
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    result = found() if asked else {"versions": {}, "families": {}}
-    result["versions"] = {name: version(name) for name in ("transformers", "torch", "bitsandbytes")}
-    for model_type in asked or families():
-        result["families"].pop(model_type, None)
-        if outcomes := in_a_process(model_type):
-            result["families"] = dict(sorted({**result["families"], model_type: outcomes}.items()))
-            told = "; ".join(f"{name} {each['outcome']} {each.get('reason', '')}" for name, each in outcomes.items())
-            print(f"{model_type}: {told}", flush=True)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    for _ in on_every_family(RESULT, __doc__, survey, crashed=lambda reason: {"none": _crash(reason)}):
+        pass
     PAGE.write_text(page())
-    surveyed = result["families"].items()
+    surveyed = found()["families"].items()
     faults = [name for name, each in surveyed if any(one["outcome"] in FAULTS for one in each.values())]
     if faults:
         sys.exit(f"{len(faults)} families end in what must not be: {', '.join(faults)}")
