@@ -37,8 +37,8 @@ PRECISIONS = ("none", "nf4")
 LENGTHS = (131, 1, 97, 71)  # 300 tokens, in one batch
 FLOAT16_STEP = 2.0**-10  # relative
 NEAR_TIES = 0.01  # the share of tokens and layers whose choice may be another one, by rounding
-"""Outcomes that the survey itself is there to rule out."""
 FAULTS = ("crashed", "differs", "not made")
+"""Outcomes that the survey must rule out."""
 
 
 def wanted_routes(model: nn.Module, engine: Any, row: np.ndarray) -> np.ndarray:
